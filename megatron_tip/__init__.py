@@ -1,0 +1,1 @@
+"""Token-selective on-policy distillation on Megatron-Core."""

@@ -1,0 +1,32 @@
+"""Errors that a user can cause and mend. Broken invariants of our own are plain `assert`s.
+
+Every message says where, what was expected, what came, and what to do about it.
+"""
+
+
+class MegatronTipError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class ConfigError(MegatronTipError, ValueError):
+    """A configuration, or a combination of it with the models or the world size, that cannot run."""
+
+
+class InputError(MegatronTipError, ValueError):
+    """An argument, a prompt file or a rollout that is not what the function takes."""
+
+
+class WeightsError(MegatronTipError, ValueError):
+    """Model weights that are missing, truncated, of another shape or of an unsupported architecture."""
+
+
+class EngineError(MegatronTipError, RuntimeError):
+    """A rollout engine that failed, or that answered with something other than rollouts."""
+
+
+class TrainingError(MegatronTipError, RuntimeError):
+    """A training step that must not be applied: no valid token, a loss or gradient that is not finite."""
+
+
+class OptionalDependencyError(MegatronTipError, ImportError):
+    """An optional package that is not installed; the message names the extra that brings it."""

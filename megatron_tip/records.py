@@ -1,0 +1,147 @@
+"""What crosses folders: prompts, rollouts, micro-batches, statistics, selections.
+
+Shape letters: `b` sequences of a micro-batch, `s` positions, `n` valid tokens ("rows") of one data-parallel replica,
+`K` support size. Rows run over micro-batches, then sequences, then positions; a row is one position of `loss_mask`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt, already rendered through the chat template and tokenised.
+
+    `index` is its place in the prompt source and never changes; `text` is what the model sees.
+    """
+
+    index: int
+    text: str
+    prompt_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled response, as token ids.
+
+    `rollout_logprobs`: natural log of each sampled token's probability under the distribution it was sampled from,
+    one a response token. `finish_reason`: "stop" (a stop id was sampled; it is the last response id) or "length"
+    (cut off, not a complete answer). `weight_version`: the training step whose weights generated it.
+    """
+
+    prompt_index: int
+    sample_index: int
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+    rollout_logprobs: tuple[float, ...]
+    finish_reason: str
+    weight_version: int
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Sequences that go through the model together, padded on the right; equal on all tp and pp ranks of a replica.
+
+    All tensors are `[b, s]`. `labels[:, t] == input_ids[:, t + 1]` wherever `response_mask` holds, so position t is
+    scored for the token that follows it. `response_mask`: the label was generated. `loss_mask` (a subset): the label
+    may be supervised. `rollout_indices`: `[b]`, each sequence's place in the step's rollout list.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    labels: Tensor
+    response_mask: Tensor
+    loss_mask: Tensor
+    rollout_indices: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.input_ids.shape[0], self.input_ids.shape[1]
+
+    def num_valid(self) -> int:
+        return int(self.loss_mask.sum())
+
+
+@dataclass(frozen=True)
+class TokenIndex:
+    """Where each row stands in the whole rollout batch: the order that breaks ties, equal on every layout.
+
+    `rollout_index`: `[n]` int64, place in the step's rollout list (prompt-major). `position`: `[n]` int64, 0-based
+    place within the response.
+    """
+
+    rollout_index: Tensor
+    position: Tensor
+
+    def __len__(self) -> int:
+        return self.rollout_index.shape[0]
+
+
+@dataclass(frozen=True)
+class TokenStatistics:
+    """Per-row scalars of student p and teacher q, `[n]` float32, no gradient, equal on all tp ranks.
+
+    Entropies and divergences in nats over the full vocabulary, except `support_divergence`. S_S and S_T are the top-K
+    sets of student and teacher (ties: lower id first). `None` means "not asked for". Equations: TA-OPD
+    (arXiv:2605.26844) unless TIP is named.
+    """
+
+    student_entropy: Tensor
+    teacher_entropy: Tensor
+    reverse_kl: Tensor  # KL(p || q), TIP Eq. 3
+    forward_kl: Tensor  # KL(q || p)
+    support_divergence: Tensor  # D: KL(q || p), both renormalised on the union of S_S and S_T, Eq. 9
+    compatibility: Tensor  # C: teacher mass on S_S, Eq. 10
+    compatibility_lower_bound: Tensor  # teacher mass on the intersection of S_S and S_T, Eq. 17
+    support_overlap: Tensor  # number of ids in both sets
+    support_jaccard: Tensor  # overlap / size of the union
+    shared_teacher_mass: Tensor  # compatibility_lower_bound / teacher mass on S_T
+    student_mass_on_teacher_support: Tensor  # sum of p over S_T
+    student_logprobs: Tensor | None = None  # of the label
+    teacher_logprobs: Tensor | None = None
+    jsd: Tensor | None = None  # beta = 1/2
+    student_support_ids: Tensor | None = None  # [n, K] int64, descending logprob
+    student_support_logprobs: Tensor | None = None  # [n, K] student's own
+    teacher_support_ids: Tensor | None = None
+    teacher_support_logprobs: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.student_entropy.shape[0]
+
+    @staticmethod
+    def concatenate(parts: list[TokenStatistics]) -> TokenStatistics:
+        """The rows of `parts` one after another; a field that any part lacks is `None`."""
+
+        def joined(name: str) -> Tensor | None:
+            values = [getattr(part, name) for part in parts]
+            return None if any(value is None for value in values) else torch.cat(values)
+
+        return TokenStatistics(**{field.name: joined(field.name) for field in fields(TokenStatistics)})  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class TokenSelection:
+    """Which rows of this replica are supervised, and with what weight.
+
+    `selection_mask`: `[n]` bool. `row_weights`: `[n]` float32, zero where not selected; they already carry the one
+    division by the global count, so the loss of the whole batch is the sum over all rows of weight x divergence.
+    `num_valid`, `num_selected`: over the whole batch, equal on every rank. `metrics`: global scalars of the selection.
+    """
+
+    selection_mask: Tensor
+    row_weights: Tensor
+    num_valid: int
+    num_selected: int
+    metrics: dict[str, float]
+
+    @property
+    def retention_ratio(self) -> float:
+        return self.num_selected / self.num_valid
