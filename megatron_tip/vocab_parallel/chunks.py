@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -36,8 +36,8 @@ def row_ranges(num_rows: int, rows_each: int) -> Iterator[slice]:
 class LogitBuffer:
     """Memory for one model's float32 logits of a chunk, reused from chunk to chunk.
 
-    `head` holds the `[v, H]` rows of the real ids that this rank owns. For a head of lower precision the product is made
-    in that precision, as the model itself makes it, and widened.
+    `head`: the `[v, H]` rows of the real ids that this rank owns. For a head of lower precision the product is made in
+    that precision, as the model itself makes it, and widened.
     """
 
     def __init__(self, head: Tensor, chunk_rows: int, temperature: float):

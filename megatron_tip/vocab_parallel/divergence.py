@@ -11,11 +11,11 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from megatron_tip.errors import InputError
-from megatron_tip.vocab_parallel import divergences
+from megatron_tip.vocab_parallel import row_functions
 from megatron_tip.vocab_parallel.chunks import RowBlocks, row_ranges
 from megatron_tip.vocab_parallel.collectives import all_reduce_sum
-from megatron_tip.vocab_parallel.divergences import ChunkDivergence
 from megatron_tip.vocab_parallel.inputs import Inputs, checked_inputs
+from megatron_tip.vocab_parallel.row_functions import RowValues
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "sampled_token")
 
@@ -51,8 +51,8 @@ def divergence_loss(
         divergence: "reverse_kl" KL(p || q) (TIP Eq. 1, TA-OPD Eq. 6); "forward_kl" KL(q || p); "jsd" the generalised
             Jensen-Shannon divergence beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p, with
             forward KL at beta 0 and reverse KL at beta 1; "sampled_token" log p(y) - log q(y) of the label y
-            (TA-OPD after Eq. 6), with the gradient (log p(y) - log q(y)) d log p(y): over y drawn from p at this temperature
-            its mean is exactly the gradient of the reverse KL, whereas plain differentiation has mean zero.
+            (TA-OPD after Eq. 6), with the gradient (log p(y) - log q(y)) d log p(y): over y drawn from p at this
+            temperature its mean is the gradient of the reverse KL; that of plain differentiation, d log p(y), is zero.
         row_weights: `[n]` float32 without gradient; `None`: all 1.
         labels: `[n]` int64 in [0, vocab_size), for "sampled_token".
         vocab_size: number of real ids; `None`: no padding.
@@ -86,7 +86,7 @@ def divergence_loss(
     )
     weights = torch.ones(inputs.num_rows, device=inputs.device) if row_weights is None else row_weights.detach().float()
     with_grad = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (student_hidden, student_head)]
-    call = _Call(inputs, divergence, jsd_beta, weights, *with_grad, compiled)
+    call = _Call(inputs, divergence, jsd_beta, weights, with_grad[0], with_grad[1], compiled)
     return _DivergenceLoss.apply(student_hidden, student_head, call)
 
 
@@ -128,17 +128,17 @@ class _Call:
             grad_hidden = all_reduce_sum(grad_hidden.float(), partition.group)
         return values @ self.weights, grad_hidden, grad_head
 
-    def _chunk_divergence(self, z_s: Tensor, z_t: Tensor, rows: slice, blocks: RowBlocks) -> ChunkDivergence:
+    def _chunk_divergence(self, z_s: Tensor, z_t: Tensor, rows: slice, blocks: RowBlocks) -> RowValues:
         partition = self.inputs.partition
         if self.divergence == "sampled_token":
             assert self.inputs.labels is not None, "checked on entry"
-            return divergences.sampled_token(z_s, z_t, self.inputs.labels[rows], blocks, partition)
+            return row_functions.sampled_token(z_s, z_t, self.inputs.labels[rows], blocks, partition)
         if self.divergence == "jsd" and 0 < self.jsd_beta < 1:
-            return divergences.jsd(z_s, z_t, blocks, partition, beta=self.jsd_beta)
+            return row_functions.jsd(z_s, z_t, blocks, partition, beta=self.jsd_beta)
         # At its ends the generalised JSD is taken for the divergence that it tends to, divided by its vanishing weight.
         if self.divergence == "reverse_kl" or (self.divergence == "jsd" and self.jsd_beta == 1):
-            return divergences.reverse_kl(z_s, z_t, blocks, partition)
-        return divergences.forward_kl(z_s, z_t, blocks, partition)
+            return row_functions.reverse_kl(z_s, z_t, blocks, partition)
+        return row_functions.forward_kl(z_s, z_t, blocks, partition)
 
 
 def _accumulate(grad_head: Tensor, grad_logits: Tensor, hidden: Tensor) -> None:
@@ -163,10 +163,12 @@ class _DivergenceLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]: the decorator hides the name of ctx
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
         if ctx.grads is None:
             raise RuntimeError(
-                "divergence_loss: backward ran a second time, but the first handed its gradients over; compute the loss again."
+                "divergence_loss: backward ran a second time, but the first handed its gradients over; make a new loss."
             )
         # Without a reference of ours, autograd takes the tensors as they are instead of copying them.
         grads, ctx.grads = ctx.grads, None

@@ -14,7 +14,7 @@ from megatron_tip.vocab_parallel.chunks import LogitBuffer, default_chunk_rows
 from megatron_tip.vocab_parallel.collectives import agree
 from megatron_tip.vocab_parallel.partition import VocabPartition
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,13 @@ class Model:
     def checked(cls, name: str, hidden: Tensor, head: Tensor) -> Model:
         if hidden.dim() != 2 or head.dim() != 2 or hidden.shape[1] != head.shape[1]:
             raise InputError(
-                f"expected {name}_hidden [n, H] and {name}_head [V_padded / tp, H] with one H, got {list(hidden.shape)} "
-                f"and {list(head.shape)}."
+                f"expected {name}_hidden [n, H] and {name}_head [V_padded / tp, H] with one H, got "
+                f"{list(hidden.shape)} and {list(head.shape)}."
             )
-        if hidden.dtype != head.dtype or hidden.dtype not in _DTYPES:
+        if hidden.dtype != head.dtype or hidden.dtype not in FLOAT_DTYPES:
             raise InputError(
-                f"expected {name}_hidden and {name}_head in one dtype of float32, bfloat16, float16, got {hidden.dtype} "
-                f"and {head.dtype}; cast the hidden states."
+                f"expected {name}_hidden and {name}_head in one dtype of float32, bfloat16, float16, got "
+                f"{hidden.dtype} and {head.dtype}; cast the hidden states."
             )
         if hidden.device != head.device:
             raise InputError(
@@ -81,8 +81,8 @@ class Inputs:
         if not values.isfinite().all():
             rows = (~values.isfinite()).nonzero()[:8, 0].tolist()
             raise InputError(
-                f"{self.where}: expected finite logits from finite hidden states and heads, got NaN or inf in rows {rows} "
-                "(first 8): the head of a model, on some rank of tp_group, is not finite or its logits overflow."
+                f"{self.where}: expected finite logits, got NaN or inf in rows {rows} (first 8): a head is not "
+                "finite on some rank of tp_group, or its logits overflow."
             )
 
 
@@ -130,21 +130,20 @@ def _fitting(
         raise InputError(f"expected teacher_hidden with the student's {n} rows, got {teacher.hidden.shape[0]}.")
     if teacher.head.shape[0] != shard_size:
         raise InputError(
-            f"expected teacher_head with the student's {shard_size} rows, got {teacher.head.shape[0]}; shard both heads over "
-            "tp_group alike, padded to one size."
+            f"expected teacher_head with the student's {shard_size} rows, got {teacher.head.shape[0]}; pad both "
+            "heads to one size and shard them over tp_group alike."
         )
     device = student.hidden.device
     if teacher.hidden.device != device:
         raise InputError(f"expected the teacher on the student's device {device}, got {teacher.hidden.device}.")
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise InputError(f"expected a finite temperature above 0, got {temperature}.")
+    check_temperature(temperature)
     if chunk_rows is not None and chunk_rows < 1:
         raise InputError(f"expected chunk_rows of at least 1, or None, got {chunk_rows}.")
-    for name, rows in (("labels", labels), ("row_weights", row_weights)):
-        if rows is not None and (rows.shape != (n,) or rows.device != device):
-            raise InputError(f"expected {name} [{n}] on {device}, got {list(rows.shape)} on {rows.device}.")
-    if labels is not None and labels.dtype != torch.int64:
-        raise InputError(f"expected int64 labels, got {labels.dtype}.")
+    check_labels(labels, (n,), device)
+    if row_weights is not None and (row_weights.shape != (n,) or row_weights.device != device):
+        raise InputError(
+            f"expected row_weights [{n}] on {device}, got {list(row_weights.shape)} on {row_weights.device}."
+        )
     partition = VocabPartition.of_shard(shard_size, vocab_size, tp_group)
     chunk_rows = min(chunk_rows or default_chunk_rows(n, shard_size), max(n, 1))
     return Inputs(where, student, teacher, labels, partition, temperature, chunk_rows)
@@ -155,12 +154,29 @@ def _problem_with_values(inputs: Inputs, row_weights: Tensor | None) -> str | No
     for model in (inputs.student, inputs.teacher):
         if not model.hidden.isfinite().all():
             return f"expected finite {model.name}_hidden, got NaN or inf."
-    labels, vocab_size = inputs.labels, inputs.partition.vocab_size
-    if labels is not None and len(labels) and (labels.min() < 0 or labels.max() >= vocab_size):
-        return (
-            f"expected labels in [0, {vocab_size}), got {labels.min().item()} to {labels.max().item()}; pass only rows "
-            "that have a label."
-        )
     if row_weights is not None and not row_weights.isfinite().all():
         return "expected finite row_weights, got NaN or inf."
-    return None
+    return problem_with_labels(inputs.labels, inputs.partition.vocab_size)
+
+
+def check_temperature(temperature: float) -> None:
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise InputError(f"expected a finite temperature above 0, got {temperature}.")
+
+
+def check_labels(labels: Tensor | None, shape: tuple[int, ...], device: torch.device) -> None:
+    """Raises InputError for labels of another shape, dtype or device; their values are for `problem_with_labels`."""
+    if labels is not None and (tuple(labels.shape) != shape or labels.dtype != torch.int64 or labels.device != device):
+        raise InputError(
+            f"expected labels {list(shape)} torch.int64 on {device}, got {list(labels.shape)} {labels.dtype} on "
+            f"{labels.device}."
+        )
+
+
+def problem_with_labels(labels: Tensor | None, vocab_size: int) -> str | None:
+    if labels is None or labels.numel() == 0 or (labels.min() >= 0 and labels.max() < vocab_size):
+        return None
+    return (
+        f"expected labels in [0, {vocab_size}), got {labels.min().item()} to {labels.max().item()}; pass only rows "
+        "that have a label."
+    )

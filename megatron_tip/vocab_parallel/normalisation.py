@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 
@@ -12,25 +11,25 @@ from torch import Tensor
 class Normaliser:
     """The log-partition function of student and teacher, in every rank's frame.
 
-    In the frame of rank r a logit z is x = z - maxima[r], and its log-probability x - lse[r]. `top` and `log_sum` are the
-    same for the whole vocabulary: z - top - log_sum. Whatever carries mass is then a small number less a small number, and
-    equal models come out equal to the bit. The last dimension is (student, teacher).
+    In the frame of rank r a logit z is x = z - maxima[r], and its log-probability x - lse[r]. `top` and `log_sum` are
+    the same for the whole vocabulary: z - top - log_sum. Whatever carries mass is then a small number less a small
+    number, and equal models come out equal to the bit. The last dimension is the model: (student, teacher), or one.
     """
 
-    maxima: Tensor  # [tp, c, 2]
-    lse: Tensor  # [tp, c, 2]
-    top: Tensor  # [c, 2]
-    log_sum: Tensor  # [c, 2]
+    maxima: Tensor  # [tp, c, m]
+    lse: Tensor  # [tp, c, m]
+    top: Tensor  # [c, m]
+    log_sum: Tensor  # [c, m]
 
     @classmethod
     def of(cls, maxima: Tensor, sums: Tensor) -> Normaliser:
-        """From every rank's `[tp, c, 2]` maxima and sums of exp(z - maximum)."""
+        """From every rank's `[tp, c, m]` maxima and sums of exp(z - maximum)."""
         top = maxima.amax(0)
         log_sum = (sums * (maxima - top).exp()).sum(0).log()
         return cls(maxima, log_sum + (top - maxima), top, log_sum)
 
-    def expectation(self, model: int, sum_e: Tensor, sum_e_value: Tensor, shift: Tensor | float) -> Tensor:
-        """`[c]` mean of value + shift under a model (0 student, 1 teacher), from every rank's `[tp, c]` Σe, Σe x value."""
+    def expectation(self, model: int, sum_e: Tensor, sum_e_value: Tensor, shift: Tensor) -> Tensor:
+        """`[c]` mean of value + shift under a model, from every rank's `[tp, c]` Σe and Σe x value."""
         weight = (-self.lse[..., model]).exp()
         return (weight * (sum_e_value + shift * sum_e)).sum(0)
 

@@ -49,8 +49,8 @@ class VocabPartition:
         vocab_size = padded if vocab_size is None else vocab_size
         if not 1 <= vocab_size <= padded:
             raise InputError(
-                f"expected vocab_size of 1 to {padded} ({shard_size} rows a shard x tp size {tp_size}), got {vocab_size}; "
-                "pass the unpadded size, and this rank's own shard."
+                f"expected vocab_size of 1 to {padded} ({shard_size} rows a shard x tp size {tp_size}), got "
+                f"{vocab_size}; pass the unpadded size, and this rank's own shard."
             )
         start = min(tp_rank * shard_size, vocab_size)
         return cls(vocab_size, padded, start, min(start + shard_size, vocab_size), group)
@@ -66,7 +66,7 @@ class VocabPartition:
         return 0 if self.group is None else self.group.rank()
 
     def owned(self, values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """`[c, k]` entries of `values` `[c, num_local]` at global `ids`, zero where not owned; and a mask of those owned."""
+        """`[c, k]` entries of `values` `[c, num_local]` at global `ids`, zero where not owned; and which are."""
         columns, is_owned = self._columns(ids)
         if self.num_local == 0:
             return values.new_zeros(ids.shape), is_owned

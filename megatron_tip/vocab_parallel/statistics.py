@@ -10,12 +10,12 @@ from megatron_tip.errors import InputError
 from megatron_tip.records import TokenStatistics
 from megatron_tip.vocab_parallel import kernels
 from megatron_tip.vocab_parallel.chunks import RowBlocks, row_ranges
-from megatron_tip.vocab_parallel.collectives import all_gather, all_reduce_sum
-from megatron_tip.vocab_parallel.divergences import jsd_of_normalised
+from megatron_tip.vocab_parallel.collectives import all_reduce_sum
 from megatron_tip.vocab_parallel.inputs import checked_inputs
 from megatron_tip.vocab_parallel.normalisation import Normaliser
 from megatron_tip.vocab_parallel.partition import VocabPartition
-from megatron_tip.vocab_parallel.topk import local_topk, merge_topk
+from megatron_tip.vocab_parallel.row_functions import jsd_of_normalised
+from megatron_tip.vocab_parallel.topk import exchange_topk
 
 
 @torch.no_grad()
@@ -94,7 +94,9 @@ def _chunk_statistics(
     with_jsd: bool,
     with_support: bool,
 ) -> TokenStatistics:
-    sums, (top_s, ids_s), (top_t, ids_t) = _gathered(logits, blocks, partition, support_size)
+    local_sums, *group_maxima = blocks.run(kernels.statistics_sums, *logits)
+    sums, tops = exchange_topk(logits, group_maxima, local_sums, support_size, partition)
+    (top_s, ids_s), (top_t, ids_t) = tops
     maxima, (sum_s, sum_t, sum_s_x, sum_t_x, sum_s_d, sum_t_d) = sums[..., :2], sums[..., 2:].unbind(-1)
     normaliser = Normaliser.of(maxima, sums[..., 2:4])
 
@@ -126,24 +128,6 @@ def _chunk_statistics(
         **_support_statistics(p_on_s, q_on_s, ids_s, p_on_t, q_on_t, ids_t),
         **asked,
     )
-
-
-def _gathered(
-    logits: tuple[Tensor, Tensor], blocks: RowBlocks, partition: VocabPartition, support_size: int
-) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """All ranks' sums `[tp, c, 8]`, and the top-K logits and ids `[c, K]` of student and teacher. One all-gather."""
-    sums, *maxima = blocks.run(kernels.statistics_sums, *logits)
-    packed = [sums.view(torch.int32)]  # floats travel as their bits, so that values and ids share one message
-    for z, groups in zip(logits, maxima, strict=True):
-        values, columns = local_topk(z, groups, support_size)
-        packed += [values.view(torch.int32), (columns + partition.vocab_start_index).int()]
-    gathered = all_gather(torch.cat(packed, 1), partition.group)
-    sums, *tops = (part.contiguous() for part in gathered.split([part.shape[1] for part in packed], -1))
-    student, teacher = (
-        merge_topk(values.view(torch.float32), ids.long(), support_size)
-        for values, ids in zip(tops[0::2], tops[1::2], strict=True)
-    )
-    return sums.view(torch.float32), student, teacher
 
 
 def _support_statistics(

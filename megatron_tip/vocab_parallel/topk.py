@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+from megatron_tip.vocab_parallel.collectives import all_gather
+from megatron_tip.vocab_parallel.partition import VocabPartition
 
 # Columns whose maximum stands for all of them in the first round of a top-K.
 _GROUP_SIZE = 64
@@ -34,8 +39,26 @@ def local_topk(logits: Tensor, maxima: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return candidates.gather(1, places), columns.gather(1, places)
 
 
-def merge_topk(values: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The `k` largest of all ranks' `[tp, c, k]` top values and their ids, `[c, k]`, descending, ties by lower id."""
+def exchange_topk(
+    models: Sequence[Tensor], maxima: Sequence[Tensor], sums: Tensor, k: int, partition: VocabPartition
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """Every rank's `[tp, c, ...]` sums, and each model's top-K logits and ids `[c, k]` over the whole vocabulary.
+
+    `models`: `[c, v]` local logits, `maxima`: their group maxima, `sums`: `[c, ...]` float32 that travel along. One
+    all-gather, of 8 bytes x k a row and model besides the sums.
+    """
+    packed = [sums.view(torch.int32)]  # floats travel as their bits, so that logits and ids share one message
+    for logits, groups in zip(models, maxima, strict=True):
+        values, columns = local_topk(logits, groups, k)
+        packed += [values.view(torch.int32), (columns + partition.vocab_start_index).int()]
+    gathered = all_gather(torch.cat(packed, 1), partition.group)
+    sums, *tops = (part.contiguous() for part in gathered.split([part.shape[1] for part in packed], -1))
+    pairs = zip(tops[0::2], tops[1::2], strict=True)
+    return sums.view(torch.float32), [_merged(values.view(torch.float32), ids.long(), k) for values, ids in pairs]
+
+
+def _merged(values: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The `k` largest of all ranks' `[tp, c, k]` top logits and their ids, `[c, k]`, descending, ties by lower id."""
     # Rank order is id order, and each rank's ties are in id order, so that the place breaks ties as the id would.
     values, ids = values.transpose(0, 1).flatten(1), ids.transpose(0, 1).flatten(1)
     places = _ordered_topk_indices(values, k)
