@@ -1,14 +1,20 @@
 """A step's rollouts, laid out in micro-batches over the student's data-parallel replicas."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from megatron_tip.records import MicroBatch, Rollout, TokenIndex
-from megatron_tip.rollout.batching import build_micro_batch, plan_micro_batches, token_index
+from megatron_tip.rollout.batching import (
+    MicroBatchPlan,
+    build_micro_batch,
+    num_kept_tokens,
+    plan_micro_batches,
+    token_index,
+)
 
 
 @dataclass(frozen=True)
@@ -20,7 +26,7 @@ class StepBatch:
     """
 
     rollouts: Sequence[Rollout]
-    plan: list[list[list[int]]]
+    plan: MicroBatchPlan
     num_kept_tokens: list[int]
     max_tokens: int
     pad_token_id: int
@@ -39,19 +45,19 @@ class StepBatch:
         device: torch.device,
     ) -> "StepBatch":
         """All tokens of `rollouts`, balanced over `dp_size` replicas; a pure function, equal on every rank."""
-        lengths = [rollout.num_tokens for rollout in rollouts]
-        plan = plan_micro_batches(lengths, dp_size, max_tokens)
+        lengths = num_kept_tokens(rollouts, [len(rollout.response_ids) - 1 for rollout in rollouts])
+        plan = plan_micro_batches(lengths, dp_size, max_tokens, sequence_multiple=sequence_multiple)
         return cls(rollouts, plan, lengths, max_tokens, pad_token_id, sequence_multiple, device)
 
     def micro_batch(self, replica: int, index: int) -> MicroBatch:
-        return build_micro_batch(
+        micro_batch = build_micro_batch(
             self.rollouts,
             self.plan[replica][index],
-            pad_token_id=self.pad_token_id,
+            self.pad_token_id,
             sequence_multiple=self.sequence_multiple,
             num_kept_tokens=self.num_kept_tokens,
-            device=self.device,
         )
+        return MicroBatch(**{f.name: getattr(micro_batch, f.name).to(self.device) for f in fields(micro_batch)})
 
     def micro_batches(self, replica: int) -> list[MicroBatch]:
         return [self.micro_batch(replica, index) for index in range(len(self.plan[replica]))]
@@ -85,14 +91,14 @@ class StepBatch:
             A batch whose only replica (0) is this one, and by micro-batch the `[n]` int64 places of its rows among
             the rows of this batch's replica.
         """
-        own = sorted(place for places in self.plan[replica] for place in places)
-        kept = [place for place in own if last_selected[place] >= 0]
-        num_kept_tokens = [
-            len(rollout.prompt_ids) + last + 1 if last >= 0 else 0
-            for rollout, last in zip(self.rollouts, last_selected, strict=True)
-        ]
-        local_plan = plan_micro_batches([num_kept_tokens[place] for place in kept], 1, self.max_tokens)
-        plan = [[[kept[i] for i in places] for places in local_plan[0]]]
+        kept_tokens = num_kept_tokens(self.rollouts, last_selected)
+        own = {place for places in self.plan[replica] for place in places}
+        plan = plan_micro_batches(
+            [length if place in own else 0 for place, length in enumerate(kept_tokens)],
+            1,
+            self.max_tokens,
+            sequence_multiple=self.sequence_multiple,
+        )
         starts = self._row_starts(replica)
         rows = [
             torch.cat(
@@ -101,7 +107,7 @@ class StepBatch:
             ).to(self.device)
             for places in plan[0]
         ]
-        return replace(self, plan=plan, num_kept_tokens=num_kept_tokens), rows
+        return replace(self, plan=plan, num_kept_tokens=kept_tokens), rows
 
     def _row_starts(self, replica: int) -> dict[int, int]:
         """The first row of each of the replica's rollouts."""
@@ -110,5 +116,5 @@ class StepBatch:
         return dict(zip(places, starts, strict=False))
 
     def _num_rows(self, place: int) -> int:
-        rollout = self.rollouts[place]
-        return max(0, self.num_kept_tokens[place] - len(rollout.prompt_ids))
+        """Labels of the rollout: its kept token k predicts token k + 1, from the last prompt token on."""
+        return max(0, self.num_kept_tokens[place] + 1 - len(self.rollouts[place].prompt_ids))

@@ -8,14 +8,14 @@ from megatron_tip.training.run import TrainingRun
 from megatron_tip.training.step import generate_rollouts, score_tokens
 
 
-def measure_heldout(run: TrainingRun) -> tuple[float, list[Rollout]]:
-    """Mean full-vocabulary reverse KL in nats a response token, and the responses; equal on every rank.
+def measure_heldout(run: TrainingRun, step: int) -> tuple[float, list[Rollout]]:
+    """Mean full-vocabulary reverse KL in nats a response token, and the responses, after `step` steps; equal on every rank.
 
     The sampling seed is the same at every call, so that two calls differ by the student alone. NaN where no response
     has a token. Collective over the world.
     """
     prompts = run.prompts.heldout if run.prompts else []
-    rollouts = generate_rollouts(run, prompts, run.heldout_sampling())
+    rollouts = generate_rollouts(run, prompts, run.sampling.for_heldout(step))
     batch = run.batch_of(rollouts)
     if not batch.num_valid():
         return float("nan"), rollouts

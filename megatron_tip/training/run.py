@@ -16,10 +16,6 @@ from megatron_tip.rollout.prompts import PromptSource
 from megatron_tip.rollout.step_batch import StepBatch
 from megatron_tip.selection import Selector
 
-HELDOUT_STEP = 999_999
-"""Stands in the seed of held-out responses where the step stands in those of training."""
-
-
 @dataclass(frozen=True)
 class TrainingRun:
     """What every rank of a run has.
@@ -35,8 +31,8 @@ class TrainingRun:
     architecture: ModelArchitecture
     vocab_size: int
     selector: Selector
+    sampling: SamplingParams
     pad_token_id: int
-    stop_token_ids: tuple[int, ...]
     prompts: PromptSource | None
     engine: RolloutEngine | None
     timer: PhaseTimer
@@ -51,23 +47,4 @@ class TrainingRun:
             pad_token_id=self.pad_token_id,
             sequence_multiple=grid.tp_size if self.config.model.sequence_parallel else 1,
             device=self.device,
-        )
-
-    def sampling(self, step: int) -> SamplingParams:
-        """How step `step` samples; another seed each step."""
-        return self._sampling(self.config.rollout.samples_per_prompt, self.config.run.seed * 1_000_000 + step)
-
-    def heldout_sampling(self) -> SamplingParams:
-        """How held-out prompts are sampled: one response each, the same seed every time."""
-        return self._sampling(1, self.config.run.seed * 1_000_000 + HELDOUT_STEP)
-
-    def _sampling(self, samples_per_prompt: int, seed: int) -> SamplingParams:
-        rollout = self.config.rollout
-        return SamplingParams(
-            max_response_tokens=rollout.max_response_tokens,
-            temperature=rollout.temperature,
-            top_p=rollout.top_p,
-            samples_per_prompt=samples_per_prompt,
-            stop_token_ids=self.stop_token_ids,
-            seed=seed,
         )

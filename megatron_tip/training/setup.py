@@ -1,7 +1,5 @@
 """From a checked plan to a run that can take its first step."""
 
-import dataclasses
-
 import torch
 from transformers import AutoConfig
 
@@ -14,8 +12,8 @@ from megatron_tip.observability.timing import PhaseTimer
 from megatron_tip.parallel.distributed import Worker
 from megatron_tip.parallel.groups import ModelGroups, build_groups
 from megatron_tip.rollout.embedded_engine import EmbeddedEngine
-from megatron_tip.rollout.engine import RolloutEngine
-from megatron_tip.rollout.prompts import PromptSource
+from megatron_tip.rollout.engine import RolloutEngine, SamplingParams
+from megatron_tip.rollout.prompts import PromptSource, load_prompts
 from megatron_tip.rollout.replay_engine import ReplayEngine
 from megatron_tip.training.plan import RunPlan
 from megatron_tip.training.run import TrainingRun
@@ -39,9 +37,16 @@ def build_run(config: Config, plan: RunPlan, worker: Worker, *, num_threads: int
         architecture=plan.student.architecture,
         vocab_size=plan.vocab_size,
         selector=plan.selector,
+        sampling=SamplingParams(
+            max_response_tokens=config.rollout.max_response_tokens,
+            temperature=config.rollout.temperature,
+            top_p=config.rollout.top_p,
+            samples_per_prompt=config.rollout.samples_per_prompt,
+            stop_token_ids=plan.stop_token_ids,
+            seed=config.run.seed,
+        ),
         pad_token_id=plan.pad_token_id,
-        stop_token_ids=plan.stop_token_ids,
-        prompts=PromptSource.from_config(config, plan.tokenizer) if worker.rank == 0 else None,
+        prompts=_prompts(config, plan) if worker.rank == 0 else None,
         engine=_engine(config, plan, worker, num_threads) if worker.rank == 0 else None,
         timer=PhaseTimer(worker.device),
     )
@@ -55,9 +60,8 @@ def resolve_dtype(name: str) -> torch.dtype:
 
 
 def _student(config: Config, plan: RunPlan, groups: ModelGroups) -> Student:
-    architecture = dataclasses.replace(plan.student.architecture)
     model = build_gpt(
-        architecture,
+        plan.student.architecture,
         groups,
         padded_vocab_size=plan.padded_vocab_size,
         dtype=resolve_dtype(config.model.dtype),
@@ -94,6 +98,17 @@ def _teacher(
     return Teacher(model, groups, student_groups, architecture.hidden_size, output_head)
 
 
+def _prompts(config: Config, plan: RunPlan) -> PromptSource:
+    return load_prompts(
+        config.prompts,
+        config.heldout,
+        plan.tokenizer,
+        prompts_per_step=config.rollout.prompts_per_step,
+        steps=config.training.steps,
+        seed=config.run.seed,
+    )
+
+
 def _engine(config: Config, plan: RunPlan, worker: Worker, num_threads: int) -> RolloutEngine:
     if config.rollout.engine == "replay":
         assert config.rollout.replay_folder is not None, "checked by the configuration"
@@ -103,7 +118,6 @@ def _engine(config: Config, plan: RunPlan, worker: Worker, num_threads: int) -> 
         AutoConfig.for_model(**plan.student.config),
         dtype=resolve_dtype(name),
         device=worker.device,
-        pad_token_id=plan.pad_token_id,
         batch_size=config.rollout.batch_size,
         num_threads=num_threads,
     )

@@ -41,7 +41,7 @@ def train_step(run: TrainingRun, step: int) -> dict[str, float]:
     timer = run.timer
     with timer.phase("rollout"):
         prompts = run.prompts.batch(step) if run.prompts else []
-        rollouts = generate_rollouts(run, prompts, run.sampling(step))
+        rollouts = generate_rollouts(run, prompts, run.sampling.for_step(step))
     metrics = rollout_metrics(rollouts, weight_version=step - 1)
     batch = run.batch_of(rollouts)
     if not batch.num_valid():
