@@ -1,0 +1,1 @@
+"""Student and teacher: stages of Megatron-Core GPT models."""
