@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from megatron_tip.config import Config
-from megatron_tip.conversion import HfCheckpoint
+from megatron_tip.conversion.safetensors_io import HfCheckpoint
 from megatron_tip.errors import ConfigError
 from megatron_tip.models.gpt import check_layout
 from megatron_tip.parallel.grid import ModelGrid
