@@ -1,0 +1,1 @@
+"""Hugging Face directories and Megatron-Core models, both ways, as streams of single tensors."""
