@@ -16,6 +16,7 @@ from megatron_tip.rollout.prompts import PromptSource
 from megatron_tip.rollout.step_batch import StepBatch
 from megatron_tip.selection import Selector
 
+
 @dataclass(frozen=True)
 class TrainingRun:
     """What every rank of a run has.
