@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -59,7 +61,7 @@ def test_a_larger_ratio_keeps_what_a_smaller_one_keeps():
             Selector(rule=rule, retention_ratio=ratio, scope="batch").select(statistics, index, step=1).selection_mask
             for ratio in (0.01, 0.1, 0.5, 0.99)
         ]
-        for small, large in zip(masks, masks[1:], strict=False):
+        for small, large in itertools.pairwise(masks):
             assert bool((~small | large).all())
             assert int(small.sum()) < int(large.sum())
 
