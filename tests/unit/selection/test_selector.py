@@ -10,7 +10,7 @@ from megatron_tip.selection import RULES, Selector
 from tests.helpers.selection import make_batch, reference_mask, take_rows
 
 LENGTHS = [17, 1, 40, 3, 0, 64, 2, 33]
-SCORED = sorted(rule for rule, row in RULES.items() if row.take == "top")
+SCORED = sorted(rule for rule, row in RULES.items() if row.take in ("top", "bottom"))
 
 
 @pytest.mark.parametrize("levels", [None, 3])
