@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from megatron_tip.errors import WeightsError
@@ -111,24 +109,6 @@ def kept_layers(num_layers: int, drop_layers: Collection[int]) -> list[int]:
             f"got {list(drop_layers)}"
         )
     return [layer for layer in range(num_layers) if layer not in drop_layers]
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The content of a Hugging Face directory's config.json.
-
-    Raises:
-        WeightsError: there is none, or it is not a JSON object.
-    """
-    path = Path(folder) / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise WeightsError(f"{path}: no such file; expected a Hugging Face directory with config.json") from None
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise WeightsError(f"{path}: expected a JSON object, got {type(config).__name__}")
-    return config
 
 
 def config_without_layers(config: dict[str, Any], drop_layers: Collection[int]) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,9 +13,11 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megatron_tip.conversion.architecture import ModelArchitecture
-from megatron_tip.conversion.safetensors_io import HfCheckpoint
-from megatron_tip.conversion.weight_map import WeightMap, checkpoint_name, output_head, weight_maps
-from megatron_tip.errors import WeightsError
+from megatron_tip.conversion.model_folder import ModelFolder, new_folder
+from megatron_tip.conversion.safetensors_io import HfCheckpoint, write_safetensors
+from megatron_tip.conversion.weight_map import WeightMap, checkpoint_name, hf_shapes, output_head, weight_maps
+from megatron_tip.errors import OutputError, WeightsError
+from megatron_tip.parallel.collectives import broadcast_json
 from megatron_tip.parallel.groups import ModelGroups
 
 
@@ -73,6 +77,44 @@ def export_hf(model: GPTModel, architecture: ModelArchitecture, groups: ModelGro
             yield from _at_first_stage(merged, weight, stage, reference, groups)
 
 
+def save_hf(
+    model: GPTModel,
+    source: ModelFolder,
+    groups: ModelGroups,
+    target: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes the model as a Hugging Face directory `target`, with the config and tokenizer of `source`.
+
+    Streams through `export_hf`: collective over data-parallel replica 0; other replicas return at once. The first
+    rank writes, beside `target`, and renames when all is on disk. `dtype`: of the files; None: the parameters'.
+
+    Raises:
+        OutputError: `target` cannot be written, or exists and `overwrite` is not set; on every rank of the replica.
+    """
+    if groups.dp_rank != 0:
+        return
+    stream = export_hf(model, source.architecture, groups)
+    parameter = next(model.parameters())
+    failure = None
+    if groups.tp_rank == 0 and groups.is_first_stage:
+        try:
+            with new_folder(target, overwrite=overwrite) as folder:
+                written_dtype = dtype or parameter.dtype
+                source.write_description(folder, written_dtype)
+                write_safetensors(folder, stream, hf_shapes(source.architecture), written_dtype)
+        except OutputError as error:
+            failure = str(error)
+    for _ in stream:  # the other ranks' part, or what a failure left over: the others still send it
+        pass
+    first_rank = groups.grid.rank_at(tp=0, dp=0, pp=0)
+    failure = broadcast_json(failure, source=first_rank, device=parameter.device, group=groups.model_group)
+    if failure is not None:
+        raise OutputError(failure)
+
+
 def _local_parameters(
     model: GPTModel, architecture: ModelArchitecture
 ) -> Iterator[tuple[str, torch.nn.Parameter, WeightMap]]:
@@ -89,7 +131,8 @@ _LOCAL_LAYER = re.compile(r"(?<=^decoder\.layers\.)\d+")
 
 
 def _global_layer(model: GPTModel, match: re.Match[str]) -> str:
-    return str(model.decoder.layers[int(match[0])].layer_number - 1)  # Megatron counts from 1, over all stages
+    layer: Any = model.decoder.layers[int(match[0])]
+    return str(layer.layer_number - 1)  # Megatron counts from 1, over all stages
 
 
 def _stage_of(weight: WeightMap, architecture: ModelArchitecture, pp_size: int) -> int:

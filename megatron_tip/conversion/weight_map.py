@@ -61,6 +61,15 @@ def weight_maps(architecture: ModelArchitecture) -> list[WeightMap]:
     return [embedding, *layers, final_norm, *head]
 
 
+def hf_shapes(architecture: ModelArchitecture) -> dict[str, tuple[int, ...]]:
+    """The name and shape of every Hugging Face tensor of the model, in the order of `weight_maps`."""
+    return {
+        name: shape
+        for weight in weight_maps(architecture)
+        for name, shape in zip(weight.hf_names, weight.hf_shapes, strict=True)
+    }
+
+
 def _layer(architecture: ModelArchitecture, layer: int) -> list[WeightMap]:
     hidden, ffn, head_dim = architecture.hidden_size, architecture.ffn_hidden_size, architecture.head_dim
     q_size = architecture.num_attention_heads * head_dim

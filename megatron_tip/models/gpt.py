@@ -107,6 +107,7 @@ def build_gpt(
     prepare_megatron()
     use_transformer_engine = resolve_transformer_impl(transformer_impl) == "transformer_engine"
     block = transformer_engine_block if use_transformer_engine else local_block
+    layers: Any = block(architecture.num_layers // grid.pp_size, qk_norm=architecture.qk_norm)
     model = HiddenStatesModel(
         _transformer_config(
             architecture,
@@ -116,21 +117,21 @@ def build_gpt(
             sequence_parallel=sequence_parallel,
             recompute_activations=recompute_activations,
         ),
-        block(architecture.num_layers // grid.pp_size, qk_norm=architecture.qk_norm),
+        layers,
         vocab_size=padded_vocab_size,
         max_sequence_length=architecture.max_position_embeddings,
         pre_process=groups.is_first_stage,
         post_process=groups.is_last_stage,
         share_embeddings_and_output_weights=architecture.tied_embeddings and trainable,
         position_embedding_type="rope",
-        rotary_base=architecture.rope_theta,  # type: ignore[arg-type]
+        rotary_base=architecture.rope_theta,  # pyright: ignore[reportArgumentType]
         pg_collection=groups.collection,
     )
     _scale_rope(model, architecture.rope_scaling)
     _mark_tensor_parallel(model)
     if not trainable:
         if groups.is_last_stage:
-            model.output_layer = None
+            model.output_layer = None  # pyright: ignore[reportAttributeAccessIssue]
         model.requires_grad_(False).eval()
     return model
 
@@ -150,8 +151,8 @@ def output_head_weight(model: GPTModel) -> torch.nn.Parameter:
     """
     assert model.post_process, "the LM head is on the last stage"
     if model.share_embeddings_and_output_weights:
-        return model.shared_embedding_or_output_weight()  # type: ignore[return-value]
-    return model.output_layer.weight  # type: ignore[return-value]
+        return model.shared_embedding_or_output_weight()  # pyright: ignore[reportReturnType]
+    return model.output_layer.weight  # pyright: ignore[reportReturnType]
 
 
 def _transformer_config(
@@ -210,15 +211,15 @@ def _scale_rope(model: GPTModel, scaling: RopeScaling | None) -> None:
     """Megatron's constructor knows the factor of llama3 alone; its own function takes all of the parameters."""
     if scaling is None:
         return
-    rope = model.rotary_pos_emb
+    rope: Any = model.rotary_pos_emb
     if scaling.kind == "linear":
         rope.inv_freq = rope.inv_freq / scaling.factor
     else:
         rope.inv_freq = rope._apply_scaling(
             rope.inv_freq,
             scaling.factor,
-            scaling.low_freq_factor,  # type: ignore[arg-type]
-            scaling.high_freq_factor,  # type: ignore[arg-type]
+            scaling.low_freq_factor,
+            scaling.high_freq_factor,
             scaling.original_max_position_embeddings,
         )
 

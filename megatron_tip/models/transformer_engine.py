@@ -1,5 +1,7 @@
 """The one place that knows whether Transformer Engine is there, and its layers."""
 
+from typing import Any
+
 from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
@@ -23,4 +25,5 @@ def transformer_engine_block(num_layers: int, *, qk_norm: bool) -> TransformerBl
             "megatron_tip[transformer-engine] on a machine with a GPU, or set transformer_impl = local"
         )
     layer = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm)
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=gpt_layer_specs.TENorm)
+    final_norm: Any = gpt_layer_specs.TENorm
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=final_norm)

@@ -33,12 +33,11 @@ LLAMA3_ROPE = {
     "high_freq_factor": 3.0,
     "original_max_position_embeddings": 16,
 }
+LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 VARIANTS: dict[str, Any] = {
     "llama_untied": LlamaConfig(**SIZES, tie_word_embeddings=False),
     "llama_tied_llama3_rope": LlamaConfig(**SIZES, tie_word_embeddings=True, rope_parameters=LLAMA3_ROPE),
-    "llama_linear_rope": LlamaConfig(
-        **SIZES, rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
-    ),
+    "llama_linear_rope": LlamaConfig(**SIZES, rope_parameters=LINEAR_ROPE),
     "llama_all_heads": LlamaConfig(**{**SIZES, "num_key_value_heads": 4}, rms_norm_eps=1e-2),
     "qwen2_tied": Qwen2Config(**SIZES, tie_word_embeddings=True),
     "qwen2_untied": Qwen2Config(**SIZES, tie_word_embeddings=False),
@@ -47,14 +46,14 @@ VARIANTS: dict[str, Any] = {
 }
 
 
-def write_tiny_model(folder: Path, variant: str, seed: int = 0) -> Path:
-    """A Hugging Face directory of random float32 weights; norms and biases are random too."""
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(VARIANTS[variant], dtype=torch.float32)
+def write_tiny_model(folder: Path, variant: str, *, dtype: torch.dtype = torch.float32, **save_options: Any) -> Path:
+    """A Hugging Face directory of random weights; norms and biases are random too."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(VARIANTS[variant], dtype=dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.3 + (parameter.ndim == 1))
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, **save_options)
     return folder
 
 
@@ -95,15 +94,21 @@ def final_hidden(model: HiddenStatesModel, groups: ModelGroups, input_ids: Tenso
     return received[0] if received else None
 
 
-def megatron_logits(model: HiddenStatesModel, groups: ModelGroups, input_ids: Tensor) -> Tensor | None:
-    """Logits `[b, s, padded v]` of the last stage, gathered over tp; None on the other stages."""
+def megatron_logits(
+    model: HiddenStatesModel, groups: ModelGroups, input_ids: Tensor, head: Tensor | None = None
+) -> Tensor | None:
+    """Logits `[b, s, padded v]` of the last stage, gathered over tp; None on the other stages.
+
+    `head`: this rank's shard of the LM head; None: the model's own.
+    """
     with torch.no_grad():
         hidden = final_hidden(model, groups, input_ids)
         if hidden is None:
             return None
         if model.config.sequence_parallel:
             hidden = torch.cat(_gathered(hidden, groups))
-        logits = torch.cat(_gathered(hidden @ output_head_weight(model).T, groups), dim=-1)
+        head = output_head_weight(model) if head is None else head
+        logits = torch.cat(_gathered(hidden @ head.T, groups), dim=-1)
         return logits.transpose(0, 1)
 
 
