@@ -10,8 +10,7 @@ from torch import Tensor
 
 from megatron_tip.errors import EngineError
 from megatron_tip.records import Rollout
-
-FINISH_REASONS = ("stop", "length")
+from megatron_tip.rollout.engine import FINISH_REASONS
 
 
 def broadcast_rollouts(

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from megatron_tip.records import Prompt, Rollout
 
+FINISH_REASONS = ("stop", "length")
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -39,7 +41,7 @@ class SamplingParams:
 
 def derive_seed(*parts: int) -> int:
     """An unsigned 32-bit seed that follows from `parts`; other parts, an unrelated seed."""
-    words = [part % 2**64 for part in parts]
+    words = [len(parts), *(part % 2**64 for part in parts)]  # numpy fills up with zeros: the length tells them apart
     return int(np.random.SeedSequence(words).generate_state(1)[0])
 
 
