@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 
 import pytest
@@ -66,11 +67,12 @@ def test_files_can_be_read_back(tmp_path):
     folder = RunFolder.create(tmp_path / "a")
     folder.write_config(config)
     folder.write_samples([Sample("1 + 1?", "é\n", "2"), Sample("2 + 2?", "", "4")])
-    folder.write_summary({"steps": 3})
+    folder.write_summary({"steps": 3, "heldout_reverse_kl": {"before": math.nan, "after": 1.5}})
     assert load_config(folder.config) == config
     lines = folder.samples.read_text().splitlines()
     assert [json.loads(line) for line in lines] == [
         {"prompt": "1 + 1?", "before": "é\n", "after": "2"},
         {"prompt": "2 + 2?", "before": "", "after": "4"},
     ]
-    assert json.loads(folder.summary.read_text()) == {"steps": 3}
+    summary = json.loads(folder.summary.read_text())
+    assert summary == {"steps": 3, "heldout_reverse_kl": {"before": None, "after": 1.5}}
