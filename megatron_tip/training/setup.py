@@ -14,6 +14,7 @@ from megatron_tip.parallel.groups import ModelGroups, build_groups
 from megatron_tip.rollout.embedded_engine import EmbeddedEngine
 from megatron_tip.rollout.engine import RolloutEngine, SamplingParams
 from megatron_tip.rollout.prompts import PromptSource, load_prompts
+from megatron_tip.rollout.replay_engine import ReplayEngine
 from megatron_tip.training.plan import RunPlan
 from megatron_tip.training.run import TrainingRun
 from megatron_tip.vocab_parallel import padded_vocab_size
@@ -109,6 +110,9 @@ def _prompts(config: Config, plan: RunPlan) -> PromptSource:
 
 
 def _engine(config: Config, plan: RunPlan, worker: Worker, num_threads: int) -> RolloutEngine:
+    if config.rollout.engine == "replay":
+        assert config.rollout.replay_folder is not None, "checked by the configuration"
+        return ReplayEngine(config.rollout.replay_folder)
     name = config.rollout.dtype if config.rollout.dtype != "auto" else config.model.dtype
     return EmbeddedEngine(
         AutoConfig.for_model(**plan.student.config),

@@ -13,6 +13,7 @@ from megatron_tip.records import Prompt, Rollout, TokenIndex, TokenSelection, To
 from megatron_tip.rollout.broadcast import broadcast_rollouts
 from megatron_tip.rollout.engine import SamplingParams
 from megatron_tip.rollout.step_batch import StepBatch
+from megatron_tip.rollout.storage import write_rollouts
 from megatron_tip.training.metrics import rollout_metrics, supervision_metrics
 from megatron_tip.training.run import TrainingRun
 from megatron_tip.training.weight_sync import sync_weights
@@ -79,7 +80,10 @@ def generate_rollouts(run: TrainingRun, prompts: Sequence[Prompt], sampling: Sam
 
     def generate() -> list[Rollout]:
         assert run.engine is not None, "the engine lives in the first process"
-        return run.engine.generate(prompts, sampling)
+        rollouts = run.engine.generate(prompts, sampling)
+        if run.config.output.save_rollouts:
+            write_rollouts(RunFolder(run.config.run.folder).rollouts, sampling.batch_name, rollouts, prompts)
+        return rollouts
 
     return broadcast_rollouts(generate, device=run.device)
 
