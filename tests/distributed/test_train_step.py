@@ -18,8 +18,23 @@ Row = tuple[int, int, float]
 """Rollout, position in the response, weight."""
 
 
+@dataclass(frozen=True)
+class Observed:
+    """What one rank saw of the first step: its metrics; what its replica selected; its part of the loss; on rank 0 the
+    gradients under Hugging Face names.
+    """
+
+    metrics: dict[str, float]
+    selected: list[Row]
+    loss: float
+    gradients: dict[str, torch.Tensor]
+
+
+def observe(config: Config, rollouts: list[Rollout]) -> Observed:
+    return Observed(train_step(build_tiny_run(config, rollouts), 1), *selected_and_gradients(config, rollouts))
+
+
 def selected_and_gradients(config: Config, rollouts: list[Rollout]) -> tuple[list[Row], float, dict[str, torch.Tensor]]:
-    """What this replica selected, its part of the loss, and on rank 0 the gradients under Hugging Face names."""
     run = build_tiny_run(config, rollouts)
     groups = run.student.groups
     batch = run.batch_of(rollouts)

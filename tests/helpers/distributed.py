@@ -61,7 +61,7 @@ def _worker(
 ) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
-    stack = Path(folder, f"{rank}.stack").open("w")  # noqa: SIM115: open until the process ends
+    stack = Path(folder, f"{rank}.stack").open("w")  # noqa: SIM115  (open until the process ends)
     faulthandler.dump_traceback_later(max(1.0, timeout - 3.0), file=stack)
     try:
         store = dist.FileStore(os.path.join(folder, "store"), world_size)
