@@ -2,7 +2,7 @@
 
 from megatron_tip.selection.calibration import BatchTotals, Calibration
 from megatron_tip.selection.normalise import NORMALISERS, Normaliser
-from megatron_tip.selection.one_pass import batch_totals, select_micro_batch
+from megatron_tip.selection.one_pass import agreement, batch_totals, select_micro_batch
 from megatron_tip.selection.rules import RULES, Input, Rule
 from megatron_tip.selection.selector import Selector
 
@@ -15,6 +15,7 @@ __all__ = [
     "Normaliser",
     "Rule",
     "Selector",
+    "agreement",
     "batch_totals",
     "select_micro_batch",
 ]

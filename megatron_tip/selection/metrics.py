@@ -103,9 +103,3 @@ def threshold_metrics(threshold: Threshold | None, num_selected: int) -> dict[st
         return {}
     num_tied = threshold.num_tied if threshold.num_tied < threshold.num_equal else 0
     return {"selection/threshold": threshold.score, "selection/tied_share": num_tied / num_selected}
-
-
-def jaccard(mask: Tensor, other: Tensor, replicas: Replicas) -> float:
-    """Returns the rows of both masks over the rows of either, over all replicas; 1 if both are empty. 1 all-reduce."""
-    sums = sum_rows({"both": mask & other, "either": mask | other}, replicas)
-    return sums["both"] / sums["either"] if sums["either"] else 1.0
