@@ -15,6 +15,7 @@ from megatron_tip import __version__
 from megatron_tip.config import Config
 from megatron_tip.config_io import dump_config, load_config, reference
 from megatron_tip.errors import ConfigError, InputError, MegatronTipError
+from megatron_tip.observability.logs import configure_logging
 from megatron_tip.observability.run_folder import RunFolder
 from megatron_tip.parallel.environment import is_worker
 from megatron_tip.parallel.launch import run_worker, start_workers
@@ -81,6 +82,7 @@ def train(
 
 
 def _train(config: Config) -> None:
+    configure_logging(int(os.environ["RANK"]))
     from megatron_tip.training.loop import train as train_loop  # imports torch and Megatron: in the workers alone
 
     train_loop(config)

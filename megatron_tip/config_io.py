@@ -161,12 +161,15 @@ def _explain(detail: ErrorDetails, overridden: set[str]) -> str:
 
 
 def _nearest(name: str) -> str:
-    """The existing key most like `name`: the same key in another section first, then the closest spelling."""
-    last_part = name.rpartition(".")[2]
-    known = list(_all_keys()) if "." in name else list(_sections())
-    candidates = [key for key in _all_keys() if key.endswith(f".{last_part}")]
-    candidates = candidates or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {candidates[0]}?" if candidates else "; see `megatron-tip train --help` for all keys"
+    """Points to the existing key or section most like `name`: by the key's own name, its section's keys first."""
+    section, _, key = name.rpartition(".")
+    by_key = {known.partition(".")[2]: known for known in _all_keys()}
+    in_section = {known.partition(".")[2]: known for known in _all_keys() if known.startswith(f"{section}.")}
+    sections = {known: known for known in _sections()}
+    for names in (in_section, by_key) if section else (sections, by_key):
+        if close := difflib.get_close_matches(key, names, n=1):
+            return f"; did you mean {names[close[0]]}?"
+    return "; see `megatron-tip train --help` for all keys"
 
 
 def _shown(value: Any) -> str:

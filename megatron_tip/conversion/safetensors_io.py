@@ -39,7 +39,7 @@ class HfCheckpoint(ModelFolder):
         """
         super().__init__(folder, drop_layers)
         self._kept_layers = kept_layers(self._full_architecture.num_layers, drop_layers)
-        self._files = _open_files(self.folder)
+        self._files = _tensor_files(self.folder)
         self._check(self._full_architecture)
 
     def read(self, name: str) -> Tensor:
@@ -60,7 +60,8 @@ class HfCheckpoint(ModelFolder):
 
     def _slice(self, name: str) -> Any:
         source = _LAYER.sub(lambda match: f"{match[1]}{self._kept_layers[int(match[2])]}.", name)
-        return self._files[source].get_slice(source)
+        # Opened anew each time: an open file stays mapped, and its pages count as this process's memory.
+        return _open(self._files[source]).get_slice(source)
 
     def _check(self, architecture: ModelArchitecture) -> None:
         expected = hf_shapes(architecture)
@@ -79,7 +80,7 @@ class HfCheckpoint(ModelFolder):
                 f"({len(unknown)} are unknown); leaving it out would make another model"
             )
         for name, shape in expected.items():
-            header = self._files[name].get_slice(name)
+            header = _open(self._files[name]).get_slice(name)
             if tuple(header.get_shape()) != shape or header.get_dtype() not in _DTYPE_NAMES.values():
                 raise WeightsError(
                     f"{self.folder}: expected {name} of shape {shape} in {' or '.join(_DTYPE_NAMES.values())}, "
@@ -155,27 +156,30 @@ def _num_bytes(shape: tuple[int, ...], itemsize: int) -> int:
     return torch.Size(shape).numel() * itemsize
 
 
-def _open_files(folder: Path) -> dict[str, Any]:
-    """Each tensor's name and the open file that holds it."""
+def _tensor_files(folder: Path) -> dict[str, Path]:
+    """Each tensor's name and the file that holds it; every file's header has been read."""
     index = folder / INDEX_NAME
     if not index.exists():
-        return _open_file(folder / SINGLE_NAME)
+        return _names_in(folder / SINGLE_NAME)
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise WeightsError(f"{index}: expected a weight_map from tensor names to file names, got {weight_map!r}")
-    tensors: dict[str, Any] = {}
+    tensors: dict[str, Path] = {}
     for file_name in sorted(set(weight_map.values())):
         if Path(file_name).name != file_name:
             raise WeightsError(f"{index}: expected names of files in the same folder, got {file_name!r}")
-        tensors |= _open_file(folder / file_name)
+        tensors |= _names_in(folder / file_name)
     return tensors
 
 
-def _open_file(path: Path) -> dict[str, Any]:
+def _names_in(path: Path) -> dict[str, Path]:
+    return dict.fromkeys(_open(path).keys(), path)
+
+
+def _open(path: Path) -> Any:
     if not path.is_file():
         raise WeightsError(f"{path}: no such file; the model's weights are missing or not in safetensors format")
     try:
-        file = safe_open(path, framework="pt", device="cpu")
+        return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path}: not a complete safetensors file ({error}); fetch it again") from error
-    return dict.fromkeys(file.keys(), file)

@@ -13,9 +13,7 @@ from torch import Tensor
 from megatron_tip.parallel.groups import ModelGrid
 
 
-def masked_rows(
-    hidden_states: Tensor, mask: Tensor, *, tp_group: dist.ProcessGroup, sequence_parallel: bool
-) -> Tensor:
+def masked_rows(hidden_states: Tensor, mask: Tensor, *, tp_group: dist.ProcessGroup, sequence_parallel: bool) -> Tensor:
     """`[n, h]`: the hidden states where `mask` holds, sequence by sequence, position by position.
 
     Args:
@@ -57,9 +55,7 @@ def plan_transfers(num_rows: list[list[int]], student: ModelGrid, teacher: Model
     for replica, rows_of_micro_batches in enumerate(num_rows):
         for micro_batch, rows in enumerate(rows_of_micro_batches):
             serving = teacher_replica(replica, micro_batch, len(rows_of_micro_batches), student, teacher)
-            holders = [
-                teacher.rank_at(tp=tp, dp=serving, pp=teacher.pp_size - 1) for tp in range(teacher.tp_size)
-            ]
+            holders = [teacher.rank_at(tp=tp, dp=serving, pp=teacher.pp_size - 1) for tp in range(teacher.tp_size)]
             for tp in range(student.tp_size):
                 destination = student.rank_at(tp=tp, dp=replica, pp=student.pp_size - 1)
                 source = destination if destination in holders else holders[tp % len(holders)]

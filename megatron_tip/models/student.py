@@ -126,9 +126,7 @@ def build_student(
     return Student(model, wrapped, optimizer, scheduler, groups)
 
 
-def _finalize_gradients(
-    model: list[torch.nn.Module], num_tokens: Tensor | None = None, **arguments: Any
-) -> None:
+def _finalize_gradients(model: list[torch.nn.Module], num_tokens: Tensor | None = None, **arguments: Any) -> None:
     """Megatron's reduction of gradients over dp, of tied embeddings over pp and of norms over tp, without its division.
 
     The row weights of the loss already carry the one division by the global count.

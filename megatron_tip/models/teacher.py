@@ -8,15 +8,15 @@ from torch import Tensor
 from megatron_tip.models.hidden_states import exchange, masked_rows, plan_transfers, teacher_replica
 from megatron_tip.models.pipeline import run_forward
 from megatron_tip.parallel.groups import ModelGroups
-from megatron_tip.rollout.batching import StepBatch
+from megatron_tip.rollout.step_batch import StepBatch
 
 
 @dataclass(frozen=True)
 class Teacher:
     """A teacher in its own tp x pp layout.
 
-    `output_head`: `[V_padded / student_tp, H]`, this rank's shard of the teacher's LM head, sharded over the *student's*
-    tp group; None away from the student's last stage.
+    `output_head`: `[V_padded / student_tp, H]`, this rank's shard of the teacher's LM head, sharded over the
+    *student's* tp group; None away from the student's last stage.
     """
 
     model: torch.nn.Module
@@ -24,6 +24,12 @@ class Teacher:
     student_groups: ModelGroups
     hidden_size: int
     output_head: Tensor | None
+
+    @property
+    def head(self) -> Tensor:
+        """The LM head's shard; on the student's last stage only."""
+        assert self.output_head is not None, "the teacher's head is on the student's last stage"
+        return self.output_head
 
     def hidden_rows(self, batch: StepBatch) -> Tensor | None:
         """`[n, H]`: the teacher's hidden states of this rank's student replica, in the order of its rows.

@@ -2,19 +2,18 @@
 
 import errno
 import json
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
-from megatron_tip.observability.run_folder import output_errors
+from megatron_tip.observability.run_folder import finite_json, output_errors
 
 
 class MetricsWriter:
     """Appends steps to a JSON-lines file. Only rank 0 makes one.
 
-    Keys are `area/name_unit`. A value that is not finite is written as null: JSON has no NaN.
+    Keys are `area/name_unit`. A value that is not finite is written as null.
     """
 
     def __init__(self, path: Path) -> None:
@@ -33,8 +32,7 @@ class MetricsWriter:
         Raises:
             OutputError: the disk is full; the file then ends with the line before.
         """
-        values = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        line = (json.dumps({"step": step, **values}, allow_nan=False) + "\n").encode()
+        line = (json.dumps(finite_json({"step": step, **metrics}), allow_nan=False) + "\n").encode()
         with output_errors(self._path):
             end = os.fstat(self._file).st_size
             try:

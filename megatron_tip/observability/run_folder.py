@@ -6,6 +6,7 @@
 """
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -101,7 +102,14 @@ class RunFolder:
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Marks the run as finished; call it last."""
-        atomic_write_text(self.summary, json.dumps(summary, indent=2) + "\n")
+        atomic_write_text(self.summary, json.dumps(finite_json(summary), indent=2, allow_nan=False) + "\n")
+
+
+def finite_json(value: Any) -> Any:
+    """Returns `value` with None in the place of floats that are not finite: JSON has no NaN."""
+    if isinstance(value, Mapping):
+        return {name: finite_json(item) for name, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def atomic_write_text(path: Path, text: str) -> None:

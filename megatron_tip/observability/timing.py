@@ -1,7 +1,7 @@
 """Where the time of a step goes."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -12,9 +12,13 @@ class PhaseTimer:
 
     On a GPU, with `synchronize`, the device is waited for before each reading of the clock: work is asynchronous, and
     without it a phase is charged for what an earlier one started. A phase entered twice in a step adds up.
+    `on_enter` is told the name of each phase as it begins.
     """
 
-    def __init__(self, device: torch.device, *, synchronize: bool = True) -> None:
+    def __init__(
+        self, device: torch.device, *, synchronize: bool = True, on_enter: Callable[[str], None] | None = None
+    ) -> None:
+        self._on_enter = on_enter or (lambda _: None)
         self._synchronizes = synchronize and device.type == "cuda"
         self._device = device
         self._start = time.perf_counter()
@@ -24,6 +28,7 @@ class PhaseTimer:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Charges the block's time to `name`, also when it raises."""
+        self._on_enter(name)
         start = self._now()
         try:
             yield

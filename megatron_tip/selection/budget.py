@@ -6,10 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from megatron_tip.records import TokenIndex
 from megatron_tip.selection.order_statistics import FLOAT_KEY_BITS, order_statistics, ordered_keys, value_of_key
 from megatron_tip.selection.replicas import Replicas
 
@@ -38,63 +40,141 @@ class TieOrder:
 
 
 @dataclass(frozen=True)
-class Top:
-    """The kept rows of this replica (`mask`, `[n]` bool), and facts that are equal on all replicas.
+class Threshold:
+    """The lowest score that is kept, how many of the kept rows have just that score, and how many of all rows."""
 
-    `threshold`: the lowest score kept. `num_tied`: kept rows with just that score. `runner_up`: the best score that was
-    not kept; NaN if it was not asked for or all rows are kept.
+    score: float
+    num_tied: int
+    num_equal: int
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The rows of this replica that a budget keeps: `mask`, `[n]` bool.
+
+    `runner_up`: for each row the best score that its budget did not keep, 0 if it kept all; `[n]` or one number.
+    `threshold`: over all replicas, equal on all; None where there is none (rollouts each have their own).
     """
 
     mask: Tensor
-    threshold: float
-    num_tied: int
-    runner_up: float = math.nan
+    runner_up: Tensor | float = 0.0
+    threshold: Threshold | None = None
 
 
-def top_of_batch(
-    scores: Sequence[Tensor],
-    num_kept: int,
-    num_rows: int,
-    ties: TieOrder,
-    replicas: Replicas,
-    *,
-    with_runner_up: bool = False,
-) -> list[Top]:
-    """Returns, for each `[n]` float32 score vector, the `num_kept` highest of the `num_rows` rows of all replicas.
+class Budget(Protocol):
+    """What keeps the best rows of each score vector. `num_selected`: over the whole batch, equal on all replicas."""
 
-    Collectives: 3 all-reduces for the thresholds of all vectors; where ties straddle a threshold,
-    ceil(key_bits / 11) more for all those vectors together.
+    @property
+    def num_selected(self) -> int: ...
+
+    def keep(self, scores: Sequence[Tensor], ties: TieOrder, *, with_runner_up: bool) -> list[Kept]:
+        """Returns the kept rows for each `[n]` float32 score vector; NaN ranks above all."""
+        ...
+
+    def uniform_inclusion(self) -> Tensor | float:
+        """Returns each row's chance to be kept if all scores are drawn alike; `[n]` or one number."""
+        ...
+
+
+@dataclass(frozen=True)
+class NoBudget:
+    """All rows."""
+
+    num_selected: int
+
+    def keep(self, scores: Sequence[Tensor], ties: TieOrder, *, with_runner_up: bool) -> list[Kept]:
+        return [Kept(torch.ones_like(row_scores, dtype=torch.bool)) for row_scores in scores]
+
+    def uniform_inclusion(self) -> float:
+        return 1.0
+
+
+@dataclass(frozen=True)
+class BatchBudget:
+    """`num_selected` rows of the `num_rows` rows of all `replicas`."""
+
+    num_selected: int
+    num_rows: int
+    replicas: Replicas
+
+    def keep(self, scores: Sequence[Tensor], ties: TieOrder, *, with_runner_up: bool) -> list[Kept]:
+        """See Budget.keep; `runner_up` is 0 unless asked for.
+
+        Collectives: 3 all-reduces for the thresholds of all vectors; where ties straddle a threshold,
+        ceil(key_bits / 11) more for all those vectors together.
+        """
+        assert 1 <= self.num_selected <= self.num_rows, "a budget lies between one row and all rows"
+        # in ascending order the rows from rank `first` on are kept: all above the threshold, and the last tied with it
+        first = self.num_rows - self.num_selected
+        ranks = [first, first - 1] if with_runner_up and first else [first]
+        keys = [ordered_keys(values) for values in scores]
+        found = order_statistics(keys, [ranks] * len(keys), FLOAT_KEY_BITS, self.replicas)
+        thresholds = [statistics[0] for statistics in found]
+        num_tied = [at.num_below + at.num_equal - first for at in thresholds]
+        tied = [row_keys == at.key for row_keys, at in zip(keys, thresholds, strict=True)]
+        self._cut_ties(tied, num_tied, [at.num_equal for at in thresholds], ties)
+        return [
+            Kept(
+                mask=(keys[place] > at.key) | tied[place],
+                runner_up=value_of_key(found[place][1].key) if len(ranks) > 1 else 0.0,
+                threshold=Threshold(value_of_key(at.key), num_tied[place], at.num_equal),
+            )
+            for place, at in enumerate(thresholds)
+        ]
+
+    def _cut_ties(self, tied: list[Tensor], num_kept: list[int], num_equal: list[int], ties: TieOrder) -> None:
+        """Leaves, in place, the `num_kept` first in tie order of each of the `tied` masks."""
+        straddling = [place for place in range(len(tied)) if num_kept[place] < num_equal[place]]
+        keys = [ties.keys[tied[place]] for place in straddling]
+        last_ranks = [[num_kept[place] - 1] for place in straddling]
+        last_kept = order_statistics(keys, last_ranks, ties.key_bits, self.replicas)
+        for place, (last,) in zip(straddling, last_kept, strict=True):
+            tied[place] &= ties.keys <= last.key
+
+    def uniform_inclusion(self) -> float:
+        return self.num_selected / self.num_rows
+
+
+@dataclass(frozen=True)
+class RolloutBudget:
+    """The best rows of each rollout; all rows of a rollout lie on one replica, so nothing is communicated.
+
+    `place`: `[n]` each row's rollout among the replica's rollouts. `lengths`, `budgets`: `[rollouts]` int64.
     """
-    assert 1 <= num_kept <= num_rows, "a budget lies between one row and all rows"
-    keys = [ordered_keys(values) for values in scores]
-    first = num_rows - num_kept
-    ranks = [first, first - 1] if with_runner_up and first else [first]
-    found = order_statistics(keys, [ranks] * len(keys), FLOAT_KEY_BITS, replicas)
-    # in ascending order the rows from rank `first` on are kept: all above the threshold and `num_tied` that equal it
-    num_tied = [at.num_below + at.num_equal - first for at, *_ in found]
-    tied = [values == at.key for values, (at, *_) in zip(keys, found, strict=True)]
-    straddling = [place for place, (at, *_) in enumerate(found) if num_tied[place] < at.num_equal]
-    last_kept = order_statistics(
-        [ties.keys[tied[place]] for place in straddling],
-        [[num_tied[place] - 1] for place in straddling],
-        ties.key_bits,
-        replicas,
-    )
-    for place, (last,) in zip(straddling, last_kept, strict=True):
-        tied[place] = tied[place] & (ties.keys <= last.key)
-    tops = []
-    for place, (at, *below) in enumerate(found):
-        runner_up = value_of_key(below[0].key) if below else math.nan
-        tops.append(Top((keys[place] > at.key) | tied[place], value_of_key(at.key), num_tied[place], runner_up))
-    return tops
 
+    num_selected: int
+    place: Tensor
+    lengths: Tensor
+    budgets: Tensor
 
-def rank_within_rollout(scores: Tensor, rollout_index: Tensor, ties: TieOrder) -> Tensor:
-    """Returns `[n]` int64: 0 for the best-scored row of its rollout, 1 for the next, equal scores in tie order."""
-    order = torch.argsort(ties.keys)
-    order = order[torch.argsort(ordered_keys(scores)[order], descending=True, stable=True)]
-    order = order[torch.argsort(rollout_index[order], stable=True)]
-    _, counts = torch.unique_consecutive(rollout_index[order], return_counts=True)
-    starts = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
-    place = torch.arange(len(order), device=order.device)
-    return torch.empty_like(order).scatter_(0, order, place - starts)
+    @staticmethod
+    def of(index: TokenIndex, retention_ratio: float, minimum: int) -> RolloutBudget:
+        """Returns the budgets of this replica's rollouts; `num_selected` counts this replica alone."""
+        _, place, lengths = torch.unique(index.rollout_index, return_inverse=True, return_counts=True)
+        budgets = [rollout_budget(retention_ratio, length, minimum) for length in lengths.tolist()]
+        return RolloutBudget(
+            sum(budgets), place, lengths, torch.tensor(budgets, dtype=torch.int64, device=place.device)
+        )
+
+    def keep(self, scores: Sequence[Tensor], ties: TieOrder, *, with_runner_up: bool) -> list[Kept]:
+        return [self._keep(row_scores, ties, with_runner_up) for row_scores in scores]
+
+    def _keep(self, scores: Tensor, ties: TieOrder, with_runner_up: bool) -> Kept:
+        rank, budget = self._rank_within_rollout(scores, ties), self.budgets[self.place]
+        runner_up = torch.zeros_like(self.budgets, dtype=torch.float32)
+        if with_runner_up:
+            next_best = rank == budget
+            runner_up[self.place[next_best]] = scores[next_best]
+        return Kept(rank < budget, runner_up[self.place])
+
+    def _rank_within_rollout(self, scores: Tensor, ties: TieOrder) -> Tensor:
+        """Returns `[n]` int64: 0 for the best row of its rollout, 1 for the next; equal scores in tie order."""
+        order = torch.argsort(ties.keys)
+        order = order[torch.argsort(ordered_keys(scores)[order], descending=True, stable=True)]
+        order = order[torch.argsort(self.place[order], stable=True)]
+        starts = torch.repeat_interleave(self.lengths.cumsum(0) - self.lengths, self.lengths)
+        rank = torch.arange(len(order), device=order.device) - starts
+        return torch.empty_like(order).scatter_(0, order, rank)
+
+    def uniform_inclusion(self) -> Tensor:
+        return (self.budgets / self.lengths)[self.place]

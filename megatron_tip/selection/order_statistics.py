@@ -9,13 +9,15 @@ number of score vectors share the passes.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megatron_tip.selection.replicas import Replicas
+
+Quantiles = dict[tuple[str, float], float]
 
 DIGIT_BITS = 11
 FLOAT_KEY_BITS = 32
@@ -103,34 +105,36 @@ def _descend(statistic: OrderStatistic, cumulative: Tensor, width: int) -> None:
 
 
 def quantiles(
-    values: Mapping[str, Tensor], probabilities: Mapping[str, Sequence[float]], num_values: int, replicas: Replicas
-) -> dict[tuple[str, float], float]:
-    """Returns the quantile of each name and probability over all replicas, equal on all of them.
+    values: Mapping[str, Tensor], wanted: Iterable[tuple[str, float]], num_values: int, replicas: Replicas
+) -> Quantiles:
+    """Returns the quantile of each wanted (name, probability) over all replicas, equal on all of them.
 
     Linear interpolation in float64 between the two neighbouring float32 values, operation by operation that of
     `numpy.quantile(gathered.astype(float64), probability)`.
 
     Args:
         values: `[n]` float32 by name, finite; this replica's part.
-        probabilities: in [0, 1], by name.
+        wanted: equal on all replicas; probabilities in [0, 1].
         num_values: length of each vector over all replicas, at least 1.
 
     Collectives: 3 all-reduces in all.
     """
-    names = [name for name, wanted in probabilities.items() if wanted]
-    neighbours = {name: [_neighbours(p, num_values) for p in probabilities[name]] for name in names}
+    probabilities: dict[str, list[float]] = {}
+    for name, probability in sorted(set(wanted)):
+        probabilities.setdefault(name, []).append(probability)
+    neighbours = {name: [_neighbours(p, num_values) for p in ps] for name, ps in probabilities.items()}
     found = order_statistics(
-        [ordered_keys(values[name]) for name in names],
-        [[rank for low, high, _ in neighbours[name] for rank in (low, high)] for name in names],
+        [ordered_keys(values[name]) for name in probabilities],
+        [[rank for low, high, _ in places for rank in (low, high)] for places in neighbours.values()],
         FLOAT_KEY_BITS,
         replicas,
     )
-    result: dict[tuple[str, float], float] = {}
-    for name, statistics in zip(names, found, strict=True):
+    result: Quantiles = {}
+    for name, statistics in zip(probabilities, found, strict=True):
         points = [value_of_key(statistic.key) for statistic in statistics]
-        for place, probability in enumerate(probabilities[name]):
-            fraction = neighbours[name][place][2]
-            result[name, probability] = _interpolate(points[2 * place], points[2 * place + 1], fraction)
+        pairs = zip(points[::2], points[1::2], strict=True)
+        for probability, (low, high), (*_, fraction) in zip(probabilities[name], pairs, neighbours[name], strict=True):
+            result[name, probability] = _interpolate(low, high, fraction)
     return result
 
 

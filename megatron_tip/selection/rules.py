@@ -5,24 +5,25 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import Literal
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from megatron_tip.errors import ConfigError
 from megatron_tip.records import TokenStatistics
 from megatron_tip.selection import scores
-from megatron_tip.selection.normalise import CLIPPED_MIN_MAX, MIN_MAX, RAW, ROBUST, Normaliser
+from megatron_tip.selection.normalise import ABOVE_MEDIAN, CLIPPED_MIN_MAX, MIN_MAX, RAW, ROBUST, Normaliser
+from megatron_tip.selection.order_statistics import Quantiles
 
 Take = Literal["all", "top", "bottom", "sample"]
 Scope = Literal["batch", "rollout", "micro_batch"]
 
-STATISTICS = frozenset(field.name for field in fields(TokenStatistics) if "support_ids" not in field.name) - {
-    "student_support_logprobs",
-    "teacher_support_logprobs",
-}
+_PER_SUPPORT_ID = re.compile("_support_(ids|logprobs)$")
+STATISTICS = frozenset(f.name for f in fields(TokenStatistics) if not _PER_SUPPORT_ID.search(f.name))
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Input:
 
 @dataclass(frozen=True)
 class Rule:
-    """A selection rule.
+    """A selection rule: adding one is a score function and a row.
 
     `score(*inputs)` gives `[n]` scores. `take`: "all" rows; the "top" or "bottom" of the scores; or a "sample" without
     replacement with probability proportional to the score (no score: uniform). `scope`: the budget's scope in the
@@ -52,26 +53,71 @@ class Rule:
     def required_statistics(self) -> frozenset[str]:
         return frozenset(item.statistic for item in self.inputs)
 
+    @property
+    def required_quantiles(self) -> frozenset[tuple[str, float]]:
+        """Pairs of a statistic and a probability."""
+        return frozenset((item.statistic, p) for item in self.inputs for p in item.normaliser.probabilities)
 
-_ENTROPY = Input("student_entropy")
-_DIVERGENCE = Input("support_divergence")
-_COMPATIBILITY = Input("compatibility")
-_TIP_ENTROPY = Input("student_entropy", CLIPPED_MIN_MAX)
-_TIP_DIVERGENCE = Input("reverse_kl", MIN_MAX)
+    def score_rows(self, values: Mapping[str, Tensor], quantiles: Quantiles) -> Tensor | None:
+        """Returns `[n]` float64, or None without a score function.
 
+        Args:
+            values: `[n]` statistics by name. `quantiles`: those of the whole batch.
+        """
+        if self.score is None:
+            return None
+        inputs = [
+            item.normaliser.function(
+                values[item.statistic].to(torch.float64),
+                *(quantiles[item.statistic, p] for p in item.normaliser.probabilities),
+            )
+            for item in self.inputs
+        ]
+        return self.score(*inputs)
+
+    def with_normaliser(self, normaliser: Normaliser) -> Rule:
+        """Returns the rule with every input normalised so, except for the cuts of quadrants, which stay cuts."""
+        inputs = (i if i.normaliser is ABOVE_MEDIAN else replace(i, normaliser=normaliser) for i in self.inputs)
+        return replace(self, inputs=tuple(inputs))
+
+
+_H = Input("student_entropy")
+_D = Input("support_divergence")
+_C = Input("compatibility")
+_C_LOWER_BOUND = Input("compatibility_lower_bound")
+_H_HIGH = Input("student_entropy", ABOVE_MEDIAN)
+_D_HIGH = Input("support_divergence", ABOVE_MEDIAN)
+
+_TIP_H = Input("student_entropy", CLIPPED_MIN_MAX)
+_TIP_DELTA = Input("reverse_kl", MIN_MAX)
+_TIP_FORWARD_KL = Input("forward_kl", RAW)
+
+_TIP_RANKINGS = (
+    Rule("tip_entropy", scores.single, (_TIP_H,), scope="rollout"),
+    Rule("tip_divergence", scores.single, (_TIP_DELTA,), scope="rollout"),
+    Rule("tip_soft_or", scores.soft_or, (_TIP_H, _TIP_DELTA), scope="rollout"),
+    Rule("tip_q3_only", scores.confident_divergence, (_TIP_FORWARD_KL, _TIP_H), scope="rollout"),
+)
 _ROWS = (
     Rule("full", None, take="all"),
     Rule("random", None, take="sample"),
     Rule("tip_entropy_sampling", scores.single, (Input("student_entropy", RAW),), take="sample", scope="rollout"),
-    Rule("tip_entropy", scores.single, (_TIP_ENTROPY,), scope="rollout"),
-    Rule("tip_divergence", scores.single, (_TIP_DIVERGENCE,), scope="rollout"),
-    Rule("tip_soft_or", scores.soft_or, (_TIP_ENTROPY, _TIP_DIVERGENCE), scope="rollout"),
-    Rule("ta_opd_entropy", scores.single, (_ENTROPY,)),
-    Rule("ta_opd_divergence", scores.single, (_DIVERGENCE,)),
-    Rule("ta_opd_compatibility", scores.single, (_COMPATIBILITY,)),
-    Rule("ta_opd_soft_or", scores.soft_or, (_ENTROPY, _DIVERGENCE)),
-    Rule("ta_opd_teachability", scores.teachability, (_DIVERGENCE, _COMPATIBILITY)),
-    Rule("ta_opd_entropy_teachability", scores.entropy_teachability, (_ENTROPY, _DIVERGENCE, _COMPATIBILITY)),
+    *_TIP_RANKINGS,
+    *(replace(rule, name=f"{rule.name}_bottom", take="bottom") for rule in _TIP_RANKINGS),
+    Rule("ta_opd_entropy", scores.single, (_H,)),
+    Rule("ta_opd_divergence", scores.single, (_D,)),
+    Rule("ta_opd_compatibility", scores.single, (_C,)),
+    Rule("ta_opd_soft_or", scores.soft_or, (_H, _D)),
+    Rule("ta_opd_teachability", scores.teachability, (_D, _C)),
+    Rule("ta_opd_teachability_lower_bound", scores.teachability, (_D, _C_LOWER_BOUND)),
+    Rule("ta_opd_incompatible", scores.incompatibility, (_D, _C)),
+    Rule("ta_opd_entropy_teachability", scores.entropy_teachability, (_H, _D, _C)),
+    Rule("ta_opd_q3_only", scores.q3_divergence, (_H_HIGH, _D_HIGH, _D)),
+    Rule("ta_opd_q3_high_compatibility", scores.q3_compatibility, (_H_HIGH, _D_HIGH, _C)),
+    Rule("ta_opd_q3_low_compatibility", scores.q3_low_compatibility, (_H_HIGH, _D_HIGH, _C)),
+    Rule("ta_opd_q3_high_teachability", scores.q3_teachability, (_H_HIGH, _D_HIGH, _D, _C)),
+    Rule("ta_opd_q3_low_teachability", scores.q3_low_teachability, (_H_HIGH, _D_HIGH, _D, _C)),
+    Rule("ta_opd_q3_high_incompatible", scores.q3_incompatibility, (_H_HIGH, _D_HIGH, _D, _C)),
 )
 RULES = {rule.name: rule for rule in _ROWS}
 
@@ -105,8 +151,8 @@ def load_rule(name: str) -> Rule:
     return rule
 
 
-def _rule_of_function(name: str, function: object) -> Rule:
+def _rule_of_function(name: str, function: Any) -> Rule:
     """Returns a rule that gives `function` Norm_B of the statistics that its parameters name."""
-    if not callable(function):
+    if not inspect.isfunction(function):
         raise ConfigError(f"rule {name!r}: expected a Rule or a score function, got {type(function).__name__}")
     return Rule(name, function, tuple(Input(parameter) for parameter in inspect.signature(function).parameters))

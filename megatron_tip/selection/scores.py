@@ -37,3 +37,41 @@ def incompatibility(d: Tensor, c: Tensor) -> Tensor:
 def entropy_teachability(h: Tensor, d: Tensor, c: Tensor) -> Tensor:
     """Returns s = h + s_teach - h s_teach. TA-OPD Eq. 16."""
     return soft_or(h, teachability(d, c))
+
+
+def q3_divergence(h_high: Tensor, d_high: Tensor, d: Tensor) -> Tensor:
+    """Returns s that ranks the rows of Q3 first, then by d. TA-OPD Table 2, Q3-only."""
+    return _q3_first(h_high, d_high) + d
+
+
+def q3_compatibility(h_high: Tensor, d_high: Tensor, c: Tensor) -> Tensor:
+    """Returns s that ranks the rows of Q3 first, then by c. TA-OPD Table 2, Q3 + high C."""
+    return _q3_first(h_high, d_high) + c
+
+
+def q3_low_compatibility(h_high: Tensor, d_high: Tensor, c: Tensor) -> Tensor:
+    """Returns s that ranks the rows of Q3 first, then by 1 - c. TA-OPD Table 2, Q3 + low C."""
+    return _q3_first(h_high, d_high) + (1 - c)
+
+
+def q3_teachability(h_high: Tensor, d_high: Tensor, d: Tensor, c: Tensor) -> Tensor:
+    """Returns s that ranks the rows of Q3 first, then by D^L = d c. TA-OPD Table 7."""
+    return _q3_first(h_high, d_high) + d * c
+
+
+def q3_low_teachability(h_high: Tensor, d_high: Tensor, d: Tensor, c: Tensor) -> Tensor:
+    """Returns s that ranks the rows of Q3 first, then by 1 - D^L. TA-OPD Table 7."""
+    return _q3_first(h_high, d_high) + (1 - d * c)
+
+
+def q3_incompatibility(h_high: Tensor, d_high: Tensor, d: Tensor, c: Tensor) -> Tensor:
+    """Returns s that ranks the rows of Q3 first, then by D^I = d (1 - c). TA-OPD Table 7."""
+    return _q3_first(h_high, d_high) + d * (1 - c)
+
+
+def _q3_first(h_high: Tensor, d_high: Tensor) -> Tensor:
+    """Returns 2 in Q3 (low entropy, high divergence) and 0 elsewhere, more than a score in [0, 1] can make up for.
+
+    The paper gives no order within Q3 nor what follows once Q3 is used up; "then" above is our reading.
+    """
+    return 2 * (1 - h_high) * d_high

@@ -2,75 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import replace
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_tip.errors import ConfigError, InputError, TrainingError
+from megatron_tip.errors import InputError, TrainingError
 from megatron_tip.records import TokenIndex, TokenSelection, TokenStatistics
-from megatron_tip.selection.budget import TieOrder, batch_budget, rank_within_rollout, rollout_budget, top_of_batch
-from megatron_tip.selection.counter_hash import uniform
+from megatron_tip.selection.batch import Batch, read_batch, read_values
+from megatron_tip.selection.budget import BatchBudget, Budget, NoBudget, RolloutBudget, batch_budget
+from megatron_tip.selection.calibration import Calibration
+from megatron_tip.selection.loss_scale import inclusion, row_weights
+from megatron_tip.selection.metrics import (
+    Sums,
+    described_rows,
+    quadrant_axes,
+    selection_metrics,
+    sum_rows,
+    threshold_metrics,
+)
 from megatron_tip.selection.order_statistics import quantiles
+from megatron_tip.selection.ranking import Draws, Stream, rank_rows
 from megatron_tip.selection.replicas import Replicas
-from megatron_tip.selection.rules import STATISTICS, Rule, Scope, load_rule
-from megatron_tip.selection.sampling import race_scores
-from megatron_tip.selection.survey import Survey, take_survey, values_of
-
-LossScale = Literal["selected", "valid"]
+from megatron_tip.selection.rules import STATISTICS
+from megatron_tip.selection.settings import SelectionSettings
 
 
-@dataclass(frozen=True)
-class Selector:
-    """Chooses the supervised rows of a rollout batch.
-
-    Args:
-        rule: a name of `rules.RULES`, or an import path "package.module:attribute" (see `load_rule`).
-        retention_ratio: rho in (0, 1], the share of the valid rows to keep; 1 keeps all, whatever the rule.
-        scope: what the budget is a share of: "batch", ceil(rho |I|) of the whole batch; "rollout", floor(rho m) of
-            each rollout. None: as the rule was published.
-        loss_scale: divide the summed loss by the number of rows "selected", or by the number "valid".
-        seed: of the sampling rules.
-        minimum_per_rollout: rows kept of a rollout so short that floor(rho m) is less; scope "rollout" only.
-    """
-
-    rule: str
-    retention_ratio: float = 1.0
-    scope: Scope | None = None
-    loss_scale: LossScale = "selected"
-    seed: int = 0
-    minimum_per_rollout: int = 1
-
-    def __post_init__(self) -> None:
-        rule = load_rule(self.rule)
-        if not 0.0 < self.retention_ratio <= 1.0:
-            raise ConfigError(f"retention_ratio: expected a number in (0, 1], got {self.retention_ratio}")
-        if rule.take == "all" and self.retention_ratio != 1.0:
-            raise ConfigError(f"rule {self.rule!r} keeps every row: set retention_ratio = 1, or choose another rule")
-        _check_choice("loss_scale", self.loss_scale, get_args(LossScale))
-        _check_choice("scope", self.scope, ("batch", "rollout", None))
-        if self.minimum_per_rollout < 0:
-            raise ConfigError(f"minimum_per_rollout: expected 0 or more, got {self.minimum_per_rollout}")
-
-    @property
-    def resolved_rule(self) -> Rule:
-        return load_rule(self.rule)
-
-    @property
-    def resolved_scope(self) -> Scope:
-        return self.scope or self.resolved_rule.scope
-
-    @property
-    def keeps_all(self) -> bool:
-        return self.retention_ratio == 1.0
-
-    @property
-    def required_statistics(self) -> frozenset[str]:
-        """The fields of TokenStatistics without which `select` cannot work; empty if it needs no scoring pass."""
-        return frozenset() if self.keeps_all else self.resolved_rule.required_statistics
+class Selector(SelectionSettings):
+    """Chooses the supervised rows of a rollout batch; its arguments are those of SelectionSettings."""
 
     def select(
         self,
@@ -80,105 +39,114 @@ class Selector:
         step: int,
         dp_group: dist.ProcessGroup | None = None,
     ) -> TokenSelection:
-        """Returns the selection of this replica's rows, a pure function of the whole batch's set of rows.
+        """Returns the selection of this replica's rows; see `select_and_calibrate`."""
+        return self.select_and_calibrate(statistics, index, step=step, dp_group=dp_group)[0]
+
+    def select_and_calibrate(
+        self,
+        statistics: TokenStatistics | None,
+        index: TokenIndex,
+        *,
+        step: int,
+        dp_group: dist.ProcessGroup | None = None,
+    ) -> tuple[TokenSelection, Calibration | None]:
+        """Returns the selection of this replica's rows, and for scope "batch" what `select_micro_batch` can reuse.
+
+        Masks and weights are a pure function of the whole batch's set of rows: the same on every layout.
 
         Args:
-            statistics, index: this replica's rows, in any order; possibly none.
-            step: of the training; feeds the sampling rules.
+            statistics: of this replica's rows, in any order; possibly of none. None only where nothing is required.
+            index: of the same rows. Rows of one rollout lie on one replica (scope "rollout").
+            step: of the training; feeds the random draws.
             dp_group: the data-parallel group; every rank of it must call. None: a single replica.
 
-        Raises: InputError for a missing required statistic; TrainingError, alike on all ranks, for a batch without
-        valid rows or budget, or scores that are not finite.
+        Collectives: 1 all-gather of a few integers and at most 7 all-reduces of small histograms and sums, plus
+        ceil(bits of the token order / 11) where ties straddle a threshold.
+
+        Raises: InputError for a missing statistic, or (alike on all ranks) an index that does not fit; TrainingError,
+        alike on all ranks, for a batch without valid rows or budget, or scores that are not finite.
         """
-        replicas = Replicas(dp_group)
-        values = {} if statistics is None else values_of(statistics, STATISTICS)
-        missing = sorted(self.required_statistics - values.keys())
-        if missing:
-            raise InputError(f"rule {self.rule!r} needs the statistics {missing}, which the run does not compute")
-        rollout_budgets = self._rollout_budgets(index)
-        num_budgeted = 0 if rollout_budgets is None else int(rollout_budgets[1].sum())
-        survey = take_survey(index, values, num_budgeted, self.required_statistics, replicas)
-        self._check_finite(survey)
-        mask, metrics = self._keep(values, index, survey, rollout_budgets, step, replicas)
-        num_selected = self._num_selected(survey)
-        scale = 1.0 / (num_selected if self.loss_scale == "selected" else survey.num_valid)
-        metrics = {
-            "selection/num_valid": float(survey.num_valid),
-            "selection/num_selected": float(num_selected),
-            "selection/retention_ratio": num_selected / survey.num_valid,
-            **metrics,
-        }
-        return TokenSelection(mask, mask.to(torch.float32) * scale, survey.num_valid, num_selected, metrics)
-
-    def _check_finite(self, survey: Survey) -> None:
-        broken = sorted(survey.not_finite & self.required_statistics)
-        if broken:
-            raise TrainingError(
-                f"rule {self.rule!r}: the statistics {broken} hold NaN or infinity; the student or the teacher gives "
-                "logits that are not finite"
-            )
-
-    def _rollout_budgets(self, index: TokenIndex) -> tuple[Tensor, Tensor] | None:
-        """Returns, for scope "rollout", each row's place in the list of this replica's rollouts, and their budgets."""
-        if self.resolved_scope != "rollout":
-            return None
-        _, place, lengths = torch.unique(index.rollout_index, return_inverse=True, return_counts=True)
-        budgets = [
-            rollout_budget(self.retention_ratio, length, self.minimum_per_rollout) for length in lengths.tolist()
-        ]
-        return place, torch.tensor(budgets, dtype=torch.int64, device=place.device)
-
-    def _num_selected(self, survey: Survey) -> int:
-        if self.keeps_all:
-            return survey.num_valid
-        if self.resolved_scope == "rollout":
-            return survey.num_budgeted
-        return batch_budget(self.retention_ratio, survey.num_valid)
-
-    def _keep(
-        self,
-        values: Mapping[str, Tensor],
-        index: TokenIndex,
-        survey: Survey,
-        rollout_budgets: tuple[Tensor, Tensor] | None,
-        step: int,
-        replicas: Replicas,
-    ) -> tuple[Tensor, dict[str, float]]:
-        if self.keeps_all:
-            return torch.ones_like(index.position, dtype=torch.bool), {}
-        scores = self._scores(values, index, survey, step, replicas)
-        ties = TieOrder(
-            index.rollout_index * survey.num_positions + index.position,
-            max(1, (survey.num_rollouts * survey.num_positions).bit_length()),
+        if self.resolved_scope == "micro_batch" and not self.keeps_all:
+            raise InputError("scope 'micro_batch' selects each micro-batch on its own: call select_micro_batch")
+        batch, budget = self._read(statistics, index, Replicas(dp_group))
+        rules = [self.active_rule, *self.compared_rules(batch.values)]
+        axes = quadrant_axes(batch.values, self.resolved_rule.required_statistics)
+        wanted = {(name, 0.5) for name in axes}.union(*(rule.required_quantiles for rule in rules))
+        found = quantiles(batch.values, wanted, batch.num_valid, batch.replicas)
+        streams = [Stream.ACTIVE, *[Stream.COMPARED] * len(rules)]
+        rankings = [rank_rows(r, batch, found, Draws(self.seed, step, s)) for r, s in zip(rules, streams, strict=False)]
+        importance = self.loss_scale == "importance"
+        kept, *kept_by_others = budget.keep(
+            [ranking.scores for ranking in rankings],
+            self.tie_order(batch, step),
+            with_runner_up=importance,
         )
-        if rollout_budgets is not None:
-            place, budgets = rollout_budgets
-            return rank_within_rollout(scores, index.rollout_index, ties) < budgets[place], {}
-        (top,) = top_of_batch([scores], self._num_selected(survey), survey.num_valid, ties, replicas)
-        return top.mask, {"selection/threshold": top.threshold}
+        others = {rule.name: other.mask for rule, other in zip(rules[1:], kept_by_others, strict=True)}
+        described = described_rows(batch, kept.mask, found, axes, others)
+        sums = sum_rows({**described, "nan": rankings[0].scores.isnan()}, batch.replicas)
+        self._check_sums(sums, budget.num_selected)
+        metrics = selection_metrics(sums, batch.num_valid, found, axes)
+        metrics |= threshold_metrics(kept.threshold, budget.num_selected)
+        chance = inclusion(self.active_rule, rankings[0], kept, budget) if importance else 1.0
+        weights = row_weights(kept.mask, self.loss_scale, batch.num_valid, budget.num_selected, chance)
+        selection = TokenSelection(kept.mask, weights, batch.num_valid, budget.num_selected, metrics)
+        return selection, kept.threshold and Calibration.of(found, kept.threshold)
 
-    def _scores(
-        self, values: Mapping[str, Tensor], index: TokenIndex, survey: Survey, step: int, replicas: Replicas
-    ) -> Tensor:
-        """Returns `[n]` float32, higher is kept. 3 all-reduces if the rule has normalisers."""
-        rule = self.resolved_rule
-        wanted: dict[str, tuple[float, ...]] = {}
-        for item in rule.inputs:
-            wanted[item.statistic] = (*wanted.get(item.statistic, ()), *item.normaliser.probabilities)
-        found = quantiles(values, wanted, survey.num_valid, replicas)
-        inputs = [
-            item.normaliser.function(
-                values[item.statistic].to(torch.float64),
-                *(found[item.statistic, probability] for probability in item.normaliser.probabilities),
+    def describe(
+        self,
+        statistics: TokenStatistics,
+        index: TokenIndex,
+        selection_mask: Tensor,
+        *,
+        dp_group: dist.ProcessGroup | None = None,
+    ) -> dict[str, float]:
+        """Returns the metrics of any mask over the batch's rows, such as one made in one pass; without agreements.
+
+        Collectives: 1 all-gather and 4 all-reduces. Raises as `select`, and InputError for an empty mask.
+        """
+        batch = read_batch(read_values(statistics, STATISTICS), index, Replicas(dp_group))
+        axes = quadrant_axes(batch.values, self.resolved_rule.required_statistics)
+        found = quantiles(batch.values, {(name, 0.5) for name in axes}, batch.num_valid, batch.replicas)
+        sums = sum_rows(described_rows(batch, selection_mask, found, axes, {}), batch.replicas)
+        if sums["selected"] == 0:
+            raise InputError("describe: expected a selection_mask with at least one row over all replicas, got none")
+        return selection_metrics(sums, batch.num_valid, found, axes)
+
+    def _read(self, statistics: TokenStatistics | None, index: TokenIndex, replicas: Replicas) -> tuple[Batch, Budget]:
+        """Returns the batch and the budget that its size gives. 1 all-gather."""
+        per_rollout = self.resolved_scope == "rollout" and not self.keeps_all
+        own = RolloutBudget.of(index, self.retention_ratio, self.minimum_per_rollout) if per_rollout else None
+        values = read_values(statistics, STATISTICS)
+        if missing := sorted(self.required_statistics - values.keys()):
+            raise InputError(f"rule {self.rule!r} needs the statistics {missing}, which the run does not compute")
+        batch = read_batch(
+            values,
+            index,
+            replicas,
+            required=self.required_statistics,
+            rule_name=self.rule,
+            num_budgeted=own.num_selected if own else 0,
+        )
+        if self.keeps_all:
+            return batch, NoBudget(batch.num_valid)
+        if own is None:
+            return batch, BatchBudget(batch_budget(self.retention_ratio, batch.num_valid), batch.num_valid, replicas)
+        if batch.num_budgeted == 0:
+            raise TrainingError(
+                f"scope 'rollout': floor({self.retention_ratio} m) is 0 for every rollout of the batch, so nothing is "
+                "supervised; raise retention_ratio or minimum_per_rollout"
             )
-            for item in rule.inputs
-        ]
-        scores = rule.score(*inputs) if rule.score else torch.ones_like(index.position, dtype=torch.float64)
-        if rule.take == "sample":
-            return race_scores(scores, uniform(self.seed, step, index))
-        return (-scores if rule.take == "bottom" else scores).to(torch.float32)
+        return batch, replace(own, num_selected=batch.num_budgeted)
 
-
-def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+    def _check_sums(self, sums: Sums, num_selected: int) -> None:
+        """Raises, alike on all ranks, for scores or rows that cannot be ranked."""
+        if sums["nan"]:
+            raise TrainingError(
+                f"rule {self.rule!r}: {int(sums['nan'])} scores are NaN although {sorted(self.required_statistics)} "
+                "are finite; mend the score function"
+            )
+        if sums["selected"] != num_selected:
+            raise InputError(
+                f"token index: {int(sums['selected'])} rows were kept instead of {num_selected}, so a (rollout_index, "
+                "position) pair occurs more than once; every row needs its own"
+            )

@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from megatron_tip.config import Config
-from megatron_tip.conversion import HfCheckpoint
+from megatron_tip.conversion.safetensors_io import HfCheckpoint
 from megatron_tip.errors import ConfigError
 from megatron_tip.models.gpt import check_layout
 from megatron_tip.parallel.grid import ModelGrid
@@ -62,7 +63,7 @@ def plan_run(config: Config, world_size: int) -> RunPlan:
         selector=_selector(config),
         vocab_size=min(sizes),
         padded_vocab_size=padded_vocab_size(max(sizes), student_grid.tp_size),
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_token_ids[0],
+        pad_token_id=stop_token_ids[0],  # any id of the vocabulary: padding lies behind what is read
         stop_token_ids=stop_token_ids,
     )
 
@@ -73,7 +74,8 @@ def stop_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...
     Raises:
         ConfigError: there are none, so that no response would ever end.
     """
-    ids: set[int] = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
+    eos: Any = tokenizer.eos_token_id
+    ids: set[int] = set() if eos is None else {eos}
     if (folder / "generation_config.json").exists():
         named = GenerationConfig.from_pretrained(folder).eos_token_id
         ids |= {named} if isinstance(named, int) else set(named or ())

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_tip.config import Config
-from megatron_tip.conversion import ModelArchitecture
+from megatron_tip.conversion.architecture import ModelArchitecture
 from megatron_tip.models.student import Student
 from megatron_tip.models.teacher import Teacher
 from megatron_tip.observability.timing import PhaseTimer
@@ -15,6 +15,7 @@ from megatron_tip.rollout.engine import RolloutEngine, SamplingParams
 from megatron_tip.rollout.prompts import PromptSource
 from megatron_tip.rollout.step_batch import StepBatch
 from megatron_tip.selection import Selector
+
 
 @dataclass(frozen=True)
 class TrainingRun:

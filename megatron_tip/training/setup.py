@@ -4,7 +4,7 @@ import torch
 from transformers import AutoConfig
 
 from megatron_tip.config import Config
-from megatron_tip.conversion import HfCheckpoint, load_hf, load_output_head
+from megatron_tip.conversion.bridge import load_hf, load_output_head
 from megatron_tip.models.gpt import build_gpt
 from megatron_tip.models.student import Student, build_student
 from megatron_tip.models.teacher import Teacher

@@ -9,9 +9,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tip.errors import TrainingError
-from megatron_tip.records import MicroBatch, Prompt, Rollout, TokenIndex, TokenSelection, TokenStatistics
+from megatron_tip.records import Prompt, Rollout, TokenIndex, TokenSelection, TokenStatistics
+from megatron_tip.rollout.broadcast import broadcast_rollouts
 from megatron_tip.rollout.engine import SamplingParams
 from megatron_tip.rollout.step_batch import StepBatch
+from megatron_tip.rollout.storage import write_rollouts
 from megatron_tip.training.metrics import rollout_metrics, supervision_metrics
 from megatron_tip.training.run import TrainingRun
 from megatron_tip.training.weight_sync import sync_weights
@@ -64,7 +66,9 @@ def train_step(run: TrainingRun, step: int) -> dict[str, float]:
             device=run.device,
         )
         if not math.isfinite(metrics["train/loss"]):
-            raise TrainingError(f"step {step}: expected a finite loss, got {metrics['train/loss']}; nothing was updated")
+            raise TrainingError(
+                f"step {step}: expected a finite loss, got {metrics['train/loss']}; nothing was updated"
+            )
         metrics |= run.student.apply_gradients(step)
     with timer.phase("sync"):
         sync_weights(run.student, run.architecture, run.engine, weight_version=step)
@@ -73,7 +77,15 @@ def train_step(run: TrainingRun, step: int) -> dict[str, float]:
 
 def generate_rollouts(run: TrainingRun, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
     """The engine's responses, on every rank; empty responses are left in and have no valid token."""
-    return broadcast_rollouts(lambda: run.engine.generate(prompts, sampling), device=run.device)
+
+    def generate() -> list[Rollout]:
+        assert run.engine is not None, "the engine lives in the first process"
+        rollouts = run.engine.generate(prompts, sampling)
+        if run.config.output.save_rollouts:
+            write_rollouts(RunFolder(run.config.run.folder).rollouts, sampling.batch_name, rollouts, prompts)
+        return rollouts
+
+    return broadcast_rollouts(generate, device=run.device)
 
 
 def score_tokens(run: TrainingRun, batch: StepBatch, teacher_rows: Tensor | None) -> TokenStatistics | None:
@@ -94,7 +106,7 @@ def score_tokens(run: TrainingRun, batch: StepBatch, teacher_rows: Tensor | None
                 run.student.rows(hidden_states, micro_batch.loss_mask),
                 run.student.output_head,
                 teacher_parts[index],
-                run.teacher.output_head,
+                run.teacher.head,
                 labels=micro_batch.labels[micro_batch.loss_mask],
                 support_size=config.selection.support_size,
                 vocab_size=run.vocab_size,
@@ -108,9 +120,7 @@ def score_tokens(run: TrainingRun, batch: StepBatch, teacher_rows: Tensor | None
     return TokenStatistics.concatenate(parts) if groups.is_last_stage else None
 
 
-def select_tokens(
-    run: TrainingRun, batch: StepBatch, statistics: TokenStatistics | None, step: int
-) -> Supervision:
+def select_tokens(run: TrainingRun, batch: StepBatch, statistics: TokenStatistics | None, step: int) -> Supervision:
     """Chooses the tokens on the last stage, tells the other stages, and cuts the batch behind them."""
     groups = run.student.groups
     last_selected = torch.full((len(batch.rollouts),), -1, dtype=torch.int64, device=run.device)
@@ -141,7 +151,8 @@ def accumulate_gradients(run: TrainingRun, supervision: Supervision, teacher_row
 
     def loss_of(index: int, hidden_states: Tensor) -> Tensor:
         micro_batch, selection = micro_batches[index], supervision.selection
-        assert selection is not None and teacher_rows is not None, "the loss is taken on the last stage"
+        assert selection is not None, "the loss is taken on the last stage"
+        assert teacher_rows is not None, "the loss is taken on the last stage"
         rows = supervision.rows[index]
         rows = rows[selection.selection_mask[rows]]
         mask = selected_positions(micro_batch.loss_mask, selection.selection_mask[supervision.rows[index]])
@@ -149,7 +160,7 @@ def accumulate_gradients(run: TrainingRun, supervision: Supervision, teacher_row
             run.student.rows(hidden_states, mask),
             run.student.output_head,
             teacher_rows[rows],
-            run.teacher.output_head,
+            run.teacher.head,
             divergence=config.loss.divergence,
             row_weights=selection.row_weights[rows],
             labels=micro_batch.labels[mask],

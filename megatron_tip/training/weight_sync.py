@@ -1,6 +1,7 @@
 """New weights to whoever generates."""
 
-from megatron_tip.conversion import ModelArchitecture, export_hf
+from megatron_tip.conversion.architecture import ModelArchitecture
+from megatron_tip.conversion.bridge import export_hf
 from megatron_tip.models.student import Student
 from megatron_tip.rollout.engine import RolloutEngine
 

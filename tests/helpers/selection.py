@@ -73,22 +73,36 @@ def reference_scores(rule: str, statistics: TokenStatistics) -> np.ndarray:
     s = {name: value.double().numpy() for name, value in vars(statistics).items() if value is not None}
     h, d, c = norm_b(s["student_entropy"]), norm_b(s["support_divergence"]), norm_b(s["compatibility"])
     tip_h, tip_d = min_max(clipped(s["student_entropy"])), min_max(s["reverse_kl"])
+    in_q3 = (s["student_entropy"] <= np.median(s["student_entropy"])) & (
+        s["support_divergence"] > np.median(s["support_divergence"])
+    )
+    q3 = 2.0 * in_q3
     return {
         "tip_entropy": tip_h,
         "tip_divergence": tip_d,
         "tip_soft_or": tip_h + tip_d - tip_h * tip_d,
+        "tip_q3_only": s["forward_kl"] * (1 - tip_h),
         "ta_opd_entropy": h,
         "ta_opd_divergence": d,
         "ta_opd_compatibility": c,
         "ta_opd_soft_or": h + d - h * d,
         "ta_opd_teachability": d * c,
+        "ta_opd_teachability_lower_bound": d * norm_b(s["compatibility_lower_bound"]),
+        "ta_opd_incompatible": d * (1 - c),
         "ta_opd_entropy_teachability": h + d * c - h * (d * c),
+        "ta_opd_q3_only": q3 + d,
+        "ta_opd_q3_high_compatibility": q3 + c,
+        "ta_opd_q3_low_compatibility": q3 + (1 - c),
+        "ta_opd_q3_high_teachability": q3 + d * c,
+        "ta_opd_q3_low_teachability": q3 + (1 - d * c),
+        "ta_opd_q3_high_incompatible": q3 + d * (1 - c),
     }[rule]
 
 
 def reference_mask(rule: str, statistics: TokenStatistics, index: TokenIndex, ratio: str, scope: str) -> np.ndarray:
     """The rows that a full sort keeps: by score (as float32), then rollout, then position."""
-    scores = reference_scores(rule, statistics).astype(np.float32)
+    sign = -1 if rule.endswith("_bottom") else 1
+    scores = sign * reference_scores(rule.removesuffix("_bottom"), statistics).astype(np.float32)
     rollout, position = index.rollout_index.numpy(), index.position.numpy()
     order = np.lexsort((position, rollout, -scores))
     keep = np.zeros(len(scores), dtype=bool)

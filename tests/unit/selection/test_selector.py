@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from megatron_tip.selection import RULES, Selector
 from tests.helpers.selection import make_batch, reference_mask, take_rows
 
 LENGTHS = [17, 1, 40, 3, 0, 64, 2, 33]
-SCORED = sorted(rule for rule, row in RULES.items() if row.take == "top")
+SCORED = sorted(rule for rule, row in RULES.items() if row.take in ("top", "bottom"))
 
 
 @pytest.mark.parametrize("levels", [None, 3])
@@ -59,7 +61,7 @@ def test_a_larger_ratio_keeps_what_a_smaller_one_keeps():
             Selector(rule=rule, retention_ratio=ratio, scope="batch").select(statistics, index, step=1).selection_mask
             for ratio in (0.01, 0.1, 0.5, 0.99)
         ]
-        for small, large in zip(masks, masks[1:], strict=False):
+        for small, large in itertools.pairwise(masks):
             assert bool((~small | large).all())
             assert int(small.sum()) < int(large.sum())
 
