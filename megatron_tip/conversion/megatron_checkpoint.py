@@ -127,9 +127,14 @@ class _InProcessSave(TorchDistSaveShardedStrategy):
         flat, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
         save_state_dict(
             mcore_to_pyt_state_dict(flat, False),
-            storage_writer=FileSystemWriter(checkpoint_dir),
+            storage_writer=_Writer(checkpoint_dir),
             planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
         )
+
+
+class _Writer(FileSystemWriter):
+    def storage_meta(self) -> None:
+        """Nothing: torch's would put this machine's path into the checkpoint."""
 
 
 def _manifest(groups: ModelGroups) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from megatron.core.tensor_parallel.layers import (
 )
 from megatron.core.tensor_parallel.random import initialize_rng_tracker
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from torch import Tensor
 
 from megatron_tip.conversion.architecture import ModelArchitecture, RopeScaling
@@ -34,6 +35,28 @@ class HiddenStatesModel(GPTModel):
 
     def _postprocess(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         return hidden_states
+
+    def tie_embeddings_and_output_weights_state_dict(
+        self,
+        sharded_state_dict: dict[str, Any],
+        output_layer_weight_key: str,
+        first_stage_word_emb_key: str,
+        metadata: Any = None,
+    ) -> None:
+        """Makes the last stage's copy of tied embeddings a replica of the first stage's in a checkpoint.
+
+        Megatron 0.16's own takes the data-parallel rank from its global groups, which we do not have.
+        """
+        if self.pre_process or not self.post_process:
+            return
+        sharded_state_dict[output_layer_weight_key] = make_tp_sharded_tensor_for_checkpoint(
+            self.shared_embedding_or_output_weight(),
+            first_stage_word_emb_key,
+            replica_id=(1, 0, metadata["dp_cp_group"].rank()),
+            allow_shape_mismatch=True,
+            tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
 
 
 def prepare_megatron() -> None:
