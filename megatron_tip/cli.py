@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 from typer.core import TyperCommand
 
 from megatron_tip import __version__
@@ -78,6 +79,10 @@ def train(
         command = [sys.executable, "-m", "megatron_tip.cli", "train", str(config_path), *(overrides or [])]
         outcome = start_workers(command, num_workers, threads=config.run.threads)
     if outcome.exit_code:
+        screen = Console(stderr=True)
+        if screen.is_terminal:  # a worker that was ended over its progress bar left the cursor hidden behind it
+            screen.show_cursor()
+            screen.line()
         _fail(outcome.message, exit_code=outcome.exit_code)
 
 
