@@ -1,5 +1,6 @@
 """One training step is the same on every layout, and its gradients are those of a float64 single process."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from megatron_tip.config import Config
 from megatron_tip.conversion.bridge import export_hf
 from megatron_tip.records import Rollout
-from megatron_tip.training.step import accumulate_gradients, score_tokens, select_tokens
+from megatron_tip.training.step import accumulate_gradients, score_tokens, select_tokens, train_step
 from tests.helpers.distributed import run_workers
 from tests.helpers.training import Layout, build_tiny_run, make_config, make_models, make_rollouts
 
