@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 from megatron_tip.config import Config
 from megatron_tip.conversion.safetensors_io import HfCheckpoint
 from megatron_tip.errors import ConfigError
-from megatron_tip.models.gpt import check_layout
+from megatron_tip.models.layout import check_layout
 from megatron_tip.parallel.grid import ModelGrid
 from megatron_tip.selection import Selector
 from megatron_tip.vocab_parallel import padded_vocab_size

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_tip.config import Config
+from megatron_tip.observability.timing import PhaseTimer
 from megatron_tip.parallel.distributed import Worker
 from megatron_tip.records import Prompt, Rollout
 from megatron_tip.training.plan import plan_run
@@ -105,7 +106,8 @@ def build_tiny_run(config: Config, rollouts: list[Rollout]) -> TrainingRun:
     """The run of this worker's world, its engine answering with `rollouts`. Call it inside `run_workers`."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     plan = plan_run(config, world_size)
-    run = build_run(config, plan, Worker(rank, world_size, rank, torch.device("cpu")), num_threads=1)
+    cpu = torch.device("cpu")
+    run = build_run(config, plan, Worker(rank, world_size, rank, cpu), PhaseTimer(cpu), num_threads=1)
     if rank:
         return run
     return replace(run, engine=FixedEngine(rollouts), prompts=NoPrompts())  # type: ignore[arg-type]
