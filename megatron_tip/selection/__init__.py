@@ -1,0 +1,21 @@
+"""Token selection: which response tokens of a rollout batch are supervised, exact on any layout. Needs torch alone."""
+
+from megatron_tip.selection.calibration import BatchTotals, Calibration
+from megatron_tip.selection.normalise import NORMALISERS, Normaliser
+from megatron_tip.selection.one_pass import agreement, batch_totals, select_micro_batch
+from megatron_tip.selection.rules import RULES, Input, Rule
+from megatron_tip.selection.selector import Selector
+
+__all__ = [
+    "NORMALISERS",
+    "RULES",
+    "BatchTotals",
+    "Calibration",
+    "Input",
+    "Normaliser",
+    "Rule",
+    "Selector",
+    "agreement",
+    "batch_totals",
+    "select_micro_batch",
+]

@@ -1,0 +1,107 @@
+"""The rollout batch as one replica sees it: its own rows, and what all replicas must know before they select."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_tip.errors import InputError, TrainingError
+from megatron_tip.records import TokenIndex, TokenStatistics
+from megatron_tip.selection.replicas import Replicas
+
+MAX_KEY_BITS = 62
+
+
+@dataclass(frozen=True)
+class Batch:
+    """This replica's rows, and facts of the whole batch that are equal on all replicas.
+
+    `values`: `[n]` float32 by name, the statistics that are finite on every row of the batch. `num_valid`: rows of the
+    batch. `num_budgeted`: sum of the replicas' own budgets. `num_positions`: one more than the largest position.
+    """
+
+    index: TokenIndex
+    values: dict[str, Tensor]
+    replicas: Replicas
+    num_valid: int
+    num_budgeted: int
+    num_positions: int
+    key_bits: int
+
+    def token_order(self) -> Tensor:
+        """Returns `[n]` int64 below 2^key_bits, distinct over the batch: by rollout, then by position."""
+        return self.index.rollout_index * self.num_positions + self.index.position
+
+
+def read_values(statistics: TokenStatistics | None, names: Collection[str]) -> dict[str, Tensor]:
+    """Returns the statistics of these names that are there, as float32, in the same order on every rank."""
+    found = {name: getattr(statistics, name, None) for name in sorted(names)}
+    return {name: value.to(torch.float32) for name, value in found.items() if value is not None}
+
+
+def read_batch(
+    values: Mapping[str, Tensor],
+    index: TokenIndex,
+    replicas: Replicas,
+    *,
+    required: Collection[str] = (),
+    rule_name: str = "",
+    num_budgeted: int = 0,
+) -> Batch:
+    """Returns the batch of which `values` and `index` are this replica's rows. 1 all-gather of a few integers.
+
+    Args:
+        values: `[n]` by name; the same names on all replicas.
+        required: names that `rule_name` reads. num_budgeted: this replica's own budget, if it has one.
+
+    Raises (alike on all replicas): InputError for an index that is negative or does not fit the statistics;
+    TrainingError for a batch without rows, or a required statistic that is not finite.
+    """
+    facts = replicas.gather(_own_facts(values, index, num_budgeted)).cpu()
+    misfits = (facts[:, 0] == 0).nonzero().flatten().tolist()
+    if misfits:
+        raise InputError(
+            f"token index of data-parallel replicas {misfits}: expected one rollout_index and one position, both >= 0, "
+            "for each row of the statistics; build both from the same loss_mask"
+        )
+    num_valid, num_budgeted = facts[:, 1:3].sum(dim=0).tolist()
+    num_rollouts, num_positions = facts[:, 3:5].amax(dim=0).tolist()
+    not_finite = {name for name, bad in zip(values, facts[:, 5:].any(dim=0).tolist(), strict=True) if bad}
+    if num_valid == 0:
+        raise TrainingError(
+            "the rollout batch has no valid token: every loss_mask is empty on every replica; check that responses are "
+            "not empty and that the filters on finish_reason leave something"
+        )
+    if broken := sorted(not_finite.intersection(required)):
+        raise TrainingError(
+            f"rule {rule_name!r}: the statistics {broken} hold NaN or infinity; the student or the teacher gives "
+            "logits that are not finite"
+        )
+    key_bits = max(1, (num_rollouts * num_positions - 1).bit_length())
+    if key_bits > MAX_KEY_BITS:
+        raise InputError(
+            f"token index: {num_rollouts} rollouts x {num_positions} positions do not fit {MAX_KEY_BITS} bits; number "
+            "the rollouts of a step from 0"
+        )
+    return Batch(
+        index=index,
+        values={name: value for name, value in values.items() if name not in not_finite},
+        replicas=replicas,
+        num_valid=num_valid,
+        num_budgeted=num_budgeted,
+        num_positions=num_positions,
+        key_bits=key_bits,
+    )
+
+
+def _own_facts(values: Mapping[str, Tensor], index: TokenIndex, num_budgeted: int) -> Tensor:
+    """Returns int64: whether the rows fit, their number, their budget, the index's extents, and per value a flaw."""
+    num_rows = len(index)
+    fits = index.position.shape == (num_rows,) and all(value.shape == (num_rows,) for value in values.values())
+    fits = fits and (num_rows == 0 or int(torch.minimum(index.rollout_index, index.position).min()) >= 0)
+    extents = [int(part.max()) + 1 if num_rows and fits else 0 for part in (index.rollout_index, index.position)]
+    flaws = [not bool(torch.isfinite(value).all()) for value in values.values()]
+    return torch.tensor([fits, num_rows, num_budgeted, *extents, *flaws], device=index.position.device).to(torch.int64)

@@ -1,0 +1,180 @@
+"""Budgets: how many rows are kept, and exactly which ones, ties included."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_tip.records import TokenIndex
+from megatron_tip.selection.order_statistics import FLOAT_KEY_BITS, order_statistics, ordered_keys, value_of_key
+from megatron_tip.selection.replicas import Replicas
+
+
+def exact_ratio(retention_ratio: float) -> Fraction:
+    """Returns the ratio as the decimal that was written: 0.05 is 1/20, not the binary number next to it."""
+    return Fraction(str(float(retention_ratio)))
+
+
+def batch_budget(retention_ratio: float, num_rows: int) -> int:
+    """Returns n = ceil(rho |I|). TA-OPD Eq. 13."""
+    return math.ceil(exact_ratio(retention_ratio) * num_rows)
+
+
+def rollout_budget(retention_ratio: float, num_rows: int, minimum: int) -> int:
+    """Returns floor(rho m) of a rollout of m rows (TIP Eq. 8), but at least `minimum` of them, or all if m is less."""
+    return max(math.floor(exact_ratio(retention_ratio) * num_rows), min(minimum, num_rows))
+
+
+@dataclass(frozen=True)
+class TieOrder:
+    """`keys`: `[n]` int64, distinct over the batch and below 2^key_bits; of equal scores the lower key is kept."""
+
+    keys: Tensor
+    key_bits: int
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """The lowest score that is kept, how many of the kept rows have just that score, and how many of all rows."""
+
+    score: float
+    num_tied: int
+    num_equal: int
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The rows of this replica that a budget keeps: `mask`, `[n]` bool.
+
+    `runner_up`: for each row the best score that its budget did not keep, 0 if it kept all; `[n]` or one number.
+    `threshold`: over all replicas, equal on all; None where there is none (rollouts each have their own).
+    """
+
+    mask: Tensor
+    runner_up: Tensor | float = 0.0
+    threshold: Threshold | None = None
+
+
+class Budget(Protocol):
+    """What keeps the best rows of each score vector. `num_selected`: over the whole batch, equal on all replicas."""
+
+    @property
+    def num_selected(self) -> int: ...
+
+    def keep(self, scores: Sequence[Tensor], ties: TieOrder, *, with_runner_up: bool) -> list[Kept]:
+        """Returns the kept rows for each `[n]` float32 score vector."""
+        ...
+
+    def uniform_inclusion(self) -> Tensor | float:
+        """Returns each row's chance to be kept if all scores are drawn alike; `[n]` or one number."""
+        ...
+
+
+@dataclass(frozen=True)
+class NoBudget:
+    """All rows."""
+
+    num_selected: int
+
+    def keep(self, scores: Sequence[Tensor], ties: TieOrder, *, with_runner_up: bool) -> list[Kept]:
+        return [Kept(torch.ones_like(row_scores, dtype=torch.bool)) for row_scores in scores]
+
+    def uniform_inclusion(self) -> float:
+        return 1.0
+
+
+@dataclass(frozen=True)
+class BatchBudget:
+    """`num_selected` rows of the `num_rows` rows of all `replicas`."""
+
+    num_selected: int
+    num_rows: int
+    replicas: Replicas
+
+    def keep(self, scores: Sequence[Tensor], ties: TieOrder, *, with_runner_up: bool) -> list[Kept]:
+        """See Budget.keep; `runner_up` is 0 unless asked for.
+
+        Collectives: 3 all-reduces for the thresholds of all vectors; where ties straddle a threshold,
+        ceil(key_bits / 11) more for all those vectors together.
+        """
+        assert 1 <= self.num_selected <= self.num_rows, "a budget lies between one row and all rows"
+        # in ascending order the rows from rank `first` on are kept: all above the threshold, and the last tied with it
+        first = self.num_rows - self.num_selected
+        ranks = [first, first - 1] if with_runner_up and first else [first]
+        keys = [ordered_keys(values) for values in scores]
+        found = order_statistics(keys, [ranks] * len(keys), FLOAT_KEY_BITS, self.replicas)
+        thresholds = [statistics[0] for statistics in found]
+        num_tied = [at.num_below + at.num_equal - first for at in thresholds]
+        tied = [row_keys == at.key for row_keys, at in zip(keys, thresholds, strict=True)]
+        self._cut_ties(tied, num_tied, [at.num_equal for at in thresholds], ties)
+        return [
+            Kept(
+                mask=(keys[place] > at.key) | tied[place],
+                runner_up=value_of_key(found[place][1].key) if len(ranks) > 1 else 0.0,
+                threshold=Threshold(value_of_key(at.key), num_tied[place], at.num_equal),
+            )
+            for place, at in enumerate(thresholds)
+        ]
+
+    def _cut_ties(self, tied: list[Tensor], num_kept: list[int], num_equal: list[int], ties: TieOrder) -> None:
+        """Leaves, in place, the `num_kept` first in tie order of each of the `tied` masks."""
+        straddling = [place for place in range(len(tied)) if num_kept[place] < num_equal[place]]
+        keys = [ties.keys[tied[place]] for place in straddling]
+        last_ranks = [[num_kept[place] - 1] for place in straddling]
+        last_kept = order_statistics(keys, last_ranks, ties.key_bits, self.replicas)
+        for place, (last,) in zip(straddling, last_kept, strict=True):
+            tied[place] &= ties.keys <= last.key
+
+    def uniform_inclusion(self) -> float:
+        return self.num_selected / self.num_rows
+
+
+@dataclass(frozen=True)
+class RolloutBudget:
+    """The best rows of each rollout; all rows of a rollout lie on one replica, so nothing is communicated.
+
+    `place`: `[n]` each row's rollout among the replica's rollouts. `lengths`, `budgets`: `[rollouts]` int64.
+    """
+
+    num_selected: int
+    place: Tensor
+    lengths: Tensor
+    budgets: Tensor
+
+    @staticmethod
+    def of(index: TokenIndex, retention_ratio: float, minimum: int) -> RolloutBudget:
+        """Returns the budgets of this replica's rollouts; `num_selected` counts this replica alone."""
+        _, place, lengths = torch.unique(index.rollout_index, return_inverse=True, return_counts=True)
+        budgets = [rollout_budget(retention_ratio, length, minimum) for length in lengths.tolist()]
+        return RolloutBudget(
+            sum(budgets), place, lengths, torch.tensor(budgets, dtype=torch.int64, device=place.device)
+        )
+
+    def keep(self, scores: Sequence[Tensor], ties: TieOrder, *, with_runner_up: bool) -> list[Kept]:
+        in_tie_order = torch.argsort(ties.keys)
+        return [self._keep(row_scores, in_tie_order, with_runner_up) for row_scores in scores]
+
+    def _keep(self, scores: Tensor, in_tie_order: Tensor, with_runner_up: bool) -> Kept:
+        rank, budget = self._rank_within_rollout(scores, in_tie_order), self.budgets[self.place]
+        runner_up = torch.zeros_like(self.budgets, dtype=torch.float32)
+        if with_runner_up:
+            next_best = rank == budget
+            runner_up[self.place[next_best]] = scores[next_best]
+        return Kept(rank < budget, runner_up[self.place])
+
+    def _rank_within_rollout(self, scores: Tensor, in_tie_order: Tensor) -> Tensor:
+        """Returns `[n]` int64: 0 for the best row of its rollout, 1 for the next; equal scores in tie order."""
+        best_first = (self.place << FLOAT_KEY_BITS) - ordered_keys(scores)
+        order = in_tie_order[torch.argsort(best_first[in_tie_order], stable=True)]
+        starts = torch.repeat_interleave(self.lengths.cumsum(0) - self.lengths, self.lengths)
+        rank = torch.arange(len(order), device=order.device) - starts
+        return torch.empty_like(order).scatter_(0, order, rank)
+
+    def uniform_inclusion(self) -> Tensor:
+        return (self.budgets / self.lengths)[self.place]

@@ -1,0 +1,37 @@
+"""What one step's exact selection leaves for a selection that cannot see its whole batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_tip.selection.budget import Threshold
+from megatron_tip.selection.order_statistics import Quantiles
+
+
+@dataclass(frozen=True)
+class BatchTotals:
+    """Rows of the whole batch, known before any of them is scored: valid, and to be selected."""
+
+    num_valid: int
+    num_selected: int
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The order statistics of an earlier batch; plain numbers, so that a checkpoint can hold it.
+
+    `quantiles`: (statistic, probability, value) rows. `threshold`: the lowest score that was kept. `tie_share`: the
+    share kept of the rows with just that score.
+    """
+
+    quantiles: tuple[tuple[str, float, float], ...]
+    threshold: float
+    tie_share: float
+
+    @staticmethod
+    def of(quantiles: Quantiles, threshold: Threshold) -> Calibration:
+        rows = tuple((name, probability, value) for (name, probability), value in sorted(quantiles.items()))
+        return Calibration(rows, threshold.score, threshold.num_tied / threshold.num_equal)
+
+    def as_quantiles(self) -> Quantiles:
+        return {(name, probability): value for name, probability, value in self.quantiles}

@@ -1,0 +1,139 @@
+"""The selection rules by name: each row names one published combination of score, normalisers and budget scope."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+from torch import Tensor
+
+from megatron_tip.errors import ConfigError
+from megatron_tip.records import TokenStatistics
+from megatron_tip.selection import scores
+from megatron_tip.selection.normalise import ABOVE_MEDIAN, CLIPPED_MIN_MAX, MIN_MAX, RAW, ROBUST, Normaliser
+
+Take = Literal["all", "top", "bottom", "sample"]
+Scope = Literal["batch", "rollout", "micro_batch"]
+
+_PER_SUPPORT_ID = re.compile("_support_(ids|logprobs)$")
+STATISTICS = frozenset(f.name for f in fields(TokenStatistics) if not _PER_SUPPORT_ID.search(f.name))
+
+
+@dataclass(frozen=True)
+class Input:
+    """One argument of a score function: a field of TokenStatistics and how it is normalised."""
+
+    statistic: str
+    normaliser: Normaliser = ROBUST
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A selection rule: adding one is a score function and a row.
+
+    `score(*inputs)` gives `[n]` scores and does not write into its inputs. `take`: "all" rows; the "top" or "bottom" of
+    the scores; or a "sample" without replacement with probability proportional to the score (no score: uniform).
+    `scope`: the budget's scope in the paper, used unless the selector is told another.
+    """
+
+    name: str
+    score: Callable[..., Tensor] | None
+    inputs: tuple[Input, ...] = ()
+    take: Take = "top"
+    scope: Scope = "batch"
+
+    @property
+    def required_statistics(self) -> frozenset[str]:
+        return frozenset(item.statistic for item in self.inputs)
+
+    @property
+    def required_quantiles(self) -> frozenset[tuple[str, float]]:
+        """Pairs of a statistic and a probability."""
+        return frozenset((item.statistic, p) for item in self.inputs for p in item.normaliser.probabilities)
+
+    def with_normaliser(self, normaliser: Normaliser) -> Rule:
+        """Returns the rule with every input normalised so, except for the cuts of quadrants, which stay cuts."""
+        inputs = (i if i.normaliser is ABOVE_MEDIAN else replace(i, normaliser=normaliser) for i in self.inputs)
+        return replace(self, inputs=tuple(inputs))
+
+
+_H = Input("student_entropy")
+_D = Input("support_divergence")
+_C = Input("compatibility")
+_C_LOWER_BOUND = Input("compatibility_lower_bound")
+_H_HIGH = Input("student_entropy", ABOVE_MEDIAN)
+_D_HIGH = Input("support_divergence", ABOVE_MEDIAN)
+
+_TIP_H = Input("student_entropy", CLIPPED_MIN_MAX)
+_TIP_DELTA = Input("reverse_kl", MIN_MAX)
+_TIP_FORWARD_KL = Input("forward_kl", RAW)
+
+_TIP_RANKINGS = (
+    Rule("tip_entropy", scores.single, (_TIP_H,), scope="rollout"),
+    Rule("tip_divergence", scores.single, (_TIP_DELTA,), scope="rollout"),
+    Rule("tip_soft_or", scores.soft_or, (_TIP_H, _TIP_DELTA), scope="rollout"),
+    Rule("tip_q3_only", scores.confident_divergence, (_TIP_FORWARD_KL, _TIP_H), scope="rollout"),
+)
+_ROWS = (
+    Rule("full", None, take="all"),
+    Rule("random", None, take="sample"),
+    Rule("tip_entropy_sampling", scores.single, (Input("student_entropy", RAW),), take="sample", scope="rollout"),
+    *_TIP_RANKINGS,
+    *(replace(rule, name=f"{rule.name}_bottom", take="bottom") for rule in _TIP_RANKINGS),
+    Rule("ta_opd_entropy", scores.single, (_H,)),
+    Rule("ta_opd_divergence", scores.single, (_D,)),
+    Rule("ta_opd_compatibility", scores.single, (_C,)),
+    Rule("ta_opd_soft_or", scores.soft_or, (_H, _D)),
+    Rule("ta_opd_teachability", scores.teachability, (_D, _C)),
+    Rule("ta_opd_teachability_lower_bound", scores.teachability, (_D, _C_LOWER_BOUND)),
+    Rule("ta_opd_incompatible", scores.incompatibility, (_D, _C)),
+    Rule("ta_opd_entropy_teachability", scores.entropy_teachability, (_H, _D, _C)),
+    Rule("ta_opd_q3_only", scores.q3_divergence, (_H_HIGH, _D_HIGH, _D)),
+    Rule("ta_opd_q3_high_compatibility", scores.q3_compatibility, (_H_HIGH, _D_HIGH, _C)),
+    Rule("ta_opd_q3_low_compatibility", scores.q3_low_compatibility, (_H_HIGH, _D_HIGH, _C)),
+    Rule("ta_opd_q3_high_teachability", scores.q3_teachability, (_H_HIGH, _D_HIGH, _D, _C)),
+    Rule("ta_opd_q3_low_teachability", scores.q3_low_teachability, (_H_HIGH, _D_HIGH, _D, _C)),
+    Rule("ta_opd_q3_high_incompatible", scores.q3_incompatibility, (_H_HIGH, _D_HIGH, _D, _C)),
+)
+RULES = {rule.name: rule for rule in _ROWS}
+
+
+def load_rule(name: str) -> Rule:
+    """Returns the rule of that name, or the one at an import path "package.module:attribute".
+
+    The attribute is a `Rule`, or a score function whose parameters are named after fields of TokenStatistics; each is
+    then given Norm_B of that field. Raises ConfigError for a name that is neither.
+    """
+    if name in RULES:
+        return RULES[name]
+    module_name, _, attribute = name.partition(":")
+    if not attribute:
+        nearest = difflib.get_close_matches(name, RULES, n=1, cutoff=0.0)[0]
+        raise ConfigError(
+            f"rule: expected one of {', '.join(RULES)} or an import path 'package.module:function', got {name!r}; "
+            f"the nearest name is {nearest!r}"
+        )
+    try:
+        found = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"rule: cannot import {name!r} ({error}); check the path and PYTHONPATH") from error
+    rule = found if isinstance(found, Rule) else _rule_of_function(name, found)
+    unknown = rule.required_statistics - STATISTICS
+    if unknown:
+        raise ConfigError(
+            f"rule {name!r}: asks for {sorted(unknown)}, which are no per-token statistics; "
+            f"expected names among {sorted(STATISTICS)}"
+        )
+    return rule
+
+
+def _rule_of_function(name: str, function: Any) -> Rule:
+    """Returns a rule that gives `function` Norm_B of the statistics that its parameters name."""
+    if not inspect.isfunction(function):
+        raise ConfigError(f"rule {name!r}: expected a Rule or a score function, got {type(function).__name__}")
+    return Rule(name, function, tuple(Input(parameter) for parameter in inspect.signature(function).parameters))

@@ -1,0 +1,127 @@
+"""What a run says about its selection, checked before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, get_args
+
+from megatron_tip.errors import ConfigError
+from megatron_tip.selection.batch import Batch
+from megatron_tip.selection.budget import TieOrder
+from megatron_tip.selection.counter_hash import shuffled
+from megatron_tip.selection.loss_scale import LossScale
+from megatron_tip.selection.normalise import NORMALISERS
+from megatron_tip.selection.rules import RULES, Rule, Scope, load_rule
+
+TieBreak = Literal["token_order", "random"]
+
+
+@dataclass(frozen=True)
+class SelectionSettings:
+    """How the supervised rows of a rollout batch are chosen.
+
+    Args:
+        rule: a name of `rules.RULES`, or an import path "package.module:attribute" (see `load_rule`).
+        retention_ratio: rho in (0, 1], the share of the valid rows to keep; 1 keeps all, whatever the rule.
+        scope: what the budget is a share of: "batch", ceil(rho |I|) of the whole batch; "rollout", floor(rho m) of
+            each rollout; "micro_batch", ceil(rho m) of each micro-batch, in one pass (`select_micro_batch`). None: as
+            the rule was published.
+        normaliser: one of `normalise.NORMALISERS` for all inputs of the rule; None: the rule's own.
+        tie_break: of rows with equal scores keep those first in "token_order" (rollout, then position), or those first
+            in a "random" order drawn from seed and step.
+        loss_scale: divide the summed loss by the number of rows "selected", or by the number "valid"; or by the number
+            valid and each row's inclusion probability ("importance", for the rules that sample).
+        seed: of the rules that sample, and of random ties.
+        minimum_per_rollout: rows kept of a rollout so short that floor(rho m) is less; scope "rollout" only.
+        compare: report the agreement with every other rule that the statistics allow.
+
+    Raises: ConfigError for arguments that cannot work, by name.
+    """
+
+    rule: str
+    retention_ratio: float = 1.0
+    scope: Scope | None = None
+    normaliser: str | None = None
+    tie_break: TieBreak = "token_order"
+    loss_scale: LossScale = "selected"
+    seed: int = 0
+    minimum_per_rollout: int = 1
+    compare: bool = True
+
+    def __post_init__(self) -> None:
+        _check_choice("scope", self.scope, (*get_args(Scope), None))
+        _check_choice("normaliser", self.normaliser, (*NORMALISERS, None))
+        _check_choice("tie_break", self.tie_break, get_args(TieBreak))
+        _check_choice("loss_scale", self.loss_scale, get_args(LossScale))
+        if not 0.0 < self.retention_ratio <= 1.0:
+            raise ConfigError(f"retention_ratio: expected a number in (0, 1], got {self.retention_ratio}")
+        if self.minimum_per_rollout < 0:
+            raise ConfigError(f"minimum_per_rollout: expected 0 or more, got {self.minimum_per_rollout}")
+        take = self.resolved_rule.take
+        if take == "all" and not self.keeps_all:
+            raise ConfigError(f"rule {self.rule!r} keeps every row: set retention_ratio = 1, or choose another rule")
+        if self.loss_scale == "importance" and take not in ("all", "sample"):
+            sampling = [name for name, rule in RULES.items() if rule.take == "sample"]
+            raise ConfigError(
+                f"loss_scale 'importance' needs a rule that samples ({', '.join(sampling)}), got {self.rule!r}, whose "
+                "rows are kept or dropped for certain; use 'selected' or 'valid'"
+            )
+
+    @cached_property
+    def resolved_rule(self) -> Rule:
+        """The rule with the normaliser that was asked for."""
+        rule = load_rule(self.rule)
+        return rule if self.normaliser is None else rule.with_normaliser(NORMALISERS[self.normaliser])
+
+    @property
+    def active_rule(self) -> Rule:
+        """The rule that is at work: "full" where all rows are kept anyway."""
+        return RULES["full"] if self.keeps_all else self.resolved_rule
+
+    @property
+    def resolved_scope(self) -> Scope:
+        return self.scope or self.resolved_rule.scope
+
+    @property
+    def keeps_all(self) -> bool:
+        return self.retention_ratio == 1.0
+
+    @property
+    def required_statistics(self) -> frozenset[str]:
+        """The fields of TokenStatistics without which nothing can be selected; empty if no scoring pass is needed."""
+        return self.active_rule.required_statistics
+
+    def check_available(self, available: Collection[str], source: str) -> None:
+        """Raises ConfigError if the rule needs a statistic that the run cannot compute; for the start of a run.
+
+        Args:
+            available: fields of TokenStatistics. source: what computes them, for the message.
+        """
+        missing = sorted(self.required_statistics - set(available))
+        if missing:
+            possible = [name for name, rule in RULES.items() if rule.required_statistics <= set(available)]
+            raise ConfigError(
+                f"rule {self.rule!r} needs {missing}, which {source} does not give; rules that can run on it: "
+                f"{', '.join(possible)}"
+            )
+
+    def compared_rules(self, available: Collection[str]) -> list[Rule]:
+        """Returns the published rules, other than this one, that can be evaluated on the statistics `available`."""
+        if not self.compare or self.keeps_all:
+            return []
+        others = (rule for rule in RULES.values() if rule.take != "all" and rule != self.resolved_rule)
+        return [rule for rule in others if rule.required_statistics <= set(available)]
+
+    def tie_order(self, batch: Batch, step: int) -> TieOrder:
+        """Returns the order that decides between rows of equal scores."""
+        keys = batch.token_order()
+        if self.tie_break == "random":
+            keys = shuffled(keys, batch.key_bits, self.seed, step)
+        return TieOrder(keys, batch.key_bits)
+
+
+def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
