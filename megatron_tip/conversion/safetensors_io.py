@@ -42,6 +42,12 @@ class HfCheckpoint(ModelFolder):
         self._files = _tensor_files(self.folder)
         self._check(self._full_architecture)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the word embeddings, and as a rule of all weights."""
+        header = self._slice("model.embed_tokens.weight")
+        return next(dtype for dtype, name in _DTYPE_NAMES.items() if name == header.get_dtype())
+
     def read(self, name: str) -> Tensor:
         """The whole tensor, in the checkpoint's dtype, on the CPU."""
         return self._slice(name)[:]
