@@ -26,7 +26,9 @@ def main(
 
 def convert(source: Path, target: Path, tp_size: int, pp_size: int, dtype: Dtype, drop_layers: list[int]) -> None:
     """One worker's part. Collective over the world."""
-    from megatron_tip.conversion import HfCheckpoint, load_hf, save_megatron_checkpoint
+    from megatron_tip.conversion.bridge import load_hf
+    from megatron_tip.conversion.megatron_checkpoint import save_megatron_checkpoint
+    from megatron_tip.conversion.safetensors_io import HfCheckpoint
     from megatron_tip.parallel.distributed import destroy_distributed
 
     checkpoint = HfCheckpoint(source, drop_layers)

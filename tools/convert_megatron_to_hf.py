@@ -25,7 +25,8 @@ def main(
 
 def convert(source: Path, target: Path, tp_size: int, pp_size: int, dtype: Dtype) -> None:
     """One worker's part. Collective over the world."""
-    from megatron_tip.conversion import MegatronCheckpoint, load_megatron_checkpoint, save_hf
+    from megatron_tip.conversion.bridge import save_hf
+    from megatron_tip.conversion.megatron_checkpoint import MegatronCheckpoint, load_megatron_checkpoint
     from megatron_tip.parallel.distributed import destroy_distributed
 
     checkpoint = MegatronCheckpoint(source)

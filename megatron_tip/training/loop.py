@@ -115,11 +115,11 @@ def summarise(run: TrainingRun, recorder: RunRecorder, before: Heldout, after: H
 def samples_of(run: TrainingRun, plan: RunPlan, before: Heldout, after: Heldout) -> list[Sample]:
     """The first held-out prompts with the student's responses before and after."""
     pairs = list(zip(before.rollouts, after.rollouts, strict=True))[: run.config.heldout.num_samples]
-    return [
-        Sample(
-            prompt=plan.tokenizer.decode(list(old.prompt_ids)),
-            before=plan.tokenizer.decode(list(old.response_ids)),
-            after=plan.tokenizer.decode(list(new.response_ids)),
-        )
-        for old, new in pairs
-    ]
+    texts = [[_decoded(plan, ids) for ids in (old.prompt_ids, old.response_ids, new.response_ids)] for old, new in pairs]
+    return [Sample(*text) for text in texts]
+
+
+def _decoded(plan: RunPlan, ids: tuple[int, ...]) -> str:
+    text = plan.tokenizer.decode(list(ids))
+    assert isinstance(text, str), "one sequence gives one text"
+    return text

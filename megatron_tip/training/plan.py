@@ -151,6 +151,10 @@ def _selector(config: Config) -> Selector:
         rule=selection.rule,
         retention_ratio=selection.retention_ratio,
         scope=None if selection.scope == "auto" else selection.scope,
+        normaliser=None if selection.normaliser == "auto" else selection.normaliser,
+        tie_break=selection.tie_break,
         loss_scale=selection.loss_scale,
         seed=config.run.seed,
+        minimum_per_rollout=selection.minimum_per_rollout,
+        compare=selection.compare,
     )
