@@ -1,1 +1,3 @@
 """Token-selective on-policy distillation on Megatron-Core."""
+
+__version__ = "0.1.0"

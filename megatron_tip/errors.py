@@ -30,3 +30,7 @@ class TrainingError(MegatronTipError, RuntimeError):
 
 class OptionalDependencyError(MegatronTipError, ImportError):
     """An optional package that is not installed; the message names the extra that brings it."""
+
+
+class OutputError(MegatronTipError, OSError):
+    """A file of the run that cannot be written: a full disk, a folder that was taken away."""

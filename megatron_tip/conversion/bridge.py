@@ -1,0 +1,201 @@
+"""Weights between a Hugging Face directory and a model's shards, one parameter at a time."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+from megatron_tip.conversion.architecture import ModelArchitecture
+from megatron_tip.conversion.model_folder import ModelFolder, new_folder
+from megatron_tip.conversion.safetensors_io import HfCheckpoint, write_safetensors
+from megatron_tip.conversion.weight_map import WeightMap, checkpoint_name, hf_shapes, output_head, weight_maps
+from megatron_tip.errors import OutputError, WeightsError
+from megatron_tip.parallel.collectives import broadcast_json
+from megatron_tip.parallel.groups import ModelGroups
+
+
+@torch.no_grad()
+def load_hf(model: GPTModel, checkpoint: HfCheckpoint, groups: ModelGroups) -> None:
+    """Fills this rank's shards of `model` from `checkpoint`, reading no other rank's part. No collective.
+
+    Values are cast to the parameters' dtype. Padding rows of the vocabulary become zero.
+
+    Raises:
+        WeightsError: a parameter that the checkpoint's architecture does not have, or of another shape.
+    """
+    tp_rank, tp_size = groups.tp_rank, groups.grid.tp_size
+    for name, parameter, weight in _local_parameters(model, checkpoint.architecture):
+        shard = _read_shard(checkpoint, weight, tp_rank=tp_rank, tp_size=tp_size, num_rows=parameter.shape[0])
+        if shard.shape != parameter.shape:
+            raise WeightsError(
+                f"load_hf: expected {name} of shape {tuple(shard.shape)} on a rank of tp {tp_size}, got a parameter "
+                f"of {tuple(parameter.shape)}; build the model from the checkpoint's architecture"
+            )
+        parameter.copy_(shard)
+
+
+def load_output_head(
+    checkpoint: HfCheckpoint, *, tp_rank: int, tp_size: int, padded_vocab_size: int, dtype: torch.dtype
+) -> Tensor:
+    """The LM head's shard `[padded_vocab_size / tp_size, h]` of one rank, on the CPU; padding rows are zero.
+
+    It is the checkpoint's own head, or its embeddings where both are tied. A teacher's head is sharded over the
+    student's tensor-parallel group, whatever the teacher's own layout.
+    """
+    num_rows = padded_vocab_size // tp_size
+    weight = output_head(checkpoint.architecture)
+    return _read_shard(checkpoint, weight, tp_rank=tp_rank, tp_size=tp_size, num_rows=num_rows).to(dtype)
+
+
+@torch.no_grad()
+def export_hf(model: GPTModel, architecture: ModelArchitecture, groups: ModelGroups) -> Iterator[tuple[str, Tensor]]:
+    """The model's weights under their Hugging Face names, in the parameters' dtype, from the embeddings to the head.
+
+    Collective over the ranks of data-parallel replica 0 (`groups.dp_rank == 0`): all of them must call it and exhaust
+    it, at the same point of the program. The first of them (tp rank 0 of the first stage) yields every tensor; the
+    others yield nothing. Other replicas must not call it. No rank ever holds more than one Megatron parameter gathered
+    over tp and one tensor made from it. A yielded tensor may share memory with the model: do not write to it, copy
+    what you keep beyond the next step. Padding rows of the vocabulary are left out, and so is a tied head.
+    """
+    assert groups.dp_rank == 0, f"export_hf is for data-parallel replica 0, called by replica {groups.dp_rank}"
+    parameters = {weight.name: parameter.detach() for _, parameter, weight in _local_parameters(model, architecture)}
+    reference = next(iter(parameters.values()))
+    for weight in weight_maps(architecture):
+        stage = _stage_of(weight, architecture, groups.grid.pp_size)
+        merged: list[Tensor] = []
+        if groups.pp_rank == stage:
+            shards = _gather(parameters[weight.name], weight, groups)
+            merged = [_merge_shards(shards, weight, piece) for piece in range(len(weight.hf_names))] if shards else []
+        if groups.tp_rank == 0:
+            yield from _at_first_stage(merged, weight, stage, reference, groups)
+
+
+def save_hf(
+    model: GPTModel,
+    source: ModelFolder,
+    groups: ModelGroups,
+    target: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes the model as a Hugging Face directory `target`, with the config and tokenizer of `source`.
+
+    Streams through `export_hf`: collective over data-parallel replica 0; other replicas return at once. The first
+    rank writes, beside `target`, and renames when all is on disk. `dtype`: of the files; None: the parameters'.
+
+    Raises:
+        OutputError: `target` cannot be written, or exists and `overwrite` is not set; on every rank of the replica.
+    """
+    if groups.dp_rank != 0:
+        return
+    stream = export_hf(model, source.architecture, groups)
+    parameter = next(model.parameters())
+    failure = None
+    if groups.tp_rank == 0 and groups.is_first_stage:
+        try:
+            with new_folder(target, overwrite=overwrite) as folder:
+                written_dtype = dtype or parameter.dtype
+                source.write_description(folder, written_dtype)
+                write_safetensors(folder, stream, hf_shapes(source.architecture), written_dtype)
+        except OutputError as error:
+            failure = str(error)
+    for _ in stream:  # the other ranks' part, or what a failure left over: the others still send it
+        pass
+    first_rank = groups.grid.rank_at(tp=0, dp=0, pp=0)
+    failure = broadcast_json(failure, source=first_rank, device=parameter.device, group=groups.model_group)
+    if failure is not None:
+        raise OutputError(failure)
+
+
+def _local_parameters(
+    model: GPTModel, architecture: ModelArchitecture
+) -> Iterator[tuple[str, torch.nn.Parameter, WeightMap]]:
+    """This rank's parameters with their names and maps."""
+    maps = {weight.name: weight for weight in [*weight_maps(architecture), output_head(architecture)]}
+    for name, parameter in model.named_parameters():
+        global_name = checkpoint_name(_LOCAL_LAYER.sub(lambda match: _global_layer(model, match), name))
+        if global_name not in maps:
+            raise WeightsError(f"a {architecture.family} model has no weight for the parameter {name}")
+        yield name, parameter, maps[global_name]
+
+
+_LOCAL_LAYER = re.compile(r"(?<=^decoder\.layers\.)\d+")
+
+
+def _global_layer(model: GPTModel, match: re.Match[str]) -> str:
+    layer: Any = model.decoder.layers[int(match[0])]
+    return str(layer.layer_number - 1)  # Megatron counts from 1, over all stages
+
+
+def _stage_of(weight: WeightMap, architecture: ModelArchitecture, pp_size: int) -> int:
+    if weight.layer is not None:
+        return weight.layer * pp_size // architecture.num_layers
+    return 0 if weight.name.startswith("embedding.") else pp_size - 1
+
+
+def _read_shard(checkpoint: HfCheckpoint, weight: WeightMap, *, tp_rank: int, tp_size: int, num_rows: int) -> Tensor:
+    """One rank's part of a Megatron parameter; `num_rows` of them (more than there are only in a vocabulary)."""
+    if weight.partition_dim is None:
+        return checkpoint.read(weight.hf_names[0])
+    if weight.partition_dim == 1:
+        num_columns = weight.hf_shapes[0][1] // tp_size
+        return checkpoint.read_columns(weight.hf_names[0], tp_rank * num_columns, (tp_rank + 1) * num_columns)
+    if len(weight.hf_names) == 1:
+        return checkpoint.read_rows(weight.hf_names[0], tp_rank * num_rows, (tp_rank + 1) * num_rows)
+    pieces = []
+    for name, shape in zip(weight.hf_names, weight.hf_shapes, strict=True):
+        rows = shape[0] // tp_size
+        piece = checkpoint.read_rows(name, tp_rank * rows, (tp_rank + 1) * rows)
+        pieces.append(piece.unflatten(0, (_units_per_rank(weight, tp_size), -1)))
+    return torch.cat(pieces, dim=1).flatten(0, 1)
+
+
+def _merge_shards(shards: list[Tensor], weight: WeightMap, piece: int) -> Tensor:
+    """The `piece`-th Hugging Face tensor out of all ranks' parts of a Megatron parameter."""
+    if weight.partition_dim is None:
+        return shards[0]
+    if weight.partition_dim == 1:
+        return torch.cat(shards, dim=1)
+    num_rows = weight.hf_shapes[piece][0]
+    if len(weight.hf_names) == 1:
+        return torch.cat(shards)[:num_rows]
+    units = _units_per_rank(weight, len(shards))
+    sizes = [shape[0] // len(shards) // units for shape in weight.hf_shapes]
+    return torch.cat([shard.unflatten(0, (units, -1)).split(sizes, dim=1)[piece].flatten(0, 1) for shard in shards])
+
+
+def _units_per_rank(weight: WeightMap, tp_size: int) -> int:
+    return 1 if weight.num_units is None else weight.num_units // tp_size
+
+
+def _gather(shard: Tensor, weight: WeightMap, groups: ModelGroups) -> list[Tensor]:
+    """All tensor-parallel ranks' parts, on tp rank 0; nothing on the others."""
+    if weight.partition_dim is None or groups.grid.tp_size == 1:
+        return [shard] if groups.tp_rank == 0 else []
+    shard = shard.contiguous()
+    parts = [torch.empty_like(shard) for _ in range(groups.grid.tp_size)] if groups.tp_rank == 0 else None
+    dist.gather(shard, parts, group=groups.tp_group, group_dst=0)
+    return parts or []
+
+
+def _at_first_stage(
+    tensors: list[Tensor], weight: WeightMap, stage: int, reference: Tensor, groups: ModelGroups
+) -> Iterator[tuple[str, Tensor]]:
+    """Sends what `stage` made to the first stage, which yields it. Called by tp rank 0 of every stage."""
+    for piece, (name, shape) in enumerate(zip(weight.hf_names, weight.hf_shapes, strict=True)):
+        if stage == 0 and groups.pp_rank == 0:
+            yield name, tensors[piece]
+        elif groups.pp_rank == stage:
+            dist.send(tensors[piece].contiguous(), group=groups.pp_group, group_dst=0)
+        elif groups.pp_rank == 0:
+            received = reference.new_empty(shape)
+            dist.recv(received, group=groups.pp_group, group_src=stage)
+            yield name, received

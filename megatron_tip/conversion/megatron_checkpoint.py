@@ -1,0 +1,200 @@
+"""Megatron's sharded checkpoints of a model's weights, with what is needed to know the model again.
+
+    megatron_tip.json   format, versions, the layout that wrote it
+    config.json         the model, as Hugging Face describes it; tokenizer files beside it
+    weights/            megatron.core.dist_checkpointing, readable in any tp x pp
+
+Loading runs no code from the checkpoint. The tensors are read with torch's `weights_only`; objects (which Transformer
+Engine layers add for fp8) are written for Megatron's sake and never read; and the index, a pickle, is checked first to
+name nothing but the record types of torch's own format.
+"""
+
+from __future__ import annotations
+
+import pickle
+from contextlib import ExitStack
+from dataclasses import is_dataclass
+from enum import Enum
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    TorchDistSaveShardedStrategy,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from megatron.core.models.gpt import GPTModel
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save as save_state_dict
+
+from megatron_tip.conversion.model_folder import ModelFolder, new_folder, read_json, write_json
+from megatron_tip.errors import OutputError, WeightsError
+from megatron_tip.parallel.collectives import broadcast_json
+from megatron_tip.parallel.groups import ModelGroups
+
+MANIFEST_NAME = "megatron_tip.json"
+WEIGHTS_NAME = "weights"
+FORMAT = "megatron_tip weights 1"
+
+
+class MegatronCheckpoint(ModelFolder):
+    """A folder that `save_megatron_checkpoint` wrote."""
+
+    def __init__(self, folder: str | Path) -> None:
+        """Reads the folder's description; the weights are not touched.
+
+        Raises:
+            WeightsError: it is no such folder, or of another format, or its index is not what it should be.
+        """
+        super().__init__(folder)
+        manifest = read_json(self.folder / MANIFEST_NAME)
+        if manifest.get("format") != FORMAT:
+            raise WeightsError(f"{self.folder / MANIFEST_NAME}: expected the format {FORMAT!r}, got {manifest}")
+        self.weights = self.folder / WEIGHTS_NAME
+        _check_index(self.weights / ".metadata")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the weights."""
+        return getattr(torch, self.config["dtype"])
+
+
+def save_megatron_checkpoint(
+    model: GPTModel, source: ModelFolder, groups: ModelGroups, target: Path, *, overwrite: bool = False
+) -> None:
+    """Writes the model's weights, sharded as they are, and the config and tokenizer of `source` as a new folder.
+
+    Collective over the world: every rank calls it, and on all machines `target` must be the same shared folder.
+
+    Raises:
+        OutputError: `target` cannot be written, or exists and `overwrite` is not set; on every rank.
+    """
+    parameter = next(model.parameters())
+    with ExitStack() as stack:
+        folder, failure = target, None
+        if dist.get_rank() == 0:
+            try:
+                folder = stack.enter_context(new_folder(target, overwrite=overwrite))
+                source.write_description(folder, parameter.dtype)
+                write_json(folder / MANIFEST_NAME, _manifest(groups))
+                (folder / WEIGHTS_NAME).mkdir()
+            except OSError as error:
+                failure = str(error)
+        folder = Path(_agreed(str(folder), failure, parameter.device))
+        try:
+            state = {"model": model.sharded_state_dict(metadata={"dp_cp_group": groups.collection.dp_cp})}
+            dist_checkpointing.save(state, str(folder / WEIGHTS_NAME), sharded_strategy=_InProcessSave("torch_dist", 1))
+        except (CheckpointException, OSError) as error:
+            raise OutputError(f"{target}: cannot be written: {_reason(error)}") from error
+        if dist.get_rank() == 0:
+            try:
+                stack.close()
+            except OSError as error:
+                failure = str(error)
+    _agreed(None, failure, parameter.device)
+
+
+def load_megatron_checkpoint(model: GPTModel, checkpoint: MegatronCheckpoint, groups: ModelGroups) -> None:
+    """Fills this rank's shards from a checkpoint of any layout. Collective over the world.
+
+    The padded vocabulary may differ from the one that was saved; padding rows become zero.
+
+    Raises:
+        WeightsError: weights are missing, truncated or of another shape; on every rank.
+    """
+    sharded = model.sharded_state_dict(metadata={"dp_cp_group": groups.collection.dp_cp})
+    tensors = {key: value for key, value in sharded.items() if not isinstance(value, ShardedObject)}
+    try:
+        loaded: Any = dist_checkpointing.load({"model": tensors}, str(checkpoint.weights))
+    except (CheckpointException, CheckpointingException, OSError, RuntimeError) as error:
+        raise WeightsError(f"{checkpoint.weights}: cannot be loaded: {_reason(error)}") from error
+    missing, unexpected = model.load_state_dict(loaded["model"], strict=False)
+    missing = [key for key in missing if not key.endswith("_extra_state")]
+    assert not missing, f"parameters that Megatron does not shard: {missing}"
+    assert not unexpected, f"shards that are no parameters: {unexpected}"
+
+
+class _InProcessSave(TorchDistSaveShardedStrategy):
+    """Writes Megatron's format from this process.
+
+    Megatron's own strategy forks writers out of a process that runs threads, and leaves a manager process behind.
+    """
+
+    def save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> None:
+        flat, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
+        save_state_dict(
+            mcore_to_pyt_state_dict(flat, False),
+            storage_writer=_Writer(checkpoint_dir),
+            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+        )
+
+
+class _Writer(FileSystemWriter):
+    def storage_meta(self) -> None:
+        """Nothing: torch's would put this machine's path into the checkpoint."""
+
+
+def _manifest(groups: ModelGroups) -> dict[str, Any]:
+    grid = groups.grid
+    return {
+        "format": FORMAT,
+        "layout": {"tp": grid.tp_size, "pp": grid.pp_size, "dp": grid.dp_size},
+        "versions": {name: version(name) for name in ("megatron_core", "torch")},
+    }
+
+
+def _agreed(value: Any, failure: str | None, device: torch.device) -> Any:
+    """Rank 0's `value` on every rank, or rank 0's failure raised on every rank."""
+    value, failure = broadcast_json([value, failure], source=0, device=device)
+    if failure is not None:
+        raise OutputError(failure)
+    return value
+
+
+def _reason(error: BaseException) -> str:
+    """The first rank's error of torch's collective one, in one line."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        error = next(iter(failures.values()))[0]
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _check_index(path: Path) -> None:
+    try:
+        with path.open("rb") as file:
+            _IndexUnpickler(file).load()
+    except FileNotFoundError:
+        raise WeightsError(f"{path}: no such file; the checkpoint is incomplete") from None
+    except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ValueError, TypeError) as error:
+        raise WeightsError(f"{path}: not the index of a checkpoint: {error}") from error
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    """Knows the record types of torch's distributed checkpoints, and nothing that could do anything."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module in _INDEX_MODULES:
+            found = super().find_class(module, name)
+            is_record = isinstance(found, type) and found.__module__ == module
+            if is_record and (is_dataclass(found) or issubclass(found, Enum)):
+                return found
+            if isinstance(found, torch.dtype) or found in (torch.Size, torch.serialization._get_layout):
+                return found
+        raise pickle.UnpicklingError(f"{module}.{name} has no place in it; do not load checkpoints you do not trust")
+
+
+_INDEX_MODULES = (
+    "torch",
+    "torch.serialization",
+    "torch.distributed.checkpoint.filesystem",
+    "torch.distributed.checkpoint.metadata",
+    "torch.distributed.checkpoint.planner",
+)

@@ -1,0 +1,191 @@
+"""Weights in safetensors files: reading parts of tensors, writing a model as a stream of tensors."""
+
+import json
+import re
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron_tip.conversion.architecture import ModelArchitecture, kept_layers
+from megatron_tip.conversion.model_folder import ModelFolder, read_json, write_json
+from megatron_tip.conversion.weight_map import hf_shapes
+from megatron_tip.errors import WeightsError
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+MAX_FILE_BYTES = 5_000_000_000
+
+_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_LAYER = re.compile(r"^(model\.layers\.)(\d+)\.")
+
+
+class HfCheckpoint(ModelFolder):
+    """A Hugging Face directory with its weights, seen as if the dropped layers had never been in it.
+
+    Tensor names count the layers that are left. Opening reads headers alone and checks that every tensor is there
+    with the right shape, so that a bad directory is refused by every rank alike, before anything is built.
+    """
+
+    def __init__(self, folder: str | Path, drop_layers: Collection[int] = ()) -> None:
+        """Opens `folder`; `drop_layers` are counted in the checkpoint.
+
+        Raises:
+            WeightsError: a file that is missing or truncated, a tensor that is missing, unknown or of another shape,
+                an architecture that is not supported.
+        """
+        super().__init__(folder, drop_layers)
+        self._kept_layers = kept_layers(self._full_architecture.num_layers, drop_layers)
+        self._files = _tensor_files(self.folder)
+        self._check(self._full_architecture)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the word embeddings, and as a rule of all weights."""
+        header = self._slice("model.embed_tokens.weight")
+        return next(dtype for dtype, name in _DTYPE_NAMES.items() if name == header.get_dtype())
+
+    def read(self, name: str) -> Tensor:
+        """The whole tensor, in the checkpoint's dtype, on the CPU."""
+        return self._slice(name)[:]
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows `start:stop` of a tensor; rows behind its end are zero (a padded vocabulary)."""
+        tensor_slice = self._slice(name)
+        num_rows = tensor_slice.get_shape()[0]
+        rows = tensor_slice[min(start, num_rows) : min(stop, num_rows)]
+        missing = stop - start - rows.shape[0]
+        return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]) if missing else rows
+
+    def read_columns(self, name: str, start: int, stop: int) -> Tensor:
+        """Columns `start:stop` of a matrix."""
+        return self._slice(name)[:, start:stop]
+
+    def _slice(self, name: str) -> Any:
+        source = _LAYER.sub(lambda match: f"{match[1]}{self._kept_layers[int(match[2])]}.", name)
+        # Opened anew each time: an open file stays mapped, and its pages count as this process's memory.
+        return _open(self._files[source]).get_slice(source)
+
+    def _check(self, architecture: ModelArchitecture) -> None:
+        expected = hf_shapes(architecture)
+        missing = sorted(expected.keys() - self._files.keys())
+        if missing:
+            raise WeightsError(
+                f"{self.folder}: expected a tensor {missing[0]}, found none ({len(missing)} are missing)"
+            )
+        ignored = {"lm_head.weight"} if architecture.tied_embeddings else set()
+        unknown = sorted(
+            name for name in self._files.keys() - expected.keys() - ignored if not name.endswith("rotary_emb.inv_freq")
+        )
+        if unknown:
+            raise WeightsError(
+                f"{self.folder}: expected the tensors of a {architecture.family} model, found {unknown[0]} too "
+                f"({len(unknown)} are unknown); leaving it out would make another model"
+            )
+        for name, shape in expected.items():
+            header = _open(self._files[name]).get_slice(name)
+            if tuple(header.get_shape()) != shape or header.get_dtype() not in _DTYPE_NAMES.values():
+                raise WeightsError(
+                    f"{self.folder}: expected {name} of shape {shape} in {' or '.join(_DTYPE_NAMES.values())}, "
+                    f"got {tuple(header.get_shape())} in {header.get_dtype()}"
+                )
+
+
+def write_safetensors(
+    folder: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    shapes: dict[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    *,
+    max_file_bytes: int = MAX_FILE_BYTES,
+) -> None:
+    """Writes `tensors` into `folder`, cast to `dtype`, one at a time; several files and an index if one is too large.
+
+    `shapes` names every tensor with its shape, in the order in which `tensors` brings them: a safetensors file begins
+    with its table of contents, so that nothing need be held back.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written to.
+    """
+    files = _plan_files(shapes, dtype.itemsize, max_file_bytes)
+    stream = iter(tensors)
+    for file_name, names in files.items():
+        _write_file(folder / file_name, stream, {name: shapes[name] for name in names}, dtype)
+    assert next(stream, None) is None, "more tensors than announced"
+    if len(files) > 1:
+        weight_map = {name: file_name for file_name, names in files.items() for name in names}
+        total_size = sum(_num_bytes(shape, dtype.itemsize) for shape in shapes.values())
+        write_json(folder / INDEX_NAME, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
+
+
+def _plan_files(shapes: dict[str, tuple[int, ...]], itemsize: int, max_file_bytes: int) -> dict[str, list[str]]:
+    """The names of each file's tensors; a tensor that is larger than a file gets one of its own."""
+    groups: list[list[str]] = [[]]
+    room = max_file_bytes
+    for name, shape in shapes.items():
+        num_bytes = _num_bytes(shape, itemsize)
+        if num_bytes > room and groups[-1]:
+            groups.append([])
+            room = max_file_bytes
+        groups[-1].append(name)
+        room -= num_bytes
+    if len(groups) == 1:
+        return {SINGLE_NAME: groups[0]}
+    return {f"model-{number:05d}-of-{len(groups):05d}.safetensors": names for number, names in enumerate(groups, 1)}
+
+
+def _write_file(
+    path: Path, stream: Iterator[tuple[str, Tensor]], shapes: dict[str, tuple[int, ...]], dtype: torch.dtype
+) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, shape in shapes.items():
+        end = offset + _num_bytes(shape, dtype.itemsize)
+        header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # the data that follows is aligned
+    with path.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little"))
+        file.write(encoded)
+        for expected in shapes:
+            name, tensor = next(stream)
+            assert (name, tuple(tensor.shape)) == (expected, shapes[name]), f"{name} came in the place of {expected}"
+            data = tensor.to("cpu", dtype).contiguous().flatten()
+            file.write(data.view(torch.uint8).numpy().data)
+
+
+def _num_bytes(shape: tuple[int, ...], itemsize: int) -> int:
+    return torch.Size(shape).numel() * itemsize
+
+
+def _tensor_files(folder: Path) -> dict[str, Path]:
+    """Each tensor's name and the file that holds it; every file's header has been read."""
+    index = folder / INDEX_NAME
+    if not index.exists():
+        return _names_in(folder / SINGLE_NAME)
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise WeightsError(f"{index}: expected a weight_map from tensor names to file names, got {weight_map!r}")
+    tensors: dict[str, Path] = {}
+    for file_name in sorted(set(weight_map.values())):
+        if Path(file_name).name != file_name:
+            raise WeightsError(f"{index}: expected names of files in the same folder, got {file_name!r}")
+        tensors |= _names_in(folder / file_name)
+    return tensors
+
+
+def _names_in(path: Path) -> dict[str, Path]:
+    return dict.fromkeys(_open(path).keys(), path)
+
+
+def _open(path: Path) -> Any:
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such file; the model's weights are missing or not in safetensors format")
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path}: not a complete safetensors file ({error}); fetch it again") from error

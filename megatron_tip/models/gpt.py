@@ -1,0 +1,238 @@
+"""One pipeline stage of a Megatron-Core GPT model, from a Hugging Face architecture."""
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.tensor_parallel.random import initialize_rng_tracker
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
+from torch import Tensor
+
+from megatron_tip.conversion.architecture import ModelArchitecture, RopeScaling
+from megatron_tip.errors import ConfigError
+from megatron_tip.models.layers import local_block
+from megatron_tip.models.layout import check_layout
+from megatron_tip.models.transformer_engine import has_transformer_engine, transformer_engine_block
+from megatron_tip.parallel.groups import ModelGroups
+
+TransformerImpl = Literal["auto", "local", "transformer_engine"]
+
+
+class HiddenStatesModel(GPTModel):
+    """A GPTModel whose last stage returns its final hidden states instead of logits.
+
+    Only selected rows ever meet the LM head, and not inside of the model. The last stage's output is `[s, b, h]`,
+    behind the final norm; `[s / tp, b, h]` with sequence parallelism.
+    """
+
+    def _postprocess(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        return hidden_states
+
+    def tie_embeddings_and_output_weights_state_dict(
+        self,
+        sharded_state_dict: dict[str, Any],
+        output_layer_weight_key: str,
+        first_stage_word_emb_key: str,
+        metadata: Any = None,
+    ) -> None:
+        """Makes the last stage's copy of tied embeddings a replica of the first stage's in a checkpoint.
+
+        Megatron 0.16's own takes the data-parallel rank from its global groups, which we do not have.
+        """
+        if self.pre_process or not self.post_process:
+            return
+        sharded_state_dict[output_layer_weight_key] = make_tp_sharded_tensor_for_checkpoint(
+            self.shared_embedding_or_output_weight(),
+            first_stage_word_emb_key,
+            replica_id=(1, 0, metadata["dp_cp_group"].rank()),
+            allow_shape_mismatch=True,
+            tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
+
+
+def prepare_megatron() -> None:
+    """Sets the state of the process that Megatron-Core takes for granted. Further calls do nothing.
+
+    A random tracker that forks no CUDA generator (there is no dropout), the buffer of its sequence-parallel layers,
+    and, where there is no CUDA device, the CPU in its place.
+    """
+    if not torch.cuda.is_available():
+        from megatron_tip.parallel import cuda_on_cpu
+
+        cuda_on_cpu.install()
+    initialize_rng_tracker(inference_rng_tracker=True)
+    if parallel_state._GLOBAL_MEMORY_BUFFER is None:
+        parallel_state._set_global_memory_buffer()
+
+
+def build_gpt(
+    architecture: ModelArchitecture,
+    groups: ModelGroups,
+    *,
+    padded_vocab_size: int,
+    dtype: torch.dtype,
+    transformer_impl: TransformerImpl = "auto",
+    sequence_parallel: bool = False,
+    recompute_activations: bool = False,
+    trainable: bool = True,
+) -> HiddenStatesModel:
+    """This rank's stage, its weights not yet set (`conversion.bridge.load_hf` sets them).
+
+    On the CPU, or on the current CUDA device where there is one. `padded_vocab_size`: a multiple of the tp size, at
+    least the architecture's. `trainable=False` (the teacher): no gradients, and no LM head on the last stage.
+
+    Collective over the first and last stage where a trainable model's embeddings are tied (Megatron's own).
+
+    Raises:
+        ConfigError: the layout does not fit (`check_layout`), or the padded vocabulary does not.
+        OptionalDependencyError: Transformer Engine was asked for and is not installed.
+    """
+    grid = groups.grid
+    check_layout(architecture, tp_size=grid.tp_size, pp_size=grid.pp_size, owner="model")
+    if padded_vocab_size % grid.tp_size or padded_vocab_size < architecture.vocab_size:
+        raise ConfigError(
+            f"padded_vocab_size: expected a multiple of tp {grid.tp_size}, at least {architecture.vocab_size}, "
+            f"got {padded_vocab_size}"
+        )
+    prepare_megatron()
+    use_transformer_engine = resolve_transformer_impl(transformer_impl) == "transformer_engine"
+    block = transformer_engine_block if use_transformer_engine else local_block
+    layers: Any = block(architecture.num_layers // grid.pp_size, qk_norm=architecture.qk_norm)
+    model = HiddenStatesModel(
+        _transformer_config(
+            architecture,
+            groups,
+            dtype=dtype,
+            use_transformer_engine=use_transformer_engine,
+            sequence_parallel=sequence_parallel,
+            recompute_activations=recompute_activations,
+        ),
+        layers,
+        vocab_size=padded_vocab_size,
+        max_sequence_length=architecture.max_position_embeddings,
+        pre_process=groups.is_first_stage,
+        post_process=groups.is_last_stage,
+        share_embeddings_and_output_weights=architecture.tied_embeddings and trainable,
+        position_embedding_type="rope",
+        rotary_base=architecture.rope_theta,  # pyright: ignore[reportArgumentType]
+        pg_collection=groups.collection,
+    )
+    _scale_rope(model, architecture.rope_scaling)
+    _mark_tensor_parallel(model)
+    if not trainable:
+        if groups.is_last_stage:
+            model.output_layer = None  # pyright: ignore[reportAttributeAccessIssue]
+        model.requires_grad_(False).eval()
+    return model
+
+
+def resolve_transformer_impl(transformer_impl: TransformerImpl) -> Literal["local", "transformer_engine"]:
+    """What "auto" means here: Transformer Engine on a GPU where it is installed, local layers elsewhere."""
+    if transformer_impl != "auto":
+        return transformer_impl
+    return "transformer_engine" if torch.cuda.is_available() and has_transformer_engine() else "local"
+
+
+def output_head_weight(model: GPTModel) -> torch.nn.Parameter:
+    """The LM head `[v / tp, h]` that the last stage multiplies hidden states with; last stage of a student only.
+
+    Tied embeddings: the embedding itself, or with pp > 1 the last stage's copy, whose gradient Megatron adds to the
+    first stage's (`finalize_model_grads`).
+    """
+    assert model.post_process, "the LM head is on the last stage"
+    if model.share_embeddings_and_output_weights:
+        return model.shared_embedding_or_output_weight()  # pyright: ignore[reportReturnType]
+    return model.output_layer.weight  # pyright: ignore[reportReturnType]
+
+
+def _transformer_config(
+    architecture: ModelArchitecture,
+    groups: ModelGroups,
+    *,
+    dtype: torch.dtype,
+    use_transformer_engine: bool,
+    sequence_parallel: bool,
+    recompute_activations: bool,
+) -> TransformerConfig:
+    on_gpu = torch.cuda.is_available()
+    recompute: dict[str, Any] = (
+        {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+        if recompute_activations
+        else {}
+    )
+    return TransformerConfig(
+        num_layers=architecture.num_layers,
+        hidden_size=architecture.hidden_size,
+        ffn_hidden_size=architecture.ffn_hidden_size,
+        num_attention_heads=architecture.num_attention_heads,
+        num_query_groups=architecture.num_query_groups,
+        kv_channels=architecture.head_dim,
+        qk_layernorm=architecture.qk_norm,
+        add_qkv_bias=architecture.qkv_bias,
+        add_bias_linear=False,
+        normalization="RMSNorm",
+        layernorm_epsilon=architecture.norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=groups.grid.tp_size,
+        pipeline_model_parallel_size=groups.grid.pp_size,
+        sequence_parallel=sequence_parallel and groups.grid.tp_size > 1,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        variable_seq_lengths=groups.grid.pp_size > 1,
+        moe_token_dispatcher_type="alltoall",  # no experts here, but the default is refused with variable lengths
+        calculate_per_token_loss=True,
+        use_cpu_initialization=not on_gpu,
+        perform_initialization=False,
+        persist_layer_norm=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,  # needs an extension that only a source build of Apex has
+        bias_activation_fusion=on_gpu,
+        bias_dropout_fusion=on_gpu,
+        apply_rope_fusion=on_gpu and use_transformer_engine,
+        **recompute,
+    )
+
+
+def _scale_rope(model: GPTModel, scaling: RopeScaling | None) -> None:
+    """Megatron's constructor knows the factor of llama3 alone; its own function takes all of the parameters."""
+    if scaling is None:
+        return
+    rope: Any = model.rotary_pos_emb
+    if scaling.kind == "linear":
+        rope.inv_freq = rope.inv_freq / scaling.factor
+    else:
+        rope.inv_freq = rope._apply_scaling(
+            rope.inv_freq,
+            scaling.factor,
+            scaling.low_freq_factor,
+            scaling.high_freq_factor,
+            scaling.original_max_position_embeddings,
+        )
+
+
+def _mark_tensor_parallel(model: GPTModel) -> None:
+    """Marks sharded weights, which Megatron does only while it initialises them.
+
+    Unmarked, they count as copies of one another, and the gradient norm leaves out all ranks but the first.
+    """
+    for name, module in model.named_modules():
+        if not isinstance(module, (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding)):
+            continue
+        if module.weight is not None and not hasattr(module.weight, "tensor_model_parallel"):
+            dim = 1 if isinstance(module, RowParallelLinear) else 0
+            stride = 2 if name.endswith("linear_fc1") else 1  # gate and up, one below the other
+            set_tensor_model_parallel_attributes(module.weight, True, dim, stride)

@@ -1,0 +1,89 @@
+"""Micro-batches through a model's pipeline, on Megatron's own schedules."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.pipeline_parallel.schedules import (
+    forward_backward_no_pipelining,
+    forward_backward_pipelining_without_interleaving,
+)
+from megatron.core.utils import get_model_config
+from torch import Tensor
+
+from megatron_tip.parallel.groups import ModelGroups
+from megatron_tip.records import MicroBatch
+
+LastStage = Callable[[int, Tensor], Tensor | None]
+
+
+def run_forward(
+    model: torch.nn.Module, groups: ModelGroups, micro_batches: Sequence[MicroBatch], on_hidden_states: LastStage
+) -> None:
+    """Runs every micro-batch forward, without gradient.
+
+    On the last stage `on_hidden_states(index, hidden_states)` gets each micro-batch's final-norm output, `[s, b, h]`
+    (`[s/tp, b, h]` under sequence parallelism); what it returns is dropped. Collective over the replica's tp x pp.
+    """
+    with torch.no_grad():
+        _run_schedule(model, groups, micro_batches, on_hidden_states, forward_only=True)
+
+
+def run_forward_backward(
+    model: torch.nn.Module, groups: ModelGroups, micro_batches: Sequence[MicroBatch], loss_of: LastStage
+) -> None:
+    """Runs every micro-batch forward and backward and reduces the gradients over the data-parallel ranks.
+
+    On the last stage `loss_of(index, hidden_states)` returns the micro-batch's part of the loss, a scalar that is
+    summed over micro-batches and replicas, undivided: it already carries its weights. A micro-batch without any
+    selected token must return a zero that is connected to `hidden_states`, so that every rank runs its backward.
+    """
+    _run_schedule(model, groups, micro_batches, loss_of, forward_only=False)
+
+
+def _run_schedule(
+    model: torch.nn.Module,
+    groups: ModelGroups,
+    micro_batches: Sequence[MicroBatch],
+    on_last_stage: LastStage,
+    *,
+    forward_only: bool,
+) -> None:
+    if not micro_batches:  # only a teacher replica without work: nothing of its pipeline is awaited anywhere
+        assert forward_only, "a student replica always has a micro-batch"
+        return
+    arguments: dict[str, Any] = {
+        "forward_step_func": partial(_forward_step, on_last_stage=on_last_stage),
+        "data_iterator": iter(enumerate(micro_batches)),
+        "model": model,
+        "num_microbatches": len(micro_batches),
+        # Ignored: with more than one stage, config.variable_seq_lengths sends each tensor's shape ahead of it.
+        "seq_length": micro_batches[0].shape[1],
+        "micro_batch_size": micro_batches[0].shape[0],
+        "forward_only": forward_only,
+        "collect_non_loss_data": forward_only,
+        "pg_collection": groups.collection,
+    }
+    if groups.grid.pp_size == 1:
+        forward_backward_no_pipelining(**arguments)
+    else:
+        communicator = P2PCommunicator(groups.pp_group, get_model_config(model))
+        forward_backward_pipelining_without_interleaving(p2p_communicator=communicator, **arguments)
+
+
+def _forward_step(
+    micro_batches: Iterator[tuple[int, MicroBatch]], model: torch.nn.Module, *, on_last_stage: LastStage
+) -> tuple[Tensor, Callable[..., Any]]:
+    index, micro_batch = next(micro_batches)
+    hidden_states = model(micro_batch.input_ids, micro_batch.position_ids, None)
+    return hidden_states, partial(_finish, on_last_stage, index)
+
+
+def _finish(on_last_stage: LastStage, index: int, hidden_states: Tensor, non_loss_data: bool = False) -> Any:
+    result = on_last_stage(index, hidden_states)
+    if non_loss_data:
+        return None
+    # Three values: Megatron divides by nothing then (config.calculate_per_token_loss); the count is not used.
+    return result, torch.zeros((), dtype=torch.int, device=hidden_states.device), None

@@ -1,0 +1,134 @@
+"""The student under training: a GPT stage in Megatron's data-parallel wrapper, its head, and its optimizer."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.utils import get_model_config
+from torch import Tensor
+
+from megatron_tip import config as configuration
+from megatron_tip.errors import TrainingError
+from megatron_tip.models.gpt import output_head_weight
+from megatron_tip.models.hidden_states import masked_rows
+from megatron_tip.models.pipeline import LastStage, run_forward, run_forward_backward
+from megatron_tip.parallel.groups import ModelGroups
+from megatron_tip.records import MicroBatch
+
+
+@dataclass(frozen=True)
+class Student:
+    """The student's stage on this rank."""
+
+    model: GPTModel
+    wrapped: DistributedDataParallel
+    optimizer: ChainedOptimizer
+    scheduler: OptimizerParamScheduler
+    groups: ModelGroups
+
+    @property
+    def output_head(self) -> Tensor:
+        """`[V_padded / tp, H]`: this rank's shard of the LM head; on the last stage only."""
+        return output_head_weight(self.model)
+
+    def rows(self, hidden_states: Tensor, mask: Tensor) -> Tensor:
+        """`[n, H]`: the last stage's output where `mask` `[b, s]` holds."""
+        sequence_parallel = get_model_config(self.model).sequence_parallel
+        return masked_rows(hidden_states, mask, tp_group=self.groups.tp_group, sequence_parallel=sequence_parallel)
+
+    def forward(self, micro_batches: Sequence[MicroBatch], on_hidden_states: LastStage) -> None:
+        """Runs the micro-batches forward without gradient; see `pipeline.run_forward`."""
+        run_forward(self.model, self.groups, micro_batches, on_hidden_states)
+
+    def accumulate_gradients(self, micro_batches: Sequence[MicroBatch], loss_of: LastStage) -> None:
+        """Zeroes the gradients, then accumulates and reduces those of the summed loss."""
+        self.wrapped.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        run_forward_backward(self.wrapped, self.groups, micro_batches, loss_of)
+
+    def apply_gradients(self, step: int) -> dict[str, float]:
+        """Clips, steps the optimizer and the schedule; returns gradient norm and learning rate.
+
+        These are the stages of Megatron's ChainedOptimizer.step with a check between norm and update.
+
+        Raises:
+            TrainingError: the gradient is not finite. Weights and optimizer are as before; equal on all ranks.
+        """
+        lr = self.optimizer.param_groups[0]["lr"]
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())
+        if not math.isfinite(grad_norm):
+            raise TrainingError(f"step {step}: expected a finite gradient norm, got {grad_norm}; nothing was updated")
+        clip_grad = self.optimizer.config.clip_grad
+        if clip_grad > 0:
+            for part in self.optimizer.chained_optimizers:
+                clip_grad_by_total_norm_fp32(part.get_parameters(), max_norm=clip_grad, total_norm=grad_norm)
+        self.optimizer.step_with_ready_grads()
+        self.scheduler.step(increment=1)
+        return {"train/grad_norm": grad_norm, "train/lr": lr}
+
+
+def build_student(
+    model: GPTModel, groups: ModelGroups, settings: configuration.OptimizerConfig, *, num_steps: int
+) -> Student:
+    """Wraps a loaded stage for training: gradient buffers in float32, AdamW, warm-up and cosine over `num_steps`."""
+    model_config = get_model_config(model)
+    model_config.finalize_model_grads_func = _finalize_gradients
+    wrapped = DistributedDataParallel(
+        model_config,
+        DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=torch.cuda.is_available(),
+            use_distributed_optimizer=settings.distributed,
+        ),
+        model,
+        pg_collection=groups.collection,
+    )
+    model_config.no_sync_func = wrapped.no_sync
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=settings.lr,
+            min_lr=settings.min_lr,
+            weight_decay=settings.weight_decay,
+            adam_beta1=settings.beta1,
+            adam_beta2=settings.beta2,
+            adam_eps=settings.epsilon,
+            clip_grad=settings.clip_grad,
+            bf16=model_config.params_dtype == torch.bfloat16,
+            params_dtype=model_config.params_dtype,
+            use_distributed_optimizer=settings.distributed,
+        ),
+        [wrapped],
+        use_gloo_process_groups=False,
+        pg_collection=groups.collection,
+    )
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
+        lr_warmup_steps=settings.warmup_steps,
+        lr_decay_steps=num_steps,
+        lr_decay_style="cosine",
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=num_steps,
+        wd_incr_style="constant",
+    )
+    return Student(model, wrapped, optimizer, scheduler, groups)
+
+
+def _finalize_gradients(model: list[torch.nn.Module], num_tokens: Tensor | None = None, **arguments: Any) -> None:
+    """Megatron's reduction of gradients over dp, of tied embeddings over pp and of norms over tp, without its division.
+
+    The row weights of the loss already carry the one division by the global count.
+    """
+    finalize_model_grads(model, None, **arguments)

@@ -1,0 +1,54 @@
+"""metrics.jsonl: one JSON object a step, on the disk before the next step begins."""
+
+import errno
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Self
+
+from megatron_tip.observability.run_folder import finite_json, output_errors
+
+
+class MetricsWriter:
+    """Appends steps to a JSON-lines file. Only rank 0 makes one.
+
+    Keys are `area/name_unit`. A value that is not finite is written as null.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Starts the file anew.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        self._path = path
+        with output_errors(path):
+            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Appends one line and syncs it.
+
+        Raises:
+            OutputError: the disk is full; the file then ends with the line before.
+        """
+        line = (json.dumps(finite_json({"step": step, **metrics}), allow_nan=False) + "\n").encode()
+        with output_errors(self._path):
+            end = os.fstat(self._file).st_size
+            try:
+                written = os.write(self._file, line)
+                if written < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(self._file)
+            except OSError:
+                os.ftruncate(self._file, end)
+                raise
+
+    def close(self) -> None:
+        os.close(self._file)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,78 @@
+"""How far the run is: a bar and a live line on a terminal, one log line a step elsewhere."""
+
+import logging
+from collections.abc import Mapping
+from typing import Self
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+logger = logging.getLogger(__name__)
+
+_SHOWN = {
+    "train/loss": "loss {:.4f}",
+    "train/reverse_kl": "reverse KL {:.4f}",
+    "heldout/reverse_kl": "held-out reverse KL {:.4f}",
+    "train/grad_norm": "gradient norm {:.3g}",
+    "selection/retention_ratio": "selected {:.1%}",
+    "rollout/response_tokens_mean": "response {:.0f} tokens",
+}
+
+
+class ProgressDisplay:
+    """Shows the steps of a run; a context manager. Ranks other than 0 pass `enabled=False` and show nothing."""
+
+    def __init__(self, num_steps: int, *, enabled: bool, console: Console | None = None) -> None:
+        console = console or Console(stderr=True)
+        self._num_steps = num_steps
+        self._logs = enabled and not console.is_terminal
+        self._bar = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("[cyan]{task.fields[phase]}"),
+            console=console,
+        )
+        self._task = self._bar.add_task("train", total=num_steps, phase="")
+        self._line = Text()
+        self._live = Live(Group(self._bar, self._line), console=console) if enabled and console.is_terminal else None
+
+    def show_phase(self, name: str) -> None:
+        """Names what is going on now."""
+        self._bar.update(self._task, phase=name)
+
+    def finish_step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Moves on to `step` of the run and shows its main metrics; step 0 is what was measured before the first."""
+        line = describe_metrics(metrics)
+        self._bar.update(self._task, completed=step)
+        self._line.plain = line
+        if self._logs:
+            logger.info("step %d/%d: %s", step, self._num_steps, line)
+
+    def __enter__(self) -> Self:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live:
+            self._live.stop()
+
+
+def describe_metrics(metrics: Mapping[str, float]) -> str:
+    """Returns the main metrics in words, then the seconds of each phase."""
+    parts = [text.format(metrics[name]) for name, text in _SHOWN.items() if name in metrics]
+    seconds = {
+        name.removeprefix("time/").removesuffix("_seconds"): value
+        for name, value in metrics.items()
+        if name.startswith("time/")
+    }
+    if seconds:
+        phases = ", ".join(f"{phase} {value:.1f}" for phase, value in seconds.items())
+        parts.append(f"{sum(seconds.values()):.1f} s ({phases})")
+    return ", ".join(parts)

@@ -1,0 +1,144 @@
+"""The folder that a run leaves: created and checked before anything starts, every file written whole or not at all.
+
+    config.toml  metrics.jsonl  samples.jsonl  summary.json  report.png  rollouts/  checkpoint/  hf/
+
+`summary.json` is written last: its presence says that the run finished.
+"""
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_tip.config import Config
+from megatron_tip.config_io import dump_config
+from megatron_tip.errors import ConfigError, OutputError
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A held-out prompt and the student's answer to it, before the first and after the last step."""
+
+    prompt: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths within a run's folder, and writers of its files. Only rank 0 writes."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, path: Path) -> "RunFolder":
+        """Returns the folder, created with its parents. Safe to call again; leaves what an unfinished run wrote.
+
+        Raises:
+            ConfigError: it holds a finished run, is no directory, or cannot be written to.
+        """
+        folder = cls(path)
+        if folder.summary.exists():
+            raise ConfigError(
+                f"run.folder: expected a new folder, got {path}, which holds a finished run; give another one "
+                f"(run.folder=...) or move that run away"
+            )
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=path) as probe:
+                probe.write(bytes(4096))
+                probe.flush()
+                os.fsync(probe.fileno())
+        except OSError as error:
+            raise ConfigError(
+                f"run.folder: expected a folder that can be written to, got {path}: {error.strerror}; free space or "
+                "permit writing there, or give another one (run.folder=...)"
+            ) from None
+        return folder
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.toml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples.jsonl"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.png"
+
+    @property
+    def rollouts(self) -> Path:
+        return self.path / "rollouts"
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.path / "checkpoint"
+
+    @property
+    def hf(self) -> Path:
+        return self.path / "hf"
+
+    def write_config(self, config: Config) -> None:
+        atomic_write_text(self.config, dump_config(config))
+
+    def write_samples(self, samples: Sequence[Sample]) -> None:
+        lines = [json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in samples]
+        atomic_write_text(self.samples, "".join(lines))
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Marks the run as finished; call it last."""
+        atomic_write_text(self.summary, json.dumps(finite_json(summary), indent=2, allow_nan=False) + "\n")
+
+
+def finite_json(value: Any) -> Any:
+    """Returns `value` with None in the place of floats that are not finite: JSON has no NaN."""
+    if isinstance(value, Mapping):
+        return {name: finite_json(item) for name, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """Writes UTF-8 `text` to `path`; see `atomic_write_bytes`."""
+    atomic_write_bytes(path, text.encode())
+
+
+def atomic_write_bytes(path: Path, content: bytes) -> None:
+    """Writes `content` beside `path`, syncs it and renames it: whoever reads `path` finds the old or the new whole.
+
+    Raises:
+        OutputError: the disk is full, or the folder cannot be written to; `path` is as it was.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with output_errors(path):
+        try:
+            with beside.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def output_errors(path: Path) -> Iterator[None]:
+    """Turns an OSError from writing to `path` into an OutputError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{path}: cannot write: {error.strerror}; free space, or give another run.folder") from error

@@ -1,0 +1,52 @@
+"""Where the time of a step goes."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class PhaseTimer:
+    """Wall-clock seconds by phase, of the current step and of the whole run.
+
+    On a GPU, with `synchronize`, the device is waited for before each reading of the clock: work is asynchronous, and
+    without it a phase is charged for what an earlier one started. A phase entered twice in a step adds up.
+    `on_enter` is told the name of each phase as it begins.
+    """
+
+    def __init__(
+        self, device: torch.device, *, synchronize: bool = True, on_enter: Callable[[str], None] | None = None
+    ) -> None:
+        self._on_enter = on_enter or (lambda _: None)
+        self._synchronizes = synchronize and device.type == "cuda"
+        self._device = device
+        self._start = time.perf_counter()
+        self._step: dict[str, float] = {}
+        self._total: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Charges the block's time to `name`, also when it raises."""
+        self._on_enter(name)
+        start = self._now()
+        try:
+            yield
+        finally:
+            seconds = self._now() - start
+            self._step[name] = self._step.get(name, 0.0) + seconds
+            self._total[name] = self._total.get(name, 0.0) + seconds
+
+    def step_metrics(self) -> dict[str, float]:
+        """Returns {"time/<phase>_seconds": seconds} since the last call, and begins a new step."""
+        step, self._step = self._step, {}
+        return {f"time/{name}_seconds": seconds for name, seconds in step.items()}
+
+    def total_seconds(self) -> dict[str, float]:
+        """Returns the seconds of every phase over the run, and under "total" the run's own since construction."""
+        return {"total": self._now() - self._start, **self._total}
+
+    def _now(self) -> float:
+        if self._synchronizes:
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()

@@ -1,0 +1,1 @@
+"""Process launch, process groups, and Megatron-Core on machines without a GPU."""

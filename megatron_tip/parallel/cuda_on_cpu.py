@@ -1,0 +1,58 @@
+"""Unmodified Megatron-Core on CPU tensors over gloo. Imported only where there is no CUDA device.
+
+Megatron-Core names the CUDA device outright: `torch.cuda.current_device()`, `device="cuda"`, `Tensor.cuda()`, asserts
+on "torch.cuda.FloatTensor". A TorchFunctionMode maps those requests to the CPU; nothing of Megatron-Core is edited.
+"""
+
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+class CudaOnCpu(TorchFunctionMode):
+    """While active, whatever asks torch for a CUDA device gets the CPU."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # Megatron's gradient clipping and distributed optimizer assert that gradients are CUDA tensors.
+            return func(*args).replace("torch.", "torch.cuda.")
+        if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
+            args = (args[0], "cpu", *args[2:])
+        if _is_cuda(kwargs.get("device")):
+            kwargs = dict(kwargs, device="cpu")
+        return func(*args, **kwargs)
+
+
+def _is_cuda(device: Any) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    if isinstance(device, str):
+        return device.startswith("cuda")
+    return isinstance(device, int) and not isinstance(device, bool)
+
+
+def install() -> None:
+    """Activates the mode for the rest of the process. A second call does nothing.
+
+    Raises:
+        RuntimeError: there is a CUDA device; mapping its requests to the CPU would be silently slow.
+    """
+    if torch.cuda.is_available():
+        raise RuntimeError("cuda_on_cpu.install: expected a machine without a CUDA device; this one has one")
+    if getattr(torch.cuda.current_device, "__module__", None) == __name__:
+        return
+    torch.cuda.current_device = _current_device
+    torch.cuda.synchronize = _synchronize
+    CudaOnCpu().__enter__()
+
+
+def _current_device() -> str:
+    return "cpu"
+
+
+def _synchronize(*_: Any, **__: Any) -> None:
+    return None

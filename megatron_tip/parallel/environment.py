@@ -1,0 +1,91 @@
+"""What environment variables say about a worker's place in the world, and what they should say about its threads.
+
+Free of torch: the thread counts must be set before torch is imported.
+"""
+
+import os
+import re
+import subprocess
+from collections.abc import Mapping
+
+from megatron_tip.errors import ConfigError
+
+_FIRST_PORT, _NUM_PORTS = 20_000, 12_000  # below the range from which systems hand out free ports
+
+
+def is_worker(environ: Mapping[str, str]) -> bool:
+    """Whether torchrun, srun or our own launcher started this process as one worker among others.
+
+    A step of a single task (`srun --pty bash`) is a shell to start workers from, not a worker.
+    """
+    by_torchrun = "RANK" in environ and "WORLD_SIZE" in environ
+    return by_torchrun or int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+
+
+def worker_environment(environ: Mapping[str, str], *, threads: int) -> dict[str, str]:
+    """Returns the variables to set in a worker, before torch is imported: its place, where srun says it, and threads.
+
+    Raises:
+        ConfigError: srun's variables are incomplete, or the first host cannot be found.
+    """
+    if "RANK" in environ:
+        return thread_environment(threads, int(environ.get("LOCAL_WORLD_SIZE", "1")), environ)
+    place = _place_in_slurm_step(environ)
+    if not threads and "SLURM_CPUS_PER_TASK" in environ:
+        return place | thread_environment(int(environ["SLURM_CPUS_PER_TASK"]), 1, environ)
+    return place | thread_environment(threads, int(place["LOCAL_WORLD_SIZE"]), environ)
+
+
+def thread_environment(threads: int, local_workers: int, environ: Mapping[str, str]) -> dict[str, str]:
+    """Returns the thread settings of one of `local_workers` that share `threads` CPU threads (0: all there are).
+
+    Unset, each worker takes a thread a core, and idle ones spin on cores that others need. OMP_NUM_THREADS in
+    `environ` holds unless `threads` asks for a number.
+    """
+    count = str(max(1, (threads or available_threads()) // local_workers))
+    if not threads:
+        count = environ.get("OMP_NUM_THREADS", count)
+    idle = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
+    return {"OMP_NUM_THREADS": count} | {name: environ.get(name, value) for name, value in idle.items()}
+
+
+def available_threads() -> int:
+    """The CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _place_in_slurm_step(environ: Mapping[str, str]) -> dict[str, str]:
+    try:
+        rank, local_rank = environ["SLURM_PROCID"], environ["SLURM_LOCALID"]
+        hosts, job, step = environ["SLURM_STEP_NODELIST"], environ["SLURM_JOB_ID"], environ["SLURM_STEP_ID"]
+        tasks_per_node = _expand_counts(environ["SLURM_STEP_TASKS_PER_NODE"])
+        local_world_size = tasks_per_node[int(environ["SLURM_NODEID"])]
+    except (KeyError, IndexError) as error:
+        raise ConfigError(f"srun: expected the variables of a job step, got none for {error}") from None
+    port = _FIRST_PORT + (64 * int(job) + int(step)) % _NUM_PORTS
+    return {
+        "RANK": rank,
+        "WORLD_SIZE": environ["SLURM_STEP_NUM_TASKS"],
+        "LOCAL_RANK": local_rank,
+        "LOCAL_WORLD_SIZE": str(local_world_size),
+        "MASTER_ADDR": environ.get("MASTER_ADDR") or _first_host(hosts),
+        "MASTER_PORT": environ.get("MASTER_PORT") or str(port),
+    }
+
+
+def _expand_counts(text: str) -> list[int]:
+    """`2(x3),1` -> [2, 2, 2, 1]."""
+    counts = []
+    for count, repeats in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
+        counts += [int(count)] * int(repeats or 1)
+    return counts
+
+
+def _first_host(nodelist: str) -> str:
+    command = ["scontrol", "show", "hostnames", nodelist]
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError) as error:
+        raise ConfigError(
+            f"srun: expected the first host of {nodelist} from `{' '.join(command)}`, got {error}; set MASTER_ADDR"
+        ) from None

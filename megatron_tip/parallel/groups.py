@@ -1,0 +1,108 @@
+"""The process groups of one model: student and teacher each have their own grid over the same ranks.
+
+Nothing here touches `megatron.core.parallel_state`; models, schedules and the optimizer get the groups handed in.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_tip.parallel.grid import ModelGrid
+
+
+@dataclass(frozen=True)
+class ModelGroups:
+    """This rank's process groups in one model's grid."""
+
+    grid: ModelGrid
+    collection: ProcessGroupCollection
+    rank: int
+
+    @property
+    def tp_rank(self) -> int:
+        return self.grid.coordinates(self.rank)[0]
+
+    @property
+    def dp_rank(self) -> int:
+        return self.grid.coordinates(self.rank)[1]
+
+    @property
+    def pp_rank(self) -> int:
+        return self.grid.coordinates(self.rank)[2]
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.grid.pp_size - 1
+
+    @property
+    def last_stage_rank(self) -> int:
+        """Global rank of the last stage in this rank's own pipeline."""
+        return self.grid.rank_at(tp=self.tp_rank, dp=self.dp_rank, pp=self.grid.pp_size - 1)
+
+    @property
+    def tp_group(self) -> dist.ProcessGroup:
+        return self.collection.tp
+
+    @property
+    def pp_group(self) -> dist.ProcessGroup:
+        return self.collection.pp
+
+    @property
+    def dp_group(self) -> dist.ProcessGroup:
+        return self.collection.dp
+
+    @property
+    def model_group(self) -> dist.ProcessGroup:
+        """All ranks that hold a part of this rank's replica (tp x pp)."""
+        return self.collection.mp
+
+
+def build_groups(grid: ModelGrid) -> ModelGroups:
+    """This rank's groups in `grid`. Collective: every rank of the world calls it, with the same grid."""
+    assert grid.world_size == dist.get_world_size(), f"{grid} does not fill a world of {dist.get_world_size()}"
+    rank = dist.get_rank()
+    ranks = grid.ranks()
+    stages = [0] if grid.pp_size == 1 else [0, grid.pp_size - 1]
+    tp_group = _subgroup(ranks.reshape(-1, grid.tp_size))
+    pp_group = _subgroup(ranks.permute(1, 2, 0).reshape(-1, grid.pp_size))
+    dp_group = _subgroup(ranks.permute(0, 2, 1).reshape(-1, grid.dp_size))
+    model_group = _subgroup(ranks.permute(1, 0, 2).reshape(grid.dp_size, -1))
+    tp_dp_group = _subgroup(ranks.reshape(grid.pp_size, -1))
+    embedding_group = _subgroup(ranks[stages].permute(1, 2, 0).reshape(-1, len(stages)))
+    self_group = _subgroup(ranks.reshape(-1, 1))  # context parallelism of size 1: Megatron wants a group all the same
+    collection = ProcessGroupCollection(
+        tp=tp_group,
+        pp=pp_group,
+        dp=dp_group,
+        mp=model_group,
+        cp=self_group,
+        tp_cp=tp_group,
+        dp_cp=dp_group,
+        intra_dp_cp=dp_group,
+        tp_dp_cp=tp_dp_group,
+        embd=embedding_group,
+        pos_embd=None,
+        ep=self_group,
+        expt_tp=tp_group,
+        expt_dp=dp_group,
+        intra_expt_dp=dp_group,
+        tp_ep=tp_group,
+        tp_ep_pp=model_group,
+        inter_dist_opt=None,
+        # Megatron: all ranks that together hold one copy of the optimizer's state; the whole world here.
+        intra_dist_opt=dist.group.WORLD,
+    )
+    return ModelGroups(grid, collection, rank)
+
+
+def _subgroup(rows: torch.Tensor) -> dist.ProcessGroup | None:
+    """The group of this rank among `rows` `[groups, size]`; None on a rank that is in none of them."""
+    group, _ = dist.new_subgroups_by_enumeration(rows.tolist())
+    assert not isinstance(group, int), "every rank of the world takes part"
+    return group

@@ -1,0 +1,210 @@
+"""Starts a run's workers on this machine, and runs the work inside each of them.
+
+The workers are started through torch's own launcher: each in a session of its own, so that Ctrl-C reaches this process
+alone and ending a worker ends whatever it started. torch is imported late: a wrong configuration is refused before it.
+"""
+
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from megatron_tip import errors
+from megatron_tip.errors import ConfigError, MegatronTipError
+from megatron_tip.parallel.environment import thread_environment, worker_environment
+
+_LAUNCHER_PID = "MEGATRON_TIP_LAUNCHER_PID"
+_SECONDS_TO_END = 10
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: the exit code of the command, and what to tell the user; empty after a success."""
+
+    exit_code: int
+    message: str = ""
+
+
+def start_workers(command: Sequence[str], num_workers: int, *, threads: int = 0) -> Outcome:
+    """Runs `command` in `num_workers` processes on this machine and returns when all have ended.
+
+    Each gets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as under torchrun, over loopback. When one
+    fails the others are ended and its message alone is in the outcome. SIGINT, SIGTERM, SIGHUP and SIGQUIT end all.
+
+    Args:
+        threads: CPU threads of all workers together; 0: as many as this process may use.
+
+    Raises:
+        ConfigError: MASTER_PORT is set and not free.
+    """
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, start_processes
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it reports each ended process
+    listener = _listen(os.environ.get("MASTER_PORT", "0"))
+    port = listener.getsockname()[1]
+    # The store lives here and not in rank 0: no port is given away between choosing and using it.
+    store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+    shared = _shared_environment(num_workers, threads, port)
+    ranks = range(num_workers)
+    context = None
+    with tempfile.TemporaryDirectory(prefix="megatron_tip_") as folder, _signal_handlers_restored():
+        try:
+            context = start_processes(
+                name="megatron-tip",
+                entrypoint=command[0],
+                args=dict.fromkeys(ranks, tuple(command[1:])),
+                envs={rank: {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in ranks},
+                logs_specs=DefaultLogsSpecs(log_dir=folder),
+            )
+            result = context.wait(period=0.1)
+        except SignalException as interruption:
+            if context is not None:
+                _end(context)
+            return Outcome(128 + interruption.sigval, f"ended by {interruption.sigval.name}; all workers are ended")
+        assert result is not None, "a wait without a timeout returns a result"
+        del store
+        if not result.is_failed():
+            return Outcome(0)
+        exit_codes = {rank: failure.exitcode for rank, failure in result.failures.items()}
+        return Outcome(1, _first_failure(exit_codes, context.error_files))
+
+
+def run_worker(work: Callable[[], None], *, threads: int = 0) -> None:
+    """Runs `work` as one worker of a world that our launcher, torchrun or srun started.
+
+    Sets the environment before `work` imports torch. If `work` fails the process ends at once with exit code 1, with
+    no farewell to the process groups: its peers learn of it only after the error has been put on record. Started by
+    our launcher, the launcher shows the error; elsewhere it goes to stderr.
+    """
+    os.environ.update(worker_environment(os.environ, threads=threads))
+    launcher_pid = os.environ.get(_LAUNCHER_PID)
+    if launcher_pid:
+        threading.Thread(target=_end_with_launcher, args=(int(launcher_pid),), daemon=True).start()
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    handler = get_error_handler()
+    handler.initialize()
+    try:
+        work()
+    except Exception as error:
+        handler.record_exception(error)
+        if not launcher_pid:
+            _report(error)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def _report(error: Exception) -> None:
+    if isinstance(error, MegatronTipError):
+        sys.stderr.write(f"rank {os.environ['RANK']}: error: {error}\n")
+    else:
+        logging.getLogger(__name__).error("rank %s failed", os.environ["RANK"], exc_info=error)
+
+
+def _listen(port: str) -> socket.socket:
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(("127.0.0.1", int(port)))
+    except (OSError, ValueError, OverflowError) as error:
+        listener.close()
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(
+            f"MASTER_PORT={port}: expected a free port on this machine: {reason}; set another one, or unset "
+            "MASTER_PORT and a free one is chosen"
+        ) from None
+    listener.listen()
+    return listener
+
+
+def _shared_environment(num_workers: int, threads: int, port: int) -> dict[str, str]:
+    settings = {
+        "WORLD_SIZE": str(num_workers),
+        "LOCAL_WORLD_SIZE": str(num_workers),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        _LAUNCHER_PID: str(os.getpid()),
+        **thread_environment(threads, num_workers, os.environ),
+    }
+    loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
+    # Left alone, gloo looks up this machine's host name, which need not resolve, and listens to the network.
+    defaults = {"TORCH_CPP_LOG_LEVEL": "ERROR", **({"GLOO_SOCKET_IFNAME": loopback[0]} if loopback else {})}
+    return settings | {name: os.environ.get(name, value) for name, value in defaults.items()}
+
+
+@contextmanager
+def _signal_handlers_restored() -> Iterator[None]:
+    """torch's launcher puts its own handlers in place and leaves them there."""
+    handled = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+    before = {number: signal.getsignal(number) for number in handled}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end(context) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not leave workers behind
+    context.close(signal.SIGTERM, timeout=_SECONDS_TO_END)
+
+
+def _first_failure(exit_codes: Mapping[int, int], error_files: Mapping[int, str]) -> str:
+    """The message of the worker that failed on its own account; its peers fail after it, for want of it.
+
+    Our own errors come first: a peer's failure never raises one. Then a death by a signal that was not ours, which
+    leaves no record. Then the earliest record.
+    """
+    records = [(rank, record) for rank, path in error_files.items() if (record := _read_record(path))]
+    records.sort(key=lambda item: item[1].time_ns)
+    for _, record in records:
+        if record.is_ours:
+            return record.message
+    for rank, code in exit_codes.items():
+        if code < 0 and code != -signal.SIGTERM:
+            name = signal.Signals(-code).name
+            hint = "; the system may have run out of memory" if name == "SIGKILL" else ""
+            return f"rank {rank} was ended by {name}{hint}"
+    for rank, record in records:
+        return f"rank {rank} failed\n{record.traceback}"
+    rank, code = next(iter(exit_codes.items()))
+    return f"rank {rank} ended with exit code {code}"
+
+
+@dataclass(frozen=True)
+class _ErrorRecord:
+    time_ns: int
+    is_ours: bool
+    message: str
+    traceback: str
+
+
+def _read_record(path: str) -> _ErrorRecord | None:
+    """The record that torch's error handler wrote; None if there is none, or its writer was ended over it."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)["message"]
+        time_ns = os.stat(path).st_mtime_ns
+    except (OSError, ValueError):
+        return None
+    name, _, message = content["message"].partition(": ")
+    return _ErrorRecord(time_ns, hasattr(errors, name), message, content["extraInfo"]["py_callstack"].rstrip())
+
+
+def _end_with_launcher(launcher_pid: int) -> None:
+    """Ends this worker when its launcher is gone without having ended it (SIGKILL)."""
+    while os.getppid() == launcher_pid:
+        time.sleep(0.5)
+    os.killpg(0, signal.SIGKILL)

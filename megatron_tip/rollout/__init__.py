@@ -1,0 +1,1 @@
+"""Prompts, engines that generate, and the way from rollouts to micro-batches."""

@@ -1,0 +1,132 @@
+"""From a step's rollouts to micro-batches: who gets which sequences, padded how, and which rows they make.
+
+Planning knows lengths alone, so every rank computes the same plan without a collective. Shape letters as in `records`.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+
+import torch
+
+from megatron_tip.errors import InputError
+from megatron_tip.records import MicroBatch, Rollout, TokenIndex
+
+# dp replica -> micro-batches -> places in the step's rollout list
+MicroBatchPlan = list[list[list[int]]]
+
+
+def plan_micro_batches(
+    lengths: Sequence[int], dp_size: int, max_tokens: int, *, sequence_multiple: int = 1
+) -> MicroBatchPlan:
+    """Which sequences go through the model together on which data-parallel replica: a pure function of its arguments.
+
+    Replicas are balanced by tokens (longest sequence first, to the replica with the fewest so far); within a replica
+    neighbours in length share a micro-batch. Each place with a length above 0 appears exactly once; a length of 0
+    drops the sequence. A replica without any sequence gets one empty micro-batch, so that it takes part in every
+    collective.
+
+    Args:
+        lengths: tokens of each sequence that go through the model.
+        max_tokens: most padded tokens of a micro-batch; a longer sequence makes one of its own.
+        sequence_multiple: sequences are padded to a multiple of it, as `build_micro_batch` will.
+    """
+    if dp_size < 1 or max_tokens < 1:
+        raise InputError(f"plan_micro_batches: expected dp_size and max_tokens >= 1, got {dp_size} and {max_tokens}")
+    if any(length < 0 for length in lengths):
+        raise InputError(f"plan_micro_batches: expected lengths >= 0, got {min(lengths)}")
+    padded = [_round_up(length, sequence_multiple) for length in lengths]
+    longest_first = sorted((i for i in range(len(padded)) if padded[i]), key=lambda i: (-padded[i], i))
+    replicas: list[list[int]] = [[] for _ in range(dp_size)]
+    loads = [(0, replica) for replica in range(dp_size)]
+    for index in longest_first:
+        load, replica = heapq.heappop(loads)
+        replicas[replica].append(index)
+        heapq.heappush(loads, (load + padded[index], replica))
+    return [_pack(indices, padded, max_tokens) for indices in replicas]
+
+
+def _pack(longest_first: list[int], padded: list[int], max_tokens: int) -> list[list[int]]:
+    micro_batches: list[list[int]] = []
+    for index in longest_first:
+        if micro_batches and (len(micro_batches[-1]) + 1) * padded[micro_batches[-1][0]] <= max_tokens:
+            micro_batches[-1].append(index)
+        else:
+            micro_batches.append([index])
+    return micro_batches or [[]]
+
+
+def num_kept_tokens(rollouts: Sequence[Rollout], last_selected: Sequence[int]) -> list[int]:
+    """How many tokens of each sequence still matter to the loss after selection, for planning and building anew.
+
+    Attention is causal, so nothing behind the last selected position reaches the loss: loss and gradients are those
+    of the whole sequences.
+
+    Args:
+        last_selected: for each rollout the 0-based place in the response of its last selected token, over all
+            replicas; -1 where nothing is selected (the sequence is dropped: 0 tokens).
+    """
+    # Response token j is scored at position len(prompt) + j - 1, the last one that must go through the model.
+    return [
+        len(rollout.prompt_ids) + last if last >= 0 else 0
+        for rollout, last in zip(rollouts, last_selected, strict=True)
+    ]
+
+
+def build_micro_batch(
+    rollouts: Sequence[Rollout],
+    indices: Sequence[int],
+    pad_token_id: int,
+    *,
+    sequence_multiple: int = 1,
+    num_kept_tokens: Sequence[int] | None = None,
+) -> MicroBatch:
+    """The micro-batch of `rollouts[i] for i in indices`, `[b, s]` int64 and bool on the CPU.
+
+    An empty response makes a sequence without valid token. Without `indices`: one sequence of padding, no valid
+    token, rollout index -1.
+
+    Args:
+        sequence_multiple: `s` is a multiple of it (the tensor-parallel size under sequence parallelism).
+        num_kept_tokens: for every rollout of the step, how many of its tokens go through the model; all without it.
+            The label of the last one kept is the token that was cut off behind it.
+    """
+    kept = [rollouts[i].num_tokens if num_kept_tokens is None else num_kept_tokens[i] for i in indices]
+    width = _round_up(max(kept, default=1), sequence_multiple)
+    height = max(len(indices), 1)
+    input_ids = torch.full((height, width), pad_token_id)
+    labels = torch.full((height, width), pad_token_id)
+    response_mask = torch.zeros((height, width), dtype=torch.bool)
+    for row, (index, length) in enumerate(zip(indices, kept, strict=True)):
+        rollout = rollouts[index]
+        assert rollout.prompt_ids, f"rollout {index} has no prompt: nothing predicts its first token"
+        assert 0 < length <= rollout.num_tokens, f"rollout {index}: {length} of {rollout.num_tokens} tokens kept"
+        ids = torch.tensor(rollout.prompt_ids + rollout.response_ids)
+        num_labels = min(length, len(ids) - 1)
+        input_ids[row, :length] = ids[:length]
+        labels[row, :num_labels] = ids[1 : num_labels + 1]
+        response_mask[row, len(rollout.prompt_ids) - 1 : num_labels] = True
+    return MicroBatch(
+        input_ids=input_ids,
+        position_ids=torch.arange(width).expand(height, width).contiguous(),
+        labels=labels,
+        response_mask=response_mask,
+        loss_mask=response_mask.clone(),
+        rollout_indices=torch.tensor(list(indices) or [-1]),
+    )
+
+
+def token_index(micro_batches: Sequence[MicroBatch]) -> TokenIndex:
+    """Where the rows of `micro_batches` stand in the rollout batch, in the order of the rows."""
+    rollout_index = []
+    position = []
+    for micro_batch in micro_batches:
+        mask = micro_batch.loss_mask
+        rollout_index.append(micro_batch.rollout_indices[:, None].expand_as(mask)[mask])
+        position.append((micro_batch.response_mask.cumsum(dim=1) - 1)[mask])
+    return TokenIndex(torch.cat(rollout_index), torch.cat(position))
+
+
+def _round_up(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple

@@ -1,0 +1,104 @@
+"""The way of rollouts from the first process, where the engine lives, to all others: tensors, no pickle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_tip.errors import EngineError
+from megatron_tip.records import Rollout
+from megatron_tip.rollout.engine import FINISH_REASONS
+
+
+def broadcast_rollouts(
+    generate: Callable[[], Sequence[Rollout]],
+    group: dist.ProcessGroup | None = None,
+    *,
+    device: torch.device | str = "cpu",
+) -> list[Rollout]:
+    """The rollouts that `generate` returns on the first rank of `group`, on all its ranks.
+
+    `generate` is called on that rank alone. Collectives: 4 broadcasts (2 when `generate` fails) of a header, of six
+    numbers a rollout, of the ids and of the logprobs. `group=None`: the whole world.
+
+    Args:
+        device: where the travelling tensors lie; what the group's backend carries.
+
+    Raises:
+        EngineError: on all ranks but the first, when `generate` raised; the first raises what `generate` did.
+    """
+    source = dist.get_global_rank(group, 0) if group is not None else 0
+
+    def sent(tensor: Tensor) -> Tensor:
+        on_device = tensor.to(device)
+        dist.broadcast(on_device, src=source, group=group)
+        return on_device.cpu()
+
+    if dist.get_rank() != source:
+        return _receive(sent)
+    try:
+        rollouts = list(generate())
+        parts = _to_tensors(rollouts)
+    except BaseException as error:  # also Ctrl-C: the other ranks wait in the first broadcast
+        message = torch.frombuffer(bytearray(f"{type(error).__name__}: {error}", "utf-8"), dtype=torch.uint8)
+        sent(torch.tensor([-1, len(message), 0]))
+        sent(message)
+        raise
+    table, ids, logprobs = parts
+    for tensor in (torch.tensor([len(table), len(ids), len(logprobs)]), table, ids, logprobs):
+        sent(tensor)
+    return rollouts
+
+
+def _receive(sent: Callable[[Tensor], Tensor]) -> list[Rollout]:
+    num_rollouts, num_ids, num_logprobs = sent(torch.zeros(3, dtype=torch.int64)).tolist()
+    if num_rollouts < 0:
+        message = bytes(sent(torch.zeros(num_ids, dtype=torch.uint8)).tolist()).decode()
+        raise EngineError(f"rollouts: the first process failed with {message}")
+    table = sent(torch.zeros((num_rollouts, 6), dtype=torch.int64))
+    ids = sent(torch.zeros(num_ids, dtype=torch.int64))
+    logprobs = sent(torch.zeros(num_logprobs, dtype=torch.float64))
+    return _from_tensors(table, ids, logprobs)
+
+
+def _to_tensors(rollouts: Sequence[Rollout]) -> tuple[Tensor, Tensor, Tensor]:
+    rows = [
+        (
+            rollout.prompt_index,
+            rollout.sample_index,
+            len(rollout.prompt_ids),
+            len(rollout.response_ids),
+            FINISH_REASONS.index(rollout.finish_reason),
+            rollout.weight_version,
+        )
+        for rollout in rollouts
+    ]
+    ids = [token for rollout in rollouts for token in (*rollout.prompt_ids, *rollout.response_ids)]
+    logprobs = [logprob for rollout in rollouts for logprob in rollout.rollout_logprobs]
+    table = torch.tensor(rows, dtype=torch.int64).reshape(-1, 6)
+    assert len(logprobs) == int(table[:, 3].sum()), "a rollout without one logprob a response token"
+    return table, torch.tensor(ids, dtype=torch.int64), torch.tensor(logprobs, dtype=torch.float64)
+
+
+def _from_tensors(table: Tensor, ids: Tensor, logprobs: Tensor) -> list[Rollout]:
+    all_ids, all_logprobs = ids.tolist(), logprobs.tolist()
+    rollouts = []
+    first_id = first_logprob = 0
+    for prompt_index, sample_index, prompt_length, length, reason, weight_version in table.tolist():
+        response_start, end = first_id + prompt_length, first_id + prompt_length + length
+        rollouts.append(
+            Rollout(
+                prompt_index=prompt_index,
+                sample_index=sample_index,
+                prompt_ids=tuple(all_ids[first_id:response_start]),
+                response_ids=tuple(all_ids[response_start:end]),
+                rollout_logprobs=tuple(all_logprobs[first_logprob : first_logprob + length]),
+                finish_reason=FINISH_REASONS[reason],
+                weight_version=weight_version,
+            )
+        )
+        first_id, first_logprob = end, first_logprob + length
+    return rollouts

@@ -1,0 +1,68 @@
+"""What the training loop asks of a rollout engine; every engine lives behind this protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+
+from megatron_tip.records import Prompt, Rollout
+
+FINISH_REASONS = ("stop", "length")
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How responses are sampled. `stop_token_ids` end a response and are kept as its last id.
+
+    Every random choice of a call follows from `seed` and from the places in the list of prompts. `batch_name` says
+    which batch of the run the call makes ("step_000001"); it is the name under which its rollouts are kept.
+    """
+
+    max_response_tokens: int
+    temperature: float
+    top_p: float
+    samples_per_prompt: int
+    stop_token_ids: tuple[int, ...]
+    seed: int
+    batch_name: str = ""
+
+    def for_step(self, step: int) -> SamplingParams:
+        """The same parameters for training step `step` (counted from 1), with a seed of its own."""
+        return replace(self, seed=derive_seed(self.seed, 1, step), batch_name=f"step_{step:06d}")
+
+    def for_heldout(self, step: int) -> SamplingParams:
+        """The same parameters for the held-out prompts after `step` steps: one sample, the same seed at every step."""
+        return replace(self, samples_per_prompt=1, seed=derive_seed(self.seed, 2), batch_name=f"heldout_{step:06d}")
+
+
+def derive_seed(*parts: int) -> int:
+    """An unsigned 32-bit seed that follows from `parts`; other parts, an unrelated seed."""
+    words = [len(parts), *(part % 2**64 for part in parts)]  # numpy fills up with zeros: the length tells them apart
+    return int(np.random.SeedSequence(words).generate_state(1)[0])
+
+
+class RolloutEngine(Protocol):
+    """Generates responses with the student's weights. Lives in the first process of the run."""
+
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
+        """Returns `samples_per_prompt` rollouts a prompt, prompt-major, tagged with the current weight version.
+
+        Raises:
+            EngineError: the engine failed or answered with something other than rollouts.
+        """
+        ...
+
+    def update_weights(self, weights: Iterable[tuple[str, Tensor]], weight_version: int) -> None:
+        """Takes the student's weights as a stream of Hugging Face names and tensors; consumes it to its end.
+
+        The stream is consumed even when a tensor is refused: its collectives hold other ranks.
+        """
+        ...
+
+    def health(self) -> None:
+        """Returns when the engine can generate; raises EngineError, saying what is wrong, when it cannot."""
+        ...

@@ -1,0 +1,76 @@
+"""Reads prompts from JSONL and Parquet files; an error names the file and the line or row."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megatron_tip.errors import InputError
+
+# A text, or chat messages with "role" and "content".
+RawPrompt = str | list[dict[str, str]]
+
+
+def read_prompt_file(path: Path, field: str) -> list[tuple[str, RawPrompt]]:
+    """`(where, prompt)` of every line or row of a .jsonl or .parquet file, in its order; `where` is for messages.
+
+    Raises:
+        InputError: no such file, another suffix, a line that is empty or not a JSON object, a broken Parquet file,
+            a missing field or column, a value that is neither text nor chat messages.
+    """
+    readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
+    if path.suffix not in readers:
+        raise InputError(f"prompts.path: expected a .jsonl or .parquet file, got {path}")
+    if not path.is_file():
+        raise InputError(f"prompts.path: no file {path}")
+    return [(where, _checked(where, field, value)) for where, value in readers[path.suffix](path, field)]
+
+
+def _read_jsonl(path: Path, field: str) -> Iterator[tuple[str, Any]]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            where = f"{path}, line {number}"
+            if not line.strip():
+                raise InputError(f"{where}: expected a JSON object, got an empty line; remove it")
+            try:
+                record = json.loads(line)
+            except ValueError as error:  # also a line that is not UTF-8
+                raise InputError(f"{where}: expected a JSON object, got a broken line ({error})") from error
+            if not isinstance(record, dict):
+                raise InputError(f"{where}: expected a JSON object, got {type(record).__name__}")
+            if field not in record:
+                raise InputError(f"{where}: no field {field!r} (prompts.field), only {sorted(record)}")
+            yield where, record[field]
+
+
+def _read_parquet(path: Path, field: str) -> Iterator[tuple[str, Any]]:
+    try:
+        with pq.ParquetFile(path) as file:
+            columns = file.schema_arrow.names
+            if field not in columns:
+                raise InputError(f"{path}: no column {field!r} (prompts.field), only {columns}")
+            values = [value for batch in file.iter_batches(columns=[field]) for value in batch.column(0).to_pylist()]
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{path}: not a readable Parquet file ({error})") from error
+    for number, value in enumerate(values, start=1):
+        yield f"{path}, row {number}", value
+
+
+def _checked(where: str, field: str, value: Any) -> RawPrompt:
+    if isinstance(value, str) and value:
+        return value
+    if isinstance(value, list) and value and all(_is_message(message) for message in value):
+        return [{"role": message["role"], "content": message["content"]} for message in value]
+    raise InputError(
+        f"{where}: expected {field!r} to be a text or a list of messages with the texts 'role' and 'content', got "
+        f"{value!r:.200}"
+    )
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)

@@ -1,0 +1,31 @@
+"""The one place that imports reasoning-gym."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_tip.errors import ConfigError, OptionalDependencyError
+
+
+def generate_questions(tasks: Sequence[str], num_questions: int, seed: int) -> list[str]:
+    """`num_questions` questions, drawn from the named tasks in turn; the same for the same arguments.
+
+    Raises:
+        OptionalDependencyError: reasoning-gym is not installed.
+        ConfigError: a name that reasoning-gym does not know.
+    """
+    try:
+        import reasoning_gym
+    except ImportError as error:
+        raise OptionalDependencyError(
+            'prompts.source = "reasoning_gym" needs the package reasoning-gym, which is not installed; install '
+            "megatron_tip[tasks]"
+        ) from error
+    known = reasoning_gym.factory.DATASETS
+    unknown = [task for task in tasks if task not in known]
+    if unknown:
+        raise ConfigError(
+            f"prompts.tasks: expected names of reasoning-gym tasks, got {unknown}; known: {sorted(known)}"
+        )
+    datasets = [reasoning_gym.create_dataset(task, size=-(-num_questions // len(tasks)), seed=seed) for task in tasks]
+    return [datasets[i % len(tasks)][i // len(tasks)]["question"] for i in range(num_questions)]

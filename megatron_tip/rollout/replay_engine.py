@@ -1,0 +1,71 @@
+"""The rollout engine that gives back what an earlier run wrote: the same tokens under any layout or loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from megatron_tip.errors import EngineError
+from megatron_tip.records import Prompt, Rollout
+from megatron_tip.rollout.engine import SamplingParams
+from megatron_tip.rollout.storage import read_rollouts, rollout_file
+
+
+class ReplayEngine:
+    """Reads each batch's rollouts from `folder`, the `rollouts/` of an earlier run.
+
+    They keep the weight version that they were generated with; new weights are accepted and ignored.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def health(self) -> None:
+        """Raises EngineError when the folder is missing or holds no rollouts."""
+        if not any(self._folder.glob("*.jsonl")):
+            raise EngineError(
+                f"rollout.replay_folder: expected the rollouts/ folder of an earlier run, found no .jsonl file in "
+                f"{self._folder}"
+            )
+
+    def update_weights(self, weights: Iterable[tuple[str, Tensor]], weight_version: int) -> None:
+        """Consumes the stream, whose collectives hold other ranks, and keeps nothing."""
+        for _ in weights:
+            pass
+
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
+        """Returns the recorded rollouts of the batch that `sampling.batch_name` names.
+
+        Raises:
+            EngineError: the earlier run has no such batch, or it was generated for other prompts.
+            InputError: a broken line.
+        """
+        path = rollout_file(self._folder, sampling.batch_name)
+        if not path.exists():
+            self.health()
+            raise EngineError(
+                f"replay: {path} does not exist; the earlier run has fewer steps or measured at others: lower "
+                "training.steps or use its heldout settings"
+            )
+        rollouts = read_rollouts(path)
+        expected = [
+            (prompt.index, sample, prompt.prompt_ids)
+            for prompt in prompts
+            for sample in range(sampling.samples_per_prompt)
+        ]
+        if len(rollouts) != len(expected):
+            raise EngineError(
+                f"replay: {path}: expected {len(prompts)} prompts x {sampling.samples_per_prompt} samples, got "
+                f"{len(rollouts)} rollouts; use the earlier run's prompts and samples_per_prompt"
+            )
+        for number, (rollout, wanted) in enumerate(zip(rollouts, expected, strict=True), start=1):
+            got = (rollout.prompt_index, rollout.sample_index, rollout.prompt_ids)
+            if got != wanted:
+                raise EngineError(
+                    f"replay: {path}, line {number}: expected sample {wanted[1]} of prompt {wanted[0]}, got sample "
+                    f"{got[1]} of prompt {got[0]}{'' if got[:2] != wanted[:2] else ' with other token ids'}; use the "
+                    "earlier run's prompts, seed and tokenizer"
+                )
+        return rollouts

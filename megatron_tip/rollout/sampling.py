@@ -1,0 +1,75 @@
+"""Drawing the next token, with its logprob, from a generator of our own: the global one is never touched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor
+
+
+class TokenSampler(LogitsProcessor):
+    """Draws each sequence's next token inside transformers' `generate` and keeps its logprob alone.
+
+    Handed to a *greedy* `generate` as its only logits processor: it leaves one finite score a sequence, the sampled
+    token's, which the argmax then picks. Nothing of size steps x vocabulary is kept.
+
+    The uniform numbers of a sequence follow from its own seed, so what is drawn for it does not depend on what else
+    is in the batch. Its logprob is that of the distribution that was sampled: after temperature and top-p. With
+    `top_p` 1 it is the log-softmax of logits / temperature.
+
+    Args:
+        seeds: `b` integers >= 0, one a sequence.
+        num_steps: most tokens that can be drawn.
+    """
+
+    def __init__(
+        self,
+        seeds: Sequence[int],
+        num_steps: int,
+        *,
+        temperature: float,
+        top_p: float,
+        device: torch.device,
+    ) -> None:
+        uniforms = np.stack([np.random.default_rng(seed).random(num_steps) for seed in seeds], axis=1)
+        self._uniforms = torch.from_numpy(uniforms).to(device)  # [num_steps, b] float64 in [0, 1)
+        self._temperature = temperature
+        self._top_p = top_p
+        self._logprobs: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+        """`[b, V]` float32, -inf except at the sampled token; `scores`: `[b, V]` logits."""
+        logprobs = torch.log_softmax(scores.float() / self._temperature, dim=-1)
+        if self._top_p < 1:
+            logprobs = keep_nucleus(logprobs, self._top_p)
+        token = sample_by_inverse_cdf(logprobs, self._uniforms[len(self._logprobs)])
+        self._logprobs.append(logprobs.gather(1, token))
+        return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
+
+    def sampled_logprobs(self) -> Tensor:
+        """`[b, steps so far]` float32."""
+        return torch.cat(self._logprobs, dim=1)
+
+
+def sample_by_inverse_cdf(logprobs: Tensor, uniforms: Tensor) -> Tensor:
+    """One token id a row, `[b, 1]` int64: the first whose cumulative probability exceeds the row's uniform number.
+
+    A token of probability 0 is never drawn. `logprobs`: `[b, V]`; `uniforms`: `[b]` float64 in [0, 1).
+    """
+    cumulative = logprobs.exp().cumsum(dim=-1, dtype=torch.float64)
+    threshold = uniforms[:, None] * cumulative[:, -1:]  # the sum is 1 only up to rounding
+    return torch.searchsorted(cumulative, threshold, right=True)
+
+
+def keep_nucleus(logprobs: Tensor, top_p: float) -> Tensor:
+    """`[b, V]` logprobs renormalised over the fewest most probable tokens that hold `top_p`; -inf elsewhere.
+
+    Source: Holtzman et al. (arXiv:1904.09751), section 3.1.
+    """
+    descending, order = logprobs.sort(dim=-1, descending=True, stable=True)
+    mass_before = descending.exp().cumsum(dim=-1) - descending.exp()
+    nucleus = descending.masked_fill(mass_before >= top_p, -torch.inf)
+    return torch.empty_like(logprobs).scatter_(1, order, torch.log_softmax(nucleus, dim=-1))

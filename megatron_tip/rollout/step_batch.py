@@ -1,0 +1,120 @@
+"""A step's rollouts, laid out in micro-batches over the student's data-parallel replicas."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from megatron_tip.records import MicroBatch, Rollout, TokenIndex
+from megatron_tip.rollout.batching import (
+    MicroBatchPlan,
+    build_micro_batch,
+    num_kept_tokens,
+    plan_micro_batches,
+    token_index,
+)
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """Which replica runs which rollouts together; known whole on every rank, since token ids are small.
+
+    `plan`: replica -> micro-batch -> places in `rollouts`. `num_kept_tokens`: how many leading tokens of each rollout
+    go through the model. `sequence_multiple`: padded lengths are a multiple of it.
+    """
+
+    rollouts: Sequence[Rollout]
+    plan: MicroBatchPlan
+    num_kept_tokens: list[int]
+    max_tokens: int
+    pad_token_id: int
+    sequence_multiple: int
+    device: torch.device
+
+    @classmethod
+    def over(
+        cls,
+        rollouts: Sequence[Rollout],
+        *,
+        dp_size: int,
+        max_tokens: int,
+        pad_token_id: int,
+        sequence_multiple: int,
+        device: torch.device,
+    ) -> "StepBatch":
+        """All tokens of `rollouts`, balanced over `dp_size` replicas; a pure function, equal on every rank."""
+        lengths = num_kept_tokens(rollouts, [len(rollout.response_ids) - 1 for rollout in rollouts])
+        plan = plan_micro_batches(lengths, dp_size, max_tokens, sequence_multiple=sequence_multiple)
+        return cls(rollouts, plan, lengths, max_tokens, pad_token_id, sequence_multiple, device)
+
+    def micro_batch(self, replica: int, index: int) -> MicroBatch:
+        micro_batch = build_micro_batch(
+            self.rollouts,
+            self.plan[replica][index],
+            self.pad_token_id,
+            sequence_multiple=self.sequence_multiple,
+            num_kept_tokens=self.num_kept_tokens,
+        )
+        return MicroBatch(**{f.name: getattr(micro_batch, f.name).to(self.device) for f in fields(micro_batch)})
+
+    def micro_batches(self, replica: int) -> list[MicroBatch]:
+        return [self.micro_batch(replica, index) for index in range(len(self.plan[replica]))]
+
+    def num_rows(self) -> list[list[int]]:
+        """Valid tokens by replica and micro-batch."""
+        return [[sum(map(self._num_rows, places)) for places in replica] for replica in self.plan]
+
+    def num_valid(self) -> int:
+        """Valid tokens of the whole batch."""
+        return sum(map(sum, self.num_rows()))
+
+    def num_model_tokens(self, replica: int) -> int:
+        """Tokens of the replica that go through the model, padding not counted."""
+        return sum(self.num_kept_tokens[place] for places in self.plan[replica] for place in places)
+
+    def token_index(self, replica: int) -> TokenIndex:
+        """Where each row of the replica stands in the whole batch."""
+        return token_index(self.micro_batches(replica))
+
+    def cut_behind(self, last_selected: Sequence[int], replica: int) -> tuple["StepBatch", list[Tensor]]:
+        """The replica's batch without what cannot influence the loss, and the rows that it keeps.
+
+        Attention is causal: tokens behind a rollout's last selected position change neither loss nor gradient. They
+        are cut off, rollouts with nothing selected are dropped, and what is left is laid out anew.
+
+        Args:
+            last_selected: by place in `rollouts`, the last selected position of the response; -1: none.
+
+        Returns:
+            A batch whose only replica (0) is this one, and by micro-batch the `[n]` int64 places of its rows among
+            the rows of this batch's replica.
+        """
+        kept_tokens = num_kept_tokens(self.rollouts, last_selected)
+        own = {place for places in self.plan[replica] for place in places}
+        plan = plan_micro_batches(
+            [length if place in own else 0 for place, length in enumerate(kept_tokens)],
+            1,
+            self.max_tokens,
+            sequence_multiple=self.sequence_multiple,
+        )
+        starts = self._row_starts(replica)
+        rows = [
+            torch.cat(
+                [torch.arange(starts[place], starts[place] + last_selected[place] + 1) for place in places]
+                or [torch.empty(0, dtype=torch.int64)]
+            ).to(self.device)
+            for places in plan[0]
+        ]
+        return replace(self, plan=plan, num_kept_tokens=kept_tokens), rows
+
+    def _row_starts(self, replica: int) -> dict[int, int]:
+        """The first row of each of the replica's rollouts."""
+        places = [place for micro_batch in self.plan[replica] for place in micro_batch]
+        starts = accumulate(map(self._num_rows, places), initial=0)
+        return dict(zip(places, starts, strict=False))
+
+    def _num_rows(self, place: int) -> int:
+        """Labels of the rollout: its kept token k predicts token k + 1, from the last prompt token on."""
+        return max(0, self.num_kept_tokens[place] + 1 - len(self.rollouts[place].prompt_ids))

@@ -1,0 +1,1 @@
+"""The training run: set-up, one step as named stages, held-out measurement, the loop."""

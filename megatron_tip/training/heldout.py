@@ -1,0 +1,30 @@
+"""KL(student || teacher) on prompts that are never trained on, over the student's own responses."""
+
+import torch.distributed as dist
+
+from megatron_tip.parallel.collectives import broadcast_json
+from megatron_tip.records import Rollout
+from megatron_tip.training.run import TrainingRun
+from megatron_tip.training.step import generate_rollouts, score_tokens
+
+
+def measure_heldout(run: TrainingRun, step: int) -> tuple[float, list[Rollout]]:
+    """Mean full-vocabulary reverse KL in nats a response token after `step` steps, and the responses.
+
+    Equal on every rank. The sampling seed is the same at every call, so that two calls differ by the student alone.
+    NaN where no response has a token. Collective over the world.
+    """
+    prompts = run.prompts.heldout if run.prompts else []
+    rollouts = generate_rollouts(run, prompts, run.sampling.for_heldout(step))
+    batch = run.batch_of(rollouts)
+    if not batch.num_valid():
+        return float("nan"), rollouts
+    statistics = score_tokens(run, batch, run.teacher.hidden_rows(batch))
+    groups = run.student.groups
+    total = 0.0
+    if statistics is not None:
+        value = statistics.reverse_kl.double().sum()
+        dist.all_reduce(value, group=groups.dp_group)
+        total = value.item()
+    reporter = groups.grid.rank_at(tp=0, dp=0, pp=groups.grid.pp_size - 1)
+    return broadcast_json(total, source=reporter, device=run.device) / batch.num_valid(), rollouts

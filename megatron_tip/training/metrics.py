@@ -1,0 +1,79 @@
+"""A step's numbers, summed over the replicas and equal on every rank."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from megatron_tip.parallel.collectives import broadcast_json
+from megatron_tip.parallel.groups import ModelGroups
+from megatron_tip.records import Rollout, TokenSelection, TokenStatistics
+from megatron_tip.rollout.step_batch import StepBatch
+
+MEANS = {
+    "train/student_entropy": "student_entropy",
+    "train/teacher_entropy": "teacher_entropy",
+    "train/reverse_kl": "reverse_kl",
+    "train/forward_kl": "forward_kl",
+    "train/support_divergence": "support_divergence",
+    "train/compatibility": "compatibility",
+}
+"""Metric -> the statistic whose mean over all valid tokens of the batch it is."""
+
+
+def rollout_metrics(rollouts: Sequence[Rollout], *, weight_version: int) -> dict[str, float]:
+    """Counts and lengths of a step's rollouts; those of another `weight_version` are stale."""
+    lengths = [len(rollout.response_ids) for rollout in rollouts]
+    count = max(1, len(rollouts))
+    return {
+        "rollout/num_rollouts": float(len(rollouts)),
+        "rollout/num_empty": float(lengths.count(0)),
+        "rollout/num_stale": float(sum(rollout.weight_version != weight_version for rollout in rollouts)),
+        "rollout/response_tokens": float(sum(lengths)),
+        "rollout/response_tokens_mean": sum(lengths) / count,
+        "rollout/truncated_ratio": sum(rollout.finish_reason == "length" for rollout in rollouts) / count,
+    }
+
+
+def supervision_metrics(
+    groups: ModelGroups,
+    *,
+    scored: StepBatch,
+    trained: StepBatch,
+    statistics: TokenStatistics | None,
+    selection: TokenSelection | None,
+    loss: float,
+    device: torch.device,
+) -> dict[str, float]:
+    """Loss, means over valid tokens and token counts of the whole batch, equal on every rank.
+
+    Args:
+        scored, trained: the batch before and after the cut behind the selection.
+        statistics, selection: this replica's, on the last stage; None elsewhere, `statistics` also where no rule asked.
+        loss: this replica's part.
+
+    Collectives: one all-reduce over dp on the last stage, then `broadcast_json` over the world.
+    """
+    metrics: dict[str, float] = {}
+    if selection is not None:
+        sums = {
+            "train/loss": loss,
+            "train/num_model_tokens": float(trained.num_model_tokens(0)),
+            "train/num_model_tokens_uncut": float(scored.num_model_tokens(groups.dp_rank)),
+            "rows": float(selection.selection_mask.shape[0]),
+        }
+        if statistics is not None:
+            sums |= {name: getattr(statistics, field).double().sum().item() for name, field in MEANS.items()}
+        totals = torch.tensor(list(sums.values()), dtype=torch.float64, device=device)
+        dist.all_reduce(totals, group=groups.dp_group)
+        metrics = dict(zip(sums, totals.tolist(), strict=True))
+        rows = metrics.pop("rows")
+        metrics |= {name: metrics[name] / rows for name in MEANS if name in metrics}
+        metrics |= {
+            "selection/num_valid": float(selection.num_valid),
+            "selection/num_selected": float(selection.num_selected),
+            "selection/retention_ratio": selection.retention_ratio,
+            **selection.metrics,
+        }
+    reporter = groups.grid.rank_at(tp=0, dp=0, pp=groups.grid.pp_size - 1)
+    return broadcast_json(metrics, source=reporter, device=device)

@@ -1,0 +1,156 @@
+"""What a run will be, found and checked from files alone: before any process group or weight exists."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from megatron_tip.config import Config
+from megatron_tip.conversion.safetensors_io import HfCheckpoint
+from megatron_tip.errors import ConfigError
+from megatron_tip.models.layout import check_layout
+from megatron_tip.parallel.grid import ModelGrid
+from megatron_tip.selection import Selector
+from megatron_tip.vocab_parallel import padded_vocab_size
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """Models, grids and vocabulary of a run that can start.
+
+    `vocab_size`: the entries that both models have, which their distributions are over. `padded_vocab_size`: of the
+    student's embeddings and of both LM heads, a multiple of the student's tp size.
+    """
+
+    student: HfCheckpoint
+    teacher: HfCheckpoint
+    student_grid: ModelGrid
+    teacher_grid: ModelGrid
+    tokenizer: PreTrainedTokenizerBase
+    selector: Selector
+    vocab_size: int
+    padded_vocab_size: int
+    pad_token_id: int
+    stop_token_ids: tuple[int, ...]
+
+
+def plan_run(config: Config, world_size: int) -> RunPlan:
+    """Reads both models' headers and the tokenizers and checks that the run fits together.
+
+    Needs no process group; every rank comes to the same result or raises the same error.
+
+    Raises:
+        ConfigError: layouts, lengths, schedule, rule, tokenizers or vocabularies that cannot run.
+        WeightsError: a model directory that is incomplete or not supported.
+    """
+    student = HfCheckpoint(config.model.path, config.model.drop_layers)
+    teacher = HfCheckpoint(config.teacher.path)
+    student_grid = _grid_of(config.model, student, world_size, owner="student")
+    teacher_grid = _grid_of(config.teacher, teacher, world_size, owner="teacher")
+    _check_lengths(config, student, teacher)
+    tokenizer = _shared_tokenizer(config.model.path, config.teacher.path)
+    sizes = (student.architecture.vocab_size, teacher.architecture.vocab_size)
+    _check_vocabulary(tokenizer, sizes)
+    stop_token_ids = stop_ids(config.model.path, tokenizer)
+    return RunPlan(
+        student=student,
+        teacher=teacher,
+        student_grid=student_grid,
+        teacher_grid=teacher_grid,
+        tokenizer=tokenizer,
+        selector=_selector(config),
+        vocab_size=min(sizes),
+        padded_vocab_size=padded_vocab_size(max(sizes), student_grid.tp_size),
+        pad_token_id=stop_token_ids[0],  # any id of the vocabulary: padding lies behind what is read
+        stop_token_ids=stop_token_ids,
+    )
+
+
+def stop_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The ids that end a response: those of generation_config.json and the tokenizer's end-of-sequence id.
+
+    Raises:
+        ConfigError: there are none, so that no response would ever end.
+    """
+    eos: Any = tokenizer.eos_token_id
+    ids: set[int] = set() if eos is None else {eos}
+    if (folder / "generation_config.json").exists():
+        named = GenerationConfig.from_pretrained(folder).eos_token_id
+        ids |= {named} if isinstance(named, int) else set(named or ())
+    if not ids:
+        raise ConfigError(
+            f"{folder}: expected an end-of-sequence id in the tokenizer or generation_config.json, found none"
+        )
+    return tuple(sorted(ids))
+
+
+def _grid_of(model, checkpoint: HfCheckpoint, world_size: int, *, owner: str) -> ModelGrid:
+    tp_size, pp_size = model.tensor_parallel_size, model.pipeline_parallel_size
+    check_layout(checkpoint.architecture, tp_size=tp_size, pp_size=pp_size, owner=owner)
+    return ModelGrid.over(world_size, tp_size=tp_size, pp_size=pp_size, owner=owner)
+
+
+def _check_lengths(config: Config, student: HfCheckpoint, teacher: HfCheckpoint) -> None:
+    longest = config.prompts.max_prompt_tokens + config.rollout.max_response_tokens
+    for owner, checkpoint in (("student", student), ("teacher", teacher)):
+        limit = checkpoint.architecture.max_position_embeddings
+        if longest > limit:
+            raise ConfigError(
+                f"prompts.max_prompt_tokens + rollout.max_response_tokens: expected at most the {owner}'s "
+                f"max_position_embeddings {limit}, got {longest}; shorten one of them"
+            )
+    if config.optimizer.warmup_steps >= config.training.steps:
+        raise ConfigError(
+            f"optimizer.warmup_steps: expected fewer than training.steps = {config.training.steps}, "
+            f"got {config.optimizer.warmup_steps}"
+        )
+    if config.optimizer.min_lr > config.optimizer.lr:
+        raise ConfigError(
+            f"optimizer.min_lr: expected at most optimizer.lr = {config.optimizer.lr}, got {config.optimizer.min_lr}"
+        )
+    if config.model.sequence_parallel and config.model.tensor_parallel_size == 1:
+        raise ConfigError("model.sequence_parallel: expected model.tensor_parallel_size above 1, got 1; turn it off")
+
+
+def _shared_tokenizer(student: Path, teacher: Path) -> PreTrainedTokenizerBase:
+    """The student's tokenizer, which must map every token to the same id as the teacher's."""
+    tokenizers = [_tokenizer(folder) for folder in (student, teacher)]
+    vocabularies: list[dict[str, int]] = [tokenizer.get_vocab() for tokenizer in tokenizers]
+    if vocabularies[0] != vocabularies[1]:
+        different = sorted(set(vocabularies[0].items()) ^ set(vocabularies[1].items()), key=lambda item: item[1])
+        example, place = different[0]
+        raise ConfigError(
+            f"teacher.path: expected the student's tokenizer ({student}), got another one in {teacher}: "
+            f"{len(different)} entries differ, for example {example!r} at id {place}; distillation compares "
+            "probabilities id by id, so both models must share one tokenizer"
+        )
+    return tokenizers[0]
+
+
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder}: expected a tokenizer that transformers can load, got: {error}") from error
+
+
+def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, sizes: Sequence[int]) -> None:
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= min(sizes):
+        raise ConfigError(
+            f"vocabulary: expected embeddings for all token ids up to {largest} in both models, got {sizes[0]} rows in "
+            f"the student and {sizes[1]} in the teacher; one of them does not belong to this tokenizer"
+        )
+
+
+def _selector(config: Config) -> Selector:
+    selection = config.selection
+    return Selector(
+        rule=selection.rule,
+        retention_ratio=selection.retention_ratio,
+        scope=None if selection.scope == "auto" else selection.scope,
+        loss_scale=selection.loss_scale,
+        seed=config.run.seed,
+    )

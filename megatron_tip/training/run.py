@@ -1,0 +1,51 @@
+"""Everything that a training run holds between steps."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatron_tip.config import Config
+from megatron_tip.conversion.architecture import ModelArchitecture
+from megatron_tip.models.student import Student
+from megatron_tip.models.teacher import Teacher
+from megatron_tip.observability.timing import PhaseTimer
+from megatron_tip.records import Rollout
+from megatron_tip.rollout.engine import RolloutEngine, SamplingParams
+from megatron_tip.rollout.prompts import PromptSource
+from megatron_tip.rollout.step_batch import StepBatch
+from megatron_tip.selection import Selector
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """What every rank of a run has.
+
+    `architecture`: the student's, after dropped layers. `vocab_size`: the entries that student and teacher share.
+    `prompts`, `engine`: in the first process only; None elsewhere.
+    """
+
+    config: Config
+    device: torch.device
+    student: Student
+    teacher: Teacher
+    architecture: ModelArchitecture
+    vocab_size: int
+    selector: Selector
+    sampling: SamplingParams
+    pad_token_id: int
+    prompts: PromptSource | None
+    engine: RolloutEngine | None
+    timer: PhaseTimer
+
+    def batch_of(self, rollouts: Sequence[Rollout]) -> StepBatch:
+        """The rollouts in micro-batches over the student's replicas."""
+        grid = self.student.groups.grid
+        return StepBatch.over(
+            rollouts,
+            dp_size=grid.dp_size,
+            max_tokens=self.config.training.max_tokens_per_micro_batch,
+            pad_token_id=self.pad_token_id,
+            sequence_multiple=grid.tp_size if self.config.model.sequence_parallel else 1,
+            device=self.device,
+        )

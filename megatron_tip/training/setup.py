@@ -1,0 +1,123 @@
+"""From a checked plan to a run that can take its first step."""
+
+import torch
+from transformers import AutoConfig
+
+from megatron_tip.config import Config
+from megatron_tip.conversion.bridge import load_hf, load_output_head
+from megatron_tip.models.gpt import build_gpt
+from megatron_tip.models.student import Student, build_student
+from megatron_tip.models.teacher import Teacher
+from megatron_tip.observability.timing import PhaseTimer
+from megatron_tip.parallel.distributed import Worker
+from megatron_tip.parallel.groups import ModelGroups, build_groups
+from megatron_tip.rollout.embedded_engine import EmbeddedEngine
+from megatron_tip.rollout.engine import RolloutEngine, SamplingParams
+from megatron_tip.rollout.prompts import PromptSource, load_prompts
+from megatron_tip.rollout.replay_engine import ReplayEngine
+from megatron_tip.training.plan import RunPlan
+from megatron_tip.training.run import TrainingRun
+from megatron_tip.vocab_parallel import padded_vocab_size
+
+
+def build_run(config: Config, plan: RunPlan, worker: Worker, timer: PhaseTimer, *, num_threads: int) -> TrainingRun:
+    """Builds models, optimizer, prompts and engine. Collective over the world.
+
+    Args:
+        num_threads: CPU threads of all workers of this machine together, which the embedded engine may use while the
+            others wait for it.
+    """
+    student_groups = build_groups(plan.student_grid)
+    teacher_groups = build_groups(plan.teacher_grid) if plan.teacher_grid != plan.student_grid else student_groups
+    return TrainingRun(
+        config=config,
+        device=worker.device,
+        student=_student(config, plan, student_groups),
+        teacher=_teacher(config, plan, teacher_groups, student_groups, worker.device),
+        architecture=plan.student.architecture,
+        vocab_size=plan.vocab_size,
+        selector=plan.selector,
+        sampling=SamplingParams(
+            max_response_tokens=config.rollout.max_response_tokens,
+            temperature=config.rollout.temperature,
+            top_p=config.rollout.top_p,
+            samples_per_prompt=config.rollout.samples_per_prompt,
+            stop_token_ids=plan.stop_token_ids,
+            seed=config.run.seed,
+        ),
+        pad_token_id=plan.pad_token_id,
+        prompts=_prompts(config, plan) if worker.rank == 0 else None,
+        engine=_engine(config, plan, worker, num_threads) if worker.rank == 0 else None,
+        timer=timer,
+    )
+
+
+def resolve_dtype(name: str) -> torch.dtype:
+    """What "auto" means here: bfloat16 on a GPU, float32 on a CPU."""
+    if name == "auto":
+        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def _student(config: Config, plan: RunPlan, groups: ModelGroups) -> Student:
+    model = build_gpt(
+        plan.student.architecture,
+        groups,
+        padded_vocab_size=plan.padded_vocab_size,
+        dtype=resolve_dtype(config.model.dtype),
+        transformer_impl=config.model.transformer_impl,
+        sequence_parallel=config.model.sequence_parallel,
+        recompute_activations=config.model.recompute_activations,
+    )
+    load_hf(model, plan.student, groups)
+    return build_student(model, groups, config.optimizer, num_steps=config.training.steps)
+
+
+def _teacher(
+    config: Config, plan: RunPlan, groups: ModelGroups, student_groups: ModelGroups, device: torch.device
+) -> Teacher:
+    architecture, dtype = plan.teacher.architecture, resolve_dtype(config.teacher.dtype)
+    model = build_gpt(
+        architecture,
+        groups,
+        padded_vocab_size=padded_vocab_size(architecture.vocab_size, groups.grid.tp_size),
+        dtype=dtype,
+        transformer_impl=config.teacher.transformer_impl,
+        trainable=False,
+    )
+    load_hf(model, plan.teacher, groups)
+    output_head = None
+    if student_groups.is_last_stage:
+        output_head = load_output_head(
+            plan.teacher,
+            tp_rank=student_groups.tp_rank,
+            tp_size=student_groups.grid.tp_size,
+            padded_vocab_size=plan.padded_vocab_size,
+            dtype=dtype,
+        ).to(device)
+    return Teacher(model, groups, student_groups, architecture.hidden_size, output_head)
+
+
+def _prompts(config: Config, plan: RunPlan) -> PromptSource:
+    return load_prompts(
+        config.prompts,
+        config.heldout,
+        plan.tokenizer,
+        prompts_per_step=config.rollout.prompts_per_step,
+        steps=config.training.steps,
+        seed=config.run.seed,
+    )
+
+
+def _engine(config: Config, plan: RunPlan, worker: Worker, num_threads: int) -> RolloutEngine:
+    if config.rollout.engine == "replay":
+        assert config.rollout.replay_folder is not None, "checked by the configuration"
+        return ReplayEngine(config.rollout.replay_folder)
+    name = config.rollout.dtype if config.rollout.dtype != "auto" else config.model.dtype
+    return EmbeddedEngine(
+        AutoConfig.for_model(**plan.student.config),
+        dtype=resolve_dtype(name),
+        device=worker.device,
+        batch_size=config.rollout.batch_size,
+        num_threads=num_threads,
+    )

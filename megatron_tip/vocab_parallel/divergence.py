@@ -1,0 +1,175 @@
+"""Divergences between student p and teacher q as losses, with their gradients made in the forward pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
+
+from megatron_tip.errors import InputError
+from megatron_tip.vocab_parallel import row_functions
+from megatron_tip.vocab_parallel.chunks import RowBlocks, row_ranges
+from megatron_tip.vocab_parallel.collectives import all_reduce_sum
+from megatron_tip.vocab_parallel.inputs import Inputs, checked_inputs
+from megatron_tip.vocab_parallel.row_functions import RowValues
+
+DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "sampled_token")
+
+# Rows of the head whose gradient is made at a time when it cannot be added to in the product itself.
+_HEAD_SLICE = 8192
+
+
+def divergence_loss(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: Tensor,
+    *,
+    divergence: str = "reverse_kl",
+    row_weights: Tensor | None = None,
+    labels: Tensor | None = None,
+    vocab_size: int | None = None,
+    temperature: float = 1.0,
+    jsd_beta: float = 0.5,
+    tp_group: ProcessGroup | None = None,
+    chunk_rows: int | None = None,
+    compiled: bool = False,
+) -> Tensor:
+    """The sum over rows of weight x divergence: a float32 scalar, equal on all ranks of `tp_group`.
+
+    Pass only the rows that are supervised; no other row costs anything then. Gradient: flows to `student_hidden` and
+    `student_head` where they require it. That of the hidden states is the *complete* one on every rank of `tp_group`
+    (already summed over the shards; do not reduce it again), that of the head is this shard's own.
+
+    Args:
+        student_hidden, teacher_hidden: `[n, H]`, the same on all ranks of `tp_group`.
+        student_head, teacher_head: `[V_padded / tp, H]`, this rank's rows of the output layer.
+        divergence: "reverse_kl" KL(p || q) (TIP Eq. 1, TA-OPD Eq. 6); "forward_kl" KL(q || p); "jsd" the generalised
+            Jensen-Shannon divergence beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p, with
+            forward KL at beta 0 and reverse KL at beta 1; "sampled_token" log p(y) - log q(y) of the label y
+            (TA-OPD after Eq. 6), with the gradient (log p(y) - log q(y)) d log p(y): over y drawn from p at this
+            temperature its mean is the gradient of the reverse KL; that of plain differentiation, d log p(y), is zero.
+        row_weights: `[n]` float32 without gradient; `None`: all 1.
+        labels: `[n]` int64 in [0, vocab_size), for "sampled_token".
+        vocab_size: number of real ids; `None`: no padding.
+        temperature: divides the logits of both models.
+        jsd_beta: in [0, 1].
+        tp_group: over which both heads are sharded in equal parts; `None`: not sharded.
+        chunk_rows: rows whose logits exist at a time; `None`: chosen from the shapes.
+
+    Memory: two float32 logit chunks, the head's gradient in float32, and `[n, H]`; nothing of `[n, V]` outlives its
+    chunk. The backward pass only scales, runs no collective, and can run once.
+
+    Raises:
+        InputError: arguments that do not fit together (before the first collective), or logits that are not finite.
+    """
+    if divergence not in DIVERGENCES:
+        raise InputError(f"divergence_loss: expected divergence in {', '.join(DIVERGENCES)}, got {divergence!r}.")
+    if not 0 <= jsd_beta <= 1:
+        raise InputError(f"divergence_loss: expected jsd_beta in [0, 1], got {jsd_beta}.")
+    if divergence == "sampled_token" and labels is None:
+        raise InputError("divergence_loss: expected labels for divergence 'sampled_token', got None.")
+    inputs = checked_inputs(
+        "divergence_loss",
+        (student_hidden, student_head),
+        (teacher_hidden, teacher_head),
+        labels=labels,
+        row_weights=row_weights,
+        vocab_size=vocab_size,
+        temperature=temperature,
+        tp_group=tp_group,
+        chunk_rows=chunk_rows,
+    )
+    weights = torch.ones(inputs.num_rows, device=inputs.device) if row_weights is None else row_weights.detach().float()
+    with_grad = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (student_hidden, student_head)]
+    call = _Call(inputs, divergence, jsd_beta, weights, with_grad[0], with_grad[1], compiled)
+    return _DivergenceLoss.apply(student_hidden, student_head, call)
+
+
+@dataclass(frozen=True)
+class _Call:
+    inputs: Inputs
+    divergence: str
+    jsd_beta: float
+    weights: Tensor
+    with_grad_hidden: bool
+    with_grad_head: bool
+    compiled: bool
+
+    def run(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The loss, and its gradients with respect to the student's hidden states and head, where wanted."""
+        inputs = self.inputs
+        student, partition = inputs.student, inputs.partition
+        head = inputs.local_head(student)
+        grad_hidden = torch.empty_like(student.hidden) if self.with_grad_hidden else None
+        grad_head = torch.zeros_like(student.head, dtype=torch.float32) if self.with_grad_head else None
+        buffers = inputs.logit_buffers()
+        blocks = RowBlocks(inputs.chunk_rows, partition.num_local, inputs.device, compiled=self.compiled)
+        values = []
+        for rows in row_ranges(inputs.num_rows, inputs.chunk_rows):
+            z_s = buffers[0].logits(student.hidden[rows])
+            z_t = buffers[1].logits(inputs.teacher.hidden[rows])
+            chunk = self._chunk_divergence(z_s, z_t, rows, blocks)
+            values.append(chunk.values)
+            if grad_hidden is None and grad_head is None:
+                continue
+            grad_logits = buffers[0].narrowed(chunk.gradient(self.weights[rows] / inputs.temperature))
+            if grad_hidden is not None:
+                torch.mm(grad_logits, head, out=grad_hidden[rows])
+            if grad_head is not None:
+                _accumulate(grad_head[: partition.num_local], grad_logits, student.hidden[rows])
+        values = torch.cat(values)
+        inputs.check_finite(values)
+        if grad_hidden is not None:
+            grad_hidden = all_reduce_sum(grad_hidden.float(), partition.group)
+        return values @ self.weights, grad_hidden, grad_head
+
+    def _chunk_divergence(self, z_s: Tensor, z_t: Tensor, rows: slice, blocks: RowBlocks) -> RowValues:
+        partition = self.inputs.partition
+        if self.divergence == "sampled_token":
+            assert self.inputs.labels is not None, "checked on entry"
+            return row_functions.sampled_token(z_s, z_t, self.inputs.labels[rows], blocks, partition)
+        if self.divergence == "jsd" and 0 < self.jsd_beta < 1:
+            return row_functions.jsd(z_s, z_t, blocks, partition, beta=self.jsd_beta)
+        # At its ends the generalised JSD is taken for the divergence that it tends to, divided by its vanishing weight.
+        if self.divergence == "reverse_kl" or (self.divergence == "jsd" and self.jsd_beta == 1):
+            return row_functions.reverse_kl(z_s, z_t, blocks, partition)
+        return row_functions.forward_kl(z_s, z_t, blocks, partition)
+
+
+def _accumulate(grad_head: Tensor, grad_logits: Tensor, hidden: Tensor) -> None:
+    """Adds grad_logitsᵀ hidden to float32 `grad_head`, in place."""
+    if hidden.dtype == torch.float32:
+        grad_head.addmm_(grad_logits.T, hidden)
+        return
+    # A product of lower precision is added slice by slice: it would be as large as the head.
+    for columns in row_ranges(len(grad_head), _HEAD_SLICE):
+        grad_head[columns] += grad_logits[:, columns].T @ hidden
+
+
+class _DivergenceLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, student_hidden: Tensor, student_head: Tensor, call: _Call) -> Tensor:
+        loss, *grads = call.run()
+        ctx.grads = [
+            None if grad is None else grad.to(tensor.dtype)
+            for grad, tensor in zip(grads, (student_hidden, student_head), strict=True)
+        ]
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]: the decorator hides the name of ctx
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        if ctx.grads is None:
+            raise RuntimeError(
+                "divergence_loss: backward ran a second time, but the first handed its gradients over; make a new loss."
+            )
+        # Without a reference of ours, autograd takes the tensors as they are instead of copying them.
+        grads, ctx.grads = ctx.grads, None
+        return *(None if grad is None else grad.mul_(grad_outputs[0]) for grad in grads), None

@@ -1,0 +1,57 @@
+import pytest
+import torch.distributed as dist
+
+from megatron_tip.errors import EngineError
+from megatron_tip.records import Rollout
+from megatron_tip.rollout.broadcast import broadcast_rollouts
+from tests.helpers.distributed import run_workers
+
+ROLLOUTS = [
+    Rollout(3, 0, (1, 2, 3), (4, 5), (-0.1, -2.5), "stop", 7),
+    Rollout(3, 1, (1, 2, 3), (), (), "length", 7),
+    Rollout(4, 0, (9,), (8, 7, 6), (-1 / 3, 0.0, -1e-30), "length", 6),
+]
+
+
+def _send(source_group: list[int]) -> tuple[list[Rollout], list[Rollout]]:
+    group = dist.new_group(source_group)
+
+    def generate() -> list[Rollout]:
+        assert dist.get_rank() == 0, "only the first rank generates"
+        return ROLLOUTS
+
+    def generate_in_group() -> list[Rollout]:
+        assert dist.get_rank() == source_group[0], "only the group's first rank generates"
+        return ROLLOUTS[::-1]
+
+    in_group = broadcast_rollouts(generate_in_group, group) if dist.get_rank() in source_group else []
+    return broadcast_rollouts(generate), in_group
+
+
+def test_every_rank_gets_the_same_rollouts(tmp_path):
+    for rank, (everywhere, in_group) in enumerate(run_workers(_send, 3, tmp_path, [1, 2])):
+        assert everywhere == ROLLOUTS
+        assert in_group == (ROLLOUTS[::-1] if rank else [])
+
+
+def _send_nothing() -> list[Rollout]:
+    return broadcast_rollouts(list)
+
+
+def test_no_rollouts_are_sent_too(tmp_path):
+    assert run_workers(_send_nothing, 2, tmp_path) == [[], []]
+
+
+def _fail() -> str:
+    def generate() -> list[Rollout]:
+        raise KeyError("the engine's own trouble")
+
+    expected = KeyError if dist.get_rank() == 0 else EngineError
+    with pytest.raises(expected) as caught:
+        broadcast_rollouts(generate)
+    return str(caught.value)
+
+
+def test_a_failure_of_the_engine_reaches_every_rank(tmp_path):
+    messages = run_workers(_fail, 3, tmp_path)
+    assert all("the engine's own trouble" in message for message in messages)

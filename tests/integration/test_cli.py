@@ -1,0 +1,205 @@
+"""The command as its user meets it: refusals, failures, Ctrl-C, and worlds that torchrun and srun started."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_tip import __version__
+from megatron_tip.config_io import load_config
+from tests.helpers.processes import is_alive, wait_until
+from tests.unit.test_config_io import MINIMAL
+
+ROOT = Path(__file__).parents[2]
+COMMAND = [sys.executable, "-m", "megatron_tip.cli"]
+STAND_IN = """
+import os, sys, time, types
+from pathlib import Path
+
+def train(config):
+    folder = Path({folder!r})
+    name = "rank_" + os.environ["RANK"]
+    (folder / (name + ".partial")).write_text(str(os.getpid()))
+    (folder / (name + ".partial")).rename(folder / name)
+{body}
+
+module = types.ModuleType("megatron_tip.training.loop")
+module.train = train
+sys.modules[module.__name__] = module
+"""
+NOT_SET = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture
+def config_path(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text(MINIMAL.replace("runs/a", str(tmp_path / "run")))
+    return path
+
+
+@pytest.fixture
+def environ():
+    return {name: value for name, value in os.environ.items() if name not in NOT_SET} | {"PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture
+def stand_in(tmp_path, environ):
+    """Puts `body` in the place of the training loop in every Python that `environ` starts; each rank leaves its pid."""
+
+    def stand_in(body):
+        folder = tmp_path / "stand_in"
+        folder.mkdir()
+        lines = "\n".join(f"    {line}" for line in body.strip().splitlines())
+        (folder / "sitecustomize.py").write_text(STAND_IN.format(folder=str(tmp_path), body=lines))
+        environ["PYTHONPATH"] = f"{folder}:{ROOT}"
+
+    return stand_in
+
+
+def run(*arguments, environ):
+    return subprocess.run([*COMMAND, *map(str, arguments)], env=environ, capture_output=True, text=True, check=False)
+
+
+def pids_of(folder, num_workers):
+    files = [folder / f"rank_{rank}" for rank in range(num_workers)]
+    wait_until(lambda: all(file.exists() for file in files))
+    return [int(file.read_text()) for file in files]
+
+
+@pytest.mark.parametrize(
+    "arguments,expected_text",
+    [
+        (["training.step=3"], "training.step (on the command line): unknown key; did you mean training.steps?"),
+        (["training.steps=few"], 'training.steps (on the command line): expected integer >= 1, got "few" (text)'),
+        (["--nproc=3", "model.tensor_parallel_size=2"], "student: expected a world size that is a multiple of tp 2"),
+    ],
+    ids=["key", "type", "layout"],
+)
+def test_wrong_input_is_refused_before_anything_starts(config_path, environ, stand_in, arguments, expected_text):
+    stand_in("raise AssertionError('started')")
+    ended = run("train", config_path, *arguments, environ=environ)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: ")
+    assert expected_text in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert not (config_path.parent / "run").exists()
+
+
+def test_finished_run_is_not_started_again(config_path, environ):
+    folder = config_path.parent / "run"
+    folder.mkdir()
+    (folder / "summary.json").write_text("{}")
+    ended = run("train", config_path, environ=environ)
+    assert ended.returncode == 2
+    assert "holds a finished run" in ended.stderr
+
+
+def test_help_is_the_reference(environ):
+    ended = run("train", "--help", environ=environ)
+    assert ended.returncode == 0
+    assert "--nproc" in ended.stdout
+    assert "  retention_ratio: number > 0 and <= 1, default 0.05\n" in ended.stdout
+
+
+def test_version(environ):
+    assert run("--version", environ=environ).stdout == f"megatron-tip {__version__}\n"
+
+
+def test_dry_run_prints_what_would_run(config_path, environ, stand_in, tmp_path):
+    stand_in("raise AssertionError('started')")
+    ended = run("train", config_path, "training.steps=7", "--dry-run", environ=environ)
+    assert ended.returncode == 0
+    resolved = tmp_path / "resolved.toml"
+    resolved.write_text(ended.stdout)
+    assert load_config(resolved) == load_config(config_path, ["training.steps=7"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_workers_get_the_overrides_and_fill_both_layouts(config_path, environ, stand_in, tmp_path):
+    stand_in('(folder / f"{name}_steps").write_text(f"{os.environ[\'WORLD_SIZE\']} {config.training.steps}")')
+    overrides = ["training.steps=7", "model.tensor_parallel_size=2", "teacher.pipeline_parallel_size=1"]
+    ended = run("train", config_path, *overrides, environ=environ)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+    assert [(tmp_path / f"rank_{rank}_steps").read_text() for rank in range(2)] == ["2 7", "2 7"]
+    assert (tmp_path / "run").is_dir()
+
+
+def test_error_of_a_worker_is_one_clear_line(config_path, environ, stand_in):
+    stand_in(
+        """
+from megatron_tip.errors import TrainingError
+if name == "rank_1":
+    raise TrainingError("step 3: expected a finite loss, got nan")
+time.sleep(1000)
+"""
+    )
+    ended = run("train", config_path, "--nproc", 2, environ=environ)
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr == "error: step 3: expected a finite loss, got nan\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_signal_leaves_no_process(config_path, environ, stand_in, tmp_path, number):
+    stand_in("time.sleep(1000)")
+    command = subprocess.Popen(
+        [*COMMAND, "train", config_path, "--nproc", "2"], env=environ, stderr=subprocess.PIPE, text=True
+    )
+    pids = pids_of(tmp_path, 2)
+    command.send_signal(number)
+    _, stderr = command.communicate()
+    assert command.returncode == 128 + number
+    assert stderr == f"error: ended by {number.name}; all workers are ended\n"
+    assert not any(is_alive(pid) for pid in pids)
+
+
+ALL_REDUCE = """
+import torch, torch.distributed as dist
+from megatron_tip.parallel.distributed import destroy_distributed, init_distributed
+worker = init_distributed(timeout_seconds=60)
+total = torch.tensor([worker.rank + 1])
+dist.all_reduce(total)
+(folder / f"{name}_total").write_text(f"{worker.world_size} {worker.local_rank} {total.item()}")
+destroy_distributed()
+"""
+
+
+def test_joins_the_world_that_torchrun_started(config_path, environ, stand_in, tmp_path):
+    stand_in(ALL_REDUCE)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    subprocess.run([*torchrun, "-m", "megatron_tip.cli", "train", config_path], env=environ, check=True)
+    assert [(tmp_path / f"rank_{rank}_total").read_text() for rank in range(2)] == ["2 0 3", "2 1 3"]
+
+
+def test_joins_the_world_that_srun_started(config_path, environ, stand_in, tmp_path):
+    stand_in(ALL_REDUCE)
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text("#!/bin/sh\necho 127.0.0.1\n")
+    scontrol.chmod(0o755)
+    environ["PATH"] = f"{scontrol.parent}:{environ['PATH']}"
+    environ |= {
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_STEP_ID": "0",
+        "SLURM_NODEID": "0",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_TASKS_PER_NODE": "2",
+        "SLURM_STEP_NODELIST": "node1",
+    }
+    tasks = [
+        subprocess.Popen(
+            [*COMMAND, "train", config_path], env={**environ, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}
+        )
+        for rank in range(2)
+    ]
+    assert [task.wait() for task in tasks] == [0, 0]
+    assert [(tmp_path / f"rank_{rank}_total").read_text() for rank in range(2)] == ["2 0 3", "2 1 3"]
+
+
+def test_error_in_a_world_that_others_started_names_the_rank(config_path, environ, stand_in):
+    stand_in('from megatron_tip.errors import InputError\nraise InputError("no prompts")')
+    ended = run("train", config_path, environ=environ | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"})
+    assert ended.returncode == 1
+    assert ended.stderr == "rank 0: error: no prompts\n"

@@ -1,0 +1,46 @@
+"""Who logs what, and as whom."""
+
+import logging
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import logging, warnings
+from megatron_tip.observability.logs import configure_logging
+configure_logging({rank})
+logging.getLogger("megatron_tip.training").info("an info")
+logging.getLogger("megatron_tip.training").warning("a warning")
+logging.getLogger("transformers").info("another package's info")
+warnings.warn("Transformer Engine and Apex are not installed. Falling back")
+warnings.warn("another warning")
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_info_comes_from_rank_0_and_warnings_from_all(rank):
+    run = subprocess.run([sys.executable, "-c", PROGRAM.format(rank=rank)], capture_output=True, text=True, check=True)
+    assert run.stdout == ""
+    assert ("an info" in run.stderr) == (rank == 0)
+    assert f"rank {rank} WARNING megatron_tip.training: a warning" in run.stderr
+    assert "another package's info" not in run.stderr
+    assert "Transformer Engine" not in run.stderr
+    assert "another warning" in run.stderr
+
+
+def test_log_follows_stderr_to_where_a_live_display_puts_it(monkeypatch, capsys):
+    import io
+
+    from megatron_tip.observability.logs import configure_logging
+
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    try:
+        configure_logging(0)
+        elsewhere = io.StringIO()
+        monkeypatch.setattr(sys, "stderr", elsewhere)
+        logging.getLogger("megatron_tip").info("hello")
+        assert "hello" in elsewhere.getvalue()
+    finally:
+        root.handlers[:], root.level = handlers, level

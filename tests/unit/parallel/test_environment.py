@@ -1,0 +1,114 @@
+"""A worker's place and thread settings from environment variables."""
+
+import os
+import stat
+
+import pytest
+
+from megatron_tip.errors import ConfigError
+from megatron_tip.parallel.environment import available_threads, is_worker, thread_environment, worker_environment
+
+STEP = {
+    "SLURM_JOB_ID": "4711",
+    "SLURM_STEP_ID": "2",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "2",
+    "SLURM_STEP_NUM_TASKS": "6",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2),2",
+    "SLURM_STEP_NODELIST": "node[07-09]",
+}
+
+
+@pytest.fixture
+def scontrol(tmp_path, monkeypatch):
+    """A `scontrol show hostnames` that knows one list of nodes."""
+    program = tmp_path / "scontrol"
+    program.write_text('#!/bin/sh\n[ "$*" = "show hostnames node[07-09]" ] && printf "node07\\nnode08\\nnode09\\n"\n')
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+
+@pytest.mark.parametrize(
+    "environ,expected",
+    [
+        ({}, False),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, True),
+        (STEP, True),
+        ({**STEP, "SLURM_STEP_NUM_TASKS": "1"}, False),
+        ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, False),
+    ],
+    ids=["alone", "torchrun", "srun", "shell in a step of one task", "batch script"],
+)
+def test_is_worker(environ, expected):
+    assert is_worker(environ) is expected
+
+
+def test_place_in_a_slurm_step(scontrol):
+    place = worker_environment(STEP, threads=8)
+    assert place == {
+        "RANK": "5",
+        "WORLD_SIZE": "6",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "node07",
+        "MASTER_PORT": place["MASTER_PORT"],
+        "OMP_NUM_THREADS": "4",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "KMP_BLOCKTIME": "0",
+    }
+
+
+def test_slurm_port_is_the_step_s_own_and_equal_on_all_ranks(scontrol):
+    def port(**changes):
+        return int(worker_environment(STEP | changes, threads=1)["MASTER_PORT"])
+
+    assert port() == port(SLURM_PROCID="0", SLURM_LOCALID="0", SLURM_NODEID="0")
+    assert len({port(), port(SLURM_STEP_ID="3"), port(SLURM_JOB_ID="4712")}) == 3
+    assert 1024 < port(SLURM_JOB_ID="99999999") < 32768
+
+
+def test_slurm_cpus_per_task_are_a_worker_s_threads(scontrol):
+    assert worker_environment({**STEP, "SLURM_CPUS_PER_TASK": "7"}, threads=0)["OMP_NUM_THREADS"] == "7"
+    assert worker_environment({**STEP, "SLURM_CPUS_PER_TASK": "7"}, threads=6)["OMP_NUM_THREADS"] == "3"
+
+
+def test_what_the_user_set_holds_in_a_slurm_step():
+    known = {**STEP, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"}
+    place = worker_environment(known, threads=1)  # no scontrol: it is not needed
+    assert (place["MASTER_ADDR"], place["MASTER_PORT"]) == ("10.0.0.1", "1234")
+
+
+def test_slurm_without_scontrol_says_what_to_set(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"scontrol show hostnames node\[07-09\].*set MASTER_ADDR"):
+        worker_environment(STEP, threads=1)
+
+
+def test_incomplete_slurm_step_names_the_variable():
+    with pytest.raises(ConfigError, match="SLURM_LOCALID"):
+        worker_environment({name: value for name, value in STEP.items() if name != "SLURM_LOCALID"}, threads=1)
+
+
+def test_torchrun_place_is_left_alone():
+    environ = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "SLURM_CPUS_PER_TASK": "64"}
+    settings = worker_environment(environ, threads=6)
+    assert settings == {"OMP_NUM_THREADS": "3", "OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
+
+
+@pytest.mark.parametrize(
+    "threads,local_workers,environ,expected",
+    [
+        (8, 3, {}, "2"),
+        (2, 3, {}, "1"),
+        (8, 2, {"OMP_NUM_THREADS": "16"}, "4"),
+        (0, 2, {"OMP_NUM_THREADS": "16"}, "16"),
+        (0, 1, {}, str(available_threads())),
+    ],
+)
+def test_threads_are_shared_and_the_user_s_choice_holds(threads, local_workers, environ, expected):
+    assert thread_environment(threads, local_workers, environ)["OMP_NUM_THREADS"] == expected
+
+
+def test_wait_policy_of_the_user_holds():
+    assert thread_environment(0, 1, {"OMP_WAIT_POLICY": "ACTIVE"})["OMP_WAIT_POLICY"] == "ACTIVE"

@@ -1,0 +1,150 @@
+"""Workers on this machine: their world, their failures, their end."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_tip.errors import ConfigError
+from megatron_tip.parallel.launch import start_workers
+from tests.helpers.processes import is_alive, wait_until
+
+ROOT = Path(__file__).parents[3]
+WORKER = """
+import json, os, signal, sys, time
+from pathlib import Path
+from megatron_tip.errors import InputError
+from megatron_tip.parallel.launch import run_worker
+
+folder = Path({folder!r})
+rank = int(os.environ["RANK"])
+
+def work():
+{body}
+
+run_worker(work)
+"""
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    """Runs the lines of `body` in every one of two workers."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+
+    def start(body, num_workers=2, **options):
+        return start_workers(worker_command(tmp_path, body), num_workers, **options)
+
+    return start
+
+
+def worker_command(folder, body):
+    script = folder / "worker.py"
+    script.write_text(WORKER.format(folder=str(folder), body="\n".join(f"    {line}" for line in body.splitlines())))
+    return [sys.executable, str(script)]
+
+
+def test_workers_share_a_world_and_the_threads(start, tmp_path):
+    outcome = start(
+        """
+import torch
+import torch.distributed as dist
+from megatron_tip.parallel.distributed import destroy_distributed, init_distributed
+worker = init_distributed(timeout_seconds=60)
+total = torch.tensor([worker.rank + 1.0])
+dist.all_reduce(total)
+facts = [worker.rank, worker.world_size, worker.local_rank, str(worker.device), total.item(), torch.get_num_threads()]
+(folder / f"{rank}.json").write_text(json.dumps(facts))
+destroy_distributed()
+""",
+        threads=4,
+    )
+    assert (outcome.exit_code, outcome.message) == (0, "")
+    facts = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert facts == [[0, 2, 0, "cpu", 3.0, 2], [1, 2, 1, "cpu", 3.0, 2]]
+
+
+def test_our_own_error_is_told_alone_and_the_peer_is_ended(start, tmp_path, capfd):
+    outcome = start(
+        """
+(folder / f"{rank}.pid").write_text(str(os.getpid()))
+if rank == 1:
+    while not (folder / "0.pid").exists():
+        time.sleep(0.01)
+    raise InputError("prompts.jsonl, line 3: expected an object: got nothing")
+time.sleep(1000)
+"""
+    )
+    assert outcome.exit_code == 1
+    assert outcome.message == "prompts.jsonl, line 3: expected an object: got nothing"
+    assert not is_alive(int((tmp_path / "0.pid").read_text()))
+    assert capfd.readouterr().err == ""
+
+
+def test_first_failure_is_told_and_not_what_follows_from_it(start):
+    outcome = start(
+        """
+import torch
+import torch.distributed as dist
+from megatron_tip.parallel.distributed import init_distributed
+init_distributed(timeout_seconds=60)
+if rank == 1:
+    raise RuntimeError("the first failure")
+dist.all_reduce(torch.ones(1))
+"""
+    )
+    assert outcome.exit_code == 1
+    assert outcome.message.startswith("rank 1 failed\nTraceback")
+    assert outcome.message.endswith("RuntimeError: the first failure")
+
+
+def test_worker_ended_by_a_signal_is_told(start):
+    outcome = start("if rank == 1: os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(1000)")
+    assert (outcome.exit_code, outcome.message) == (
+        1,
+        "rank 1 was ended by SIGKILL; the system may have run out of memory",
+    )
+
+
+def test_port_in_use_is_named(start, monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        with pytest.raises(ConfigError, match=rf"MASTER_PORT={port}: .*in use.*unset MASTER_PORT"):
+            start("")
+
+
+def test_free_port_of_the_user_is_taken(start, tmp_path, monkeypatch):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    monkeypatch.setenv("MASTER_PORT", port)
+    assert start('(folder / "port").write_text(os.environ["MASTER_PORT"])', num_workers=1).exit_code == 0
+    assert (tmp_path / "port").read_text() == port
+
+
+def test_signal_handlers_are_as_before(start):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    start("pass", num_workers=1)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_workers_end_when_the_launcher_is_killed(tmp_path):
+    command = worker_command(tmp_path, '(folder / f"{rank}.pid").write_text(str(os.getpid()))\ntime.sleep(1000)')
+    program = f"from megatron_tip.parallel.launch import start_workers; start_workers({command!r}, 2)"
+    launcher = subprocess.Popen([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": str(ROOT)})
+    try:
+        files = [tmp_path / "0.pid", tmp_path / "1.pid"]
+        wait_until(lambda: all(file.exists() and file.read_text() for file in files))
+    finally:
+        launcher.kill()
+        launcher.wait()
+    pids = [int(file.read_text()) for file in files]
+    wait_until(lambda: not any(is_alive(pid) for pid in pids))

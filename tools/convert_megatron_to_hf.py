@@ -1,0 +1,39 @@
+"""Megatron checkpoint -> Hugging Face directory that transformers and SGLang load.
+
+    python tools/convert_megatron_to_hf.py MEGATRON_FOLDER HF_FOLDER [--tp 2 --pp 2] [--dtype bfloat16]
+
+Reads a checkpoint of any layout; --tp and --pp only share the work, and the memory, among processes.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from workers import Dtype, empty_model, run_in_workers
+
+
+def main(
+    source: Annotated[Path, typer.Argument(help="Folder that a run or convert_hf_to_megatron.py wrote.")],
+    target: Annotated[Path, typer.Argument(help="Folder to create.")],
+    tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel size.")] = 1,
+    pp: Annotated[int, typer.Option(min=1, help="Pipeline-parallel size.")] = 1,
+    dtype: Annotated[Dtype, typer.Option(help="Type of the weights; auto: as they are.")] = "auto",
+) -> None:
+    """Convert a Megatron checkpoint into a Hugging Face directory."""
+    run_in_workers(lambda: convert(source, target, tp, pp, dtype), tp * pp)
+
+
+def convert(source: Path, target: Path, tp_size: int, pp_size: int, dtype: Dtype) -> None:
+    """One worker's part. Collective over the world."""
+    from megatron_tip.conversion import MegatronCheckpoint, load_megatron_checkpoint, save_hf
+    from megatron_tip.parallel.distributed import destroy_distributed
+
+    checkpoint = MegatronCheckpoint(source)
+    model, groups = empty_model(checkpoint, tp_size, pp_size, dtype)
+    load_megatron_checkpoint(model, checkpoint, groups)
+    save_hf(model, checkpoint, groups, target)
+    destroy_distributed()
+
+
+if __name__ == "__main__":
+    typer.run(main)
