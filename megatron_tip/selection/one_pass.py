@@ -20,7 +20,6 @@ from megatron_tip.selection.metrics import sum_rows
 from megatron_tip.selection.order_statistics import quantiles
 from megatron_tip.selection.ranking import Draws, NormalisedInputs, Stream, rank_rows
 from megatron_tip.selection.replicas import Replicas
-from megatron_tip.selection.rules import STATISTICS
 from megatron_tip.selection.sampling import inclusion_probabilities
 from megatron_tip.selection.settings import SelectionSettings
 
@@ -69,7 +68,7 @@ def select_micro_batch(
     if len(index) == 0:
         empty = torch.zeros_like(index.position, dtype=torch.bool)
         return TokenSelection(empty, empty.float(), totals.num_valid, totals.num_selected, {})
-    values = read_values(statistics, STATISTICS)
+    values = read_values(statistics, settings.required_statistics)
     if missing := sorted(settings.required_statistics - values.keys()):
         raise InputError(f"rule {settings.rule!r} needs the statistics {missing}, which the run does not compute")
     required = settings.required_statistics

@@ -24,7 +24,7 @@ from megatron_tip.selection.metrics import (
 from megatron_tip.selection.order_statistics import Quantiles, quantiles
 from megatron_tip.selection.ranking import Draws, NormalisedInputs, Ranking, Stream, rank_rows
 from megatron_tip.selection.replicas import Replicas
-from megatron_tip.selection.rules import STATISTICS, Rule
+from megatron_tip.selection.rules import Rule
 from megatron_tip.selection.settings import SelectionSettings
 
 
@@ -56,7 +56,8 @@ class Selector(SelectionSettings):
 
         Args:
             statistics: of this replica's rows, in any order; possibly of none. None only where nothing is required.
-            index: of the same rows. Rows of one rollout lie on one replica (scope "rollout").
+            index: of the same rows, on the same device, that of the group's backend. For scope "rollout", all rows of
+                a rollout lie on one replica.
             step: of the training; feeds the random draws.
             dp_group: the data-parallel group; every rank of it must call. None: a single replica.
 
@@ -94,7 +95,7 @@ class Selector(SelectionSettings):
         chance = inclusion(self.active_rule, rankings[0], kept, budget)
         weights = row_weights(kept.mask, self.loss_scale, batch.num_valid, budget.num_selected, chance)
         selection = TokenSelection(kept.mask, weights, batch.num_valid, budget.num_selected, metrics)
-        return selection, kept.threshold and Calibration.of(found, kept.threshold)
+        return selection, Calibration.of(found, kept.threshold) if kept.threshold else None
 
     def describe(
         self,
@@ -108,7 +109,7 @@ class Selector(SelectionSettings):
 
         Collectives: 1 all-gather and 4 all-reduces. Raises as `select`, and InputError for an empty mask.
         """
-        batch = read_batch(read_values(statistics, STATISTICS), index, Replicas(dp_group))
+        batch = read_batch(read_values(statistics), index, Replicas(dp_group))
         axes = quadrant_axes(batch.values, self.resolved_rule.required_statistics)
         found = quantiles(batch.values, {(name, 0.5) for name in axes}, batch.num_valid, batch.replicas)
         sums = sum_rows(described_rows(batch, selection_mask, found, axes, {}), batch.replicas)
@@ -120,7 +121,7 @@ class Selector(SelectionSettings):
         """Returns the batch and the budget that its size gives. 1 all-gather."""
         per_rollout = self.resolved_scope == "rollout" and not self.keeps_all
         own = RolloutBudget.of(index, self.retention_ratio, self.minimum_per_rollout) if per_rollout else None
-        values = read_values(statistics, STATISTICS)
+        values = read_values(statistics, self.required_statistics)
         if missing := sorted(self.required_statistics - values.keys()):
             raise InputError(f"rule {self.rule!r} needs the statistics {missing}, which the run does not compute")
         batch = read_batch(

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 
 import numpy as np
@@ -271,6 +272,24 @@ def test_any_number_of_replicas_selects_the_same(rule, num_replicas):
         mask[rows] = part.selection_mask
         assert part.metrics == pytest.approx(expected.metrics, rel=1e-12)
     assert torch.equal(mask, expected.selection_mask)
+
+
+def test_an_optional_statistic_that_one_replica_lacks_does_not_matter():
+    statistics, index = make_batch(18, [6, 6])
+    with_jsd = dataclasses.replace(statistics, jsd=statistics.reverse_kl)
+    selector = Selector(rule="tip_soft_or", retention_ratio=0.5)
+    parts = run_simulated(
+        lambda replica: selector.select_among(
+            replica,
+            *take_rows(
+                (statistics, with_jsd)[replica.rank], index, (index.rollout_index == replica.rank).nonzero()[:, 0]
+            ),
+            step=0,
+        )[0],
+        2,
+    )
+    mask = torch.cat([part.selection_mask for part in parts])
+    assert torch.equal(mask, selector.select(statistics, index, step=0).selection_mask)
 
 
 def test_records():
