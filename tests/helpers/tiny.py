@@ -42,7 +42,7 @@ def make_llama(folder: Path, *, seed: int, num_layers: int = 6, tied: bool = Tru
         num_hidden_layers=num_layers,
         num_attention_heads=12,
         num_key_value_heads=12,
-        max_position_embeddings=256,
+        max_position_embeddings=4096,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,

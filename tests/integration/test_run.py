@@ -1,0 +1,133 @@
+"""A whole run through the command: what it leaves, and the same rollouts again under another layout."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.helpers.training import make_models
+
+ROOT = Path(__file__).parents[2]
+TOML = """
+[run]
+folder = "{folder}"
+threads = 2
+[model]
+path = "{models}/student"
+drop_layers = [1, 4]
+[teacher]
+path = "{models}/student"
+[prompts]
+source = "reasoning_gym"
+tasks = ["basic_arithmetic"]
+max_prompt_tokens = 200
+[heldout]
+num_prompts = 3
+num_samples = 2
+[rollout]
+prompts_per_step = 4
+max_response_tokens = 12
+[selection]
+retention_ratio = 0.25
+[optimizer]
+lr = 2e-3
+[training]
+steps = 3
+max_tokens_per_micro_batch = 300
+"""
+
+
+def train(folder: Path, models: Path, *overrides: str, expect: int = 0) -> str:
+    """Runs the command; returns what it wrote to stderr."""
+    folder.mkdir(exist_ok=True)
+    config = folder / "config_in.toml"
+    config.write_text(TOML.format(folder=folder / "run", models=models))
+    environ = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    ended = subprocess.run(
+        [sys.executable, "-m", "megatron_tip.cli", "train", str(config), *overrides],
+        env=environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == expect, ended.stderr
+    return ended.stderr
+
+
+def metrics_of(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def first_run(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("first")
+    train(folder, models)
+    return folder
+
+
+def test_what_a_run_leaves(first_run: Path, models: Path):
+    folder = first_run / "run"
+    summary = json.loads((folder / "summary.json").read_text())
+    metrics = metrics_of(first_run)
+
+    assert [line["step"] for line in metrics] == [0, 1, 2, 3]
+    assert summary["steps"] == 3
+    assert summary["world"] == {"tp": 1, "pp": 1, "dp": 1}
+    assert summary["heldout_reverse_kl"]["before"] == metrics[0]["heldout/reverse_kl"]
+    assert 0 < summary["heldout_reverse_kl"]["after"] < summary["heldout_reverse_kl"]["before"]
+    assert summary["tokens"]["valid"] == sum(line["selection/num_valid"] for line in metrics[1:])
+    assert summary["retention_ratio"]["got"] == summary["tokens"]["selected"] / summary["tokens"]["valid"]
+    assert {"total", "rollout", "teacher", "score", "train", "sync"} <= summary["seconds"].keys()
+    assert summary["peak_rss_bytes"] > 100e6
+    assert len((folder / "samples.jsonl").read_text().splitlines()) == 2
+    assert Image.open(folder / "report.png").size[0] > 800
+    assert not list(folder.rglob("*.partial"))
+
+
+def test_the_exported_student_is_the_trained_one(first_run: Path, models: Path):
+    folder = first_run / "run" / "hf"
+    student = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert student.config.num_hidden_layers == 4
+    assert (
+        AutoTokenizer.from_pretrained(folder).get_vocab()
+        == AutoTokenizer.from_pretrained(models / "student").get_vocab()
+    )
+    before = load_file(models / "student" / "model.safetensors")
+    after = load_file(folder / "model.safetensors")
+    change = (after["model.layers.1.mlp.up_proj.weight"] - before["model.layers.2.mlp.up_proj.weight"]).abs().max()
+    assert 1e-5 < change < 0.1  # layer 2 of the teacher is layer 1 of the student, three steps later
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [("model.tensor_parallel_size=3",), ("model.pipeline_parallel_size=2", "teacher.tensor_parallel_size=2")],
+    ids=["tp3", "pp2"],
+)
+def test_replaying_a_run_under_another_layout_gives_its_first_loss(
+    first_run: Path, models: Path, tmp_path: Path, layout: tuple[str, ...]
+):
+    replay = [f"rollout.replay_folder={first_run / 'run' / 'rollouts'}", "rollout.engine=replay"]
+    train(tmp_path, models, *replay, *layout)
+
+    expected, replayed = metrics_of(first_run)[1], metrics_of(tmp_path)[1]
+    for name in ("train/loss", "train/grad_norm", "selection/num_selected", "selection/threshold"):
+        assert replayed[name] == pytest.approx(expected[name], rel=1e-5), name
+
+
+def test_a_replay_of_other_prompts_is_refused(first_run: Path, models: Path, tmp_path: Path):
+    overrides = (f"rollout.replay_folder={first_run / 'run' / 'rollouts'}", "rollout.engine=replay", "run.seed=2")
+    stderr = train(tmp_path, models, *overrides, expect=1)
+    assert "with other token ids; use the earlier run's prompts, seed and tokenizer" in stderr
+    assert not (tmp_path / "run" / "summary.json").exists()
