@@ -55,18 +55,18 @@ def _run_schedule(
     if not micro_batches:  # only a teacher replica without work: nothing of its pipeline is awaited anywhere
         assert forward_only, "a student replica always has a micro-batch"
         return
-    arguments: dict[str, Any] = dict(
-        forward_step_func=partial(_forward_step, on_last_stage=on_last_stage),
-        data_iterator=iter(enumerate(micro_batches)),
-        model=model,
-        num_microbatches=len(micro_batches),
+    arguments: dict[str, Any] = {
+        "forward_step_func": partial(_forward_step, on_last_stage=on_last_stage),
+        "data_iterator": iter(enumerate(micro_batches)),
+        "model": model,
+        "num_microbatches": len(micro_batches),
         # Ignored: with more than one stage, config.variable_seq_lengths sends each tensor's shape ahead of it.
-        seq_length=micro_batches[0].shape[1],
-        micro_batch_size=micro_batches[0].shape[0],
-        forward_only=forward_only,
-        collect_non_loss_data=forward_only,
-        pg_collection=groups.collection,
-    )
+        "seq_length": micro_batches[0].shape[1],
+        "micro_batch_size": micro_batches[0].shape[0],
+        "forward_only": forward_only,
+        "collect_non_loss_data": forward_only,
+        "pg_collection": groups.collection,
+    }
     if groups.grid.pp_size == 1:
         forward_backward_no_pipelining(**arguments)
     else:
