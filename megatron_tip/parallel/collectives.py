@@ -7,9 +7,7 @@ import torch
 import torch.distributed as dist
 
 
-def broadcast_json(
-    value: Any, *, source: int, device: torch.device, group: dist.ProcessGroup | None = None
-) -> Any:
+def broadcast_json(value: Any, *, source: int, device: torch.device, group: dist.ProcessGroup | None = None) -> Any:
     """`value` of global rank `source`, on every rank, through JSON: numbers, strings, lists and dicts.
 
     Collectives: two broadcasts (length, bytes) over `group`, or over the world without one. What other ranks pass as
