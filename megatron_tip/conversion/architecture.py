@@ -177,14 +177,15 @@ def _rope_scaling(rope: dict[str, Any], where: str) -> RopeScaling | None:
         raise WeightsError(f"{where}: partial rotary embeddings are not supported, got {rope}")
     if kind == "default":
         return None
-    if kind == "linear":
-        return RopeScaling(kind, float(rope["factor"]))
-    if kind == "llama3":
-        return RopeScaling(
-            kind,
-            float(rope["factor"]),
-            float(rope["low_freq_factor"]),
-            float(rope["high_freq_factor"]),
-            int(rope["original_max_position_embeddings"]),
-        )
-    raise WeightsError(f"{where}: rope scaling {kind!r} is not supported; supported are default, linear and llama3")
+    if kind not in _ROPE_PARAMETERS:
+        raise WeightsError(f"{where}: rope scaling {kind!r} is not supported; supported are default, linear and llama3")
+    missing = [key for key in _ROPE_PARAMETERS[kind] if not isinstance(rope.get(key), int | float)]
+    if missing:
+        raise WeightsError(f"{where}: expected a number for {missing[0]} of the rope scaling {kind!r}, got {rope}")
+    return RopeScaling(kind, **{key: rope[key] for key in _ROPE_PARAMETERS[kind]})
+
+
+_ROPE_PARAMETERS = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_tip.conversion.architecture import ModelArchitecture, RopeScaling
 from megatron_tip.errors import ConfigError
-from megatron_tip.models.layers import local_block
+from megatron_tip.models.layers import RecomputedLayer, local_block
 from megatron_tip.models.layout import check_layout
 from megatron_tip.models.transformer_engine import has_transformer_engine, transformer_engine_block
 from megatron_tip.parallel.groups import ModelGroups
@@ -108,6 +108,9 @@ def build_gpt(
     use_transformer_engine = resolve_transformer_impl(transformer_impl) == "transformer_engine"
     block = transformer_engine_block if use_transformer_engine else local_block
     layers: Any = block(architecture.num_layers // grid.pp_size, qk_norm=architecture.qk_norm)
+    if recompute_activations:
+        for layer in layers.layer_specs:
+            layer.module = RecomputedLayer
     model = HiddenStatesModel(
         _transformer_config(
             architecture,
@@ -115,7 +118,6 @@ def build_gpt(
             dtype=dtype,
             use_transformer_engine=use_transformer_engine,
             sequence_parallel=sequence_parallel,
-            recompute_activations=recompute_activations,
         ),
         layers,
         vocab_size=padded_vocab_size,
@@ -162,14 +164,8 @@ def _transformer_config(
     dtype: torch.dtype,
     use_transformer_engine: bool,
     sequence_parallel: bool,
-    recompute_activations: bool,
 ) -> TransformerConfig:
     on_gpu = torch.cuda.is_available()
-    recompute: dict[str, Any] = (
-        {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-        if recompute_activations
-        else {}
-    )
     return TransformerConfig(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
@@ -203,7 +199,6 @@ def _transformer_config(
         bias_activation_fusion=on_gpu,
         bias_dropout_fusion=on_gpu,
         apply_rope_fusion=on_gpu and use_transformer_engine,
-        **recompute,
     )
 
 

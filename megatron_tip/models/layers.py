@@ -1,4 +1,4 @@
-"""Layers that need nothing but torch: Megatron's own linear layers with torch's norm and attention."""
+"""Layers that need nothing but torch: Megatron's own linear layers with torch's norm, attention and recomputation."""
 
 from typing import Any
 
@@ -8,7 +8,9 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -44,6 +46,18 @@ class CausalAttention(torch.nn.Module):
         grouped = key.shape[1] != query.shape[1]
         context = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
         return context.permute(2, 0, 1, 3).flatten(2)
+
+
+class RecomputedLayer(TransformerLayer):
+    """A layer that keeps its input alone and runs again in the backward pass.
+
+    Megatron's own recomputation saves and restores CUDA's random state, which a CPU does not have. Without dropout
+    there is nothing to restore.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the layer itself returns."""
+        return checkpoint(super().forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
 def local_block(num_layers: int, *, qk_norm: bool) -> TransformerBlockSubmodules:

