@@ -115,7 +115,9 @@ def summarise(run: TrainingRun, recorder: RunRecorder, before: Heldout, after: H
 def samples_of(run: TrainingRun, plan: RunPlan, before: Heldout, after: Heldout) -> list[Sample]:
     """The first held-out prompts with the student's responses before and after."""
     pairs = list(zip(before.rollouts, after.rollouts, strict=True))[: run.config.heldout.num_samples]
-    texts = [[_decoded(plan, ids) for ids in (old.prompt_ids, old.response_ids, new.response_ids)] for old, new in pairs]
+    texts = [
+        [_decoded(plan, ids) for ids in (old.prompt_ids, old.response_ids, new.response_ids)] for old, new in pairs
+    ]
     return [Sample(*text) for text in texts]
 
 
