@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 from typer.core import TyperCommand
 
 from megatron_tip import __version__
 from megatron_tip.config import Config
 from megatron_tip.config_io import dump_config, load_config, reference
-from megatron_tip.errors import ConfigError, InputError, MegatronTipError
+from megatron_tip.errors import ConfigError, InputError, MegatronTipError, WeightsError
 from megatron_tip.observability.logs import configure_logging
 from megatron_tip.observability.run_folder import RunFolder
 from megatron_tip.parallel.environment import is_worker
@@ -70,7 +71,7 @@ def train(
             run_worker(lambda: _train(config), threads=config.run.threads)
             return
         num_workers = nproc or _default_num_workers(config)
-        _check_world(config, num_workers)
+        _check(config, num_workers)
         if dry_run:
             typer.echo(dump_config(config), nl=False)
             return
@@ -78,7 +79,17 @@ def train(
         command = [sys.executable, "-m", "megatron_tip.cli", "train", str(config_path), *(overrides or [])]
         outcome = start_workers(command, num_workers, threads=config.run.threads)
     if outcome.exit_code:
+        screen = Console(stderr=True)
+        if screen.is_terminal:  # a worker that was ended over its progress bar left the cursor hidden behind it
+            screen.show_cursor()
+            screen.line()
         _fail(outcome.message, exit_code=outcome.exit_code)
+
+
+def _check(config: Config, num_workers: int) -> None:
+    from megatron_tip.training.plan import plan_run  # imports torch and transformers, not Megatron
+
+    plan_run(config, num_workers)
 
 
 def _train(config: Config) -> None:
@@ -100,15 +111,6 @@ def _default_num_workers(config: Config) -> int:
     )
 
 
-def _check_world(config: Config, num_workers: int) -> None:
-    from megatron_tip.parallel.grid import ModelGrid
-
-    for owner, model in (("student", config.model), ("teacher", config.teacher)):
-        ModelGrid.over(
-            num_workers, tp_size=model.tensor_parallel_size, pp_size=model.pipeline_parallel_size, owner=owner
-        )
-
-
 @contextmanager
 def _errors_reported() -> Iterator[None]:
     """What was wrong before anything started ends the command with a message: exit code 2 for the user's input."""
@@ -117,7 +119,7 @@ def _errors_reported() -> Iterator[None]:
     except KeyboardInterrupt:
         _fail("ended by SIGINT", exit_code=130)
     except MegatronTipError as error:
-        _fail(str(error), exit_code=2 if isinstance(error, ConfigError | InputError) else 1)
+        _fail(str(error), exit_code=2 if isinstance(error, ConfigError | InputError | WeightsError) else 1)
 
 
 def _fail(message: str, *, exit_code: int) -> None:

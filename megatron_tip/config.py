@@ -144,10 +144,18 @@ class SelectionConfig(Section):
     """The share rho of valid response tokens that is kept."""
     scope: Literal["auto", "batch", "rollout"] = "auto"
     """Over what the budget holds; auto: what the preset's paper says."""
+    normaliser: Literal["auto", "robust", "clipped_min_max", "min_max", "raw"] = "auto"
+    """How statistics are put on one scale before they are scored; auto: what the preset's paper says."""
+    tie_break: Literal["token_order", "random"] = "token_order"
+    """Which of equal scores are kept: the first in (prompt, rollout, position), or a seeded draw."""
+    minimum_per_rollout: int = Field(default=1, ge=0)
+    """Tokens kept of a rollout so short that its share rounds down to less; with scope = "rollout"."""
     support_size: int = Field(default=16, ge=1)
     """K of the top-K supports (TA-OPD: 16)."""
-    loss_scale: Literal["selected", "valid"] = "selected"
-    """Divide the loss by the number of selected tokens, or by the number of valid ones."""
+    loss_scale: Literal["selected", "valid", "importance"] = "selected"
+    """Divide the loss by the number of selected tokens, by that of valid ones, or weight sampled tokens by 1 / p."""
+    compare: bool = True
+    """Log how far the other rules would have agreed with this one, as far as the statistics allow."""
 
 
 class LossConfig(Section):

@@ -20,6 +20,7 @@ from torch import Tensor
 from megatron_tip.conversion.architecture import ModelArchitecture, RopeScaling
 from megatron_tip.errors import ConfigError
 from megatron_tip.models.layers import RecomputedLayer, local_block
+from megatron_tip.models.layout import check_layout
 from megatron_tip.models.transformer_engine import has_transformer_engine, transformer_engine_block
 from megatron_tip.parallel.groups import ModelGroups
 
@@ -72,30 +73,6 @@ def prepare_megatron() -> None:
     initialize_rng_tracker(inference_rng_tracker=True)
     if parallel_state._GLOBAL_MEMORY_BUFFER is None:
         parallel_state._set_global_memory_buffer()
-
-
-def check_layout(architecture: ModelArchitecture, *, tp_size: int, pp_size: int, owner: str) -> None:
-    """Refuses a layout that the model cannot take. Needs no process group; equal on every rank.
-
-    Megatron-Core 0.16 shards fewer query groups than tp ranks only through its global groups, which we do not have.
-
-    Raises:
-        ConfigError: heads, query groups or feed-forward size not divisible by `tp_size`, or layers by `pp_size`.
-            `owner` ("student", "teacher") names the model.
-    """
-    checks = [
-        ("attention heads", architecture.num_attention_heads, "tensor_parallel_size", tp_size),
-        ("key/value heads", architecture.num_query_groups, "tensor_parallel_size", tp_size),
-        ("feed-forward channels", architecture.ffn_hidden_size, "tensor_parallel_size", tp_size),
-        ("layers", architecture.num_layers, "pipeline_parallel_size", pp_size),
-    ]
-    for what, count, field, size in checks:
-        if count % size:
-            divisors = [str(divisor) for divisor in range(1, count + 1) if count % divisor == 0]
-            raise ConfigError(
-                f"{owner}: expected {field} to divide its {count} {what}, got {size}; "
-                f"choose among {', '.join(divisors[:12])}"
-            )
 
 
 def build_gpt(

@@ -1,6 +1,5 @@
 """Micro-batches through a model's pipeline, on Megatron's own schedules."""
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -55,18 +54,18 @@ def _run_schedule(
     if not micro_batches:  # only a teacher replica without work: nothing of its pipeline is awaited anywhere
         assert forward_only, "a student replica always has a micro-batch"
         return
-    arguments: dict[str, Any] = dict(
-        forward_step_func=partial(_forward_step, on_last_stage=on_last_stage),
-        data_iterator=iter(enumerate(micro_batches)),
-        model=model,
-        num_microbatches=len(micro_batches),
+    arguments: dict[str, Any] = {
+        "forward_step_func": partial(_forward_step, on_last_stage=on_last_stage),
+        "data_iterator": iter(enumerate(micro_batches)),
+        "model": model,
+        "num_microbatches": len(micro_batches),
         # Ignored: with more than one stage, config.variable_seq_lengths sends each tensor's shape ahead of it.
-        seq_length=micro_batches[0].shape[1],
-        micro_batch_size=micro_batches[0].shape[0],
-        forward_only=forward_only,
-        collect_non_loss_data=forward_only,
-        pg_collection=groups.collection,
-    )
+        "seq_length": micro_batches[0].shape[1],
+        "micro_batch_size": micro_batches[0].shape[0],
+        "forward_only": forward_only,
+        "collect_non_loss_data": forward_only,
+        "pg_collection": groups.collection,
+    }
     if groups.grid.pp_size == 1:
         forward_backward_no_pipelining(**arguments)
     else:
@@ -88,14 +87,3 @@ def _finish(on_last_stage: LastStage, index: int, hidden_states: Tensor, non_los
         return None
     # Three values: Megatron divides by nothing then (config.calculate_per_token_loss); the count is not used.
     return result, torch.zeros((), dtype=torch.int, device=hidden_states.device), None
-
-
-@contextlib.contextmanager
-def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Dropout off for the block; the mode before is restored."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)

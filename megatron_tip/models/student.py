@@ -25,13 +25,14 @@ from megatron_tip.records import MicroBatch
 
 @dataclass(frozen=True)
 class Student:
-    """The student's stage on this rank."""
+    """The student's stage on this rank. `clip_grad`: largest gradient norm over all parameters; 0: no clipping."""
 
     model: GPTModel
     wrapped: DistributedDataParallel
     optimizer: ChainedOptimizer
     scheduler: OptimizerParamScheduler
     groups: ModelGroups
+    clip_grad: float
 
     @property
     def output_head(self) -> Tensor:
@@ -66,10 +67,10 @@ class Student:
         grad_norm = float(self.optimizer.get_grad_norm())
         if not math.isfinite(grad_norm):
             raise TrainingError(f"step {step}: expected a finite gradient norm, got {grad_norm}; nothing was updated")
-        clip_grad = self.optimizer.config.clip_grad
-        if clip_grad > 0:
+        if self.clip_grad > 0:
             for part in self.optimizer.chained_optimizers:
-                clip_grad_by_total_norm_fp32(part.get_parameters(), max_norm=clip_grad, total_norm=grad_norm)
+                parameters: list[Tensor] = [*part.get_parameters()]
+                clip_grad_by_total_norm_fp32(parameters, max_norm=self.clip_grad, total_norm=grad_norm)
         self.optimizer.step_with_ready_grads()
         self.scheduler.step(increment=1)
         return {"train/grad_norm": grad_norm, "train/lr": lr}
@@ -112,7 +113,8 @@ def build_student(
     )
     scheduler = OptimizerParamScheduler(
         optimizer,
-        init_lr=0.0,
+        # The first step is taken at the first rung above zero; from zero it would change nothing.
+        init_lr=settings.lr / (settings.warmup_steps + 1),
         max_lr=settings.lr,
         min_lr=settings.min_lr,
         lr_warmup_steps=settings.warmup_steps,
@@ -123,7 +125,8 @@ def build_student(
         wd_incr_steps=num_steps,
         wd_incr_style="constant",
     )
-    return Student(model, wrapped, optimizer, scheduler, groups)
+    assert isinstance(optimizer, ChainedOptimizer), "Megatron chains the optimizers of its parameter kinds"
+    return Student(model, wrapped, optimizer, scheduler, groups, settings.clip_grad)
 
 
 def _finalize_gradients(model: list[torch.nn.Module], num_tokens: Tensor | None = None, **arguments: Any) -> None:

@@ -1,8 +1,9 @@
 """Token selection: which response tokens of a rollout batch are supervised, exact on any layout. Needs torch alone."""
 
 from megatron_tip.selection.calibration import BatchTotals, Calibration
+from megatron_tip.selection.comparison import RuleComparison, compare_rules
 from megatron_tip.selection.normalise import NORMALISERS, Normaliser
-from megatron_tip.selection.one_pass import batch_totals, select_micro_batch
+from megatron_tip.selection.one_pass import agreement, batch_totals, select_micro_batch
 from megatron_tip.selection.rules import RULES, Input, Rule
 from megatron_tip.selection.selector import Selector
 
@@ -14,7 +15,10 @@ __all__ = [
     "Input",
     "Normaliser",
     "Rule",
+    "RuleComparison",
     "Selector",
+    "agreement",
     "batch_totals",
+    "compare_rules",
     "select_micro_batch",
 ]

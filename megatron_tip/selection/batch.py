@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from megatron_tip.records import TokenIndex, TokenStatistics
 from megatron_tip.selection.replicas import Replicas
 
 MAX_KEY_BITS = 62
+_ALWAYS_COMPUTED = frozenset(field.name for field in fields(TokenStatistics) if field.default is MISSING)
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,12 @@ class Batch:
         return self.index.rollout_index * self.num_positions + self.index.position
 
 
-def read_values(statistics: TokenStatistics | None, names: Collection[str]) -> dict[str, Tensor]:
-    """Returns the statistics of these names that are there, as float32, in the same order on every rank."""
-    found = {name: getattr(statistics, name, None) for name in sorted(names)}
+def read_values(statistics: TokenStatistics | None, required: Collection[str] = ()) -> dict[str, Tensor]:
+    """Returns the `required` statistics and all that every scoring pass computes, as far as they are there, as float32.
+
+    Optional ones that are not required are left out, so that all replicas agree on the names and their order.
+    """
+    found = {name: getattr(statistics, name, None) for name in sorted(_ALWAYS_COMPUTED.union(required))}
     return {name: value.to(torch.float32) for name, value in found.items() if value is not None}
 
 
@@ -101,7 +105,10 @@ def _own_facts(values: Mapping[str, Tensor], index: TokenIndex, num_budgeted: in
     """Returns int64: whether the rows fit, their number, their budget, the index's extents, and per value a flaw."""
     num_rows = len(index)
     fits = index.position.shape == (num_rows,) and all(value.shape == (num_rows,) for value in values.values())
-    fits = fits and (num_rows == 0 or int(torch.minimum(index.rollout_index, index.position).min()) >= 0)
-    extents = [int(part.max()) + 1 if num_rows and fits else 0 for part in (index.rollout_index, index.position)]
-    flaws = [not bool(torch.isfinite(value).all()) for value in values.values()]
-    return torch.tensor([fits, num_rows, num_budgeted, *extents, *flaws], device=index.position.device).to(torch.int64)
+    parts = (index.rollout_index, index.position)
+    counts = torch.tensor([fits, num_rows, num_budgeted], dtype=torch.int64, device=index.position.device)
+    extents = [part.max() + 1 if len(part) else counts.new_zeros(()) for part in parts]
+    for part in parts:
+        counts[0] *= (part >= 0).all()
+    flaws = [(~torch.isfinite(value)).any().to(counts.device) for value in values.values()]
+    return torch.cat([counts, torch.stack([*extents, *flaws]).to(torch.int64)])

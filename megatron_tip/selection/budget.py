@@ -68,7 +68,7 @@ class Budget(Protocol):
     def num_selected(self) -> int: ...
 
     def keep(self, scores: Sequence[Tensor], ties: TieOrder, *, with_runner_up: bool) -> list[Kept]:
-        """Returns the kept rows for each `[n]` float32 score vector; NaN ranks above all."""
+        """Returns the kept rows for each `[n]` float32 score vector."""
         ...
 
     def uniform_inclusion(self) -> Tensor | float:
@@ -157,21 +157,21 @@ class RolloutBudget:
         )
 
     def keep(self, scores: Sequence[Tensor], ties: TieOrder, *, with_runner_up: bool) -> list[Kept]:
-        return [self._keep(row_scores, ties, with_runner_up) for row_scores in scores]
+        in_tie_order = torch.argsort(ties.keys)
+        return [self._keep(row_scores, in_tie_order, with_runner_up) for row_scores in scores]
 
-    def _keep(self, scores: Tensor, ties: TieOrder, with_runner_up: bool) -> Kept:
-        rank, budget = self._rank_within_rollout(scores, ties), self.budgets[self.place]
+    def _keep(self, scores: Tensor, in_tie_order: Tensor, with_runner_up: bool) -> Kept:
+        rank, budget = self._rank_within_rollout(scores, in_tie_order), self.budgets[self.place]
         runner_up = torch.zeros_like(self.budgets, dtype=torch.float32)
         if with_runner_up:
             next_best = rank == budget
             runner_up[self.place[next_best]] = scores[next_best]
         return Kept(rank < budget, runner_up[self.place])
 
-    def _rank_within_rollout(self, scores: Tensor, ties: TieOrder) -> Tensor:
+    def _rank_within_rollout(self, scores: Tensor, in_tie_order: Tensor) -> Tensor:
         """Returns `[n]` int64: 0 for the best row of its rollout, 1 for the next; equal scores in tie order."""
-        order = torch.argsort(ties.keys)
-        order = order[torch.argsort(ordered_keys(scores)[order], descending=True, stable=True)]
-        order = order[torch.argsort(self.place[order], stable=True)]
+        best_first = (self.place << FLOAT_KEY_BITS) - ordered_keys(scores)
+        order = in_tie_order[torch.argsort(best_first[in_tie_order], stable=True)]
         starts = torch.repeat_interleave(self.lengths.cumsum(0) - self.lengths, self.lengths)
         rank = torch.arange(len(order), device=order.device) - starts
         return torch.empty_like(order).scatter_(0, order, rank)

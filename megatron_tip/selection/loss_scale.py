@@ -32,10 +32,13 @@ def row_weights(
 
 
 def inclusion(rule: Rule, ranking: Ranking, kept: Kept, budget: Budget) -> Tensor | float:
-    """Returns each row's probability to be selected; `[n]` or one number.
+    """Returns each row's probability to be selected; `[n]` or one number. 1 for rules that do not sample.
 
-    Uniform draws: the known share n / m of the row's budget. Weighted draws: see `inclusion_probabilities`.
+    Uniform draws: the known share n / m of the row's budget. Weighted draws: see `inclusion_probabilities`; the budget
+    must have been asked for runner-ups.
     """
+    if rule.take != "sample":
+        return 1.0
     if rule.score is None:
         return budget.uniform_inclusion()
     return inclusion_probabilities(ranking.weights, kept.runner_up)

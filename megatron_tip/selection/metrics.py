@@ -40,6 +40,15 @@ def quadrant_axes(names: Collection[str], preferred: Collection[str]) -> tuple[s
     return ("student_entropy", candidates[0]) if candidates and "student_entropy" in names else ()
 
 
+def quadrant_rows(batch: Batch, quantiles: Quantiles, axes: Sequence[str]) -> dict[str, Tensor]:
+    """Returns `[n]` bool for each quadrant (TIP): high is above the batch median. Nothing without axes."""
+    if not axes:
+        return {}
+    entropy, divergence = (batch.values[name] > quantiles[name, 0.5] for name in axes)
+    cuts = (entropy & divergence, entropy & ~divergence, ~entropy & divergence, ~entropy & ~divergence)
+    return dict(zip(QUADRANTS, cuts, strict=True))
+
+
 def described_rows(
     batch: Batch, mask: Tensor, quantiles: Quantiles, axes: Sequence[str], others: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
@@ -51,10 +60,7 @@ def described_rows(
     counted: dict[str, Tensor] = {name: batch.values[name] for name in DESCRIBED_STATISTICS if name in batch.values}
     place = batch.index.position * NUM_POSITION_BINS // batch.num_positions
     counted |= {f"position_{k}": place == k for k in range(NUM_POSITION_BINS)}
-    if axes:
-        entropy, divergence = (batch.values[name] > quantiles[name, 0.5] for name in axes)
-        cuts = (entropy & divergence, entropy & ~divergence, ~entropy & divergence, ~entropy & ~divergence)
-        counted |= dict(zip(QUADRANTS, cuts, strict=True))
+    counted |= quadrant_rows(batch, quantiles, axes)
     rows = {"selected": mask}
     for name, of_all in counted.items():
         rows |= {f"all/{name}": of_all, f"kept/{name}": of_all * mask}
@@ -103,9 +109,3 @@ def threshold_metrics(threshold: Threshold | None, num_selected: int) -> dict[st
         return {}
     num_tied = threshold.num_tied if threshold.num_tied < threshold.num_equal else 0
     return {"selection/threshold": threshold.score, "selection/tied_share": num_tied / num_selected}
-
-
-def jaccard(mask: Tensor, other: Tensor, replicas: Replicas) -> float:
-    """Returns the rows of both masks over the rows of either, over all replicas; 1 if both are empty. 1 all-reduce."""
-    sums = sum_rows({"both": mask & other, "either": mask | other}, replicas)
-    return sums["both"] / sums["either"] if sums["either"] else 1.0

@@ -16,10 +16,10 @@ from megatron_tip.selection.batch import Batch, read_batch, read_values
 from megatron_tip.selection.budget import BatchBudget, batch_budget
 from megatron_tip.selection.calibration import BatchTotals, Calibration
 from megatron_tip.selection.loss_scale import inclusion, row_weights
+from megatron_tip.selection.metrics import sum_rows
 from megatron_tip.selection.order_statistics import quantiles
-from megatron_tip.selection.ranking import Draws, Stream, rank_rows
+from megatron_tip.selection.ranking import Draws, NormalisedInputs, Stream, rank_rows
 from megatron_tip.selection.replicas import Replicas
-from megatron_tip.selection.rules import STATISTICS
 from megatron_tip.selection.sampling import inclusion_probabilities
 from megatron_tip.selection.settings import SelectionSettings
 
@@ -68,7 +68,7 @@ def select_micro_batch(
     if len(index) == 0:
         empty = torch.zeros_like(index.position, dtype=torch.bool)
         return TokenSelection(empty, empty.float(), totals.num_valid, totals.num_selected, {})
-    values = read_values(statistics, STATISTICS)
+    values = read_values(statistics, settings.required_statistics)
     if missing := sorted(settings.required_statistics - values.keys()):
         raise InputError(f"rule {settings.rule!r} needs the statistics {missing}, which the run does not compute")
     required = settings.required_statistics
@@ -88,11 +88,20 @@ def select_micro_batch(
     return TokenSelection(mask, weights, totals.num_valid, totals.num_selected, {})
 
 
+def agreement(mask: Tensor, exact_mask: Tensor, *, dp_group: dist.ProcessGroup | None = None) -> float:
+    """Returns the Jaccard agreement of a one-pass mask with the exact one: rows of both over rows of either.
+
+    Over all replicas, equal on all; 1 if both are empty. 1 all-reduce.
+    """
+    sums = sum_rows({"both": mask & exact_mask, "either": mask | exact_mask}, Replicas(dp_group))
+    return sums["both"] / sums["either"] if sums["either"] else 1.0
+
+
 def _keep_best(settings: SelectionSettings, batch: Batch, step: int) -> tuple[Tensor, Tensor | float]:
     """Returns the mask and each row's chance to be kept, from this micro-batch alone."""
     rule = settings.resolved_rule
     found = quantiles(batch.values, rule.required_quantiles, batch.num_valid, batch.replicas)
-    ranking = rank_rows(rule, batch, found, Draws(settings.seed, step, Stream.ACTIVE))
+    ranking = rank_rows(rule, batch, NormalisedInputs(batch, found), Draws(settings.seed, step, Stream.ACTIVE))
     num_kept = batch_budget(settings.retention_ratio, batch.num_valid)
     budget = BatchBudget(num_kept, batch.num_valid, batch.replicas)
     (kept,) = budget.keep([ranking.scores], settings.tie_order(batch, step), with_runner_up=True)
@@ -107,7 +116,8 @@ def _keep_above_threshold(
     A fixed threshold draws each row on its own, with probability 1 - exp(-w / threshold).
     """
     rule = settings.resolved_rule
-    ranking = rank_rows(rule, batch, calibration.as_quantiles(), Draws(settings.seed, step, Stream.ACTIVE))
+    inputs = NormalisedInputs(batch, calibration.as_quantiles())
+    ranking = rank_rows(rule, batch, inputs, Draws(settings.seed, step, Stream.ACTIVE))
     ties = Draws(settings.seed, step, Stream.TIES).of(batch.index) < calibration.tie_share
     at_threshold = ranking.scores == calibration.threshold
     mask = (ranking.scores > calibration.threshold) | (at_threshold & ties)

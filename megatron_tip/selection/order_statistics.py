@@ -21,26 +21,25 @@ Quantiles = dict[tuple[str, float], float]
 
 DIGIT_BITS = 11
 FLOAT_KEY_BITS = 32
-_INFINITY_KEY = 0xFF800000
-_NAN_KEY = 0xFFFFFFFF
 
 
 def ordered_keys(values: Tensor) -> Tensor:
     """Returns int64 keys in [0, 2^32) whose order is the order of the float32 `values`.
 
-    -0.0 and 0.0 get the same key, as they compare equal; NaN gets the largest key of all, above infinity.
+    -0.0 and 0.0 get the same key, as they compare equal. NaN gets some key beyond the infinities.
     """
-    bits = (values.to(torch.float32) + 0.0).view(torch.int32)
-    keys = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(torch.int64) + 2**31
-    return keys.masked_fill(values.isnan(), _NAN_KEY)
+    bits = (values + 0.0).view(torch.int32)
+    return _flip_negative(bits).to(torch.int64).add_(2**31)
 
 
 def value_of_key(key: int) -> float:
-    """Returns the float32 value that `ordered_keys` maps to `key`; NaN for the key of NaN."""
-    if key > _INFINITY_KEY:
-        return math.nan
-    bits = torch.tensor(key - 2**31, dtype=torch.int64).to(torch.int32)
-    return float((bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(torch.float32))
+    """Returns the float32 value that `ordered_keys` maps to `key`."""
+    return float(_flip_negative(torch.tensor(key - 2**31, dtype=torch.int32)).view(torch.float32))
+
+
+def _flip_negative(bits: Tensor) -> Tensor:
+    """Returns int32 that are ordered as the floats of which `bits` are the bits, or those bits again; own inverse."""
+    return (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)
 
 
 @dataclass

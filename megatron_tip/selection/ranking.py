@@ -13,7 +13,7 @@ from megatron_tip.records import TokenIndex
 from megatron_tip.selection.batch import Batch
 from megatron_tip.selection.counter_hash import uniform
 from megatron_tip.selection.order_statistics import Quantiles
-from megatron_tip.selection.rules import Rule
+from megatron_tip.selection.rules import Input, Rule
 from megatron_tip.selection.sampling import race_scores
 
 
@@ -46,15 +46,29 @@ class Ranking:
     weights: Tensor
 
 
-def rank_rows(rule: Rule, batch: Batch, quantiles: Quantiles, draws: Draws) -> Ranking:
+class NormalisedInputs(dict[Input, Tensor]):
+    """`[n]` float64 for each input that is asked for: made once, shared by all rules."""
+
+    def __init__(self, batch: Batch, quantiles: Quantiles) -> None:
+        super().__init__()
+        self._values, self._quantiles = batch.values, quantiles
+
+    def __missing__(self, item: Input) -> Tensor:
+        points = (self._quantiles[item.statistic, p] for p in item.normaliser.probabilities)
+        self[item] = item.normaliser.function(self._values[item.statistic].to(torch.float64), *points)
+        return self[item]
+
+
+def rank_rows(rule: Rule, batch: Batch, inputs: NormalisedInputs, draws: Draws) -> Ranking:
     """Returns the ranking of this replica's rows; no communication.
 
     Raises: InputError for a score function that does not return one score a row.
     """
     num_rows = len(batch.index)
-    weights = rule.score_rows(batch.values, quantiles)
-    if weights is None:
+    if rule.score is None:
         weights = torch.ones(num_rows, dtype=torch.float64, device=batch.index.position.device)
+    else:
+        weights = rule.score(*(inputs[item] for item in rule.inputs))
     if not isinstance(weights, Tensor) or weights.shape != (num_rows,):
         got = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
         raise InputError(f"rule {rule.name!r}: expected scores of shape ({num_rows},), one a row, got {got}")

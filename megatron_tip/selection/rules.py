@@ -6,18 +6,16 @@ import difflib
 import importlib
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from megatron_tip.errors import ConfigError
 from megatron_tip.records import TokenStatistics
 from megatron_tip.selection import scores
 from megatron_tip.selection.normalise import ABOVE_MEDIAN, CLIPPED_MIN_MAX, MIN_MAX, RAW, ROBUST, Normaliser
-from megatron_tip.selection.order_statistics import Quantiles
 
 Take = Literal["all", "top", "bottom", "sample"]
 Scope = Literal["batch", "rollout", "micro_batch"]
@@ -38,9 +36,9 @@ class Input:
 class Rule:
     """A selection rule: adding one is a score function and a row.
 
-    `score(*inputs)` gives `[n]` scores. `take`: "all" rows; the "top" or "bottom" of the scores; or a "sample" without
-    replacement with probability proportional to the score (no score: uniform). `scope`: the budget's scope in the
-    paper, used unless the selector is told another.
+    `score(*inputs)` gives `[n]` scores and does not write into its inputs. `take`: "all" rows; the "top" or "bottom" of
+    the scores; or a "sample" without replacement with probability proportional to the score (no score: uniform).
+    `scope`: the budget's scope in the paper, used unless the selector is told another.
     """
 
     name: str
@@ -57,23 +55,6 @@ class Rule:
     def required_quantiles(self) -> frozenset[tuple[str, float]]:
         """Pairs of a statistic and a probability."""
         return frozenset((item.statistic, p) for item in self.inputs for p in item.normaliser.probabilities)
-
-    def score_rows(self, values: Mapping[str, Tensor], quantiles: Quantiles) -> Tensor | None:
-        """Returns `[n]` float64, or None without a score function.
-
-        Args:
-            values: `[n]` statistics by name. `quantiles`: those of the whole batch.
-        """
-        if self.score is None:
-            return None
-        inputs = [
-            item.normaliser.function(
-                values[item.statistic].to(torch.float64),
-                *(quantiles[item.statistic, p] for p in item.normaliser.probabilities),
-            )
-            for item in self.inputs
-        ]
-        return self.score(*inputs)
 
     def with_normaliser(self, normaliser: Normaliser) -> Rule:
         """Returns the rule with every input normalised so, except for the cuts of quadrants, which stay cuts."""

@@ -21,10 +21,10 @@ from megatron_tip.selection.metrics import (
     sum_rows,
     threshold_metrics,
 )
-from megatron_tip.selection.order_statistics import quantiles
-from megatron_tip.selection.ranking import Draws, Stream, rank_rows
+from megatron_tip.selection.order_statistics import Quantiles, quantiles
+from megatron_tip.selection.ranking import Draws, NormalisedInputs, Ranking, Stream, rank_rows
 from megatron_tip.selection.replicas import Replicas
-from megatron_tip.selection.rules import STATISTICS
+from megatron_tip.selection.rules import Rule
 from megatron_tip.selection.settings import SelectionSettings
 
 
@@ -56,7 +56,8 @@ class Selector(SelectionSettings):
 
         Args:
             statistics: of this replica's rows, in any order; possibly of none. None only where nothing is required.
-            index: of the same rows. Rows of one rollout lie on one replica (scope "rollout").
+            index: of the same rows, on the same device, that of the group's backend. For scope "rollout", all rows of
+                a rollout lie on one replica.
             step: of the training; feeds the random draws.
             dp_group: the data-parallel group; every rank of it must call. None: a single replica.
 
@@ -68,29 +69,33 @@ class Selector(SelectionSettings):
         """
         if self.resolved_scope == "micro_batch" and not self.keeps_all:
             raise InputError("scope 'micro_batch' selects each micro-batch on its own: call select_micro_batch")
-        batch, budget = self._read(statistics, index, Replicas(dp_group))
+        return self.select_among(Replicas(dp_group), statistics, index, step)
+
+    def select_among(
+        self, replicas: Replicas, statistics: TokenStatistics | None, index: TokenIndex, step: int
+    ) -> tuple[TokenSelection, Calibration | None]:
+        """Returns what `select_and_calibrate` does, for replicas of any kind."""
+        batch, budget = self._read(statistics, index, replicas)
         rules = [self.active_rule, *self.compared_rules(batch.values)]
         axes = quadrant_axes(batch.values, self.resolved_rule.required_statistics)
         wanted = {(name, 0.5) for name in axes}.union(*(rule.required_quantiles for rule in rules))
-        found = quantiles(batch.values, wanted, batch.num_valid, batch.replicas)
-        streams = [Stream.ACTIVE, *[Stream.COMPARED] * len(rules)]
-        rankings = [rank_rows(r, batch, found, Draws(self.seed, step, s)) for r, s in zip(rules, streams, strict=False)]
-        importance = self.loss_scale == "importance"
+        found = quantiles(batch.values, wanted, batch.num_valid, replicas)
+        rankings = self._rank(rules, batch, found, step)
         kept, *kept_by_others = budget.keep(
             [ranking.scores for ranking in rankings],
             self.tie_order(batch, step),
-            with_runner_up=importance,
+            with_runner_up=self.loss_scale == "importance",
         )
         others = {rule.name: other.mask for rule, other in zip(rules[1:], kept_by_others, strict=True)}
         described = described_rows(batch, kept.mask, found, axes, others)
-        sums = sum_rows({**described, "nan": rankings[0].scores.isnan()}, batch.replicas)
+        sums = sum_rows({**described, "nan": rankings[0].scores.isnan()}, replicas)
         self._check_sums(sums, budget.num_selected)
         metrics = selection_metrics(sums, batch.num_valid, found, axes)
         metrics |= threshold_metrics(kept.threshold, budget.num_selected)
-        chance = inclusion(self.active_rule, rankings[0], kept, budget) if importance else 1.0
+        chance = inclusion(self.active_rule, rankings[0], kept, budget)
         weights = row_weights(kept.mask, self.loss_scale, batch.num_valid, budget.num_selected, chance)
         selection = TokenSelection(kept.mask, weights, batch.num_valid, budget.num_selected, metrics)
-        return selection, kept.threshold and Calibration.of(found, kept.threshold)
+        return selection, Calibration.of(found, kept.threshold) if kept.threshold else None
 
     def describe(
         self,
@@ -104,7 +109,7 @@ class Selector(SelectionSettings):
 
         Collectives: 1 all-gather and 4 all-reduces. Raises as `select`, and InputError for an empty mask.
         """
-        batch = read_batch(read_values(statistics, STATISTICS), index, Replicas(dp_group))
+        batch = read_batch(read_values(statistics), index, Replicas(dp_group))
         axes = quadrant_axes(batch.values, self.resolved_rule.required_statistics)
         found = quantiles(batch.values, {(name, 0.5) for name in axes}, batch.num_valid, batch.replicas)
         sums = sum_rows(described_rows(batch, selection_mask, found, axes, {}), batch.replicas)
@@ -116,7 +121,7 @@ class Selector(SelectionSettings):
         """Returns the batch and the budget that its size gives. 1 all-gather."""
         per_rollout = self.resolved_scope == "rollout" and not self.keeps_all
         own = RolloutBudget.of(index, self.retention_ratio, self.minimum_per_rollout) if per_rollout else None
-        values = read_values(statistics, STATISTICS)
+        values = read_values(statistics, self.required_statistics)
         if missing := sorted(self.required_statistics - values.keys()):
             raise InputError(f"rule {self.rule!r} needs the statistics {missing}, which the run does not compute")
         batch = read_batch(
@@ -137,6 +142,12 @@ class Selector(SelectionSettings):
                 "supervised; raise retention_ratio or minimum_per_rollout"
             )
         return batch, replace(own, num_selected=batch.num_budgeted)
+
+    def _rank(self, rules: list[Rule], batch: Batch, found: Quantiles, step: int) -> list[Ranking]:
+        """Returns each rule's ranking; the first rule is the active one."""
+        inputs = NormalisedInputs(batch, found)
+        active, compared = (Draws(self.seed, step, stream) for stream in (Stream.ACTIVE, Stream.COMPARED))
+        return [rank_rows(rule, batch, inputs, compared if place else active) for place, rule in enumerate(rules)]
 
     def _check_sums(self, sums: Sums, num_selected: int) -> None:
         """Raises, alike on all ranks, for scores or rows that cannot be ranked."""

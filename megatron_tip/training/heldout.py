@@ -11,8 +11,8 @@ from megatron_tip.training.step import generate_rollouts, score_tokens
 def measure_heldout(run: TrainingRun, step: int) -> tuple[float, list[Rollout]]:
     """Mean full-vocabulary reverse KL in nats a response token after `step` steps, and the responses.
 
-    Equal on every rank. The sampling seed is the same at every call, so that two calls differ by the student alone. NaN where no response
-    has a token. Collective over the world.
+    Equal on every rank. The sampling seed is the same at every call, so that two calls differ by the student alone.
+    NaN where no response has a token. Collective over the world.
     """
     prompts = run.prompts.heldout if run.prompts else []
     rollouts = generate_rollouts(run, prompts, run.sampling.for_heldout(step))

@@ -10,10 +10,11 @@ import torch.distributed as dist
 from megatron_tip.config import Config
 from megatron_tip.conversion.bridge import save_hf
 from megatron_tip.conversion.megatron_checkpoint import save_megatron_checkpoint
-from megatron_tip.observability.logs import configure_logging
 from megatron_tip.observability.memory import peak_rss_bytes
+from megatron_tip.observability.progress import ProgressDisplay
 from megatron_tip.observability.report import write_report
 from megatron_tip.observability.run_folder import RunFolder, Sample
+from megatron_tip.observability.timing import PhaseTimer
 from megatron_tip.parallel.distributed import destroy_distributed, init_distributed
 from megatron_tip.parallel.environment import available_threads
 from megatron_tip.records import Rollout
@@ -41,14 +42,15 @@ def train(config: Config) -> None:
         MegatronTipError: what a user can mend; before the first collective where it can be known by then.
     """
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    configure_logging(rank)
     plan = plan_run(config, world_size)
     folder = RunFolder.create(config.run.folder)
     worker = init_distributed()
-    run = build_run(config, plan, worker, num_threads=config.run.threads or available_threads())
+    display = ProgressDisplay(config.training.steps, enabled=rank == 0)
+    timer = PhaseTimer(worker.device, on_enter=display.show_phase)
+    run = build_run(config, plan, worker, timer, num_threads=config.run.threads or available_threads())
     if rank == 0:
         folder.write_config(config)
-    with RunRecorder(folder, config.training.steps, writes=rank == 0) as recorder:
+    with RunRecorder(folder, display, writes=rank == 0) as recorder:
         before, after = run_steps(run, recorder)
     write_models(run, plan, folder)
     summary = summarise(run, recorder, before, after)
@@ -113,11 +115,11 @@ def summarise(run: TrainingRun, recorder: RunRecorder, before: Heldout, after: H
 def samples_of(run: TrainingRun, plan: RunPlan, before: Heldout, after: Heldout) -> list[Sample]:
     """The first held-out prompts with the student's responses before and after."""
     pairs = list(zip(before.rollouts, after.rollouts, strict=True))[: run.config.heldout.num_samples]
-    return [
-        Sample(
-            prompt=plan.tokenizer.decode(list(old.prompt_ids)),
-            before=plan.tokenizer.decode(list(old.response_ids)),
-            after=plan.tokenizer.decode(list(new.response_ids)),
-        )
-        for old, new in pairs
-    ]
+    texts = [[_decoded(plan, ids) for ids in (old.prompt_ids, old.response_ids, new.response_ids)] for old, new in pairs]
+    return [Sample(*text) for text in texts]
+
+
+def _decoded(plan: RunPlan, ids: tuple[int, ...]) -> str:
+    text = plan.tokenizer.decode(list(ids))
+    assert isinstance(text, str), "one sequence gives one text"
+    return text

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 from megatron_tip.config import Config
 from megatron_tip.conversion.safetensors_io import HfCheckpoint
 from megatron_tip.errors import ConfigError
-from megatron_tip.models.gpt import check_layout
+from megatron_tip.models.layout import check_layout
 from megatron_tip.parallel.grid import ModelGrid
 from megatron_tip.selection import Selector
 from megatron_tip.vocab_parallel import padded_vocab_size
@@ -151,6 +151,10 @@ def _selector(config: Config) -> Selector:
         rule=selection.rule,
         retention_ratio=selection.retention_ratio,
         scope=None if selection.scope == "auto" else selection.scope,
+        normaliser=None if selection.normaliser == "auto" else selection.normaliser,
+        tie_break=selection.tie_break,
         loss_scale=selection.loss_scale,
         seed=config.run.seed,
+        minimum_per_rollout=selection.minimum_per_rollout,
+        compare=selection.compare,
     )

@@ -12,11 +12,11 @@ from megatron_tip.observability.run_folder import RunFolder
 class RunRecorder:
     """Writes metrics and shows progress on rank 0; keeps the totals on every rank. A context manager."""
 
-    def __init__(self, folder: RunFolder, num_steps: int, *, writes: bool) -> None:
+    def __init__(self, folder: RunFolder, display: ProgressDisplay, *, writes: bool) -> None:
         self.num_valid = 0
         self.num_selected = 0
         self._metrics = MetricsWriter(folder.metrics) if writes else None
-        self._display = ProgressDisplay(num_steps, enabled=writes)
+        self._display = display
         self._stack = contextlib.ExitStack()
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -20,7 +20,7 @@ from megatron_tip.training.run import TrainingRun
 from megatron_tip.vocab_parallel import padded_vocab_size
 
 
-def build_run(config: Config, plan: RunPlan, worker: Worker, *, num_threads: int) -> TrainingRun:
+def build_run(config: Config, plan: RunPlan, worker: Worker, timer: PhaseTimer, *, num_threads: int) -> TrainingRun:
     """Builds models, optimizer, prompts and engine. Collective over the world.
 
     Args:
@@ -48,7 +48,7 @@ def build_run(config: Config, plan: RunPlan, worker: Worker, *, num_threads: int
         pad_token_id=plan.pad_token_id,
         prompts=_prompts(config, plan) if worker.rank == 0 else None,
         engine=_engine(config, plan, worker, num_threads) if worker.rank == 0 else None,
-        timer=PhaseTimer(worker.device),
+        timer=timer,
     )
 
 

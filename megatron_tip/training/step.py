@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tip.errors import TrainingError
+from megatron_tip.observability.run_folder import RunFolder
 from megatron_tip.records import Prompt, Rollout, TokenIndex, TokenSelection, TokenStatistics
 from megatron_tip.rollout.broadcast import broadcast_rollouts
 from megatron_tip.rollout.engine import SamplingParams

@@ -1,23 +1,48 @@
-"""The only two ways in which this package talks to other ranks; without a group both are the identity."""
+"""The only places where this package talks to other ranks. `group=None` means "not sharded": nobody to talk to."""
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_tip.errors import InputError
+
 
 def all_reduce_sum(values: Tensor, group: ProcessGroup | None) -> Tensor:
     """`values` summed over `group`, in place. One all-reduce."""
-    if group is not None and group.size() > 1:
+    if group is not None:
         dist.all_reduce(values, group=group)
     return values
 
 
 def all_gather(values: Tensor, group: ProcessGroup | None) -> Tensor:
     """`[tp, *values.shape]`: `values` of every rank of `group`, in rank order. One all-gather."""
-    if group is None or group.size() == 1:
+    if group is None:
         return values.unsqueeze(0)
     gathered = values.new_empty(group.size(), *values.shape)
     dist.all_gather(list(gathered.unbind(0)), values.contiguous(), group=group)
     return gathered
+
+
+def agree(
+    where: str, problem: str | None, num_rows: int, chunk_rows: int, device: torch.device, group: ProcessGroup | None
+) -> None:
+    """Raises InputError on every rank of `group` if any of them has a `problem`, or if they differ in rows or chunks.
+
+    One all-gather of 24 bytes. Without it a rank that stops over its own values leaves the others waiting for it.
+    """
+    facts = torch.tensor([problem is not None, num_rows, chunk_rows], device=device)
+    stopped, rows, rows_a_chunk = all_gather(facts, group).unbind(1)
+    if problem is not None:
+        raise InputError(f"{where}: {problem}")
+    if stopped.any():
+        ranks = stopped.nonzero().flatten().tolist()
+        raise InputError(f"{where}: ranks {ranks} of tp_group reject their inputs; their own messages say why.")
+    for name, values in (("rows", rows), ("rows a chunk", rows_a_chunk)):
+        if (values != values[0]).any():
+            raise InputError(
+                f"{where}: expected equally many {name} on all ranks of tp_group, got {values.tolist()}; hidden states "
+                "are the same on all of them, gathered if they were sequence-parallel."
+            )

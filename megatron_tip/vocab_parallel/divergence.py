@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import math
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,10 +11,16 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from megatron_tip.errors import InputError
-from megatron_tip.vocab_parallel.collectives import all_gather, all_reduce_sum
-from megatron_tip.vocab_parallel.inputs import Inputs
+from megatron_tip.vocab_parallel import row_functions
+from megatron_tip.vocab_parallel.chunks import RowBlocks, row_ranges
+from megatron_tip.vocab_parallel.collectives import all_reduce_sum
+from megatron_tip.vocab_parallel.inputs import Inputs, checked_inputs
+from megatron_tip.vocab_parallel.row_functions import RowValues
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "sampled_token")
+
+# Rows of the head whose gradient is made at a time when it cannot be added to in the product itself.
+_HEAD_SLICE = 8192
 
 
 def divergence_loss(
@@ -30,6 +37,7 @@ def divergence_loss(
     jsd_beta: float = 0.5,
     tp_group: ProcessGroup | None = None,
     chunk_rows: int | None = None,
+    compiled: bool = False,
 ) -> Tensor:
     """The sum over rows of weight x divergence: a float32 scalar, equal on all ranks of `tp_group`.
 
@@ -43,8 +51,8 @@ def divergence_loss(
         divergence: "reverse_kl" KL(p || q) (TIP Eq. 1, TA-OPD Eq. 6); "forward_kl" KL(q || p); "jsd" the generalised
             Jensen-Shannon divergence beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p, with
             forward KL at beta 0 and reverse KL at beta 1; "sampled_token" log p(y) - log q(y) of the label y
-            (TA-OPD after Eq. 6), with the gradient (log p(y) - log q(y)) d log p(y): over y drawn from p at this temperature
-            its mean is exactly the gradient of the reverse KL, whereas plain differentiation has mean zero.
+            (TA-OPD after Eq. 6), with the gradient (log p(y) - log q(y)) d log p(y): over y drawn from p at this
+            temperature its mean is the gradient of the reverse KL; that of plain differentiation, d log p(y), is zero.
         row_weights: `[n]` float32 without gradient; `None`: all 1.
         labels: `[n]` int64 in [0, vocab_size), for "sampled_token".
         vocab_size: number of real ids; `None`: no padding.
@@ -59,115 +67,109 @@ def divergence_loss(
     Raises:
         InputError: arguments that do not fit together (before the first collective), or logits that are not finite.
     """
-    inputs = Inputs.checked(
+    if divergence not in DIVERGENCES:
+        raise InputError(f"divergence_loss: expected divergence in {', '.join(DIVERGENCES)}, got {divergence!r}.")
+    if not 0 <= jsd_beta <= 1:
+        raise InputError(f"divergence_loss: expected jsd_beta in [0, 1], got {jsd_beta}.")
+    if divergence == "sampled_token" and labels is None:
+        raise InputError("divergence_loss: expected labels for divergence 'sampled_token', got None.")
+    inputs = checked_inputs(
         "divergence_loss",
         (student_hidden, student_head),
         (teacher_hidden, teacher_head),
         labels=labels,
+        row_weights=row_weights,
         vocab_size=vocab_size,
         temperature=temperature,
         tp_group=tp_group,
         chunk_rows=chunk_rows,
     )
-    if divergence not in DIVERGENCES:
-        raise InputError(
-            f"divergence_loss: expected divergence to be one of {', '.join(DIVERGENCES)}, got {divergence!r}."
-        )
-    if not 0 <= jsd_beta <= 1:
-        raise InputError(f"divergence_loss: expected jsd_beta in [0, 1], got {jsd_beta}.")
-    if divergence == "sampled_token" and labels is None:
-        raise InputError("divergence_loss: expected labels for divergence 'sampled_token', got None.")
-    if divergence == "jsd" and jsd_beta in (0, 1):
-        divergence = "reverse_kl" if jsd_beta else "forward_kl"
-    if row_weights is None:
-        row_weights = torch.ones(inputs.num_rows, device=student_hidden.device)
-    if row_weights.shape != (inputs.num_rows,):
-        raise InputError(
-            f"divergence_loss: expected row_weights [{inputs.num_rows}], got {list(row_weights.shape)}; one a row."
-        )
-    wants = tuple(torch.is_grad_enabled() and tensor.requires_grad for tensor in (student_hidden, student_head))
-    return _DivergenceLoss.apply(
-        student_hidden, student_head, inputs, divergence, row_weights.detach().float(), jsd_beta, wants
-    )
+    weights = torch.ones(inputs.num_rows, device=inputs.device) if row_weights is None else row_weights.detach().float()
+    with_grad = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (student_hidden, student_head)]
+    call = _Call(inputs, divergence, jsd_beta, weights, with_grad[0], with_grad[1], compiled)
+    return _DivergenceLoss.apply(student_hidden, student_head, call)
+
+
+@dataclass(frozen=True)
+class _Call:
+    inputs: Inputs
+    divergence: str
+    jsd_beta: float
+    weights: Tensor
+    with_grad_hidden: bool
+    with_grad_head: bool
+    compiled: bool
+
+    def run(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The loss, and its gradients with respect to the student's hidden states and head, where wanted."""
+        inputs = self.inputs
+        student, partition = inputs.student, inputs.partition
+        head = inputs.local_head(student)
+        grad_hidden = torch.empty_like(student.hidden) if self.with_grad_hidden else None
+        grad_head = torch.zeros_like(student.head, dtype=torch.float32) if self.with_grad_head else None
+        buffers = inputs.logit_buffers()
+        blocks = RowBlocks(inputs.chunk_rows, partition.num_local, inputs.device, compiled=self.compiled)
+        values = []
+        for rows in row_ranges(inputs.num_rows, inputs.chunk_rows):
+            z_s = buffers[0].logits(student.hidden[rows])
+            z_t = buffers[1].logits(inputs.teacher.hidden[rows])
+            chunk = self._chunk_divergence(z_s, z_t, rows, blocks)
+            values.append(chunk.values)
+            if grad_hidden is None and grad_head is None:
+                continue
+            grad_logits = buffers[0].narrowed(chunk.gradient(self.weights[rows] / inputs.temperature))
+            if grad_hidden is not None:
+                torch.mm(grad_logits, head, out=grad_hidden[rows])
+            if grad_head is not None:
+                _accumulate(grad_head[: partition.num_local], grad_logits, student.hidden[rows])
+        values = torch.cat(values)
+        inputs.check_finite(values)
+        if grad_hidden is not None:
+            grad_hidden = all_reduce_sum(grad_hidden.float(), partition.group)
+        return values @ self.weights, grad_hidden, grad_head
+
+    def _chunk_divergence(self, z_s: Tensor, z_t: Tensor, rows: slice, blocks: RowBlocks) -> RowValues:
+        partition = self.inputs.partition
+        if self.divergence == "sampled_token":
+            assert self.inputs.labels is not None, "checked on entry"
+            return row_functions.sampled_token(z_s, z_t, self.inputs.labels[rows], blocks, partition)
+        if self.divergence == "jsd" and 0 < self.jsd_beta < 1:
+            return row_functions.jsd(z_s, z_t, blocks, partition, beta=self.jsd_beta)
+        # At its ends the generalised JSD is taken for the divergence that it tends to, divided by its vanishing weight.
+        if self.divergence == "reverse_kl" or (self.divergence == "jsd" and self.jsd_beta == 1):
+            return row_functions.reverse_kl(z_s, z_t, blocks, partition)
+        return row_functions.forward_kl(z_s, z_t, blocks, partition)
+
+
+def _accumulate(grad_head: Tensor, grad_logits: Tensor, hidden: Tensor) -> None:
+    """Adds grad_logitsᵀ hidden to float32 `grad_head`, in place."""
+    if hidden.dtype == torch.float32:
+        grad_head.addmm_(grad_logits.T, hidden)
+        return
+    # A product of lower precision is added slice by slice: it would be as large as the head.
+    for columns in row_ranges(len(grad_head), _HEAD_SLICE):
+        grad_head[columns] += grad_logits[:, columns].T @ hidden
 
 
 class _DivergenceLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student_hidden, student_head, inputs: Inputs, divergence, row_weights, jsd_beta, wants):
-        hidden, head = inputs.hidden[0], inputs.head[0]
-        num_local = inputs.partition.num_local
-        grad_hidden = torch.zeros(hidden.shape, device=hidden.device) if wants[0] else None
-        grad_head = torch.zeros(head.shape, device=head.device) if wants[1] else None
-        loss = torch.zeros((), device=hidden.device)
-        for rows in inputs.chunks():
-            values, grad_logits = _chunk_divergence(inputs, rows, divergence, jsd_beta, any(wants))
-            loss += values @ row_weights[rows]
-            if grad_logits is None:
-                continue
-            grad_logits *= (row_weights[rows] / inputs.temperature).unsqueeze(1)
-            grad_logits = grad_logits.to(hidden.dtype)
-            if grad_hidden is not None:
-                grad_hidden[rows] = (grad_logits @ head[:num_local]).float()
-            if grad_head is not None:
-                grad_head[:num_local] += (grad_logits.T @ hidden[rows]).float()
-        if grad_hidden is not None:
-            all_reduce_sum(grad_hidden, inputs.partition.group)
-        ctx.grads = (
-            None if grad_hidden is None else grad_hidden.to(hidden.dtype),
-            None if grad_head is None else grad_head.to(head.dtype),
-        )
+    def forward(ctx: Any, student_hidden: Tensor, student_head: Tensor, call: _Call) -> Tensor:
+        loss, *grads = call.run()
+        ctx.grads = [
+            None if grad is None else grad.to(tensor.dtype)
+            for grad, tensor in zip(grads, (student_hidden, student_head), strict=True)
+        ]
         return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_loss: Tensor):
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]: the decorator hides the name of ctx
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
         if ctx.grads is None:
             raise RuntimeError(
-                "divergence_loss: backward ran twice; its gradients are handed over, not kept. Call it again."
+                "divergence_loss: backward ran a second time, but the first handed its gradients over; make a new loss."
             )
-        # Dropping our reference lets autograd keep the tensors without a copy.
+        # Without a reference of ours, autograd takes the tensors as they are instead of copying them.
         grads, ctx.grads = ctx.grads, None
-        return *(None if grad is None else grad.mul_(grad_loss) for grad in grads), *[None] * 5
-
-
-def _chunk_divergence(
-    inputs: Inputs, rows: slice, divergence: str, beta: float, with_grad: bool
-) -> tuple[Tensor, Tensor | None]:
-    """`[c]` divergences, equal on all ranks, and `[c, v]` gradients with respect to the student's local logits."""
-    partition, group = inputs.partition, inputs.partition.group
-    z_s, z_t = (inputs.logits(model, rows) for model in (0, 1))
-    log_p, log_q = _normalised(z_s, z_t, inputs)
-    p = log_p.exp()
-    if divergence == "forward_kl":
-        q = log_q.exp()
-        values = all_reduce_sum((q * (log_q - log_p)).sum(-1), group)
-        return values, p - q if with_grad else None
-    if divergence == "reverse_kl":
-        terms = log_p - log_q
-        values = all_reduce_sum((p * terms).sum(-1), group)
-        return values, p * (terms - values.unsqueeze(1)) if with_grad else None
-    if divergence == "jsd":
-        log_ratio = log_q - log_p
-        log_mixture = torch.logaddexp(
-            torch.tensor(math.log1p(-beta), device=p.device), log_ratio + math.log(beta)
-        )  # ln(m / p)
-        teacher = (log_q.exp() * (log_ratio - log_mixture)).sum(-1)
-        student = -(p * log_mixture).sum(-1)
-        teacher, student = all_reduce_sum(torch.stack([teacher, student]), group)
-        values = beta * teacher + (1 - beta) * student
-        return values, (1 - beta) * p * (-log_mixture - student.unsqueeze(1)) if with_grad else None
-    columns = inputs.labels[rows].unsqueeze(1) - partition.vocab_start_index  # type: ignore[index]
-    is_label = torch.arange(p.shape[1], device=p.device) == columns
-    values = all_reduce_sum(((log_p - log_q) * is_label).sum(-1), group)
-    return values, values.unsqueeze(1) * (is_label.float() - p) if with_grad else None
-
-
-def _normalised(z_s: Tensor, z_t: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """log p and log q of the local ids. One all-gather."""
-    maxima = [z.amax(-1) if z.shape[1] else z.new_full(z.shape[:1], float("-inf")) for z in (z_s, z_t)]
-    sums = [(z - m.unsqueeze(1)).exp().sum(-1) for z, m in zip((z_s, z_t), maxima, strict=True)]
-    m, sums = all_gather(torch.stack([torch.stack(maxima), torch.stack(sums)]), inputs.partition.group).unbind(1)
-    top = m.amax(0)
-    log_sum = (sums * (m - top).exp()).sum(0).log()
-    # The maximum goes first: it is exact, and what is left of the largest logits is small.
-    return tuple(z - top[i].unsqueeze(1) - log_sum[i].unsqueeze(1) for i, z in enumerate((z_s, z_t)))
+        return *(None if grad is None else grad.mul_(grad_outputs[0]) for grad in grads), None

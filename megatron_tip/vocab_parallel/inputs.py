@@ -1,9 +1,8 @@
-"""The two models' hidden states and head shards: what is accepted, and their logits chunk by chunk."""
+"""What the functions of this package accept: two models' hidden states and head shards that fit together."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,101 +10,173 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_tip.errors import InputError
+from megatron_tip.vocab_parallel.chunks import LogitBuffer, default_chunk_rows
+from megatron_tip.vocab_parallel.collectives import agree
 from megatron_tip.vocab_parallel.partition import VocabPartition
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Bytes of one model's float32 logits of a chunk.
-_CHUNK_BYTES = 100 * 2**20
+
+@dataclass(frozen=True)
+class Model:
+    """One model's `[n, H]` hidden states and this rank's `[V_padded / tp, H]` rows of its output layer, detached."""
+
+    name: str
+    hidden: Tensor
+    head: Tensor
+
+    @classmethod
+    def checked(cls, name: str, hidden: Tensor, head: Tensor) -> Model:
+        if hidden.dim() != 2 or head.dim() != 2 or hidden.shape[1] != head.shape[1]:
+            raise InputError(
+                f"expected {name}_hidden [n, H] and {name}_head [V_padded / tp, H] with one H, got "
+                f"{list(hidden.shape)} and {list(head.shape)}."
+            )
+        if hidden.dtype != head.dtype or hidden.dtype not in FLOAT_DTYPES:
+            raise InputError(
+                f"expected {name}_hidden and {name}_head in one dtype of float32, bfloat16, float16, got "
+                f"{hidden.dtype} and {head.dtype}; cast the hidden states."
+            )
+        if hidden.device != head.device:
+            raise InputError(
+                f"expected {name}_hidden and {name}_head on one device, got {hidden.device}, {head.device}."
+            )
+        return cls(name, hidden.detach(), head.detach())
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Checked arguments of a statistics or loss call; every check uses facts that all ranks of the group share.
+    """Arguments that fit together, the same on all ranks of the partition's group but for the head shards."""
 
-    `hidden` and `head` hold student and teacher in that order, `[n, H]` and `[V_padded / tp, H]`.
-    """
-
-    hidden: tuple[Tensor, Tensor]
-    head: tuple[Tensor, Tensor]
+    where: str
+    student: Model
+    teacher: Model
     labels: Tensor | None
-    temperature: float
     partition: VocabPartition
+    temperature: float
     chunk_rows: int
-
-    @classmethod
-    def checked(
-        cls,
-        caller: str,
-        student: tuple[Tensor, Tensor],
-        teacher: tuple[Tensor, Tensor],
-        *,
-        labels: Tensor | None,
-        vocab_size: int | None,
-        temperature: float,
-        tp_group: ProcessGroup | None,
-        chunk_rows: int | None,
-    ) -> Inputs:
-        """The inputs of `caller`; raises InputError, before any collective, for those that do not fit together."""
-        for name, (hidden, head) in (("student", student), ("teacher", teacher)):
-            _check_model(f"{caller}: {name}", hidden, head)
-        for what, index in (("hidden", 0), ("head", 1)):
-            if student[index].shape[0] != teacher[index].shape[0]:
-                raise InputError(
-                    f"{caller}: expected student_{what} and teacher_{what} with equally many rows, got "
-                    f"{student[index].shape[0]} and {teacher[index].shape[0]}; both models share rows and vocabulary shards."
-                )
-        if not (math.isfinite(temperature) and temperature > 0):
-            raise InputError(f"{caller}: expected a finite temperature above 0, got {temperature}.")
-        if chunk_rows is not None and chunk_rows < 1:
-            raise InputError(f"{caller}: expected chunk_rows of at least 1 or None, got {chunk_rows}.")
-        n, shard_size = student[0].shape[0], student[1].shape[0]
-        partition = VocabPartition.of_shard(shard_size, vocab_size, tp_group)
-        _check_labels(caller, labels, n, partition.vocab_size, student[0].device)
-        chunk_rows = chunk_rows or max(1, _CHUNK_BYTES // (4 * shard_size))
-        hidden = (student[0].detach(), teacher[0].detach())
-        head = (student[1].detach(), teacher[1].detach())
-        return cls(hidden, head, labels, temperature, partition, min(chunk_rows, max(n, 1)))
 
     @property
     def num_rows(self) -> int:
-        return self.hidden[0].shape[0]
+        return self.student.hidden.shape[0]
 
-    def chunks(self) -> Iterator[slice]:
-        """Row ranges, the same on every rank; one empty range if there are no rows, so that collectives still match."""
-        for start in range(0, max(self.num_rows, 1), self.chunk_rows):
-            yield slice(start, min(start + self.chunk_rows, self.num_rows))
+    @property
+    def device(self) -> torch.device:
+        return self.student.hidden.device
 
-    def logits(self, model: int, rows: slice) -> Tensor:
-        """`[c, v]` float32 logits of the real ids that this rank owns, divided by the temperature."""
-        head = self.head[model][: self.partition.num_local]
-        return (self.hidden[model][rows] @ head.T).float() / self.temperature
+    def local_head(self, model: Model) -> Tensor:
+        """`[v, H]` rows of the real ids that this rank owns."""
+        return model.head[: self.partition.num_local]
 
-
-def _check_model(where: str, hidden: Tensor, head: Tensor) -> None:
-    if hidden.dim() != 2 or head.dim() != 2 or hidden.shape[1] != head.shape[1]:
-        raise InputError(
-            f"{where}_hidden and {where.split()[-1]}_head: expected [n, H] and [V_padded / tp, H] with the same H, got "
-            f"{list(hidden.shape)} and {list(head.shape)}."
+    def logit_buffers(self) -> tuple[LogitBuffer, LogitBuffer]:
+        """Memory for the logits of a chunk, student's and teacher's."""
+        student, teacher = (
+            LogitBuffer(self.local_head(model), self.chunk_rows, self.temperature)
+            for model in (self.student, self.teacher)
         )
-    if hidden.dtype != head.dtype or hidden.dtype not in _DTYPES:
-        raise InputError(
-            f"{where}_hidden and {where.split()[-1]}_head: expected one dtype of float32, bfloat16, float16, got "
-            f"{hidden.dtype} and {head.dtype}."
-        )
-    if hidden.device != head.device:
-        raise InputError(f"{where}_hidden and its head: expected one device, got {hidden.device} and {head.device}.")
+        return student, teacher
+
+    def check_finite(self, values: Tensor) -> None:
+        """Raises InputError if `values`, the same on all ranks, show that a rank's logits are not finite."""
+        if not values.isfinite().all():
+            rows = (~values.isfinite()).nonzero()[:8, 0].tolist()
+            raise InputError(
+                f"{self.where}: expected finite logits, got NaN or inf in rows {rows} (first 8): a head is not "
+                "finite on some rank of tp_group, or its logits overflow."
+            )
 
 
-def _check_labels(caller: str, labels: Tensor | None, n: int, vocab_size: int, device: torch.device) -> None:
-    if labels is None:
-        return
-    if labels.shape != (n,) or labels.dtype != torch.int64 or labels.device != device:
+def checked_inputs(
+    where: str,
+    student: tuple[Tensor, Tensor],
+    teacher: tuple[Tensor, Tensor],
+    *,
+    labels: Tensor | None,
+    row_weights: Tensor | None,
+    vocab_size: int | None,
+    temperature: float,
+    tp_group: ProcessGroup | None,
+    chunk_rows: int | None,
+) -> Inputs:
+    """The arguments of function `where` as `Inputs`.
+
+    Shapes, dtypes and settings, which all ranks share, are checked before the first collective; values, which a fault
+    may have changed on one rank, after an exchange that lets all ranks stop together (one all-gather of 24 bytes).
+    Raises InputError.
+    """
+    try:
+        inputs = _fitting(where, student, teacher, labels, row_weights, vocab_size, temperature, tp_group, chunk_rows)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    problem = _problem_with_values(inputs, row_weights)
+    agree(where, problem, inputs.num_rows, inputs.chunk_rows, inputs.device, tp_group)
+    return inputs
+
+
+def _fitting(
+    where: str,
+    student_pair: tuple[Tensor, Tensor],
+    teacher_pair: tuple[Tensor, Tensor],
+    labels: Tensor | None,
+    row_weights: Tensor | None,
+    vocab_size: int | None,
+    temperature: float,
+    tp_group: ProcessGroup | None,
+    chunk_rows: int | None,
+) -> Inputs:
+    student, teacher = Model.checked("student", *student_pair), Model.checked("teacher", *teacher_pair)
+    n, shard_size = student.hidden.shape[0], student.head.shape[0]
+    if teacher.hidden.shape[0] != n:
+        raise InputError(f"expected teacher_hidden with the student's {n} rows, got {teacher.hidden.shape[0]}.")
+    if teacher.head.shape[0] != shard_size:
         raise InputError(
-            f"{caller}: expected labels [{n}] int64 on {device}, got {list(labels.shape)} {labels.dtype} on {labels.device}."
+            f"expected teacher_head with the student's {shard_size} rows, got {teacher.head.shape[0]}; pad both "
+            "heads to one size and shard them over tp_group alike."
         )
-    if n and not (int(labels.min()) >= 0 and int(labels.max()) < vocab_size):
+    device = student.hidden.device
+    if teacher.hidden.device != device:
+        raise InputError(f"expected the teacher on the student's device {device}, got {teacher.hidden.device}.")
+    check_temperature(temperature)
+    if chunk_rows is not None and chunk_rows < 1:
+        raise InputError(f"expected chunk_rows of at least 1, or None, got {chunk_rows}.")
+    check_labels(labels, (n,), device)
+    if row_weights is not None and (row_weights.shape != (n,) or row_weights.device != device):
         raise InputError(
-            f"{caller}: expected labels in [0, {vocab_size}), got {int(labels.min())} to {int(labels.max())}; "
-            "pass only rows that have a label."
+            f"expected row_weights [{n}] on {device}, got {list(row_weights.shape)} on {row_weights.device}."
         )
+    partition = VocabPartition.of_shard(shard_size, vocab_size, tp_group)
+    chunk_rows = min(chunk_rows or default_chunk_rows(n, shard_size), max(n, 1))
+    return Inputs(where, student, teacher, labels, partition, temperature, chunk_rows)
+
+
+def _problem_with_values(inputs: Inputs, row_weights: Tensor | None) -> str | None:
+    """What is wrong with the values on this rank, or None."""
+    for model in (inputs.student, inputs.teacher):
+        if not model.hidden.isfinite().all():
+            return f"expected finite {model.name}_hidden, got NaN or inf."
+    if row_weights is not None and not row_weights.isfinite().all():
+        return "expected finite row_weights, got NaN or inf."
+    return problem_with_labels(inputs.labels, inputs.partition.vocab_size)
+
+
+def check_temperature(temperature: float) -> None:
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise InputError(f"expected a finite temperature above 0, got {temperature}.")
+
+
+def check_labels(labels: Tensor | None, shape: tuple[int, ...], device: torch.device) -> None:
+    """Raises InputError for labels of another shape, dtype or device; their values are for `problem_with_labels`."""
+    if labels is not None and (tuple(labels.shape) != shape or labels.dtype != torch.int64 or labels.device != device):
+        raise InputError(
+            f"expected labels {list(shape)} torch.int64 on {device}, got {list(labels.shape)} {labels.dtype} on "
+            f"{labels.device}."
+        )
+
+
+def problem_with_labels(labels: Tensor | None, vocab_size: int) -> str | None:
+    if labels is None or labels.numel() == 0 or (labels.min() >= 0 and labels.max() < vocab_size):
+        return None
+    return (
+        f"expected labels in [0, {vocab_size}), got {labels.min().item()} to {labels.max().item()}; pass only rows "
+        "that have a label."
+    )

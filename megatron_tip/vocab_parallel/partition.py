@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_tip.errors import InputError
 
 
 def padded_vocab_size(vocab_size: int, tp_size: int, multiple_of: int = 1) -> int:
-    """The smallest size at or above `vocab_size` that splits into `tp_size` equal shards, each a multiple of `multiple_of`.
+    """The smallest size from `vocab_size` up that splits into `tp_size` equal shards, each a multiple of `multiple_of`.
 
     Raises InputError for a size, tp size or multiple below 1.
     """
@@ -23,11 +25,11 @@ def padded_vocab_size(vocab_size: int, tp_size: int, multiple_of: int = 1) -> in
 
 @dataclass(frozen=True)
 class VocabPartition:
-    """The half-open range of token ids that this rank owns; all ranks of `group` hold equal shards of the padded vocabulary.
+    """The token ids that this rank owns: half-open, the ranks of `group` hold equal shards of the padded vocabulary.
 
-    `vocab_start_index` and `vocab_end_index` bound the *real* ids of this rank: ids from `vocab_size` up to
-    `padded_vocab_size` are padding, belong to nobody and have probability zero, so a rank's range may be shorter than its
-    shard, or empty. `group=None`: the vocabulary is not sharded.
+    `vocab_start_index` and `vocab_end_index` bound the *real* ids of this rank. Ids from `vocab_size` up to
+    `padded_vocab_size` are padding, belong to nobody and have probability zero, so a rank's range may be shorter than
+    its shard, or empty. `group=None`: the vocabulary is not sharded.
     """
 
     vocab_size: int
@@ -47,17 +49,35 @@ class VocabPartition:
         vocab_size = padded if vocab_size is None else vocab_size
         if not 1 <= vocab_size <= padded:
             raise InputError(
-                f"vocab_size: expected 1 to {padded} ({shard_size} rows a shard x tp size {tp_size}), got {vocab_size}; "
-                "pass the unpadded size and this rank's own shard."
+                f"expected vocab_size of 1 to {padded} ({shard_size} rows a shard x tp size {tp_size}), got "
+                f"{vocab_size}; pass the unpadded size, and this rank's own shard."
             )
         start = min(tp_rank * shard_size, vocab_size)
         return cls(vocab_size, padded, start, min(start + shard_size, vocab_size), group)
 
     @property
-    def tp_size(self) -> int:
-        return 1 if self.group is None else self.group.size()
-
-    @property
     def num_local(self) -> int:
         """Number of real ids that this rank owns."""
         return self.vocab_end_index - self.vocab_start_index
+
+    @property
+    def rank(self) -> int:
+        """This rank's place in the group."""
+        return 0 if self.group is None else self.group.rank()
+
+    def owned(self, values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """`[c, k]` entries of `values` `[c, num_local]` at global `ids`, zero where not owned; and which are."""
+        columns, is_owned = self._columns(ids)
+        if self.num_local == 0:
+            return values.new_zeros(ids.shape), is_owned
+        return torch.where(is_owned, values.gather(1, columns), 0.0), is_owned
+
+    def add_owned(self, values: Tensor, ids: Tensor, addend: Tensor) -> None:
+        """Adds `[c, k]` `addend` to `values` `[c, num_local]` at those global `ids` that this rank owns, in place."""
+        columns, is_owned = self._columns(ids)
+        if self.num_local:
+            values.scatter_add_(1, columns, torch.where(is_owned, addend, 0.0))
+
+    def _columns(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        columns = ids - self.vocab_start_index
+        return columns.clamp(0, max(self.num_local - 1, 0)), (columns >= 0) & (columns < self.num_local)

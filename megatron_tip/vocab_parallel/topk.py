@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -10,53 +12,67 @@ from megatron_tip.vocab_parallel.collectives import all_gather
 from megatron_tip.vocab_parallel.partition import VocabPartition
 
 # Columns whose maximum stands for all of them in the first round of a top-K.
-_BLOCK_SIZE = 64
+_GROUP_SIZE = 64
 
 
-def local_topk(logits: Tensor, support_size: int) -> tuple[Tensor, Tensor]:
-    """The `support_size` largest of `[c, v]` float32 logits and their columns, descending, ties by lower column.
+def group_maxima(logits: Tensor) -> Tensor:
+    """`[r, ceil(v / 64)]` maxima of neighbouring columns of `[r, v]` `logits`: what `local_topk` searches first."""
+    num_whole, rest = divmod(logits.shape[1], _GROUP_SIZE)
+    maxima = logits[:, : num_whole * _GROUP_SIZE].unflatten(1, (num_whole, _GROUP_SIZE)).amax(-1)
+    return torch.cat([maxima, logits[:, -rest:].amax(-1, keepdim=True)], 1) if rest else maxima
 
-    Where `v < support_size`, the rest is -inf with columns at or above `v`. Two rounds: the winners lie in the blocks with
-    the largest maxima, so only those are searched.
+
+def local_topk(logits: Tensor, maxima: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The `k` largest of `[c, v]` float32 `logits` and their columns, descending, ties by lower column.
+
+    `maxima`: the logits' `group_maxima`. The winners lie in the `k` groups with the largest maxima (of equal ones the
+    first), so that only those are searched. Where `v < k` the rest is -inf, at columns from `v` up.
     """
-    missing = max(-(-logits.shape[1] // _BLOCK_SIZE), support_size) * _BLOCK_SIZE - logits.shape[1]
-    if missing % _BLOCK_SIZE or missing:
-        logits = pad(logits, (0, missing), value=float("-inf"))
-    blocks = logits.unflatten(1, (-1, _BLOCK_SIZE))
-    _, block_ids = ordered_topk(blocks.amax(-1), support_size)
-    block_ids = block_ids.sort(-1).values  # candidates in the order of their columns, which breaks ties
-    candidates = blocks.gather(1, block_ids.unsqueeze(-1).expand(-1, -1, _BLOCK_SIZE)).flatten(1)
-    values, places = ordered_topk(candidates, support_size)
-    return values, block_ids.gather(1, places // _BLOCK_SIZE) * _BLOCK_SIZE + places % _BLOCK_SIZE
+    v = logits.shape[1]
+    maxima = pad(maxima, (0, max(0, k - maxima.shape[1])), value=float("-inf"))
+    groups = _ordered_topk_indices(maxima, k).sort(-1).values  # in column order again, which breaks ties
+    columns = (groups.unsqueeze(-1) * _GROUP_SIZE + torch.arange(_GROUP_SIZE, device=logits.device)).flatten(1)
+    if v == 0:
+        return logits.new_full((len(logits), k), float("-inf")), columns[:, :k]
+    candidates = logits.gather(1, columns.clamp(max=v - 1)).masked_fill_(columns >= v, float("-inf"))
+    places = _ordered_topk_indices(candidates, k)
+    return candidates.gather(1, places), columns.gather(1, places)
 
 
-def ordered_topk(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The `k` largest of `[c, m]` float32 `values` and their indices, descending, ties by lower index.
+def exchange_topk(
+    models: Sequence[Tensor], maxima: Sequence[Tensor], sums: Tensor, k: int, partition: VocabPartition
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """Every rank's `[tp, c, ...]` sums, and each model's top-K logits and ids `[c, k]` over the whole vocabulary.
 
-    `torch.topk` leaves ties open, so it is given keys without ties: the value's bits, made to sort as integers, above
-    the index counted down.
+    `models`: `[c, v]` local logits, `maxima`: their group maxima, `sums`: `[c, ...]` float32 that travel along. One
+    all-gather, of 8 bytes x k a row and model besides the sums.
     """
-    m = values.shape[-1]
+    packed = [sums.view(torch.int32)]  # floats travel as their bits, so that logits and ids share one message
+    for logits, groups in zip(models, maxima, strict=True):
+        values, columns = local_topk(logits, groups, k)
+        packed += [values.view(torch.int32), (columns + partition.vocab_start_index).int()]
+    gathered = all_gather(torch.cat(packed, 1), partition.group)
+    sums, *tops = (part.contiguous() for part in gathered.split([part.shape[1] for part in packed], -1))
+    pairs = zip(tops[0::2], tops[1::2], strict=True)
+    return sums.view(torch.float32), [_merged(values.view(torch.float32), ids.long(), k) for values, ids in pairs]
+
+
+def _merged(values: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The `k` largest of all ranks' `[tp, c, k]` top logits and their ids, `[c, k]`, descending, ties by lower id."""
+    # Rank order is id order, and each rank's ties are in id order, so that the place breaks ties as the id would.
+    values, ids = values.transpose(0, 1).flatten(1), ids.transpose(0, 1).flatten(1)
+    places = _ordered_topk_indices(values, k)
+    return values.gather(1, places), ids.gather(1, places)
+
+
+def _ordered_topk_indices(values: Tensor, k: int) -> Tensor:
+    """`[c, k]` indices of the `k` largest of `[c, m]` float32 `values`, descending, ties by lower index.
+
+    `torch.topk` leaves ties open, so it is given keys without ties: the bits of the value, made to sort as an integer,
+    above the index counted down.
+    """
+    m = values.shape[1]
     bits = (values + 0.0).view(torch.int32)  # + 0.0 makes -0.0 equal to 0.0
     ordered_bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     keys = (ordered_bits.long() << 32) | torch.arange(m - 1, -1, -1, device=values.device)
-    indices = (m - 1) - (keys.topk(k).values & 0xFFFFFFFF)
-    return values.gather(-1, indices), indices
-
-
-def global_topk(models: list[Tensor], support_size: int, partition: VocabPartition) -> list[tuple[Tensor, Tensor]]:
-    """For each model's local `[c, v]` logits: the top-K logits and token ids `[c, K]` of the whole vocabulary.
-
-    Equal on all ranks of the partition's group. One all-gather for all models, of 8 bytes x K a row and model.
-    """
-    packed = []
-    for logits in models:
-        values, columns = local_topk(logits, support_size)
-        packed += [values.view(torch.int32), (columns + partition.vocab_start_index).int()]
-    gathered = all_gather(torch.stack(packed, 1), partition.group)  # [tp, c, 2 x models, K], bits of floats as integers
-    candidates = gathered.permute(2, 1, 0, 3).flatten(2)  # rank order is id order, so ties still go to the lower id
-    result = []
-    for values, ids in zip(candidates[0::2], candidates[1::2], strict=True):
-        top, places = ordered_topk(values.contiguous().view(torch.float32), support_size)
-        result.append((top, ids.gather(1, places).long()))
-    return result
+    return (m - 1) - (keys.topk(k).values & 0xFFFFFFFF)

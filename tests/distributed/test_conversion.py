@@ -13,17 +13,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megatron_tip.conversion import (
-    HfCheckpoint,
+from megatron_tip.conversion.bridge import _local_parameters, export_hf, load_hf, load_output_head, save_hf
+from megatron_tip.conversion.megatron_checkpoint import (
     MegatronCheckpoint,
-    export_hf,
-    load_hf,
     load_megatron_checkpoint,
-    load_output_head,
-    save_hf,
     save_megatron_checkpoint,
 )
-from megatron_tip.conversion.bridge import _local_parameters
+from megatron_tip.conversion.safetensors_io import HfCheckpoint
 from megatron_tip.errors import OutputError, WeightsError
 from megatron_tip.models.gpt import HiddenStatesModel, build_gpt, prepare_megatron
 from megatron_tip.parallel.grid import ModelGrid

@@ -1,12 +1,14 @@
 """The same batch selected at dp 1, 2 and 4: identical masks, weights and errors for every rule."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from megatron_tip.errors import TrainingError
 from megatron_tip.records import TokenSelection
-from megatron_tip.selection import RULES, Selector
+from megatron_tip.selection import RULES, Selector, agreement, batch_totals
 from tests.helpers.distributed import run_workers
 from tests.helpers.selection import make_batch, shard_rows, take_rows
 
@@ -18,47 +20,118 @@ def select(rows: torch.Tensor | None, rule: str, scope: str, levels: int | None,
     statistics, index = make_batch(7, LENGTHS, levels=levels)
     if rows is not None:
         statistics, index = take_rows(statistics, index, rows)
-    selector = Selector(rule=rule, retention_ratio=1.0 if rule == "full" else 0.1, scope=scope, seed=11)
+    selector = Selector(
+        rule=rule,
+        retention_ratio=1.0 if rule == "full" else 0.1,
+        scope=scope,
+        loss_scale="importance" if RULES[rule].take == "sample" else "selected",
+        tie_break="random" if rule == "ta_opd_soft_or" else "token_order",
+        compare=levels is None,
+        seed=11,
+    )
     return selector.select(statistics, index, step=4, dp_group=group)
 
 
+def rows_of_this_rank() -> torch.Tensor:
+    """Rollouts dealt at random; at dp 2 the first rank gets none."""
+    index = make_batch(7, LENGTHS)[1]
+    if dist.get_world_size() == 2:
+        return torch.arange(len(index) if dist.get_rank() else 0)
+    return shard_rows(index, dist.get_world_size())[dist.get_rank()]
+
+
 def select_all_cases() -> list[tuple[torch.Tensor, TokenSelection]]:
-    rows = shard_rows(make_batch(7, LENGTHS)[1], dist.get_world_size(), seed=dist.get_world_size())[dist.get_rank()]
+    rows = rows_of_this_rank()
     return [(rows, select(rows, *case, group=dist.group.WORLD)) for case in CASES]
 
 
-@pytest.mark.parametrize("dp_size", [2, 4])
-def test_every_rule_is_equal_on_every_layout(dp_size, tmp_path):
-    per_rank = run_workers(select_all_cases, dp_size, tmp_path)
-    for place, case in enumerate(CASES):
-        whole = select(None, *case)
-        mask = torch.zeros_like(whole.selection_mask)
-        for rows, part in (outcomes[place] for outcomes in per_rank):
-            mask[rows] = part.selection_mask
-            torch.testing.assert_close(part.row_weights, whole.row_weights[rows], rtol=0, atol=0)
-            assert (part.num_valid, part.num_selected) == (whole.num_valid, whole.num_selected)
-            assert part.metrics == pytest.approx(whole.metrics, rel=1e-12)
-            assert part.metrics == per_rank[0][place][1].metrics
-        assert torch.equal(mask, whole.selection_mask), case
-        assert int(mask.sum()) == whole.num_selected, case
+def select_within_a_subgroup() -> tuple[int, list[int]]:
+    """Ranks 0 and 2 select together; ranks 1 and 3 hold the same rows again, as a second tensor-parallel rank does."""
+    groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    rank = dist.get_rank()
+    statistics, index = make_batch(8, [6, 6])
+    rows = (index.rollout_index == rank // 2).nonzero().flatten()
+    selector = Selector(rule="ta_opd_divergence", retention_ratio=0.5)
+    part = selector.select(*take_rows(statistics, index, rows), step=0, dp_group=groups[rank % 2])
+    return part.num_valid, part.selection_mask.tolist()
 
 
 def refusals() -> list[str]:
-    """Rank 1 alone has a NaN; then no rank has a row."""
+    """Rank 1 alone has a NaN; then no rank has a row; then rank 1 alone has an index that does not fit."""
     statistics, index = make_batch(7, [8])
-    if dist.get_rank() == 1:
-        statistics.support_divergence[2] = float("nan")
-    messages = []
     selector = Selector(rule="ta_opd_teachability", retention_ratio=0.5)
-    for rows in (torch.arange(8), torch.arange(0)):
-        with pytest.raises(TrainingError) as caught:
-            selector.select(*take_rows(statistics, index, rows), step=0, dp_group=dist.group.WORLD)
+    group, is_second = dist.group.WORLD, dist.get_rank() == 1
+    with_nan, _ = make_batch(7, [8])
+    with_nan.support_divergence[2] = float("nan")
+    negative = take_rows(statistics, index, torch.arange(8))[1]
+    negative.position[0] = -1
+    none = torch.arange(0)
+    attempts = [
+        (with_nan if is_second else statistics, index),
+        take_rows(statistics, index, none),
+        (statistics, negative if is_second else index),
+    ]
+    messages = []
+    for attempt in attempts:
+        with pytest.raises(ValueError if attempt is attempts[2] else TrainingError) as caught:
+            selector.select(*attempt, step=0, dp_group=group)
         messages.append(str(caught.value))
     return messages
 
 
-def test_refusals_are_alike_on_all_ranks(tmp_path):
-    messages = run_workers(refusals, 2, tmp_path)
-    assert messages[0] == messages[1]
-    assert "support_divergence" in messages[0][0]
-    assert "no valid token" in messages[0][1]
+def one_pass_sums() -> tuple:
+    rank, group = dist.get_rank(), dist.group.WORLD
+    selector = Selector(rule="random", retention_ratio=0.25, scope="micro_batch")
+    totals = batch_totals(selector, torch.tensor([[4, 5], [0, 3]][rank]), dp_group=group)
+    mask = torch.tensor([True, rank == 0])
+    return totals.num_valid, totals.num_selected, agreement(mask, torch.tensor([True, True]), dp_group=group)
+
+
+def work() -> dict[str, Any]:
+    """All that a rank does in one test session; a world is started once for each size."""
+    outcome: dict[str, Any] = {"cases": select_all_cases()}
+    if dist.get_world_size() == 2:
+        return outcome | {"refusals": refusals(), "one_pass": one_pass_sums()}
+    return outcome | {"subgroup": select_within_a_subgroup()}
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory) -> dict[int, list[dict[str, Any]]]:
+    """What every rank answers, by dp size."""
+    folder = tmp_path_factory.mktemp("selection")
+    return {dp_size: run_workers(work, dp_size, folder, timeout_seconds=200) for dp_size in (2, 4)}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_every_rule_is_equal_on_every_layout(case, worlds):
+    whole = select(None, *case)
+    for ranks in worlds.values():
+        mask = torch.zeros_like(whole.selection_mask)
+        answers = [rank["cases"][CASES.index(case)] for rank in ranks]
+        for rows, part in answers:
+            mask[rows] = part.selection_mask
+            torch.testing.assert_close(part.row_weights, whole.row_weights[rows], rtol=0, atol=0)
+            assert (part.num_valid, part.num_selected) == (whole.num_valid, whole.num_selected)
+            assert part.metrics == pytest.approx(whole.metrics, rel=1e-12)
+            assert part.metrics == answers[0][1].metrics
+        assert torch.equal(mask, whole.selection_mask)
+        assert int(mask.sum()) == whole.num_selected
+
+
+def test_tensor_parallel_ranks_select_alike(worlds):
+    first, first_again, second, second_again = (rank["subgroup"] for rank in worlds[4])
+    assert (first, second) == (first_again, second_again)
+    assert (first[0], second[0]) == (12, 12)
+    assert sum(first[1]) + sum(second[1]) == 6
+
+
+def test_refusals_are_alike_on_all_ranks(worlds):
+    messages, others = (rank["refusals"] for rank in worlds[2])
+    assert messages == others
+    assert "support_divergence" in messages[0]
+    assert "no valid token" in messages[1]
+    assert "replicas [1]" in messages[2]
+
+
+def test_one_pass_totals_and_agreement(worlds):
+    assert [rank["one_pass"] for rank in worlds[2]] == [(12, 1 + 2 + 0 + 1, 0.75)] * 2

@@ -1,6 +1,7 @@
 """Runs a test function in several gloo workers on this machine."""
 
 import datetime
+import faulthandler
 import multiprocessing
 import os
 import pickle
@@ -17,14 +18,16 @@ import torch.distributed as dist
 def run_workers(
     fn: Callable[..., Any], world_size: int, tmp_path: Path, *args: Any, timeout_seconds: float = 60.0
 ) -> list[Any]:
-    """Returns `fn(*args)` of every rank, run in `world_size` spawned processes with a gloo world on a FileStore.
+    """Returns `fn(*args)` of every rank, run in `world_size` processes with a gloo world on a FileStore.
 
+    They are forked from a server that has imported torch and Megatron once, and nothing else has happened in it.
     `fn` and `args` must be picklable (a module-level function). Raises AssertionError with the traceback of the rank
     that failed first, or naming the ranks that were still running at the timeout.
     """
     folder = tmp_path / f"workers_{time.monotonic_ns()}"
     folder.mkdir(parents=True)
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch.distributed", "megatron_tip.training.loop"])
     workers = [
         context.Process(target=_worker, args=(fn, rank, world_size, str(folder), timeout_seconds, args), daemon=True)
         for rank in range(world_size)
@@ -42,10 +45,12 @@ def run_workers(
     finally:
         for worker in workers:
             worker.kill()
+        for worker in workers:
             worker.join()
+    stacks = "\n".join(f"rank {rank}:\n{(folder / f'{rank}.stack').read_text()}" for rank in still_running)
     failures = sorted(folder.glob("*.error"), key=lambda path: path.stat().st_mtime_ns)
-    assert not failures, f"rank {failures[0].stem} failed first:\n{failures[0].read_text()}"
-    assert not still_running, f"ranks {still_running} still ran after {timeout_seconds} s: a hang"
+    assert not failures or stacks, f"rank {failures[0].stem} failed first:\n{failures[0].read_text()}"
+    assert not still_running, f"ranks {still_running} still ran after {timeout_seconds} s: a hang\n{stacks}"
     codes = [worker.exitcode for worker in workers]
     assert codes == [0] * world_size, f"exit codes {codes}"
     return [pickle.loads((folder / f"{rank}.result").read_bytes()) for rank in range(world_size)]
@@ -56,6 +61,8 @@ def _worker(
 ) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
+    stack = Path(folder, f"{rank}.stack").open("w")  # noqa: SIM115  (open until the process ends)
+    faulthandler.dump_traceback_later(max(1.0, timeout - 3.0), file=stack)
     try:
         store = dist.FileStore(os.path.join(folder, "store"), world_size)
         dist.init_process_group(

@@ -27,7 +27,7 @@ def kl(from_logits: Tensor, to_logits: Tensor) -> Tensor:
 
 
 def jsd(student_logits: Tensor, teacher_logits: Tensor, beta: float = 0.5) -> Tensor:
-    """beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p; KL(q || p) at beta 0, KL(p || q) at beta 1."""
+    """b KL(q || m) + (1 - b) KL(p || m), m = b q + (1 - b) p, b = beta; KL(q || p) at beta 0, KL(p || q) at beta 1."""
     if beta == 0:
         return kl(teacher_logits, student_logits)
     if beta == 1:

@@ -32,7 +32,7 @@ def make_tokenizer(folder: Path, vocab_size: int = 300) -> PreTrainedTokenizerFa
 
 
 def make_llama(folder: Path, *, seed: int, num_layers: int = 6, tied: bool = True, hidden_size: int = 48) -> Path:
-    """A random Llama whose heads and layers divide by 1, 2 and 3, with its tokenizer, saved to `folder`."""
+    """A random Llama whose heads and layers divide by every tp size up to 4, with its tokenizer, saved to `folder`."""
     make_tokenizer(folder)
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -40,8 +40,8 @@ def make_llama(folder: Path, *, seed: int, num_layers: int = 6, tied: bool = Tru
         hidden_size=hidden_size,
         intermediate_size=96,
         num_hidden_layers=num_layers,
-        num_attention_heads=6,
-        num_key_value_heads=6,
+        num_attention_heads=12,
+        num_key_value_heads=12,
         max_position_embeddings=256,
         bos_token_id=1,
         eos_token_id=2,

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_tip.conversion import HfCheckpoint, export_hf, load_hf
+from megatron_tip.conversion.bridge import export_hf, load_hf
+from megatron_tip.conversion.safetensors_io import HfCheckpoint
 from megatron_tip.models.gpt import build_gpt, prepare_megatron
 from megatron_tip.parallel.grid import ModelGrid
 from megatron_tip.parallel.groups import build_groups

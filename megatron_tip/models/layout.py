@@ -1,0 +1,28 @@
+"""Which layouts a model can take. Free of Megatron, so that a configuration is checked before its seconds of import."""
+
+from megatron_tip.conversion.architecture import ModelArchitecture
+from megatron_tip.errors import ConfigError
+
+
+def check_layout(architecture: ModelArchitecture, *, tp_size: int, pp_size: int, owner: str) -> None:
+    """Refuses a layout that the model cannot take. Needs no process group; equal on every rank.
+
+    Megatron-Core 0.16 shards fewer query groups than tp ranks only through its global groups, which we do not have.
+
+    Raises:
+        ConfigError: heads, query groups or feed-forward size not divisible by `tp_size`, or layers by `pp_size`.
+            `owner` ("student", "teacher") names the model.
+    """
+    checks = [
+        ("attention heads", architecture.num_attention_heads, "tensor_parallel_size", tp_size),
+        ("key/value heads", architecture.num_query_groups, "tensor_parallel_size", tp_size),
+        ("feed-forward channels", architecture.ffn_hidden_size, "tensor_parallel_size", tp_size),
+        ("layers", architecture.num_layers, "pipeline_parallel_size", pp_size),
+    ]
+    for what, count, field, size in checks:
+        if count % size:
+            divisors = [str(divisor) for divisor in range(1, count + 1) if count % divisor == 0]
+            raise ConfigError(
+                f"{owner}: expected {field} to divide its {count} {what}, got {size}; "
+                f"choose among {', '.join(divisors[:12])}"
+            )

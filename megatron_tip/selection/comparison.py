@@ -1,0 +1,75 @@
+"""All rules side by side on one batch: what each would keep, and how far they agree."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_tip.errors import ConfigError
+from megatron_tip.records import TokenIndex, TokenStatistics
+from megatron_tip.selection.batch import read_batch, read_values
+from megatron_tip.selection.metrics import quadrant_axes, quadrant_rows
+from megatron_tip.selection.order_statistics import quantiles
+from megatron_tip.selection.replicas import Replicas
+from megatron_tip.selection.rules import RULES, Scope
+from megatron_tip.selection.selector import Selector
+
+
+@dataclass(frozen=True)
+class RuleComparison:
+    """Rules at one budget and scope; all but `masks` over all replicas and equal on all.
+
+    `names`: of the rules. `masks`: `[rules, n]` bool, this replica's rows. `num_selected`: `[rules]` int64.
+    `jaccard`: `[rules, rules]` float64, rows kept by both over rows kept by either. `quadrants`: `[rules, 4]` float64,
+    the share of each rule's rows in Q1 to Q4, cut at the batch medians of `axes`; `[rules, 0]` without both statistics.
+    """
+
+    names: tuple[str, ...]
+    masks: Tensor
+    num_selected: Tensor
+    jaccard: Tensor
+    axes: tuple[str, ...]
+    quadrants: Tensor
+
+
+def compare_rules(
+    statistics: TokenStatistics,
+    index: TokenIndex,
+    *,
+    retention_ratio: float,
+    scope: Scope = "batch",
+    divergence: str = "reverse_kl",
+    seed: int = 0,
+    dp_group: dist.ProcessGroup | None = None,
+) -> RuleComparison:
+    """Returns the comparison of all published rules, except "full", that the statistics allow.
+
+    Args:
+        statistics, index: this replica's rows, as for `Selector.select`. scope: "batch" or "rollout".
+        divergence: the statistic that cuts the quadrants along with the student's entropy, if it is there.
+    """
+    if scope == "micro_batch":
+        raise ConfigError("compare_rules: expected scope 'batch' or 'rollout', got 'micro_batch'")
+    replicas = Replicas(dp_group)
+    batch = read_batch(read_values(statistics), index, replicas)
+    axes = quadrant_axes(batch.values, {divergence})
+    names = [n for n, r in RULES.items() if r.take != "all" and r.required_statistics <= batch.values.keys()]
+    selectors = (Selector(name, retention_ratio, scope, seed=seed, compare=False) for name in names)
+    masks = torch.stack([s.select(statistics, index, step=0, dp_group=dp_group).selection_mask for s in selectors])
+    medians = quantiles(batch.values, {(name, 0.5) for name in axes}, batch.num_valid, replicas)
+    quadrants = quadrant_rows(batch, medians, axes).values()
+    columns = torch.cat([masks, torch.stack(list(quadrants))]) if quadrants else masks
+    counts = replicas.sum(masks.double() @ columns.double().T)
+    both, of_quadrants = counts[:, : len(names)], counts[:, len(names) :]
+    num_selected = both.diagonal()
+    return RuleComparison(
+        names=tuple(names),
+        masks=masks,
+        num_selected=num_selected.long(),
+        jaccard=both / (num_selected[:, None] + num_selected - both),
+        axes=axes,
+        quadrants=of_quadrants / num_selected[:, None],
+    )

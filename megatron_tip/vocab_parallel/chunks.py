@@ -1,0 +1,94 @@
+"""Rows in chunks, whose logits exist one chunk at a time in the same memory, and chunks in blocks that fit a cache."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+# A kernel takes blocks of rows and scratch memory of the first one's shape (or None: allocate), and returns tensors.
+Kernel = Callable[..., tuple[Tensor, ...]]
+
+NUM_SCRATCH = 4
+
+# Bytes of one model's float32 logits of a chunk: large enough for matrix products at full speed, small next to a head.
+_CHUNK_BYTES = 104 * 2**20
+# Bytes of one model's logits of a block: on a CPU such that a core's share of it stays in its cache.
+_CPU_BLOCK_BYTES_PER_THREAD = 3 * 2**18
+_GPU_BLOCK_BYTES = 32 * 2**20
+
+
+def default_chunk_rows(num_rows: int, num_columns: int) -> int:
+    """Rows a chunk for `num_columns` logits a row on each rank: a byte budget, shared out evenly among the chunks."""
+    most = max(1, _CHUNK_BYTES // (4 * num_columns))
+    num_chunks = max(1, -(-num_rows // most))
+    return max(1, -(-num_rows // num_chunks))
+
+
+def row_ranges(num_rows: int, rows_each: int) -> Iterator[slice]:
+    """Ranges of at most `rows_each` rows. For no rows one empty range, so that every call runs its collectives."""
+    for start in range(0, max(num_rows, 1), rows_each):
+        yield slice(start, min(start + rows_each, num_rows))
+
+
+class LogitBuffer:
+    """Memory for one model's float32 logits of a chunk, reused from chunk to chunk.
+
+    `head`: the `[v, H]` rows of the real ids that this rank owns. For a head of lower precision the product is made in
+    that precision, as the model itself makes it, and widened.
+    """
+
+    def __init__(self, head: Tensor, chunk_rows: int, temperature: float):
+        self._head = head
+        self._alpha = 1 / temperature
+        self._product = head.new_empty(chunk_rows, head.shape[0])
+        self._logits = self._product if head.dtype == torch.float32 else self._product.float()
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`[c, v]` float32 logits of `[c, H]` hidden states over the temperature, to overwrite; until the next call."""
+        product, logits = self._product[: hidden.shape[0]], self._logits[: hidden.shape[0]]
+        product.addmm_(hidden, self._head.T, beta=0, alpha=self._alpha)
+        return logits if logits.dtype == product.dtype else logits.copy_(product)
+
+    def narrowed(self, grad_logits: Tensor) -> Tensor:
+        """`grad_logits` in the head's dtype; writes into the memory that the logits' product no longer needs."""
+        if grad_logits.dtype == self._product.dtype:
+            return grad_logits
+        return self._product[: grad_logits.shape[0]].copy_(grad_logits)
+
+
+class RowBlocks:
+    """Runs kernels over blocks of rows of `[c, width]` tensors, with scratch memory that is reused from block to block.
+
+    Elementwise passes over a whole chunk go through main memory each; over a block they stay in the cache.
+    `compiled`: kernels go through torch.compile, which makes one pass of them and needs no scratch.
+    """
+
+    def __init__(self, num_rows: int, width: int, device: torch.device, *, compiled: bool = False):
+        on_gpu = device.type != "cpu"
+        budget = _GPU_BLOCK_BYTES if on_gpu else _CPU_BLOCK_BYTES_PER_THREAD * torch.get_num_threads()
+        fitting = num_rows if compiled else min(num_rows, budget // max(4 * width, 1))
+        self._block_rows = max(1, fitting)
+        self._compiled = compiled
+        self._scratch = (
+            None if compiled else torch.empty(NUM_SCRATCH, self._block_rows, width, dtype=torch.float32, device=device)
+        )
+
+    def run(self, kernel: Kernel, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """What `kernel` returns, for all rows of `tensors`, which share their first dimension."""
+        call = _compile(kernel) if self._compiled else kernel
+        results = []
+        for rows in row_ranges(tensors[0].shape[0], self._block_rows):
+            blocks = [tensor[rows] for tensor in tensors]
+            scratch = (
+                [None] * NUM_SCRATCH if self._scratch is None else list(self._scratch[:, : len(blocks[0])].unbind(0))
+            )
+            results.append(call(*blocks, scratch))
+        return tuple(torch.cat(parts) for parts in zip(*results, strict=True))
+
+
+@functools.cache
+def _compile(kernel: Kernel) -> Kernel:
+    return torch.compile(kernel, dynamic=True)

@@ -1,0 +1,124 @@
+"""Arithmetic on one rank's logits: no collective, no loop over rows, plain tensors in and out.
+
+`z_s`, `z_t`: `[r, v]` float32 logits of student and teacher over the ids that this rank owns. Sums are taken in this
+rank's *frame*: x = z - maximum over its ids, e = exp(x), d = x_s - x_t. normalisation.py brings the frames of all ranks
+together. Scratch tensors are memory of a block's shape, or None to allocate it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_tip.vocab_parallel.topk import group_maxima
+
+Scratch = Sequence[Tensor | None]
+
+# The maximum of a shard without real ids: below every logit, yet finite, so that no inf - inf arises.
+_NO_MAXIMUM = -1e30
+
+
+def _maximum(z: Tensor) -> Tensor:
+    return z.amax(-1, keepdim=True) if z.shape[1] else z.new_full((z.shape[0], 1), _NO_MAXIMUM)
+
+
+def _sum(values: Tensor) -> Tensor:
+    return values.sum(-1, keepdim=True)
+
+
+def statistics_sums(z_s: Tensor, z_t: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor, Tensor]:
+    """`[r, 8]`: maxima, Σe_s, Σe_t, Σe_s x_s, Σe_t x_t, Σe_s d, Σe_t d; and the group maxima of both for the top-K."""
+    groups_s, groups_t = group_maxima(z_s), group_maxima(z_t)
+    max_s, max_t = _maximum(groups_s), _maximum(groups_t)
+    x_s, x_t = torch.sub(z_s, max_s, out=scratch[0]), torch.sub(z_t, max_t, out=scratch[1])
+    e = torch.exp(x_s, out=scratch[2])
+    sum_s, sum_s_x = _sum(e), _sum(torch.mul(e, x_s, out=scratch[3]))
+    d = x_s.sub_(x_t)
+    sum_s_d = _sum(e.mul_(d))
+    e = torch.exp(x_t, out=e)
+    sum_t, sum_t_x = _sum(e), _sum(x_t.mul_(e))
+    sum_t_d = _sum(e.mul_(d))
+    return torch.cat([max_s, max_t, sum_s, sum_t, sum_s_x, sum_t_x, sum_s_d, sum_t_d], 1), groups_s, groups_t
+
+
+def partition_sums(*models_and_scratch: Any) -> tuple[Tensor]:
+    """`[r, 2 m]` maxima and Σe of m models' logits, maxima first. Leaves the logits as they are."""
+    *models, scratch = models_and_scratch
+    maxima = [_maximum(z) for z in models]
+    sums = [_sum(torch.sub(z, m, out=scratch[0]).exp_()) for z, m in zip(models, maxima, strict=True)]
+    return (torch.cat([*maxima, *sums], 1),)
+
+
+def topk_sums(z: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
+    """`[r, 2]`: maximum, Σe; and the group maxima for the top-K. Leaves z as it is."""
+    groups = group_maxima(z)
+    maximum = _maximum(groups)
+    return torch.cat([maximum, _sum(torch.sub(z, maximum, out=scratch[0]).exp_())], 1), groups
+
+
+def entropy_sums(z: Tensor, spare: Tensor, scratch: Scratch) -> tuple[Tensor]:
+    """`[r, 3]`: maximum, Σe, Σe x. Turns z into e and `spare`, of z's shape, into x."""
+    maximum = _maximum(z)
+    torch.sub(z, maximum, out=spare)
+    total = _sum(torch.exp(spare, out=z))
+    return (torch.cat([maximum, total, _sum(torch.mul(z, spare, out=scratch[0]))], 1),)
+
+
+def reverse_kl_sums(z_s: Tensor, z_t: Tensor, scratch: Scratch) -> tuple[Tensor]:
+    """`[r, 5]`: maxima, Σe_s, Σe_t, Σe_s d. Turns z_s into e_s and z_t into d."""
+    max_s, max_t = _maximum(z_s), _maximum(z_t)
+    z_s.sub_(max_s)
+    z_t.sub_(max_t)
+    sum_t = _sum(torch.exp(z_t, out=scratch[0]))
+    torch.sub(z_s, z_t, out=z_t)
+    sum_s = _sum(z_s.exp_())
+    return (torch.cat([max_s, max_t, sum_s, sum_t, _sum(torch.mul(z_s, z_t, out=scratch[0]))], 1),)
+
+
+def forward_kl_sums(z_s: Tensor, z_t: Tensor, scratch: Scratch) -> tuple[Tensor]:
+    """`[r, 5]`: maxima, Σe_s, Σe_t, Σe_t d. Turns z_s into e_s and z_t into e_t."""
+    max_s, max_t = _maximum(z_s), _maximum(z_t)
+    z_s.sub_(max_s)
+    z_t.sub_(max_t)
+    d = torch.sub(z_s, z_t, out=scratch[0])
+    sum_s, sum_t = _sum(z_s.exp_()), _sum(z_t.exp_())
+    return (torch.cat([max_s, max_t, sum_s, sum_t, _sum(d.mul_(z_t))], 1),)
+
+
+def jsd_sums(z_s: Tensor, z_t: Tensor, offsets: Tensor, mix: Tensor, scratch: Scratch) -> tuple[Tensor]:
+    """`[r, 2]` this rank's part of KL(p || m) and KL(q || m), m = βq + (1 - β)p. Turns z_s into p, z_t into ln(p / m).
+
+    `offsets`: `[r, 4]` maxima and lse of both models. `mix`: `[r, 2]`, 1 - β and β.
+    """
+    log_p = z_s.sub_(offsets[:, 0:1]).sub_(offsets[:, 2:3])
+    log_ratio = z_t.sub_(offsets[:, 1:2]).sub_(offsets[:, 3:4]).sub_(log_p)  # ln(q / p)
+    # ln(m / p) = ln((1 - β) + β q/p), by way of the smaller of q/p and p/q: exact where p = q, and never an overflow.
+    weight = torch.where(log_ratio > 0, mix[:, 0:1], mix[:, 1:2])
+    log_m = torch.abs(log_ratio, out=scratch[0]).neg_().expm1_().mul_(weight).log1p_()
+    log_m.add_(torch.clamp(log_ratio, min=0, out=scratch[1]))
+    q = torch.add(log_p, log_ratio, out=scratch[1]).exp_()
+    teacher = _sum(torch.sub(log_ratio, log_m, out=scratch[2]).mul_(q))
+    p = log_p.exp_()
+    log_p_over_m = torch.neg(log_m, out=z_t)
+    return (torch.cat([_sum(torch.mul(p, log_p_over_m, out=scratch[1])), teacher], 1),)
+
+
+def product_gradient(a: Tensor, b: Tensor, rows: Tensor, scratch: Scratch) -> tuple[()]:
+    """Turns `a` into scale x a x (b + shift), with `rows` `[r, 2]`: shift, scale."""
+    a.mul_(b.add_(rows[:, :1]).mul_(rows[:, 1:]))
+    return ()
+
+
+def scaled_probabilities(z_s: Tensor, rows: Tensor, scratch: Scratch) -> tuple[()]:
+    """Turns `z_s` into p x scale, with `rows` `[r, 3]`: maximum, lse, scale."""
+    z_s.sub_(rows[:, 0:1]).sub_(rows[:, 1:2]).exp_().mul_(rows[:, 2:3])
+    return ()
+
+
+def difference_gradient(a: Tensor, b: Tensor, rows: Tensor, scratch: Scratch) -> tuple[()]:
+    """Turns `a` into a x (first of `rows`) - b x (second)."""
+    a.mul_(rows[:, :1]).sub_(b.mul_(rows[:, 1:]))
+    return ()

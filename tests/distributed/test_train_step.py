@@ -1,0 +1,137 @@
+"""One training step is the same on every layout, and its gradients are those of a float64 single process."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from megatron_tip.config import Config
+from megatron_tip.conversion.bridge import export_hf
+from megatron_tip.records import Rollout
+from megatron_tip.training.step import accumulate_gradients, score_tokens, select_tokens, train_step
+from tests.helpers.distributed import run_workers
+from tests.helpers.training import Layout, build_tiny_run, make_config, make_models, make_rollouts
+
+ROLLOUTS = make_rollouts([12, 0, 7, 15, 9, 1])
+Row = tuple[int, int, float]
+"""Rollout, position in the response, weight."""
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What one rank saw of the first step: its metrics; what its replica selected; its part of the loss; on rank 0 the
+    gradients under Hugging Face names.
+    """
+
+    metrics: dict[str, float]
+    selected: list[Row]
+    loss: float
+    gradients: dict[str, torch.Tensor]
+
+
+def observe(config: Config, rollouts: list[Rollout]) -> Observed:
+    return Observed(train_step(build_tiny_run(config, rollouts), 1), *selected_and_gradients(config, rollouts))
+
+
+def selected_and_gradients(config: Config, rollouts: list[Rollout]) -> tuple[list[Row], float, dict[str, torch.Tensor]]:
+    run = build_tiny_run(config, rollouts)
+    groups = run.student.groups
+    batch = run.batch_of(rollouts)
+    teacher_rows = run.teacher.hidden_rows(batch)
+    statistics = score_tokens(run, batch, teacher_rows)
+    supervision = select_tokens(run, batch, statistics, 1)
+    loss = accumulate_gradients(run, supervision, teacher_rows)
+    weights: list[Row] = []
+    if supervision.selection is not None and groups.tp_rank == 0:
+        index = batch.token_index(groups.dp_rank)
+        columns = (index.rollout_index, index.position, supervision.selection.row_weights)
+        weights = [row for row in zip(*(column.tolist() for column in columns), strict=True) if row[2]]
+    elif groups.tp_rank:
+        loss = 0.0
+    for parameter in run.student.model.parameters():  # the exporter knows how to gather and name: let it take gradients
+        parameter.data = parameter.main_grad.clone()  # type: ignore[attr-defined]
+    exported = export_hf(run.student.model, run.architecture, groups) if groups.dp_rank == 0 else ()
+    return weights, loss, {name: grad.clone() for name, grad in exported}
+
+
+def reference_gradients(
+    folder: Path, rollouts: list[Rollout], weights: list[Row]
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """Sum of weight x KL(student || teacher) and its gradients: transformers, float64, one process, plain autograd."""
+    student, teacher = (
+        AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float64) for name in ("student", "teacher")
+    )
+    loss = torch.zeros((), dtype=torch.float64)
+    for place, rollout in enumerate(rollouts):
+        own = [(position, weight) for index, position, weight in weights if index == place]
+        if not own:
+            continue
+        ids = torch.tensor([rollout.prompt_ids + rollout.response_ids])
+        with torch.no_grad():
+            log_q = teacher(ids).logits[0].log_softmax(-1)
+        log_p = student(ids).logits[0].log_softmax(-1)
+        for position, weight in own:
+            row = len(rollout.prompt_ids) + position - 1
+            loss = loss + weight * (log_p[row].exp() * (log_p[row] - log_q[row])).sum()
+    loss.backward()
+    return loss.item(), {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+
+
+LAYOUTS = [
+    Layout(3, student=(3, 1)),
+    Layout(2, student=(1, 2)),
+    Layout(2, student=(1, 1)),  # dp 2
+    Layout(3, student=(3, 1), teacher=(1, 3)),
+    Layout(2, student=(2, 1), sequence_parallel=True),
+    Layout(4, student=(4, 1)),
+    Layout(4, student=(2, 2), teacher=(4, 1)),
+    Layout(6, student=(1, 2), teacher=(3, 1)),  # student dp 3, teacher dp 2
+]
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_models(tmp_path_factory.mktemp("models"), tied=request.param)
+
+
+@pytest.fixture(scope="module")
+def single(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Observed:
+    return run_workers(observe, 1, tmp_path_factory.mktemp("single"), make_config(models, Layout(1)), ROLLOUTS)[0]
+
+
+@pytest.fixture(scope="module")
+def reference(models: Path, single: Observed) -> tuple[float, dict[str, torch.Tensor]]:
+    return reference_gradients(models, ROLLOUTS, single.selected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_the_first_step_is_that_of_a_single_process(
+    models: Path, single: Observed, reference: tuple[float, dict[str, torch.Tensor]], layout: Layout, tmp_path: Path
+):
+    config = make_config(models, layout)
+    ranks: list[Observed] = run_workers(observe, layout.world_size, tmp_path, config, ROLLOUTS)
+
+    for observed in ranks:
+        assert observed.metrics.keys() == single.metrics.keys()
+        for name, value in observed.metrics.items():
+            assert value == pytest.approx(single.metrics[name], rel=1e-5, abs=1e-7), name
+    assert sorted(row for observed in ranks for row in observed.selected) == sorted(single.selected)
+    _check_against_reference(sum(observed.loss for observed in ranks), ranks[0].gradients, reference)
+
+
+def test_a_single_process_agrees_with_float64(single: Observed, reference: tuple[float, dict[str, torch.Tensor]]):
+    assert len(single.selected) == 14  # ceil(0.3 x 44)
+    _check_against_reference(single.loss, single.gradients, reference)
+
+
+def _check_against_reference(
+    loss: float, gradients: dict[str, torch.Tensor], reference: tuple[float, dict[str, torch.Tensor]]
+) -> None:
+    expected_loss, expected = reference
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        tolerance = 1e-5 * float(expected[name].abs().max())
+        torch.testing.assert_close(gradient.double(), expected[name], rtol=0, atol=tolerance, msg=name)

@@ -1,0 +1,113 @@
+"""A tiny training run inside gloo workers: two random models, fixed rollouts, any layout."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_tip.config import Config
+from megatron_tip.observability.timing import PhaseTimer
+from megatron_tip.parallel.distributed import Worker
+from megatron_tip.records import Prompt, Rollout
+from megatron_tip.training.plan import plan_run
+from megatron_tip.training.run import TrainingRun
+from megatron_tip.training.setup import build_run
+from tests.helpers.tiny import make_llama
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Student (tp, pp) and teacher (tp, pp) over `world_size` ranks."""
+
+    world_size: int
+    student: tuple[int, int] = (1, 1)
+    teacher: tuple[int, int] | None = None
+    sequence_parallel: bool = False
+
+
+class FixedEngine:
+    """Answers every call with the same rollouts and takes any weights."""
+
+    def __init__(self, rollouts: list[Rollout]) -> None:
+        self.rollouts = rollouts
+        self.weights: dict[str, torch.Tensor] = {}
+
+    def generate(self, prompts: Any, sampling: Any) -> list[Rollout]:
+        return self.rollouts
+
+    def update_weights(self, weights: Any, weight_version: int) -> None:
+        self.weights = {name: tensor.clone() for name, tensor in weights}
+
+    def health(self) -> None:
+        return None
+
+
+class NoPrompts:
+    heldout: tuple[Prompt, ...] = ()
+
+    def batch(self, step: int) -> list[Prompt]:
+        return []
+
+
+def make_models(folder: Path, *, tied: bool = True) -> Path:
+    """`student` and `teacher` of different widths in `folder`."""
+    make_llama(folder / "student", seed=1, tied=tied)
+    make_llama(folder / "teacher", seed=2, tied=False, hidden_size=96)
+    return folder
+
+
+def make_rollouts(response_lengths: list[int], *, seed: int = 0) -> list[Rollout]:
+    """Random ids; the i-th response has `response_lengths[i]` of them (0: an empty response)."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(count: int) -> tuple[int, ...]:
+        return tuple(torch.randint(3, 300, (count,), generator=generator).tolist())
+
+    return [
+        Rollout(place, 0, ids(4 + place % 3), ids(length), (0.0,) * length, "length", weight_version=0)
+        for place, length in enumerate(response_lengths)
+    ]
+
+
+def make_config(folder: Path, layout: Layout, **sections: dict[str, Any]) -> Config:
+    """A configuration of the models in `folder`; `sections` are added to its sections."""
+    teacher = layout.teacher or layout.student
+    values: dict[str, dict[str, Any]] = {
+        "run": {"folder": folder / "run"},
+        "model": {
+            "path": folder / "student",
+            "dtype": "float32",
+            "tensor_parallel_size": layout.student[0],
+            "pipeline_parallel_size": layout.student[1],
+            "sequence_parallel": layout.sequence_parallel,
+        },
+        "teacher": {
+            "path": folder / "teacher",
+            "dtype": "float32",
+            "tensor_parallel_size": teacher[0],
+            "pipeline_parallel_size": teacher[1],
+        },
+        "prompts": {"source": "reasoning_gym", "tasks": ("basic_arithmetic",), "max_prompt_tokens": 64},
+        "heldout": {"num_prompts": 1},
+        "rollout": {"prompts_per_step": 1, "max_response_tokens": 64},
+        "selection": {"retention_ratio": 0.3},
+        "optimizer": {"lr": 1e-3, "clip_grad": 0.0},
+        "training": {"steps": 4, "max_tokens_per_micro_batch": 48},
+        "output": {"save_rollouts": False},
+    }
+    for name, section in sections.items():
+        values.setdefault(name, {}).update(section)
+    return Config.model_validate(values)
+
+
+def build_tiny_run(config: Config, rollouts: list[Rollout]) -> TrainingRun:
+    """The run of this worker's world, its engine answering with `rollouts`. Call it inside `run_workers`."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    plan = plan_run(config, world_size)
+    cpu = torch.device("cpu")
+    run = build_run(config, plan, Worker(rank, world_size, rank, cpu), PhaseTimer(cpu), num_threads=1)
+    if rank:
+        return run
+    return replace(run, engine=FixedEngine(rollouts), prompts=NoPrompts())  # type: ignore[arg-type]

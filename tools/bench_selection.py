@@ -1,0 +1,128 @@
+"""Time and bytes of the selection over simulated data-parallel replicas, on this machine's CPU.
+
+    python tools/bench_selection.py
+
+Each replica is a thread with its own shard; "local" is the processor time that one replica spends on its own shard
+(median over replicas, best of the repeats), without the exchange. Threads that share a core disturb each other's
+caches, so these are upper bounds.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from megatron_tip.records import TokenIndex, TokenStatistics
+from megatron_tip.selection import Selector
+from megatron_tip.selection.budget import BatchBudget, TieOrder
+from megatron_tip.selection.order_statistics import quantiles
+from megatron_tip.selection.simulated import SimulatedReplica, run_simulated
+
+RATIO = 0.05
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one replica: processor milliseconds, bytes that it sends, and in how many collectives."""
+
+    local_ms: float
+    sent_bytes: int
+    collectives: int
+
+    def row(self) -> str:
+        return f"{self.local_ms:9.2f} {self.sent_bytes / 1024:9.1f} {self.collectives:4d}"
+
+
+def measure(work: Callable[[SimulatedReplica], object], num_replicas: int, repeats: int) -> Cost:
+    """Returns what `work` costs a replica: the median replica of the best repeat."""
+
+    def timed(replica: SimulatedReplica) -> tuple[float, int, int]:
+        start = time.thread_time()
+        work(replica)
+        local = time.thread_time() - start - sum(replica.collective_seconds)
+        return local, sum(replica.sent_bytes), len(replica.sent_bytes)
+
+    runs = [run_simulated(timed, num_replicas) for _ in range(repeats)]
+    local = min(statistics.median(replica[0] for replica in run) for run in runs)
+    return Cost(local * 1e3, runs[0][0][1], runs[0][0][2])
+
+
+def bench_order_statistics(num_tokens: int, num_shards: int, repeats: int) -> None:
+    """Prints one row: a pass over the shard, one quantile, one threshold with and without ties."""
+    scores = torch.rand(num_tokens, generator=torch.Generator().manual_seed(0)) ** 4
+    coarse = (scores * 16).floor() / 16
+    shards, coarse_shards = scores.tensor_split(num_shards), coarse.tensor_split(num_shards)
+    orders = torch.arange(num_tokens).tensor_split(num_shards)
+    num_kept = max(1, int(num_tokens * RATIO))
+
+    def one_pass(replica: SimulatedReplica) -> None:
+        shards[replica.rank].max()
+
+    def quantile(replica: SimulatedReplica) -> None:
+        quantiles({"score": shards[replica.rank]}, [("score", 0.95)], num_tokens, replica)
+
+    def threshold_of(parts: tuple[torch.Tensor, ...], replica: SimulatedReplica) -> None:
+        ties = TieOrder(orders[replica.rank], num_tokens.bit_length())
+        BatchBudget(num_kept, num_tokens, replica).keep([parts[replica.rank]], ties, with_runner_up=False)
+
+    costs = [
+        measure(one_pass, num_shards, repeats),
+        measure(quantile, num_shards, repeats),
+        measure(lambda replica: threshold_of(shards, replica), num_shards, repeats),
+        measure(lambda replica: threshold_of(coarse_shards, replica), num_shards, repeats),
+    ]
+    print(f"{num_tokens:10d} {num_shards:6d} {costs[0].local_ms:8.2f} |" + " |".join(cost.row() for cost in costs[1:]))
+
+
+def make_batch(num_rollouts: int, num_positions: int) -> tuple[TokenStatistics, TokenIndex]:
+    generator = torch.Generator().manual_seed(0)
+    num_rows = num_rollouts * num_positions
+
+    def draw() -> torch.Tensor:
+        return torch.rand(num_rows, generator=generator) ** 4
+
+    fields = ("student_entropy", "teacher_entropy", "reverse_kl", "forward_kl", "support_divergence", "compatibility")
+    rest = ("compatibility_lower_bound", "support_overlap", "support_jaccard", "shared_teacher_mass")
+    statistics_ = TokenStatistics(**{name: draw() for name in (*fields, *rest, "student_mass_on_teacher_support")})
+    rollouts = torch.arange(num_rollouts).repeat_interleave(num_positions)
+    return statistics_, TokenIndex(rollouts, torch.arange(num_positions).repeat(num_rollouts))
+
+
+def bench_selector(num_rollouts: int, num_positions: int, rule: str, compare: bool, repeats: int) -> None:
+    """Prints one row: the whole selection of one replica's batch, metrics included."""
+    batch = make_batch(num_rollouts, num_positions)
+    selector = Selector(rule=rule, retention_ratio=RATIO, compare=compare)
+    cost = measure(lambda replica: selector.select_among(replica, *batch, step=0), 1, repeats)
+    print(f"{num_rollouts * num_positions:10d} {rule:28s} {'yes' if compare else 'no':>8s} {cost.row()}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--max-tokens", type=int, default=10**7, help="largest batch of the growth table")
+    parser.add_argument("--max-shards", type=int, default=512, help="most replicas of the growth table")
+    parser.add_argument("--repeats", type=int, default=3)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+
+    print("One replica's cost: local ms, KiB sent, collectives. A gather would send 4 bytes a token instead.\n")
+    titles = " |".join(f"{title:>24s}" for title in ("0.95 quantile", "top 5 %", "top 5 %, many ties"))
+    print(f"{'tokens':>10s} {'shards':>6s} {'1 pass':>8s} |{titles}")
+    sizes = [size for size in (10**4, 10**5, 10**6, 10**7) if size <= arguments.max_tokens]
+    shards = [count for count in (1, 8, 64, 512) if count <= arguments.max_shards]
+    for num_tokens, num_shards in [(size, 64) for size in sizes] + [(8 * 10**6, count) for count in shards]:
+        if num_tokens <= arguments.max_tokens and num_shards <= arguments.max_shards:
+            bench_order_statistics(num_tokens, num_shards, arguments.repeats)
+
+    print(f"\nThe whole selection of one replica's rows, rho = {RATIO}, with every metric.\n")
+    print(f"{'tokens':>10s} {'rule':28s} {'compare':>8s} {'local ms':>9s} {'KiB':>9s} {'n':>4s}")
+    for num_rollouts, num_positions in ((8, 64), (64, 128), (64, 2048)):
+        for rule in ("random", "ta_opd_teachability", "tip_soft_or"):
+            for compare in (False, True):
+                bench_selector(num_rollouts, num_positions, rule, compare, arguments.repeats)
+
+
+if __name__ == "__main__":
+    main()
