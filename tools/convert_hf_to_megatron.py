@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from workers import Dtype, empty_model, run_in_workers
+from workers import Dtype, check_conversion, empty_model, run_in_workers
 
 
 def main(
@@ -21,17 +21,28 @@ def main(
     drop_layer: Annotated[list[int] | None, typer.Option(help="A layer to leave out, from 0; repeatable.")] = None,
 ) -> None:
     """Convert a Hugging Face directory into a Megatron checkpoint."""
-    run_in_workers(lambda: convert(source, target, tp, pp, dtype, drop_layer or []), tp * pp)
+    dropped = drop_layer or []
+    run_in_workers(
+        lambda: check_conversion(open_checkpoint(source, dropped), target, tp, pp),
+        lambda: convert(source, target, tp, pp, dtype, dropped),
+        tp * pp,
+    )
+
+
+def open_checkpoint(source: Path, drop_layers: list[int]):
+    """The directory's headers, checked."""
+    from megatron_tip.conversion.safetensors_io import HfCheckpoint
+
+    return HfCheckpoint(source, drop_layers)
 
 
 def convert(source: Path, target: Path, tp_size: int, pp_size: int, dtype: Dtype, drop_layers: list[int]) -> None:
     """One worker's part. Collective over the world."""
     from megatron_tip.conversion.bridge import load_hf
     from megatron_tip.conversion.megatron_checkpoint import save_megatron_checkpoint
-    from megatron_tip.conversion.safetensors_io import HfCheckpoint
     from megatron_tip.parallel.distributed import destroy_distributed
 
-    checkpoint = HfCheckpoint(source, drop_layers)
+    checkpoint = open_checkpoint(source, drop_layers)
     model, groups = empty_model(checkpoint, tp_size, pp_size, dtype)
     load_hf(model, checkpoint, groups)
     save_megatron_checkpoint(model, checkpoint, groups, target)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from workers import Dtype, empty_model, run_in_workers
+from workers import Dtype, check_conversion, empty_model, run_in_workers
 
 
 def main(
@@ -20,7 +20,18 @@ def main(
     dtype: Annotated[Dtype, typer.Option(help="Type of the weights; auto: as they are.")] = "auto",
 ) -> None:
     """Convert a Megatron checkpoint into a Hugging Face directory."""
-    run_in_workers(lambda: convert(source, target, tp, pp, dtype), tp * pp)
+    run_in_workers(
+        lambda: check_conversion(open_folder(source), target, tp, pp),
+        lambda: convert(source, target, tp, pp, dtype),
+        tp * pp,
+    )
+
+
+def open_folder(source: Path):
+    """The checkpoint's description."""
+    from megatron_tip.conversion.model_folder import ModelFolder
+
+    return ModelFolder(source)
 
 
 def convert(source: Path, target: Path, tp_size: int, pp_size: int, dtype: Dtype) -> None:

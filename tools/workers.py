@@ -3,7 +3,8 @@
 import os
 import sys
 from collections.abc import Callable
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from megatron_tip.errors import MegatronTipError
 from megatron_tip.parallel.environment import is_worker
@@ -12,16 +13,17 @@ from megatron_tip.parallel.launch import run_worker, start_workers
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
-def run_in_workers(work: Callable[[], None], num_workers: int) -> None:
+def run_in_workers(check: Callable[[], Any], work: Callable[[], None], num_workers: int) -> None:
     """Runs `work` in each of `num_workers` processes: starts them here, or joins those of torchrun or srun.
 
-    A worker that is started here runs this very command again, and so comes to this line itself. Ends the process with
-    a message where the work fails.
+    A worker that is started here runs this very command again, and so comes to this line itself. `check` comes before
+    any worker is started. Ends the process with a message where either fails.
     """
     if is_worker(os.environ):
         run_worker(work)
         return
     try:
+        check()
         outcome = start_workers([sys.executable, *sys.argv], num_workers)
     except MegatronTipError as error:
         sys.exit(f"error: {error}")
@@ -30,17 +32,25 @@ def run_in_workers(work: Callable[[], None], num_workers: int) -> None:
         sys.exit(outcome.exit_code)
 
 
+def check_conversion(source, target: Path, tp_size: int, pp_size: int) -> None:
+    """Refuses what a look at `source`, a ModelFolder, shows to be impossible, and a `target` that exists."""
+    from megatron_tip.conversion.model_folder import require_new
+    from megatron_tip.models.layout import check_layout
+
+    check_layout(source.architecture, tp_size=tp_size, pp_size=pp_size, owner="model")
+    require_new(target)
+
+
 def empty_model(source, tp_size: int, pp_size: int, dtype: Dtype):
     """A model without weights for `source`, a ModelFolder, and this worker's groups. Collective over the world."""
     import torch
 
-    from megatron_tip.models.gpt import build_gpt, check_layout
+    from megatron_tip.models.gpt import build_gpt
     from megatron_tip.parallel.distributed import init_distributed
     from megatron_tip.parallel.grid import ModelGrid
     from megatron_tip.parallel.groups import build_groups
     from megatron_tip.vocab_parallel import padded_vocab_size
 
-    check_layout(source.architecture, tp_size=tp_size, pp_size=pp_size, owner="model")
     worker = init_distributed()
     groups = build_groups(ModelGrid.over(worker.world_size, tp_size=tp_size, pp_size=pp_size, owner="model"))
     model = build_gpt(

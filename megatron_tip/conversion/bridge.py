@@ -69,12 +69,9 @@ def export_hf(model: GPTModel, architecture: ModelArchitecture, groups: ModelGro
     reference = next(iter(parameters.values()))
     for weight in weight_maps(architecture):
         stage = _stage_of(weight, architecture, groups.grid.pp_size)
-        merged: list[Tensor] = []
-        if groups.pp_rank == stage:
-            shards = _gather(parameters[weight.name], weight, groups)
-            merged = [_merge_shards(shards, weight, piece) for piece in range(len(weight.hf_names))] if shards else []
+        shards = _gather(parameters[weight.name], weight, groups) if groups.pp_rank == stage else None
         if groups.tp_rank == 0:
-            yield from _at_first_stage(merged, weight, stage, reference, groups)
+            yield from _at_first_stage(shards, weight, stage, reference, groups)
 
 
 def save_hf(
@@ -158,44 +155,44 @@ def _read_shard(checkpoint: HfCheckpoint, weight: WeightMap, *, tp_rank: int, tp
     return torch.cat(pieces, dim=1).flatten(0, 1)
 
 
-def _merge_shards(shards: list[Tensor], weight: WeightMap, piece: int) -> Tensor:
-    """The `piece`-th Hugging Face tensor out of all ranks' parts of a Megatron parameter."""
+def _merge_shards(shards: Tensor, weight: WeightMap, piece: int) -> Tensor:
+    """The `piece`-th Hugging Face tensor out of all ranks' parts `[tp, ...]` of a Megatron parameter."""
     if weight.partition_dim is None:
         return shards[0]
     if weight.partition_dim == 1:
-        return torch.cat(shards, dim=1)
-    num_rows = weight.hf_shapes[piece][0]
+        return shards.transpose(0, 1).flatten(1)
     if len(weight.hf_names) == 1:
-        return torch.cat(shards)[:num_rows]
-    units = _units_per_rank(weight, len(shards))
-    sizes = [shape[0] // len(shards) // units for shape in weight.hf_shapes]
-    return torch.cat([shard.unflatten(0, (units, -1)).split(sizes, dim=1)[piece].flatten(0, 1) for shard in shards])
+        return shards.flatten(0, 1)[: weight.hf_shapes[0][0]]
+    tp_size = shards.shape[0]
+    units = _units_per_rank(weight, tp_size)
+    sizes = [shape[0] // tp_size // units for shape in weight.hf_shapes]
+    return shards.unflatten(1, (units, -1)).split(sizes, dim=2)[piece].flatten(0, 2)
 
 
 def _units_per_rank(weight: WeightMap, tp_size: int) -> int:
     return 1 if weight.num_units is None else weight.num_units // tp_size
 
 
-def _gather(shard: Tensor, weight: WeightMap, groups: ModelGroups) -> list[Tensor]:
-    """All tensor-parallel ranks' parts, on tp rank 0; nothing on the others."""
+def _gather(shard: Tensor, weight: WeightMap, groups: ModelGroups) -> Tensor | None:
+    """All tensor-parallel ranks' parts `[tp, ...]`, on tp rank 0; None on the others."""
     if weight.partition_dim is None or groups.grid.tp_size == 1:
-        return [shard] if groups.tp_rank == 0 else []
-    shard = shard.contiguous()
-    parts = [torch.empty_like(shard) for _ in range(groups.grid.tp_size)] if groups.tp_rank == 0 else None
-    dist.gather(shard, parts, group=groups.tp_group, group_dst=0)
-    return parts or []
+        return shard[None] if groups.tp_rank == 0 else None
+    shards = shard.new_empty(groups.grid.tp_size, *shard.shape) if groups.tp_rank == 0 else None
+    parts = None if shards is None else list(shards)
+    dist.gather(shard.contiguous(), parts, group=groups.tp_group, group_dst=0)
+    return shards
 
 
 def _at_first_stage(
-    tensors: list[Tensor], weight: WeightMap, stage: int, reference: Tensor, groups: ModelGroups
+    shards: Tensor | None, weight: WeightMap, stage: int, reference: Tensor, groups: ModelGroups
 ) -> Iterator[tuple[str, Tensor]]:
-    """Sends what `stage` made to the first stage, which yields it. Called by tp rank 0 of every stage."""
+    """Merges what `stage` gathered and brings it to the first stage, which yields it. For tp rank 0 of every stage."""
     for piece, (name, shape) in enumerate(zip(weight.hf_names, weight.hf_shapes, strict=True)):
-        if stage == 0 and groups.pp_rank == 0:
-            yield name, tensors[piece]
-        elif groups.pp_rank == stage:
-            dist.send(tensors[piece].contiguous(), group=groups.pp_group, group_dst=0)
+        tensor = None if shards is None else _merge_shards(shards, weight, piece)
+        if tensor is not None and groups.pp_rank != 0:
+            dist.send(tensor.contiguous(), group=groups.pp_group, group_dst=0)
         elif groups.pp_rank == 0:
-            received = reference.new_empty(shape)
-            dist.recv(received, group=groups.pp_group, group_src=stage)
-            yield name, received
+            if tensor is None:
+                tensor = reference.new_empty(shape)
+                dist.recv(tensor, group=groups.pp_group, group_src=stage)
+            yield name, tensor

@@ -75,6 +75,12 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def require_new(target: Path) -> None:
+    """Refuses a folder that exists: raises OutputError."""
+    if target.exists():
+        raise OutputError(f"{target}: expected a new folder, but it exists; give another one or move it away")
+
+
 @contextmanager
 def new_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A folder beside `target` to write into; it becomes `target` when the block ends, and is gone if it fails.
@@ -84,8 +90,8 @@ def new_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
             and `overwrite` is not set.
     """
     partial, replaced = (target.with_name(f".{target.name}.{kind}") for kind in ("partial", "replaced"))
-    if target.exists() and not overwrite:
-        raise OutputError(f"{target}: expected a new folder, but it exists; give another one or move it away")
+    if not overwrite:
+        require_new(target)
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)

@@ -5,7 +5,8 @@ from transformers import LlamaConfig
 
 from megatron_tip.conversion.architecture import ModelArchitecture
 from megatron_tip.errors import ConfigError, OptionalDependencyError
-from megatron_tip.models.gpt import check_layout, resolve_transformer_impl
+from megatron_tip.models.gpt import resolve_transformer_impl
+from megatron_tip.models.layout import check_layout
 from megatron_tip.models.transformer_engine import has_transformer_engine, transformer_engine_block
 
 SMOLLM2 = ModelArchitecture.from_config(
