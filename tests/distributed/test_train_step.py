@@ -135,3 +135,69 @@ def _check_against_reference(
     for name, gradient in gradients.items():
         tolerance = 1e-5 * float(expected[name].abs().max())
         torch.testing.assert_close(gradient.double(), expected[name], rtol=0, atol=tolerance, msg=name)
+
+
+def weights_after_a_step(config: Config, rollouts: list[Rollout]) -> dict[str, torch.Tensor]:
+    run = build_tiny_run(config, rollouts)
+    train_step(run, 1)
+    return getattr(run.engine, "weights", {})
+
+
+@pytest.mark.parametrize("layout", [Layout(2), Layout(4, student=(2, 1))], ids=str)
+def test_the_distributed_optimizer_takes_the_same_step(models: Path, layout: Layout, tmp_path: Path):
+    plain, distributed = (
+        run_workers(
+            weights_after_a_step,
+            layout.world_size,
+            tmp_path / str(is_distributed),
+            make_config(models, layout, optimizer={"distributed": is_distributed, "clip_grad": 0.5}),
+            ROLLOUTS,
+        )[0]
+        for is_distributed in (False, True)
+    )
+    torch.testing.assert_close(distributed, plain, rtol=1e-5, atol=1e-7)
+
+
+def test_a_batch_without_a_valid_token_is_skipped_and_counted(models: Path, tmp_path: Path):
+    layout = Layout(2, student=(2, 1))
+    results = run_workers(observe_metrics, 2, tmp_path, make_config(models, layout), make_rollouts([0, 0]))
+    for metrics in results:
+        assert metrics["train/skipped_no_valid_token"] == 1.0
+        assert metrics["rollout/num_empty"] == 2.0
+        assert "train/loss" not in metrics
+
+
+def observe_metrics(config: Config, rollouts: list[Rollout]) -> dict[str, float]:
+    return train_step(build_tiny_run(config, rollouts), 1)
+
+
+def test_a_replica_without_rollouts_takes_part(models: Path, tmp_path: Path):
+    rollouts = make_rollouts([9])
+    single = run_workers(observe_metrics, 1, tmp_path / "1", make_config(models, Layout(1)), rollouts)[0]
+    layout = Layout(6, student=(1, 2))  # three replicas for one rollout
+    for metrics in run_workers(observe_metrics, 6, tmp_path / "6", make_config(models, layout), rollouts):
+        assert metrics["train/loss"] == pytest.approx(single["train/loss"], rel=1e-5)
+        assert metrics["train/grad_norm"] == pytest.approx(single["train/grad_norm"], rel=1e-5)
+
+
+def test_teacher_equal_to_student_gives_nothing_to_learn(tmp_path: Path):
+    models = make_models(tmp_path / "models")
+    config = make_config(models, Layout(2, student=(2, 1)), teacher={"path": models / "student"})
+    for metrics in run_workers(observe_metrics, 2, tmp_path, config, ROLLOUTS):
+        assert metrics["train/loss"] == pytest.approx(0.0, abs=1e-6)
+        assert metrics["train/grad_norm"] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_a_full_budget_is_plain_distillation(models: Path, tmp_path: Path):
+    """rho = 1 under any rule equals the rule "full", which scores nothing before it trains."""
+    layout = Layout(2, student=(2, 1))
+    by_rule, full = (
+        run_workers(observe_metrics, 2, tmp_path / rule, make_config(models, layout, selection=selection), ROLLOUTS)[0]
+        for rule, selection in (
+            ("teachability", {"rule": "ta_opd_teachability", "retention_ratio": 1.0}),
+            ("full", {"rule": "full", "retention_ratio": 1.0}),
+        )
+    )
+    assert full["selection/num_selected"] == 44.0
+    for name in ("train/loss", "train/grad_norm"):
+        assert by_rule[name] == pytest.approx(full[name], rel=1e-6), name

@@ -31,12 +31,14 @@ def make_tokenizer(folder: Path, vocab_size: int = 300) -> PreTrainedTokenizerFa
     return fast
 
 
-def make_llama(folder: Path, *, seed: int, num_layers: int = 6, tied: bool = True, hidden_size: int = 48) -> Path:
+def make_llama(
+    folder: Path, *, seed: int, num_layers: int = 6, tied: bool = True, hidden_size: int = 48, vocab_size: int = 307
+) -> Path:
     """A random Llama whose heads and layers divide by every tp size up to 4, with its tokenizer, saved to `folder`."""
     make_tokenizer(folder)
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=307,
+        vocab_size=vocab_size,
         hidden_size=hidden_size,
         intermediate_size=96,
         num_hidden_layers=num_layers,

@@ -81,14 +81,9 @@ def pids_of(folder, num_workers):
         (["training.step=3"], "training.step (on the command line): unknown key; did you mean training.steps?"),
         (["training.steps=few"], 'training.steps (on the command line): expected integer >= 1, got "few" (text)'),
         (["--nproc=3", "model.tensor_parallel_size=2"], "student: expected a world size that is a multiple of tp 2"),
-        (["teacher.tensor_parallel_size=5"], "teacher: expected tensor_parallel_size to divide its 12 attention heads"),
         (["model.pipeline_parallel_size=4"], "student: expected pipeline_parallel_size to divide its 6 layers, got 4"),
-        (["model.drop_layers=[6]"], "drop_layers: expected different layers among 0..5"),
-        (["model.path=nowhere"], "nowhere/config.json: no such file"),
-        (["selection.rule=tip_sof_or"], "the nearest name is 'tip_soft_or'"),
-        (["rollout.max_response_tokens=4000"], "expected at most the student's max_position_embeddings 4096, got 6048"),
     ],
-    ids=["key", "type", "world", "heads", "layers", "dropped", "model", "rule", "lengths"],
+    ids=["key", "type", "world", "layers"],
 )
 def test_wrong_input_is_refused_before_anything_starts(config_path, environ, stand_in, arguments, expected_text):
     stand_in("raise AssertionError('started')")
