@@ -44,8 +44,8 @@ max_tokens_per_micro_batch = 300
 """
 
 
-def train(folder: Path, models: Path, *overrides: str, expect: int = 0) -> str:
-    """Runs the command; returns what it wrote to stderr."""
+def train(folder: Path, models: Path, *overrides: str) -> None:
+    """Runs the command to its end."""
     folder.mkdir(exist_ok=True)
     config = folder / "config_in.toml"
     config.write_text(TOML.format(folder=folder / "run", models=models))
@@ -57,8 +57,7 @@ def train(folder: Path, models: Path, *overrides: str, expect: int = 0) -> str:
         text=True,
         check=False,
     )
-    assert ended.returncode == expect, ended.stderr
-    return ended.stderr
+    assert ended.returncode == 0, ended.stderr
 
 
 def metrics_of(folder: Path) -> list[dict[str, float]]:
@@ -124,10 +123,3 @@ def test_replaying_a_run_under_another_layout_gives_its_first_loss(
     expected, replayed = metrics_of(first_run)[1], metrics_of(tmp_path)[1]
     for name in ("train/loss", "train/grad_norm", "selection/num_selected", "selection/threshold"):
         assert replayed[name] == pytest.approx(expected[name], rel=1e-5), name
-
-
-def test_a_replay_of_other_prompts_is_refused(first_run: Path, models: Path, tmp_path: Path):
-    overrides = (f"rollout.replay_folder={first_run / 'run' / 'rollouts'}", "rollout.engine=replay", "run.seed=2")
-    stderr = train(tmp_path, models, *overrides, expect=1)
-    assert "with other token ids; use the earlier run's prompts, seed and tokenizer" in stderr
-    assert not (tmp_path / "run" / "summary.json").exists()
