@@ -16,7 +16,7 @@ NUM_SCRATCH = 4
 # Bytes of one model's float32 logits of a chunk: large enough for matrix products at full speed, small next to a head.
 _CHUNK_BYTES = 104 * 2**20
 # Bytes of one model's logits of a block: on a CPU such that a core's share of it stays in its cache.
-_CPU_BLOCK_BYTES_PER_THREAD = 3 * 2**18
+_CPU_BLOCK_BYTES_PER_THREAD = 3 * 2**17
 _GPU_BLOCK_BYTES = 32 * 2**20
 
 
@@ -72,21 +72,24 @@ class RowBlocks:
         fitting = num_rows if compiled else min(num_rows, budget // max(4 * width, 1))
         self._block_rows = max(1, fitting)
         self._compiled = compiled
-        self._scratch = (
-            None if compiled else torch.empty(NUM_SCRATCH, self._block_rows, width, dtype=torch.float32, device=device)
-        )
+        self._scratch: list[Tensor | None] = [None] * NUM_SCRATCH
+        if not compiled:
+            memory = torch.empty(NUM_SCRATCH, self._block_rows, width, dtype=torch.float32, device=device)
+            self._scratch = list(memory.unbind(0))
 
     def run(self, kernel: Kernel, *tensors: Tensor) -> tuple[Tensor, ...]:
         """What `kernel` returns, for all rows of `tensors`, which share their first dimension."""
         call = _compile(kernel) if self._compiled else kernel
-        results = []
-        for rows in row_ranges(tensors[0].shape[0], self._block_rows):
-            blocks = [tensor[rows] for tensor in tensors]
-            scratch = (
-                [None] * NUM_SCRATCH if self._scratch is None else list(self._scratch[:, : len(blocks[0])].unbind(0))
-            )
-            results.append(call(*blocks, scratch))
+        if tensors[0].shape[0] <= self._block_rows:
+            return call(*tensors, self._scratch_of(tensors[0].shape[0]))
+        splits = zip(*(tensor.split(self._block_rows) for tensor in tensors), strict=True)
+        results = [call(*blocks, self._scratch_of(blocks[0].shape[0])) for blocks in splits]
         return tuple(torch.cat(parts) for parts in zip(*results, strict=True))
+
+    def _scratch_of(self, rows: int) -> list[Tensor | None]:
+        if rows == self._block_rows:
+            return self._scratch
+        return [memory if memory is None else memory[:rows] for memory in self._scratch]
 
 
 @functools.cache

@@ -106,7 +106,9 @@ class _Call:
         student, partition = inputs.student, inputs.partition
         head = inputs.local_head(student)
         grad_hidden = torch.empty_like(student.hidden) if self.with_grad_hidden else None
-        grad_head = torch.zeros_like(student.head, dtype=torch.float32) if self.with_grad_head else None
+        grad_head = torch.empty_like(student.head, dtype=torch.float32) if self.with_grad_head else None
+        if grad_head is not None:
+            grad_head[partition.num_local :] = 0
         buffers = inputs.logit_buffers()
         blocks = RowBlocks(inputs.chunk_rows, partition.num_local, inputs.device, compiled=self.compiled)
         values = []
@@ -121,7 +123,7 @@ class _Call:
             if grad_hidden is not None:
                 torch.mm(grad_logits, head, out=grad_hidden[rows])
             if grad_head is not None:
-                _accumulate(grad_head[: partition.num_local], grad_logits, student.hidden[rows])
+                _accumulate(grad_head[: partition.num_local], grad_logits, student.hidden[rows], first=rows.start == 0)
         values = torch.cat(values)
         inputs.check_finite(values)
         if grad_hidden is not None:
@@ -141,14 +143,15 @@ class _Call:
         return row_functions.forward_kl(z_s, z_t, blocks, partition)
 
 
-def _accumulate(grad_head: Tensor, grad_logits: Tensor, hidden: Tensor) -> None:
-    """Adds grad_logitsᵀ hidden to float32 `grad_head`, in place."""
+def _accumulate(grad_head: Tensor, grad_logits: Tensor, hidden: Tensor, *, first: bool) -> None:
+    """Adds grad_logitsᵀ hidden to float32 `grad_head`, in place; for the `first` chunk, sets it."""
     if hidden.dtype == torch.float32:
-        grad_head.addmm_(grad_logits.T, hidden)
+        grad_head.addmm_(grad_logits.T, hidden, beta=0 if first else 1)
         return
-    # A product of lower precision is added slice by slice: it would be as large as the head.
+    # A product of lower precision, as large as the head, is made and added slice by slice.
     for columns in row_ranges(len(grad_head), _HEAD_SLICE):
-        grad_head[columns] += grad_logits[:, columns].T @ hidden
+        product = grad_logits[:, columns].T @ hidden
+        grad_head[columns] = product if first else grad_head[columns].add_(product)
 
 
 class _DivergenceLoss(torch.autograd.Function):

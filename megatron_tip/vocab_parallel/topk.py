@@ -28,13 +28,18 @@ def local_topk(logits: Tensor, maxima: Tensor, k: int) -> tuple[Tensor, Tensor]:
     `maxima`: the logits' `group_maxima`. The winners lie in the `k` groups with the largest maxima (of equal ones the
     first), so that only those are searched. Where `v < k` the rest is -inf, at columns from `v` up.
     """
-    v = logits.shape[1]
-    maxima = pad(maxima, (0, max(0, k - maxima.shape[1])), value=float("-inf"))
+    c, v = logits.shape
+    num_groups = maxima.shape[1]
+    if num_groups < k:
+        maxima = pad(maxima, (0, k - num_groups), value=float("-inf"))
     groups = _ordered_topk_indices(maxima, k).sort(-1).values  # in column order again, which breaks ties
-    columns = (groups.unsqueeze(-1) * _GROUP_SIZE + torch.arange(_GROUP_SIZE, device=logits.device)).flatten(1)
+    columns = torch.add(groups.unsqueeze(-1) * _GROUP_SIZE, torch.arange(_GROUP_SIZE, device=logits.device)).view(c, -1)
     if v == 0:
-        return logits.new_full((len(logits), k), float("-inf")), columns[:, :k]
-    candidates = logits.gather(1, columns.clamp(max=v - 1)).masked_fill_(columns >= v, float("-inf"))
+        return logits.new_full((c, k), float("-inf")), columns[:, :k]
+    if num_groups >= k and v % _GROUP_SIZE == 0:
+        candidates = logits.gather(1, columns)
+    else:
+        candidates = logits.gather(1, columns.clamp(max=v - 1)).masked_fill_(columns >= v, float("-inf"))
     places = _ordered_topk_indices(candidates, k)
     return candidates.gather(1, places), columns.gather(1, places)
 
@@ -73,6 +78,7 @@ def _ordered_topk_indices(values: Tensor, k: int) -> Tensor:
     """
     m = values.shape[1]
     bits = (values + 0.0).view(torch.int32)  # + 0.0 makes -0.0 equal to 0.0
-    ordered_bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    keys = (ordered_bits.long() << 32) | torch.arange(m - 1, -1, -1, device=values.device)
-    return (m - 1) - (keys.topk(k).values & 0xFFFFFFFF)
+    flip = (bits >> 31).bitwise_and_(0x7FFFFFFF)  # negative floats sort backwards
+    keys = bits.bitwise_xor_(flip).long().bitwise_left_shift_(32)
+    keys.bitwise_or_(torch.arange(m - 1, -1, -1, device=values.device))
+    return keys.topk(k).values.bitwise_and_(0xFFFFFFFF).neg_().add_(m - 1)
