@@ -93,7 +93,8 @@ def save_megatron_checkpoint(
             state = {"model": model.sharded_state_dict(metadata={"dp_cp_group": groups.collection.dp_cp})}
             dist_checkpointing.save(state, str(folder / WEIGHTS_NAME), sharded_strategy=_InProcessSave("torch_dist", 1))
         except (CheckpointException, OSError) as error:
-            raise OutputError(f"{target}: cannot be written: {_reason(error)}") from error
+            reason = _reason(error)
+            raise OutputError(f"{target}: cannot be written: {reason}; free space, or give another folder") from error
         if dist.get_rank() == 0:
             try:
                 stack.close()

@@ -100,6 +100,8 @@ def new_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
             _sync(path)
         _put_in_place(partial, target, replaced)
         _sync(target.parent)
+    except OutputError:
+        raise
     except OSError as error:
         raise OutputError(f"{target}: cannot be written: {error}; free space, or give another folder") from error
     finally:

@@ -3,6 +3,9 @@
 One world of four ranks runs every layout, with data-parallel replicas where a layout needs fewer ranks.
 """
 
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -141,12 +144,29 @@ def _check_resharded(saved: MegatronCheckpoint, checkpoint: HfCheckpoint, groups
 
 
 def _check_failures(model: HiddenStatesModel, checkpoint: HfCheckpoint, groups: ModelGroups, tmp_path: Path) -> None:
-    """The first rank alone sees the fault; every rank raises the same error, and none hangs."""
+    """One rank alone meets the fault; every rank raises the same error, none hangs, and nothing is left."""
     (tmp_path / "file").write_text("")
     for target in (tmp_path / "file" / "below", tmp_path):
         for save in (save_hf, save_megatron_checkpoint):
             with pytest.raises(OutputError, match=str(target)):
                 save(model, checkpoint, groups, target)
+    target = tmp_path / "full"
+    for save, full_rank in ((save_hf, 0), (save_megatron_checkpoint, 0), (save_megatron_checkpoint, 3)):
+        with _little_space(groups.rank == full_rank), pytest.raises(OutputError, match=f"{target}: cannot be written"):
+            save(model, checkpoint, groups, target)
+        torch.distributed.barrier()
+        leftovers = list(tmp_path.glob("*full*"))
+        torch.distributed.barrier()
+        assert leftovers == []
+
+
+@contextmanager
+def _little_space(applies: bool) -> Iterator[None]:
+    """No file of this process may grow beyond 20 kB: the system refuses the write as it does on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000 if applies else soft, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def _check_broken_checkpoint(model: HiddenStatesModel, folder: Path, groups: ModelGroups) -> None:
@@ -192,7 +212,12 @@ def _check_gradients(folders: dict[str, Path], expected: dict[str, dict[str, Ten
                 recompute_activations=recompute_activations,
             )
             load_hf(model, checkpoint, groups)
+            attention_calls = []
+            for layer in model.decoder.layers:
+                attention = layer.self_attention.core_attention
+                attention.register_forward_hook(lambda *_, calls=attention_calls: calls.append(None))
             _backward(model, groups)
+            assert len(attention_calls) == len(model.decoder.layers) * (2 if recompute_activations else 1)
             for key, tensor in export_hf(model, checkpoint.architecture, groups):
                 if key in expected[name]:
                     torch.testing.assert_close(tensor, expected[name][key], rtol=1e-3, atol=1e-3, msg=f"{name} {key}")
