@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,14 +14,15 @@ from transformers.initialization import no_init_weights
 from megatron_tip.errors import EngineError
 from megatron_tip.records import Prompt, Rollout
 from megatron_tip.rollout.engine import SamplingParams, derive_seed
+from megatron_tip.rollout.grouped_attention import register_grouped_attention
 from megatron_tip.rollout.sampling import TokenSampler
 
 
 class EmbeddedEngine:
     """Generates with a transformers model whose weights arrive through `update_weights`, the first ones too.
 
-    A rollout follows from the weights, the prompt, its place in the list and the sampling parameters; neither
-    `batch_size` nor the state of any global random generator enters.
+    A rollout follows from the weights, the prompt, its place in the list and the sampling parameters. `batch_size`
+    enters by rounding alone, the state of any global random generator not at all.
 
     Args:
         hf_config: of the student as it is trained, that is with its dropped layers left out.
@@ -38,11 +40,7 @@ class EmbeddedEngine:
         num_threads: int = 1,
         device: torch.device | str = "cpu",
     ) -> None:
-        with no_init_weights():
-            model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, attn_implementation="sdpa")
-        model.tie_weights()
-        model.generation_config = GenerationConfig()  # no default of the checkpoint's creeps into sampling
-        self._model = model.to(device).eval().requires_grad_(False)
+        self._model = _build_model(hf_config, dtype, device)
         self._device = torch.device(device)
         self._batch_size = batch_size
         self._num_threads = num_threads
@@ -88,7 +86,8 @@ class EmbeddedEngine:
         """Returns `samples_per_prompt` rollouts a prompt, prompt-major.
 
         Raises:
-            EngineError: no complete weights; a prompt and its response would not fit into the model's positions.
+            EngineError: no complete weights, or NaN among them; a prompt and its response would not fit into the
+                model's positions.
         """
         self.health()
         self._check_lengths(prompts, sampling)
@@ -135,8 +134,12 @@ class EmbeddedEngine:
             ),
         )
         responses = sequences[:, input_ids.shape[1] :].tolist()
-        logprobs = sampler.sampled_logprobs().tolist()
-        for (place, sample), response, response_logprobs in zip(jobs, responses, logprobs, strict=True):
+        logprobs = sampler.sampled_logprobs()
+        if not logprobs.isfinite().all():
+            raise EngineError(
+                f"embedded engine: the weights of version {self._weight_version} give logits that are NaN"
+            )
+        for (place, sample), response, response_logprobs in zip(jobs, responses, logprobs.tolist(), strict=True):
             length = _length_to_stop(response, sampling.stop_token_ids)
             assert self._weight_version is not None, "health() has passed"
             yield Rollout(
@@ -155,6 +158,19 @@ class EmbeddedEngine:
         input_ids = torch.tensor([[0] * pad + list(ids) for pad, ids in zip(padding, prompt_ids, strict=True)])
         attention_mask = torch.arange(width) >= torch.tensor(padding)[:, None]
         return input_ids.to(self._device), attention_mask.long().to(self._device)
+
+
+def _build_model(hf_config: PretrainedConfig, dtype: torch.dtype, device: torch.device | str) -> Any:
+    """A frozen transformers model (their types do not hold) of uninitialised weights; no random number is drawn."""
+    attention = register_grouped_attention()
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, attn_implementation=attention)
+    model.tie_weights()
+    model.generation_config = GenerationConfig()  # no default of the checkpoint's creeps into sampling
+    # Behind the prompt the head gets a slice, [b, 1, h], that is not contiguous; for bfloat16 on a CPU torch would
+    # multiply it by b copies of the head's weight.
+    model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
+    return model.to(device).eval().requires_grad_(False)
 
 
 def _length_to_stop(response: Sequence[int], stop_token_ids: Sequence[int]) -> int:

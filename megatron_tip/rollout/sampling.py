@@ -57,11 +57,12 @@ class TokenSampler(LogitsProcessor):
 def sample_by_inverse_cdf(logprobs: Tensor, uniforms: Tensor) -> Tensor:
     """One token id a row, `[b, 1]` int64: the first whose cumulative probability exceeds the row's uniform number.
 
-    A token of probability 0 is never drawn. `logprobs`: `[b, V]`; `uniforms`: `[b]` float64 in [0, 1).
+    A token of probability 0 is never drawn. A row with NaN gives some token of the vocabulary. `logprobs`: `[b, V]`;
+    `uniforms`: `[b]` float64 in [0, 1).
     """
     cumulative = logprobs.exp().cumsum(dim=-1, dtype=torch.float64)
     threshold = uniforms[:, None] * cumulative[:, -1:]  # the sum is 1 only up to rounding
-    return torch.searchsorted(cumulative, threshold, right=True)
+    return torch.searchsorted(cumulative, threshold, right=True).clamp_(max=logprobs.shape[-1] - 1)
 
 
 def keep_nucleus(logprobs: Tensor, top_p: float) -> Tensor:

@@ -168,3 +168,24 @@ def test_no_weights_no_rollouts():
 def test_a_response_that_could_leave_the_models_positions_is_refused():
     with pytest.raises(EngineError, match=r"<= 64 tokens .*, got 53 \+ 12"):
         ready_engine(reference_model(tiny_config())).generate(prompts(53), sampling())
+
+
+def test_weights_that_are_not_numbers_are_refused():
+    model = reference_model(tiny_config())
+    with torch.no_grad():
+        model.get_parameter("model.norm.weight")[3] = torch.nan
+    with pytest.raises(EngineError, match="weights of version 7 give logits that are NaN"):
+        ready_engine(model).generate(prompts(3), sampling())
+
+
+def test_no_prompts_no_rollouts():
+    assert ready_engine(reference_model(tiny_config())).generate([], sampling()) == []
+
+
+def test_bfloat16_generates_close_to_float32():
+    model = reference_model(tiny_config(initializer_range=0.1))
+    rollouts = ready_engine(model, dtype=torch.bfloat16).generate(prompts(9, 2, 5), sampling(temperature=1.0))
+    for rollout in rollouts:
+        expected = torch.log_softmax(next_token_logits(model, rollout), dim=-1)
+        expected = expected[torch.arange(len(rollout.response_ids)), list(rollout.response_ids)]
+        torch.testing.assert_close(torch.tensor(rollout.rollout_logprobs), expected, atol=0.1, rtol=0)

@@ -1,0 +1,41 @@
+"""Attention for decoding with grouped queries, without a copy of keys and values for every query head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+
+def register_grouped_attention() -> str:
+    """The name under which transformers models now find this attention (`attn_implementation`)."""
+    name = "megatron_tip_grouped"
+    AttentionInterface.register(name, _attention)
+    AttentionMaskInterface.register(name, sdpa_mask)
+    return name
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """`[b, 1, heads, d]` for one new position; anything longer goes through transformers' own sdpa attention.
+
+    The queries that share a key/value head stand in the place of the query positions: there is one, and the mask is
+    the same for all heads. `query`: `[b, heads, 1, d]`; `key`, `value`: `[b, kv_heads, s, d]`.
+    """
+    b, heads, num_positions, d = query.shape
+    if num_positions > 1:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    grouped_query = query.reshape(b, key.shape[1], -1, d)
+    output = scaled_dot_product_attention(grouped_query, key, value, attn_mask=attention_mask, scale=scaling)
+    return output.reshape(b, 1, heads, d), None
