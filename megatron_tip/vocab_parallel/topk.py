@@ -33,7 +33,7 @@ def local_topk(logits: Tensor, maxima: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if num_groups < k:
         maxima = pad(maxima, (0, k - num_groups), value=float("-inf"))
     groups = _ordered_topk_indices(maxima, k).sort(-1).values  # in column order again, which breaks ties
-    columns = torch.add(groups.unsqueeze(-1) * _GROUP_SIZE, torch.arange(_GROUP_SIZE, device=logits.device)).view(c, -1)
+    columns = torch.add(groups.unsqueeze(-1) * _GROUP_SIZE, torch.arange(_GROUP_SIZE, device=logits.device)).flatten(1)
     if v == 0:
         return logits.new_full((c, k), float("-inf")), columns[:, :k]
     if num_groups >= k and v % _GROUP_SIZE == 0:
