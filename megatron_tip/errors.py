@@ -28,6 +28,10 @@ class TrainingError(MegatronTipError, RuntimeError):
     """A training step that must not be applied: no valid token, a loss or gradient that is not finite."""
 
 
+class PeerError(MegatronTipError, RuntimeError):
+    """Another rank failed and this one ends with it; the other rank's own error says why and is the one to show."""
+
+
 class OptionalDependencyError(MegatronTipError, ImportError):
     """An optional package that is not installed; the message names the extra that brings it."""
 

@@ -86,13 +86,11 @@ def build_student(
         model_config,
         DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
-            overlap_grad_reduce=torch.cuda.is_available(),
             use_distributed_optimizer=settings.distributed,
         ),
         model,
         pg_collection=groups.collection,
     )
-    model_config.no_sync_func = wrapped.no_sync
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",

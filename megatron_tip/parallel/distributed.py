@@ -62,6 +62,8 @@ def destroy_distributed() -> None:
 def _device(local_rank: int) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
+    if torch.cuda.device_count() == 1 and "SLURM_STEP_ID" in os.environ:
+        local_rank = 0  # SLURM shows each task its own GPU alone (--gpus-per-task)
     if local_rank >= torch.cuda.device_count():
         raise ConfigError(
             f"expected at most one worker a GPU, {torch.cuda.device_count()} on this machine, got local rank "

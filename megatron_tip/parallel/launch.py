@@ -177,7 +177,7 @@ def _first_failure(exit_codes: Mapping[int, int], error_files: Mapping[int, str]
             name = signal.Signals(-code).name
             hint = "; the system may have run out of memory" if name == "SIGKILL" else ""
             return f"rank {rank} was ended by {name}{hint}"
-    for rank, record in records:
+    for rank, record in sorted(records, key=lambda item: item[1].is_of_a_peer):
         return f"rank {rank} failed\n{record.traceback}"
     rank, code = next(iter(exit_codes.items()))
     return f"rank {rank} ended with exit code {code}"
@@ -187,6 +187,7 @@ def _first_failure(exit_codes: Mapping[int, int], error_files: Mapping[int, str]
 class _ErrorRecord:
     time_ns: int
     is_ours: bool
+    is_of_a_peer: bool
     message: str
     traceback: str
 
@@ -200,7 +201,14 @@ def _read_record(path: str) -> _ErrorRecord | None:
     except (OSError, ValueError):
         return None
     name, _, message = content["message"].partition(": ")
-    return _ErrorRecord(time_ns, hasattr(errors, name), message, content["extraInfo"]["py_callstack"].rstrip())
+    is_of_a_peer = name == errors.PeerError.__name__
+    return _ErrorRecord(
+        time_ns,
+        is_ours=hasattr(errors, name) and not is_of_a_peer,
+        is_of_a_peer=is_of_a_peer,
+        message=message,
+        traceback=content["extraInfo"]["py_callstack"].rstrip(),
+    )
 
 
 def _end_with_launcher(launcher_pid: int) -> None:

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_tip.errors import EngineError
+from megatron_tip.errors import PeerError
 from megatron_tip.records import Rollout
 from megatron_tip.rollout.engine import FINISH_REASONS
 
@@ -28,7 +28,7 @@ def broadcast_rollouts(
         device: where the travelling tensors lie; what the group's backend carries.
 
     Raises:
-        EngineError: on all ranks but the first, when `generate` raised; the first raises what `generate` did.
+        PeerError: on all ranks but the first, when `generate` raised; the first raises what `generate` did.
     """
     source = dist.get_global_rank(group, 0) if group is not None else 0
 
@@ -57,7 +57,7 @@ def _receive(sent: Callable[[Tensor], Tensor]) -> list[Rollout]:
     num_rollouts, num_ids, num_logprobs = sent(torch.zeros(3, dtype=torch.int64)).tolist()
     if num_rollouts < 0:
         message = bytes(sent(torch.zeros(num_ids, dtype=torch.uint8)).tolist()).decode()
-        raise EngineError(f"rollouts: the first process failed with {message}")
+        raise PeerError(f"rollouts: the first process failed with {message}")
     table = sent(torch.zeros((num_rollouts, 6), dtype=torch.int64))
     ids = sent(torch.zeros(num_ids, dtype=torch.int64))
     logprobs = sent(torch.zeros(num_logprobs, dtype=torch.float64))

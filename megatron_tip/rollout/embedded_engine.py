@@ -29,6 +29,7 @@ class EmbeddedEngine:
         dtype: of the engine's weights and activations; `rollout_logprobs` are computed in float32.
         batch_size: sequences that are generated together.
         num_threads: CPU threads while generating; restored behind it.
+        vocab_size: ids from here on, which the teacher does not know, are never sampled; None: all may be.
     """
 
     def __init__(
@@ -39,7 +40,9 @@ class EmbeddedEngine:
         batch_size: int = 64,
         num_threads: int = 1,
         device: torch.device | str = "cpu",
+        vocab_size: int | None = None,
     ) -> None:
+        self._vocab_size = vocab_size
         self._model = _build_model(hf_config, dtype, device)
         self._device = torch.device(device)
         self._batch_size = batch_size
@@ -121,6 +124,7 @@ class EmbeddedEngine:
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             device=self._device,
+            vocab_size=self._vocab_size,
         )
         sequences = self._model.generate(
             input_ids,

@@ -23,6 +23,7 @@ class TokenSampler(LogitsProcessor):
     Args:
         seeds: `b` integers >= 0, one a sequence.
         num_steps: most tokens that can be drawn.
+        vocab_size: ids from here on are never drawn; None: all may be.
     """
 
     def __init__(
@@ -33,15 +34,19 @@ class TokenSampler(LogitsProcessor):
         temperature: float,
         top_p: float,
         device: torch.device,
+        vocab_size: int | None = None,
     ) -> None:
         uniforms = np.stack([np.random.default_rng(seed).random(num_steps) for seed in seeds], axis=1)
         self._uniforms = torch.from_numpy(uniforms).to(device)  # [num_steps, b] float64 in [0, 1)
         self._temperature = temperature
         self._top_p = top_p
+        self._vocab_size = vocab_size
         self._logprobs: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
         """`[b, V]` float32, -inf except at the sampled token; `scores`: `[b, V]` logits."""
+        if self._vocab_size is not None and self._vocab_size < scores.shape[1]:
+            scores[:, self._vocab_size :] = -torch.inf
         logprobs = torch.log_softmax(scores.float() / self._temperature, dim=-1)
         if self._top_p < 1:
             logprobs = keep_nucleus(logprobs, self._top_p)

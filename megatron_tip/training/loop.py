@@ -1,6 +1,8 @@
 """The run from its first file to its last."""
 
+import logging
 import os
+import shutil
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +28,11 @@ from megatron_tip.training.setup import build_run
 from megatron_tip.training.step import train_step
 from megatron_tip.training.weight_sync import sync_weights
 
+logger = logging.getLogger(__name__)
+
+AGREEMENT = 1e-6
+"""Reverse KL in nats below which a student has nothing to learn: most likely it was given as its own teacher."""
+
 
 @dataclass(frozen=True)
 class Heldout:
@@ -49,6 +56,7 @@ def train(config: Config) -> None:
     timer = PhaseTimer(worker.device, on_enter=display.show_phase)
     run = build_run(config, plan, worker, timer, num_threads=config.run.threads or available_threads())
     if rank == 0:
+        shutil.rmtree(folder.rollouts, ignore_errors=True)  # of a run in this folder that did not finish
         folder.write_config(config)
     with RunRecorder(folder, display, writes=rank == 0) as recorder:
         before, after = run_steps(run, recorder)
@@ -58,14 +66,21 @@ def train(config: Config) -> None:
         folder.write_samples(samples_of(run, plan, before, after))
         write_report(folder)
         folder.write_summary(summary)
+        heldout = f"held-out reverse KL {before.reverse_kl:.3f} -> {after.reverse_kl:.3f} nats a token"
+        logger.info("%s in %.0f s; see %s", heldout, summary["seconds"]["total"], folder.report)
     destroy_distributed()
 
 
 def run_steps(run: TrainingRun, recorder: RunRecorder) -> tuple[Heldout, Heldout]:
     """All training steps, with held-out measurements before, in between as configured, and after."""
     num_steps, every = run.config.training.steps, run.config.heldout.every_steps
-    sync_weights(run.student, run.architecture, run.engine, weight_version=0)
-    before = after = _measure(run, recorder, step=0, metrics={})
+    with run.timer.phase("sync"):
+        sync_weights(run.student, run.architecture, run.engine, weight_version=0)
+    before = after = _measure(run, recorder, step=0, metrics=_prompt_metrics(run))
+    if before.reverse_kl < AGREEMENT:
+        logger.warning(
+            "student and teacher agree everywhere (held-out reverse KL %.1e): is teacher.path right?", before.reverse_kl
+        )
     for step in range(1, num_steps + 1):
         metrics = train_step(run, step)
         if step == num_steps or (every and step % every == 0):
@@ -73,6 +88,16 @@ def run_steps(run: TrainingRun, recorder: RunRecorder) -> tuple[Heldout, Heldout
         else:
             recorder.record(step, metrics | run.timer.step_metrics())
     return before, after
+
+
+def _prompt_metrics(run: TrainingRun) -> dict[str, float]:
+    """What was left out of the prompts, in the first process."""
+    if run.prompts is None:
+        return {}
+    return {
+        "prompts/num_skipped": float(run.prompts.num_skipped),
+        "prompts/num_duplicates": float(run.prompts.num_duplicates),
+    }
 
 
 def _measure(run: TrainingRun, recorder: RunRecorder, step: int, metrics: dict[str, float]) -> Heldout:
@@ -107,7 +132,7 @@ def summarise(run: TrainingRun, recorder: RunRecorder, before: Heldout, after: H
         "heldout_reverse_kl": {"before": before.reverse_kl, "after": after.reverse_kl},
         "retention_ratio": {"asked": run.config.selection.retention_ratio, "got": got},
         "tokens": {"valid": recorder.num_valid, "selected": recorder.num_selected},
-        "seconds": run.timer.total_seconds(),
+        "seconds": dict.fromkeys(("rollout", "teacher", "score", "train", "sync"), 0.0) | run.timer.total_seconds(),
         "peak_rss_bytes": int(peak_rss),
     }
 

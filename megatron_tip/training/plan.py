@@ -110,6 +110,16 @@ def _check_lengths(config: Config, student: HfCheckpoint, teacher: HfCheckpoint)
         raise ConfigError(
             f"optimizer.min_lr: expected at most optimizer.lr = {config.optimizer.lr}, got {config.optimizer.min_lr}"
         )
+    rollout, temperature = config.rollout, config.loss.temperature
+    if config.loss.divergence == "sampled_token" and (rollout.temperature, rollout.top_p) != (temperature, 1.0):
+        raise ConfigError(
+            'loss.divergence = "sampled_token": expected rollout.temperature = loss.temperature and rollout.top_p = 1, '
+            f"got {rollout.temperature}, {temperature} and {rollout.top_p}; its mean is the reverse KL only over tokens "
+            "drawn from the student's own distribution"
+        )
+    for name, path in (("prompts.path", config.prompts.path), ("rollout.replay_folder", rollout.replay_folder)):
+        if path is not None and not path.exists():
+            raise ConfigError(f"{name}: expected an existing path, got {path}")
     if config.model.sequence_parallel and config.model.tensor_parallel_size == 1:
         raise ConfigError("model.sequence_parallel: expected model.tensor_parallel_size above 1, got 1; turn it off")
 

@@ -112,7 +112,9 @@ def _prompts(config: Config, plan: RunPlan) -> PromptSource:
 def _engine(config: Config, plan: RunPlan, worker: Worker, num_threads: int) -> RolloutEngine:
     if config.rollout.engine == "replay":
         assert config.rollout.replay_folder is not None, "checked by the configuration"
-        return ReplayEngine(config.rollout.replay_folder)
+        replay = ReplayEngine(config.rollout.replay_folder)
+        replay.health()
+        return replay
     name = config.rollout.dtype if config.rollout.dtype != "auto" else config.model.dtype
     return EmbeddedEngine(
         AutoConfig.for_model(**plan.student.config),
@@ -120,4 +122,5 @@ def _engine(config: Config, plan: RunPlan, worker: Worker, num_threads: int) -> 
         device=worker.device,
         batch_size=config.rollout.batch_size,
         num_threads=num_threads,
+        vocab_size=plan.vocab_size,
     )

@@ -39,15 +39,22 @@ def train_step(run: TrainingRun, step: int) -> dict[str, float]:
     """Runs step `step` (from 1) and returns its metrics, equal on every rank. Collective over the world.
 
     Raises:
-        TrainingError: loss or gradient is not finite; nothing was updated.
+        TrainingError: rollouts of other weights than the last, a loss or gradient that is not finite; nothing was
+            updated.
     """
     timer = run.timer
     with timer.phase("rollout"):
         prompts = run.prompts.batch(step) if run.prompts else []
         rollouts = generate_rollouts(run, prompts, run.sampling.for_step(step))
     metrics = rollout_metrics(rollouts, weight_version=step - 1)
+    if metrics["rollout/num_stale"] and run.config.rollout.engine != "replay":
+        raise TrainingError(
+            f"step {step}: expected rollouts of weight version {step - 1}, got {rollouts[0].weight_version} in "
+            f"{metrics['rollout/num_stale']:.0f} of {len(rollouts)}; the engine did not take the last weights"
+        )
     batch = run.batch_of(rollouts)
     if not batch.num_valid():
+        sync_weights(run.student, run.architecture, run.engine, weight_version=step)
         return {**metrics, "train/skipped_no_valid_token": 1.0}
     with timer.phase("teacher"):
         teacher_rows = run.teacher.hidden_rows(batch)
@@ -114,6 +121,7 @@ def score_tokens(run: TrainingRun, batch: StepBatch, teacher_rows: Tensor | None
                 temperature=config.loss.temperature,
                 tp_group=groups.tp_group,
                 chunk_rows=config.loss.chunk_rows or None,
+                with_jsd="jsd" in run.selector.required_statistics,
             )
         )
 

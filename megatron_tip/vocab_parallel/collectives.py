@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_tip.errors import InputError
+from megatron_tip.errors import InputError, PeerError
 
 
 def all_reduce_sum(values: Tensor, group: ProcessGroup | None) -> Tensor:
@@ -29,7 +29,9 @@ def all_gather(values: Tensor, group: ProcessGroup | None) -> Tensor:
 def agree(
     where: str, problem: str | None, num_rows: int, chunk_rows: int, device: torch.device, group: ProcessGroup | None
 ) -> None:
-    """Raises InputError on every rank of `group` if any of them has a `problem`, or if they differ in rows or chunks.
+    """Raises on every rank of `group` if any of them has a `problem`, or if they differ in rows or chunks.
+
+    InputError where the problem is, PeerError on the others.
 
     One all-gather of 24 bytes. Without it a rank that stops over its own values leaves the others waiting for it.
     """
@@ -39,7 +41,7 @@ def agree(
         raise InputError(f"{where}: {problem}")
     if stopped.any():
         ranks = stopped.nonzero().flatten().tolist()
-        raise InputError(f"{where}: ranks {ranks} of tp_group reject their inputs; their own messages say why.")
+        raise PeerError(f"{where}: ranks {ranks} of tp_group reject their inputs; their own messages say why.")
     for name, values in (("rows", rows), ("rows a chunk", rows_a_chunk)):
         if (values != values[0]).any():
             raise InputError(

@@ -1,7 +1,7 @@
 import pytest
 import torch.distributed as dist
 
-from megatron_tip.errors import EngineError
+from megatron_tip.errors import PeerError
 from megatron_tip.records import Rollout
 from megatron_tip.rollout.broadcast import broadcast_rollouts
 from tests.helpers.distributed import run_workers
@@ -46,7 +46,7 @@ def _fail() -> str:
     def generate() -> list[Rollout]:
         raise KeyError("the engine's own trouble")
 
-    expected = KeyError if dist.get_rank() == 0 else EngineError
+    expected = KeyError if dist.get_rank() == 0 else PeerError
     with pytest.raises(expected) as caught:
         broadcast_rollouts(generate)
     return str(caught.value)

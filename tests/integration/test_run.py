@@ -120,6 +120,8 @@ def test_replaying_a_run_under_another_layout_gives_its_first_loss(
     replay = [f"rollout.replay_folder={first_run / 'run' / 'rollouts'}", "rollout.engine=replay"]
     train(tmp_path, models, *replay, *layout)
 
-    expected, replayed = metrics_of(first_run)[1], metrics_of(tmp_path)[1]
+    steps = list(zip(metrics_of(first_run)[1:], metrics_of(tmp_path)[1:], strict=True))
     for name in ("train/loss", "train/grad_norm", "selection/num_selected", "selection/threshold"):
-        assert replayed[name] == pytest.approx(expected[name], rel=1e-5), name
+        assert steps[0][1][name] == pytest.approx(steps[0][0][name], rel=1e-5), name
+    for expected, replayed in steps[1:]:  # optimizer, tied copies and weights stay together as well
+        assert replayed["train/loss"] == pytest.approx(expected["train/loss"], rel=1e-2)

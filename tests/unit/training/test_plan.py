@@ -46,6 +46,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
             1,
             "optimizer.warmup_steps: expected fewer than training.steps = 4, got 4",
         ),
+        ({"loss": {"divergence": "sampled_token", "temperature": 2.0}}, 1, "expected rollout.temperature = loss.temp"),
+        (
+            {"rollout": {"engine": "replay", "replay_folder": Path("no")}},
+            1,
+            "rollout.replay_folder: expected an existing",
+        ),
         ({"optimizer": {"min_lr": 1.0}}, 1, "optimizer.min_lr: expected at most optimizer.lr = 0.001, got 1.0"),
     ],
 )
