@@ -114,8 +114,8 @@ def _check_lengths(config: Config, student: HfCheckpoint, teacher: HfCheckpoint)
     if config.loss.divergence == "sampled_token" and (rollout.temperature, rollout.top_p) != (temperature, 1.0):
         raise ConfigError(
             'loss.divergence = "sampled_token": expected rollout.temperature = loss.temperature and rollout.top_p = 1, '
-            f"got {rollout.temperature}, {temperature} and {rollout.top_p}; its mean is the reverse KL only over tokens "
-            "drawn from the student's own distribution"
+            f"got {rollout.temperature}, {temperature} and {rollout.top_p}; its mean is the reverse KL only over "
+            "tokens drawn from the student's own distribution"
         )
     for name, path in (("prompts.path", config.prompts.path), ("rollout.replay_folder", rollout.replay_folder)):
         if path is not None and not path.exists():

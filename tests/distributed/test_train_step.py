@@ -189,7 +189,7 @@ def test_teacher_equal_to_student_gives_nothing_to_learn(tmp_path: Path):
 
 
 def test_a_full_budget_is_plain_distillation(models: Path, tmp_path: Path):
-    """A budget of all tokens (ceil(0.99 x 44)), scored, selected and cut, equals the rule "full" that does none of it."""
+    """A budget of all tokens (ceil(0.99 x 44)), scored, selected and cut, equals the rule "full"."""
     layout = Layout(2, student=(2, 1))
     by_rule, full = (
         run_workers(observe_metrics, 2, tmp_path / rule, make_config(models, layout, selection=selection), ROLLOUTS)[0]
