@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset  # pyright: ignore[reportMissingImports]  (of another environment)
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-from trl import DistillationConfig, DistillationTrainer
+from trl import DistillationConfig, DistillationTrainer  # pyright: ignore[reportMissingImports]
 
 
 class StepClock(TrainerCallback):
@@ -58,9 +58,10 @@ def main(task_path: Path, result_path: Path) -> None:
     task = json.loads(task_path.read_text())
     questions = [json.loads(line)["prompt"] for line in Path(task["prompts"]).read_text().splitlines()]
     dataset = Dataset.from_list([{"prompt": [{"role": "user", "content": question}]} for question in questions])
-    student, teacher = (
+    models: list[Any] = [
         AutoModelForCausalLM.from_pretrained(task[key], dtype="float32") for key in ("student", "teacher")
-    )
+    ]
+    student, teacher = models
     clock = StepClock()
     trainer = DistillationTrainer(
         model=student,
