@@ -66,8 +66,9 @@ def train(config: Config) -> None:
         folder.write_samples(samples_of(run, plan, before, after))
         write_report(folder)
         folder.write_summary(summary)
-        heldout = f"held-out reverse KL {before.reverse_kl:.3f} -> {after.reverse_kl:.3f} nats a token"
-        logger.info("%s in %.0f s; see %s", heldout, summary["seconds"]["total"], folder.report)
+        if before.rollouts:
+            logger.info("held-out reverse KL %.3f -> %.3f nats a token", before.reverse_kl, after.reverse_kl)
+        logger.info("done in %.0f s; see %s", summary["seconds"]["total"], folder.report)
     destroy_distributed()
 
 
