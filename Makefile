@@ -7,7 +7,6 @@ INSTALLED := $(VENV)/.installed
 SMOLLM2 := .cache/quickstart/SmolLM2-135M-Instruct
 RUN ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 
-export OMP_WAIT_POLICY ?= PASSIVE
 # Both are meant for the CPU, also on a machine with a GPU.
 quickstart test: export CUDA_VISIBLE_DEVICES :=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1

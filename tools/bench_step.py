@@ -119,7 +119,7 @@ def main(
     if as_json:
         typer.echo(json.dumps(described(rows), indent=2))
     else:
-        Console().print(table_of(rows))
+        Console(width=150).print(table_of(rows))
 
 
 def write_questions(work: Work, heldout_prompts: int) -> None:

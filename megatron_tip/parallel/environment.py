@@ -39,14 +39,14 @@ def worker_environment(environ: Mapping[str, str], *, threads: int) -> dict[str,
 def thread_environment(threads: int, local_workers: int, environ: Mapping[str, str]) -> dict[str, str]:
     """Returns the thread settings of one of `local_workers` that share `threads` CPU threads (0: all there are).
 
-    Unset, each worker takes a thread a core, and idle ones spin on cores that others need. OMP_NUM_THREADS in
-    `environ` holds unless `threads` asks for a number.
+    Unset, each worker takes a thread a core, and they fight for cores. OMP_NUM_THREADS in `environ` holds unless
+    `threads` asks for a number. How threads wait is left to OpenMP: told to sleep (OMP_WAIT_POLICY=PASSIVE), two
+    threads take a third longer over a step, which is made of many short parallel regions.
     """
     count = str(max(1, (threads or available_threads()) // local_workers))
     if not threads:
         count = environ.get("OMP_NUM_THREADS", count)
-    idle = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
-    return {"OMP_NUM_THREADS": count} | {name: environ.get(name, value) for name, value in idle.items()}
+    return {"OMP_NUM_THREADS": count}
 
 
 def available_threads() -> int:

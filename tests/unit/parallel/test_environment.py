@@ -54,8 +54,6 @@ def test_place_in_a_slurm_step(scontrol):
         "MASTER_ADDR": "node07",
         "MASTER_PORT": place["MASTER_PORT"],
         "OMP_NUM_THREADS": "4",
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "KMP_BLOCKTIME": "0",
     }
 
 
@@ -93,7 +91,7 @@ def test_incomplete_slurm_step_names_the_variable():
 def test_torchrun_place_is_left_alone():
     environ = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "SLURM_CPUS_PER_TASK": "64"}
     settings = worker_environment(environ, threads=6)
-    assert settings == {"OMP_NUM_THREADS": "3", "OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
+    assert settings == {"OMP_NUM_THREADS": "3"}
 
 
 @pytest.mark.parametrize(
@@ -108,7 +106,3 @@ def test_torchrun_place_is_left_alone():
 )
 def test_threads_are_shared_and_the_user_s_choice_holds(threads, local_workers, environ, expected):
     assert thread_environment(threads, local_workers, environ)["OMP_NUM_THREADS"] == expected
-
-
-def test_wait_policy_of_the_user_holds():
-    assert thread_environment(0, 1, {"OMP_WAIT_POLICY": "ACTIVE"})["OMP_WAIT_POLICY"] == "ACTIVE"
