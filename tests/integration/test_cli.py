@@ -42,7 +42,9 @@ def models(tmp_path_factory):
 @pytest.fixture
 def config_path(tmp_path, models):
     path = tmp_path / "run.toml"
-    path.write_text(MINIMAL.replace("runs/a", str(tmp_path / "run")).replace("models/", f"{models}/"))
+    text = MINIMAL.replace("runs/a", str(tmp_path / "run")).replace("models/", f"{models}/")
+    path.write_text(text.replace("prompts.jsonl", str(tmp_path / "prompts.jsonl")))
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "1 + 1"}\n')
     return path
 
 
