@@ -161,6 +161,7 @@ def _selector(config: Config) -> Selector:
         rule=selection.rule,
         retention_ratio=selection.retention_ratio,
         scope=None if selection.scope == "auto" else selection.scope,
+        thresholds=selection.thresholds,
         normaliser=None if selection.normaliser == "auto" else selection.normaliser,
         tie_break=selection.tie_break,
         loss_scale=selection.loss_scale,
