@@ -1,7 +1,7 @@
 """Time and bytes of the selection over simulated data-parallel replicas, on this machine's CPU.
 
     python tools/bench_selection.py                      # every table
-    python tools/bench_selection.py --part quickstart    # share of the quickstart's step, what its budget saves
+    python tools/bench_selection.py --only quickstart    # share of the quickstart's step, what its budget saves
 
 Each replica is a thread with its own shard; "local" is the processor time that one replica spends on its own shard
 (median over replicas, best of the repeats), without the exchange. Threads that share a core disturb each other's
@@ -109,7 +109,7 @@ def bench_selector(num_rollouts: int, num_positions: int, rule: str, compare: bo
 
 
 def main(
-    part: Annotated[list[Part] | None, typer.Option(help="Print only this table; repeatable.")] = None,
+    only: Annotated[Part | None, typer.Option(help="Print this part alone.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="The best of so many counts.")] = 3,
     config: Annotated[Path, typer.Option(help="The run of the last table.")] = QUICKSTART,
     steps: Annotated[int, typer.Option(min=3, help="Its optimizer steps; the first is not timed.")] = 5,
@@ -121,7 +121,7 @@ def main(
         "selection": lambda: print_selection(repeats),
         "quickstart": lambda: print_quickstart(config, steps),
     }
-    for name in part or tables:
+    for name in [only] if only else tables:
         tables[name]()
 
 
