@@ -171,9 +171,7 @@ def print_quickstart(config: Path, steps: int) -> None:
             if number == 0:
                 rollout_seconds = statistics.median(line["time/rollout_seconds"] for line in lines)
             print(f"{title:34s}" + " ".join(f"{cell:>11s}" for cell in described_run(lines, rollout_seconds)))
-    print(
-        "\n* as the run itself estimates it, from padded tokens; the difference of the train columns is the measured one"
-    )
+    print("\n* the run's own estimate, from padded tokens; the difference of the train columns is what was measured")
 
 
 def described_run(lines: list[dict[str, float]], rollout_seconds: float) -> list[str]:
