@@ -149,11 +149,7 @@ class Selector(SelectionSettings):
 
     def _check_sums(self, sums: Sums, num_selected: int) -> None:
         """Raises, alike on all ranks, for scores or rows that cannot be ranked."""
-        if sums["nan"]:
-            raise TrainingError(
-                f"rule {self.rule!r}: {int(sums['nan'])} scores are NaN although {sorted(self.required_statistics)} "
-                "are finite; mend the score function"
-            )
+        self.check_scores(int(sums["nan"]))
         if sums["selected"] != num_selected:
             raise InputError(
                 f"token index: {int(sums['selected'])} rows were kept instead of {num_selected}, so a (rollout_index, "

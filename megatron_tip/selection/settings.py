@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, get_args
 
-from megatron_tip.errors import ConfigError
+from megatron_tip.errors import ConfigError, TrainingError
 from megatron_tip.selection.batch import Batch
 from megatron_tip.selection.budget import TieOrder
 from megatron_tip.selection.calibration import Calibration
@@ -126,6 +126,14 @@ class SelectionSettings:
             raise ConfigError(
                 f"rule {self.rule!r} needs {missing}, which {source} does not give; rules that can run on it: "
                 f"{', '.join(possible)}"
+            )
+
+    def check_scores(self, num_nan: int) -> None:
+        """Raises TrainingError if the rule's scores hold NaN, which has no rank."""
+        if num_nan:
+            raise TrainingError(
+                f"rule {self.rule!r}: {num_nan} scores are NaN although {sorted(self.required_statistics)} are finite; "
+                "mend the score function"
             )
 
     def compared_rules(self, available: Collection[str]) -> list[Rule]:

@@ -1,7 +1,7 @@
 """Which rows of each micro-batch are trained on: known before the training pass, or chosen while it runs."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -137,7 +137,8 @@ class SelectedWhileTraining:
         weights = torch.cat([selection.row_weights for selection in self._selections])
         metrics, calibration = selector.describe(statistics, index, mask, dp_group=group), None
         if selector.thresholds == "last_step":
-            exact, calibration = selector.select_and_calibrate(statistics, index, step=self._step, dp_group=group)
+            alone = replace(selector, compare=False)
+            exact, calibration = alone.select_and_calibrate(statistics, index, step=self._step, dp_group=group)
             metrics |= {
                 "selection/exact_agreement": agreement(mask, exact.selection_mask, dp_group=group),
                 "selection/exact_num_selected": float(exact.num_selected),
