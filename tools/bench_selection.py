@@ -166,7 +166,9 @@ def print_quickstart(config: Path, steps: int) -> None:
             common = [f"run.folder={folder / str(number)}", f"training.steps={steps}", "heldout.num_prompts=0"]
             common += ["optimizer.warmup_steps=1", "output.save_checkpoint=false", "output.export_hf=false"]
             command = [sys.executable, "-m", "megatron_tip.cli", "train", str(config), *common, *selection]
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                sys.exit(f"error: {' '.join(command)} ended with {done.returncode}:\n{done.stderr[-4000:]}")
             lines = [line for line in read_metrics(folder / str(number) / "metrics.jsonl") if line["step"] > 1]
             if number == 0:
                 rollout_seconds = statistics.median(line["time/rollout_seconds"] for line in lines)

@@ -115,11 +115,11 @@ def kept_tokens(
 
 
 def print_tables(comparison: RuleComparison, responses: list[KeptTokens]) -> None:
-    console = Console(width=200)
+    console = Console(width=260)
     axes = " and ".join(comparison.axes)
     table = Table(title=f"Jaccard overlap in %; quadrants: share of the kept rows, cut at the batch medians of {axes}")
     for title in ("", "rule", "kept", *(name.upper() for name in QUADRANTS[: comparison.quadrants.shape[1]])):
-        table.add_column(title, justify="left" if title == "rule" else "right")
+        table.add_column(title, justify="left" if title == "rule" else "right", no_wrap=True)
     for number in range(1, len(comparison.names) + 1):
         table.add_column(str(number), justify="right")
     for number, name in enumerate(comparison.names):

@@ -75,8 +75,10 @@ class SelectedRows:
         num_positions = int(index.position.max()) + 1 if len(index) else 1
         keys, own_keys = index.keys(num_positions), self.index.keys(num_positions)
         is_selected = torch.isin(keys, own_keys)
+        wanted = keys[is_selected]
+        assert len(wanted) == len(own_keys), "selected rows are rows of the loss masks, each of its own"
         order = torch.empty_like(own_keys)
-        order[keys[is_selected].argsort()] = own_keys.argsort()
+        order[wanted.argsort()] = own_keys.argsort()
         parts = is_selected.split([micro_batch.num_valid() for micro_batch in micro_batches])
         counts = [int(part.sum()) for part in parts]
         return [
