@@ -113,13 +113,14 @@ def main(
     repeats: Annotated[int, typer.Option(min=1, help="The best of so many counts.")] = 3,
     config: Annotated[Path, typer.Option(help="The run of the last table.")] = QUICKSTART,
     steps: Annotated[int, typer.Option(min=3, help="Its optimizer steps; the first is not timed.")] = 5,
+    rollouts: Annotated[Path | None, typer.Option(help="Rollouts of such a run. Default: generated first.")] = None,
 ) -> None:
     """Time and bytes of the selection, and what its budget saves."""
     torch.set_num_threads(1)
     tables = {
         "growth": lambda: print_growth(repeats),
         "selection": lambda: print_selection(repeats),
-        "quickstart": lambda: print_quickstart(config, steps),
+        "quickstart": lambda: print_quickstart(config, steps, rollouts),
     }
     for name in [only] if only else tables:
         tables[name]()
@@ -146,22 +147,24 @@ def print_selection(repeats: int) -> None:
                 bench_selector(num_rollouts, num_positions, rule, compare, repeats)
 
 
-def print_quickstart(config: Path, steps: int) -> None:
-    """Prints runs on the same rollouts at rho = 1 and at rho = 0.05, with and without a scoring pass."""
+def print_quickstart(config: Path, steps: int, rollouts: Path | None) -> None:
+    """Prints runs on the same rollouts at rho = 1 and at rho = 0.05, with and without a scoring pass.
+
+    A step is all its phases but the rollout, so that the share of the selection is what it is at most.
+    """
     print(f"\n{config.stem}: seconds of a step by phase, medians of steps 2 to {steps}; tokens of the training pass.\n")
     columns = ("score", "select", "train", "sum", "select/step", "mbatches", "tokens", "saved", "s saved*")
     print(f"{'':34s}" + " ".join(f"{name:>11s}" for name in columns))
     at = f"selection.retention_ratio={RATIO}"
     with tempfile.TemporaryDirectory(prefix="bench_selection_") as name:
         folder = Path(name)
-        replay = ["rollout.engine=replay", f"rollout.replay_folder={folder / '0/rollouts'}"]
+        replay = ["rollout.engine=replay", f"rollout.replay_folder={rollouts or folder / '0/rollouts'}"]
         variants = {
-            f"rho = {RATIO}": [at],
+            f"rho = {RATIO}": [at, *(replay if rollouts else [])],
             "rho = 1": ["selection.retention_ratio=1.0", *replay],
             f"rho = {RATIO}, last step's thresholds": [at, "selection.thresholds=last_step", *replay],
             f"rho = {RATIO}, scope micro_batch": [at, "selection.scope=micro_batch", *replay],
         }
-        rollout_seconds = 0.0
         for number, (title, selection) in enumerate(variants.items()):
             common = [f"run.folder={folder / str(number)}", f"training.steps={steps}", "heldout.num_prompts=0"]
             common += ["optimizer.warmup_steps=1", "output.save_checkpoint=false", "output.export_hf=false"]
@@ -170,20 +173,18 @@ def print_quickstart(config: Path, steps: int) -> None:
             if done.returncode:
                 sys.exit(f"error: {' '.join(command)} ended with {done.returncode}:\n{done.stderr[-4000:]}")
             lines = [line for line in read_metrics(folder / str(number) / "metrics.jsonl") if line["step"] > 1]
-            if number == 0:
-                rollout_seconds = statistics.median(line["time/rollout_seconds"] for line in lines)
-            print(f"{title:34s}" + " ".join(f"{cell:>11s}" for cell in described_run(lines, rollout_seconds)))
+            print(f"{title:34s}" + " ".join(f"{cell:>11s}" for cell in described_run(lines)), flush=True)
     print("\n* the run's own estimate, from padded tokens; the difference of the train columns is what was measured")
 
 
-def described_run(lines: list[dict[str, float]], rollout_seconds: float) -> list[str]:
-    """Returns the cells of one row; `rollout_seconds` stands in for what replaying rollouts leaves out of a step."""
+def described_run(lines: list[dict[str, float]]) -> list[str]:
+    """Returns the cells of one row."""
 
     def median(name: str) -> float:
         return statistics.median(line.get(name, 0.0) for line in lines)
 
     score, select, train = (median(f"time/{phase}_seconds") for phase in ("score", "select", "train"))
-    step = rollout_seconds + median("time/teacher_seconds") + score + select + train + median("time/sync_seconds")
+    step = median("time/teacher_seconds") + score + select + train + median("time/sync_seconds")
     tokens, uncut = (sum(line[f"train/num_model_tokens{end}"] for line in lines) for end in ("", "_uncut"))
     return [
         *(f"{seconds:.3f}" for seconds in (score, select, train, score + select + train)),
