@@ -139,11 +139,13 @@ class SelectionConfig(Section):
     """Which tokens are supervised."""
 
     rule: str = "ta_opd_teachability"
-    """A preset of megatron_tip.selection, or "package.module:function" for a rule of your own."""
+    """A preset of megatron_tip.selection, an installed package's rule, or "package.module:function" for your own."""
     retention_ratio: float = Field(default=0.05, gt=0, le=1)
     """The share rho of valid response tokens that is kept."""
-    scope: Literal["auto", "batch", "rollout"] = "auto"
-    """Over what the budget holds; auto: what the preset's paper says."""
+    scope: Literal["auto", "batch", "rollout", "micro_batch"] = "auto"
+    """Over what the budget holds; auto: what the preset's paper says. micro_batch: one pass, no scoring forward."""
+    thresholds: Literal["this_step", "last_step"] = "this_step"
+    """Whose quantiles and threshold decide; last_step: one pass, the budget met on average, with scope = "batch"."""
     normaliser: Literal["auto", "robust", "clipped_min_max", "min_max", "raw"] = "auto"
     """How statistics are put on one scale before they are scored; auto: what the preset's paper says."""
     tie_break: Literal["token_order", "random"] = "token_order"

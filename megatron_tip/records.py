@@ -84,6 +84,10 @@ class TokenIndex:
     def __len__(self) -> int:
         return self.rollout_index.shape[0]
 
+    def keys(self, num_positions: int) -> Tensor:
+        """`[n]` int64: by rollout, then by position; distinct if every position is below `num_positions`."""
+        return self.rollout_index * num_positions + self.position
+
 
 @dataclass(frozen=True)
 class TokenStatistics:

@@ -1,20 +1,27 @@
 """Time and bytes of the selection over simulated data-parallel replicas, on this machine's CPU.
 
-    python tools/bench_selection.py
+    python tools/bench_selection.py                      # every table
+    python tools/bench_selection.py --only quickstart    # share of the quickstart's step, what its budget saves
 
 Each replica is a thread with its own shard; "local" is the processor time that one replica spends on its own shard
 (median over replicas, best of the repeats), without the exchange. Threads that share a core disturb each other's
 caches, so these are upper bounds.
 """
 
-import argparse
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
+import typer
 
+from megatron_tip.observability.report import read_metrics
 from megatron_tip.records import TokenIndex, TokenStatistics
 from megatron_tip.selection import Selector
 from megatron_tip.selection.budget import BatchBudget, TieOrder
@@ -22,6 +29,8 @@ from megatron_tip.selection.order_statistics import quantiles
 from megatron_tip.selection.simulated import SimulatedReplica, run_simulated
 
 RATIO = 0.05
+QUICKSTART = Path("examples/quickstart_cpu/quickstart.toml")
+Part = Literal["growth", "selection", "quickstart"]
 
 
 @dataclass(frozen=True)
@@ -99,30 +108,93 @@ def bench_selector(num_rollouts: int, num_positions: int, rule: str, compare: bo
     print(f"{num_rollouts * num_positions:10d} {rule:28s} {'yes' if compare else 'no':>8s} {cost.row()}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--max-tokens", type=int, default=10**7, help="largest batch of the growth table")
-    parser.add_argument("--max-shards", type=int, default=512, help="most replicas of the growth table")
-    parser.add_argument("--repeats", type=int, default=3)
-    arguments = parser.parse_args()
+def main(
+    only: Annotated[Part | None, typer.Option(help="Print this part alone.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="The best of so many counts.")] = 3,
+    config: Annotated[Path, typer.Option(help="The run of the last table.")] = QUICKSTART,
+    steps: Annotated[int, typer.Option(min=3, help="Its optimizer steps; the first is not timed.")] = 5,
+    rollouts: Annotated[Path | None, typer.Option(help="Rollouts of such a run. Default: generated first.")] = None,
+) -> None:
+    """Time and bytes of the selection, and what its budget saves."""
     torch.set_num_threads(1)
+    tables = {
+        "growth": lambda: print_growth(repeats),
+        "selection": lambda: print_selection(repeats),
+        "quickstart": lambda: print_quickstart(config, steps, rollouts),
+    }
+    for name in [only] if only else tables:
+        tables[name]()
 
+
+def print_growth(repeats: int) -> None:
+    """Prints order statistics over simulated replicas: more tokens, then more replicas."""
     print("One replica's cost: local ms, KiB sent, collectives. A gather would send 4 bytes a token instead.\n")
     titles = " |".join(f"{title:>24s}" for title in ("0.95 quantile", "top 5 %", "top 5 %, many ties"))
     print(f"{'tokens':>10s} {'shards':>6s} {'1 pass':>8s} |{titles}")
-    sizes = [size for size in (10**4, 10**5, 10**6, 10**7) if size <= arguments.max_tokens]
-    shards = [count for count in (1, 8, 64, 512) if count <= arguments.max_shards]
-    for num_tokens, num_shards in [(size, 64) for size in sizes] + [(8 * 10**6, count) for count in shards]:
-        if num_tokens <= arguments.max_tokens and num_shards <= arguments.max_shards:
-            bench_order_statistics(num_tokens, num_shards, arguments.repeats)
+    by_tokens = [(size, 64) for size in (10**4, 10**5, 10**6, 10**7)]
+    by_shards = [(8 * 10**6, count) for count in (1, 8, 64, 512)]
+    for num_tokens, num_shards in by_tokens + by_shards:
+        bench_order_statistics(num_tokens, num_shards, repeats)
 
+
+def print_selection(repeats: int) -> None:
+    """Prints the whole selection of one replica, with and without the comparison of all rules."""
     print(f"\nThe whole selection of one replica's rows, rho = {RATIO}, with every metric.\n")
     print(f"{'tokens':>10s} {'rule':28s} {'compare':>8s} {'local ms':>9s} {'KiB':>9s} {'n':>4s}")
     for num_rollouts, num_positions in ((8, 64), (64, 128), (64, 2048)):
         for rule in ("random", "ta_opd_teachability", "tip_soft_or"):
             for compare in (False, True):
-                bench_selector(num_rollouts, num_positions, rule, compare, arguments.repeats)
+                bench_selector(num_rollouts, num_positions, rule, compare, repeats)
+
+
+def print_quickstart(config: Path, steps: int, rollouts: Path | None) -> None:
+    """Prints runs on the same rollouts at rho = 1 and at rho = 0.05, with and without a scoring pass.
+
+    A step is all its phases but the rollout, so that the share of the selection is what it is at most.
+    """
+    print(f"\n{config.stem}: seconds of a step by phase, medians of steps 2 to {steps}; tokens of the training pass.\n")
+    columns = ("score", "select", "train", "sum", "select/step", "mbatches", "tokens", "saved", "s saved*")
+    print(f"{'':34s}" + " ".join(f"{name:>11s}" for name in columns))
+    at = f"selection.retention_ratio={RATIO}"
+    with tempfile.TemporaryDirectory(prefix="bench_selection_") as name:
+        folder = Path(name)
+        replay = ["rollout.engine=replay", f"rollout.replay_folder={rollouts or folder / '0/rollouts'}"]
+        variants = {
+            f"rho = {RATIO}": [at, *(replay if rollouts else [])],
+            "rho = 1": ["selection.retention_ratio=1.0", *replay],
+            f"rho = {RATIO}, last step's thresholds": [at, "selection.thresholds=last_step", *replay],
+            f"rho = {RATIO}, scope micro_batch": [at, "selection.scope=micro_batch", *replay],
+        }
+        for number, (title, selection) in enumerate(variants.items()):
+            common = [f"run.folder={folder / str(number)}", f"training.steps={steps}", "heldout.num_prompts=0"]
+            common += ["optimizer.warmup_steps=1", "output.save_checkpoint=false", "output.export_hf=false"]
+            command = [sys.executable, "-m", "megatron_tip.cli", "train", str(config), *common, *selection]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                sys.exit(f"error: {' '.join(command)} ended with {done.returncode}:\n{done.stderr[-4000:]}")
+            lines = [line for line in read_metrics(folder / str(number) / "metrics.jsonl") if line["step"] > 1]
+            print(f"{title:34s}" + " ".join(f"{cell:>11s}" for cell in described_run(lines)), flush=True)
+    print("\n* the run's own estimate, from padded tokens; the difference of the train columns is what was measured")
+
+
+def described_run(lines: list[dict[str, float]]) -> list[str]:
+    """Returns the cells of one row."""
+
+    def median(name: str) -> float:
+        return statistics.median(line.get(name, 0.0) for line in lines)
+
+    score, select, train = (median(f"time/{phase}_seconds") for phase in ("score", "select", "train"))
+    step = median("time/teacher_seconds") + score + select + train + median("time/sync_seconds")
+    tokens, uncut = (sum(line[f"train/num_model_tokens{end}"] for line in lines) for end in ("", "_uncut"))
+    return [
+        *(f"{seconds:.3f}" for seconds in (score, select, train, score + select + train)),
+        f"{select / step:.2%}",
+        f"{sum(line['train/num_micro_batches'] for line in lines):.0f}",
+        f"{tokens:.0f}",
+        f"{1 - tokens / uncut:.1%}",
+        f"{median('train/saved_seconds'):.3f}",
+    ]
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

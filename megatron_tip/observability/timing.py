@@ -37,6 +37,10 @@ class PhaseTimer:
             self._step[name] = self._step.get(name, 0.0) + seconds
             self._total[name] = self._total.get(name, 0.0) + seconds
 
+    def seconds(self, name: str) -> float:
+        """Returns what the phase has taken in the current step so far."""
+        return self._step.get(name, 0.0)
+
     def step_metrics(self) -> dict[str, float]:
         """Returns {"time/<phase>_seconds": seconds} since the last call, and begins a new step."""
         step, self._step = self._step, {}

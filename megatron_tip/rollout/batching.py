@@ -118,14 +118,31 @@ def build_micro_batch(
 
 
 def token_index(micro_batches: Sequence[MicroBatch]) -> TokenIndex:
-    """Where the rows of `micro_batches` stand in the rollout batch, in the order of the rows."""
+    """Where the rows of `micro_batches` stand in the rollout batch, in the order of the rows.
+
+    Raises:
+        InputError: a loss_mask that reaches beyond its response_mask.
+    """
     rollout_index = []
     position = []
     for micro_batch in micro_batches:
+        check_masks_nest(micro_batch)
         mask = micro_batch.loss_mask
         rollout_index.append(micro_batch.rollout_indices[:, None].expand_as(mask)[mask])
         position.append((micro_batch.response_mask.cumsum(dim=1) - 1)[mask])
     return TokenIndex(torch.cat(rollout_index), torch.cat(position))
+
+
+def check_masks_nest(micro_batch: MicroBatch) -> None:
+    """Raises InputError, naming a place, unless the loss_mask lies within the response_mask."""
+    outside = (micro_batch.loss_mask & ~micro_batch.response_mask).nonzero()
+    if len(outside):
+        sequence, position = outside[0].tolist()
+        rollout = int(micro_batch.rollout_indices[sequence])
+        raise InputError(
+            f"loss_mask: expected only positions of the response_mask, got {len(outside)} others, the first at "
+            f"position {position} of rollout {rollout}; only generated tokens can be supervised"
+        )
 
 
 def _round_up(length: int, multiple: int) -> int:

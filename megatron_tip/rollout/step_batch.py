@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -70,50 +69,48 @@ class StepBatch:
         """Valid tokens of the whole batch."""
         return sum(map(sum, self.num_rows()))
 
-    def num_model_tokens(self, replica: int) -> int:
-        """Tokens of the replica that go through the model, padding not counted."""
-        return sum(self.num_kept_tokens[place] for places in self.plan[replica] for place in places)
+    def num_model_tokens(self) -> int:
+        """Tokens of the whole batch that go through the model, padding not counted."""
+        return sum(self.num_kept_tokens[place] for replica in self.plan for places in replica for place in places)
+
+    def num_padded_tokens(self) -> list[int]:
+        """Tokens that go through the model on each replica, padding counted."""
+        return [sum(map(self._num_padded, replica)) for replica in self.plan]
+
+    def num_micro_batches(self) -> int:
+        """Micro-batches of the whole batch, those without a sequence too."""
+        return sum(map(len, self.plan))
 
     def token_index(self, replica: int) -> TokenIndex:
         """Where each row of the replica stands in the whole batch."""
         return token_index(self.micro_batches(replica))
 
-    def cut_behind(self, last_selected: Sequence[int], replica: int) -> tuple["StepBatch", list[Tensor]]:
-        """The replica's batch without what cannot influence the loss, and the rows that it keeps.
+    def cut_behind(self, last_selected: Sequence[int]) -> "StepBatch":
+        """The batch without what cannot influence the loss, laid out anew over the same replicas.
 
         Attention is causal: tokens behind a rollout's last selected position change neither loss nor gradient. They
-        are cut off, rollouts with nothing selected are dropped, and what is left is laid out anew.
+        are cut off, rollouts with nothing selected are dropped, and what is left is balanced over the replicas again,
+        in fewer micro-batches. A pure function, equal on every rank.
 
         Args:
             last_selected: by place in `rollouts`, the last selected position of the response; -1: none.
-
-        Returns:
-            A batch whose only replica (0) is this one, and by micro-batch the `[n]` int64 places of its rows among
-            the rows of this batch's replica.
         """
-        kept_tokens = num_kept_tokens(self.rollouts, last_selected)
-        own = {place for places in self.plan[replica] for place in places}
-        plan = plan_micro_batches(
-            [length if place in own else 0 for place, length in enumerate(kept_tokens)],
-            1,
-            self.max_tokens,
-            sequence_multiple=self.sequence_multiple,
-        )
-        starts = self._row_starts(replica)
-        rows = [
-            torch.cat(
-                [torch.arange(starts[place], starts[place] + last_selected[place] + 1) for place in places]
-                or [torch.empty(0, dtype=torch.int64)]
-            ).to(self.device)
-            for places in plan[0]
-        ]
-        return replace(self, plan=plan, num_kept_tokens=kept_tokens), rows
+        lengths = num_kept_tokens(self.rollouts, last_selected)
+        plan = plan_micro_batches(lengths, len(self.plan), self.max_tokens, sequence_multiple=self.sequence_multiple)
+        return replace(self, plan=plan, num_kept_tokens=lengths)
 
-    def _row_starts(self, replica: int) -> dict[int, int]:
-        """The first row of each of the replica's rollouts."""
-        places = [place for micro_batch in self.plan[replica] for place in micro_batch]
-        starts = accumulate(map(self._num_rows, places), initial=0)
-        return dict(zip(places, starts, strict=False))
+    def replica_of(self) -> Tensor:
+        """`[rollouts]` int64: the replica that has each rollout; -1 for those that were dropped."""
+        replicas = torch.full((len(self.rollouts),), -1, dtype=torch.int64)
+        for replica, micro_batches in enumerate(self.plan):
+            for places in micro_batches:
+                replicas[places] = replica
+        return replicas.to(self.device)
+
+    def _num_padded(self, places: Sequence[int]) -> int:
+        """Tokens of one micro-batch as `build_micro_batch` pads it; one sequence of padding without places."""
+        width = max((self.num_kept_tokens[place] for place in places), default=1)
+        return max(1, len(places)) * -(-width // self.sequence_multiple) * self.sequence_multiple
 
     def _num_rows(self, place: int) -> int:
         """Labels of the rollout: its kept token k predicts token k + 1, from the last prompt token on."""

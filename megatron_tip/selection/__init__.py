@@ -1,15 +1,17 @@
 """Token selection: which response tokens of a rollout batch are supervised, exact on any layout. Needs torch alone."""
 
+from megatron_tip.selection.budget import rollout_budget
 from megatron_tip.selection.calibration import BatchTotals, Calibration
 from megatron_tip.selection.comparison import RuleComparison, compare_rules
 from megatron_tip.selection.normalise import NORMALISERS, Normaliser
 from megatron_tip.selection.one_pass import agreement, batch_totals, select_micro_batch
-from megatron_tip.selection.rules import RULES, Input, Rule
+from megatron_tip.selection.rules import RULES, STATISTICS, Input, Rule
 from megatron_tip.selection.selector import Selector
 
 __all__ = [
     "NORMALISERS",
     "RULES",
+    "STATISTICS",
     "BatchTotals",
     "Calibration",
     "Input",
@@ -20,5 +22,6 @@ __all__ = [
     "agreement",
     "batch_totals",
     "compare_rules",
+    "rollout_budget",
     "select_micro_batch",
 ]

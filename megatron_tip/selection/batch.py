@@ -34,7 +34,7 @@ class Batch:
 
     def token_order(self) -> Tensor:
         """Returns `[n]` int64 below 2^key_bits, distinct over the batch: by rollout, then by position."""
-        return self.index.rollout_index * self.num_positions + self.index.position
+        return self.index.keys(self.num_positions)
 
 
 def read_values(statistics: TokenStatistics | None, required: Collection[str] = ()) -> dict[str, Tensor]:

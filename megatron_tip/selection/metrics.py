@@ -71,7 +71,7 @@ def selection_metrics(sums: Sums, num_valid: int, quantiles: Quantiles, axes: Se
     """Returns the metrics of a selection from the sums of `described_rows`, each named `selection/...`:
 
     - `num_valid`, `num_selected`, `retention_ratio`;
-    - `kept_<statistic>_mean`, `dropped_<statistic>_mean`;
+    - `kept_<statistic>_mean`, `dropped_<statistic>_mean`, where rows were kept or dropped;
     - `median_<statistic>` of both axes, the thresholds of the quadrants; `q1_share` to `q4_share` of all rows,
       `kept_q1_share` to `kept_q4_share` of the kept ones. High is above the median;
     - `retention_position_<k>`: the share kept in the k-th tenth of the positions of the longest response;
@@ -88,12 +88,14 @@ def selection_metrics(sums: Sums, num_valid: int, quantiles: Quantiles, axes: Se
     for name in DESCRIBED_STATISTICS:
         if f"all/{name}" in sums:
             kept = sums[f"kept/{name}"]
-            metrics[f"kept_{name}_mean"] = kept / num_selected
+            if num_selected:
+                metrics[f"kept_{name}_mean"] = kept / num_selected
             if num_dropped:
                 metrics[f"dropped_{name}_mean"] = (sums[f"all/{name}"] - kept) / num_dropped
     for name in QUADRANTS if axes else ():
         metrics[f"{name}_share"] = sums[f"all/{name}"] / num_valid
-        metrics[f"kept_{name}_share"] = sums[f"kept/{name}"] / num_selected
+        if num_selected:
+            metrics[f"kept_{name}_share"] = sums[f"kept/{name}"] / num_selected
     for k in range(NUM_POSITION_BINS):
         if num_rows := sums[f"all/position_{k}"]:
             metrics[f"retention_position_{k}"] = sums[f"kept/position_{k}"] / num_rows

@@ -17,8 +17,8 @@ from megatron_tip.selection.budget import BatchBudget, batch_budget
 from megatron_tip.selection.calibration import BatchTotals, Calibration
 from megatron_tip.selection.loss_scale import inclusion, row_weights
 from megatron_tip.selection.metrics import sum_rows
-from megatron_tip.selection.order_statistics import quantiles
-from megatron_tip.selection.ranking import Draws, NormalisedInputs, Stream, rank_rows
+from megatron_tip.selection.order_statistics import Quantiles, quantiles
+from megatron_tip.selection.ranking import Draws, NormalisedInputs, Ranking, Stream, rank_rows
 from megatron_tip.selection.replicas import Replicas
 from megatron_tip.selection.sampling import inclusion_probabilities
 from megatron_tip.selection.settings import SelectionSettings
@@ -101,7 +101,7 @@ def _keep_best(settings: SelectionSettings, batch: Batch, step: int) -> tuple[Te
     """Returns the mask and each row's chance to be kept, from this micro-batch alone."""
     rule = settings.resolved_rule
     found = quantiles(batch.values, rule.required_quantiles, batch.num_valid, batch.replicas)
-    ranking = rank_rows(rule, batch, NormalisedInputs(batch, found), Draws(settings.seed, step, Stream.ACTIVE))
+    ranking = _rank(settings, batch, found, step)
     num_kept = batch_budget(settings.retention_ratio, batch.num_valid)
     budget = BatchBudget(num_kept, batch.num_valid, batch.replicas)
     (kept,) = budget.keep([ranking.scores], settings.tie_order(batch, step), with_runner_up=True)
@@ -115,10 +115,16 @@ def _keep_above_threshold(
 
     A fixed threshold draws each row on its own, with probability 1 - exp(-w / threshold).
     """
-    rule = settings.resolved_rule
-    inputs = NormalisedInputs(batch, calibration.as_quantiles())
-    ranking = rank_rows(rule, batch, inputs, Draws(settings.seed, step, Stream.ACTIVE))
+    ranking = _rank(settings, batch, calibration.as_quantiles(), step)
     ties = Draws(settings.seed, step, Stream.TIES).of(batch.index) < calibration.tie_share
     at_threshold = ranking.scores == calibration.threshold
     mask = (ranking.scores > calibration.threshold) | (at_threshold & ties)
     return mask, inclusion_probabilities(ranking.weights, calibration.threshold)
+
+
+def _rank(settings: SelectionSettings, batch: Batch, found: Quantiles, step: int) -> Ranking:
+    """Returns the active rule's ranking of this micro-batch. Raises TrainingError for NaN scores."""
+    draws = Draws(settings.seed, step, Stream.ACTIVE)
+    ranking = rank_rows(settings.resolved_rule, batch, NormalisedInputs(batch, found), draws)
+    settings.check_scores(int(ranking.scores.isnan().sum()))
+    return ranking

@@ -8,6 +8,7 @@ import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from importlib.metadata import entry_points
 from typing import Any, Literal
 
 from torch import Tensor
@@ -20,6 +21,7 @@ from megatron_tip.selection.normalise import ABOVE_MEDIAN, CLIPPED_MIN_MAX, MIN_
 Take = Literal["all", "top", "bottom", "sample"]
 Scope = Literal["batch", "rollout", "micro_batch"]
 
+ENTRY_POINTS = "megatron_tip.selection_rules"
 _PER_SUPPORT_ID = re.compile("_support_(ids|logprobs)$")
 STATISTICS = frozenset(f.name for f in fields(TokenStatistics) if not _PER_SUPPORT_ID.search(f.name))
 
@@ -104,25 +106,16 @@ RULES = {rule.name: rule for rule in _ROWS}
 
 
 def load_rule(name: str) -> Rule:
-    """Returns the rule of that name, or the one at an import path "package.module:attribute".
+    """Returns the rule of that name: a published one, an installed package's, or that of an import path.
 
-    The attribute is a `Rule`, or a score function whose parameters are named after fields of TokenStatistics; each is
-    then given Norm_B of that field. Raises ConfigError for a name that is neither.
+    Packages offer rules as entry points of the group "megatron_tip.selection_rules"; an import path is
+    "package.module:attribute". Both lead to a `Rule`, or to a score function whose parameters are named after fields of
+    TokenStatistics; each is then given Norm_B of that field. Raises ConfigError for anything else.
     """
     if name in RULES:
         return RULES[name]
-    module_name, _, attribute = name.partition(":")
-    if not attribute:
-        nearest = difflib.get_close_matches(name, RULES, n=1, cutoff=0.0)[0]
-        raise ConfigError(
-            f"rule: expected one of {', '.join(RULES)} or an import path 'package.module:function', got {name!r}; "
-            f"the nearest name is {nearest!r}"
-        )
-    try:
-        found = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"rule: cannot import {name!r} ({error}); check the path and PYTHONPATH") from error
-    rule = found if isinstance(found, Rule) else _rule_of_function(name, found)
+    found = _imported(name) if ":" in name else _installed(name)
+    rule = replace(found, name=name) if isinstance(found, Rule) else _rule_of_function(name, found)
     unknown = rule.required_statistics - STATISTICS
     if unknown:
         raise ConfigError(
@@ -130,6 +123,31 @@ def load_rule(name: str) -> Rule:
             f"expected names among {sorted(STATISTICS)}"
         )
     return rule
+
+
+def _imported(path: str) -> Any:
+    module_name, _, attribute = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"rule: cannot import {path!r} ({error}); check the path and PYTHONPATH") from error
+
+
+def _installed(name: str) -> Any:
+    """Returns what the entry point of that name leads to."""
+    offered = entry_points(group=ENTRY_POINTS)
+    found = list(offered.select(name=name))
+    if len(found) > 1:
+        packages = sorted(point.dist.name if point.dist else "?" for point in found)
+        raise ConfigError(f"rule {name!r}: expected one package that offers it, got {packages}; use an import path")
+    if found:
+        return _imported(found[0].value)
+    names = [*RULES, *sorted(offered.names)]
+    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+    raise ConfigError(
+        f"rule: expected one of {', '.join(names)} or an import path 'package.module:function', got {name!r}; "
+        f"the nearest name is {nearest!r}"
+    )
 
 
 def _rule_of_function(name: str, function: Any) -> Rule:

@@ -99,22 +99,20 @@ class Selector(SelectionSettings):
 
     def describe(
         self,
-        statistics: TokenStatistics,
+        statistics: TokenStatistics | None,
         index: TokenIndex,
         selection_mask: Tensor,
         *,
         dp_group: dist.ProcessGroup | None = None,
     ) -> dict[str, float]:
-        """Returns the metrics of any mask over the batch's rows, such as one made in one pass; without agreements.
+        """Returns the metrics of a mask over the batch's rows that was made in one pass; without agreements.
 
-        Collectives: 1 all-gather and 4 all-reduces. Raises as `select`, and InputError for an empty mask.
+        Collectives: 1 all-gather and at most 4 all-reduces. Raises as `select`.
         """
         batch = read_batch(read_values(statistics), index, Replicas(dp_group))
         axes = quadrant_axes(batch.values, self.resolved_rule.required_statistics)
         found = quantiles(batch.values, {(name, 0.5) for name in axes}, batch.num_valid, batch.replicas)
         sums = sum_rows(described_rows(batch, selection_mask, found, axes, {}), batch.replicas)
-        if sums["selected"] == 0:
-            raise InputError("describe: expected a selection_mask with at least one row over all replicas, got none")
         return selection_metrics(sums, batch.num_valid, found, axes)
 
     def _read(self, statistics: TokenStatistics | None, index: TokenIndex, replicas: Replicas) -> tuple[Batch, Budget]:
@@ -151,11 +149,7 @@ class Selector(SelectionSettings):
 
     def _check_sums(self, sums: Sums, num_selected: int) -> None:
         """Raises, alike on all ranks, for scores or rows that cannot be ranked."""
-        if sums["nan"]:
-            raise TrainingError(
-                f"rule {self.rule!r}: {int(sums['nan'])} scores are NaN although {sorted(self.required_statistics)} "
-                "are finite; mend the score function"
-            )
+        self.check_scores(int(sums["nan"]))
         if sums["selected"] != num_selected:
             raise InputError(
                 f"token index: {int(sums['selected'])} rows were kept instead of {num_selected}, so a (rollout_index, "

@@ -5,7 +5,8 @@ import torch.distributed as dist
 from megatron_tip.parallel.collectives import broadcast_json
 from megatron_tip.records import Rollout
 from megatron_tip.training.run import TrainingRun
-from megatron_tip.training.step import generate_rollouts, score_tokens
+from megatron_tip.training.scoring import score_tokens
+from megatron_tip.training.step import generate_rollouts
 
 
 def measure_heldout(run: TrainingRun, step: int) -> tuple[float, list[Rollout]]:

@@ -132,7 +132,13 @@ def summarise(run: TrainingRun, recorder: RunRecorder, before: Heldout, after: H
         "world": {"tp": grid.tp_size, "pp": grid.pp_size, "dp": grid.dp_size},
         "heldout_reverse_kl": {"before": before.reverse_kl, "after": after.reverse_kl},
         "retention_ratio": {"asked": run.config.selection.retention_ratio, "got": got},
-        "tokens": {"valid": recorder.num_valid, "selected": recorder.num_selected},
+        "tokens": {
+            "valid": recorder.num_valid,
+            "selected": recorder.num_selected,
+            "trained": recorder.num_model_tokens,
+            "trained_uncut": recorder.num_model_tokens_uncut,
+        },
+        "saved_train_seconds": recorder.saved_seconds,
         "seconds": dict.fromkeys(("rollout", "teacher", "score", "train", "sync"), 0.0) | run.timer.total_seconds(),
         "peak_rss_bytes": int(peak_rss),
     }

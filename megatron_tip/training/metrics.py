@@ -43,12 +43,14 @@ def supervision_metrics(
     statistics: TokenStatistics | None,
     selection: TokenSelection | None,
     loss: float,
+    pass_seconds: float,
     device: torch.device,
 ) -> dict[str, float]:
     """Loss, means over valid tokens and token counts of the whole batch, equal on every rank.
 
     Args:
         scored, trained: the batch before and after the cut behind the selection.
+        pass_seconds: what this rank's training pass took, forward and backward.
         statistics, selection: this replica's, on the last stage; None elsewhere, `statistics` also where no rule asked.
         loss: this replica's part.
 
@@ -58,8 +60,6 @@ def supervision_metrics(
     if selection is not None:
         sums = {
             "train/loss": loss,
-            "train/num_model_tokens": float(trained.num_model_tokens(0)),
-            "train/num_model_tokens_uncut": float(scored.num_model_tokens(groups.dp_rank)),
             "rows": float(selection.selection_mask.shape[0]),
         }
         if statistics is not None:
@@ -69,6 +69,7 @@ def supervision_metrics(
         metrics = dict(zip(sums, totals.tolist(), strict=True))
         rows = metrics.pop("rows")
         metrics |= {name: metrics[name] / rows for name in MEANS if name in metrics}
+        metrics |= saved_metrics(scored, trained, pass_seconds)
         metrics |= {
             "selection/num_valid": float(selection.num_valid),
             "selection/num_selected": float(selection.num_selected),
@@ -77,3 +78,21 @@ def supervision_metrics(
         }
     reporter = groups.grid.rank_at(tp=0, dp=0, pp=groups.grid.pp_size - 1)
     return broadcast_json(metrics, source=reporter, device=device)
+
+
+def saved_metrics(scored: StepBatch, trained: StepBatch, pass_seconds: float) -> dict[str, float]:
+    """What the cut behind the selection took off the training pass.
+
+    `train/saved_token_share`: of the tokens of the uncut batch. `train/saved_seconds`: an estimate, as if the pass took
+    time in proportion to the padded tokens of the replica that has most of them.
+    """
+    tokens, uncut = trained.num_model_tokens(), scored.num_model_tokens()
+    slowdown = max(scored.num_padded_tokens()) / max(trained.num_padded_tokens())
+    return {
+        "train/num_model_tokens": float(tokens),
+        "train/num_model_tokens_uncut": float(uncut),
+        "train/num_micro_batches": float(trained.num_micro_batches()),
+        "train/num_micro_batches_uncut": float(scored.num_micro_batches()),
+        "train/saved_token_share": 1 - tokens / uncut,
+        "train/saved_seconds": pass_seconds * (slowdown - 1),
+    }

@@ -12,7 +12,7 @@ from megatron_tip.conversion.safetensors_io import HfCheckpoint
 from megatron_tip.errors import ConfigError
 from megatron_tip.models.layout import check_layout
 from megatron_tip.parallel.grid import ModelGrid
-from megatron_tip.selection import Selector
+from megatron_tip.selection import STATISTICS, Selector, rollout_budget
 from megatron_tip.vocab_parallel import padded_vocab_size
 
 
@@ -156,11 +156,13 @@ def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, sizes: Sequence[int]) 
 
 
 def _selector(config: Config) -> Selector:
+    """The selector, whose budget leaves something of the longest response that the run allows."""
     selection = config.selection
-    return Selector(
+    selector = Selector(
         rule=selection.rule,
         retention_ratio=selection.retention_ratio,
         scope=None if selection.scope == "auto" else selection.scope,
+        thresholds=selection.thresholds,
         normaliser=None if selection.normaliser == "auto" else selection.normaliser,
         tie_break=selection.tie_break,
         loss_scale=selection.loss_scale,
@@ -168,3 +170,13 @@ def _selector(config: Config) -> Selector:
         minimum_per_rollout=selection.minimum_per_rollout,
         compare=selection.compare,
     )
+    longest = config.rollout.max_response_tokens
+    if selector.resolved_scope == "rollout" and not rollout_budget(
+        selection.retention_ratio, longest, selection.minimum_per_rollout
+    ):
+        raise ConfigError(
+            f"selection.retention_ratio: expected at least one token of the longest response, got floor("
+            f"{selection.retention_ratio} x {longest}) = 0 for every rollout; raise it or selection.minimum_per_rollout"
+        )
+    selector.check_available(STATISTICS, "the teacher in this process")
+    return selector

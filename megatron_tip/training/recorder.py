@@ -15,6 +15,9 @@ class RunRecorder:
     def __init__(self, folder: RunFolder, display: ProgressDisplay, *, writes: bool) -> None:
         self.num_valid = 0
         self.num_selected = 0
+        self.num_model_tokens = 0
+        self.num_model_tokens_uncut = 0
+        self.saved_seconds = 0.0
         self._metrics = MetricsWriter(folder.metrics) if writes else None
         self._display = display
         self._stack = contextlib.ExitStack()
@@ -23,6 +26,9 @@ class RunRecorder:
         """Takes the metrics of `step`; step 0 is what was measured before the first."""
         self.num_valid += int(metrics.get("selection/num_valid", 0))
         self.num_selected += int(metrics.get("selection/num_selected", 0))
+        self.num_model_tokens += int(metrics.get("train/num_model_tokens", 0))
+        self.num_model_tokens_uncut += int(metrics.get("train/num_model_tokens_uncut", 0))
+        self.saved_seconds += metrics.get("train/saved_seconds", 0.0)
         if self._metrics:
             self._metrics.write(step, metrics)
         self._display.finish_step(step, metrics)

@@ -1,7 +1,7 @@
 """Everything that a training run holds between steps."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -14,7 +14,14 @@ from megatron_tip.records import Rollout
 from megatron_tip.rollout.engine import RolloutEngine, SamplingParams
 from megatron_tip.rollout.prompts import PromptSource
 from megatron_tip.rollout.step_batch import StepBatch
-from megatron_tip.selection import Selector
+from megatron_tip.selection import Calibration, Selector
+
+
+@dataclass
+class LastStep:
+    """What a step leaves for the next one, if the run asks for it; equal on every rank."""
+
+    calibration: Calibration | None = None
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,7 @@ class TrainingRun:
     prompts: PromptSource | None
     engine: RolloutEngine | None
     timer: PhaseTimer
+    last_step: LastStep = field(default_factory=LastStep)
 
     def batch_of(self, rollouts: Sequence[Rollout]) -> StepBatch:
         """The rollouts in micro-batches over the student's replicas."""

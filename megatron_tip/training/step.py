@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.distributed as dist
@@ -10,28 +10,33 @@ from torch import Tensor
 
 from megatron_tip.errors import TrainingError
 from megatron_tip.observability.run_folder import RunFolder
-from megatron_tip.records import Prompt, Rollout, TokenIndex, TokenSelection, TokenStatistics
+from megatron_tip.parallel.collectives import broadcast_json
+from megatron_tip.records import MicroBatch, Prompt, Rollout, TokenSelection, TokenStatistics
 from megatron_tip.rollout.broadcast import broadcast_rollouts
 from megatron_tip.rollout.engine import SamplingParams
 from megatron_tip.rollout.step_batch import StepBatch
 from megatron_tip.rollout.storage import write_rollouts
+from megatron_tip.selection import Calibration
 from megatron_tip.training.metrics import rollout_metrics, supervision_metrics
 from megatron_tip.training.run import TrainingRun
+from megatron_tip.training.scoring import score_tokens
+from megatron_tip.training.supervision import SelectedRows, SelectedWhileTraining, Supervise
 from megatron_tip.training.weight_sync import sync_weights
-from megatron_tip.vocab_parallel import divergence_loss, token_statistics
+from megatron_tip.vocab_parallel import divergence_loss
 
 
 @dataclass(frozen=True)
-class Supervision:
-    """What one replica trains on after selection.
+class Trained:
+    """What a training pass leaves besides gradients.
 
-    `batch`: its replica 0 holds the micro-batches, cut behind the last selected tokens; equal on all tp and pp ranks.
-    `rows`: by micro-batch, the places of its rows among the replica's scored rows. `selection`: over the scored rows,
-    on the last stage; None elsewhere.
+    `batch`: as it went through the pass, over all replicas. `loss`: this replica's part, 0 off the last stage.
+    `statistics`, `selection`: of this replica's scored rows, on the last stage; None elsewhere, `statistics` also where
+    the rule asks for none.
     """
 
     batch: StepBatch
-    rows: list[Tensor]
+    loss: float
+    statistics: TokenStatistics | None
     selection: TokenSelection | None
 
 
@@ -58,19 +63,18 @@ def train_step(run: TrainingRun, step: int) -> dict[str, float]:
         return {**metrics, "train/skipped_no_valid_token": 1.0}
     with timer.phase("teacher"):
         teacher_rows = run.teacher.hidden_rows(batch)
-    with timer.phase("score"):
-        statistics = score_tokens(run, batch, teacher_rows) if run.selector.required_statistics else None
-    with timer.phase("select"):
-        supervision = select_tokens(run, batch, statistics, step)
+    one_pass = run.selector.selects_in_one_pass(run.last_step.calibration)
+    trained = (select_while_training if one_pass else select_then_train)(run, batch, teacher_rows, step)
+    pass_seconds = timer.seconds("train")
     with timer.phase("train"):
-        loss = accumulate_gradients(run, supervision, teacher_rows)
         metrics |= supervision_metrics(
             run.student.groups,
             scored=batch,
-            trained=supervision.batch,
-            statistics=statistics,
-            selection=supervision.selection,
-            loss=loss,
+            trained=trained.batch,
+            statistics=trained.statistics,
+            selection=trained.selection,
+            loss=trained.loss,
+            pass_seconds=pass_seconds,
             device=run.device,
         )
         if not math.isfinite(metrics["train/loss"]):
@@ -96,87 +100,100 @@ def generate_rollouts(run: TrainingRun, prompts: Sequence[Prompt], sampling: Sam
     return broadcast_rollouts(generate, device=run.device)
 
 
-def score_tokens(run: TrainingRun, batch: StepBatch, teacher_rows: Tensor | None) -> TokenStatistics | None:
-    """Statistics of every valid token of this rank's replica, in the order of its rows; on the last stage only.
+def select_then_train(run: TrainingRun, batch: StepBatch, teacher_rows: Tensor | None, step: int) -> Trained:
+    """Scores every token in a pass of its own, selects, and trains on what the selection leaves of the batch."""
+    with run.timer.phase("score"):
+        statistics = score_tokens(run, batch, teacher_rows) if run.selector.required_statistics else None
+    with run.timer.phase("select"):
+        trained, selected, selection = select_tokens(run, batch, statistics, teacher_rows, step)
+    with run.timer.phase("train"):
+        micro_batches = trained.micro_batches(run.student.groups.dp_rank)
+        rows = selected.by_micro_batch(micro_batches) if selected is not None else []
+        loss = accumulate_gradients(run, micro_batches, lambda index, *_: rows[index])
+    return Trained(trained, loss, statistics, selection)
 
-    One forward pass without gradient. What is alive at once is a micro-batch's hidden states and a chunk of logits.
+
+def select_while_training(run: TrainingRun, batch: StepBatch, teacher_rows: Tensor | None, step: int) -> Trained:
+    """Scores and selects within each micro-batch as it trains: one forward pass, over the whole sequences."""
+    groups = run.student.groups
+    statistics, selection, calibration = None, None, None
+    with run.timer.phase("train"):
+        chooser = SelectedWhileTraining(run, batch, teacher_rows, step) if teacher_rows is not None else None
+        micro_batches = batch.micro_batches(groups.dp_rank)
+        loss = accumulate_gradients(run, micro_batches, chooser.rows if chooser is not None else None)
+    with run.timer.phase("select"):
+        if chooser is not None:
+            statistics, selection, calibration = chooser.finish(batch.token_index(groups.dp_rank))
+        remember_calibration(run, calibration)
+    return Trained(batch, loss, statistics, selection)
+
+
+def select_tokens(
+    run: TrainingRun, batch: StepBatch, statistics: TokenStatistics | None, teacher_rows: Tensor | None, step: int
+) -> tuple[StepBatch, SelectedRows | None, TokenSelection | None]:
+    """Selects on the last stage and tells the other stages; cuts the batch behind the selected tokens and balances it.
+
+    Returns the batch to train on, equal on every rank, and on the last stage the rows of this replica in it, and the
+    selection among the rows that it scored.
     """
-    groups, config = run.student.groups, run.config
-    micro_batches = batch.micro_batches(groups.dp_rank)
-    row_counts = batch.num_rows()[groups.dp_rank]
-    teacher_parts = teacher_rows.split(row_counts) if teacher_rows is not None else ()
-    parts: list[TokenStatistics] = []
-
-    def score(index: int, hidden_states: Tensor) -> None:
-        micro_batch = micro_batches[index]
-        parts.append(
-            token_statistics(
-                run.student.rows(hidden_states, micro_batch.loss_mask),
-                run.student.output_head,
-                teacher_parts[index],
-                run.teacher.head,
-                labels=micro_batch.labels[micro_batch.loss_mask],
-                support_size=config.selection.support_size,
-                vocab_size=run.vocab_size,
-                temperature=config.loss.temperature,
-                tp_group=groups.tp_group,
-                chunk_rows=config.loss.chunk_rows or None,
-                with_jsd="jsd" in run.selector.required_statistics,
-            )
-        )
-
-    run.student.forward(micro_batches, score)
-    return TokenStatistics.concatenate(parts) if groups.is_last_stage else None
-
-
-def select_tokens(run: TrainingRun, batch: StepBatch, statistics: TokenStatistics | None, step: int) -> Supervision:
-    """Chooses the tokens on the last stage, tells the other stages, and cuts the batch behind them."""
     groups = run.student.groups
     last_selected = torch.full((len(batch.rollouts),), -1, dtype=torch.int64, device=run.device)
-    selection = None
-    if groups.is_last_stage:
+    selected, selection, calibration = None, None, None
+    if teacher_rows is not None:
         index = batch.token_index(groups.dp_rank)
-        selection = run.selector.select(statistics, index, step=step, dp_group=groups.dp_group)
-        last_selected = last_selected_positions(index, selection.selection_mask, last_selected)
+        selection, calibration = run.selector.select_and_calibrate(
+            statistics, index, step=step, dp_group=groups.dp_group
+        )
+        selected = SelectedRows.of(selection, index, teacher_rows)
+        last_selected.scatter_reduce_(0, selected.index.rollout_index, selected.index.position, "amax")
+        dist.all_reduce(last_selected, op=dist.ReduceOp.MAX, group=groups.dp_group)
     if groups.grid.pp_size > 1:
         dist.broadcast(last_selected, src=groups.last_stage_rank, group=groups.pp_group)
-    cut, rows = batch.cut_behind(last_selected.tolist(), groups.dp_rank)
-    return Supervision(cut, rows, selection)
+    remember_calibration(run, calibration)
+    trained = batch.cut_behind(last_selected.tolist())
+    if selected is not None and groups.grid.dp_size > 1:
+        selected = selected.sent_to(trained.replica_of()[selected.index.rollout_index], groups.dp_group)
+    return trained, selected, selection
 
 
-def last_selected_positions(index: TokenIndex, selection_mask: Tensor, initial: Tensor) -> Tensor:
-    """`[rollouts]` int64: each rollout's last selected response position, `initial` where there is none."""
-    return initial.scatter_reduce(0, index.rollout_index[selection_mask], index.position[selection_mask], "amax")
+def remember_calibration(run: TrainingRun, calibration: Calibration | None) -> None:
+    """Keeps the last stage's `calibration` on every stage, if the next step is to reuse it."""
+    if run.selector.thresholds == "this_step":
+        return
+    groups = run.student.groups
+    fields = asdict(calibration) if calibration is not None else None
+    if groups.grid.pp_size > 1:
+        fields = broadcast_json(fields, source=groups.last_stage_rank, device=run.device, group=groups.pp_group)
+    run.last_step.calibration = Calibration(**fields) if fields is not None else None
 
 
-def accumulate_gradients(run: TrainingRun, supervision: Supervision, teacher_rows: Tensor | None) -> float:
-    """Forward and backward over the selected tokens; returns this replica's part of the loss, 0 off the last stage.
+def accumulate_gradients(run: TrainingRun, micro_batches: Sequence[MicroBatch], supervise: Supervise | None) -> float:
+    """Forward and backward over the supervised rows; returns this replica's part of the loss, 0 off the last stage.
 
-    The LM head is applied, with gradient, to the selected rows only.
+    The LM head is applied, with gradient, to those rows only.
+
+    Args:
+        supervise: which rows they are; asked on the last stage only.
     """
-    groups, config = run.student.groups, run.config
-    micro_batches = supervision.batch.micro_batches(0)
+    config = run.config
     total = torch.zeros((), device=run.device)
 
     def loss_of(index: int, hidden_states: Tensor) -> Tensor:
-        micro_batch, selection = micro_batches[index], supervision.selection
-        assert selection is not None, "the loss is taken on the last stage"
-        assert teacher_rows is not None, "the loss is taken on the last stage"
-        rows = supervision.rows[index]
-        rows = rows[selection.selection_mask[rows]]
-        mask = selected_positions(micro_batch.loss_mask, selection.selection_mask[supervision.rows[index]])
+        assert supervise is not None, "the loss is taken on the last stage"
+        micro_batch = micro_batches[index]
+        rows = supervise(index, micro_batch, hidden_states)
         loss = divergence_loss(
-            run.student.rows(hidden_states, mask),
+            run.student.rows(hidden_states, rows.mask),
             run.student.output_head,
-            teacher_rows[rows],
+            rows.teacher_hidden,
             run.teacher.head,
             divergence=config.loss.divergence,
-            row_weights=selection.row_weights[rows],
-            labels=micro_batch.labels[mask],
+            row_weights=rows.row_weights,
+            labels=micro_batch.labels[rows.mask],
             vocab_size=run.vocab_size,
             temperature=config.loss.temperature,
             jsd_beta=config.loss.jsd_beta,
-            tp_group=groups.tp_group,
+            tp_group=run.student.groups.tp_group,
             chunk_rows=config.loss.chunk_rows or None,
         )
         total.add_(loss.detach())
@@ -184,10 +201,3 @@ def accumulate_gradients(run: TrainingRun, supervision: Supervision, teacher_row
 
     run.student.accumulate_gradients(micro_batches, loss_of)
     return total.item()
-
-
-def selected_positions(loss_mask: Tensor, row_is_selected: Tensor) -> Tensor:
-    """`[b, s]` bool: `loss_mask` without the rows that were not selected."""
-    mask = loss_mask.clone()
-    mask[loss_mask] = row_is_selected
-    return mask

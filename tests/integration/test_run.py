@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_tip.selection import RULES
 from tests.helpers.training import make_models
 
 ROOT = Path(__file__).parents[2]
@@ -87,6 +88,10 @@ def test_what_a_run_leaves(first_run: Path, models: Path):
     assert summary["heldout_reverse_kl"]["before"] == metrics[0]["heldout/reverse_kl"]
     assert 0 < summary["heldout_reverse_kl"]["after"] < summary["heldout_reverse_kl"]["before"]
     assert summary["tokens"]["valid"] == sum(line["selection/num_valid"] for line in metrics[1:])
+    trained, uncut = (sum(line[f"train/num_model_tokens{end}"] for line in metrics[1:]) for end in ("", "_uncut"))
+    assert (summary["tokens"]["trained"], summary["tokens"]["trained_uncut"]) == (trained, uncut)
+    assert trained < uncut
+    assert summary["saved_train_seconds"] == pytest.approx(sum(line["train/saved_seconds"] for line in metrics[1:]))
     assert summary["retention_ratio"]["got"] == summary["tokens"]["selected"] / summary["tokens"]["valid"]
     assert {"total", "rollout", "teacher", "score", "train", "sync"} <= summary["seconds"].keys()
     assert summary["peak_rss_bytes"] > 100e6
@@ -107,6 +112,32 @@ def test_the_exported_student_is_the_trained_one(first_run: Path, models: Path):
     after = load_file(folder / "model.safetensors")
     change = (after["model.layers.1.mlp.up_proj.weight"] - before["model.layers.2.mlp.up_proj.weight"]).abs().max()
     assert 1e-5 < change < 0.1  # layer 2 of the teacher is layer 1 of the student, three steps later
+
+
+def test_rules_side_by_side_on_the_rollouts_of_a_run(first_run: Path, tmp_path: Path):
+    """The tool scores step 1's rollouts with the student that wrote them, and so finds the logged overlaps."""
+    picture = tmp_path / "selectors.png"
+    ended = subprocess.run(
+        [sys.executable, "tools/compare_selectors.py", str(first_run / "run"), "--picture", str(picture)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert Image.open(picture).size[0] > 800
+    logged = metrics_of(first_run)[1]
+    names = [name for name in RULES if name != "full"]
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in ended.stdout.splitlines() if "│" in line]
+    table = {row[1]: row for row in cells if len(row) == 7 + len(names)}
+    assert list(table) == names
+    own = table["ta_opd_teachability"]
+    assert int(own[2]) == logged["selection/num_selected"]
+    for name, overlap in zip(names, own[7:], strict=True):
+        if name not in ("ta_opd_teachability", "random", "tip_entropy_sampling"):  # those draw anew at every step
+            assert float(overlap) == pytest.approx(100 * logged[f"selection/jaccard_{name}"], abs=0.51), name
+    assert ended.stdout.count("kept tokens, with their positions") == 3
 
 
 @pytest.mark.parametrize(

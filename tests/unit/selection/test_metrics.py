@@ -2,7 +2,6 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_tip.errors import InputError
 from megatron_tip.selection import RULES, Selector
 from tests.helpers.selection import make_batch
 
@@ -117,5 +116,7 @@ def test_describe_any_mask(outcome):
         for name, value in selection.metrics.items()
         if "jaccard" not in name and name not in ("selection/threshold", "selection/tied_share")
     }
-    with pytest.raises(InputError, match="at least one row"):
-        selector.describe(statistics, index, torch.zeros(100, dtype=torch.bool))
+    nothing = selector.describe(statistics, index, torch.zeros(100, dtype=torch.bool))
+    assert nothing["selection/num_selected"] == 0.0
+    assert not [name for name in nothing if "kept" in name]
+    assert nothing["selection/dropped_reverse_kl_mean"] == pytest.approx(float(statistics.reverse_kl.double().mean()))

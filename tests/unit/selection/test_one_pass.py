@@ -104,6 +104,10 @@ def test_refusals():
         select_micro_batch(whole, statistics, index, step=0, totals=totals)
     with pytest.raises(InputError, match="compatibility"):
         select_micro_batch(per_micro_batch, None, index, step=0, totals=totals)
+    nan = Selector(rule="tests.unit.selection.test_selector:nan_score", retention_ratio=0.5, scope="micro_batch")
+    statistics.support_jaccard[0] = 0.0
+    with pytest.raises(TrainingError, match=r"nan_score.*1 scores are NaN although \['support_jaccard'\]"):
+        select_micro_batch(nan, statistics, index, step=0, totals=totals)
     statistics.compatibility[2] = float("nan")
     with pytest.raises(TrainingError, match="compatibility"):
         select_micro_batch(per_micro_batch, statistics, index, step=0, totals=totals)

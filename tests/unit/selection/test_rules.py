@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_tip.errors import ConfigError
 from megatron_tip.records import TokenStatistics
 from megatron_tip.selection import RULES, Selector
 
@@ -26,3 +27,32 @@ def test_every_rule_and_its_test_are_in_the_documentation():
     sources = "".join(path.read_text() for path in (ROOT / "tests/unit/selection").glob("test_*.py"))
     assert len(tests) == 3
     assert all(f"def {name}(" in sources for name in tests)
+
+
+def install(folder: Path, name: str, entry_points: str, monkeypatch) -> None:
+    """A package of that name with these entry points, as pip would leave it."""
+    metadata = folder / f"{name}-1.0.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text(f"[megatron_tip.selection_rules]\n{entry_points}\n")
+    monkeypatch.syspath_prepend(folder)
+
+
+def test_installed_packages_offer_rules(tmp_path, monkeypatch):
+    (tmp_path / "surprising.py").write_text(
+        "from megatron_tip.selection import NORMALISERS, Input, Rule\n"
+        "def surprise(support_divergence, teacher_entropy):\n    return support_divergence * (1 - teacher_entropy)\n"
+        "LOWEST = Rule('any', surprise, (Input('reverse_kl'), Input('jsd', NORMALISERS['raw'])), take='bottom')\n"
+    )
+    offers = "surprise = surprising:surprise\nleast_surprise = surprising:LOWEST\nbroken = surprising:nothing"
+    install(tmp_path, "surprising", offers, monkeypatch)
+    assert Selector("surprise", 0.5).required_statistics == {"support_divergence", "teacher_entropy"}
+    rule = Selector("least_surprise", 0.5).resolved_rule
+    assert (rule.name, rule.take, rule.required_statistics) == ("least_surprise", "bottom", {"reverse_kl", "jsd"})
+    with pytest.raises(ConfigError, match=r"cannot import 'surprising:nothing'"):
+        Selector("broken", 0.5)
+    with pytest.raises(ConfigError, match="the nearest name is 'surprise'"):
+        Selector("surprize", 0.5)
+    install(tmp_path / "second", "other", "surprise = surprising:LOWEST", monkeypatch)
+    with pytest.raises(ConfigError, match=r"one package that offers it, got \['other', 'surprising'\]"):
+        Selector("surprise", 0.5)

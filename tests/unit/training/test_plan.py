@@ -39,6 +39,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "model.sequence_parallel: expected model.tensor_parallel_size above 1",
         ),
         ({"selection": {"rule": "tip_sof_or"}}, 1, "the nearest name is 'tip_soft_or'"),
+        (
+            {"selection": {"rule": "tip_soft_or", "retention_ratio": 0.01, "minimum_per_rollout": 0}},
+            1,
+            "selection.retention_ratio: expected at least one token of the longest response, got floor(0.01 x 64) = 0",
+        ),
+        ({"selection": {"scope": "rollout", "thresholds": "last_step"}}, 1, "thresholds 'last_step': expected scope"),
         ({"selection": {"rule": "full"}}, 1, "rule 'full' keeps every row: set retention_ratio = 1"),
         ({"rollout": {"max_response_tokens": 4090}}, 1, "expected at most the student's max_position_embeddings 4096"),
         (

@@ -1,0 +1,50 @@
+"""Statistics of the valid tokens, from the student's and the teacher's hidden states."""
+
+from torch import Tensor
+
+from megatron_tip.records import MicroBatch, TokenStatistics
+from megatron_tip.rollout.step_batch import StepBatch
+from megatron_tip.training.run import TrainingRun
+from megatron_tip.vocab_parallel import token_statistics
+
+
+def score_tokens(run: TrainingRun, batch: StepBatch, teacher_rows: Tensor | None) -> TokenStatistics | None:
+    """Statistics of every valid token of this rank's replica, in the order of its rows; on the last stage only.
+
+    One forward pass without gradient. What is alive at once is a micro-batch's hidden states and a chunk of logits.
+    """
+    groups = run.student.groups
+    micro_batches = batch.micro_batches(groups.dp_rank)
+    teacher_parts = teacher_rows.split(batch.num_rows()[groups.dp_rank]) if teacher_rows is not None else ()
+    parts: list[TokenStatistics] = []
+
+    def score(index: int, hidden_states: Tensor) -> None:
+        parts.append(micro_batch_statistics(run, micro_batches[index], hidden_states, teacher_parts[index]))
+
+    run.student.forward(micro_batches, score)
+    return TokenStatistics.concatenate(parts) if groups.is_last_stage else None
+
+
+def micro_batch_statistics(
+    run: TrainingRun, micro_batch: MicroBatch, hidden_states: Tensor, teacher_hidden: Tensor
+) -> TokenStatistics:
+    """Statistics of one micro-batch's valid tokens, `[n]`, equal on all tp ranks of the last stage; no gradient.
+
+    Args:
+        hidden_states: the student's last output, `[s, b, h]` (`[s/tp, b, h]` under sequence parallelism), detached.
+        teacher_hidden: `[n, H]`.
+    """
+    config = run.config
+    return token_statistics(
+        run.student.rows(hidden_states, micro_batch.loss_mask),
+        run.student.output_head,
+        teacher_hidden,
+        run.teacher.head,
+        labels=micro_batch.labels[micro_batch.loss_mask],
+        support_size=config.selection.support_size,
+        vocab_size=run.vocab_size,
+        temperature=config.loss.temperature,
+        tp_group=run.student.groups.tp_group,
+        chunk_rows=config.loss.chunk_rows or None,
+        with_jsd="jsd" in run.selector.required_statistics,
+    )

@@ -1,0 +1,156 @@
+"""Which rows of each micro-batch are trained on: known before the training pass, or chosen while it runs."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_tip.records import MicroBatch, TokenIndex, TokenSelection, TokenStatistics
+from megatron_tip.rollout.batching import token_index
+from megatron_tip.rollout.step_batch import StepBatch
+from megatron_tip.selection import Calibration, agreement, batch_totals, select_micro_batch
+from megatron_tip.training.run import TrainingRun
+from megatron_tip.training.scoring import micro_batch_statistics
+
+
+@dataclass(frozen=True)
+class MicroBatchRows:
+    """`k` rows of one micro-batch: `mask` `[b, s]` bool holds at them. `teacher_hidden`: `[k, H]`. `row_weights`:
+    `[k]` float32.
+    """
+
+    mask: Tensor
+    teacher_hidden: Tensor
+    row_weights: Tensor
+
+
+Supervise = Callable[[int, MicroBatch, Tensor], MicroBatchRows]
+"""What a training pass asks on the last stage, in order: the rows of micro-batch `index`, its `hidden_states` given."""
+
+
+@dataclass(frozen=True)
+class SelectedRows:
+    """Rows that were selected before the training pass: `index`, `teacher_hidden` `[k, H]`, `row_weights` `[k]` float32
+    of the same k rows.
+    """
+
+    index: TokenIndex
+    teacher_hidden: Tensor
+    row_weights: Tensor
+
+    @classmethod
+    def of(cls, selection: TokenSelection, index: TokenIndex, teacher_rows: Tensor) -> "SelectedRows":
+        """The selected ones of this replica's scored rows."""
+        mask = selection.selection_mask
+        kept = TokenIndex(index.rollout_index[mask], index.position[mask])
+        return cls(kept, teacher_rows[mask], selection.row_weights[mask])
+
+    def sent_to(self, destination: Tensor, dp_group: dist.ProcessGroup) -> "SelectedRows":
+        """Returns the rows that all replicas, this one too, send to this one.
+
+        Args:
+            destination: `[k]` int64, the replica that each row goes to.
+
+        Collectives: 4 all-to-alls over `dp_group`, of the selected rows alone.
+        """
+        order = destination.argsort(stable=True)
+        num_sent = torch.bincount(destination, minlength=dp_group.size())
+        num_received = torch.empty_like(num_sent)
+        dist.all_to_all_single(num_received, num_sent, group=dp_group)
+        sent, received = num_sent.tolist(), num_received.tolist()
+
+        def moved(values: Tensor) -> Tensor:
+            arriving = values.new_empty((sum(received), *values.shape[1:]))
+            dist.all_to_all_single(arriving, values[order], received, sent, group=dp_group)
+            return arriving
+
+        places = moved(torch.stack([self.index.rollout_index, self.index.position], dim=1))
+        return SelectedRows(TokenIndex(*places.unbind(dim=1)), moved(self.teacher_hidden), moved(self.row_weights))
+
+    def by_micro_batch(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatchRows]:
+        """Returns the rows of each of `micro_batches`, which hold them all."""
+        index = token_index(micro_batches)
+        num_positions = int(index.position.max()) + 1 if len(index) else 1
+        keys, own_keys = index.keys(num_positions), self.index.keys(num_positions)
+        is_selected = torch.isin(keys, own_keys)
+        wanted = keys[is_selected]
+        assert len(wanted) == len(own_keys), "selected rows are rows of the loss masks, each of its own"
+        order = torch.empty_like(own_keys)
+        order[wanted.argsort()] = own_keys.argsort()
+        parts = is_selected.split([micro_batch.num_valid() for micro_batch in micro_batches])
+        counts = [int(part.sum()) for part in parts]
+        return [
+            MicroBatchRows(rows_mask(micro_batch, part), hidden, weights)
+            for micro_batch, part, hidden, weights in zip(
+                micro_batches,
+                parts,
+                self.teacher_hidden[order].split(counts),
+                self.row_weights[order].split(counts),
+                strict=True,
+            )
+        ]
+
+
+class SelectedWhileTraining:
+    """Scores each micro-batch by the output of the training pass itself, without gradient; on the last stage only."""
+
+    def __init__(self, run: TrainingRun, batch: StepBatch, teacher_rows: Tensor, step: int) -> None:
+        """Counts the rows of the batch. Collectives: 1 all-reduce over dp."""
+        groups = run.student.groups
+        row_counts = batch.num_rows()[groups.dp_rank]
+        self._run, self._step = run, step
+        self._teacher_parts = teacher_rows.split(row_counts)
+        counts = torch.tensor(row_counts, dtype=torch.int64, device=run.device)
+        self._totals = batch_totals(run.selector, counts, dp_group=groups.dp_group)
+        self._statistics: list[TokenStatistics] = []
+        self._selections: list[TokenSelection] = []
+
+    def rows(self, index: int, micro_batch: MicroBatch, hidden_states: Tensor) -> MicroBatchRows:
+        run, teacher_hidden, statistics = self._run, self._teacher_parts[index], None
+        if run.selector.required_statistics:
+            statistics = micro_batch_statistics(run, micro_batch, hidden_states.detach(), teacher_hidden)
+            self._statistics.append(statistics)
+        selection = select_micro_batch(
+            run.selector,
+            statistics,
+            token_index([micro_batch]),
+            step=self._step,
+            totals=self._totals,
+            calibration=run.last_step.calibration,
+        )
+        self._selections.append(selection)
+        mask = selection.selection_mask
+        return MicroBatchRows(rows_mask(micro_batch, mask), teacher_hidden[mask], selection.row_weights[mask])
+
+    def finish(self, index: TokenIndex) -> tuple[TokenStatistics | None, TokenSelection, Calibration | None]:
+        """Returns the replica's statistics, its selection with metrics, and what the next step may reuse.
+
+        Call it after the pass. Under thresholds "last_step" the exact selection is made as well, after the fact: it
+        gives the next step's thresholds, and tells how far this step's choice was off. Collectives: `Selector`'s.
+
+        Args:
+            index: of the replica's rows.
+        """
+        selector, group = self._run.selector, self._run.student.groups.dp_group
+        statistics = TokenStatistics.concatenate(self._statistics) if self._statistics else None
+        mask = torch.cat([selection.selection_mask for selection in self._selections])
+        weights = torch.cat([selection.row_weights for selection in self._selections])
+        metrics, calibration = selector.describe(statistics, index, mask, dp_group=group), None
+        if selector.thresholds == "last_step":
+            alone = replace(selector, compare=False)
+            exact, calibration = alone.select_and_calibrate(statistics, index, step=self._step, dp_group=group)
+            metrics |= {
+                "selection/exact_agreement": agreement(mask, exact.selection_mask, dp_group=group),
+                "selection/exact_num_selected": float(exact.num_selected),
+            }
+        num_selected = int(metrics["selection/num_selected"])
+        return statistics, TokenSelection(mask, weights, self._totals.num_valid, num_selected, metrics), calibration
+
+
+def rows_mask(micro_batch: MicroBatch, row_is_selected: Tensor) -> Tensor:
+    """`[b, s]` bool: the micro-batch's `loss_mask` without the rows that were not selected."""
+    mask = micro_batch.loss_mask.clone()
+    mask[micro_batch.loss_mask] = row_is_selected
+    return mask
