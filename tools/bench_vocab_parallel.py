@@ -1,4 +1,4 @@
-"""The loss and the statistics of `megatron_tip.vocab_parallel` against the matrix products that they cannot avoid, and others.
+"""The vocabulary-parallel loss and statistics against the matrix products that they cannot avoid, TRL and Liger.
 
     python tools/bench_vocab_parallel.py [--tp 2] [--divergence jsd] [--peer-python /path/to/python] [--json]
 
@@ -162,8 +162,10 @@ def measure_cases(cases: Sequence[Case], setting: Setting, folder: Path, rounds:
     results: dict[str, list[list[dict[str, Any]]]] = {case.name: [] for case in cases}
     for number in range(rounds):
         for case in cases:
-            progress.print(f"round {number + 1} of {rounds}: {case.name}")
-            results[case.name].append(list(run(case, setting, folder)))
+            ranks = list(run(case, setting, folder))
+            seconds = ", ".join(f"{second:.2f}" for rank in ranks for second in rank["seconds"])
+            progress.print(f"round {number + 1} of {rounds}: {case.name}: {seconds}")
+            results[case.name].append(ranks)
     return [measured(name, ranks_by_round, setting.rows) for name, ranks_by_round in results.items()]
 
 

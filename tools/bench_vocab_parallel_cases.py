@@ -305,7 +305,8 @@ def errors_of(
         return {"values": _error(result, expected["values"])}
     scale = len(expected["values"]) if is_mean else 1
     grad_hidden, grad_head = work.student_hidden.grad, work.student_head.grad
-    assert grad_hidden is not None and grad_head is not None, "a loss leaves its gradients"
+    assert grad_hidden is not None, "a loss leaves its gradients"
+    assert grad_head is not None, "a loss leaves its gradients"
     wanted_head = expected["grad_head"].chunk(len(expected["grad_head"]) // len(grad_head))[rank]
     return {
         "values": _error(result * scale, expected["values"].sum()),
@@ -367,8 +368,8 @@ def main(task_path: Path, rank: int, result_path: Path) -> None:
     task = json.loads(task_path.read_text())
     torch.set_num_threads(task["threads"])
     if task["tp"] > 1:
-        store = dist.FileStore(str(result_path.parent / "store"), task["tp"])
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=task["tp"])
+        file = f"file://{result_path.parent / 'store'}"
+        dist.init_process_group("gloo", init_method=file, rank=rank, world_size=task["tp"])
     work = make_work(task, rank)
     reference_path = Path(task["reference"])
     if task["case"] == "reference":
