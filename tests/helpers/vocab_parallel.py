@@ -1,0 +1,88 @@
+"""Inputs of the vocabulary-parallel functions that are the same on every rank, their shards, and the layouts."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_tip.records import TokenStatistics
+from megatron_tip.vocab_parallel import padded_vocab_size, token_statistics
+from tests.helpers import reference
+
+
+@dataclass(frozen=True)
+class Case:
+    n: int = 11
+    vocab_size: int = 203
+    student_dim: int = 16
+    teacher_dim: int = 24
+    scale: float = 1.0
+    temperature: float = 1.0
+    chunk_rows: int | None = 4
+    support_size: int = 8
+    dtype: torch.dtype = torch.float32  # bfloat16 with a scale and a temperature that are powers of two
+    constant: bool = False  # all logits equal
+
+    def inputs(self) -> dict[str, Tensor]:
+        g = torch.Generator().manual_seed(self.n + self.vocab_size)
+        v = padded_vocab_size(self.vocab_size, 12)
+        spread = 0.0 if self.constant else self.scale / self.student_dim**0.5
+        made = {
+            "student_hidden": torch.randn(self.n, self.student_dim, generator=g),
+            "student_head": torch.randn(v, self.student_dim, generator=g) * spread,
+            "teacher_hidden": torch.randn(self.n, self.teacher_dim, generator=g),
+            "teacher_head": torch.randn(v, self.teacher_dim, generator=g) * spread,
+        }
+        # Few bits make the logits exact: this code is measured, not the rounding of its inputs.
+        exact = self._exact_in_bfloat16 if self.dtype == torch.bfloat16 else self._exact_in_float32
+        return {name: exact(name, tensor).to(self.dtype) for name, tensor in made.items()}
+
+    def _exact_in_float32(self, name: str, tensor: Tensor) -> Tensor:
+        return (tensor * 32).round() / 32
+
+    def _exact_in_bfloat16(self, name: str, tensor: Tensor) -> Tensor:
+        """Whole hidden states and heads in steps of 1/32 of the scale: 8 bits for logits up to 8 times the scale."""
+        return tensor.round().clamp(-2, 2) if "hidden" in name else (tensor * 32 / self.scale).round() / 32 * self.scale
+
+    def labels(self) -> Tensor:
+        return torch.randint(0, self.vocab_size, (self.n,), generator=torch.Generator().manual_seed(1))
+
+    def weights(self) -> Tensor:
+        return torch.rand(self.n, generator=torch.Generator().manual_seed(2))
+
+    def logits(self, name: str, head: Tensor | None = None, hidden: Tensor | None = None) -> Tensor:
+        inputs = self.inputs()
+        hidden = inputs[f"{name}_hidden"] if hidden is None else hidden
+        head = inputs[f"{name}_head"] if head is None else head
+        return reference.full_logits(hidden, head, self.vocab_size, self.temperature)
+
+
+def shard(tensor: Tensor, group: ProcessGroup) -> Tensor:
+    return tensor.chunk(group.size())[group.rank()].clone()
+
+
+def statistics(case: Case, group: ProcessGroup, **changes) -> TokenStatistics:
+    inputs = case.inputs()
+    arguments = {
+        **{name: shard(tensor, group) if "head" in name else tensor for name, tensor in inputs.items()},
+        "labels": case.labels(),
+        "support_size": case.support_size,
+        "vocab_size": case.vocab_size,
+        "temperature": case.temperature,
+        "tp_group": group,
+        "chunk_rows": case.chunk_rows,
+        "with_jsd": True,
+        "with_support": True,
+    }
+    return token_statistics(**(arguments | changes))
+
+
+def on_every_layout(check: Callable[[ProcessGroup], None]) -> None:
+    """Runs `check` at tp 1, 2, 3 and 4 in a world of four ranks."""
+    for layout in ([[0], [1], [2], [3]], [[0, 1], [2, 3]], [[0, 1, 2]], [[0, 1, 2, 3]]):
+        group, _ = dist.new_subgroups_by_enumeration(layout)
+        if any(dist.get_rank() in ranks for ranks in layout):
+            check(group)

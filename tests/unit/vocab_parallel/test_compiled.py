@@ -1,0 +1,44 @@
+"""`compiled=True` is the same code through torch.compile, whole kernels without a break, and the same numbers."""
+
+import functools
+from dataclasses import fields
+
+import pytest
+import torch
+
+from megatron_tip.records import TokenStatistics
+from megatron_tip.vocab_parallel import DIVERGENCES, chunks, token_statistics
+from tests.unit.vocab_parallel.test_divergence import models, with_gradients
+
+
+@pytest.fixture(autouse=True)
+def kernels_seen(monkeypatch):
+    """Traces and differentiates nothing, but leaves out the code generation, which takes a compiler and minutes."""
+    compile_ = torch.compile
+    seen = []
+
+    def traced(kernel, **options):
+        seen.append(kernel.__name__)
+        return compile_(kernel, backend="aot_eager", fullgraph=True, **options)
+
+    monkeypatch.setattr(torch, "compile", traced)
+    monkeypatch.setattr(chunks, "_compile", functools.cache(chunks._compile.__wrapped__))
+    return seen
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_the_loss_is_the_same(divergence, kernels_seen):
+    inputs, arguments = models(), {"divergence": divergence, "labels": torch.arange(6), "chunk_rows": 4}
+    plain = with_gradients(inputs, **arguments)
+    assert not kernels_seen
+    for actual, expected in zip(with_gradients(inputs, **arguments, compiled=True), plain, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-7)
+    assert len(kernels_seen) >= 2, "values and gradient"
+
+
+def test_the_statistics_are_the_same(kernels_seen):
+    inputs, arguments = models(), {"labels": torch.arange(6), "chunk_rows": 4, "with_jsd": True, "with_support": True}
+    plain, compiled = (token_statistics(**inputs, **arguments, compiled=value) for value in (False, True))
+    assert kernels_seen == ["statistics_sums", "jsd_sums"]
+    for field in fields(TokenStatistics):
+        torch.testing.assert_close(getattr(compiled, field.name), getattr(plain, field.name), rtol=1e-6, atol=1e-7)

@@ -1,0 +1,237 @@
+"""The vocabulary-parallel loss and statistics against the matrix products that they cannot avoid, TRL and Liger.
+
+    python tools/bench_vocab_parallel.py [--tp 2] [--divergence jsd] [--peer-python /path/to/python] [--json]
+
+Every case makes one divergence of all rows, both heads and the student's gradients included, from the same inputs, in
+processes of its own. "rho" rows score all rows first and then make the loss of that share of them. TRL and Liger are
+called as their users call them, by an interpreter that has them, on one rank.
+
+Seconds are the median of all calls behind the first, of the slower rank; the cases take turns, `--rounds` times, so
+that a machine whose speed drifts disturbs all alike. Memory is the largest peak of a rank's resident set over what was
+resident before the call, all inputs there and all free memory given back. Bytes are what a rank puts into collectives,
+for each row. The error is the largest relative error, in the Euclidean norm, of the value and of both gradients,
+against float64 arithmetic on the same inputs; of the scoring, that of every row's reverse KL.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+CASES = Path(__file__).parent / "bench_vocab_parallel_cases.py"
+FLOOR_CHUNKS = (128, 512, 1024)
+RATIOS = (0.5, 0.1, 0.05)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The inputs of every case, as `make_work` of the cases takes them."""
+
+    rows: int
+    hidden: int
+    vocab: int
+    tp: int
+    threads: int
+    dtype: str
+    divergence: str
+    calls: int
+    reference: str
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row of the table: a function of the cases, its options, and the interpreter that runs it."""
+
+    name: str
+    function: str
+    options: dict[str, Any] = field(default_factory=dict)
+    python: str = sys.executable
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One row's numbers. `peak_bytes` and `sent_bytes_per_row`: of the rank with most."""
+
+    name: str
+    seconds: float
+    peak_bytes: int
+    sent_bytes_per_row: float
+    collectives: int
+    errors: dict[str, float]
+
+
+def main(
+    rows: Annotated[int, typer.Option(min=1, help="Tokens.")] = 2048,
+    hidden: Annotated[int, typer.Option(min=1, help="H of both models.")] = 576,
+    vocab: Annotated[int, typer.Option(min=1, help="Vocabulary, a multiple of --tp.")] = 49_152,
+    tp: Annotated[int, typer.Option(min=1, help="Ranks over which the heads are sharded.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of all ranks together.")] = 2,
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of hidden states and heads.")] = "float32",
+    divergence: Annotated[Literal["reverse_kl", "forward_kl", "jsd"], typer.Option()] = "reverse_kl",
+    chunk_rows: Annotated[list[int] | None, typer.Option(help="Also our loss in such chunks; repeatable.")] = None,
+    block_kib: Annotated[list[int] | None, typer.Option(help="Also our loss in such blocks; repeatable.")] = None,
+    compiled: Annotated[bool, typer.Option("--compiled", help="Also our loss through torch.compile.")] = False,
+    rounds: Annotated[int, typer.Option(min=1, help="Processes of each case.")] = 3,
+    calls: Annotated[int, typer.Option(min=1, help="Timed calls of each process.")] = 2,
+    only: Annotated[list[str] | None, typer.Option(help="A case whose name has this part; repeatable.")] = None,
+    with_errors: Annotated[bool, typer.Option("--errors/--no-errors", help="Compare with float64.")] = True,
+    peer_python: Annotated[Path, typer.Option(help="The interpreter that may have trl and liger_kernel.")] = Path(
+        sys.executable
+    ),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Measure losses over a large vocabulary: seconds, memory, bytes sent, error."""
+    cases, missing = our_cases(chunk_rows or [], block_kib or [], compiled), []
+    if tp == 1:
+        peers, missing = peer_cases(str(peer_python))
+        cases += [*materialised_cases(), *peers]
+    cases = [case for case in cases if any(part in case.name for part in only or [""])]
+    with tempfile.TemporaryDirectory(prefix="bench_vocab_parallel_") as name:
+        folder = Path(name)
+        setting = Setting(
+            rows, hidden, vocab, tp, threads // tp or 1, dtype, divergence, calls, str(folder / "reference.pt")
+        )
+        if with_errors:
+            run(Case("reference", "reference"), replace(setting, tp=1, threads=threads), folder)
+        measured = measure_cases(cases, setting, folder, rounds)
+    if as_json:
+        result = {"setting": asdict(setting), "cases": [asdict(row) for row in measured], "missing": missing}
+        typer.echo(json.dumps(result, indent=2))
+    else:
+        Console(width=120).print(table_of(measured, missing, setting))
+
+
+def our_cases(chunk_rows: Sequence[int], block_kib: Sequence[int], compiled: bool) -> list[Case]:
+    cases = [Case(f"four products, {rows} rows", "products", {"chunk_rows": rows}) for rows in FLOOR_CHUNKS]
+    cases.append(Case("ours, loss of all rows", "ours_loss"))
+    cases.append(Case("ours, scoring", "ours_scoring"))
+    cases += [Case(f"ours, scoring and loss, rho {ratio}", "ours_selected", {"ratio": ratio}) for ratio in RATIOS]
+    cases += [Case(f"ours, loss, chunks of {rows} rows", "ours_loss", {"chunk_rows": rows}) for rows in chunk_rows]
+    cases += [Case(f"ours, loss, blocks of {kib} KiB", "ours_loss", {"block_kib": kib}) for kib in block_kib]
+    if compiled:
+        cases.append(Case("ours, loss, compiled", "ours_loss", {"compiled": True}))
+    return cases
+
+
+def materialised_cases() -> list[Case]:
+    return [
+        Case("log_softmax and kl_div, all logits", "plain"),
+        Case("the same, checkpointed, 128 rows", "checkpointed", {"chunk_rows": 128}),
+        Case("the same, checkpointed, 1024 rows", "checkpointed", {"chunk_rows": 1024}),
+    ]
+
+
+def peer_cases(python: str) -> tuple[list[Case], list[str]]:
+    """Those that `python` has the packages for, and the names of the packages that it lacks."""
+    cases: list[Case] = []
+    missing = []
+    trl, liger = version_of("trl", python), version_of("liger-kernel", python)
+    if trl:
+        cases.append(Case(f"TRL {trl}, generalised JSD of logits", "trl_jsd", {}, python))
+        cases.append(Case(f"TRL {trl}, chunked divergence", "trl_chunked", {}, python))
+    else:
+        missing.append(f"TRL: not installed for {python}")
+    if liger:
+        for chunk_size, compiled in ((128, False), (1024, False), (1024, True)):
+            name = f"Liger {liger}, {chunk_size} rows{', compiled' if compiled else ''}"
+            cases.append(Case(name, "liger", {"chunk_size": chunk_size, "compiled": compiled}, python))
+    else:
+        missing.append(f"Liger: not installed for {python}")
+    return cases, missing
+
+
+def version_of(package: str, python: str) -> str | None:
+    probe = f"import importlib.metadata as m; print(m.version({package!r}))"
+    done = subprocess.run([python, "-c", probe], capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def measure_cases(cases: Sequence[Case], setting: Setting, folder: Path, rounds: int) -> list[Measured]:
+    """All cases in turn, `rounds` times."""
+    progress = Console(stderr=True)
+    results: dict[str, list[list[dict[str, Any]]]] = {case.name: [] for case in cases}
+    for number in range(rounds):
+        for case in cases:
+            ranks = list(run(case, setting, folder))
+            seconds = ", ".join(f"{second:.2f}" for rank in ranks for second in rank["seconds"])
+            progress.print(f"round {number + 1} of {rounds}: {case.name}: {seconds}")
+            results[case.name].append(ranks)
+    return [measured(name, ranks_by_round, setting.rows) for name, ranks_by_round in results.items()]
+
+
+def run(case: Case, setting: Setting, folder: Path) -> Iterator[dict[str, Any]]:
+    """Each rank's result of one start of a case; nothing for the reference, which leaves its file."""
+    place = Path(tempfile.mkdtemp(dir=folder))
+    task = place / "task.json"
+    task.write_text(json.dumps({**asdict(setting), "case": case.function, "options": case.options}))
+    results = [place / f"{rank}.json" for rank in range(setting.tp)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(setting.threads), "CUDA_VISIBLE_DEVICES": ""}
+    processes = [
+        subprocess.Popen(
+            [case.python, str(CASES), str(task), str(rank), str(result)],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, result in enumerate(results)
+    ]
+    outputs = [process.communicate()[1] for process in processes]
+    for process, output in zip(processes, outputs, strict=True):
+        if process.returncode:
+            sys.exit(f"error: {case.name} ended with {process.returncode}:\n{output[-4000:]}")
+    return (json.loads(result.read_text()) for result in results if result.exists())
+
+
+def measured(name: str, ranks_by_round: Sequence[Sequence[dict[str, Any]]], rows: int) -> Measured:
+    """A row from the results of every round and rank."""
+    everything = [result for ranks in ranks_by_round for result in ranks]
+    slowest = [max(call) for ranks in ranks_by_round for call in zip(*(r["seconds"] for r in ranks), strict=True)]
+    errors = [result["errors"] for result in everything if "errors" in result]
+    return Measured(
+        name=name,
+        seconds=statistics.median(slowest),
+        peak_bytes=max(result["peak_bytes"] for result in everything),
+        sent_bytes_per_row=max(result["sent_bytes"] for result in everything) / rows,
+        collectives=everything[0]["collectives"],
+        errors={key: max(error[key] for error in errors) for key in (errors[0] if errors else ())},
+    )
+
+
+def table_of(measured: Sequence[Measured], missing: Sequence[str], setting: Setting) -> Table:
+    """The floor is the fastest of the bare products."""
+    title = (
+        f"{setting.divergence}, {setting.rows} rows, H {setting.hidden}, V {setting.vocab}, {setting.dtype}, "
+        f"tp {setting.tp}, {setting.threads} threads a rank"
+    )
+    table = Table(title=title)
+    table.add_column("")
+    for heading in ("seconds", "x floor", "peak MB", "bytes sent a row", "error"):
+        table.add_column(heading, justify="right")
+    floor = min((row.seconds for row in measured if row.name.startswith("four products")), default=None)
+    for row in measured:
+        table.add_row(
+            row.name,
+            f"{row.seconds:.2f}",
+            "" if floor is None else f"{row.seconds / floor:.2f}",
+            f"{row.peak_bytes / 1e6:.0f}",
+            f"{row.sent_bytes_per_row:.0f}" if row.collectives else "",
+            f"{max(row.errors.values()):.1e}" if row.errors else "",
+        )
+    for name in missing:
+        table.add_row(name)
+    return table
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,388 @@
+"""One case of tools/bench_vocab_parallel.py, in a process of its own; needs torch, and the package that it measures.
+
+    python tools/bench_vocab_parallel_cases.py TASK.json RANK RESULT.json
+
+A case is a function of `Work` that returns a call to measure: forward and backward of one loss, head included. Sharded
+cases run in one process a rank.
+"""
+
+import ctypes
+import gc
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.utils.checkpoint import checkpoint
+
+# The generalised JSD's beta, as TRL and Liger have it too.
+BETAS = {"reverse_kl": 1.0, "forward_kl": 0.0, "jsd": 0.5}
+
+
+@dataclass(frozen=True)
+class Work:
+    """Inputs of every case, equal in every process but for the shards of the heads.
+
+    `student_hidden`, `teacher_hidden`: `[n, H]`; `student_head`, `teacher_head`: `[V / tp, H]`. The student's require
+    their gradients. `tp_group`: None for one process.
+    """
+
+    student_hidden: Tensor
+    student_head: Tensor
+    teacher_hidden: Tensor
+    teacher_head: Tensor
+    divergence: str
+    options: dict[str, Any]
+    tp_group: ProcessGroup | None = None
+
+    @property
+    def models(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.student_hidden, self.student_head, self.teacher_hidden, self.teacher_head
+
+
+Call = Callable[[], Tensor | None]
+
+
+def make_work(task: dict[str, Any], rank: int) -> Work:
+    """Logits of standard deviation 3; the teacher's correlate with the student's by 0.9, as a related model's do."""
+    n, dim, vocab_size = task["rows"], task["hidden"], task["vocab"]
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(n, dim, generator=generator)
+    student = torch.randn(vocab_size, dim, generator=generator) * (3 / math.sqrt(dim))
+    noise = torch.randn(vocab_size, dim, generator=generator) * (3 / math.sqrt(dim))
+    teacher = 0.9 * student + math.sqrt(1 - 0.9**2) * noise
+    dtype = getattr(torch, task["dtype"])
+    shards = [head.chunk(task["tp"])[rank].to(dtype, copy=True) for head in (student, teacher)]
+    group = dist.group.WORLD if task["tp"] > 1 else None
+    return Work(
+        hidden.to(dtype, copy=True).requires_grad_(),
+        shards[0].requires_grad_(),
+        hidden.to(dtype, copy=True),
+        shards[1],
+        task["divergence"],
+        task["options"],
+        group,
+    )
+
+
+def products(work: Work) -> Call:
+    """The four matrix products that a loss with gradients cannot avoid, in memory that is there already."""
+    hidden, head, teacher_hidden, teacher_head = (tensor.detach() for tensor in work.models)
+    memory = [hidden.new_empty(work.options["chunk_rows"], head.shape[0]) for _ in range(2)]
+    grad_hidden, grad_head = torch.zeros_like(hidden), torch.zeros_like(head)
+
+    def call() -> None:
+        for rows in torch.arange(len(hidden)).split(work.options["chunk_rows"]):
+            part = slice(int(rows[0]), int(rows[-1]) + 1)
+            z_s, z_t = (buffer[: len(rows)] for buffer in memory)
+            torch.mm(hidden[part], head.T, out=z_s)
+            torch.mm(teacher_hidden[part], teacher_head.T, out=z_t)
+            torch.mm(z_s, head, out=grad_hidden[part])
+            grad_head.addmm_(z_s.T, hidden[part], beta=0 if part.start == 0 else 1)
+
+    return call
+
+
+def ours_loss(work: Work) -> Call:
+    from megatron_tip.vocab_parallel import divergence_loss
+
+    _set_block_bytes(work.options)
+
+    def call() -> Tensor:
+        loss = divergence_loss(
+            *work.models,
+            divergence=work.divergence,
+            tp_group=work.tp_group,
+            chunk_rows=work.options.get("chunk_rows"),
+            compiled=work.options.get("compiled", False),
+        )
+        loss.backward()
+        return loss.detach()
+
+    return call
+
+
+def ours_scoring(work: Work) -> Call:
+    """The statistics of all rows; of them the divergence that the loss is made of is looked at."""
+    from megatron_tip.vocab_parallel import token_statistics
+
+    _set_block_bytes(work.options)
+    labels = torch.zeros(len(work.student_hidden), dtype=torch.int64)
+
+    def call() -> Tensor:
+        statistics = token_statistics(
+            *work.models,
+            labels=labels,
+            with_jsd=work.divergence == "jsd",
+            tp_group=work.tp_group,
+            chunk_rows=work.options.get("chunk_rows"),
+            compiled=work.options.get("compiled", False),
+        )
+        return getattr(statistics, work.divergence)
+
+    return call
+
+
+def ours_selected(work: Work) -> Call:
+    """Scoring of all rows, then the loss of the share of them with the largest divergence."""
+    from megatron_tip.vocab_parallel import divergence_loss
+
+    score = ours_scoring(work)
+    hidden, head, teacher_hidden, teacher_head = work.models
+    budget = math.ceil(work.options["ratio"] * len(hidden))
+
+    def call() -> None:
+        scores = score()
+        assert scores is not None, "scoring returns scores"
+        rows = scores.topk(budget).indices
+        divergence_loss(
+            hidden[rows],
+            head,
+            teacher_hidden[rows],
+            teacher_head,
+            divergence=work.divergence,
+            tp_group=work.tp_group,
+            chunk_rows=work.options.get("chunk_rows"),
+            compiled=work.options.get("compiled", False),
+        ).backward()
+
+    return call
+
+
+def _set_block_bytes(options: dict[str, Any]) -> None:
+    from megatron_tip.vocab_parallel import chunks
+
+    if "block_kib" in options:
+        chunks._CPU_BLOCK_BYTES_PER_THREAD = options["block_kib"] * 1024
+
+
+def _divergence_of_logits(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
+    """The sum over rows of the generalised JSD, as `log_softmax` and `kl_div` write it."""
+    log_p, log_q = student.float().log_softmax(-1), teacher.float().log_softmax(-1)
+    if beta in (0.0, 1.0):
+        towards, measured = (log_p, log_q) if beta == 0 else (log_q, log_p)
+        return F.kl_div(towards, measured, reduction="sum", log_target=True)
+    log_m = torch.logaddexp(log_p + math.log(1 - beta), log_q + math.log(beta))
+    parts = [F.kl_div(log_m, logprobs, reduction="sum", log_target=True) for logprobs in (log_p, log_q)]
+    return (1 - beta) * parts[0] + beta * parts[1]
+
+
+def plain(work: Work) -> Call:
+    """`log_softmax` and `kl_div` of all logits at once."""
+    return _of_logits(work, lambda s, t: _divergence_of_logits(s, t, BETAS[work.divergence]))
+
+
+def trl_jsd(work: Work) -> Call:
+    """TRL's generalised JSD, which is handed logits."""
+    from trl.experimental.gkd import GKDTrainer  # pyright: ignore[reportMissingImports]  (of another environment)
+
+    beta = BETAS[work.divergence]
+    return _of_logits(work, lambda s, t: GKDTrainer.generalized_jsd_loss(s, t, beta=beta, reduction="sum"))
+
+
+def _of_logits(work: Work, loss_of: Callable[[Tensor, Tensor], Tensor]) -> Call:
+    hidden, head, teacher_hidden, teacher_head = work.models
+
+    def call() -> Tensor:
+        with torch.no_grad():
+            teacher = teacher_hidden @ teacher_head.T
+        loss = loss_of(hidden @ head.T, teacher)
+        loss.backward()
+        return loss.detach()
+
+    return call
+
+
+def checkpointed(work: Work) -> Call:
+    """The plain loss in chunks, each recomputed in the backward pass."""
+    hidden, head, teacher_hidden, teacher_head = work.models
+    beta, chunk_rows = BETAS[work.divergence], work.options["chunk_rows"]
+
+    def of_chunk(student: Tensor, teacher: Tensor) -> Tensor:
+        return _divergence_of_logits(student @ head.T, teacher @ teacher_head.T, beta)
+
+    def call() -> Tensor:
+        chunks = zip(hidden.split(chunk_rows), teacher_hidden.split(chunk_rows), strict=True)
+        losses: list[Any] = [checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks]
+        loss = torch.stack(losses).sum()
+        loss.backward()
+        return loss.detach()
+
+    return call
+
+
+def trl_chunked(work: Work) -> Call:
+    """What TRL's DistillationTrainer calls, on hidden states."""
+    from trl.kernels.chunked_divergence import (  # pyright: ignore[reportMissingImports]
+        ChunkedDivergenceFunction,
+    )
+
+    hidden, head, teacher_hidden, teacher_head = work.models
+
+    def call() -> Tensor:
+        beta = BETAS[work.divergence]
+        values, _ = ChunkedDivergenceFunction.apply(hidden, head, None, teacher_hidden, teacher_head, None, beta)
+        loss = values.sum()
+        loss.backward()
+        return loss.detach()
+
+    return call
+
+
+def liger(work: Work) -> Call:
+    """Liger's fused linear JSD, which returns the mean over rows; only its distillation part."""
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss  # pyright: ignore[reportMissingImports]
+
+    hidden, head, teacher_hidden, teacher_head = work.models
+    compute = LigerFusedLinearJSDLoss(
+        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=BETAS[work.divergence], **work.options
+    )
+    labels = torch.zeros(len(hidden), dtype=torch.int64)
+
+    def call() -> Tensor:
+        loss = compute(hidden, head, teacher_hidden, teacher_head, labels)
+        loss.backward()
+        return loss.detach()
+
+    return call
+
+
+CASES: dict[str, Callable[[Work], Call]] = {
+    function.__name__: function
+    for function in (
+        products,
+        ours_loss,
+        ours_scoring,
+        ours_selected,
+        plain,
+        checkpointed,
+        trl_jsd,
+        trl_chunked,
+        liger,
+    )
+}
+
+
+def reference(work: Work) -> dict[str, Tensor]:
+    """The divergence of each row and both gradients of their sum, in float64."""
+    head, teacher_head = work.student_head.detach().double(), work.teacher_head.double()
+    grad_head, values, grads = torch.zeros_like(head), [], []
+    for student, teacher in zip(work.student_hidden.detach().split(128), work.teacher_hidden.split(128), strict=True):
+        hidden = student.double()
+        logits = (hidden @ head.T).requires_grad_()
+        beta = BETAS[work.divergence]
+        log_p, log_q = logits.log_softmax(-1), (teacher.double() @ teacher_head.T).log_softmax(-1)
+        log_m = log_q if beta == 1 else log_p
+        if 0 < beta < 1:
+            log_m = torch.logaddexp(log_p + math.log(1 - beta), log_q + math.log(beta))
+        student_part = (log_p.exp() * (log_p - log_m)).sum(-1) * (1 if beta == 1 else 1 - beta)
+        teacher_part = (log_q.exp() * (log_q - log_m)).sum(-1) * (1 if beta == 0 else beta)
+        parts = (student_part if beta > 0 else 0) + (teacher_part if beta < 1 else 0)
+        assert isinstance(parts, Tensor), "one of the two parts counts"
+        (grad,) = torch.autograd.grad(parts.sum(), logits)
+        values.append(parts.detach())
+        grads.append(grad @ head)
+        grad_head.addmm_(grad.T, hidden)
+    return {"values": torch.cat(values), "grad_hidden": torch.cat(grads), "grad_head": grad_head}
+
+
+def errors_of(
+    work: Work, result: Tensor | None, expected: dict[str, Tensor], rank: int, *, is_mean: bool
+) -> dict[str, float]:
+    """Relative errors of `result`, a loss with its gradients or each row's divergence, in the Euclidean norm."""
+    if result is None:
+        return {}
+    if result.dim():
+        return {"values": _error(result, expected["values"])}
+    scale = len(expected["values"]) if is_mean else 1
+    grad_hidden, grad_head = work.student_hidden.grad, work.student_head.grad
+    assert grad_hidden is not None, "a loss leaves its gradients"
+    assert grad_head is not None, "a loss leaves its gradients"
+    wanted_head = expected["grad_head"].chunk(len(expected["grad_head"]) // len(grad_head))[rank]
+    return {
+        "values": _error(result * scale, expected["values"].sum()),
+        "grad_hidden": _error(grad_hidden * scale, expected["grad_hidden"]),
+        "grad_head": _error(grad_head * scale, wanted_head),
+    }
+
+
+def _error(actual: Tensor, wanted: Tensor) -> float:
+    return ((actual.double() - wanted).norm() / wanted.norm()).item()
+
+
+def measure(call: Call, work: Work, num_calls: int) -> tuple[dict[str, Any], Tensor | None]:
+    """Seconds of each call behind the first, peak bytes above what was resident before, bytes sent; the last result."""
+    call()  # compiles, and makes what a library keeps
+    sent, seconds, peak, result = _count_bytes_sent(), [], 0, None
+    for _ in range(num_calls):
+        result = None
+        work.student_hidden.grad = work.student_head.grad = None
+        before = _resident_bytes_after_cleaning()
+        sent.clear()
+        if dist.is_initialized():
+            dist.barrier()
+        start = time.perf_counter()
+        result = call()
+        seconds.append(time.perf_counter() - start)
+        peak = max(peak, _status_bytes("VmHWM") - before)
+    return {"seconds": seconds, "peak_bytes": peak, "sent_bytes": sum(sent), "collectives": len(sent)}, result
+
+
+def _count_bytes_sent() -> list[int]:
+    """A list that every later all-reduce and all-gather adds the size of its message to."""
+    sent: list[int] = []
+    for name, message_place in (("all_reduce", 0), ("all_gather", 1)):
+        original = getattr(dist, name)
+
+        def counted(*args: Any, original: Any = original, place: int = message_place, **kwargs: Any) -> Any:
+            sent.append(args[place].numel() * args[place].element_size())
+            return original(*args, **kwargs)
+
+        setattr(dist, name, counted)
+    return sent
+
+
+def _resident_bytes_after_cleaning() -> int:
+    """Memory that is free goes back to the system, and the peak counts anew from what is resident then."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status_bytes("VmRSS")
+
+
+def _status_bytes(key: str) -> int:
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{key}:")]
+    return int(line.split()[1]) * 1024
+
+
+def main(task_path: Path, rank: int, result_path: Path) -> None:
+    task = json.loads(task_path.read_text())
+    torch.set_num_threads(task["threads"])
+    if task["tp"] > 1:
+        file = f"file://{result_path.parent / 'store'}"
+        dist.init_process_group("gloo", init_method=file, rank=rank, world_size=task["tp"])
+    work = make_work(task, rank)
+    reference_path = Path(task["reference"])
+    if task["case"] == "reference":
+        torch.save(reference(work), reference_path)
+        return
+    measured, result = measure(CASES[task["case"]](work), work, task["calls"])
+    if reference_path.exists():
+        expected = torch.load(reference_path, mmap=True)
+        measured["errors"] = errors_of(work, result, expected, rank, is_mean=task["case"] == "liger")
+    result_path.write_text(json.dumps(measured))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
