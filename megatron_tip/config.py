@@ -127,6 +127,12 @@ class RolloutConfig(Section):
     """Sequences that the embedded engine generates together."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the embedded engine's weights; auto: the student's."""
+    environment: str = ""
+    """What answers the student's turns: "calculator", or "package.module:Class"; empty: rollouts of a single turn."""
+    max_turns: int = Field(default=8, ge=1)
+    """With an environment: turns of the student in a rollout; max_response_tokens bounds all of them together."""
+    observation_role: Literal["tool", "user"] = "tool"
+    """With an environment: the role under which the chat template shows its answers to the student."""
 
     @model_validator(mode="after")
     def _replay_is_complete(self) -> "RolloutConfig":

@@ -29,8 +29,13 @@ class Rollout:
     """One sampled response, as token ids.
 
     `rollout_logprobs`: natural log of each sampled token's probability under the distribution it was sampled from,
-    one a response token. `finish_reason`: "stop" (a stop id was sampled; it is the last response id) or "length"
-    (cut off, not a complete answer). `weight_version`: the training step whose weights generated it.
+    one a response token; 0 where the environment wrote. `finish_reason`: "stop" (a stop id was sampled; it is the last
+    response id), "length" (cut off, not a complete answer) or "turns" (the environment wanted more turns than there
+    are). `weight_version`: the training step whose weights generated it, of several the oldest.
+
+    `environment_spans`: half-open ranges of `response_ids` that the student did not generate: what an environment or
+    a tool wrote between its turns, with the chat template's delimiters. In order, none at the beginning or the end,
+    none next to another. A response of one turn has none.
     """
 
     prompt_index: int
@@ -40,10 +45,20 @@ class Rollout:
     rollout_logprobs: tuple[float, ...]
     finish_reason: str
     weight_version: int
+    environment_spans: tuple[tuple[int, int], ...] = ()
 
     @property
     def num_tokens(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
+
+    @property
+    def num_generated(self) -> int:
+        """Response tokens that the student generated."""
+        return self.num_generated_before(len(self.response_ids))
+
+    def num_generated_before(self, position: int) -> int:
+        """Tokens that the student generated among the first `position` of the response."""
+        return position - sum(max(0, min(end, position) - start) for start, end in self.environment_spans)
 
 
 @dataclass(frozen=True)
@@ -75,7 +90,7 @@ class TokenIndex:
     """Where each row stands in the whole rollout batch: the order that breaks ties, equal on every layout.
 
     `rollout_index`: `[n]` int64, place in the step's rollout list (prompt-major). `position`: `[n]` int64, 0-based
-    place within the response.
+    place within the response, the environment's tokens counted.
     """
 
     rollout_index: Tensor

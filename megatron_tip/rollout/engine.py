@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_tip.records import Prompt, Rollout
 
-FINISH_REASONS = ("stop", "length")
+FINISH_REASONS = ("stop", "length", "turns")
 
 
 @dataclass(frozen=True)

@@ -100,9 +100,13 @@ class StepBatch:
             sequence_multiple=self.sequence_multiple,
         )
         starts = self._row_starts(replica)
+
+        def num_rows_up_to(place: int) -> int:
+            return self.rollouts[place].num_generated_before(last_selected[place] + 1)
+
         rows = [
             torch.cat(
-                [torch.arange(starts[place], starts[place] + last_selected[place] + 1) for place in places]
+                [torch.arange(starts[place], starts[place] + num_rows_up_to(place)) for place in places]
                 or [torch.empty(0, dtype=torch.int64)]
             ).to(self.device)
             for places in plan[0]
@@ -116,5 +120,6 @@ class StepBatch:
         return dict(zip(places, starts, strict=False))
 
     def _num_rows(self, place: int) -> int:
-        """Labels of the rollout: its kept token k predicts token k + 1, from the last prompt token on."""
-        return max(0, self.num_kept_tokens[place] + 1 - len(self.rollouts[place].prompt_ids))
+        """Generated labels of the rollout: its kept token k predicts token k + 1, from the last prompt token on."""
+        rollout = self.rollouts[place]
+        return rollout.num_generated_before(max(0, self.num_kept_tokens[place] + 1 - len(rollout.prompt_ids)))

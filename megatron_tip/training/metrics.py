@@ -22,8 +22,11 @@ MEANS = {
 
 
 def rollout_metrics(rollouts: Sequence[Rollout], *, weight_version: int) -> dict[str, float]:
-    """Counts and lengths of a step's rollouts; those of another `weight_version` are stale."""
-    lengths = [len(rollout.response_ids) for rollout in rollouts]
+    """Counts and lengths of a step's rollouts; those of another `weight_version` are stale.
+
+    Lengths are of what the student generated. A truncated rollout is one without an end of its own.
+    """
+    lengths = [rollout.num_generated for rollout in rollouts]
     count = max(1, len(rollouts))
     return {
         "rollout/num_rollouts": float(len(rollouts)),
@@ -31,7 +34,9 @@ def rollout_metrics(rollouts: Sequence[Rollout], *, weight_version: int) -> dict
         "rollout/num_stale": float(sum(rollout.weight_version != weight_version for rollout in rollouts)),
         "rollout/response_tokens": float(sum(lengths)),
         "rollout/response_tokens_mean": sum(lengths) / count,
-        "rollout/truncated_ratio": sum(rollout.finish_reason == "length" for rollout in rollouts) / count,
+        "rollout/truncated_ratio": sum(rollout.finish_reason != "stop" for rollout in rollouts) / count,
+        "rollout/turns_mean": sum(len(rollout.environment_spans) + 1 for rollout in rollouts) / count,
+        "rollout/environment_tokens": float(sum(len(rollout.response_ids) for rollout in rollouts) - sum(lengths)),
     }
 
 

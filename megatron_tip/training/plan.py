@@ -12,6 +12,7 @@ from megatron_tip.conversion.safetensors_io import HfCheckpoint
 from megatron_tip.errors import ConfigError
 from megatron_tip.models.layout import check_layout
 from megatron_tip.parallel.grid import ModelGrid
+from megatron_tip.rollout.multi_turn import check_environment
 from megatron_tip.selection import Selector
 from megatron_tip.vocab_parallel import padded_vocab_size
 
@@ -54,6 +55,7 @@ def plan_run(config: Config, world_size: int) -> RunPlan:
     sizes = (student.architecture.vocab_size, teacher.architecture.vocab_size)
     _check_vocabulary(tokenizer, sizes)
     stop_token_ids = stop_ids(config.model.path, tokenizer)
+    check_environment(config.rollout, tokenizer, stop_token_ids)
     return RunPlan(
         student=student,
         teacher=teacher,

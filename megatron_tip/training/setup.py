@@ -13,6 +13,7 @@ from megatron_tip.parallel.distributed import Worker
 from megatron_tip.parallel.groups import ModelGroups, build_groups
 from megatron_tip.rollout.embedded_engine import EmbeddedEngine
 from megatron_tip.rollout.engine import RolloutEngine, SamplingParams
+from megatron_tip.rollout.multi_turn import with_environment
 from megatron_tip.rollout.prompts import PromptSource, load_prompts
 from megatron_tip.rollout.replay_engine import ReplayEngine
 from megatron_tip.training.plan import RunPlan
@@ -47,7 +48,7 @@ def build_run(config: Config, plan: RunPlan, worker: Worker, timer: PhaseTimer, 
         ),
         pad_token_id=plan.pad_token_id,
         prompts=_prompts(config, plan) if worker.rank == 0 else None,
-        engine=_engine(config, plan, worker, num_threads) if worker.rank == 0 else None,
+        engine=_multi_turn_engine(config, plan, worker, num_threads) if worker.rank == 0 else None,
         timer=timer,
     )
 
@@ -107,6 +108,11 @@ def _prompts(config: Config, plan: RunPlan) -> PromptSource:
         steps=config.training.steps,
         seed=config.run.seed,
     )
+
+
+def _multi_turn_engine(config: Config, plan: RunPlan, worker: Worker, num_threads: int) -> RolloutEngine:
+    engine = _engine(config, plan, worker, num_threads)
+    return with_environment(engine, config.rollout, plan.tokenizer, plan.stop_token_ids)
 
 
 def _engine(config: Config, plan: RunPlan, worker: Worker, num_threads: int) -> RolloutEngine:
