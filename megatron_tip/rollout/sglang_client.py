@@ -11,7 +11,7 @@ from typing import Any, Literal, Self, TypeVar
 import httpx
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
-from megatron_tip.errors import ServerAnswerError, ServerError, ServerMismatchError, ServerRefusedError
+from megatron_tip.errors import InputError, ServerAnswerError, ServerError, ServerMismatchError, ServerRefusedError
 from megatron_tip.rollout.sglang_answers import (
     Answer,
     GenerateAnswer,
@@ -178,6 +178,7 @@ class SGLangClient:
             ServerRefusedError: the request is at fault. ServerAnswerError: ids or logprobs are not what was asked for.
             ServerError: no connection, HTTP 5xx, silence, half an answer.
         """
+        self._check_ids(input_ids)
         body: dict[str, Any] = {
             "input_ids": list(input_ids),
             "sampling_params": {
@@ -215,9 +216,12 @@ class SGLangClient:
 
         The ids and logprobs in them are typed, not yet compared with what was asked for: see `checked_logprobs`.
         """
+        inputs: list[Any] = body["input_ids"]
+        batch = bool(inputs) and not isinstance(inputs[0], int)
+        for input_ids in inputs if batch else [inputs]:
+            self._check_ids(input_ids)
         content = self._request("POST", "/generate", body)
         where = f"{self.url}/generate"
-        batch = bool(body["input_ids"]) and not isinstance(body["input_ids"][0], int)
         if not batch:
             return [parse(GenerateAnswer, content, where)]
         try:
@@ -227,6 +231,14 @@ class SGLangClient:
         if not isinstance(parts, list) or len(parts) != len(body["input_ids"]):
             raise ServerAnswerError(f"{where}: expected {len(body['input_ids'])} answers, got something else")
         return [parse(GenerateAnswer, json.dumps(part), where) for part in parts]
+
+    def _check_ids(self, input_ids: Sequence[int]) -> None:
+        """Refuses what the server must never see: an id out of its vocabulary ends it, with all its requests."""
+        if not input_ids or not all(0 <= token < self.vocab_size for token in input_ids):
+            raise InputError(
+                f"{self.url}/generate: expected at least one id, all in [0, {self.vocab_size}), got "
+                f"{len(input_ids)} ids from {min(input_ids, default=None)} to {max(input_ids, default=None)}"
+            )
 
     def abort(self, request_id: str | None = None) -> None:
         """Ends one request, or all of them; their answers come back with finish_reason "abort"."""
