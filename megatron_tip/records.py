@@ -6,6 +6,7 @@ Shape letters: `b` sequences of a micro-batch, `s` positions, `n` valid tokens (
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -105,16 +106,17 @@ class TokenStatistics:
     """Per-row scalars of student p and teacher q, `[n]` float32, no gradient, equal on all tp ranks.
 
     Entropies and divergences in nats over the full vocabulary, except `support_divergence`. S_S and S_T are the top-K
-    sets of student and teacher (ties: lower id first). `None` means "not asked for". Equations: TA-OPD
-    (arXiv:2605.26844) unless TIP is named.
+    sets of student and teacher (ties: lower id first). `None` means "not asked for", or "cannot be known": what needs
+    the whole distribution of a teacher that gives top-K log-probabilities alone. Equations: TA-OPD (arXiv:2605.26844)
+    unless TIP is named.
     """
 
     student_entropy: Tensor
-    teacher_entropy: Tensor
-    reverse_kl: Tensor  # KL(p || q), TIP Eq. 3
-    forward_kl: Tensor  # KL(q || p)
+    teacher_entropy: Tensor | None
+    reverse_kl: Tensor | None  # KL(p || q), TIP Eq. 3
+    forward_kl: Tensor | None  # KL(q || p)
     support_divergence: Tensor  # D: KL(q || p), both renormalised on the union of S_S and S_T, Eq. 9
-    compatibility: Tensor  # C: teacher mass on S_S, Eq. 10
+    compatibility: Tensor | None  # C: teacher mass on S_S, Eq. 10
     compatibility_lower_bound: Tensor  # teacher mass on the intersection of S_S and S_T, Eq. 17
     support_overlap: Tensor  # number of ids in both sets
     support_jaccard: Tensor  # overlap / size of the union
@@ -140,6 +142,52 @@ class TokenStatistics:
             return None if any(value is None for value in values) else torch.cat(values)
 
         return TokenStatistics(**{field.name: joined(field.name) for field in fields(TokenStatistics)})  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class TopKTokenStatistics(TokenStatistics):
+    """The statistics of a teacher that gives top-K log-probabilities alone.
+
+    `topk_reverse_kl`: `[n]`, KL(p || q) after all ids whose q is not known were put into one: a lower bound of the
+    reverse KL.
+    """
+
+    topk_reverse_kl: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class TeacherTopK:
+    """What a teacher behind a server says of n rows: natural log of its probabilities at temperature 1.
+
+    `label_logprobs`: `[n]` float32. `support_ids`, `support_logprobs`: `[n, K]` int64 and float32, its top-K by
+    descending logprob. `student_support_ids`, `student_support_logprobs`: `[n, K]`, what it was asked about the
+    student's top-K; None where it was not. Equal on all tp ranks.
+    """
+
+    label_logprobs: Tensor
+    support_ids: Tensor
+    support_logprobs: Tensor
+    student_support_ids: Tensor | None = None
+    student_support_logprobs: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.label_logprobs.shape[0]
+
+    def __getitem__(self, rows: Tensor) -> TeacherTopK:
+        """Those rows, in their order."""
+        return self._map(lambda values: values[rows])
+
+    def split(self, num_rows: list[int]) -> list[TeacherTopK]:
+        """Consecutive parts of so many rows each."""
+        starts = [sum(num_rows[:part]) for part in range(len(num_rows))]
+        return [
+            self._map(lambda values, a=start, b=start + length: values[a:b])
+            for start, length in zip(starts, num_rows, strict=True)
+        ]
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> TeacherTopK:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return TeacherTopK(**{name: None if value is None else function(value) for name, value in values.items()})  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
