@@ -52,8 +52,10 @@ class ModelConfig(Section):
 class TeacherConfig(Section):
     """The teacher: frozen, forward only. Its layout may differ from the student's; both fill the same ranks."""
 
+    kind: Literal["megatron", "sglang"] = "megatron"
+    """megatron: in the trainer's own processes; sglang: behind SGLang servers that are running at `urls`."""
     path: Path
-    """Hugging Face directory; its tokenizer must be the student's."""
+    """Hugging Face directory; its tokenizer must be the student's. With kind = "sglang" no weights are needed."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of weights and activations; auto: bfloat16 on a GPU, float32 on a CPU."""
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
@@ -62,6 +64,26 @@ class TeacherConfig(Section):
     """Ranks that share each layer of the teacher."""
     pipeline_parallel_size: int = Field(default=1, ge=1)
     """Ranks that share the teacher's stack of layers."""
+    urls: tuple[str, ...] = ()
+    """With kind = "sglang": "http://host:port" of each server; "name=http://host:port" with several teachers."""
+    student_support: Literal["ask", "skip"] = "ask"
+    """With kind = "sglang": ask for logprobs of the student's top-K too, for an exact C and D; skip: lower bounds."""
+    window_tokens: int = Field(default=16, ge=1)
+    """With kind = "sglang": response tokens that share a request about the student's top-K."""
+    max_concurrent: int = Field(default=32, ge=1)
+    """With kind = "sglang": scoring requests in flight from each replica."""
+    timeout_seconds: float = Field(default=120.0, gt=0)
+    """With kind = "sglang": how long a server may take for an answer; then another is asked."""
+
+    @model_validator(mode="after")
+    def _servers_are_given(self) -> "TeacherConfig":
+        if (self.kind == "sglang") != bool(self.urls):
+            got = ", ".join(self.urls) or "none"
+            raise ValueError(f'teacher.urls: expected URLs with teacher.kind = "sglang" and only then, got {got}')
+        names = [name for name, _ in map(split_teacher_url, self.urls)]
+        if "" in names and len(set(names)) > 1:
+            raise ValueError('teacher.urls: expected all of them as "name=http://host:port", or none')
+        return self
 
 
 class PromptsConfig(Section):
@@ -81,6 +103,8 @@ class PromptsConfig(Section):
     """Render a text as a single user message through the tokenizer's chat template; messages always are."""
     system_prompt: str = ""
     """A system message put before each prompt; empty: none."""
+    teacher_field: str = ""
+    """With several teachers and source = "file": the field that names each prompt's teacher."""
     max_prompt_tokens: int = Field(default=2048, ge=1)
     """A longer prompt is skipped and counted."""
     shuffle: bool = True
@@ -93,6 +117,12 @@ class PromptsConfig(Section):
         if self.source == "reasoning_gym" and not self.tasks:
             raise ValueError('prompts.tasks: expected task names with prompts.source = "reasoning_gym", got none')
         return self
+
+
+def split_teacher_url(text: str) -> tuple[str, str]:
+    """Name of the teacher, "" for a single one, and URL of one of its servers."""
+    name, equals, url = text.partition("=")
+    return (name, url) if equals and "/" not in name else ("", text)
 
 
 class HeldoutConfig(Section):
@@ -167,8 +197,9 @@ class SelectionConfig(Section):
 class LossConfig(Section):
     """What the selected tokens are trained on."""
 
-    divergence: Literal["reverse_kl", "forward_kl", "jsd", "sampled_token"] = "reverse_kl"
-    """Over the full vocabulary, exact under tensor parallelism; sampled_token: log p(y) - log q(y) of the label."""
+    divergence: Literal["reverse_kl", "forward_kl", "jsd", "sampled_token", "topk_reverse_kl"] = "reverse_kl"
+    """Over the full vocabulary, exact under tensor parallelism; sampled_token: log p(y) - log q(y) of the label;
+    topk_reverse_kl, of a teacher behind servers: ids whose teacher logprob is not known count as one."""
     jsd_beta: float = Field(default=0.5, ge=0, le=1)
     """Weight of the generalised Jensen-Shannon divergence, with divergence = "jsd"."""
     temperature: float = Field(default=1.0, gt=0)

@@ -17,12 +17,14 @@ from torch import Tensor
 class Prompt:
     """One prompt, already rendered through the chat template and tokenised.
 
-    `index` is its place in the prompt source and never changes; `text` is what the model sees.
+    `index` is its place in the prompt source and never changes; `text` is what the model sees. `teacher`: the name of
+    the teacher that scores its rollouts, "" where there is one.
     """
 
     index: int
     text: str
     prompt_ids: tuple[int, ...]
+    teacher: str = ""
 
 
 @dataclass(frozen=True)
