@@ -103,6 +103,10 @@ class BatchRun:
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
             for future in done:
                 future.result()
+        except BaseException:  # also Ctrl-C: what is still being generated is for nothing
+            self._stopped.set()
+            self._pool.abort_all()
+            raise
         finally:
             self._stopped.set()
             executor.shutdown(wait=True, cancel_futures=True)

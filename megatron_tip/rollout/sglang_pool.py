@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from megatron_tip.errors import EngineError, ServerError, ServersLostError, WeightsLostError
@@ -180,10 +180,16 @@ class ServerPool:
             self._changed.notify_all()
 
     def suspect(self, server: PooledServer) -> None:
-        """Gives `server` no more requests until it has been looked at, which happens at once: a request to it failed."""
+        """Gives `server`, to which a request failed, no more of them until it has been looked at; that happens at once."""
         with self._changed:
             server.is_suspect = True
         server.look_now.set()
+
+    def abort_all(self) -> None:
+        """Has every server give up what it generates."""
+        for server in self.up():
+            with suppress(ServerError):
+                server.http.abort()
 
     def _least_loaded(self, weights: str) -> PooledServer | None:
         ready = [
