@@ -180,7 +180,7 @@ class ServerPool:
             self._changed.notify_all()
 
     def suspect(self, server: PooledServer) -> None:
-        """Gives `server`, to which a request failed, no more of them until it has been looked at; that happens at once."""
+        """Gives `server`, to which a request failed, no more of them until it has been looked at, now."""
         with self._changed:
             server.is_suspect = True
         server.look_now.set()
