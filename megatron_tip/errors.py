@@ -40,6 +40,10 @@ class ServerMismatchError(EngineError):
     """A server that is not SGLang, or that serves another model or vocabulary; waiting does not mend it."""
 
 
+class WeightsLostError(EngineError):
+    """No server that is up holds the student's weights any more; a sync mends it and generation goes on."""
+
+
 class ServersLostError(EngineError):
     """No server was left, or came back within the limit; a run that meets it can be resumed from its checkpoint."""
 

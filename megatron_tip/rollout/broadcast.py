@@ -15,15 +15,15 @@ from megatron_tip.rollout.engine import FINISH_REASONS
 
 
 def broadcast_rollouts(
-    generate: Callable[[], Sequence[Rollout]],
+    generate: Callable[[], Sequence[Rollout] | None],
     group: dist.ProcessGroup | None = None,
     *,
     device: torch.device | str = "cpu",
-) -> list[Rollout]:
-    """The rollouts that `generate` returns on the first rank of `group`, on all its ranks.
+) -> list[Rollout] | None:
+    """The rollouts that `generate` returns on the first rank of `group`, on all its ranks; None when it returns None.
 
-    `generate` is called on that rank alone. Collectives: 4 broadcasts (2 when `generate` fails) of a header, of seven
-    numbers a rollout, of the ids with the environment's spans and of the logprobs. `group=None`: the whole world.
+    `generate` is called on that rank alone. Collectives: 4 broadcasts (2 when it fails, 1 for None) of a header, of
+    seven numbers a rollout, of the ids with the environment's spans and of the logprobs. `group=None`: the whole world.
 
     Args:
         device: where the travelling tensors lie; what the group's backend carries.
@@ -41,21 +41,31 @@ def broadcast_rollouts(
     if dist.get_rank() != source:
         return _receive(sent)
     try:
-        rollouts = list(generate())
+        generated = generate()
+        rollouts = list(generated or ())
         parts = _to_tensors(rollouts)
     except BaseException as error:  # also Ctrl-C: the other ranks wait in the first broadcast
         message = torch.frombuffer(bytearray(f"{type(error).__name__}: {error}", "utf-8"), dtype=torch.uint8)
         sent(torch.tensor([-1, len(message), 0]))
         sent(message)
         raise
+    if generated is None:
+        sent(torch.tensor([_NOTHING, 0, 0]))
+        return None
     table, ids, logprobs = parts
     for tensor in (torch.tensor([len(table), len(ids), len(logprobs)]), table, ids, logprobs):
         sent(tensor)
     return rollouts
 
 
-def _receive(sent: Callable[[Tensor], Tensor]) -> list[Rollout]:
+_NOTHING = -2
+"""In the place of the number of rollouts: the first rank has none yet; -1: it failed."""
+
+
+def _receive(sent: Callable[[Tensor], Tensor]) -> list[Rollout] | None:
     num_rollouts, num_ids, num_logprobs = sent(torch.zeros(3, dtype=torch.int64)).tolist()
+    if num_rollouts == _NOTHING:
+        return None
     if num_rollouts < 0:
         message = bytes(sent(torch.zeros(num_ids, dtype=torch.uint8)).tolist()).decode()
         raise PeerError(f"rollouts: the first process failed with {message}")

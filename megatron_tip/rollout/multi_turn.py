@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from megatron_tip.config import RolloutConfig
-from megatron_tip.errors import EngineError
+from megatron_tip.errors import EngineError, WeightsLostError
 from megatron_tip.records import Prompt, Rollout
-from megatron_tip.rollout.engine import RolloutEngine, SamplingParams, derive_seed
+from megatron_tip.rollout.engine import RolloutEngine, SamplingParams, ServedEngine, derive_seed
 from megatron_tip.rollout.environments.environment import Environment, EnvironmentFactory, Observation
 from megatron_tip.rollout.environments.registry import load_environment
 from megatron_tip.rollout.turn_template import TurnTemplate
@@ -37,6 +37,7 @@ class MultiTurnEngine:
         self._make_environment = make_environment
         self._template = template
         self._max_turns = max_turns
+        self._interrupted: _Batch | None = None
 
     def health(self) -> None:
         """As the engine's own."""
@@ -47,51 +48,72 @@ class MultiTurnEngine:
         self._engine.update_weights(weights, weight_version)
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
-        """Returns `samples_per_prompt` episodes a prompt, prompt-major.
+        """Returns `samples_per_prompt` episodes a prompt, prompt-major, without those that the engine left out.
 
         Raises:
+            WeightsLostError: the engine lost its weights; after `update_weights` the same call goes on where it was.
             EngineError: the engine failed or answered with something else than was asked for; an environment raised.
         """
+        batch, self._interrupted = self._interrupted, None
+        if batch is None or batch.name != sampling.batch_name:
+            batch = self._begin(prompts, sampling)
+        while active := [episode for episode in batch.episodes if not episode.finish_reason]:
+            try:
+                parts = self._continuations(batch, active, sampling)
+            except WeightsLostError:
+                self._interrupted = batch
+                raise
+            batch.num_calls += 1
+            for episode, part in zip(active, parts, strict=True):
+                if part is None:
+                    batch.episodes.remove(episode)
+                else:
+                    self._advance(episode, part)
+        return [episode.rollout() for episode in batch.episodes]
+
+    def _begin(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> _Batch:
+        """The episodes of a batch after their first turn."""
         by_index = {prompt.index: prompt for prompt in prompts}
-        episodes = []
+        longest = max((len(prompt.prompt_ids) for prompt in prompts), default=0) + sampling.max_response_tokens
+        batch = _Batch(sampling.batch_name, longest)
         for first_turn in self._engine.generate(prompts, sampling):
             environment = self._make_environment()
             environment.reset(by_index[first_turn.prompt_index])
             episode = _Episode(environment, first_turn, sampling.max_response_tokens)
             self._advance(episode, first_turn)
-            episodes.append(episode)
-        longest = max((len(prompt.prompt_ids) for prompt in prompts), default=0) + sampling.max_response_tokens
-        call = 0
-        while active := [episode for episode in episodes if not episode.finish_reason]:
-            call += 1
-            for episode, part in zip(active, self._continuations(active, sampling, longest, call), strict=True):
-                self._advance(episode, part)
-        return [episode.rollout() for episode in episodes]
+            batch.episodes.append(episode)
+        return batch
 
     def _continuations(
-        self, active: Sequence[_Episode], sampling: SamplingParams, longest: int, call: int
-    ) -> list[Rollout]:
-        """What the engine writes behind each of the `active` episodes.
+        self, batch: _Batch, active: Sequence[_Episode], sampling: SamplingParams
+    ) -> list[Rollout | None]:
+        """What the engine writes behind each of the `active` episodes; None where it left one out.
 
         No sequence gets longer than the longest that the first turn could make, whatever engines allow: an episode
         that is cut off before its own budget is used up goes on in the next call.
         """
         prompts = [episode.as_prompt() for episode in active]
-        room = longest - max(len(prompt.prompt_ids) for prompt in prompts)
+        room = batch.longest - max(len(prompt.prompt_ids) for prompt in prompts)
+        call = batch.num_calls + 1
         asked = replace(
             sampling,
             samples_per_prompt=1,
             max_response_tokens=min(room, max(episode.budget for episode in active)),
             seed=derive_seed(sampling.seed, 3, call),
+            batch_name=f"{sampling.batch_name}_call_{call}",
         )
         parts = self._engine.generate(prompts, asked)
-        got = [(part.prompt_index, part.prompt_ids) for part in parts]
-        if got != [(prompt.index, prompt.prompt_ids) for prompt in prompts]:
+        left = list(reversed(parts))
+        found: list[Rollout | None] = []
+        for prompt in prompts:
+            is_next = bool(left) and (left[-1].prompt_index, left[-1].prompt_ids) == (prompt.index, prompt.prompt_ids)
+            found.append(left.pop() if is_next else None)
+        if left:
             raise EngineError(
-                f"multi-turn rollouts: expected one continuation of each of {len(prompts)} episodes in their order, "
-                f"got {len(parts)} rollouts of other prompts or in another order"
+                f"multi-turn rollouts: expected at most one continuation of each of {len(prompts)} episodes in their "
+                f"order, got {len(parts)} rollouts, {len(left)} of them of other prompts or in another order"
             )
-        return parts
+        return found
 
     def _advance(self, episode: _Episode, part: Rollout) -> None:
         """Takes what the student wrote and, where that ends a turn, the environment's answer."""
@@ -124,6 +146,16 @@ class MultiTurnEngine:
 
 
 @dataclass
+class _Batch:
+    """A batch in the making. `longest`: tokens of the longest sequence that it can make."""
+
+    name: str
+    longest: int
+    episodes: list[_Episode] = field(default_factory=list)
+    num_calls: int = 0
+
+
+@dataclass(eq=False)
 class _Episode:
     """One rollout in the making. `finish_reason` is empty while it goes on."""
 
@@ -188,6 +220,32 @@ class _Episode:
         )
 
 
+class ServedMultiTurnEngine(MultiTurnEngine):
+    """A `MultiTurnEngine` over an engine of servers, which stays a ServedEngine."""
+
+    def __init__(
+        self, engine: ServedEngine, make_environment: EnvironmentFactory, template: TurnTemplate, *, max_turns: int
+    ) -> None:
+        super().__init__(engine, make_environment, template, max_turns=max_turns)  # type: ignore[arg-type]
+        self._served = engine
+
+    def input_logprobs(self, input_ids: Sequence[int]) -> dict[str, list[float]]:
+        """As the engine's own."""
+        return self._served.input_logprobs(input_ids)
+
+    def distrust(self, url: str) -> None:
+        """As the engine's own."""
+        self._served.distrust(url)
+
+    def take_metrics(self) -> dict[str, float]:
+        """As the engine's own; of a batch's calls those of the last."""
+        return self._served.take_metrics()
+
+    def close(self) -> None:
+        """As the engine's own."""
+        self._served.close()
+
+
 def with_environment(
     engine: RolloutEngine, config: RolloutConfig, tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[int]
 ) -> RolloutEngine:
@@ -199,7 +257,8 @@ def with_environment(
     if not config.environment or config.engine == "replay":
         return engine
     template = TurnTemplate.of(tokenizer, config.observation_role, stop_token_ids)
-    return MultiTurnEngine(engine, load_environment(config.environment), template, max_turns=config.max_turns)
+    kind = ServedMultiTurnEngine if isinstance(engine, ServedEngine) else MultiTurnEngine
+    return kind(engine, load_environment(config.environment), template, max_turns=config.max_turns)  # type: ignore[arg-type]
 
 
 def check_environment(config: RolloutConfig, tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[int]) -> None:

@@ -11,7 +11,14 @@ from typing import Any, Literal, Self, TypeVar
 import httpx
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
-from megatron_tip.errors import InputError, ServerAnswerError, ServerError, ServerMismatchError, ServerRefusedError
+from megatron_tip.errors import (
+    EngineError,
+    InputError,
+    ServerAnswerError,
+    ServerError,
+    ServerMismatchError,
+    ServerRefusedError,
+)
 from megatron_tip.rollout.sglang_answers import (
     Answer,
     GenerateAnswer,
@@ -318,7 +325,9 @@ class SGLangClient:
                     if data == "[DONE]":
                         return
                     yield _chunk(data, where)
-        except (httpx.HTTPError, httpx.StreamError, RuntimeError) as error:
+        except EngineError:
+            raise
+        except (httpx.HTTPError, httpx.StreamError, RuntimeError) as error:  # RuntimeError: the client was closed
             raise _TransientError(_transport_message(where, error)) from error
         raise ServerAnswerError(f"{where}: expected a stream up to its end mark, got half an answer")
 

@@ -70,6 +70,15 @@ def new_keys(host: str) -> ServerKeys:
     return ServerKeys(api=secrets.token_urlsafe(32), admin=secrets.token_urlsafe(32))
 
 
+def require_sglang() -> None:
+    """Raises OptionalDependencyError where SGLang is not installed beside this package."""
+    if importlib.util.find_spec("sglang") is None:
+        raise OptionalDependencyError(
+            "rollout.engine: expected SGLang beside this package, found none; run `make sglang-cpu`, on a GPU machine "
+            'pip install "megatron_tip[sglang]", or name running servers in rollout.server_urls'
+        )
+
+
 class SGLangServer:
     """One server process. `start` returns at once; `wait_until_healthy` when it answers; `stop` ends it.
 
@@ -95,11 +104,7 @@ class SGLangServer:
         Raises:
             OptionalDependencyError: SGLang is not installed.
         """
-        if importlib.util.find_spec("sglang") is None:
-            raise OptionalDependencyError(
-                "rollout.engine: expected SGLang beside this package, found none; run `make sglang-cpu`, on a GPU "
-                'machine pip install "megatron_tip[sglang]", or give the URLs of running servers in sglang.urls'
-            )
+        require_sglang()
         self.stop()
         settings, port = self.settings, free_port(self.settings.host)
         self.url = f"http://{_reachable(settings.host)}:{port}"

@@ -15,7 +15,7 @@ def measure_heldout(run: TrainingRun, step: int) -> tuple[float, list[Rollout]]:
     NaN where no response has a token. Collective over the world.
     """
     prompts = run.prompts.heldout if run.prompts else []
-    rollouts = generate_rollouts(run, prompts, run.sampling.for_heldout(step))
+    rollouts = generate_rollouts(run, prompts, run.sampling.for_heldout(step), weight_version=step)
     batch = run.batch_of(rollouts)
     if not batch.num_valid():
         return float("nan"), rollouts

@@ -13,6 +13,7 @@ from megatron_tip.errors import ConfigError
 from megatron_tip.models.layout import check_layout
 from megatron_tip.parallel.grid import ModelGrid
 from megatron_tip.rollout.multi_turn import check_environment
+from megatron_tip.rollout.sglang_setup import check_sglang
 from megatron_tip.selection import Selector
 from megatron_tip.vocab_parallel import padded_vocab_size
 
@@ -54,6 +55,8 @@ def plan_run(config: Config, world_size: int) -> RunPlan:
     tokenizer = _shared_tokenizer(config.model.path, config.teacher.path)
     sizes = (student.architecture.vocab_size, teacher.architecture.vocab_size)
     _check_vocabulary(tokenizer, sizes)
+    if config.rollout.engine == "sglang":
+        _check_served(config, sizes)
     stop_token_ids = stop_ids(config.model.path, tokenizer)
     check_environment(config.rollout, tokenizer, stop_token_ids)
     return RunPlan(
@@ -119,6 +122,11 @@ def _check_lengths(config: Config, student: HfCheckpoint, teacher: HfCheckpoint)
             f"got {rollout.temperature}, {temperature} and {rollout.top_p}; its mean is the reverse KL only over "
             "tokens drawn from the student's own distribution"
         )
+    if rollout.importance_cap and rollout.temperature != temperature:
+        raise ConfigError(
+            "rollout.importance_cap: expected rollout.temperature = loss.temperature, got "
+            f"{rollout.temperature} and {temperature}; the ratio compares both distributions"
+        )
     for name, path in (("prompts.path", config.prompts.path), ("rollout.replay_folder", rollout.replay_folder)):
         if path is not None and not path.exists():
             raise ConfigError(f"{name}: expected an existing path, got {path}")
@@ -154,6 +162,16 @@ def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, sizes: Sequence[int]) 
         raise ConfigError(
             f"vocabulary: expected embeddings for all token ids up to {largest} in both models, got {sizes[0]} rows in "
             f"the student and {sizes[1]} in the teacher; one of them does not belong to this tokenizer"
+        )
+
+
+def _check_served(config: Config, sizes: Sequence[int]) -> None:
+    check_sglang(config)
+    if sizes[0] > sizes[1]:
+        raise ConfigError(
+            f'rollout.engine = "sglang": expected a student whose vocabulary is not larger than the teacher\'s, got '
+            f"{sizes[0]} and {sizes[1]} entries; a server would sample ids that the teacher does not know: use the "
+            "embedded engine"
         )
 
 

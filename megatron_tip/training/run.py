@@ -11,6 +11,7 @@ from megatron_tip.models.student import Student
 from megatron_tip.models.teacher import Teacher
 from megatron_tip.observability.timing import PhaseTimer
 from megatron_tip.records import Rollout
+from megatron_tip.rollout.ahead import AheadGenerator
 from megatron_tip.rollout.engine import RolloutEngine, SamplingParams
 from megatron_tip.rollout.prompts import PromptSource
 from megatron_tip.rollout.step_batch import StepBatch
@@ -22,7 +23,7 @@ class TrainingRun:
     """What every rank of a run has.
 
     `architecture`: the student's, after dropped layers. `vocab_size`: the entries that student and teacher share.
-    `prompts`, `engine`: in the first process only; None elsewhere.
+    `prompts`, `engine`: in the first process only; None elsewhere. `ahead`: there as well, with rollout.ahead = 1.
     """
 
     config: Config
@@ -37,6 +38,7 @@ class TrainingRun:
     prompts: PromptSource | None
     engine: RolloutEngine | None
     timer: PhaseTimer
+    ahead: AheadGenerator | None = None
 
     def batch_of(self, rollouts: Sequence[Rollout]) -> StepBatch:
         """The rollouts in micro-batches over the student's replicas."""

@@ -11,11 +11,13 @@ from megatron_tip.models.teacher import Teacher
 from megatron_tip.observability.timing import PhaseTimer
 from megatron_tip.parallel.distributed import Worker
 from megatron_tip.parallel.groups import ModelGroups, build_groups
+from megatron_tip.rollout.ahead import AheadGenerator
 from megatron_tip.rollout.embedded_engine import EmbeddedEngine
 from megatron_tip.rollout.engine import RolloutEngine, SamplingParams
 from megatron_tip.rollout.multi_turn import with_environment
 from megatron_tip.rollout.prompts import PromptSource, load_prompts
 from megatron_tip.rollout.replay_engine import ReplayEngine
+from megatron_tip.rollout.sglang_setup import build_sglang_engine
 from megatron_tip.training.plan import RunPlan
 from megatron_tip.training.run import TrainingRun
 from megatron_tip.vocab_parallel import padded_vocab_size
@@ -30,6 +32,7 @@ def build_run(config: Config, plan: RunPlan, worker: Worker, timer: PhaseTimer, 
     """
     student_groups = build_groups(plan.student_grid)
     teacher_groups = build_groups(plan.teacher_grid) if plan.teacher_grid != plan.student_grid else student_groups
+    engine = _multi_turn_engine(config, plan, worker, num_threads) if worker.rank == 0 else None
     return TrainingRun(
         config=config,
         device=worker.device,
@@ -48,8 +51,9 @@ def build_run(config: Config, plan: RunPlan, worker: Worker, timer: PhaseTimer, 
         ),
         pad_token_id=plan.pad_token_id,
         prompts=_prompts(config, plan) if worker.rank == 0 else None,
-        engine=_multi_turn_engine(config, plan, worker, num_threads) if worker.rank == 0 else None,
+        engine=engine,
         timer=timer,
+        ahead=AheadGenerator(engine) if engine is not None and config.rollout.ahead else None,
     )
 
 
@@ -122,6 +126,14 @@ def _engine(config: Config, plan: RunPlan, worker: Worker, num_threads: int) -> 
         replay.health()
         return replay
     name = config.rollout.dtype if config.rollout.dtype != "auto" else config.model.dtype
+    if config.rollout.engine == "sglang":
+        return build_sglang_engine(
+            config,
+            plan.student,
+            dtype=resolve_dtype(name),
+            weights_dtype=resolve_dtype(config.model.dtype),
+            device=worker.device,
+        )
     return EmbeddedEngine(
         AutoConfig.for_model(**plan.student.config),
         dtype=resolve_dtype(name),

@@ -1,5 +1,6 @@
 """One training step as named stages: rollout, teacher, score, select, train, sync."""
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,17 +9,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_tip.errors import TrainingError
+from megatron_tip.errors import TrainingError, WeightsLostError
 from megatron_tip.observability.run_folder import RunFolder
+from megatron_tip.parallel.collectives import broadcast_json
 from megatron_tip.records import Prompt, Rollout, TokenIndex, TokenSelection, TokenStatistics
 from megatron_tip.rollout.broadcast import broadcast_rollouts
-from megatron_tip.rollout.engine import SamplingParams
+from megatron_tip.rollout.engine import SamplingParams, ServedEngine
 from megatron_tip.rollout.step_batch import StepBatch
 from megatron_tip.rollout.storage import write_rollouts
+from megatron_tip.training.importance import log_ratios, with_importance
 from megatron_tip.training.metrics import rollout_metrics, supervision_metrics
 from megatron_tip.training.run import TrainingRun
-from megatron_tip.training.weight_sync import sync_weights
+from megatron_tip.training.weight_sync import sync_engine
 from megatron_tip.vocab_parallel import divergence_loss, token_statistics
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -27,12 +32,14 @@ class Supervision:
 
     `batch`: its replica 0 holds the micro-batches, cut behind the last selected tokens; equal on all tp and pp ranks.
     `rows`: by micro-batch, the places of its rows among the replica's scored rows. `selection`: over the scored rows,
-    on the last stage; None elsewhere.
+    on the last stage; None elsewhere. `ratios`: of the same rows, ln p_student - ln p_rollout of the label; None where
+    not known or not at one temperature.
     """
 
     batch: StepBatch
     rows: list[Tensor]
     selection: TokenSelection | None
+    ratios: Tensor | None = None
 
 
 def train_step(run: TrainingRun, step: int) -> dict[str, float]:
@@ -45,8 +52,9 @@ def train_step(run: TrainingRun, step: int) -> dict[str, float]:
     timer = run.timer
     with timer.phase("rollout"):
         prompts = run.prompts.batch(step) if run.prompts else []
-        rollouts = generate_rollouts(run, prompts, run.sampling.for_step(step))
-    metrics = rollout_metrics(rollouts, weight_version=step - 1)
+        rollouts = generate_rollouts(run, prompts, run.sampling.for_step(step), weight_version=step - 1)
+        start_next_batch(run, step)
+    metrics = rollout_metrics(rollouts, weight_version=step - 1, ahead=run.config.rollout.ahead)
     if metrics["rollout/num_stale"] and run.config.rollout.engine != "replay":
         raise TrainingError(
             f"step {step}: expected rollouts of weight version {step - 1}, got {rollouts[0].weight_version} in "
@@ -54,12 +62,12 @@ def train_step(run: TrainingRun, step: int) -> dict[str, float]:
         )
     batch = run.batch_of(rollouts)
     if not batch.num_valid():
-        sync_weights(run.student, run.architecture, run.engine, weight_version=step)
-        return {**metrics, "train/skipped_no_valid_token": 1.0}
+        return {**metrics, "train/skipped_no_valid_token": 1.0, **finish_step(run, step)}
     with timer.phase("teacher"):
         teacher_rows = run.teacher.hidden_rows(batch)
     with timer.phase("score"):
-        statistics = score_tokens(run, batch, teacher_rows) if run.selector.required_statistics else None
+        needs_statistics = run.selector.required_statistics or run.config.rollout.importance_cap
+        statistics = score_tokens(run, batch, teacher_rows) if needs_statistics else None
     with timer.phase("select"):
         supervision = select_tokens(run, batch, statistics, step)
     with timer.phase("train"):
@@ -70,6 +78,7 @@ def train_step(run: TrainingRun, step: int) -> dict[str, float]:
             trained=supervision.batch,
             statistics=statistics,
             selection=supervision.selection,
+            ratios=supervision.ratios,
             loss=loss,
             device=run.device,
         )
@@ -78,22 +87,51 @@ def train_step(run: TrainingRun, step: int) -> dict[str, float]:
                 f"step {step}: expected a finite loss, got {metrics['train/loss']}; nothing was updated"
             )
         metrics |= run.student.apply_gradients(step)
-    with timer.phase("sync"):
-        sync_weights(run.student, run.architecture, run.engine, weight_version=step)
-    return metrics
+    return metrics | finish_step(run, step)
 
 
-def generate_rollouts(run: TrainingRun, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
-    """The engine's responses, on every rank; empty responses are left in and have no valid token."""
+def finish_step(run: TrainingRun, step: int) -> dict[str, float]:
+    """Waits for what is generated ahead, then syncs; returns the metrics of engine and sync. Collective."""
+    with run.timer.phase("rollout"):
+        if run.ahead:
+            run.ahead.wait()  # servers do not change weights in the middle of a batch
+    with run.timer.phase("sync"):
+        metrics = sync_engine(run, weight_version=step)
+    if run.config.rollout.engine != "sglang":
+        return metrics
+    own = run.engine.take_metrics() if isinstance(run.engine, ServedEngine) else {}
+    return metrics | broadcast_json(own, source=0, device=run.device)
 
-    def generate() -> list[Rollout]:
+
+def start_next_batch(run: TrainingRun, step: int) -> None:
+    """With rollout.ahead = 1, has the batch behind `step` generated beside it. No collective."""
+    if run.ahead and run.prompts and step < run.config.training.steps:
+        run.ahead.start(run.prompts.batch(step + 1), run.sampling.for_step(step + 1))
+
+
+def generate_rollouts(
+    run: TrainingRun, prompts: Sequence[Prompt], sampling: SamplingParams, *, weight_version: int
+) -> list[Rollout]:
+    """The engine's responses, on every rank; empty responses are left in and have no valid token.
+
+    When the servers lost the weights on the way, all ranks sync those of `weight_version` once more, and generation
+    goes on where it was.
+    """
+
+    def generate() -> list[Rollout] | None:
         assert run.engine is not None, "the engine lives in the first process"
-        rollouts = run.engine.generate(prompts, sampling)
+        try:
+            rollouts = (run.ahead.take if run.ahead else run.engine.generate)(prompts, sampling)
+        except WeightsLostError as error:
+            logger.warning("step of weights %d: %s; syncing them again", weight_version, error)
+            return None
         if run.config.output.save_rollouts:
             write_rollouts(RunFolder(run.config.run.folder).rollouts, sampling.batch_name, rollouts, prompts)
         return rollouts
 
-    return broadcast_rollouts(generate, device=run.device)
+    while (rollouts := broadcast_rollouts(generate, device=run.device)) is None:
+        sync_engine(run, weight_version=weight_version)
+    return rollouts
 
 
 def score_tokens(run: TrainingRun, batch: StepBatch, teacher_rows: Tensor | None) -> TokenStatistics | None:
@@ -133,15 +171,25 @@ def select_tokens(run: TrainingRun, batch: StepBatch, statistics: TokenStatistic
     """Chooses the tokens on the last stage, tells the other stages, and cuts the batch behind them."""
     groups = run.student.groups
     last_selected = torch.full((len(batch.rollouts),), -1, dtype=torch.int64, device=run.device)
-    selection = None
+    selection = ratios = None
     if groups.is_last_stage:
         index = batch.token_index(groups.dp_rank)
         selection = run.selector.select(statistics, index, step=step, dp_group=groups.dp_group)
+        ratios = ratios_of(run, batch, statistics)
+        if run.config.rollout.importance_cap and ratios is not None:
+            selection = with_importance(selection, ratios, run.config.rollout.importance_cap)
         last_selected = last_selected_positions(index, selection.selection_mask, last_selected)
     if groups.grid.pp_size > 1:
         dist.broadcast(last_selected, src=groups.last_stage_rank, group=groups.pp_group)
     cut, rows = batch.cut_behind(last_selected.tolist(), groups.dp_rank)
-    return Supervision(cut, rows, selection)
+    return Supervision(cut, rows, selection, ratios)
+
+
+def ratios_of(run: TrainingRun, batch: StepBatch, statistics: TokenStatistics | None) -> Tensor | None:
+    """`importance.log_ratios` of this replica where student and engine can be compared; None elsewhere."""
+    if statistics is None or run.config.rollout.temperature != run.config.loss.temperature:
+        return None
+    return log_ratios(batch, run.student.groups.dp_rank, statistics)
 
 
 def last_selected_positions(index: TokenIndex, selection_mask: Tensor, initial: Tensor) -> Tensor:

@@ -73,10 +73,10 @@ class StandInFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def exec_module(self, module):
         if "." not in module.__name__:
-            module.__version__ = "0.0.0"
+            vars(module)["__version__"] = "0.0.0"
         if module.__name__ == "triton":
-            module.cdiv = lambda a, b: -(a // -b)
-            module.next_power_of_2 = lambda n: 1 << (n - 1).bit_length() if n > 0 else 1
+            vars(module)["cdiv"] = lambda a, b: -(a // -b)
+            vars(module)["next_power_of_2"] = lambda n: 1 << (n - 1).bit_length() if n > 0 else 1
 
 
 sys.meta_path.append(StandInFinder())

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from itertools import chain
 
 import pytest
@@ -5,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from megatron_tip.config import RolloutConfig
-from megatron_tip.errors import ConfigError, EngineError
+from megatron_tip.errors import ConfigError, EngineError, WeightsLostError
 from megatron_tip.records import Prompt, Rollout
 from megatron_tip.rollout.embedded_engine import EmbeddedEngine
 from megatron_tip.rollout.engine import SamplingParams
@@ -218,10 +219,41 @@ def test_an_engine_that_answers_for_others_is_refused():
     class Forgetful(ScriptedEngine):
         def generate(self, prompts, sampling):
             rollouts = super().generate(prompts, sampling)
-            return rollouts if len(self.calls) == 1 else rollouts[1:]
+            return rollouts if len(self.calls) == 1 else [rollouts[2], *rollouts]
 
-    with pytest.raises(EngineError, match=r"one continuation of each of 4 episodes .* got 3 rollouts"):
+    with pytest.raises(EngineError, match=r"of each of 4 episodes .* got 5 rollouts, 3 of them of other prompts"):
         MultiTurnEngine(Forgetful(["a", "b"]), Echo, TEMPLATE, max_turns=3).generate(PROMPTS, SAMPLING)
+
+
+def test_an_episode_that_the_engine_leaves_out_is_left_out():
+    class Leaving(ScriptedEngine):
+        def generate(self, prompts, sampling):
+            rollouts = super().generate(prompts, sampling)
+            return rollouts if len(self.calls) == 1 else [rollouts[0], *rollouts[2:]]
+
+    engine = MultiTurnEngine(Leaving(["a", "bye"]), Echo, TEMPLATE, max_turns=3)
+    prompts = [*PROMPTS, Prompt(11, "three", (15,))]
+    rollouts = engine.generate(prompts, replace(SAMPLING, samples_per_prompt=1))
+    assert [rollout.prompt_index for rollout in rollouts] == [7, 11]
+    assert all(rollout.finish_reason == "stop" for rollout in rollouts)
+
+
+def test_a_batch_goes_on_where_its_weights_were_lost():
+    class Losing(ScriptedEngine):
+        lost = False
+
+        def generate(self, prompts, sampling):
+            if len(self.calls) == 2 and not self.lost:
+                self.lost = True
+                raise WeightsLostError("gone")
+            return super().generate(prompts, sampling)
+
+    inner = Losing(["the fox", "a dog", "bye"])
+    engine = MultiTurnEngine(inner, Echo, TEMPLATE, max_turns=8)
+    with pytest.raises(WeightsLostError):
+        engine.generate(PROMPTS, SAMPLING)
+    assert engine.generate(PROMPTS, SAMPLING) == engine_of(["the fox", "a dog", "bye"])[0].generate(PROMPTS, SAMPLING)
+    assert len({sampling.batch_name for _, sampling in inner.calls}) == 3, "an engine tells the calls of a batch apart"
 
 
 def test_health_and_weights_are_the_engines_own():
