@@ -74,6 +74,8 @@ class TeacherConfig(Section):
     """With kind = "sglang": scoring requests in flight from each replica."""
     timeout_seconds: float = Field(default=120.0, gt=0)
     """With kind = "sglang": how long a server may take for an answer; then another is asked."""
+    keys_file: Path | None = None
+    """With kind = "sglang": passwords of the servers, as of sglang.keys_file; "admin" is not needed."""
 
     @model_validator(mode="after")
     def _servers_are_given(self) -> "TeacherConfig":

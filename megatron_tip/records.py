@@ -38,7 +38,7 @@ class Rollout:
 
     `environment_spans`: half-open ranges of `response_ids` that the student did not generate: what an environment or
     a tool wrote between its turns, with the chat template's delimiters. In order, none at the beginning or the end,
-    none next to another. A response of one turn has none.
+    none next to another. A response of one turn has none. `teacher`: as of its prompt.
     """
 
     prompt_index: int
@@ -49,6 +49,7 @@ class Rollout:
     finish_reason: str
     weight_version: int
     environment_spans: tuple[tuple[int, int], ...] = ()
+    teacher: str = ""
 
     @property
     def num_tokens(self) -> int:
@@ -151,10 +152,11 @@ class TopKTokenStatistics(TokenStatistics):
     """The statistics of a teacher that gives top-K log-probabilities alone.
 
     `topk_reverse_kl`: `[n]`, KL(p || q) after all ids whose q is not known were put into one: a lower bound of the
-    reverse KL.
+    reverse KL. `teacher`: what they were made of.
     """
 
     topk_reverse_kl: Tensor | None = None
+    teacher: TeacherTopK | None = None
 
 
 @dataclass(frozen=True)

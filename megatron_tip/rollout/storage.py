@@ -73,6 +73,7 @@ def _rollout(where: str, line: bytes) -> Rollout:
         finish_reason=record["finish_reason"],
         weight_version=record["weight_version"],
         environment_spans=tuple((start, end) for start, end in record.get("environment_spans", [])),
+        teacher=record.get("teacher", ""),
     )
 
 
@@ -82,6 +83,8 @@ def _check(record: Any) -> None:
         raise ValueError(f"{type(record).__name__} instead of an object")
     element_types = {"prompt_ids": int, "response_ids": int, "rollout_logprobs": float}
     scalar_types = {"prompt_index": int, "sample_index": int, "finish_reason": str, "weight_version": int}
+    scalar_types |= {"teacher": str}
+    record.setdefault("teacher", "")  # files from before there were several have none
     for name, kind in scalar_types.items():
         if type(record.get(name)) is not kind:
             raise ValueError(f"{name} is {record.get(name)!r:.80}, not of type {kind.__name__}")

@@ -21,7 +21,7 @@ from megatron_tip.parallel.distributed import destroy_distributed, init_distribu
 from megatron_tip.parallel.environment import available_threads
 from megatron_tip.records import Rollout
 from megatron_tip.rollout.engine import ServedEngine
-from megatron_tip.training.heldout import measure_heldout
+from megatron_tip.training.heldout import heldout_metric, measure_heldout
 from megatron_tip.training.plan import RunPlan, plan_run
 from megatron_tip.training.recorder import RunRecorder
 from megatron_tip.training.run import TrainingRun
@@ -119,7 +119,7 @@ def _measure(run: TrainingRun, recorder: RunRecorder, step: int, metrics: dict[s
         return Heldout(float("nan"), [])
     with run.timer.phase("heldout"):
         heldout = Heldout(*measure_heldout(run, step))
-    recorder.record(step, metrics | {"heldout/reverse_kl": heldout.reverse_kl} | run.timer.step_metrics())
+    recorder.record(step, metrics | {heldout_metric(run): heldout.reverse_kl} | run.timer.step_metrics())
     return heldout
 
 

@@ -15,6 +15,7 @@ MEANS = {
     "train/student_entropy": "student_entropy",
     "train/teacher_entropy": "teacher_entropy",
     "train/reverse_kl": "reverse_kl",
+    "train/topk_reverse_kl": "topk_reverse_kl",
     "train/forward_kl": "forward_kl",
     "train/support_divergence": "support_divergence",
     "train/compatibility": "compatibility",
@@ -73,7 +74,8 @@ def supervision_metrics(
             "rows": float(selection.selection_mask.shape[0]),
         }
         if statistics is not None:
-            sums |= {name: getattr(statistics, field).double().sum().item() for name, field in MEANS.items()}
+            found = {name: getattr(statistics, field, None) for name, field in MEANS.items()}
+            sums |= {name: value.double().sum().item() for name, value in found.items() if value is not None}
             if ratios is not None:
                 sums["rollout/logprob_gap"] = ratios.double().abs().sum().item()
                 sums["rollout/importance_ratio"] = ratios.double().exp().sum().item()

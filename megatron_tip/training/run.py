@@ -16,6 +16,7 @@ from megatron_tip.rollout.engine import RolloutEngine, SamplingParams
 from megatron_tip.rollout.prompts import PromptSource
 from megatron_tip.rollout.step_batch import StepBatch
 from megatron_tip.selection import Selector
+from megatron_tip.training.served_teacher import ServedTeacher
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class TrainingRun:
     config: Config
     device: torch.device
     student: Student
-    teacher: Teacher
+    teacher: Teacher | ServedTeacher
     architecture: ModelArchitecture
     vocab_size: int
     selector: Selector

@@ -10,9 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tip.errors import TrainingError, WeightsLostError
+from megatron_tip.models.teacher import Teacher
 from megatron_tip.observability.run_folder import RunFolder
 from megatron_tip.parallel.collectives import broadcast_json
-from megatron_tip.records import Prompt, Rollout, TokenIndex, TokenSelection, TokenStatistics
+from megatron_tip.records import Prompt, Rollout, TeacherTopK, TokenIndex, TokenSelection, TokenStatistics
 from megatron_tip.rollout.broadcast import broadcast_rollouts
 from megatron_tip.rollout.engine import SamplingParams, ServedEngine
 from megatron_tip.rollout.step_batch import StepBatch
@@ -20,6 +21,13 @@ from megatron_tip.rollout.storage import write_rollouts
 from megatron_tip.training.importance import log_ratios, with_importance
 from megatron_tip.training.metrics import rollout_metrics, supervision_metrics
 from megatron_tip.training.run import TrainingRun
+from megatron_tip.training.served_teacher import (
+    known_rows,
+    served_loss,
+    served_statistics,
+    tell_teachers,
+    with_teachers,
+)
 from megatron_tip.training.weight_sync import sync_engine
 from megatron_tip.vocab_parallel import divergence_loss, token_statistics
 
@@ -64,10 +72,11 @@ def train_step(run: TrainingRun, step: int) -> dict[str, float]:
     if not batch.num_valid():
         return {**metrics, "train/skipped_no_valid_token": 1.0, **finish_step(run, step)}
     with timer.phase("teacher"):
-        teacher_rows = run.teacher.hidden_rows(batch)
+        teacher_rows = ask_teacher(run, batch)
     with timer.phase("score"):
         needs_statistics = run.selector.required_statistics or run.config.rollout.importance_cap
         statistics = score_tokens(run, batch, teacher_rows) if needs_statistics else None
+        teacher_rows = known_rows(statistics, teacher_rows)
     with timer.phase("select"):
         supervision = select_tokens(run, batch, statistics, step)
     with timer.phase("train"):
@@ -125,21 +134,35 @@ def generate_rollouts(
         except WeightsLostError as error:
             logger.warning("step of weights %d: %s; syncing them again", weight_version, error)
             return None
+        rollouts = with_teachers(rollouts, prompts) if run.config.prompts.teacher_field else rollouts
         if run.config.output.save_rollouts:
             write_rollouts(RunFolder(run.config.run.folder).rollouts, sampling.batch_name, rollouts, prompts)
         return rollouts
 
     while (rollouts := broadcast_rollouts(generate, device=run.device)) is None:
         sync_engine(run, weight_version=weight_version)
-    return rollouts
+    return tell_teachers(rollouts, device=run.device) if run.config.prompts.teacher_field else rollouts
 
 
-def score_tokens(run: TrainingRun, batch: StepBatch, teacher_rows: Tensor | None) -> TokenStatistics | None:
+def ask_teacher(run: TrainingRun, batch: StepBatch) -> Tensor | TeacherTopK | None:
+    """What the teacher says of this rank's replica, in the order of its rows: hidden states, or of a teacher behind
+    servers log-probabilities. On the last stage; None elsewhere. Collective over the world.
+    """
+    return run.teacher.hidden_rows(batch) if isinstance(run.teacher, Teacher) else run.teacher.topk_rows(batch)
+
+
+def score_tokens(
+    run: TrainingRun, batch: StepBatch, teacher_rows: Tensor | TeacherTopK | None
+) -> TokenStatistics | None:
     """Statistics of every valid token of this rank's replica, in the order of its rows; on the last stage only.
 
     One forward pass without gradient. What is alive at once is a micro-batch's hidden states and a chunk of logits.
     """
-    groups, config = run.student.groups, run.config
+    groups, config, teacher = run.student.groups, run.config, run.teacher
+    if not isinstance(teacher, Teacher):
+        assert not isinstance(teacher_rows, Tensor), "servers give log-probabilities"
+        return served_statistics(run, teacher, batch, teacher_rows)
+    assert not isinstance(teacher_rows, TeacherTopK), "the teacher at hand gives hidden states"
     micro_batches = batch.micro_batches(groups.dp_rank)
     row_counts = batch.num_rows()[groups.dp_rank]
     teacher_parts = teacher_rows.split(row_counts) if teacher_rows is not None else ()
@@ -152,7 +175,7 @@ def score_tokens(run: TrainingRun, batch: StepBatch, teacher_rows: Tensor | None
                 run.student.rows(hidden_states, micro_batch.loss_mask),
                 run.student.output_head,
                 teacher_parts[index],
-                run.teacher.head,
+                teacher.head,
                 labels=micro_batch.labels[micro_batch.loss_mask],
                 support_size=config.selection.support_size,
                 vocab_size=run.vocab_size,
@@ -197,12 +220,13 @@ def last_selected_positions(index: TokenIndex, selection_mask: Tensor, initial: 
     return initial.scatter_reduce(0, index.rollout_index[selection_mask], index.position[selection_mask], "amax")
 
 
-def accumulate_gradients(run: TrainingRun, supervision: Supervision, teacher_rows: Tensor | None) -> float:
+def accumulate_gradients(
+    run: TrainingRun, supervision: Supervision, teacher_rows: Tensor | TeacherTopK | None
+) -> float:
     """Forward and backward over the selected tokens; returns this replica's part of the loss, 0 off the last stage.
 
     The LM head is applied, with gradient, to the selected rows only.
     """
-    groups, config = run.student.groups, run.config
     micro_batches = supervision.batch.micro_batches(0)
     total = torch.zeros((), device=run.device)
 
@@ -213,25 +237,37 @@ def accumulate_gradients(run: TrainingRun, supervision: Supervision, teacher_row
         rows = supervision.rows[index]
         rows = rows[selection.selection_mask[rows]]
         mask = selected_positions(micro_batch.loss_mask, selection.selection_mask[supervision.rows[index]])
-        loss = divergence_loss(
-            run.student.rows(hidden_states, mask),
-            run.student.output_head,
-            teacher_rows[rows],
-            run.teacher.head,
-            divergence=config.loss.divergence,
-            row_weights=selection.row_weights[rows],
-            labels=micro_batch.labels[mask],
-            vocab_size=run.vocab_size,
-            temperature=config.loss.temperature,
-            jsd_beta=config.loss.jsd_beta,
-            tp_group=groups.tp_group,
-            chunk_rows=config.loss.chunk_rows or None,
-        )
+        hidden, labels = run.student.rows(hidden_states, mask), micro_batch.labels[mask]
+        loss = row_loss(run, hidden, teacher_rows[rows], selection.row_weights[rows], labels)
         total.add_(loss.detach())
         return loss
 
     run.student.accumulate_gradients(micro_batches, loss_of)
     return total.item()
+
+
+def row_loss(
+    run: TrainingRun, hidden: Tensor, teacher_rows: Tensor | TeacherTopK, row_weights: Tensor, labels: Tensor
+) -> Tensor:
+    """The loss of selected rows, summed with their weights: float32 scalar, equal on all tp ranks."""
+    if isinstance(teacher_rows, TeacherTopK):
+        return served_loss(run, hidden, teacher_rows, row_weights, labels)
+    assert isinstance(run.teacher, Teacher), "hidden states come from the teacher at hand"
+    loss = run.config.loss
+    return divergence_loss(
+        hidden,
+        run.student.output_head,
+        teacher_rows,
+        run.teacher.head,
+        divergence=loss.divergence,
+        row_weights=row_weights,
+        labels=labels,
+        vocab_size=run.vocab_size,
+        temperature=loss.temperature,
+        jsd_beta=loss.jsd_beta,
+        tp_group=run.student.groups.tp_group,
+        chunk_rows=loss.chunk_rows or None,
+    )
 
 
 def selected_positions(loss_mask: Tensor, row_is_selected: Tensor) -> Tensor:

@@ -143,6 +143,7 @@ def combined_statistics(student: StudentStatistics, teacher: TeacherTopK) -> Top
         student_logprobs=student.label_logprobs,
         teacher_logprobs=teacher.label_logprobs,
         topk_reverse_kl=_topk_reverse_kl(p, q, ids != NO_ID),
+        teacher=teacher,
     )
 
 
