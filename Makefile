@@ -4,6 +4,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+SGLANG := $(VENV)/.sglang-cpu
 SMOLLM2 := .cache/quickstart/SmolLM2-135M-Instruct
 RUN ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 
@@ -11,13 +12,13 @@ RUN ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 quickstart test: export CUDA_VISIBLE_DEVICES :=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart test lint format install
+.PHONY: quickstart test lint format install sglang-cpu
 .DELETE_ON_ERROR:
 
 quickstart: $(INSTALLED) $(SMOLLM2)/.converted
 	$(BIN)/megatron-tip train examples/quickstart_cpu/quickstart.toml run.folder=$(RUN)
 
-test: $(INSTALLED) $(SMOLLM2)/.converted
+test: $(INSTALLED) $(SGLANG) $(SMOLLM2)/.converted
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 lint: $(INSTALLED)
@@ -37,6 +38,15 @@ $(INSTALLED): requirements/torch.txt requirements/cpu.txt requirements/no-deps.t
 	$(BIN)/pip install --quiet -r requirements/cpu.txt
 	$(BIN)/pip install --quiet --no-deps -r requirements/no-deps.txt
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+# SGLang for the CPU in the same environment: its pins of transformers, tokenizers and torch are ours. pip's warnings of
+# missing CUDA packages do not matter here; see megatron_tip/rollout/sglang_cpu.
+sglang-cpu: $(SGLANG)
+
+$(SGLANG): requirements/sglang-cpu.txt requirements/sglang-cpu-no-deps.txt $(INSTALLED)
+	$(BIN)/pip install --quiet -r requirements/sglang-cpu.txt
+	$(BIN)/pip install --quiet --no-deps -r requirements/sglang-cpu-no-deps.txt
 	touch $@
 
 $(SMOLLM2)/.converted: tools/gguf_to_hf.py | $(INSTALLED)

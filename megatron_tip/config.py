@@ -52,8 +52,10 @@ class ModelConfig(Section):
 class TeacherConfig(Section):
     """The teacher: frozen, forward only. Its layout may differ from the student's; both fill the same ranks."""
 
+    kind: Literal["megatron", "sglang"] = "megatron"
+    """megatron: in the trainer's own processes; sglang: behind SGLang servers that are running at `urls`."""
     path: Path
-    """Hugging Face directory; its tokenizer must be the student's."""
+    """Hugging Face directory; its tokenizer must be the student's. With kind = "sglang" no weights are needed."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of weights and activations; auto: bfloat16 on a GPU, float32 on a CPU."""
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
@@ -62,6 +64,28 @@ class TeacherConfig(Section):
     """Ranks that share each layer of the teacher."""
     pipeline_parallel_size: int = Field(default=1, ge=1)
     """Ranks that share the teacher's stack of layers."""
+    urls: tuple[str, ...] = ()
+    """With kind = "sglang": "http://host:port" of each server; "name=http://host:port" with several teachers."""
+    student_support: Literal["ask", "skip"] = "ask"
+    """With kind = "sglang": ask for logprobs of the student's top-K too, for an exact C and D; skip: lower bounds."""
+    window_tokens: int = Field(default=16, ge=1)
+    """With kind = "sglang": response tokens that share a request about the student's top-K."""
+    max_concurrent: int = Field(default=32, ge=1)
+    """With kind = "sglang": scoring requests in flight from each replica."""
+    timeout_seconds: float = Field(default=120.0, gt=0)
+    """With kind = "sglang": how long a server may take for an answer; then another is asked."""
+    keys_file: Path | None = None
+    """With kind = "sglang": passwords of the servers, as of sglang.keys_file; "admin" is not needed."""
+
+    @model_validator(mode="after")
+    def _servers_are_given(self) -> "TeacherConfig":
+        if (self.kind == "sglang") != bool(self.urls):
+            got = ", ".join(self.urls) or "none"
+            raise ValueError(f'teacher.urls: expected URLs with teacher.kind = "sglang" and only then, got {got}')
+        names = [name for name, _ in map(split_teacher_url, self.urls)]
+        if "" in names and len(set(names)) > 1:
+            raise ValueError('teacher.urls: expected all of them as "name=http://host:port", or none')
+        return self
 
 
 class PromptsConfig(Section):
@@ -81,6 +105,8 @@ class PromptsConfig(Section):
     """Render a text as a single user message through the tokenizer's chat template; messages always are."""
     system_prompt: str = ""
     """A system message put before each prompt; empty: none."""
+    teacher_field: str = ""
+    """With several teachers and source = "file": the field that names each prompt's teacher."""
     max_prompt_tokens: int = Field(default=2048, ge=1)
     """A longer prompt is skipped and counted."""
     shuffle: bool = True
@@ -93,6 +119,12 @@ class PromptsConfig(Section):
         if self.source == "reasoning_gym" and not self.tasks:
             raise ValueError('prompts.tasks: expected task names with prompts.source = "reasoning_gym", got none')
         return self
+
+
+def split_teacher_url(text: str) -> tuple[str, str]:
+    """Name of the teacher, "" for a single one, and URL of one of its servers."""
+    name, equals, url = text.partition("=")
+    return (name, url) if equals and "/" not in name else ("", text)
 
 
 class HeldoutConfig(Section):
@@ -109,8 +141,9 @@ class HeldoutConfig(Section):
 class RolloutConfig(Section):
     """How the student generates."""
 
-    engine: Literal["embedded", "replay"] = "embedded"
-    """embedded: transformers' own generate in the trainer's first process; replay: the rollouts that a run wrote."""
+    engine: Literal["embedded", "sglang", "replay"] = "embedded"
+    """embedded: transformers' own generate in the trainer's first process; sglang: SGLang servers, see [sglang] and
+    [sync]; replay: the rollouts that a run wrote."""
     replay_folder: Path | None = None
     """With engine = "replay": the `rollouts/` folder of the earlier run."""
     prompts_per_step: int = Field(default=8, ge=1)
@@ -126,13 +159,88 @@ class RolloutConfig(Section):
     batch_size: int = Field(default=64, ge=1)
     """Sequences that the embedded engine generates together."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of the embedded engine's weights; auto: the student's."""
+    """Type of the weights of the embedded engine or of our own servers; auto: the student's."""
+    environment: str = ""
+    """What answers the student's turns: "calculator", or "package.module:Class"; empty: rollouts of a single turn."""
+    max_turns: int = Field(default=8, ge=1)
+    """With an environment: turns of the student in a rollout; max_response_tokens bounds all of them together."""
+    observation_role: Literal["tool", "user"] = "tool"
+    """With an environment: the role under which the chat template shows its answers to the student."""
+    servers: int = Field(default=1, ge=1)
+    """With engine = "sglang": how many servers to start, where server_urls names none."""
+    server_urls: tuple[str, ...] = ()
+    """With engine = "sglang": running servers to use instead, as "http://host:port"."""
+    ahead: int = Field(default=0, ge=0, le=1)
+    """1: generate the next step's rollouts, with the weights of this step's beginning, while this step trains."""
+    importance_cap: float = Field(default=0.0, ge=0)
+    """Weigh each token's loss by min(p_student / p_rollout, this), for rollouts of older weights; 0: no weights."""
+    attempts: int = Field(default=4, ge=1)
+    """With engine = "sglang": a sample that failed so often is set aside in set_aside.jsonl, and counted."""
+    on_wrong_version: Literal["regenerate", "drop"] = "regenerate"
+    """With engine = "sglang": what to do with a response that was generated with other weights than the last sync's."""
+
+    @model_validator(mode="after")
+    def _ahead_has_servers(self) -> "RolloutConfig":
+        if self.ahead and self.engine != "sglang":
+            raise ValueError(
+                f'rollout.ahead: expected 0 with rollout.engine = "{self.engine}", got {self.ahead}; servers alone '
+                'generate beside the training: set rollout.engine = "sglang"'
+            )
+        return self
 
     @model_validator(mode="after")
     def _replay_is_complete(self) -> "RolloutConfig":
         if self.engine == "replay" and self.replay_folder is None:
             raise ValueError('rollout.replay_folder: expected a folder with rollout.engine = "replay", got none')
         return self
+
+
+class SGLangConfig(Section):
+    """SGLang servers; read with rollout.engine = "sglang"."""
+
+    host: str = "127.0.0.1"
+    """Address that our own servers listen on. Beyond loopback they get random passwords, kept in memory alone."""
+    keys_file: Path | None = None
+    """Passwords of given servers: a JSON file {"api": "...", "admin": "..."}; "admin" opens the weight endpoints."""
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    """Ranks of each of our own servers."""
+    gpus: tuple[int, ...] = ()
+    """GPUs of our own servers, tensor_parallel_size each in this order; none: they see those of the first process."""
+    threads: int = Field(default=1, ge=1)
+    """CPU threads a rank of our own servers."""
+    memory_fraction: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the memory for weights and cache of our own servers; 0: SGLang's choice on a GPU."""
+    max_total_tokens: int = Field(default=0, ge=0)
+    """Tokens in the cache of each of our own servers; 0: SGLang's choice on a GPU, what the batch needs on a CPU."""
+    arguments: tuple[str, ...] = ()
+    """Further arguments of SGLang's command line for our own servers."""
+    concurrency: int = Field(default=64, ge=1)
+    """Requests at one server at once."""
+    heartbeat_seconds: float = Field(default=5.0, gt=0)
+    """How often each server is looked at."""
+    silence_seconds: float = Field(default=60.0, gt=0)
+    """A request without a sign of life for so long is given to another server."""
+    start_seconds: float = Field(default=600.0, gt=0)
+    """Until one of our own servers must have started."""
+    wait_seconds: float = Field(default=600.0, gt=0)
+    """How long to go on without any server before the run ends."""
+
+
+class SyncConfig(Section):
+    """How new weights get to the servers; read with rollout.engine = "sglang"."""
+
+    transport: Literal["broadcast", "folder"] = "broadcast"
+    """broadcast: in a process group with the servers (NCCL on GPUs, gloo on CPUs); folder: by files that they read."""
+    folder: Path | None = None
+    """With transport = "folder": a folder that trainer and servers share; none: weights/ in the run's folder."""
+    bucket_bytes: int = Field(default=268_435_456, ge=1)
+    """Bytes that travel together, or that a file has at most; a larger tensor goes alone."""
+    verify: Literal["always", "first", "never"] = "first"
+    """After which syncs the servers' logprobs of a probe sequence are compared with the student's own."""
+    tolerance: float = Field(default=0.0, ge=0)
+    """Largest difference of a probe's logprob; 0: 1e-3 where student and servers are float32, 0.3 elsewhere."""
+    timeout_seconds: float = Field(default=120.0, gt=0)
+    """Until a bucket must have arrived; what takes longer is begun anew without the servers that failed."""
 
 
 class SelectionConfig(Section):
@@ -163,8 +271,9 @@ class SelectionConfig(Section):
 class LossConfig(Section):
     """What the selected tokens are trained on."""
 
-    divergence: Literal["reverse_kl", "forward_kl", "jsd", "sampled_token"] = "reverse_kl"
-    """Over the full vocabulary, exact under tensor parallelism; sampled_token: log p(y) - log q(y) of the label."""
+    divergence: Literal["reverse_kl", "forward_kl", "jsd", "sampled_token", "topk_reverse_kl"] = "reverse_kl"
+    """Over the full vocabulary, exact under tensor parallelism; sampled_token: log p(y) - log q(y) of the label;
+    topk_reverse_kl, of a teacher behind servers: ids whose teacher logprob is not known count as one."""
     jsd_beta: float = Field(default=0.5, ge=0, le=1)
     """Weight of the generalised Jensen-Shannon divergence, with divergence = "jsd"."""
     temperature: float = Field(default=1.0, gt=0)
@@ -225,6 +334,8 @@ class Config(Section):
     prompts: PromptsConfig
     heldout: HeldoutConfig = HeldoutConfig()
     rollout: RolloutConfig = RolloutConfig()
+    sglang: SGLangConfig = SGLangConfig()
+    sync: SyncConfig = SyncConfig()
     selection: SelectionConfig = SelectionConfig()
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()

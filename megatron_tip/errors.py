@@ -24,6 +24,30 @@ class EngineError(MegatronTipError, RuntimeError):
     """A rollout engine that failed, or that answered with something other than rollouts."""
 
 
+class ServerError(EngineError):
+    """An inference server that failed a call; the work may succeed on another server or later."""
+
+
+class ServerRefusedError(ServerError):
+    """A server that understood a request and refused it (HTTP 4xx): the request is at fault, elsewhere as well."""
+
+
+class ServerAnswerError(ServerError):
+    """A server's answer that is broken or is not what was asked for."""
+
+
+class ServerMismatchError(EngineError):
+    """A server that is not SGLang, or that serves another model or vocabulary; waiting does not mend it."""
+
+
+class WeightsLostError(EngineError):
+    """No server that is up holds the student's weights any more; a sync mends it and generation goes on."""
+
+
+class ServersLostError(EngineError):
+    """No server was left, or came back within the limit; a run that meets it can be resumed from its checkpoint."""
+
+
 class TrainingError(MegatronTipError, RuntimeError):
     """A training step that must not be applied: no valid token, a loss or gradient that is not finite."""
 

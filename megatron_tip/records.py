@@ -6,6 +6,7 @@ Shape letters: `b` sequences of a micro-batch, `s` positions, `n` valid tokens (
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -16,12 +17,14 @@ from torch import Tensor
 class Prompt:
     """One prompt, already rendered through the chat template and tokenised.
 
-    `index` is its place in the prompt source and never changes; `text` is what the model sees.
+    `index` is its place in the prompt source and never changes; `text` is what the model sees. `teacher`: the name of
+    the teacher that scores its rollouts, "" where there is one.
     """
 
     index: int
     text: str
     prompt_ids: tuple[int, ...]
+    teacher: str = ""
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,13 @@ class Rollout:
     """One sampled response, as token ids.
 
     `rollout_logprobs`: natural log of each sampled token's probability under the distribution it was sampled from,
-    one a response token. `finish_reason`: "stop" (a stop id was sampled; it is the last response id) or "length"
-    (cut off, not a complete answer). `weight_version`: the training step whose weights generated it.
+    one a response token; 0 where the environment wrote. `finish_reason`: "stop" (a stop id was sampled; it is the last
+    response id), "length" (cut off, not a complete answer) or "turns" (the environment wanted more turns than there
+    are). `weight_version`: the training step whose weights generated it, of several the oldest.
+
+    `environment_spans`: half-open ranges of `response_ids` that the student did not generate: what an environment or
+    a tool wrote between its turns, with the chat template's delimiters. In order, none at the beginning or the end,
+    none next to another. A response of one turn has none. `teacher`: as of its prompt.
     """
 
     prompt_index: int
@@ -40,10 +48,21 @@ class Rollout:
     rollout_logprobs: tuple[float, ...]
     finish_reason: str
     weight_version: int
+    environment_spans: tuple[tuple[int, int], ...] = ()
+    teacher: str = ""
 
     @property
     def num_tokens(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
+
+    @property
+    def num_generated(self) -> int:
+        """Response tokens that the student generated."""
+        return self.num_generated_before(len(self.response_ids))
+
+    def num_generated_before(self, position: int) -> int:
+        """Tokens that the student generated among the first `position` of the response."""
+        return position - sum(max(0, min(end, position) - start) for start, end in self.environment_spans)
 
 
 @dataclass(frozen=True)
@@ -75,7 +94,7 @@ class TokenIndex:
     """Where each row stands in the whole rollout batch: the order that breaks ties, equal on every layout.
 
     `rollout_index`: `[n]` int64, place in the step's rollout list (prompt-major). `position`: `[n]` int64, 0-based
-    place within the response.
+    place within the response, the environment's tokens counted.
     """
 
     rollout_index: Tensor
@@ -94,16 +113,17 @@ class TokenStatistics:
     """Per-row scalars of student p and teacher q, `[n]` float32, no gradient, equal on all tp ranks.
 
     Entropies and divergences in nats over the full vocabulary, except `support_divergence`. S_S and S_T are the top-K
-    sets of student and teacher (ties: lower id first). `None` means "not asked for". Equations: TA-OPD
-    (arXiv:2605.26844) unless TIP is named.
+    sets of student and teacher (ties: lower id first). `None` means "not asked for", or "cannot be known": what needs
+    the whole distribution of a teacher that gives top-K log-probabilities alone. Equations: TA-OPD (arXiv:2605.26844)
+    unless TIP is named.
     """
 
     student_entropy: Tensor
-    teacher_entropy: Tensor
-    reverse_kl: Tensor  # KL(p || q), TIP Eq. 3
-    forward_kl: Tensor  # KL(q || p)
+    teacher_entropy: Tensor | None
+    reverse_kl: Tensor | None  # KL(p || q), TIP Eq. 3
+    forward_kl: Tensor | None  # KL(q || p)
     support_divergence: Tensor  # D: KL(q || p), both renormalised on the union of S_S and S_T, Eq. 9
-    compatibility: Tensor  # C: teacher mass on S_S, Eq. 10
+    compatibility: Tensor | None  # C: teacher mass on S_S, Eq. 10
     compatibility_lower_bound: Tensor  # teacher mass on the intersection of S_S and S_T, Eq. 17
     support_overlap: Tensor  # number of ids in both sets
     support_jaccard: Tensor  # overlap / size of the union
@@ -129,6 +149,58 @@ class TokenStatistics:
             return None if any(value is None for value in values) else torch.cat(values)
 
         return TokenStatistics(**{field.name: joined(field.name) for field in fields(TokenStatistics)})  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class TopKTokenStatistics(TokenStatistics):
+    """The statistics of a teacher that gives top-K log-probabilities alone.
+
+    `topk_reverse_kl`: `[n]`, KL(p || q) after all ids whose q is not known were put into one: a lower bound of the
+    reverse KL. `teacher`: what they were made of.
+    """
+
+    topk_reverse_kl: Tensor | None = None
+    teacher: TeacherTopK | None = None
+
+
+@dataclass(frozen=True)
+class TeacherTopK:
+    """What a teacher behind a server says of n rows: natural log of its probabilities at temperature 1.
+
+    `label_logprobs`: `[n]` float32. `support_ids`, `support_logprobs`: `[n, K]` int64 and float32, its top-K by
+    descending logprob. `student_support_ids`, `student_support_logprobs`: `[n, K]`, what it was asked about the
+    student's top-K; None where it was not. Equal on all tp ranks.
+    """
+
+    label_logprobs: Tensor
+    support_ids: Tensor
+    support_logprobs: Tensor
+    student_support_ids: Tensor | None = None
+    student_support_logprobs: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.label_logprobs.shape[0]
+
+    def __getitem__(self, rows: Tensor) -> TeacherTopK:
+        """Those rows, in their order."""
+        return self.map(lambda values: values[rows])
+
+    def split(self, num_rows: list[int]) -> list[TeacherTopK]:
+        """Consecutive parts of so many rows each."""
+        starts = [sum(num_rows[:part]) for part in range(len(num_rows))]
+        return [
+            self.map(lambda values, a=start, b=start + length: values[a:b])
+            for start, length in zip(starts, num_rows, strict=True)
+        ]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> TeacherTopK:
+        """`function` of each tensor."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return TeacherTopK(**{name: None if value is None else function(value) for name, value in values.items()})  # type: ignore[arg-type]
+
+
+TeacherRows = Tensor | TeacherTopK
+"""What a teacher says of n rows: `[n, H]` hidden states, or of a teacher behind servers log-probabilities."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,9 @@ logger = logging.getLogger(__name__)
 _SHOWN = {
     "train/loss": "loss {:.4f}",
     "train/reverse_kl": "reverse KL {:.4f}",
+    "train/topk_reverse_kl": "top-K reverse KL {:.4f}",
     "heldout/reverse_kl": "held-out reverse KL {:.4f}",
+    "heldout/topk_reverse_kl": "held-out top-K reverse KL {:.4f}",
     "train/grad_norm": "gradient norm {:.3g}",
     "selection/retention_ratio": "selected {:.1%}",
     "rollout/response_tokens_mean": "response {:.0f} tokens",

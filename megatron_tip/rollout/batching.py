@@ -84,7 +84,8 @@ def build_micro_batch(
 ) -> MicroBatch:
     """The micro-batch of `rollouts[i] for i in indices`, `[b, s]` int64 and bool on the CPU.
 
-    An empty response makes a sequence without valid token. Without `indices`: one sequence of padding, no valid
+    An empty response makes a sequence without valid token; a token that an environment wrote is read, never a valid
+    label. Without `indices`: one sequence of padding, no valid
     token, rollout index -1.
 
     Args:
@@ -106,7 +107,10 @@ def build_micro_batch(
         num_labels = min(length, len(ids) - 1)
         input_ids[row, :length] = ids[:length]
         labels[row, :num_labels] = ids[1 : num_labels + 1]
-        response_mask[row, len(rollout.prompt_ids) - 1 : num_labels] = True
+        first = len(rollout.prompt_ids) - 1
+        response_mask[row, first:num_labels] = True
+        for start, end in rollout.environment_spans:
+            response_mask[row, first + start : first + end] = False
     return MicroBatch(
         input_ids=input_ids,
         position_ids=torch.arange(width).expand(height, width).contiguous(),
@@ -129,7 +133,9 @@ def token_index(micro_batches: Sequence[MicroBatch]) -> TokenIndex:
         check_masks_nest(micro_batch)
         mask = micro_batch.loss_mask
         rollout_index.append(micro_batch.rollout_indices[:, None].expand_as(mask)[mask])
-        position.append((micro_batch.response_mask.cumsum(dim=1) - 1)[mask])
+        # A response begins with a generated token, whatever an environment wrote behind it.
+        first = micro_batch.response_mask.int().argmax(dim=1, keepdim=True)
+        position.append((micro_batch.position_ids - first)[mask])
     return TokenIndex(torch.cat(rollout_index), torch.cat(position))
 
 

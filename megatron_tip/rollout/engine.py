@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from torch import Tensor
 
 from megatron_tip.records import Prompt, Rollout
 
-FINISH_REASONS = ("stop", "length")
+FINISH_REASONS = ("stop", "length", "turns")
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,10 @@ class RolloutEngine(Protocol):
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
         """Returns `samples_per_prompt` rollouts a prompt, prompt-major, tagged with the current weight version.
 
+        An engine over servers leaves out samples that kept failing, and says so in its metrics.
+
         Raises:
+            WeightsLostError: the weights are gone; after `update_weights` the same call goes on where it stopped.
             EngineError: the engine failed or answered with something other than rollouts.
         """
         ...
@@ -65,4 +68,25 @@ class RolloutEngine(Protocol):
 
     def health(self) -> None:
         """Returns when the engine can generate; raises EngineError, saying what is wrong, when it cannot."""
+        ...
+
+
+@runtime_checkable
+class ServedEngine(Protocol):
+    """What an engine over servers can do beyond a RolloutEngine."""
+
+    def input_logprobs(self, input_ids: Sequence[int]) -> dict[str, list[float]]:
+        """By server that holds the last weights: the logprob of each id after the ids before it, without the first."""
+        ...
+
+    def distrust(self, url: str) -> None:
+        """Has a server generate nothing until it got weights anew."""
+        ...
+
+    def take_metrics(self) -> dict[str, float]:
+        """What happened since the last call."""
+        ...
+
+    def close(self) -> None:
+        """Ends what the engine started."""
         ...

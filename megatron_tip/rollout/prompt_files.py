@@ -23,12 +23,26 @@ def read_prompt_file(path: Path, field: str) -> list[tuple[str, RawPrompt]]:
         InputError: no such file, another suffix, a line that is empty or not a JSON object, a broken Parquet file,
             a missing field or column, a value that is neither text nor chat messages.
     """
+    return [(where, _checked(where, field, value)) for where, value in _read(path, field)]
+
+
+def read_text_field(path: Path, field: str) -> list[str]:
+    """The texts of another field of the same file, in its order; errors as of `read_prompt_file`."""
+    texts = []
+    for where, value in _read(path, field):
+        if not isinstance(value, str):
+            raise InputError(f"{where}: expected {field!r} to be a text, got {value!r:.200}")
+        texts.append(value)
+    return texts
+
+
+def _read(path: Path, field: str) -> Iterator[tuple[str, Any]]:
     readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
     if path.suffix not in readers:
         raise InputError(f"prompts.path: expected a .jsonl or .parquet file, got {path}")
     if not path.is_file():
         raise InputError(f"prompts.path: no file {path}")
-    return [(where, _checked(where, field, value)) for where, value in readers[path.suffix](path, field)]
+    return readers[path.suffix](path, field)
 
 
 def _read_jsonl(path: Path, field: str) -> Iterator[tuple[str, Any]]:
@@ -44,7 +58,7 @@ def _read_jsonl(path: Path, field: str) -> Iterator[tuple[str, Any]]:
             if not isinstance(record, dict):
                 raise InputError(f"{where}: expected a JSON object, got {type(record).__name__}")
             if field not in record:
-                raise InputError(f"{where}: no field {field!r} (prompts.field), only {sorted(record)}")
+                raise InputError(f"{where}: no field {field!r}, only {sorted(record)}")
             yield where, record[field]
 
 
@@ -53,7 +67,7 @@ def _read_parquet(path: Path, field: str) -> Iterator[tuple[str, Any]]:
         with pq.ParquetFile(path) as file:
             columns = file.schema_arrow.names
             if field not in columns:
-                raise InputError(f"{path}: no column {field!r} (prompts.field), only {columns}")
+                raise InputError(f"{path}: no column {field!r}, only {columns}")
             values = [value for batch in file.iter_batches(columns=[field]) for value in batch.column(0).to_pylist()]
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path}: not a readable Parquet file ({error})") from error

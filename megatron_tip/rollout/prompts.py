@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 import jinja2
 import numpy as np
@@ -13,7 +14,7 @@ from megatron_tip.config import HeldoutConfig, PromptsConfig
 from megatron_tip.errors import ConfigError, InputError
 from megatron_tip.records import Prompt
 from megatron_tip.rollout.engine import derive_seed
-from megatron_tip.rollout.prompt_files import RawPrompt, read_prompt_file
+from megatron_tip.rollout.prompt_files import RawPrompt, read_prompt_file, read_text_field
 from megatron_tip.rollout.reasoning_tasks import generate_questions
 
 logger = logging.getLogger(__name__)
@@ -90,6 +91,9 @@ def load_prompts(
     if prompts.source == "file":
         assert prompts.path is not None, "the configuration holds a path with source = file"
         usable = renderer.prompts(read_prompt_file(prompts.path, prompts.field), first_index=0)
+        if prompts.teacher_field:
+            teachers = read_text_field(prompts.path, prompts.teacher_field)
+            usable = [replace(prompt, teacher=teachers[prompt.index]) for prompt in usable]
         if len(usable) < heldout.num_prompts:
             raise InputError(
                 f"{prompts.path}: expected at least {heldout.num_prompts} held-out prompts and one for training, got "

@@ -113,5 +113,6 @@ class StepBatch:
         return max(1, len(places)) * -(-width // self.sequence_multiple) * self.sequence_multiple
 
     def _num_rows(self, place: int) -> int:
-        """Labels of the rollout: its kept token k predicts token k + 1, from the last prompt token on."""
-        return max(0, self.num_kept_tokens[place] + 1 - len(self.rollouts[place].prompt_ids))
+        """Generated labels of the rollout: its kept token k predicts token k + 1, from the last prompt token on."""
+        rollout = self.rollouts[place]
+        return rollout.num_generated_before(max(0, self.num_kept_tokens[place] + 1 - len(rollout.prompt_ids)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,8 @@ def _rollout(where: str, line: bytes) -> Rollout:
         rollout_logprobs=tuple(record["rollout_logprobs"]),
         finish_reason=record["finish_reason"],
         weight_version=record["weight_version"],
+        environment_spans=tuple((start, end) for start, end in record.get("environment_spans", [])),
+        teacher=record.get("teacher", ""),
     )
 
 
@@ -80,6 +83,8 @@ def _check(record: Any) -> None:
         raise ValueError(f"{type(record).__name__} instead of an object")
     element_types = {"prompt_ids": int, "response_ids": int, "rollout_logprobs": float}
     scalar_types = {"prompt_index": int, "sample_index": int, "finish_reason": str, "weight_version": int}
+    scalar_types |= {"teacher": str}
+    record.setdefault("teacher", "")  # files from before there were several have none
     for name, kind in scalar_types.items():
         if type(record.get(name)) is not kind:
             raise ValueError(f"{name} is {record.get(name)!r:.80}, not of type {kind.__name__}")
@@ -93,3 +98,17 @@ def _check(record: Any) -> None:
         raise ValueError(f"{len(record['rollout_logprobs'])} logprobs for {len(record['response_ids'])} response ids")
     if record["finish_reason"] not in FINISH_REASONS:
         raise ValueError(f"finish_reason is {record['finish_reason']!r}, not one of {FINISH_REASONS}")
+    _check_spans(record.get("environment_spans", []), len(record["response_ids"]))
+
+
+def _check_spans(spans: Any, num_response_tokens: int) -> None:
+    """Raises ValueError unless `spans` are ranges in order with generated tokens before, between and behind them."""
+    pairs = spans if isinstance(spans, list) else [spans]
+    if not all(isinstance(pair, list) and [type(bound) for bound in pair] == [int, int] for pair in pairs):
+        raise ValueError(f"environment_spans is {spans!r:.80}, not a list of [start, end]")
+    bounds = [0, *chain.from_iterable(pairs), num_response_tokens]
+    if pairs and any(left >= right for left, right in pairwise(bounds)):
+        raise ValueError(
+            f"environment_spans is {spans!r:.80}: expected ranges in order within {num_response_tokens} response ids, "
+            "generated ones before, between and behind them"
+        )

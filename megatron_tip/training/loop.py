@@ -20,13 +20,14 @@ from megatron_tip.observability.timing import PhaseTimer
 from megatron_tip.parallel.distributed import destroy_distributed, init_distributed
 from megatron_tip.parallel.environment import available_threads
 from megatron_tip.records import Rollout
-from megatron_tip.training.heldout import measure_heldout
+from megatron_tip.rollout.engine import ServedEngine
+from megatron_tip.training.heldout import heldout_metric, measure_heldout
 from megatron_tip.training.plan import RunPlan, plan_run
 from megatron_tip.training.recorder import RunRecorder
 from megatron_tip.training.run import TrainingRun
 from megatron_tip.training.setup import build_run
 from megatron_tip.training.step import train_step
-from megatron_tip.training.weight_sync import sync_weights
+from megatron_tip.training.weight_sync import sync_engine
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +59,11 @@ def train(config: Config) -> None:
     if rank == 0:
         shutil.rmtree(folder.rollouts, ignore_errors=True)  # of a run in this folder that did not finish
         folder.write_config(config)
-    with RunRecorder(folder, display, writes=rank == 0) as recorder:
-        before, after = run_steps(run, recorder)
+    try:
+        with RunRecorder(folder, display, writes=rank == 0) as recorder:
+            before, after = run_steps(run, recorder)
+    finally:
+        close_engine(run)
     write_models(run, plan, folder)
     summary = summarise(run, recorder, before, after)
     if rank == 0:
@@ -76,8 +80,8 @@ def run_steps(run: TrainingRun, recorder: RunRecorder) -> tuple[Heldout, Heldout
     """All training steps, with held-out measurements before, in between as configured, and after."""
     num_steps, every = run.config.training.steps, run.config.heldout.every_steps
     with run.timer.phase("sync"):
-        sync_weights(run.student, run.architecture, run.engine, weight_version=0)
-    before = after = _measure(run, recorder, step=0, metrics=_prompt_metrics(run))
+        synced = sync_engine(run, weight_version=0, first=True)
+    before = after = _measure(run, recorder, step=0, metrics=_prompt_metrics(run) | synced)
     if before.reverse_kl < AGREEMENT:
         logger.warning(
             "student and teacher agree everywhere (held-out reverse KL %.1e): is teacher.path right?", before.reverse_kl
@@ -89,6 +93,14 @@ def run_steps(run: TrainingRun, recorder: RunRecorder) -> tuple[Heldout, Heldout
         else:
             recorder.record(step, metrics | run.timer.step_metrics())
     return before, after
+
+
+def close_engine(run: TrainingRun) -> None:
+    """Ends the servers of the run, in the first process; they also end with it."""
+    if run.ahead:
+        run.ahead.close()
+    if isinstance(run.engine, ServedEngine):
+        run.engine.close()
 
 
 def _prompt_metrics(run: TrainingRun) -> dict[str, float]:
@@ -107,7 +119,7 @@ def _measure(run: TrainingRun, recorder: RunRecorder, step: int, metrics: dict[s
         return Heldout(float("nan"), [])
     with run.timer.phase("heldout"):
         heldout = Heldout(*measure_heldout(run, step))
-    recorder.record(step, metrics | {"heldout/reverse_kl": heldout.reverse_kl} | run.timer.step_metrics())
+    recorder.record(step, metrics | {heldout_metric(run): heldout.reverse_kl} | run.timer.step_metrics())
     return heldout
 
 
@@ -146,7 +158,10 @@ def summarise(run: TrainingRun, recorder: RunRecorder, before: Heldout, after: H
 
 def samples_of(run: TrainingRun, plan: RunPlan, before: Heldout, after: Heldout) -> list[Sample]:
     """The first held-out prompts with the student's responses before and after."""
-    pairs = list(zip(before.rollouts, after.rollouts, strict=True))[: run.config.heldout.num_samples]
+    old_rollouts = {rollout.prompt_index: rollout for rollout in before.rollouts}  # some may have been set aside
+    pairs = [(old_rollouts[new.prompt_index], new) for new in after.rollouts if new.prompt_index in old_rollouts][
+        : run.config.heldout.num_samples
+    ]
     texts = [
         [_decoded(plan, ids) for ids in (old.prompt_ids, old.response_ids, new.response_ids)] for old, new in pairs
     ]

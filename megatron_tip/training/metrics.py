@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_tip.parallel.collectives import broadcast_json
 from megatron_tip.parallel.groups import ModelGroups
@@ -14,6 +15,7 @@ MEANS = {
     "train/student_entropy": "student_entropy",
     "train/teacher_entropy": "teacher_entropy",
     "train/reverse_kl": "reverse_kl",
+    "train/topk_reverse_kl": "topk_reverse_kl",
     "train/forward_kl": "forward_kl",
     "train/support_divergence": "support_divergence",
     "train/compatibility": "compatibility",
@@ -21,17 +23,24 @@ MEANS = {
 """Metric -> the statistic whose mean over all valid tokens of the batch it is."""
 
 
-def rollout_metrics(rollouts: Sequence[Rollout], *, weight_version: int) -> dict[str, float]:
-    """Counts and lengths of a step's rollouts; those of another `weight_version` are stale."""
-    lengths = [len(rollout.response_ids) for rollout in rollouts]
+def rollout_metrics(rollouts: Sequence[Rollout], *, weight_version: int, ahead: int = 0) -> dict[str, float]:
+    """Counts and lengths of a step's rollouts; stale are those that are not of the last `1 + ahead` weight versions.
+
+    Lengths are of what the student generated. A truncated rollout is one without an end of its own.
+    """
+    ages = [weight_version - rollout.weight_version for rollout in rollouts]
+    lengths = [rollout.num_generated for rollout in rollouts]
     count = max(1, len(rollouts))
     return {
         "rollout/num_rollouts": float(len(rollouts)),
         "rollout/num_empty": float(lengths.count(0)),
-        "rollout/num_stale": float(sum(rollout.weight_version != weight_version for rollout in rollouts)),
+        "rollout/num_stale": float(sum(not 0 <= age <= ahead for age in ages)),
+        "rollout/staleness_steps": sum(ages) / count,
         "rollout/response_tokens": float(sum(lengths)),
         "rollout/response_tokens_mean": sum(lengths) / count,
-        "rollout/truncated_ratio": sum(rollout.finish_reason == "length" for rollout in rollouts) / count,
+        "rollout/truncated_ratio": sum(rollout.finish_reason != "stop" for rollout in rollouts) / count,
+        "rollout/turns_mean": sum(len(rollout.environment_spans) + 1 for rollout in rollouts) / count,
+        "rollout/environment_tokens": float(sum(len(rollout.response_ids) for rollout in rollouts) - sum(lengths)),
     }
 
 
@@ -42,6 +51,7 @@ def supervision_metrics(
     trained: StepBatch,
     statistics: TokenStatistics | None,
     selection: TokenSelection | None,
+    ratios: Tensor | None,
     loss: float,
     pass_seconds: float,
     device: torch.device,
@@ -52,6 +62,7 @@ def supervision_metrics(
         scored, trained: the batch before and after the cut behind the selection.
         pass_seconds: what this rank's training pass took, forward and backward.
         statistics, selection: this replica's, on the last stage; None elsewhere, `statistics` also where no rule asked.
+        ratios: `[n]`, student over engine, as `importance.log_ratios` gives it; None: not comparable.
         loss: this replica's part.
 
     Collectives: one all-reduce over dp on the last stage, then `broadcast_json` over the world.
@@ -63,12 +74,17 @@ def supervision_metrics(
             "rows": float(selection.selection_mask.shape[0]),
         }
         if statistics is not None:
-            sums |= {name: getattr(statistics, field).double().sum().item() for name, field in MEANS.items()}
+            found = {name: getattr(statistics, field, None) for name, field in MEANS.items()}
+            sums |= {name: value.double().sum().item() for name, value in found.items() if value is not None}
+            if ratios is not None:
+                sums["rollout/logprob_gap"] = ratios.double().abs().sum().item()
+                sums["rollout/importance_ratio"] = ratios.double().exp().sum().item()
         totals = torch.tensor(list(sums.values()), dtype=torch.float64, device=device)
         dist.all_reduce(totals, group=groups.dp_group)
         metrics = dict(zip(sums, totals.tolist(), strict=True))
         rows = metrics.pop("rows")
-        metrics |= {name: metrics[name] / rows for name in MEANS if name in metrics}
+        means = (*MEANS, "rollout/logprob_gap", "rollout/importance_ratio")
+        metrics |= {name: metrics[name] / rows for name in means if name in metrics}
         metrics |= saved_metrics(scored, trained, pass_seconds)
         metrics |= {
             "selection/num_valid": float(selection.num_valid),

@@ -12,20 +12,23 @@ from megatron_tip.conversion.safetensors_io import HfCheckpoint
 from megatron_tip.errors import ConfigError
 from megatron_tip.models.layout import check_layout
 from megatron_tip.parallel.grid import ModelGrid
+from megatron_tip.rollout.multi_turn import check_environment
+from megatron_tip.rollout.server_teacher_setup import check_teacher, teacher_limits
+from megatron_tip.rollout.sglang_setup import check_sglang
 from megatron_tip.selection import STATISTICS, Selector, rollout_budget
 from megatron_tip.vocab_parallel import padded_vocab_size
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """Models, grids and vocabulary of a run that can start.
+    """Models, grids and vocabulary of a run that can start. `teacher`: None where it is behind servers.
 
     `vocab_size`: the entries that both models have, which their distributions are over. `padded_vocab_size`: of the
     student's embeddings and of both LM heads, a multiple of the student's tp size.
     """
 
     student: HfCheckpoint
-    teacher: HfCheckpoint
+    teacher: HfCheckpoint | None
     student_grid: ModelGrid
     teacher_grid: ModelGrid
     tokenizer: PreTrainedTokenizerBase
@@ -46,23 +49,30 @@ def plan_run(config: Config, world_size: int) -> RunPlan:
         WeightsError: a model directory that is incomplete or not supported.
     """
     student = HfCheckpoint(config.model.path, config.model.drop_layers)
-    teacher = HfCheckpoint(config.teacher.path)
+    teacher = HfCheckpoint(config.teacher.path) if config.teacher.kind == "megatron" else None
     student_grid = _grid_of(config.model, student, world_size, owner="student")
-    teacher_grid = _grid_of(config.teacher, teacher, world_size, owner="teacher")
-    _check_lengths(config, student, teacher)
+    teacher_grid = _grid_of(config.teacher, teacher, world_size, owner="teacher") if teacher else student_grid
+    teacher_vocab_size, teacher_positions = _limits(teacher) if teacher else teacher_limits(config.teacher.path)
+    _check_lengths(config, {"student": _limits(student)[1], "teacher": teacher_positions})
+    selector = _selector(config)
+    check_teacher(config, selector)
+    _check_one_pass(config)
     tokenizer = _shared_tokenizer(config.model.path, config.teacher.path)
-    sizes = (student.architecture.vocab_size, teacher.architecture.vocab_size)
+    sizes = (student.architecture.vocab_size, teacher_vocab_size)
     _check_vocabulary(tokenizer, sizes)
+    if config.rollout.engine == "sglang":
+        _check_served(config, sizes)
     stop_token_ids = stop_ids(config.model.path, tokenizer)
+    check_environment(config.rollout, tokenizer, stop_token_ids)
     return RunPlan(
         student=student,
         teacher=teacher,
         student_grid=student_grid,
         teacher_grid=teacher_grid,
         tokenizer=tokenizer,
-        selector=_selector(config),
+        selector=selector,
         vocab_size=min(sizes),
-        padded_vocab_size=padded_vocab_size(max(sizes), student_grid.tp_size),
+        padded_vocab_size=padded_vocab_size(max(sizes) if teacher else sizes[0], student_grid.tp_size),
         pad_token_id=stop_token_ids[0],  # any id of the vocabulary: padding lies behind what is read
         stop_token_ids=stop_token_ids,
     )
@@ -92,10 +102,14 @@ def _grid_of(model, checkpoint: HfCheckpoint, world_size: int, *, owner: str) ->
     return ModelGrid.over(world_size, tp_size=tp_size, pp_size=pp_size, owner=owner)
 
 
-def _check_lengths(config: Config, student: HfCheckpoint, teacher: HfCheckpoint) -> None:
+def _limits(checkpoint: HfCheckpoint) -> tuple[int, int]:
+    """Vocabulary and positions."""
+    return checkpoint.architecture.vocab_size, checkpoint.architecture.max_position_embeddings
+
+
+def _check_lengths(config: Config, limits: dict[str, int]) -> None:
     longest = config.prompts.max_prompt_tokens + config.rollout.max_response_tokens
-    for owner, checkpoint in (("student", student), ("teacher", teacher)):
-        limit = checkpoint.architecture.max_position_embeddings
+    for owner, limit in limits.items():
         if longest > limit:
             raise ConfigError(
                 f"prompts.max_prompt_tokens + rollout.max_response_tokens: expected at most the {owner}'s "
@@ -116,6 +130,11 @@ def _check_lengths(config: Config, student: HfCheckpoint, teacher: HfCheckpoint)
             'loss.divergence = "sampled_token": expected rollout.temperature = loss.temperature and rollout.top_p = 1, '
             f"got {rollout.temperature}, {temperature} and {rollout.top_p}; its mean is the reverse KL only over "
             "tokens drawn from the student's own distribution"
+        )
+    if rollout.importance_cap and rollout.temperature != temperature:
+        raise ConfigError(
+            "rollout.importance_cap: expected rollout.temperature = loss.temperature, got "
+            f"{rollout.temperature} and {temperature}; the ratio compares both distributions"
         )
     for name, path in (("prompts.path", config.prompts.path), ("rollout.replay_folder", rollout.replay_folder)):
         if path is not None and not path.exists():
@@ -152,6 +171,34 @@ def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, sizes: Sequence[int]) 
         raise ConfigError(
             f"vocabulary: expected embeddings for all token ids up to {largest} in both models, got {sizes[0]} rows in "
             f"the student and {sizes[1]} in the teacher; one of them does not belong to this tokenizer"
+        )
+
+
+def _check_served(config: Config, sizes: Sequence[int]) -> None:
+    check_sglang(config)
+    if sizes[0] > sizes[1]:
+        raise ConfigError(
+            f'rollout.engine = "sglang": expected a student whose vocabulary is not larger than the teacher\'s, got '
+            f"{sizes[0]} and {sizes[1]} entries; a server would sample ids that the teacher does not know: use the "
+            "embedded engine"
+        )
+
+
+def _check_one_pass(config: Config) -> None:
+    """Refuses what needs every score before the training pass where the selection is made within it."""
+    selection = config.selection
+    if selection.scope == "micro_batch":
+        setting = 'selection.scope = "micro_batch"'
+    elif selection.thresholds == "last_step":
+        setting = 'selection.thresholds = "last_step"'
+    else:
+        return
+    if config.teacher.kind == "sglang":
+        raise ConfigError(f'{setting}: expected teacher.kind = "megatron", got "sglang"; servers score whole batches')
+    if config.rollout.importance_cap:
+        raise ConfigError(
+            f"{setting}: expected rollout.importance_cap = 0, got {config.rollout.importance_cap}; importance weights "
+            "are taken from a scoring pass"
         )
 
 

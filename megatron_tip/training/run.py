@@ -11,10 +11,12 @@ from megatron_tip.models.student import Student
 from megatron_tip.models.teacher import Teacher
 from megatron_tip.observability.timing import PhaseTimer
 from megatron_tip.records import Rollout
+from megatron_tip.rollout.ahead import AheadGenerator
 from megatron_tip.rollout.engine import RolloutEngine, SamplingParams
 from megatron_tip.rollout.prompts import PromptSource
 from megatron_tip.rollout.step_batch import StepBatch
 from megatron_tip.selection import Calibration, Selector
+from megatron_tip.training.served_teacher import ServedTeacher
 
 
 @dataclass
@@ -29,13 +31,13 @@ class TrainingRun:
     """What every rank of a run has.
 
     `architecture`: the student's, after dropped layers. `vocab_size`: the entries that student and teacher share.
-    `prompts`, `engine`: in the first process only; None elsewhere.
+    `prompts`, `engine`: in the first process only; None elsewhere. `ahead`: there as well, with rollout.ahead = 1.
     """
 
     config: Config
     device: torch.device
     student: Student
-    teacher: Teacher
+    teacher: Teacher | ServedTeacher
     architecture: ModelArchitecture
     vocab_size: int
     selector: Selector
@@ -45,6 +47,7 @@ class TrainingRun:
     engine: RolloutEngine | None
     timer: PhaseTimer
     last_step: LastStep = field(default_factory=LastStep)
+    ahead: AheadGenerator | None = None
 
     def batch_of(self, rollouts: Sequence[Rollout]) -> StepBatch:
         """The rollouts in micro-batches over the student's replicas."""

@@ -1,32 +1,46 @@
-"""Statistics of the valid tokens, from the student's and the teacher's hidden states."""
+"""What the teacher says of the valid tokens, and their statistics."""
 
 from torch import Tensor
 
-from megatron_tip.records import MicroBatch, TokenStatistics
+from megatron_tip.models.teacher import Teacher
+from megatron_tip.records import MicroBatch, TeacherRows, TeacherTopK, TokenStatistics
 from megatron_tip.rollout.step_batch import StepBatch
 from megatron_tip.training.run import TrainingRun
+from megatron_tip.training.served_teacher import served_statistics
 from megatron_tip.vocab_parallel import token_statistics
 
 
-def score_tokens(run: TrainingRun, batch: StepBatch, teacher_rows: Tensor | None) -> TokenStatistics | None:
+def ask_teacher(run: TrainingRun, batch: StepBatch) -> TeacherRows | None:
+    """What the teacher says of this rank's replica, in the order of its rows; on the last stage, None elsewhere.
+
+    Collective over the world.
+    """
+    return run.teacher.hidden_rows(batch) if isinstance(run.teacher, Teacher) else run.teacher.topk_rows(batch)
+
+
+def score_tokens(run: TrainingRun, batch: StepBatch, teacher_rows: TeacherRows | None) -> TokenStatistics | None:
     """Statistics of every valid token of this rank's replica, in the order of its rows; on the last stage only.
 
     One forward pass without gradient. What is alive at once is a micro-batch's hidden states and a chunk of logits.
     """
-    groups = run.student.groups
+    groups, teacher = run.student.groups, run.teacher
+    if not isinstance(teacher, Teacher):
+        assert not isinstance(teacher_rows, Tensor), "servers give log-probabilities"
+        return served_statistics(run, teacher, batch, teacher_rows)
+    assert not isinstance(teacher_rows, TeacherTopK), "the teacher at hand gives hidden states"
     micro_batches = batch.micro_batches(groups.dp_rank)
     teacher_parts = teacher_rows.split(batch.num_rows()[groups.dp_rank]) if teacher_rows is not None else ()
     parts: list[TokenStatistics] = []
 
     def score(index: int, hidden_states: Tensor) -> None:
-        parts.append(micro_batch_statistics(run, micro_batches[index], hidden_states, teacher_parts[index]))
+        parts.append(micro_batch_statistics(run, teacher, micro_batches[index], hidden_states, teacher_parts[index]))
 
     run.student.forward(micro_batches, score)
     return TokenStatistics.concatenate(parts) if groups.is_last_stage else None
 
 
 def micro_batch_statistics(
-    run: TrainingRun, micro_batch: MicroBatch, hidden_states: Tensor, teacher_hidden: Tensor
+    run: TrainingRun, teacher: Teacher, micro_batch: MicroBatch, hidden_states: Tensor, teacher_hidden: Tensor
 ) -> TokenStatistics:
     """Statistics of one micro-batch's valid tokens, `[n]`, equal on all tp ranks of the last stage; no gradient.
 
@@ -39,7 +53,7 @@ def micro_batch_statistics(
         run.student.rows(hidden_states, micro_batch.loss_mask),
         run.student.output_head,
         teacher_hidden,
-        run.teacher.head,
+        teacher.head,
         labels=micro_batch.labels[micro_batch.loss_mask],
         support_size=config.selection.support_size,
         vocab_size=run.vocab_size,

@@ -3,20 +3,27 @@
 import torch
 from transformers import AutoConfig
 
-from megatron_tip.config import Config
+from megatron_tip.config import Config, split_teacher_url
 from megatron_tip.conversion.bridge import load_hf, load_output_head
+from megatron_tip.conversion.safetensors_io import HfCheckpoint
+from megatron_tip.errors import InputError
 from megatron_tip.models.gpt import build_gpt
 from megatron_tip.models.student import Student, build_student
 from megatron_tip.models.teacher import Teacher
 from megatron_tip.observability.timing import PhaseTimer
 from megatron_tip.parallel.distributed import Worker
 from megatron_tip.parallel.groups import ModelGroups, build_groups
+from megatron_tip.rollout.ahead import AheadGenerator
 from megatron_tip.rollout.embedded_engine import EmbeddedEngine
 from megatron_tip.rollout.engine import RolloutEngine, SamplingParams
+from megatron_tip.rollout.multi_turn import with_environment
 from megatron_tip.rollout.prompts import PromptSource, load_prompts
 from megatron_tip.rollout.replay_engine import ReplayEngine
+from megatron_tip.rollout.server_teacher_setup import build_server_teacher
+from megatron_tip.rollout.sglang_setup import build_sglang_engine
 from megatron_tip.training.plan import RunPlan
 from megatron_tip.training.run import TrainingRun
+from megatron_tip.training.served_teacher import ServedTeacher
 from megatron_tip.vocab_parallel import padded_vocab_size
 
 
@@ -29,11 +36,14 @@ def build_run(config: Config, plan: RunPlan, worker: Worker, timer: PhaseTimer, 
     """
     student_groups = build_groups(plan.student_grid)
     teacher_groups = build_groups(plan.teacher_grid) if plan.teacher_grid != plan.student_grid else student_groups
+    engine = _multi_turn_engine(config, plan, worker, num_threads) if worker.rank == 0 else None
     return TrainingRun(
         config=config,
         device=worker.device,
         student=_student(config, plan, student_groups),
-        teacher=_teacher(config, plan, teacher_groups, student_groups, worker.device),
+        teacher=_served_teacher(config, plan, student_groups, worker.device)
+        if plan.teacher is None
+        else _teacher(config, plan, plan.teacher, teacher_groups, student_groups, worker.device),
         architecture=plan.student.architecture,
         vocab_size=plan.vocab_size,
         selector=plan.selector,
@@ -47,8 +57,9 @@ def build_run(config: Config, plan: RunPlan, worker: Worker, timer: PhaseTimer, 
         ),
         pad_token_id=plan.pad_token_id,
         prompts=_prompts(config, plan) if worker.rank == 0 else None,
-        engine=_engine(config, plan, worker, num_threads) if worker.rank == 0 else None,
+        engine=engine,
         timer=timer,
+        ahead=AheadGenerator(engine) if engine is not None and config.rollout.ahead else None,
     )
 
 
@@ -73,10 +84,26 @@ def _student(config: Config, plan: RunPlan, groups: ModelGroups) -> Student:
     return build_student(model, groups, config.optimizer, num_steps=config.training.steps)
 
 
+def _served_teacher(config: Config, plan: RunPlan, groups: ModelGroups, device: torch.device) -> ServedTeacher:
+    asks = groups.is_last_stage and groups.tp_rank == 0
+    return ServedTeacher(
+        scorer=build_server_teacher(config, vocab_size=plan.vocab_size) if asks else None,
+        groups=groups,
+        device=device,
+        support_size=min(config.selection.support_size, plan.vocab_size),
+        asks_student_support=config.teacher.student_support == "ask",
+    )
+
+
 def _teacher(
-    config: Config, plan: RunPlan, groups: ModelGroups, student_groups: ModelGroups, device: torch.device
+    config: Config,
+    plan: RunPlan,
+    checkpoint: HfCheckpoint,
+    groups: ModelGroups,
+    student_groups: ModelGroups,
+    device: torch.device,
 ) -> Teacher:
-    architecture, dtype = plan.teacher.architecture, resolve_dtype(config.teacher.dtype)
+    architecture, dtype = checkpoint.architecture, resolve_dtype(config.teacher.dtype)
     model = build_gpt(
         architecture,
         groups,
@@ -85,11 +112,11 @@ def _teacher(
         transformer_impl=config.teacher.transformer_impl,
         trainable=False,
     )
-    load_hf(model, plan.teacher, groups)
+    load_hf(model, checkpoint, groups)
     output_head = None
     if student_groups.is_last_stage:
         output_head = load_output_head(
-            plan.teacher,
+            checkpoint,
             tp_rank=student_groups.tp_rank,
             tp_size=student_groups.grid.tp_size,
             padded_vocab_size=plan.padded_vocab_size,
@@ -99,7 +126,7 @@ def _teacher(
 
 
 def _prompts(config: Config, plan: RunPlan) -> PromptSource:
-    return load_prompts(
+    source = load_prompts(
         config.prompts,
         config.heldout,
         plan.tokenizer,
@@ -107,6 +134,20 @@ def _prompts(config: Config, plan: RunPlan) -> PromptSource:
         steps=config.training.steps,
         seed=config.run.seed,
     )
+    if config.prompts.teacher_field:
+        known = sorted({split_teacher_url(url)[0] for url in config.teacher.urls})
+        for prompt in (*source.training, *source.heldout):
+            if prompt.teacher not in known:
+                raise InputError(
+                    f"prompt {prompt.index}: expected {config.prompts.teacher_field!r} to be a name of teacher.urls "
+                    f"({', '.join(known)}), got {prompt.teacher!r}"
+                )
+    return source
+
+
+def _multi_turn_engine(config: Config, plan: RunPlan, worker: Worker, num_threads: int) -> RolloutEngine:
+    engine = _engine(config, plan, worker, num_threads)
+    return with_environment(engine, config.rollout, plan.tokenizer, plan.stop_token_ids)
 
 
 def _engine(config: Config, plan: RunPlan, worker: Worker, num_threads: int) -> RolloutEngine:
@@ -116,6 +157,14 @@ def _engine(config: Config, plan: RunPlan, worker: Worker, num_threads: int) -> 
         replay.health()
         return replay
     name = config.rollout.dtype if config.rollout.dtype != "auto" else config.model.dtype
+    if config.rollout.engine == "sglang":
+        return build_sglang_engine(
+            config,
+            plan.student,
+            dtype=resolve_dtype(name),
+            weights_dtype=resolve_dtype(config.model.dtype),
+            device=worker.device,
+        )
     return EmbeddedEngine(
         AutoConfig.for_model(**plan.student.config),
         dtype=resolve_dtype(name),

@@ -9,19 +9,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tip.errors import TrainingError
-from megatron_tip.observability.run_folder import RunFolder
+from megatron_tip.models.teacher import Teacher
 from megatron_tip.parallel.collectives import broadcast_json
-from megatron_tip.records import MicroBatch, Prompt, Rollout, TokenSelection, TokenStatistics
-from megatron_tip.rollout.broadcast import broadcast_rollouts
-from megatron_tip.rollout.engine import SamplingParams
+from megatron_tip.records import MicroBatch, TeacherRows, TeacherTopK, TokenSelection, TokenStatistics
+from megatron_tip.rollout.engine import ServedEngine
 from megatron_tip.rollout.step_batch import StepBatch
-from megatron_tip.rollout.storage import write_rollouts
 from megatron_tip.selection import Calibration
+from megatron_tip.training.importance import log_ratios, with_importance
 from megatron_tip.training.metrics import rollout_metrics, supervision_metrics
+from megatron_tip.training.rollouts import generate_rollouts, start_next_batch
 from megatron_tip.training.run import TrainingRun
-from megatron_tip.training.scoring import score_tokens
-from megatron_tip.training.supervision import SelectedRows, SelectedWhileTraining, Supervise
-from megatron_tip.training.weight_sync import sync_weights
+from megatron_tip.training.scoring import ask_teacher, score_tokens
+from megatron_tip.training.served_teacher import known_rows, served_loss
+from megatron_tip.training.supervision import MicroBatchRows, SelectedRows, SelectedWhileTraining, Supervise
+from megatron_tip.training.weight_sync import sync_engine
 from megatron_tip.vocab_parallel import divergence_loss
 
 
@@ -31,13 +32,15 @@ class Trained:
 
     `batch`: as it went through the pass, over all replicas. `loss`: this replica's part, 0 off the last stage.
     `statistics`, `selection`: of this replica's scored rows, on the last stage; None elsewhere, `statistics` also where
-    the rule asks for none.
+    the rule asks for none. `ratios`: of the same rows, ln p_student - ln p_rollout of the label; None where not known
+    or not at one temperature.
     """
 
     batch: StepBatch
     loss: float
     statistics: TokenStatistics | None
     selection: TokenSelection | None
+    ratios: Tensor | None
 
 
 def train_step(run: TrainingRun, step: int) -> dict[str, float]:
@@ -50,19 +53,20 @@ def train_step(run: TrainingRun, step: int) -> dict[str, float]:
     timer = run.timer
     with timer.phase("rollout"):
         prompts = run.prompts.batch(step) if run.prompts else []
-        rollouts = generate_rollouts(run, prompts, run.sampling.for_step(step))
-    metrics = rollout_metrics(rollouts, weight_version=step - 1)
+        rollouts = generate_rollouts(run, prompts, run.sampling.for_step(step), weight_version=step - 1)
+        start_next_batch(run, step)
+    metrics = rollout_metrics(rollouts, weight_version=step - 1, ahead=run.config.rollout.ahead)
     if metrics["rollout/num_stale"] and run.config.rollout.engine != "replay":
+        versions = sorted({rollout.weight_version for rollout in rollouts})
         raise TrainingError(
-            f"step {step}: expected rollouts of weight version {step - 1}, got {rollouts[0].weight_version} in "
-            f"{metrics['rollout/num_stale']:.0f} of {len(rollouts)}; the engine did not take the last weights"
+            f"step {step}: expected rollouts of weight version {step - 1}, got versions {versions} among "
+            f"{len(rollouts)} rollouts; the engine did not take the last weights"
         )
     batch = run.batch_of(rollouts)
     if not batch.num_valid():
-        sync_weights(run.student, run.architecture, run.engine, weight_version=step)
-        return {**metrics, "train/skipped_no_valid_token": 1.0}
+        return {**metrics, "train/skipped_no_valid_token": 1.0, **finish_step(run, step)}
     with timer.phase("teacher"):
-        teacher_rows = run.teacher.hidden_rows(batch)
+        teacher_rows = ask_teacher(run, batch)
     one_pass = run.selector.selects_in_one_pass(run.last_step.calibration)
     trained = (select_while_training if one_pass else select_then_train)(run, batch, teacher_rows, step)
     pass_seconds = timer.seconds("train")
@@ -73,6 +77,7 @@ def train_step(run: TrainingRun, step: int) -> dict[str, float]:
             trained=trained.batch,
             statistics=trained.statistics,
             selection=trained.selection,
+            ratios=trained.ratios,
             loss=trained.loss,
             pass_seconds=pass_seconds,
             device=run.device,
@@ -82,38 +87,40 @@ def train_step(run: TrainingRun, step: int) -> dict[str, float]:
                 f"step {step}: expected a finite loss, got {metrics['train/loss']}; nothing was updated"
             )
         metrics |= run.student.apply_gradients(step)
-    with timer.phase("sync"):
-        sync_weights(run.student, run.architecture, run.engine, weight_version=step)
-    return metrics
+    return metrics | finish_step(run, step)
 
 
-def generate_rollouts(run: TrainingRun, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
-    """The engine's responses, on every rank; empty responses are left in and have no valid token."""
+def finish_step(run: TrainingRun, step: int) -> dict[str, float]:
+    """Waits for what is generated ahead, then syncs; returns the metrics of engine and sync. Collective."""
+    with run.timer.phase("rollout"):
+        if run.ahead:
+            run.ahead.wait()  # servers do not change weights in the middle of a batch
+    with run.timer.phase("sync"):
+        metrics = sync_engine(run, weight_version=step)
+    if run.config.rollout.engine != "sglang":
+        return metrics
+    own = run.engine.take_metrics() if isinstance(run.engine, ServedEngine) else {}
+    return metrics | broadcast_json(own, source=0, device=run.device)
 
-    def generate() -> list[Rollout]:
-        assert run.engine is not None, "the engine lives in the first process"
-        rollouts = run.engine.generate(prompts, sampling)
-        if run.config.output.save_rollouts:
-            write_rollouts(RunFolder(run.config.run.folder).rollouts, sampling.batch_name, rollouts, prompts)
-        return rollouts
 
-    return broadcast_rollouts(generate, device=run.device)
-
-
-def select_then_train(run: TrainingRun, batch: StepBatch, teacher_rows: Tensor | None, step: int) -> Trained:
+def select_then_train(run: TrainingRun, batch: StepBatch, teacher_rows: TeacherRows | None, step: int) -> Trained:
     """Scores every token in a pass of its own, selects, and trains on what the selection leaves of the batch."""
     with run.timer.phase("score"):
-        statistics = score_tokens(run, batch, teacher_rows) if run.selector.required_statistics else None
+        needs_statistics = run.selector.required_statistics or run.config.rollout.importance_cap
+        statistics = score_tokens(run, batch, teacher_rows) if needs_statistics else None
+        teacher_rows = known_rows(statistics, teacher_rows)
+        ratios = ratios_of(run, batch, statistics)
     with run.timer.phase("select"):
-        trained, selected, selection = select_tokens(run, batch, statistics, teacher_rows, step)
+        selection = select_tokens(run, batch, statistics, ratios, step)
+        trained, selected = cut_to_selection(run, batch, selection, teacher_rows)
     with run.timer.phase("train"):
         micro_batches = trained.micro_batches(run.student.groups.dp_rank)
         rows = selected.by_micro_batch(micro_batches) if selected is not None else []
         loss = accumulate_gradients(run, micro_batches, lambda index, *_: rows[index])
-    return Trained(trained, loss, statistics, selection)
+    return Trained(trained, loss, statistics, selection, ratios)
 
 
-def select_while_training(run: TrainingRun, batch: StepBatch, teacher_rows: Tensor | None, step: int) -> Trained:
+def select_while_training(run: TrainingRun, batch: StepBatch, teacher_rows: TeacherRows | None, step: int) -> Trained:
     """Scores and selects within each micro-batch as it trains: one forward pass, over the whole sequences."""
     groups = run.student.groups
     statistics, selection, calibration = None, None, None
@@ -125,35 +132,51 @@ def select_while_training(run: TrainingRun, batch: StepBatch, teacher_rows: Tens
         if chooser is not None:
             statistics, selection, calibration = chooser.finish(batch.token_index(groups.dp_rank))
         remember_calibration(run, calibration)
-    return Trained(batch, loss, statistics, selection)
+    return Trained(batch, loss, statistics, selection, ratios_of(run, batch, statistics))
+
+
+def ratios_of(run: TrainingRun, batch: StepBatch, statistics: TokenStatistics | None) -> Tensor | None:
+    """`importance.log_ratios` of this replica where student and engine can be compared; None elsewhere."""
+    if statistics is None or run.config.rollout.temperature != run.config.loss.temperature:
+        return None
+    return log_ratios(batch, run.student.groups.dp_rank, statistics)
 
 
 def select_tokens(
-    run: TrainingRun, batch: StepBatch, statistics: TokenStatistics | None, teacher_rows: Tensor | None, step: int
-) -> tuple[StepBatch, SelectedRows | None, TokenSelection | None]:
-    """Selects on the last stage and tells the other stages; cuts the batch behind the selected tokens and balances it.
+    run: TrainingRun, batch: StepBatch, statistics: TokenStatistics | None, ratios: Tensor | None, step: int
+) -> TokenSelection | None:
+    """The selection among the rows that this replica scored, on the last stage; None elsewhere."""
+    selection, calibration = None, None
+    groups = run.student.groups
+    if groups.is_last_stage:
+        selection, calibration = run.selector.select_and_calibrate(
+            statistics, batch.token_index(groups.dp_rank), step=step, dp_group=groups.dp_group
+        )
+        if run.config.rollout.importance_cap and ratios is not None:
+            selection = with_importance(selection, ratios, run.config.rollout.importance_cap)
+    remember_calibration(run, calibration)
+    return selection
 
-    Returns the batch to train on, equal on every rank, and on the last stage the rows of this replica in it, and the
-    selection among the rows that it scored.
+
+def cut_to_selection(
+    run: TrainingRun, batch: StepBatch, selection: TokenSelection | None, teacher_rows: TeacherRows | None
+) -> tuple[StepBatch, SelectedRows | None]:
+    """The batch without what the selection leaves unused, balanced anew, equal on every rank; and on the last stage
+    the selected rows of this replica in it. Collective over the world.
     """
     groups = run.student.groups
     last_selected = torch.full((len(batch.rollouts),), -1, dtype=torch.int64, device=run.device)
-    selected, selection, calibration = None, None, None
-    if teacher_rows is not None:
-        index = batch.token_index(groups.dp_rank)
-        selection, calibration = run.selector.select_and_calibrate(
-            statistics, index, step=step, dp_group=groups.dp_group
-        )
-        selected = SelectedRows.of(selection, index, teacher_rows)
+    selected = None
+    if selection is not None and teacher_rows is not None:
+        selected = SelectedRows.of(selection, batch.token_index(groups.dp_rank), teacher_rows)
         last_selected.scatter_reduce_(0, selected.index.rollout_index, selected.index.position, "amax")
         dist.all_reduce(last_selected, op=dist.ReduceOp.MAX, group=groups.dp_group)
     if groups.grid.pp_size > 1:
         dist.broadcast(last_selected, src=groups.last_stage_rank, group=groups.pp_group)
-    remember_calibration(run, calibration)
     trained = batch.cut_behind(last_selected.tolist())
     if selected is not None and groups.grid.dp_size > 1:
         selected = selected.sent_to(trained.replica_of()[selected.index.rollout_index], groups.dp_group)
-    return trained, selected, selection
+    return trained, selected
 
 
 def remember_calibration(run: TrainingRun, calibration: Calibration | None) -> None:
@@ -175,29 +198,37 @@ def accumulate_gradients(run: TrainingRun, micro_batches: Sequence[MicroBatch], 
     Args:
         supervise: which rows they are; asked on the last stage only.
     """
-    config = run.config
     total = torch.zeros((), device=run.device)
 
     def loss_of(index: int, hidden_states: Tensor) -> Tensor:
         assert supervise is not None, "the loss is taken on the last stage"
         micro_batch = micro_batches[index]
         rows = supervise(index, micro_batch, hidden_states)
-        loss = divergence_loss(
-            run.student.rows(hidden_states, rows.mask),
-            run.student.output_head,
-            rows.teacher_hidden,
-            run.teacher.head,
-            divergence=config.loss.divergence,
-            row_weights=rows.row_weights,
-            labels=micro_batch.labels[rows.mask],
-            vocab_size=run.vocab_size,
-            temperature=config.loss.temperature,
-            jsd_beta=config.loss.jsd_beta,
-            tp_group=run.student.groups.tp_group,
-            chunk_rows=config.loss.chunk_rows or None,
-        )
+        loss = row_loss(run, run.student.rows(hidden_states, rows.mask), rows, micro_batch.labels[rows.mask])
         total.add_(loss.detach())
         return loss
 
     run.student.accumulate_gradients(micro_batches, loss_of)
     return total.item()
+
+
+def row_loss(run: TrainingRun, hidden: Tensor, rows: MicroBatchRows, labels: Tensor) -> Tensor:
+    """The loss of supervised rows, summed with their weights: float32 scalar, equal on all tp ranks."""
+    if isinstance(rows.teacher_rows, TeacherTopK):
+        return served_loss(run, hidden, rows.teacher_rows, rows.row_weights, labels)
+    assert isinstance(run.teacher, Teacher), "hidden states come from the teacher at hand"
+    loss = run.config.loss
+    return divergence_loss(
+        hidden,
+        run.student.output_head,
+        rows.teacher_rows,
+        run.teacher.head,
+        divergence=loss.divergence,
+        row_weights=rows.row_weights,
+        labels=labels,
+        vocab_size=run.vocab_size,
+        temperature=loss.temperature,
+        jsd_beta=loss.jsd_beta,
+        tp_group=run.student.groups.tp_group,
+        chunk_rows=loss.chunk_rows or None,
+    )

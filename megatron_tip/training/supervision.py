@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_tip.records import MicroBatch, TokenIndex, TokenSelection, TokenStatistics
+from megatron_tip.models.teacher import Teacher
+from megatron_tip.records import MicroBatch, TeacherRows, TokenIndex, TokenSelection, TokenStatistics
 from megatron_tip.rollout.batching import token_index
 from megatron_tip.rollout.step_batch import StepBatch
 from megatron_tip.selection import Calibration, agreement, batch_totals, select_micro_batch
@@ -17,12 +18,10 @@ from megatron_tip.training.scoring import micro_batch_statistics
 
 @dataclass(frozen=True)
 class MicroBatchRows:
-    """`k` rows of one micro-batch: `mask` `[b, s]` bool holds at them. `teacher_hidden`: `[k, H]`. `row_weights`:
-    `[k]` float32.
-    """
+    """`k` rows of one micro-batch: `mask` `[b, s]` bool holds at them. `row_weights`: `[k]` float32."""
 
     mask: Tensor
-    teacher_hidden: Tensor
+    teacher_rows: TeacherRows
     row_weights: Tensor
 
 
@@ -32,16 +31,16 @@ Supervise = Callable[[int, MicroBatch, Tensor], MicroBatchRows]
 
 @dataclass(frozen=True)
 class SelectedRows:
-    """Rows that were selected before the training pass: `index`, `teacher_hidden` `[k, H]`, `row_weights` `[k]` float32
-    of the same k rows.
+    """Rows that were selected before the training pass: `index`, `teacher_rows`, `row_weights` `[k]` float32 of the
+    same k rows.
     """
 
     index: TokenIndex
-    teacher_hidden: Tensor
+    teacher_rows: TeacherRows
     row_weights: Tensor
 
     @classmethod
-    def of(cls, selection: TokenSelection, index: TokenIndex, teacher_rows: Tensor) -> "SelectedRows":
+    def of(cls, selection: TokenSelection, index: TokenIndex, teacher_rows: TeacherRows) -> "SelectedRows":
         """The selected ones of this replica's scored rows."""
         mask = selection.selection_mask
         kept = TokenIndex(index.rollout_index[mask], index.position[mask])
@@ -53,7 +52,7 @@ class SelectedRows:
         Args:
             destination: `[k]` int64, the replica that each row goes to.
 
-        Collectives: 4 all-to-alls over `dp_group`, of the selected rows alone.
+        Collectives: 1 all-to-all over `dp_group` of counts, then 1 for each tensor, of the selected rows alone.
         """
         order = destination.argsort(stable=True)
         num_sent = torch.bincount(destination, minlength=dp_group.size())
@@ -67,7 +66,9 @@ class SelectedRows:
             return arriving
 
         places = moved(torch.stack([self.index.rollout_index, self.index.position], dim=1))
-        return SelectedRows(TokenIndex(*places.unbind(dim=1)), moved(self.teacher_hidden), moved(self.row_weights))
+        rows = self.teacher_rows
+        teacher_rows = moved(rows) if isinstance(rows, Tensor) else rows.map(moved)
+        return SelectedRows(TokenIndex(*places.unbind(dim=1)), teacher_rows, moved(self.row_weights))
 
     def by_micro_batch(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatchRows]:
         """Returns the rows of each of `micro_batches`, which hold them all."""
@@ -82,11 +83,11 @@ class SelectedRows:
         parts = is_selected.split([micro_batch.num_valid() for micro_batch in micro_batches])
         counts = [int(part.sum()) for part in parts]
         return [
-            MicroBatchRows(rows_mask(micro_batch, part), hidden, weights)
-            for micro_batch, part, hidden, weights in zip(
+            MicroBatchRows(rows_mask(micro_batch, part), rows, weights)
+            for micro_batch, part, rows, weights in zip(
                 micro_batches,
                 parts,
-                self.teacher_hidden[order].split(counts),
+                self.teacher_rows[order].split(counts),
                 self.row_weights[order].split(counts),
                 strict=True,
             )
@@ -96,9 +97,12 @@ class SelectedRows:
 class SelectedWhileTraining:
     """Scores each micro-batch by the output of the training pass itself, without gradient; on the last stage only."""
 
-    def __init__(self, run: TrainingRun, batch: StepBatch, teacher_rows: Tensor, step: int) -> None:
+    def __init__(self, run: TrainingRun, batch: StepBatch, teacher_rows: TeacherRows, step: int) -> None:
         """Counts the rows of the batch. Collectives: 1 all-reduce over dp."""
+        assert isinstance(teacher_rows, Tensor), "the plan refuses one pass with a teacher behind servers"
+        assert isinstance(run.teacher, Teacher), "hidden states come from the teacher at hand"
         groups = run.student.groups
+        self._teacher = run.teacher
         row_counts = batch.num_rows()[groups.dp_rank]
         self._run, self._step = run, step
         self._teacher_parts = teacher_rows.split(row_counts)
@@ -110,7 +114,7 @@ class SelectedWhileTraining:
     def rows(self, index: int, micro_batch: MicroBatch, hidden_states: Tensor) -> MicroBatchRows:
         run, teacher_hidden, statistics = self._run, self._teacher_parts[index], None
         if run.selector.required_statistics:
-            statistics = micro_batch_statistics(run, micro_batch, hidden_states.detach(), teacher_hidden)
+            statistics = micro_batch_statistics(run, self._teacher, micro_batch, hidden_states.detach(), teacher_hidden)
             self._statistics.append(statistics)
         selection = select_micro_batch(
             run.selector,

@@ -1,9 +1,22 @@
-"""New weights to whoever generates."""
+"""New weights to whoever generates, and the proof that they arrived."""
+
+import logging
+from typing import Any
 
 from megatron_tip.conversion.architecture import ModelArchitecture
 from megatron_tip.conversion.bridge import export_hf
+from megatron_tip.errors import EngineError
 from megatron_tip.models.student import Student
-from megatron_tip.rollout.engine import RolloutEngine
+from megatron_tip.parallel.collectives import broadcast_json
+from megatron_tip.rollout.engine import RolloutEngine, ServedEngine
+from megatron_tip.training.probe import probe_ids, probe_logprobs
+from megatron_tip.training.run import TrainingRun
+
+logger = logging.getLogger(__name__)
+
+FLOAT32_TOLERANCE = 1e-4
+REDUCED_TOLERANCE = 0.05
+"""Default limits of the mean difference of a probe's logprobs, in nats; the second where bfloat16 takes part."""
 
 
 def sync_weights(
@@ -22,3 +35,58 @@ def sync_weights(
     else:
         for _ in stream:
             pass
+
+
+def sync_engine(run: TrainingRun, *, weight_version: int, first: bool = False) -> dict[str, float]:
+    """Syncs the weights and, where `sync.verify` asks for it, compares the probe's logprobs; returns what it measured.
+
+    Servers whose logprobs differ get the weights once more. `first`: this is the first sync of the run. Collective
+    over the world with rollout.engine = "sglang", over replica 0 otherwise; the measures are equal on every rank.
+
+    Raises:
+        EngineError: logprobs differ after a second sync; on every rank.
+    """
+    sync_weights(run.student, run.architecture, run.engine, weight_version=weight_version)
+    verify = run.config.sync.verify
+    if run.config.rollout.engine != "sglang" or verify == "never" or (verify == "first" and not first):
+        return {}
+    gaps = probe_gaps(run)
+    if is_bad(run, gaps):
+        logger.warning("probe after the sync of version %d: logprobs differ by %s; syncing again", weight_version, gaps)
+        sync_weights(run.student, run.architecture, run.engine, weight_version=weight_version)
+        gaps = probe_gaps(run)
+        if is_bad(run, gaps):
+            raise EngineError(
+                f"weight sync: expected the servers' logprobs of the probe within {tolerance_of(run)} nats of the "
+                f"student's on average, got {gaps} after a second sync of version {weight_version}; the servers' model "
+                "is not the student's, or sync.tolerance is too small for their precision"
+            )
+    return {"sync/probe_gap": max(gaps.values())} if gaps else {}
+
+
+def probe_gaps(run: TrainingRun) -> dict[str, float]:
+    """By server, the mean absolute difference of the probe's logprobs, in nats; equal on every rank.
+
+    A server with a gap beyond the tolerance is not trusted from then on. Collective over the world.
+    """
+    expected = probe_logprobs(run)
+    gaps: dict[str, Any] = {}
+    if isinstance(run.engine, ServedEngine):
+        ids = probe_ids(run.architecture.vocab_size)
+        for url, logprobs in run.engine.input_logprobs(ids).items():
+            gaps[url] = sum(abs(a - b) for a, b in zip(logprobs, expected, strict=True)) / len(expected)
+            if gaps[url] > tolerance_of(run):
+                run.engine.distrust(url)
+    return broadcast_json(gaps, source=0, device=run.device)
+
+
+def is_bad(run: TrainingRun, gaps: dict[str, float]) -> bool:
+    return any(gap > tolerance_of(run) for gap in gaps.values())
+
+
+def tolerance_of(run: TrainingRun) -> float:
+    """The largest mean difference that is rounding."""
+    config = run.config
+    names = {config.model.dtype, config.rollout.dtype} - {"auto"}
+    exact = names == {"float32"} or (not names and run.device.type == "cpu")
+    return config.sync.tolerance or (FLOAT32_TOLERANCE if exact else REDUCED_TOLERANCE)

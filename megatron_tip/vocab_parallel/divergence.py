@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_tip.errors import InputError
 from megatron_tip.vocab_parallel import row_functions
-from megatron_tip.vocab_parallel.chunks import RowBlocks, row_ranges
+from megatron_tip.vocab_parallel.chunks import LogitBuffer, RowBlocks, row_ranges
 from megatron_tip.vocab_parallel.collectives import all_reduce_sum
 from megatron_tip.vocab_parallel.inputs import Inputs, checked_inputs
 from megatron_tip.vocab_parallel.row_functions import RowValues
@@ -84,42 +85,49 @@ def divergence_loss(
         tp_group=tp_group,
         chunk_rows=chunk_rows,
     )
-    weights = torch.ones(inputs.num_rows, device=inputs.device) if row_weights is None else row_weights.detach().float()
-    with_grad = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (student_hidden, student_head)]
-    call = _Call(inputs, divergence, jsd_beta, weights, with_grad[0], with_grad[1], compiled)
-    return _DivergenceLoss.apply(student_hidden, student_head, call)
+    return _Call(inputs, row_weights, compiled, divergence, jsd_beta).loss(student_hidden, student_head)
 
 
 @dataclass(frozen=True)
-class _Call:
+class LossCall:
+    """One call of a loss whose gradients are made with it; what it sums up is for subclasses to say."""
+
     inputs: Inputs
-    divergence: str
-    jsd_beta: float
-    weights: Tensor
-    with_grad_hidden: bool
-    with_grad_head: bool
+    row_weights: Tensor | None
     compiled: bool
 
-    def run(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def chunk_divergence(self, z_s: Tensor, rows: slice, blocks: RowBlocks) -> RowValues:
+        """The divergence of a chunk of rows from the student's `[c, v]` logits, which it may overwrite."""
+        raise NotImplementedError
+
+    def loss(self, student_hidden: Tensor, student_head: Tensor) -> Tensor:
+        """The sum over rows of weight x divergence, differentiable with respect to the arguments."""
+        return _DivergenceLoss.apply(student_hidden, student_head, self)
+
+    @cached_property
+    def weights(self) -> Tensor:
+        """`[n]` float32."""
+        given = self.row_weights
+        return torch.ones(self.inputs.num_rows, device=self.inputs.device) if given is None else given.detach().float()
+
+    def run(self, with_grad_hidden: bool, with_grad_head: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The loss, and its gradients with respect to the student's hidden states and head, where wanted."""
         inputs = self.inputs
         student, partition = inputs.student, inputs.partition
         head = inputs.local_head(student)
-        grad_hidden = torch.empty_like(student.hidden) if self.with_grad_hidden else None
-        grad_head = torch.empty_like(student.head, dtype=torch.float32) if self.with_grad_head else None
+        grad_hidden = torch.empty_like(student.hidden) if with_grad_hidden else None
+        grad_head = torch.empty_like(student.head, dtype=torch.float32) if with_grad_head else None
         if grad_head is not None:
             grad_head[partition.num_local :] = 0
-        buffers = inputs.logit_buffers()
+        buffer = LogitBuffer(head, inputs.chunk_rows, inputs.temperature)
         blocks = RowBlocks(inputs.chunk_rows, partition.num_local, inputs.device, compiled=self.compiled)
         values = []
         for rows in row_ranges(inputs.num_rows, inputs.chunk_rows):
-            z_s = buffers[0].logits(student.hidden[rows])
-            z_t = buffers[1].logits(inputs.teacher.hidden[rows])
-            chunk = self._chunk_divergence(z_s, z_t, rows, blocks)
+            chunk = self.chunk_divergence(buffer.logits(student.hidden[rows]), rows, blocks)
             values.append(chunk.values)
             if grad_hidden is None and grad_head is None:
                 continue
-            grad_logits = buffers[0].narrowed(chunk.gradient(self.weights[rows] / inputs.temperature))
+            grad_logits = buffer.narrowed(chunk.gradient(self.weights[rows] / inputs.temperature))
             if grad_hidden is not None:
                 torch.mm(grad_logits, head, out=grad_hidden[rows])
             if grad_head is not None:
@@ -130,7 +138,19 @@ class _Call:
             grad_hidden = all_reduce_sum(grad_hidden.float(), partition.group)
         return values @ self.weights, grad_hidden, grad_head
 
-    def _chunk_divergence(self, z_s: Tensor, z_t: Tensor, rows: slice, blocks: RowBlocks) -> RowValues:
+
+@dataclass(frozen=True)
+class _Call(LossCall):
+    divergence: str
+    jsd_beta: float
+
+    @cached_property
+    def _teacher_buffer(self) -> LogitBuffer:
+        inputs = self.inputs
+        return LogitBuffer(inputs.local_head(inputs.teacher), inputs.chunk_rows, inputs.temperature)
+
+    def chunk_divergence(self, z_s: Tensor, rows: slice, blocks: RowBlocks) -> RowValues:
+        z_t = self._teacher_buffer.logits(self.inputs.teacher.hidden[rows])
         partition = self.inputs.partition
         if self.divergence == "sampled_token":
             assert self.inputs.labels is not None, "checked on entry"
@@ -156,8 +176,8 @@ def _accumulate(grad_head: Tensor, grad_logits: Tensor, hidden: Tensor, *, first
 
 class _DivergenceLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, student_hidden: Tensor, student_head: Tensor, call: _Call) -> Tensor:
-        loss, *grads = call.run()
+    def forward(ctx: Any, student_hidden: Tensor, student_head: Tensor, call: LossCall) -> Tensor:
+        loss, *grads = call.run(ctx.needs_input_grad[0], ctx.needs_input_grad[1])
         ctx.grads = [
             None if grad is None else grad.to(tensor.dtype)
             for grad, tensor in zip(grads, (student_hidden, student_head), strict=True)

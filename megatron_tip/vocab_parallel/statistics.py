@@ -81,6 +81,8 @@ def token_statistics(
             _chunk_statistics(logits, chunk_labels, blocks, inputs.partition, support_size, with_jsd, with_support)
         )
     result = TokenStatistics.concatenate(parts)
+    assert result.reverse_kl is not None, "computed above"
+    assert result.forward_kl is not None, "computed above"
     inputs.check_finite(result.reverse_kl + result.forward_kl)
     return result
 
@@ -125,12 +127,12 @@ def _chunk_statistics(
         teacher_entropy=-normaliser.expectation(1, sum_t, sum_t_x, -normaliser.lse[..., 1]).clamp(max=0),
         reverse_kl=normaliser.expectation(0, sum_s, sum_s_d, shift).clamp(min=0),
         forward_kl=-normaliser.expectation(1, sum_t, sum_t_d, shift).clamp(max=0),
-        **_support_statistics(p_on_s, q_on_s, ids_s, p_on_t, q_on_t, ids_t),
+        **support_statistics(p_on_s, q_on_s, ids_s, p_on_t, q_on_t, ids_t),
         **asked,
     )
 
 
-def _support_statistics(
+def support_statistics(
     p_on_s: Tensor, q_on_s: Tensor, ids_s: Tensor, p_on_t: Tensor, q_on_t: Tensor, ids_t: Tensor
 ) -> dict[str, Tensor]:
     """The statistics over both supports from `[c, K]` logprobs of p and q on S_S and S_T. TA-OPD, Eq. 9, 10, 17."""

@@ -9,6 +9,7 @@ from tests.helpers.distributed import run_workers
 ROLLOUTS = [
     Rollout(3, 0, (1, 2, 3), (4, 5), (-0.1, -2.5), "stop", 7),
     Rollout(3, 1, (1, 2, 3), (), (), "length", 7),
+    Rollout(4, 1, (9, 3), (8, 7, 6, 5, 4), (-1.0, 0.0, -1.0, 0.0, -1.0), "turns", 6, ((1, 2), (3, 4))),
     Rollout(4, 0, (9,), (8, 7, 6), (-1 / 3, 0.0, -1e-30), "length", 6),
 ]
 

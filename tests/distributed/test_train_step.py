@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -248,3 +249,34 @@ def test_the_thresholds_of_the_last_step_save_the_scoring_pass(models: Path, lay
         assert second["selection/exact_num_selected"] == 14.0
         assert second["selection/exact_agreement"] > 0.9
         assert second["train/loss"] == pytest.approx(first["train/loss"], rel=0.1)
+SPANS = {0: ((2, 6), (9, 11)), 3: ((1, 14),)}
+
+
+@pytest.mark.parametrize(
+    "rule", [{"rule": "full", "retention_ratio": 1.0}, {"retention_ratio": 0.3}], ids=["full", "top"]
+)
+def test_tokens_of_an_environment_are_read_and_never_reach_the_loss(models: Path, tmp_path: Path, rule: dict[str, Any]):
+    """Loss and gradients are those of float64 over the generated tokens; the others' log-probabilities may be anything.
+
+    The environment's tokens stay in the context: the reference runs over the whole sequences.
+    """
+    episodes = [replace(rollout, environment_spans=SPANS.get(place, ())) for place, rollout in enumerate(ROLLOUTS)]
+    generated = [
+        (place, position)
+        for place, rollout in enumerate(episodes)
+        for position in range(len(rollout.response_ids))
+        if not any(start <= position < end for start, end in rollout.environment_spans)
+    ]
+    layout = Layout(2, student=(2, 1))
+    ranks = run_workers(observe, 2, tmp_path, make_config(models, layout, selection=rule), episodes)
+    selected = ranks[0].selected
+    assert {(place, position) for place, position, _ in selected} <= set(generated)
+    expected = 25 if rule.get("rule") == "full" else 8  # 44 - 6 - 13; ceil(0.3 x 25)
+    assert len(selected) == len(set(selected)) == ranks[0].metrics["selection/num_selected"] == expected
+    assert ranks[0].metrics["selection/num_valid"] == 25.0
+    assert [weight for _, _, weight in selected] == pytest.approx([1 / expected] * expected)
+    assert ranks[0].metrics["rollout/response_tokens"] == 25.0
+    assert ranks[0].metrics["rollout/environment_tokens"] == 19.0
+    _check_against_reference(
+        sum(observed.loss for observed in ranks), ranks[0].gradients, reference_gradients(models, episodes, selected)
+    )

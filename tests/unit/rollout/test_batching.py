@@ -11,7 +11,9 @@ from megatron_tip.rollout.batching import build_micro_batch, num_kept_tokens, pl
 PAD = 63
 
 
-def rollout(prompt_length: int, response_length: int, seed: int = 0) -> Rollout:
+def rollout(
+    prompt_length: int, response_length: int, seed: int = 0, spans: tuple[tuple[int, int], ...] = ()
+) -> Rollout:
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, PAD, (prompt_length + response_length,), generator=generator).tolist()
     return Rollout(
@@ -22,11 +24,20 @@ def rollout(prompt_length: int, response_length: int, seed: int = 0) -> Rollout:
         rollout_logprobs=(-1.0,) * response_length,
         finish_reason="length",
         weight_version=0,
+        environment_spans=spans,
     )
 
 
 ROLLOUTS = [rollout(3, 4, 1), rollout(1, 9, 2), rollout(5, 0, 3), rollout(6, 1, 4), rollout(2, 2, 5)]
 LENGTHS = [r.num_tokens for r in ROLLOUTS]
+# The same lengths, of several turns.
+EPISODES = [
+    rollout(3, 4, 1, ((1, 3),)),
+    rollout(1, 9, 2, ((2, 5), (6, 8))),
+    ROLLOUTS[2],
+    ROLLOUTS[3],
+    ROLLOUTS[4],
+]
 
 
 @settings(derandomize=True, deadline=None, max_examples=200)
@@ -71,16 +82,18 @@ def slow_rows(rollouts, indices, kept):
         ids = rollouts[index].prompt_ids + rollouts[index].response_ids
         for position in range(kept[index]):
             place = position + 1 - len(rollouts[index].prompt_ids)
-            if place >= 0 and position + 1 < len(ids):
+            is_given = any(start <= place < end for start, end in rollouts[index].environment_spans)
+            if place >= 0 and position + 1 < len(ids) and not is_given:
                 yield index, place, ids[position], ids[position + 1]
 
 
+@pytest.mark.parametrize("rollouts", [ROLLOUTS, EPISODES], ids=["one turn", "several turns"])
 @pytest.mark.parametrize("multiple", [1, 4])
-@pytest.mark.parametrize("kept", [None, [5, 3, 5, 6, 3], [3, 9, 1, 6, 1]])
-def test_masks_labels_and_index_are_those_of_a_slow_loop(multiple, kept):
+@pytest.mark.parametrize("kept", [None, [5, 3, 5, 6, 3], [3, 9, 1, 6, 1], [4, 6, 1, 6, 2]])
+def test_masks_labels_and_index_are_those_of_a_slow_loop(rollouts, multiple, kept):
     groups = [[1, 0], [3, 2, 4]]
     micro_batches = [
-        build_micro_batch(ROLLOUTS, group, PAD, sequence_multiple=multiple, num_kept_tokens=kept) for group in groups
+        build_micro_batch(rollouts, group, PAD, sequence_multiple=multiple, num_kept_tokens=kept) for group in groups
     ]
     index = token_index(micro_batches)
     rows = [
@@ -93,7 +106,7 @@ def test_masks_labels_and_index_are_those_of_a_slow_loop(multiple, kept):
         )
     ]
     got = list(zip(index.rollout_index.tolist(), index.position.tolist(), *zip(*rows, strict=True), strict=True))
-    assert got == [row for group in groups for row in slow_rows(ROLLOUTS, group, kept or LENGTHS)]
+    assert got == [row for group in groups for row in slow_rows(rollouts, group, kept or LENGTHS)]
 
 
 def test_padding_lies_behind_and_positions_count_from_the_first_token():

@@ -10,7 +10,7 @@ PROMPTS = [Prompt(3, "2 + 2 = \u2192 é", (1, 2, 3)), Prompt(4, "", (9,))]
 ROLLOUTS = [
     Rollout(3, 0, (1, 2, 3), (4, 5), (-0.10000000149011612, -1 / 3), "stop", 7),
     Rollout(3, 1, (1, 2, 3), (), (), "length", 7),
-    Rollout(4, 0, (9,), (8,), (0.0,), "length", 6),
+    Rollout(4, 0, (9,), (8, 7, 6, 5, 4, 3), (-0.5, 0.0, 0.0, -1.0, 0.0, -2.0), "turns", 6, ((1, 3), (4, 5))),
 ]
 
 
@@ -44,6 +44,10 @@ def test_a_file_that_was_cut_off_is_named_with_the_line(tmp_path, missing_bytes)
         ({"weight_version": None}, "weight_version is None, not of type int"),
         ({"finish_reason": "abort"}, "finish_reason is 'abort'"),
         ({"prompt_ids": []}, "prompt_ids is empty"),
+        ({"environment_spans": [1, 2]}, r"environment_spans is \[1, 2\], not a list of \[start, end\]"),
+        ({"environment_spans": [[0, 1]]}, "generated ones before, between and behind them"),
+        ({"environment_spans": [[1, 2]]}, "within 2 response ids"),
+        ({"environment_spans": [[1, 1]]}, "ranges in order"),
     ],
 )
 def test_a_line_that_is_no_rollout_is_named(tmp_path, changes, message):
@@ -54,6 +58,15 @@ def test_a_line_that_is_no_rollout_is_named(tmp_path, changes, message):
     path.write_text("\n".join(lines) + "\n")
     with pytest.raises(InputError, match=f"line 1: .*{message}"):
         read_rollouts(path)
+
+
+def test_a_line_from_before_there_were_environments_is_read(tmp_path):
+    write_rollouts(tmp_path, "step_000001", ROLLOUTS[:1], PROMPTS)
+    path = tmp_path / "step_000001.jsonl"
+    record = json.loads(path.read_text())
+    del record["environment_spans"]
+    path.write_text(json.dumps(record) + "\n")
+    assert read_rollouts(path) == ROLLOUTS[:1]
 
 
 def test_files_and_folders_that_cannot_be_used_are_named(tmp_path):

@@ -1,0 +1,1 @@
+"""Environments that answer the student turn by turn: tools, games, planning tasks."""

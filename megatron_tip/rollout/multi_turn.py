@@ -1,0 +1,268 @@
+"""Rollouts of several turns, with an environment that answers between them, on top of any rollout engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from megatron_tip.config import RolloutConfig
+from megatron_tip.errors import EngineError, WeightsLostError
+from megatron_tip.records import Prompt, Rollout
+from megatron_tip.rollout.engine import RolloutEngine, SamplingParams, ServedEngine, derive_seed
+from megatron_tip.rollout.environments.environment import Environment, EnvironmentFactory, Observation
+from megatron_tip.rollout.environments.registry import load_environment
+from megatron_tip.rollout.turn_template import TurnTemplate
+
+
+class MultiTurnEngine:
+    """A rollout engine whose rollouts are whole episodes: the student's turns and what an environment said between.
+
+    All episodes of a batch go through the engine together, turn by turn. Ids are only ever appended: what the student
+    sampled is what it reads in its next turn, and what the trainer scores. `sampling.max_response_tokens` bounds an
+    episode's ids behind the prompt, the environment's included.
+
+    Args:
+        engine: generates the turns; may finish a turn with "stop" or "length".
+        make_environment: called once a rollout.
+        max_turns: turns of the student in an episode; one that is not done by then ends as "turns".
+    """
+
+    def __init__(
+        self, engine: RolloutEngine, make_environment: EnvironmentFactory, template: TurnTemplate, *, max_turns: int
+    ) -> None:
+        self._engine = engine
+        self._make_environment = make_environment
+        self._template = template
+        self._max_turns = max_turns
+        self._interrupted: _Batch | None = None
+
+    def health(self) -> None:
+        """As the engine's own."""
+        self._engine.health()
+
+    def update_weights(self, weights: Iterable[tuple[str, Tensor]], weight_version: int) -> None:
+        """As the engine's own."""
+        self._engine.update_weights(weights, weight_version)
+
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
+        """Returns `samples_per_prompt` episodes a prompt, prompt-major, without those that the engine left out.
+
+        Raises:
+            WeightsLostError: the engine lost its weights; after `update_weights` the same call goes on where it was.
+            EngineError: the engine failed or answered with something else than was asked for; an environment raised.
+        """
+        batch, self._interrupted = self._interrupted, None
+        if batch is None or batch.name != sampling.batch_name:
+            batch = self._begin(prompts, sampling)
+        while active := [episode for episode in batch.episodes if not episode.finish_reason]:
+            try:
+                parts = self._continuations(batch, active, sampling)
+            except WeightsLostError:
+                self._interrupted = batch
+                raise
+            batch.num_calls += 1
+            for episode, part in zip(active, parts, strict=True):
+                if part is None:
+                    batch.episodes.remove(episode)
+                else:
+                    self._advance(episode, part)
+        return [episode.rollout() for episode in batch.episodes]
+
+    def _begin(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> _Batch:
+        """The episodes of a batch after their first turn."""
+        by_index = {prompt.index: prompt for prompt in prompts}
+        longest = max((len(prompt.prompt_ids) for prompt in prompts), default=0) + sampling.max_response_tokens
+        batch = _Batch(sampling.batch_name, longest)
+        for first_turn in self._engine.generate(prompts, sampling):
+            environment = self._make_environment()
+            environment.reset(by_index[first_turn.prompt_index])
+            episode = _Episode(environment, first_turn, sampling.max_response_tokens)
+            self._advance(episode, first_turn)
+            batch.episodes.append(episode)
+        return batch
+
+    def _continuations(
+        self, batch: _Batch, active: Sequence[_Episode], sampling: SamplingParams
+    ) -> list[Rollout | None]:
+        """What the engine writes behind each of the `active` episodes; None where it left one out.
+
+        No sequence gets longer than the longest that the first turn could make, whatever engines allow: an episode
+        that is cut off before its own budget is used up goes on in the next call.
+        """
+        prompts = [episode.as_prompt() for episode in active]
+        room = batch.longest - max(len(prompt.prompt_ids) for prompt in prompts)
+        call = batch.num_calls + 1
+        asked = replace(
+            sampling,
+            samples_per_prompt=1,
+            max_response_tokens=min(room, max(episode.budget for episode in active)),
+            seed=derive_seed(sampling.seed, 3, call),
+            batch_name=f"{sampling.batch_name}_call_{call}",
+        )
+        parts = self._engine.generate(prompts, asked)
+        left = list(reversed(parts))
+        found: list[Rollout | None] = []
+        for prompt in prompts:
+            is_next = bool(left) and (left[-1].prompt_index, left[-1].prompt_ids) == (prompt.index, prompt.prompt_ids)
+            found.append(left.pop() if is_next else None)
+        if left:
+            raise EngineError(
+                f"multi-turn rollouts: expected at most one continuation of each of {len(prompts)} episodes in their "
+                f"order, got {len(parts)} rollouts, {len(left)} of them of other prompts or in another order"
+            )
+        return found
+
+    def _advance(self, episode: _Episode, part: Rollout) -> None:
+        """Takes what the student wrote and, where that ends a turn, the environment's answer."""
+        episode.append_generated(part)
+        if episode.finish_reason or not episode.turn_is_complete:
+            return
+        observation = self._step(episode)
+        if observation.done:
+            episode.finish_reason = "stop"
+        elif episode.num_turns == self._max_turns:
+            episode.finish_reason = "turns"
+        else:
+            episode.append_observation(self._template.observation_ids(observation.text))
+
+    def _step(self, episode: _Episode) -> Observation:
+        text = self._template.turn_text(episode.turn_ids()[:-1])
+        try:
+            observation = episode.environment.step(text)
+        except Exception as error:
+            raise EngineError(
+                f"environment {type(episode.environment).__name__}: step failed in turn {episode.num_turns} of sample "
+                f"{episode.first_turn.sample_index} of prompt {episode.first_turn.prompt_index}: {error!r}"
+            ) from error
+        if not isinstance(observation, Observation) or not isinstance(observation.text, str):
+            raise EngineError(
+                f"environment {type(episode.environment).__name__}: expected step to return an Observation with a "
+                f"text, got {observation!r:.100}"
+            )
+        return observation
+
+
+@dataclass
+class _Batch:
+    """A batch in the making. `longest`: tokens of the longest sequence that it can make."""
+
+    name: str
+    longest: int
+    episodes: list[_Episode] = field(default_factory=list)
+    num_calls: int = 0
+
+
+@dataclass(eq=False)
+class _Episode:
+    """One rollout in the making. `finish_reason` is empty while it goes on."""
+
+    environment: Environment
+    first_turn: Rollout
+    max_response_tokens: int
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    spans: list[tuple[int, int]] = field(default_factory=list)
+    finish_reason: str = ""
+    turn_is_complete: bool = False
+    weight_versions: set[int] = field(default_factory=set)
+
+    @property
+    def budget(self) -> int:
+        return self.max_response_tokens - len(self.ids)
+
+    @property
+    def num_turns(self) -> int:
+        return len(self.spans) + 1
+
+    def as_prompt(self) -> Prompt:
+        """All that the student has before it when it goes on."""
+        return Prompt(self.first_turn.prompt_index, "", (*self.first_turn.prompt_ids, *self.ids))
+
+    def turn_ids(self) -> list[int]:
+        """Of the present turn."""
+        return self.ids[self.spans[-1][1] if self.spans else 0 :]
+
+    def append_generated(self, part: Rollout) -> None:
+        """Appends what was sampled, as far as the budget goes: the same ids as if sampling had been cut off there."""
+        fits = len(part.response_ids) <= self.budget
+        self.turn_is_complete = fits and part.finish_reason == "stop"
+        generated = part.response_ids[: self.budget]
+        self.logprobs += part.rollout_logprobs[: self.budget]
+        self.ids += generated
+        self.weight_versions.add(part.weight_version)
+        if not generated or (not self.turn_is_complete and self.budget == 0):
+            self.finish_reason = "length"
+
+    def append_observation(self, ids: tuple[int, ...]) -> None:
+        """Appends what the student did not sample; an observation that leaves no room for a turn ends the episode."""
+        if len(ids) >= self.budget:
+            self.finish_reason = "length"
+            return
+        self.spans.append((len(self.ids), len(self.ids) + len(ids)))
+        self.ids += ids
+        self.logprobs += [0.0] * len(ids)
+        self.turn_is_complete = False
+
+    def rollout(self) -> Rollout:
+        length = len(self.ids)
+        if self.spans and self.spans[-1][1] == length:  # an observation to which nothing was said
+            length = self.spans.pop()[0]
+        return replace(
+            self.first_turn,
+            response_ids=tuple(self.ids[:length]),
+            rollout_logprobs=tuple(self.logprobs[:length]),
+            finish_reason=self.finish_reason,
+            weight_version=min(self.weight_versions),
+            environment_spans=tuple(self.spans),
+        )
+
+
+class ServedMultiTurnEngine(MultiTurnEngine):
+    """A `MultiTurnEngine` over an engine of servers, which stays a ServedEngine."""
+
+    def __init__(
+        self, engine: ServedEngine, make_environment: EnvironmentFactory, template: TurnTemplate, *, max_turns: int
+    ) -> None:
+        super().__init__(engine, make_environment, template, max_turns=max_turns)  # type: ignore[arg-type]
+        self._served = engine
+
+    def input_logprobs(self, input_ids: Sequence[int]) -> dict[str, list[float]]:
+        """As the engine's own."""
+        return self._served.input_logprobs(input_ids)
+
+    def distrust(self, url: str) -> None:
+        """As the engine's own."""
+        self._served.distrust(url)
+
+    def take_metrics(self) -> dict[str, float]:
+        """As the engine's own; of a batch's calls those of the last."""
+        return self._served.take_metrics()
+
+    def close(self) -> None:
+        """As the engine's own."""
+        self._served.close()
+
+
+def with_environment(
+    engine: RolloutEngine, config: RolloutConfig, tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[int]
+) -> RolloutEngine:
+    """`engine` as it is, or, where the configuration names an environment, in turns with it.
+
+    Raises:
+        ConfigError: an environment, role or chat template that cannot be used; `check_environment` finds them early.
+    """
+    if not config.environment or config.engine == "replay":
+        return engine
+    template = TurnTemplate.of(tokenizer, config.observation_role, stop_token_ids)
+    kind = ServedMultiTurnEngine if isinstance(engine, ServedEngine) else MultiTurnEngine
+    return kind(engine, load_environment(config.environment), template, max_turns=config.max_turns)  # type: ignore[arg-type]
+
+
+def check_environment(config: RolloutConfig, tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[int]) -> None:
+    """Raises ConfigError, before anything starts, for an environment that `with_environment` could not use."""
+    if config.environment:
+        load_environment(config.environment)
+        TurnTemplate.of(tokenizer, config.observation_role, stop_token_ids)

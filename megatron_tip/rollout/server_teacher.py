@@ -1,0 +1,250 @@
+"""A teacher behind SGLang servers: scores rollouts by the log-probabilities of their own tokens; no collective here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from megatron_tip.errors import EngineError, ServerAnswerError, ServerError, ServerMismatchError, ServerRefusedError
+from megatron_tip.records import Rollout, TeacherTopK
+from megatron_tip.rollout.sglang_answers import LogprobTriple, MetaInfo, checked_logprobs
+from megatron_tip.rollout.sglang_client import SGLangClient
+
+# Asked for besides the top-K where a server has more ids than are shared: those of its padding are left out.
+_SPARE_IDS = 8
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ScoringSettings:
+    """How rollouts are scored.
+
+    `vocab_size`: ids that student and teacher share. `support_size`: K. `window_tokens`: response tokens that share a
+    request about the student's top-K; a server takes one list of ids a request, so that its answer grows with the
+    square. `max_concurrent`: requests in flight.
+    """
+
+    vocab_size: int
+    support_size: int
+    window_tokens: int = 16
+    max_concurrent: int = 32
+
+
+class ServerTeacher:
+    """One or several teachers, each behind one or several servers that hold the same weights.
+
+    Servers of one teacher are taken in turn; what one fails to answer, the next is asked. Input log-probabilities are
+    those of temperature 1 whatever is asked, which is why a run with such a teacher has no other temperature.
+
+    Args:
+        routes: by name of a teacher, its servers. A single teacher has the name "".
+    """
+
+    def __init__(self, routes: Mapping[str, Sequence[SGLangClient]], settings: ScoringSettings) -> None:
+        self._routes = routes
+        self._settings = settings
+        self._num_asked = dict.fromkeys(routes, settings.support_size)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the teachers."""
+        return tuple(self._routes)
+
+    def close(self) -> None:
+        """Ends all connections."""
+        for clients in self._routes.values():
+            for client in clients:
+                client.close()
+
+    def check(self, *, asks_student_support: bool) -> None:
+        """Returns when every server scores ids of the shared vocabulary, and names given ids where that is needed.
+
+        Raises:
+            ServerMismatchError: it is no SGLang server, its vocabulary is smaller, it lacks what is needed.
+            ServerError: it does not answer.
+        """
+        for name, clients in self._routes.items():
+            spare = [self._check_server(client, asks_student_support) for client in clients]
+            self._num_asked[name] += _SPARE_IDS * any(spare)
+
+    def _check_server(self, client: SGLangClient, asks_student_support: bool) -> bool:
+        """Whether its vocabulary is larger than the shared one."""
+        vocab_size = self._settings.vocab_size
+        body = _scoring_body([0, 0], 0) | {"top_logprobs_num": 1, "token_ids_logprob": [vocab_size - 1]}
+        try:
+            meta = client.generate_answers(body)[0].meta_info
+            _tops(meta, 1, 1, vocab_size=2**31, where=client.url)
+            if asks_student_support:
+                _table(meta, 1, [vocab_size - 1], where=client.url)
+        except (ServerAnswerError, ServerRefusedError) as error:
+            if "vocab" in str(error):
+                expected = f"a teacher of at least the student's {vocab_size} vocabulary entries"
+            else:
+                expected = "an SGLang server that gives input_top_logprobs"
+                expected += " and input_token_ids_logprobs" if asks_student_support else ""
+            remedy = 'or set teacher.student_support = "skip"' if asks_student_support else "see teacher.urls"
+            raise ServerMismatchError(f"{client.url}: expected {expected}, got: {error}; {remedy}") from error
+        try:
+            client.generate_answers(body | {"token_ids_logprob": [vocab_size]})
+        except ServerRefusedError:
+            return False
+        return True
+
+    def top_k(self, rollouts: Sequence[Rollout], teachers: Sequence[str]) -> TeacherTopK:
+        """What the teachers say of the generated tokens of `rollouts`, one rollout behind the other.
+
+        Args:
+            teachers: the name of each rollout's teacher.
+
+        Raises:
+            EngineError: no server of a teacher gave an answer that can be used.
+        """
+        jobs = [
+            (place, rollout, name)
+            for place, (rollout, name) in enumerate(zip(rollouts, teachers, strict=True))
+            if rollout.num_generated
+        ]
+        parts = self._in_parallel(lambda job: self._top_k_of(*job), jobs)
+        k = self._settings.support_size
+        empty = (torch.empty(0), torch.empty(0, k, dtype=torch.int64), torch.empty(0, k))
+        return TeacherTopK(*(torch.cat(columns) for columns in zip(empty, *parts, strict=True)))
+
+    def student_support(
+        self, rollouts: Sequence[Rollout], teachers: Sequence[str], student_support_ids: Tensor
+    ) -> Tensor:
+        """`[n, K]` float32: the teachers' logprobs of `student_support_ids` `[n, K]`, in the rows' order of `top_k`.
+
+        Raises:
+            EngineError: as `top_k`.
+        """
+        rows = student_support_ids.cpu().split([rollout.num_generated for rollout in rollouts])
+        jobs = [
+            (place, rollout, name, positions, ids)
+            for place, (rollout, name, own) in enumerate(zip(rollouts, teachers, rows, strict=True))
+            for positions, ids in self._windows(rollout, own)
+        ]
+        parts = self._in_parallel(lambda job: self._window_logprobs(*job), jobs)
+        return torch.cat([torch.empty(0, student_support_ids.shape[1]), *parts])
+
+    def _in_parallel(self, function: Callable[[Any], T], jobs: Sequence[Any]) -> list[T]:
+        with ThreadPoolExecutor(max(1, min(self._settings.max_concurrent, len(jobs)))) as pool:
+            return list(pool.map(function, jobs))
+
+    def _windows(self, rollout: Rollout, ids: Tensor) -> Iterator[tuple[list[int], Tensor]]:
+        """Generated positions of the response that share a request, and their `[w, K]` ids."""
+        places = generated_positions(rollout)
+        first = 0
+        while first < len(places):
+            end = first
+            while end < len(places) and places[end] < places[first] + self._settings.window_tokens:
+                end += 1
+            yield places[first:end], ids[first:end]
+            first = end
+
+    def _top_k_of(self, place: int, rollout: Rollout, teacher: str) -> tuple[Tensor, Tensor, Tensor]:
+        """`[g]` logprobs of the rollout's generated tokens, `[g, K]` ids and logprobs of the teacher's top-K."""
+        settings, length = self._settings, len(rollout.response_ids)
+        asked = self._num_asked[teacher]
+        body = _scoring_body([*rollout.prompt_ids, *rollout.response_ids], len(rollout.prompt_ids) - 1)
+
+        def read(meta: MetaInfo, where: str) -> tuple[Tensor, Tensor, Tensor]:
+            triples = (meta.input_token_logprobs or [])[1:]  # the first entry is of the last prompt token
+            labels = torch.tensor(checked_logprobs(triples, rollout.response_ids, where=where))
+            ids, logprobs = _tops(meta, length, settings.support_size, vocab_size=settings.vocab_size, where=where)
+            places = generated_positions(rollout)
+            return labels[places], ids[places], logprobs[places]
+
+        return self._ask(teacher, body | {"top_logprobs_num": asked}, place, read)
+
+    def _window_logprobs(
+        self, place: int, rollout: Rollout, teacher: str, positions: Sequence[int], ids: Tensor
+    ) -> Tensor:
+        """`[w, K]` logprobs of `[w, K]` ids at `positions` of the response."""
+        first, end = positions[0], positions[-1] + 1
+        union = ids.unique()  # sorted
+        prompt_length = len(rollout.prompt_ids)
+        body = _scoring_body([*rollout.prompt_ids, *rollout.response_ids[:end]], prompt_length + first - 1)
+        wanted = union.tolist()
+
+        def read(meta: MetaInfo, where: str) -> Tensor:
+            table = _table(meta, end - first, wanted, where=where)
+            return table[[position - first for position in positions]].gather(1, torch.searchsorted(union, ids))
+
+        return self._ask(teacher, body | {"token_ids_logprob": wanted}, place, read)
+
+    def _ask(self, teacher: str, body: Mapping[str, Any], place: int, read: Callable[[MetaInfo, str], T]) -> T:
+        """What `read` makes of the answer of the first server that gives one that can be used."""
+        clients = self._routes[teacher]
+        failure: ServerError | None = None
+        for attempt in range(len(clients)):
+            client = clients[(place + attempt) % len(clients)]
+            try:
+                return read(client.generate_answers(body)[0].meta_info, f"{client.url}/generate")
+            except ServerError as error:
+                failure = error
+        name = f"teacher {teacher!r}" if teacher else "teacher"
+        raise EngineError(f"{name}: none of its {len(clients)} servers scored a rollout; the last said: {failure}")
+
+
+def generated_positions(rollout: Rollout) -> list[int]:
+    """Positions of the response that the student generated."""
+    given = {position for start, end in rollout.environment_spans for position in range(start, end)}
+    return [position for position in range(len(rollout.response_ids)) if position not in given]
+
+
+def _scoring_body(input_ids: Sequence[int], logprob_start: int) -> dict[str, Any]:
+    """A request that generates nothing: logprobs of `input_ids` from behind place `logprob_start` on."""
+    return {
+        "input_ids": list(input_ids),
+        "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
+        "return_logprob": True,
+        "logprob_start_len": logprob_start,
+    }
+
+
+def _tops(meta: MetaInfo, length: int, k: int, *, vocab_size: int, where: str) -> tuple[Tensor, Tensor]:
+    """`[length, k]` ids and logprobs of the server's top-K, descending; ids from `vocab_size` on are left out.
+
+    Raises:
+        ServerAnswerError: fewer positions or ids, an id twice, a logprob that is none.
+    """
+    rows = _positions(meta.input_top_logprobs, length, "input_top_logprobs", where)
+    kept = [[triple for triple in row if triple[1] < vocab_size][:k] for row in rows]
+    for place, row in enumerate(kept):
+        ids = [triple[1] for triple in row]
+        if len(set(ids)) != k or min(ids) < 0:
+            raise ServerAnswerError(
+                f"{where}: expected {k} different ids in [0, {vocab_size}) at place {place} of input_top_logprobs, got "
+                f"{ids}"
+            )
+    return torch.tensor([[triple[1] for triple in row] for row in kept]).reshape(length, k), _values(kept, where)
+
+
+def _table(meta: MetaInfo, length: int, ids: Sequence[int], *, where: str) -> Tensor:
+    """`[length, len(ids)]` logprobs of the `ids` that were asked for."""
+    rows = _positions(meta.input_token_ids_logprobs, length, "input_token_ids_logprobs", where)
+    return torch.tensor([checked_logprobs(row, ids, where=where) for row in rows])
+
+
+def _positions(
+    values: Sequence[list[LogprobTriple] | None] | None, length: int, name: str, where: str
+) -> list[list[LogprobTriple]]:
+    """The entries of `length` positions, without the first, which is of a token that nothing predicts."""
+    rows = [row for row in (values or [])[1:] if row is not None]
+    if len(rows) != length:
+        raise ServerAnswerError(f"{where}: expected {name} of {length} tokens, got those of {len(rows)}")
+    return rows
+
+
+def _values(rows: Sequence[Sequence[LogprobTriple]], where: str) -> Tensor:
+    values = [[triple[0] for triple in row] for row in rows]
+    if any(value is None or not math.isfinite(value) or value > 1e-3 for row in values for value in row):
+        raise ServerAnswerError(f"{where}: expected finite logprobs <= 0 in input_top_logprobs, got something else")
+    return torch.tensor(values, dtype=torch.float32)

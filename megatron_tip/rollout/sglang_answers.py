@@ -1,0 +1,172 @@
+"""What an SGLang server answers, typed and checked: nothing that came over the network is used before it is here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from megatron_tip.errors import ServerAnswerError
+
+
+class Answer(BaseModel):
+    """Base of all answers: known fields with their types; what a newer server adds is ignored."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class ModelInfo(Answer):
+    """GET /model_info."""
+
+    model_path: str
+    is_generation: bool
+    weight_version: str
+    model_type: str | None = None
+    architectures: list[str] | None = None
+
+
+class ServerInfo(Answer):
+    """GET /server_info. `tp_size`: ranks of the server. `max_total_num_tokens`: what its cache holds."""
+
+    version: str
+    tp_size: int = 1
+    pp_size: int = 1
+    dp_size: int = 1
+    max_total_num_tokens: int | None = None
+
+
+class Outcome(Answer):
+    """POST of every weight endpoint."""
+
+    success: bool
+    message: str = ""
+
+
+class FinishReason(Answer):
+    """Why a response ended: "stop", "length" or "abort"; `message` says more of an abort."""
+
+    type: str
+    message: str | None = None
+
+
+LogprobTriple = tuple[float | None, int, str | None]
+"""Natural log probability (null where the server has none, or had NaN), token id, text (null)."""
+
+
+class MetaInfo(Answer):
+    """`meta_info` of /generate. Input logprobs are at temperature 1, whatever the request's temperature."""
+
+    id: str
+    prompt_tokens: int
+    completion_tokens: int
+    weight_version: str
+    finish_reason: FinishReason | None = None
+    output_token_logprobs: list[LogprobTriple] | None = None
+    input_token_logprobs: list[LogprobTriple] | None = None
+    input_top_logprobs: list[list[LogprobTriple] | None] | None = None
+    input_token_ids_logprobs: list[list[LogprobTriple] | None] | None = None
+
+
+class GenerateAnswer(Answer):
+    """POST /generate: a whole answer, or one chunk of a stream."""
+
+    output_ids: list[int]
+    meta_info: MetaInfo
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One checked response.
+
+    `logprobs`: natural log of the probability of each response id at the request's temperature. `finish_reason`:
+    "stop", "length" or "abort" (`abort_message` says why). `weight_version`: what the server held when it ended.
+    """
+
+    response_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: str
+    weight_version: str
+    abort_message: str = ""
+
+
+A = TypeVar("A", bound=Answer)
+
+
+def parse(kind: type[A], content: bytes | str, where: str) -> A:
+    """The answer in `content`.
+
+    Raises:
+        ServerAnswerError: not JSON, or JSON of another shape; it names the first field that is wrong.
+    """
+    try:
+        return kind.model_validate_json(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"])) or "the answer"
+        raise ServerAnswerError(
+            f"{where}: expected {kind.__name__} as SGLang answers it, got {_shown(content)} ({field}: {first['msg']})"
+        ) from None
+
+
+def checked_generation(
+    ids: Sequence[int],
+    triples: Sequence[LogprobTriple],
+    last: MetaInfo,
+    *,
+    vocab_size: int,
+    max_new_tokens: int,
+    where: str,
+) -> Generation:
+    """The response out of `ids` and their logprobs, when they are what was asked for.
+
+    Raises:
+        ServerAnswerError: ids missing, extra or out of the vocabulary; logprobs of other ids, NaN or positive; no end.
+    """
+    reason = last.finish_reason
+    if reason is None:
+        raise ServerAnswerError(f"{where}: expected a response to its end, got {len(ids)} ids and no finish_reason")
+    if len(ids) != last.completion_tokens or len(ids) > max_new_tokens:
+        raise ServerAnswerError(
+            f"{where}: expected {last.completion_tokens} response ids, at most {max_new_tokens}, got {len(ids)}"
+        )
+    if len(triples) != len(ids):
+        raise ServerAnswerError(f"{where}: expected one logprob a response id, got {len(triples)} for {len(ids)} ids")
+    for place, (token, (logprob, owner, _)) in enumerate(zip(ids, triples, strict=True)):
+        if not 0 <= token < vocab_size:
+            raise ServerAnswerError(f"{where}: expected ids below {vocab_size}, got {token} at place {place}")
+        if owner != token:
+            raise ServerAnswerError(f"{where}: expected a logprob of id {token} at place {place}, got one of {owner}")
+        if logprob is None or not math.isfinite(logprob) or logprob > 1e-3:  # rounding reaches a little above 0
+            raise ServerAnswerError(f"{where}: expected a finite logprob <= 0 at place {place}, got {logprob}")
+    return Generation(
+        response_ids=tuple(ids),
+        logprobs=tuple(float(triple[0] or 0.0) for triple in triples),
+        finish_reason=reason.type,
+        weight_version=last.weight_version,
+        abort_message=reason.message or "",
+    )
+
+
+def checked_logprobs(triples: Sequence[LogprobTriple] | None, ids: Sequence[int], *, where: str) -> list[float]:
+    """The logprobs of `ids`, in their order, out of the server's triples.
+
+    Raises:
+        ServerAnswerError: of other ids, of more or fewer, or not finite.
+    """
+    got = list(triples or ())
+    if [triple[1] for triple in got] != list(ids):
+        raise ServerAnswerError(
+            f"{where}: expected the logprobs of {len(ids)} ids, got those of {len(got)}: {_shown(str(got))}"
+        )
+    values = [triple[0] for triple in got]
+    if any(value is None or not math.isfinite(value) for value in values):
+        raise ServerAnswerError(f"{where}: expected finite logprobs, got {_shown(str(values))}")
+    return [float(value or 0.0) for value in values]
+
+
+def _shown(content: Any, limit: int = 120) -> str:
+    text = content.decode(errors="replace") if isinstance(content, bytes) else str(content)
+    return repr(text if len(text) <= limit else f"{text[:limit]}...")

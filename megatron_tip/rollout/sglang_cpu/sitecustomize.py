@@ -1,0 +1,82 @@
+"""What SGLang 0.5.23 lacks on a machine without a GPU. Python imports this by its name at the start of a process.
+
+`sglang_server.py` puts this folder on PYTHONPATH of the servers that it starts with device "cpu", and of no other
+process: SGLang spawns several processes and each must have it before it imports anything. Standard library alone.
+
+1. `sgl_kernel` comes as a CUDA-only wheel. On the CPU it is imported by name and serves speculative decoding alone: a
+   call of anything in it raises.
+2. `triton` (1 GB) is imported for kernels that are never launched on a CPU: its decorators give the function back;
+   launching one, `kernel[grid](...)`, is a TypeError.
+
+3. `torchvision` is imported for vision models, which are not served here. It must not be installed: the package
+   index's is linked against a CUDA torch, and beside a CPU torch its mere presence ends every import of a transformers
+   model with "operator torchvision::nms does not exist", in the trainer too.
+
+A package that is really installed is found first and wins.
+"""
+
+import importlib.abc
+import importlib.machinery
+import sys
+import types
+
+STAND_INS = ("sgl_kernel", "torchvision", "triton")
+
+
+class StandInClass(type):
+    """The type of a class whose attributes, such as an enumeration's members, are their own names."""
+
+    def __getattr__(cls, name):
+        if name.startswith("__") and name.endswith("__"):
+            raise AttributeError(name)
+        return f"{cls.__name__}.{name}"
+
+
+class StandIn(types.ModuleType):
+    """A module in which every name exists: a capitalised one is a class, any other a module that can be called."""
+
+    def __getattr__(self, name):
+        if name.startswith("__") and name.endswith("__"):
+            raise AttributeError(name)
+        full_name = f"{self.__name__}.{name}"
+        if full_name in sys.modules:
+            return sys.modules[full_name]
+        if name[:1].isupper():
+            members = {"__module__": self.__name__, "__init__": lambda self, *_, **__: None}
+            value = StandInClass(name, (), members)
+        else:
+            value = StandIn(full_name)
+            value.__path__ = []
+        setattr(self, name, value)
+        return value
+
+    def __call__(self, *args, **kwargs):
+        if self.__name__.split(".")[0] != "triton":
+            raise RuntimeError(f"{self.__name__} runs on a GPU only; this SGLang runs on the CPU")
+        if len(args) == 1 and not kwargs and isinstance(args[0], types.FunctionType):
+            return args[0]  # @triton.jit
+        return lambda function: function  # @triton.autotune(...)
+
+
+class StandInFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds the stand-ins; last in line, behind every real package."""
+
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname.split(".")[0] in STAND_INS:
+            return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
+        return None
+
+    def create_module(self, spec):
+        module = StandIn(spec.name)
+        module.__path__ = []
+        return module
+
+    def exec_module(self, module):
+        if "." not in module.__name__:
+            vars(module)["__version__"] = "0.0.0"
+        if module.__name__ == "triton":
+            vars(module)["cdiv"] = lambda a, b: -(a // -b)
+            vars(module)["next_power_of_2"] = lambda n: 1 << (n - 1).bit_length() if n > 0 else 1
+
+
+sys.meta_path.append(StandInFinder())

@@ -1,0 +1,197 @@
+"""The requests of one batch: run over the servers, repeated elsewhere when they fail, set aside at last."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+
+from megatron_tip.errors import EngineError, ServerAnswerError, ServerError, ServerRefusedError
+from megatron_tip.records import Prompt, Rollout
+from megatron_tip.rollout.engine import FINISH_REASONS, SamplingParams
+from megatron_tip.rollout.sglang_answers import Generation
+from megatron_tip.rollout.sglang_pool import PooledServer, ServerPool
+
+logger = logging.getLogger(__name__)
+
+Job = tuple[int, int]
+"""Place of the prompt in the batch, number of the sample."""
+
+
+@dataclass(frozen=True)
+class SetAside:
+    """A sample that failed as often as is allowed, with its last error."""
+
+    prompt: Prompt
+    sample_index: int
+    num_attempts: int
+    error: str
+
+
+@dataclass
+class Progress:
+    """What became of each job of one batch; a batch that was interrupted goes on from here.
+
+    Every job ends in exactly one of `rollouts`, `set_aside` and `dropped`.
+    """
+
+    batch_name: str
+    rollouts: dict[Job, Rollout] = field(default_factory=dict)
+    set_aside: dict[Job, SetAside] = field(default_factory=dict)
+    dropped: set[Job] = field(default_factory=set)
+    num_failures: dict[Job, int] = field(default_factory=dict)
+    num_repeated: int = 0
+    num_wrong_version: int = 0
+
+    def is_over(self, job: Job) -> bool:
+        return job in self.rollouts or job in self.set_aside or job in self.dropped
+
+
+class BatchRun:
+    """Runs the open jobs of one batch with the weights `version`; at most the pool's concurrency at once.
+
+    Args:
+        weight_version: training step of `version`, which the rollouts carry.
+        attempts: failures after which a sample is set aside.
+        drop_wrong_version: leave a response of other weights out instead of generating it anew.
+        on_progress: called with the response tokens of every finished request.
+    """
+
+    def __init__(
+        self,
+        pool: ServerPool,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams,
+        progress: Progress,
+        *,
+        version: str,
+        weight_version: int,
+        attempts: int,
+        drop_wrong_version: bool,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> None:
+        self._pool = pool
+        self._prompts = prompts
+        self._sampling = sampling
+        self._progress = progress
+        self._version = version
+        self._weight_version = weight_version
+        self._attempts = attempts
+        self._drop_wrong_version = drop_wrong_version
+        self._on_progress = on_progress
+        self._stopped = threading.Event()
+        self._lock = threading.Lock()
+
+    def run(self) -> None:
+        """Returns when every job is over.
+
+        Raises:
+            WeightsLostError: no server holds the weights any more; what is finished is in the progress.
+            ServersLostError: no server is left.
+        """
+        samples = range(self._sampling.samples_per_prompt)
+        jobs = [(place, sample) for place in range(len(self._prompts)) for sample in samples]
+        open_jobs = [job for job in jobs if not self._progress.is_over(job)]
+        if not open_jobs:
+            return
+        num_threads = min(len(open_jobs), self._pool.settings.concurrency * len(self._pool.servers))
+        executor = ThreadPoolExecutor(num_threads, thread_name_prefix="rollout")
+        try:
+            futures = [executor.submit(self._finish, job) for job in open_jobs]
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            for future in done:
+                future.result()
+        except BaseException:  # also Ctrl-C: what is still being generated is for nothing
+            self._stopped.set()
+            self._pool.abort_all()
+            raise
+        finally:
+            self._stopped.set()
+            executor.shutdown(wait=True, cancel_futures=True)
+
+    def _finish(self, job: Job) -> None:
+        """Repeats one job until it is over."""
+        while not self._stopped.is_set() and not self._progress.is_over(job):
+            with self._pool.lease(self._version) as server:
+                try:
+                    generation = self._generate(server, job)
+                    self._accept(server, job, generation)
+                except (ServerError, EngineError) as error:
+                    if self._stopped.is_set():
+                        return
+                    if not isinstance(error, ServerRefusedError | ServerAnswerError):
+                        self._pool.suspect(server)
+                    self._failed(job, error)
+
+    def _generate(self, server: PooledServer, job: Job) -> Generation:
+        sampling = self._sampling
+        return server.http.generate(
+            self._prompts[job[0]].prompt_ids,
+            max_new_tokens=sampling.max_response_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            stop_token_ids=sampling.stop_token_ids,
+        )
+
+    def _accept(self, server: PooledServer, job: Job, generation: Generation) -> None:
+        """Takes a response in.
+
+        Raises:
+            ServerError: it was cut off by the server, or ended where none of the run's stop ids is.
+        """
+        prompt, sampling = self._prompts[job[0]], self._sampling
+        if generation.finish_reason not in FINISH_REASONS:
+            raise ServerError(
+                f"{server.url}: the response was aborted: {generation.abort_message or 'no reason given'}"
+            )
+        if (
+            generation.finish_reason == "stop"
+            and generation.response_ids[-1:] != ()
+            and (generation.response_ids[-1] not in sampling.stop_token_ids)
+        ):
+            raise ServerAnswerError(
+                f"{server.url}: expected a response to end with one of {sampling.stop_token_ids}, got "
+                f"{generation.response_ids[-1]}; the server's eos_token_id is not the run's"
+            )
+        if generation.weight_version != self._version:
+            self._wrong_version(server, job, generation)
+            return
+        rollout = Rollout(
+            prompt_index=prompt.index,
+            sample_index=job[1],
+            prompt_ids=prompt.prompt_ids,
+            response_ids=generation.response_ids,
+            rollout_logprobs=tuple(min(logprob, 0.0) for logprob in generation.logprobs),
+            finish_reason=generation.finish_reason,
+            weight_version=self._weight_version,
+        )
+        with self._lock:
+            self._progress.rollouts[job] = rollout
+        if self._on_progress:
+            self._on_progress(len(rollout.response_ids))
+
+    def _wrong_version(self, server: PooledServer, job: Job, generation: Generation) -> None:
+        logger.warning(
+            "%s generated with the weights %s instead of %s: does another trainer use it?",
+            server.url,
+            generation.weight_version,
+            self._version,
+        )
+        self._pool.set_weights(server, None)
+        with self._lock:
+            self._progress.num_wrong_version += 1
+            if self._drop_wrong_version:
+                self._progress.dropped.add(job)
+
+    def _failed(self, job: Job, error: Exception) -> None:
+        with self._lock:
+            count = self._progress.num_failures.get(job, 0) + 1
+            self._progress.num_failures[job] = count
+            self._progress.num_repeated += 1
+            if count < self._attempts:
+                return
+            prompt = self._prompts[job[0]]
+            self._progress.set_aside[job] = SetAside(prompt, job[1], count, str(error))
+        logger.warning("prompt %d, sample %d is set aside after %d attempts: %s", prompt.index, job[1], count, error)

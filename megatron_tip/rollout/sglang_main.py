@@ -1,0 +1,40 @@
+"""The process of a server of our own, and the only file that imports sglang.
+
+`python -m megatron_tip.rollout.sglang_main` reads one line of JSON from its standard input (the arguments of SGLang's
+command line, passwords among them) and becomes the server. So passwords are in no process list and no environment.
+The input stays open: when it ends, because whoever started the server closed it or was killed, the server ends
+with all its processes. Standard library alone at the top: SGLang's other processes import this file as well.
+"""
+
+import json
+import os
+import signal
+import threading
+
+
+def serve() -> None:
+    """Becomes the server that the first line of standard input describes; does not return while it lives."""
+    arguments = json.loads(_first_line())
+    threading.Thread(target=_end_with_input, name="lifeline", daemon=True).start()
+    from sglang.launch_server import run_server
+    from sglang.srt.server_args import prepare_server_args
+
+    run_server(prepare_server_args(arguments))
+
+
+def _first_line() -> bytes:
+    """Read past Python's own buffer, whose lock a thread that waits for more would hold while Python ends."""
+    line = b""
+    while not line.endswith(b"\n") and (read := os.read(0, 1)):
+        line += read
+    return line
+
+
+def _end_with_input() -> None:
+    while os.read(0, 1):
+        pass
+    os.killpg(os.getpgid(0), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,293 @@
+"""The servers of a run: which are up, what weights they hold, who takes the next request; dead ones come back."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+
+from megatron_tip.errors import EngineError, ServerError, ServersLostError, WeightsLostError
+from megatron_tip.rollout.sglang_client import SGLangClient
+from megatron_tip.rollout.sglang_server import SGLangServer
+
+logger = logging.getLogger(__name__)
+
+MAX_BACK_OFF_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class PoolSettings:
+    """Times in seconds.
+
+    `concurrency`: requests at one server at once. `heartbeat`: between two looks at a server; `heartbeat_timeout`:
+    until a look counts as missed; `missed_heartbeats` in a row and the server counts as dead. `start_timeout`: until a
+    server of our own must be healthy. `wait`: how long to go on without any server.
+    """
+
+    concurrency: int = 64
+    heartbeat: float = 5.0
+    heartbeat_timeout: float = 25.0
+    missed_heartbeats: int = 3
+    start_timeout: float = 300.0
+    wait: float = 600.0
+
+
+class PooledServer:
+    """One server of the pool; its fields change under the pool's lock.
+
+    `process`: None where the server is somebody else's. `weights`: the version that it holds complete, None while it
+    is not known. `is_suspect`: a request failed on the way, and nobody has looked at it since. `incarnation` counts its
+    restarts.
+    """
+
+    def __init__(self, connect: Callable[[str], SGLangClient], *, url: str = "", process: SGLangServer | None = None):
+        self.connect = connect
+        self.process = process
+        self.client = connect(url) if process is None else None
+        self.is_up = False
+        self.is_suspect = False
+        self.weights: str | None = None
+        self.in_flight = 0
+        self.incarnation = 0
+        self.tp_size = 1
+        self.look_now = threading.Event()
+        self.busy_with_sync = False
+
+    @property
+    def url(self) -> str:
+        return self.process.url if self.process else self.http.url
+
+    @property
+    def http(self) -> SGLangClient:
+        assert self.client is not None, "the server has been started"
+        return self.client
+
+
+class ServerPool:
+    """Keeps `servers` running and hands them out. Every public method may be called from any thread.
+
+    Args:
+        model_type: what every server must serve, in its config.json's word.
+        on_back: called with a server that is about to be taken in again, in the thread that watches it; may give it
+            weights, and then returns their version.
+    """
+
+    def __init__(
+        self,
+        servers: Sequence[PooledServer],
+        settings: PoolSettings,
+        *,
+        model_type: str,
+        on_back: Callable[[PooledServer], str | None] | None = None,
+    ) -> None:
+        self.servers = list(servers)
+        self.settings = settings
+        self.num_lost = 0
+        self.num_restarts = 0
+        self.on_back = on_back
+        self._model_type = model_type
+        self._changed = threading.Condition()
+        self._closing = threading.Event()
+        self._keepers: list[threading.Thread] = []
+
+    def start(self) -> None:
+        """Starts the servers that are ours, waits for all, checks them, and begins to watch them.
+
+        Raises:
+            ServerError: one does not start, or a given one does not answer. ServerMismatchError: a given one serves
+                something else.
+        """
+        try:
+            for server in self.servers:
+                if server.process:
+                    server.process.start()
+            for server in self.servers:
+                self._bring_up(server)
+        except BaseException:
+            self.close()
+            raise
+        for server in self.servers:
+            keeper = threading.Thread(target=self._keep, args=(server,), name=f"keeper of {server.url}", daemon=True)
+            self._keepers.append(keeper)
+            keeper.start()
+
+    def close(self) -> None:
+        """Ends the servers that are ours and all connections."""
+        self._closing.set()
+        for server in self.servers:
+            server.look_now.set()
+        for server in self.servers:
+            if server.client:
+                server.client.close()
+            if server.process:
+                server.process.stop()
+        for keeper in self._keepers:
+            keeper.join(timeout=30.0)
+        for server in self.servers:
+            if server.process:
+                server.process.stop()  # a keeper may have been about to start it
+
+    def up(self, weights: str | None = None) -> list[PooledServer]:
+        """The servers that are up, those alone that hold `weights` where it is given."""
+        with self._changed:
+            return [server for server in self.servers if server.is_up and weights in (None, server.weights)]
+
+    def wait_for_any(self) -> list[PooledServer]:
+        """The servers that are up, as soon as there is one.
+
+        Raises:
+            ServersLostError: there is none within the limit.
+        """
+        with self._changed:
+            if not self._changed.wait_for(lambda: any(s.is_up for s in self.servers), self.settings.wait):
+                raise self._lost()
+            return [server for server in self.servers if server.is_up]
+
+    @contextmanager
+    def lease(self, weights: str) -> Iterator[PooledServer]:
+        """A server with `weights` and room for one more request, the least loaded; waits for one.
+
+        Raises:
+            WeightsLostError: servers are up, and none of them holds `weights`.
+            ServersLostError: no server is up within the limit.
+        """
+        deadline = time.monotonic() + self.settings.wait
+        with self._changed:
+            while (server := self._least_loaded(weights)) is None:
+                up = [server for server in self.servers if server.is_up]
+                if up and not any(server.weights == weights for server in up):
+                    raise WeightsLostError(f"no server holds the weights {weights}; {len(up)} are up and wait for them")
+                if up:
+                    deadline = time.monotonic() + self.settings.wait
+                if time.monotonic() >= deadline or self._closing.is_set():
+                    raise self._lost()
+                self._changed.wait(min(1.0, max(0.01, deadline - time.monotonic())))
+            server.in_flight += 1
+        try:
+            yield server
+        finally:
+            with self._changed:
+                server.in_flight -= 1
+                self._changed.notify_all()
+
+    def set_weights(self, server: PooledServer, weights: str | None) -> None:
+        """Notes what `server` holds."""
+        with self._changed:
+            server.weights = weights
+            self._changed.notify_all()
+
+    def suspect(self, server: PooledServer) -> None:
+        """Gives `server`, to which a request failed, no more of them until it has been looked at, now."""
+        with self._changed:
+            server.is_suspect = True
+        server.look_now.set()
+
+    def abort_all(self) -> None:
+        """Has every server give up what it generates."""
+        for server in self.up():
+            with suppress(ServerError):
+                server.http.abort()
+
+    def _least_loaded(self, weights: str) -> PooledServer | None:
+        ready = [
+            server
+            for server in self.servers
+            if server.is_up
+            and not server.is_suspect
+            and server.weights == weights
+            and server.in_flight < self.settings.concurrency
+        ]
+        return min(ready, key=lambda server: server.in_flight, default=None)
+
+    def _lost(self) -> ServersLostError:
+        return ServersLostError(
+            f"rollout: none of the {len(self.servers)} servers came back within {self.settings.wait:.0f} s "
+            f"({', '.join(server.url for server in self.servers)}); see their logs in the run's folder, start them "
+            "again or raise sglang.wait_seconds"
+        )
+
+    def _bring_up(self, server: PooledServer) -> None:
+        """Waits until a server is healthy, checks what it serves, and takes it in."""
+        if server.process:
+            server.process.wait_until_healthy(self.settings.start_timeout)
+            if server.client:
+                server.client.close()
+            server.client = server.connect(server.process.url)
+        else:
+            server.http.check_health(timeout_seconds=self.settings.heartbeat_timeout)
+        server.http.check_model(model_type=self._model_type)
+        server.tp_size = server.http.server_info().tp_size
+        weights = self.on_back(server) if self.on_back else None
+        with self._changed:
+            server.is_up, server.is_suspect, server.weights = True, False, weights
+            server.incarnation += 1
+            self._changed.notify_all()
+
+    def _keep(self, server: PooledServer) -> None:
+        """Watches one server until the pool closes."""
+        missed, back_off = 0, 1.0
+        while not self._closing.is_set():
+            server.look_now.wait(self.settings.heartbeat if server.is_up else back_off)
+            server.look_now.clear()
+            if self._closing.is_set():
+                return
+            if not server.is_up:
+                back_off = 1.0 if self._revive(server) else min(2 * back_off, MAX_BACK_OFF_SECONDS)
+                missed = 0
+            elif self._is_alive(server):
+                missed = 0
+                self._clear(server)
+            else:
+                missed += 1
+                gone = server.process is not None and not server.process.is_running
+                if gone or missed >= self.settings.missed_heartbeats:
+                    self._take_down(server, "its process ended" if gone else f"{missed} heartbeats missed")
+                else:
+                    server.look_now.set()  # not in its own time: look again at once
+
+    def _is_alive(self, server: PooledServer) -> bool:
+        if server.process and not server.process.is_running:
+            return False
+        if server.busy_with_sync:  # it samples nothing, and would not answer; the sync has time-outs of its own
+            return True
+        try:
+            server.http.check_health(timeout_seconds=self.settings.heartbeat_timeout)
+        except ServerError:
+            return server.busy_with_sync
+        return True
+
+    def _clear(self, server: PooledServer) -> None:
+        if server.is_suspect:
+            with self._changed:
+                server.is_suspect = False
+                self._changed.notify_all()
+
+    def _take_down(self, server: PooledServer, reason: str) -> None:
+        with self._changed:
+            if not server.is_up:
+                return
+            server.is_up, server.weights = False, None
+            self.num_lost += 1
+            self._changed.notify_all()
+        logger.warning("server %s is lost: %s; its unfinished prompts go to others", server.url, reason)
+        old, server.client = server.http, server.connect(server.url)
+        old.close()  # requests that still wait for it end now
+        server.look_now.set()
+
+    def _revive(self, server: PooledServer) -> bool:
+        """Tries to bring a dead server back, with weights where somebody has them at hand."""
+        try:
+            if server.process:
+                server.process.start()
+                with self._changed:
+                    self.num_restarts += 1
+            self._bring_up(server)
+        except (EngineError, OSError) as error:
+            if not self._closing.is_set():
+                logger.warning("server %s is not back: %s", server.url, error)
+            return False
+        logger.warning("server %s is back", server.url)
+        return True

@@ -1,0 +1,161 @@
+"""From a configuration to an SGLang engine: servers of our own or given ones, and the way of the weights to them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from megatron_tip.config import Config
+from megatron_tip.conversion.model_folder import ModelFolder, new_folder
+from megatron_tip.errors import ConfigError
+from megatron_tip.rollout.engine import derive_seed
+from megatron_tip.rollout.sglang_client import ServerKeys, SGLangClient, Timeouts
+from megatron_tip.rollout.sglang_engine import EngineSettings, SGLangEngine, new_run_id
+from megatron_tip.rollout.sglang_pool import PooledServer, PoolSettings, ServerPool
+from megatron_tip.rollout.sglang_server import ServerSettings, SGLangServer, new_keys, require_sglang
+from megatron_tip.rollout.weight_broadcast import BroadcastTransport
+from megatron_tip.rollout.weight_folder import FolderTransport
+from megatron_tip.rollout.weight_transport import WeightTransport
+
+
+def check_sglang(config: Config) -> None:
+    """Refuses, before anything starts, what SGLang servers cannot do. Reads files, starts nothing.
+
+    Raises:
+        ConfigError: settings that do not fit together, unreadable passwords.
+        OptionalDependencyError: servers of our own, and SGLang is not installed.
+    """
+    rollout, sglang = config.rollout, config.sglang
+    if rollout.top_p != 1.0:
+        raise ConfigError(
+            f'rollout.top_p: expected 1 with rollout.engine = "sglang", got {rollout.top_p}; SGLang reports logprobs '
+            "of the whole distribution, not of the nucleus that it samples from"
+        )
+    if rollout.server_urls:
+        read_keys(sglang.keys_file)
+        bad = [url for url in rollout.server_urls if not url.startswith(("http://", "https://"))]
+        if bad:
+            raise ConfigError(f'rollout.server_urls: expected "http://host:port", got {bad[0]!r}')
+        return
+    needed = rollout.servers * sglang.tensor_parallel_size
+    if sglang.gpus and len(sglang.gpus) < needed:
+        raise ConfigError(
+            f"sglang.gpus: expected {needed} for rollout.servers = {rollout.servers} of tensor_parallel_size "
+            f"{sglang.tensor_parallel_size}, got {len(sglang.gpus)}"
+        )
+    require_sglang()
+
+
+def read_keys(path: Path | None) -> ServerKeys:
+    """The passwords in `path`; none without a path.
+
+    Raises:
+        ConfigError: it cannot be read, or holds something else. The message shows nothing of its content.
+    """
+    if path is None:
+        return ServerKeys()
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"sglang.keys_file: cannot read {path}: {type(error).__name__}") from None
+    valid = isinstance(content, dict) and content.keys() <= {"api", "admin"}
+    if not valid or not all(isinstance(value, str) for value in content.values()):
+        raise ConfigError(f'sglang.keys_file: expected {{"api": "...", "admin": "..."}} in {path}, got something else')
+    return ServerKeys(**content)
+
+
+def build_sglang_engine(
+    config: Config, student: ModelFolder, *, dtype: torch.dtype, weights_dtype: torch.dtype, device: torch.device
+) -> SGLangEngine:
+    """The engine with its servers started, healthy and checked; they have no weights yet. For the first process.
+
+    Args:
+        dtype: of the servers' weights. weights_dtype: of the student's parameters, which travel.
+        device: of the first process; servers of our own are on the same kind.
+
+    Raises:
+        ServerError, ServerMismatchError: a server does not start, does not answer, or serves another model.
+        OutputError: the run's folder cannot be written.
+    """
+    rollout, sglang, sync = config.rollout, config.sglang, config.sync
+    keys = read_keys(sglang.keys_file) if rollout.server_urls else new_keys(sglang.host)
+    timeouts = Timeouts(silence=sglang.silence_seconds, control=sync.timeout_seconds)
+
+    def connect(url: str) -> SGLangClient:
+        return SGLangClient(url, vocab_size=student.architecture.vocab_size, keys=keys, timeouts=timeouts)
+
+    if rollout.server_urls:
+        servers = [PooledServer(connect, url=url) for url in rollout.server_urls]
+    else:
+        settings = _own_servers(config, student, dtype, keys, on_gpu=device.type == "cuda")
+        servers = [PooledServer(connect, process=SGLangServer(one)) for one in settings]
+    run_id = new_run_id()
+    pool_settings = PoolSettings(
+        concurrency=sglang.concurrency,
+        heartbeat=sglang.heartbeat_seconds,
+        start_timeout=sglang.start_seconds,
+        wait=sglang.wait_seconds,
+    )
+    return SGLangEngine(
+        ServerPool(servers, pool_settings, model_type=student.config["model_type"]),
+        _transport(config, student, run_id, weights_dtype, device),
+        EngineSettings(
+            run_id=run_id,
+            attempts=rollout.attempts,
+            set_aside_path=config.run.folder / "set_aside.jsonl",
+            drop_wrong_version=rollout.on_wrong_version == "drop",
+        ),
+    )
+
+
+def _own_servers(
+    config: Config, student: ModelFolder, dtype: torch.dtype, keys: ServerKeys, *, on_gpu: bool
+) -> list[ServerSettings]:
+    """Servers of the student's architecture; their weights come with the first sync."""
+    rollout, sglang = config.rollout, config.sglang
+    description = config.run.folder / "servers" / "model"
+    with new_folder(description, overwrite=True) as folder:
+        student.write_description(folder, dtype)
+    longest = config.prompts.max_prompt_tokens + rollout.max_response_tokens
+    batch = max(rollout.prompts_per_step * rollout.samples_per_prompt, config.heldout.num_prompts)
+    name: Literal["float32", "bfloat16"] = "float32" if dtype == torch.float32 else "bfloat16"
+    size = sglang.tensor_parallel_size
+    return [
+        ServerSettings(
+            model_path=description.absolute(),
+            log_path=config.run.folder / "servers" / f"server_{index}.log",
+            dtype=name,
+            device="cuda" if on_gpu else "cpu",
+            host=sglang.host,
+            tp_size=size,
+            threads=sglang.threads,
+            gpus=sglang.gpus[index * size : (index + 1) * size],
+            max_total_tokens=sglang.max_total_tokens
+            or (0 if on_gpu else min(batch, sglang.concurrency) * longest + 256),
+            memory_fraction=sglang.memory_fraction or (0.0 if on_gpu else 0.5),
+            dummy_weights=True,
+            seed=derive_seed(config.run.seed, 3, index) % 2**31,
+            extra_arguments=sglang.arguments,
+            keys=keys,
+        )
+        for index in range(rollout.servers)
+    ]
+
+
+def _transport(
+    config: Config, student: ModelFolder, run_id: str, weights_dtype: torch.dtype, device: torch.device
+) -> WeightTransport:
+    sync = config.sync
+    if sync.transport == "folder":
+        folder = sync.folder or config.run.folder / "weights"
+        return FolderTransport(folder, student, dtype=weights_dtype, bucket_bytes=sync.bucket_bytes)
+    return BroadcastTransport(
+        run_id=run_id,
+        bucket_bytes=sync.bucket_bytes,
+        backend="nccl" if device.type == "cuda" else "gloo",
+        device=device,
+        timeout_seconds=sync.timeout_seconds,
+    )

@@ -1,0 +1,33 @@
+"""How far the engine's distribution is from the student's, and the weights that make up for it."""
+
+from dataclasses import replace
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from megatron_tip.records import TokenSelection, TokenStatistics
+from megatron_tip.rollout.step_batch import StepBatch
+
+
+def log_ratios(batch: StepBatch, replica: int, statistics: TokenStatistics) -> Tensor:
+    """`[n]` float32: ln p_student(y) - ln p_rollout(y) of each row of the replica. On the last stage.
+
+    Both are at the same temperature; the plan refuses importance weights where they are not.
+    """
+    assert statistics.student_logprobs is not None, "the step scores with labels"
+    index = batch.token_index(replica)
+    lengths = [len(rollout.rollout_logprobs) for rollout in batch.rollouts]
+    starts = torch.tensor(list(accumulate(lengths, initial=0))[:-1], dtype=torch.int64, device=index.position.device)
+    flat = torch.tensor(
+        [logprob for rollout in batch.rollouts for logprob in rollout.rollout_logprobs],
+        dtype=torch.float32,
+        device=index.position.device,
+    )
+    return statistics.student_logprobs - flat[starts[index.rollout_index] + index.position]
+
+
+def with_importance(selection: TokenSelection, ratios: Tensor, cap: float) -> TokenSelection:
+    """The selection with every row's weight times min(exp(`ratios`), `cap`): truncated importance sampling."""
+    weights = ratios.exp().clamp(max=cap)
+    return replace(selection, row_weights=selection.row_weights * weights)

@@ -1,0 +1,206 @@
+"""Per-token statistics of student p and a teacher q of whom only some log-probabilities are known."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_tip.errors import InputError
+from megatron_tip.records import TeacherTopK, TopKTokenStatistics
+from megatron_tip.vocab_parallel.chunks import LogitBuffer, RowBlocks, row_ranges
+from megatron_tip.vocab_parallel.inputs import Inputs, checked_inputs
+from megatron_tip.vocab_parallel.kernels import Scratch
+from megatron_tip.vocab_parallel.normalisation import Normaliser
+from megatron_tip.vocab_parallel.statistics import support_statistics
+from megatron_tip.vocab_parallel.topk import exchange_topk, group_maxima
+from megatron_tip.vocab_parallel.topk_divergence import NO_ID, teacher_log_tail
+
+TOPK_STATISTICS = frozenset(
+    {
+        "student_entropy",
+        "support_divergence",
+        "compatibility_lower_bound",
+        "support_overlap",
+        "support_jaccard",
+        "shared_teacher_mass",
+        "student_mass_on_teacher_support",
+        "student_logprobs",
+        "teacher_logprobs",
+    }
+)
+"""Fields of TokenStatistics that a teacher's top-K gives; "compatibility" needs it asked about the student's too."""
+
+# Stands for ln q where q counts as zero: finite, so that no 0 x inf arises, and gone after exp.
+_NOTHING = -1e4
+
+
+@dataclass(frozen=True)
+class StudentStatistics:
+    """What n rows of the student say by themselves, equal on all tp ranks; natural logs.
+
+    `entropy`, `label_logprobs`: `[n]` float32. `support_ids`, `support_logprobs`: `[n, K]`, its top-K, ties by lower
+    id. `teacher_support_logprobs`: `[n, K]`, its logprobs of the teacher's top-K.
+    """
+
+    entropy: Tensor
+    label_logprobs: Tensor
+    support_ids: Tensor
+    support_logprobs: Tensor
+    teacher_support_logprobs: Tensor
+
+    @staticmethod
+    def concatenate(parts: list[StudentStatistics]) -> StudentStatistics:
+        """The rows of `parts` one after another."""
+        names = [field.name for field in fields(StudentStatistics)]
+        return StudentStatistics(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+
+
+@torch.no_grad()
+def student_statistics(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    teacher_support_ids: Tensor,
+    labels: Tensor,
+    *,
+    vocab_size: int | None = None,
+    temperature: float = 1.0,
+    tp_group: ProcessGroup | None = None,
+    chunk_rows: int | None = None,
+    compiled: bool = False,
+) -> StudentStatistics:
+    """The `StudentStatistics` of n rows, for supports of the size of the teacher's.
+
+    Args:
+        student_hidden: `[n, H]`, the same on all ranks of `tp_group`. student_head: `[V_padded / tp, H]`.
+        teacher_support_ids: `[n, K]` int64, distinct. labels: `[n]` int64.
+        vocab_size, temperature, tp_group, chunk_rows: as of `token_statistics`.
+
+    Collectives: 1 all-gather a chunk, 1 of 24 bytes a call.
+
+    Raises:
+        InputError: arguments that do not fit together, or logits that are not finite; on all ranks alike.
+    """
+    n = student_hidden.shape[0]
+    if teacher_support_ids.dim() != 2 or len(teacher_support_ids) != n or teacher_support_ids.dtype != torch.int64:
+        raise InputError(
+            f"student_statistics: expected teacher_support_ids [{n}, K] torch.int64, got "
+            f"{list(teacher_support_ids.shape)} {teacher_support_ids.dtype}."
+        )
+    student = (student_hidden, student_head)
+    inputs = checked_inputs(
+        "student_statistics",
+        student,
+        student,  # there is no other model here
+        labels=labels,
+        row_weights=None,
+        vocab_size=vocab_size,
+        temperature=temperature,
+        tp_group=tp_group,
+        chunk_rows=chunk_rows,
+    )
+    buffer = LogitBuffer(inputs.local_head(inputs.student), inputs.chunk_rows, temperature)
+    blocks = RowBlocks(inputs.chunk_rows, inputs.partition.num_local, inputs.device, compiled=compiled)
+    parts = [
+        _chunk_statistics(
+            buffer.logits(inputs.student.hidden[rows]), teacher_support_ids[rows], labels[rows], blocks, inputs
+        )
+        for rows in row_ranges(n, inputs.chunk_rows)
+    ]
+    result = StudentStatistics.concatenate(parts)
+    inputs.check_finite(result.entropy)
+    return result
+
+
+def combined_statistics(student: StudentStatistics, teacher: TeacherTopK) -> TopKTokenStatistics:
+    """The statistics of both; pure arithmetic on `[n, K]`, no collective.
+
+    Where the teacher was not asked about the student's top-K, C is None, and in D its mass there counts as zero, as it
+    does in the lower bound of C (TA-OPD Eq. 17).
+    """
+    q_on_s = teacher_on_student_support(student.support_ids, teacher)
+    supports: dict[str, Any] = support_statistics(
+        student.support_logprobs,
+        q_on_s,
+        student.support_ids,
+        student.teacher_support_logprobs,
+        teacher.support_logprobs,
+        teacher.support_ids,
+    )
+    if teacher.student_support_logprobs is None:
+        supports["compatibility"] = None
+    ids, q = known_ids(teacher)
+    p = torch.cat([student.teacher_support_logprobs, student.support_logprobs], 1)[:, : ids.shape[1]]
+    return TopKTokenStatistics(
+        student_entropy=student.entropy,
+        teacher_entropy=None,
+        reverse_kl=None,
+        forward_kl=None,
+        **supports,
+        student_logprobs=student.label_logprobs,
+        teacher_logprobs=teacher.label_logprobs,
+        topk_reverse_kl=_topk_reverse_kl(p, q, ids != NO_ID),
+        teacher=teacher,
+    )
+
+
+def known_ids(teacher: TeacherTopK) -> tuple[Tensor, Tensor]:
+    """`[n, m]` ids whose q is known, -1 for those that are there twice, and ln q: what `topk_divergence_loss` takes.
+
+    The teacher's top-K, and the student's behind it where the teacher was asked about it.
+    """
+    if teacher.student_support_ids is None or teacher.student_support_logprobs is None:
+        return teacher.support_ids, teacher.support_logprobs
+    twice = (teacher.student_support_ids.unsqueeze(2) == teacher.support_ids.unsqueeze(1)).any(2)
+    ids = torch.cat([teacher.support_ids, teacher.student_support_ids.masked_fill(twice, NO_ID)], 1)
+    return ids, torch.cat([teacher.support_logprobs, teacher.student_support_logprobs], 1)
+
+
+def teacher_on_student_support(student_support_ids: Tensor, teacher: TeacherTopK) -> Tensor:
+    """`[n, K]` ln q of the student's top-K: as asked, else from the teacher's top-K and nothing outside of it."""
+    if teacher.student_support_logprobs is not None:
+        return teacher.student_support_logprobs
+    same = student_support_ids.unsqueeze(2) == teacher.support_ids.unsqueeze(1)
+    return torch.where(same, teacher.support_logprobs.unsqueeze(1), _NOTHING).amax(2)
+
+
+def _topk_reverse_kl(p: Tensor, q: Tensor, is_known: Tensor) -> Tensor:
+    """`[n]` Σ over the known ids and the tail of p ln(p / q), from `[n, m]` logprobs."""
+    terms = torch.where(is_known, p.exp() * (p - q), 0.0).sum(-1)
+    mass = torch.where(is_known, p.double().exp(), 0.0).sum(-1)
+    tail = (1 - mass).clamp(min=0)
+    on_tail = torch.special.xlogy(tail, tail) - tail * teacher_log_tail(q, is_known)
+    return (terms + on_tail.float()).clamp(min=0)
+
+
+def _student_sums(z: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
+    """`[r, 3]`: maximum, Σe, Σe x; and the group maxima for the top-K. Leaves z as it is."""
+    groups = group_maxima(z)
+    maximum = groups.amax(-1, keepdim=True) if z.shape[1] else z.new_full((z.shape[0], 1), _NOTHING)
+    x = torch.sub(z, maximum, out=scratch[0])
+    e = torch.exp(x, out=scratch[1])
+    total = e.sum(-1, keepdim=True)
+    return torch.cat([maximum, total, torch.mul(e, x, out=scratch[2]).sum(-1, keepdim=True)], 1), groups
+
+
+def _chunk_statistics(
+    z: Tensor, teacher_ids: Tensor, labels: Tensor, blocks: RowBlocks, inputs: Inputs
+) -> StudentStatistics:
+    partition, k = inputs.partition, teacher_ids.shape[1]
+    wanted = torch.cat([labels.unsqueeze(1), teacher_ids], 1)
+    owned, _ = partition.owned(z, wanted)
+    sums, groups = blocks.run(_student_sums, z)
+    gathered, ((top, ids),) = exchange_topk([z], [groups], torch.cat([sums, owned], 1), k, partition)
+    normaliser = Normaliser.of(gathered[..., :1], gathered[..., 1:2])
+    looked_up = normaliser.logprobs(gathered[..., 3:].sum(0), 0)  # one rank owns an id, the others hold zero
+    entropy = -normaliser.expectation(0, gathered[..., 1], gathered[..., 2], -normaliser.lse[..., 0])
+    return StudentStatistics(
+        entropy=entropy.clamp(min=0),
+        label_logprobs=looked_up[:, 0],
+        support_ids=ids,
+        support_logprobs=normaliser.logprobs(top, 0),
+        teacher_support_logprobs=looked_up[:, 1:],
+    )
