@@ -161,7 +161,7 @@ def score_tokens(
     groups, config, teacher = run.student.groups, run.config, run.teacher
     if not isinstance(teacher, Teacher):
         assert not isinstance(teacher_rows, Tensor), "servers give log-probabilities"
-        return served_statistics(run, teacher, batch, teacher_rows)
+        return served_statistics(run.student, teacher, batch, teacher_rows)
     assert not isinstance(teacher_rows, TeacherTopK), "the teacher at hand gives hidden states"
     micro_batches = batch.micro_batches(groups.dp_rank)
     row_counts = batch.num_rows()[groups.dp_rank]
@@ -250,15 +250,16 @@ def row_loss(
     run: TrainingRun, hidden: Tensor, teacher_rows: Tensor | TeacherTopK, row_weights: Tensor, labels: Tensor
 ) -> Tensor:
     """The loss of selected rows, summed with their weights: float32 scalar, equal on all tp ranks."""
+    loss, teacher = run.config.loss, run.teacher
     if isinstance(teacher_rows, TeacherTopK):
-        return served_loss(run, hidden, teacher_rows, row_weights, labels)
-    assert isinstance(run.teacher, Teacher), "hidden states come from the teacher at hand"
-    loss = run.config.loss
+        assert not isinstance(teacher, Teacher), "servers give log-probabilities"
+        return served_loss(run.student, teacher, hidden, teacher_rows, row_weights, labels, divergence=loss.divergence)
+    assert isinstance(teacher, Teacher), "hidden states come from the teacher at hand"
     return divergence_loss(
         hidden,
         run.student.output_head,
         teacher_rows,
-        run.teacher.head,
+        teacher.head,
         divergence=loss.divergence,
         row_weights=row_weights,
         labels=labels,
