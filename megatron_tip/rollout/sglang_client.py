@@ -11,7 +11,14 @@ from typing import Any, Literal, Self, TypeVar
 import httpx
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
-from megatron_tip.errors import EngineError, InputError, ServerAnswerError, ServerError, ServerMismatchError, ServerRefusedError
+from megatron_tip.errors import (
+    EngineError,
+    InputError,
+    ServerAnswerError,
+    ServerError,
+    ServerMismatchError,
+    ServerRefusedError,
+)
 from megatron_tip.rollout.sglang_answers import (
     Answer,
     GenerateAnswer,
