@@ -13,6 +13,7 @@ from megatron_tip.rollout.ahead import AheadGenerator
 from megatron_tip.rollout.engine import SamplingParams
 from megatron_tip.rollout.sglang_client import SGLangClient, Timeouts
 from megatron_tip.rollout.sglang_engine import EngineSettings, SGLangEngine
+from megatron_tip.rollout.sglang_jobs import ProgressClock
 from megatron_tip.rollout.sglang_pool import PooledServer, PoolSettings, ServerPool
 from tests.helpers.fake_sglang import VOCAB_SIZE, CutError, FakeSGLang, StatusError
 from tests.helpers.processes import wait_until
@@ -323,3 +324,11 @@ def test_one_batch_ahead_is_taken_once_and_raises_what_its_generation_raised(sta
     ahead.wait()
     with pytest.raises(ServersLostError):
         ahead.take(PROMPTS, SAMPLING)
+
+
+def test_a_long_batch_says_how_far_it_is(caplog):
+    caplog.set_level("INFO")
+    clock = ProgressClock(8, every_seconds=0.0)
+    clock.note((0, 0), 64, 0)
+    clock.note((1, 0), 10, 1)
+    assert "1 of 8 responses, 74 tokens" in caplog.text
