@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
-from megatron_tip.errors import EngineError, WeightsLostError
+from megatron_tip.errors import EngineError, ServersLostError, WeightsLostError
 from megatron_tip.training.probe import probe_ids, probe_logprobs
 from megatron_tip.training.step import generate_rollouts
 from megatron_tip.training.weight_sync import sync_engine
@@ -27,16 +27,19 @@ SERVED = {"rollout": {"engine": "sglang", "server_urls": ("http://nobody",)}, "s
 class ServedFake:
     """Stands in for servers. `wrong_syncs`: syncs from the first on after which the logprobs are off by 1.
 
-    `lost`: calls of generate, from the first on, that find the weights lost.
+    `lost`: calls of generate, from the first on, that find the weights lost. `gone`: what finds no server any more.
     """
 
-    def __init__(self, run, rollouts, *, wrong_syncs=0, lost=0):
+    def __init__(self, run, rollouts, *, wrong_syncs=0, lost=0, gone=""):
         self.run, self.rollouts = run, rollouts
         self.wrong_syncs, self.lost = wrong_syncs, lost
+        self.gone = gone
         self.versions, self.distrusted = [], []
         self.truth = None
 
     def generate(self, prompts, sampling):
+        if self.gone == "generate":
+            raise ServersLostError("all gone")
         if self.lost:
             self.lost -= 1
             raise WeightsLostError("lost")
@@ -45,6 +48,8 @@ class ServedFake:
     def update_weights(self, weights, weight_version):
         for _ in weights:
             pass
+        if self.gone == "sync":
+            raise ServersLostError("all gone")
         self.versions.append(weight_version)
 
     def input_logprobs(self, input_ids):
@@ -130,3 +135,22 @@ def test_lost_weights_are_synced_again_by_all_ranks_before_generation_goes_on(tm
     (rollouts, versions), (received, _) = run_workers(generated, 2, tmp_path, make_models(tmp_path), layout, 2)
     assert versions == [2, 2]
     assert rollouts == received == make_rollouts([3, 4])
+
+
+def error_of(folder, layout, gone):
+    run = served_run(folder, layout, gone=gone)
+    try:
+        if gone == "sync":
+            sync_engine(run, weight_version=1)
+        else:
+            generate_rollouts(run, [], run.sampling.for_step(1), weight_version=0)
+    except ServersLostError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("gone", ["sync", "generate"])
+def test_servers_that_are_gone_are_the_same_error_on_every_rank(tmp_path, gone):
+    layout = Layout(2, student=(2, 1))
+    errors = run_workers(error_of, 2, tmp_path, make_models(tmp_path), layout, gone)
+    assert all(error is not None and "all gone" in error for error in errors), errors
