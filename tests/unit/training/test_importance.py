@@ -1,6 +1,7 @@
 """Ratios of student and engine, and the truncated weights made from them."""
 
 import math
+from dataclasses import MISSING
 
 import torch
 
@@ -17,7 +18,7 @@ def rollout(index, logprobs, version=0):
 
 def statistics_of(logprobs):
     nothing = torch.zeros(len(logprobs))
-    names = [name for name, field in TokenStatistics.__dataclass_fields__.items() if field.type == "Tensor"]
+    names = [name for name, field in TokenStatistics.__dataclass_fields__.items() if field.default is MISSING]
     return TokenStatistics(**dict.fromkeys(names, nothing), student_logprobs=torch.tensor(logprobs))
 
 
