@@ -8,15 +8,18 @@ SGLANG := $(VENV)/.sglang-cpu
 SMOLLM2 := .cache/quickstart/SmolLM2-135M-Instruct
 RUN ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 
-# Both are meant for the CPU, also on a machine with a GPU.
-quickstart test: export CUDA_VISIBLE_DEVICES :=
+# They are meant for the CPU, also on a machine with a GPU.
+quickstart quickstart-sglang test: export CUDA_VISIBLE_DEVICES :=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart test lint format install sglang-cpu
+.PHONY: quickstart quickstart-sglang test lint format install sglang-cpu
 .DELETE_ON_ERROR:
 
 quickstart: $(INSTALLED) $(SMOLLM2)/.converted
 	$(BIN)/megatron-tip train examples/quickstart_cpu/quickstart.toml run.folder=$(RUN)
+
+quickstart-sglang: $(INSTALLED) $(SGLANG) $(SMOLLM2)/.converted
+	$(BIN)/megatron-tip train examples/quickstart_sglang/quickstart.toml run.folder=$(RUN)
 
 test: $(INSTALLED) $(SGLANG) $(SMOLLM2)/.converted
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest

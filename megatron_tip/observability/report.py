@@ -70,8 +70,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _draw_reverse_kl(axes: Axes, steps: Steps) -> None:
-    _line(axes, steps, "train/reverse_kl", label="rollouts, before the step", color=_BLUE)
-    _line(axes, steps, "heldout/reverse_kl", label="held-out prompts", color=_ORANGE, marker="o", linestyle="--")
+    for name, kind in (("reverse_kl", ""), ("topk_reverse_kl", ", top-K")):
+        _line(axes, steps, f"train/{name}", label=f"rollouts, before the step{kind}", color=_BLUE)
+        style = {"color": _ORANGE, "marker": "o", "linestyle": "--"}
+        _line(axes, steps, f"heldout/{name}", label=f"held-out prompts{kind}", **style)
     if any(min(line.get_ydata(), default=0) > 0 for line in axes.lines):  # pyright: ignore[reportArgumentType]
         axes.set_yscale("log")
         for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_tip.errors import PeerError
+from megatron_tip.errors import PeerError, ServersLostError
 from megatron_tip.records import Rollout
 from megatron_tip.rollout.engine import FINISH_REASONS
 
@@ -30,6 +30,7 @@ def broadcast_rollouts(
 
     Raises:
         PeerError: on all ranks but the first, when `generate` raised; the first raises what `generate` did.
+        ServersLostError: on all ranks alike, when `generate` raised it: they may end the run together.
     """
     source = dist.get_global_rank(group, 0) if group is not None else 0
 
@@ -46,7 +47,7 @@ def broadcast_rollouts(
         parts = _to_tensors(rollouts)
     except BaseException as error:  # also Ctrl-C: the other ranks wait in the first broadcast
         message = torch.frombuffer(bytearray(f"{type(error).__name__}: {error}", "utf-8"), dtype=torch.uint8)
-        sent(torch.tensor([-1, len(message), 0]))
+        sent(torch.tensor([_LOST if isinstance(error, ServersLostError) else _FAILED, len(message), 0]))
         sent(message)
         raise
     if generated is None:
@@ -58,8 +59,8 @@ def broadcast_rollouts(
     return rollouts
 
 
-_NOTHING = -2
-"""In the place of the number of rollouts: the first rank has none yet; -1: it failed."""
+_FAILED, _NOTHING, _LOST = -1, -2, -3
+"""In the place of the number of rollouts: the first rank failed; has none yet; lost its servers."""
 
 
 def _receive(sent: Callable[[Tensor], Tensor]) -> list[Rollout] | None:
@@ -68,6 +69,8 @@ def _receive(sent: Callable[[Tensor], Tensor]) -> list[Rollout] | None:
         return None
     if num_rollouts < 0:
         message = bytes(sent(torch.zeros(num_ids, dtype=torch.uint8)).tolist()).decode()
+        if num_rollouts == _LOST:
+            raise ServersLostError(message)
         raise PeerError(f"rollouts: the first process failed with {message}")
     table = sent(torch.zeros((num_rollouts, 7), dtype=torch.int64))
     ids = sent(torch.zeros(num_ids, dtype=torch.int64))

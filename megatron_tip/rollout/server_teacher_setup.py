@@ -26,8 +26,8 @@ def check_teacher(config: Config, selector: Selector) -> None:
     if teacher.kind == "megatron":
         if loss.divergence == "topk_reverse_kl":
             raise ConfigError(
-                'loss.divergence = "topk_reverse_kl": expected teacher.kind = "sglang"; a teacher in the trainer\'s own '
-                'processes gives its whole distribution: use "reverse_kl"'
+                'loss.divergence = "topk_reverse_kl": expected teacher.kind = "sglang"; the teacher at hand gives its '
+                'whole distribution: use "reverse_kl"'
             )
         if config.prompts.teacher_field:
             raise ConfigError('prompts.teacher_field: expected several teachers with teacher.kind = "sglang", got one')

@@ -113,8 +113,15 @@ class SGLangClient:
     # -- what the server is
 
     def check_health(self, *, timeout_seconds: float) -> None:
-        """Returns when the server's scheduler answers; raises ServerError when it does not within the time."""
+        """Returns when the server has generated a token; raises ServerError when it has not within the time.
+
+        It takes a second at least, and a weight sync that comes upon it waits for it: for the start of a server.
+        """
         self._request("GET", "/health", timeout_seconds=timeout_seconds, retries=0)
+
+    def check_alive(self, *, timeout_seconds: float) -> None:
+        """Returns when the server's scheduler has answered, generating or not; raises ServerError when it has not."""
+        self._request("GET", "/server_info", timeout_seconds=timeout_seconds, retries=0)
 
     def model_info(self) -> ModelInfo:
         """The model that the server holds and its weight version."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
@@ -49,6 +50,29 @@ class Progress:
         return job in self.rollouts or job in self.set_aside or job in self.dropped
 
 
+class ProgressClock:
+    """Logs, now and then, how far a batch is. `note` may be called from any thread."""
+
+    def __init__(self, num_jobs: int, every_seconds: float = 30.0) -> None:
+        self._num_jobs = num_jobs
+        self._every_seconds = every_seconds
+        self._begin = self._last = time.monotonic()
+        self._tokens: dict[Job, int] = {}
+        self._lock = threading.Lock()
+
+    def note(self, job: Job, num_tokens: int, num_finished: int) -> None:
+        """Takes the tokens that `job` has so far."""
+        with self._lock:
+            self._tokens[job] = num_tokens
+            now = time.monotonic()
+            if now - self._last < self._every_seconds:
+                return
+            self._last = now
+            total = sum(self._tokens.values())
+        speed = total / (now - self._begin)
+        logger.info("%d of %d responses, %d tokens, %.0f tokens/s", num_finished, self._num_jobs, total, speed)
+
+
 class BatchRun:
     """Runs the open jobs of one batch with the weights `version`; at most the pool's concurrency at once.
 
@@ -56,7 +80,8 @@ class BatchRun:
         weight_version: training step of `version`, which the rollouts carry.
         attempts: failures after which a sample is set aside.
         drop_wrong_version: leave a response of other weights out instead of generating it anew.
-        on_progress: called with the response tokens of every finished request.
+
+    While it runs it logs, every half minute, how far it is, tokens of unfinished responses included.
     """
 
     def __init__(
@@ -70,7 +95,6 @@ class BatchRun:
         weight_version: int,
         attempts: int,
         drop_wrong_version: bool,
-        on_progress: Callable[[int], None] | None = None,
     ) -> None:
         self._pool = pool
         self._prompts = prompts
@@ -80,7 +104,7 @@ class BatchRun:
         self._weight_version = weight_version
         self._attempts = attempts
         self._drop_wrong_version = drop_wrong_version
-        self._on_progress = on_progress
+        self._clock = ProgressClock(len(prompts) * sampling.samples_per_prompt)
         self._stopped = threading.Event()
         self._lock = threading.Lock()
 
@@ -133,6 +157,7 @@ class BatchRun:
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             stop_token_ids=sampling.stop_token_ids,
+            on_tokens=lambda count: self._clock.note(job, count, len(self._progress.rollouts)),
         )
 
     def _accept(self, server: PooledServer, job: Job, generation: Generation) -> None:
@@ -169,8 +194,6 @@ class BatchRun:
         )
         with self._lock:
             self._progress.rollouts[job] = rollout
-        if self._on_progress:
-            self._on_progress(len(rollout.response_ids))
 
     def _wrong_version(self, server: PooledServer, job: Job, generation: Generation) -> None:
         logger.warning(

@@ -254,7 +254,7 @@ class ServerPool:
         if server.busy_with_sync:  # it samples nothing, and would not answer; the sync has time-outs of its own
             return True
         try:
-            server.http.check_health(timeout_seconds=self.settings.heartbeat_timeout)
+            server.http.check_alive(timeout_seconds=self.settings.heartbeat_timeout)
         except ServerError:
             return server.busy_with_sync
         return True

@@ -197,7 +197,8 @@ def server_arguments(settings: ServerSettings, port: int) -> list[str]:
     }
     if settings.device == "cpu":
         arguments |= {"--attention-backend": "torch_native", "--sampling-backend": "pytorch"}
-    flags = ["--skip-tokenizer-init", "--incremental-streaming-output"]
+    # Without the last one an idle scheduler spins on a core that the trainer needs.
+    flags = ["--skip-tokenizer-init", "--incremental-streaming-output", "--sleep-on-idle"]
     pairs = [[name, str(value)] for name, value in arguments.items() if value is not None]
     return [*(part for pair in pairs for part in pair), *flags, *settings.extra_arguments]
 

@@ -26,7 +26,7 @@ def score_tokens(run: TrainingRun, batch: StepBatch, teacher_rows: TeacherRows |
     groups, teacher = run.student.groups, run.teacher
     if not isinstance(teacher, Teacher):
         assert not isinstance(teacher_rows, Tensor), "servers give log-probabilities"
-        return served_statistics(run, teacher, batch, teacher_rows)
+        return served_statistics(run.student, teacher, batch, teacher_rows)
     assert not isinstance(teacher_rows, TeacherTopK), "the teacher at hand gives hidden states"
     micro_batches = batch.micro_batches(groups.dp_rank)
     teacher_parts = teacher_rows.split(batch.num_rows()[groups.dp_rank]) if teacher_rows is not None else ()

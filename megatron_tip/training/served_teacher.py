@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tip.errors import PeerError
+from megatron_tip.models.student import Student
 from megatron_tip.parallel.collectives import broadcast_json
 from megatron_tip.parallel.groups import ModelGroups
 from megatron_tip.records import Prompt, Rollout, TeacherTopK, TokenStatistics, TopKTokenStatistics
@@ -22,9 +23,6 @@ from megatron_tip.vocab_parallel.topk_statistics import (
     student_statistics,
 )
 
-if TYPE_CHECKING:
-    from megatron_tip.training.run import TrainingRun
-
 T = TypeVar("T")
 
 
@@ -34,6 +32,7 @@ class ServedTeacher:
 
     One rank of each of the student's replicas asks about that replica's rollouts: the first of its last stage's tp
     group, which tells the others. `scorer`: on those ranks; None elsewhere. `support_size`: K.
+    `vocab_size`: ids shared with the student. `chunk_rows`: rows of logits alive at once; None: chosen.
     """
 
     scorer: ServerTeacher | None
@@ -41,6 +40,8 @@ class ServedTeacher:
     device: torch.device
     support_size: int
     asks_student_support: bool
+    vocab_size: int
+    chunk_rows: int | None
 
     def topk_rows(self, batch: StepBatch) -> TeacherTopK | None:
         """What the teachers say of this rank's replica, in the order of its rows; None off the last stage.
@@ -51,14 +52,16 @@ class ServedTeacher:
             EngineError: no server answered; PeerError on the other ranks.
         """
         rollouts = _in_row_order(batch, self.groups.dp_rank)
-        answer = self._asked(lambda scorer: scorer.top_k(rollouts, [rollout.teacher for rollout in rollouts]))
+        answer: TeacherTopK | None = self._asked(
+            lambda scorer: scorer.top_k(rollouts, [rollout.teacher for rollout in rollouts])
+        )
         if not self.groups.is_last_stage:
             return None
         n, k = sum(batch.num_rows()[self.groups.dp_rank]), self.support_size
         return TeacherTopK(
-            label_logprobs=self._told(answer and answer.label_logprobs, (n,), torch.float32),
-            support_ids=self._told(answer and answer.support_ids, (n, k), torch.int64),
-            support_logprobs=self._told(answer and answer.support_logprobs, (n, k), torch.float32),
+            label_logprobs=self._told(answer.label_logprobs if answer is not None else None, (n,), torch.float32),
+            support_ids=self._told(answer.support_ids if answer is not None else None, (n, k), torch.int64),
+            support_logprobs=self._told(answer.support_logprobs if answer is not None else None, (n, k), torch.float32),
         )
 
     def about_student_support(
@@ -110,14 +113,14 @@ def _in_row_order(batch: StepBatch, replica: int) -> list[Rollout]:
 
 
 def served_statistics(
-    run: "TrainingRun", teacher: ServedTeacher, batch: StepBatch, teacher_rows: TeacherTopK | None
+    student: Student, teacher: ServedTeacher, batch: StepBatch, teacher_rows: TeacherTopK | None
 ) -> TopKTokenStatistics | None:
     """Statistics of every valid token of this rank's replica, in the order of its rows; None off the last stage.
 
     One student forward without gradient, and where the run asks for it a second round of questions. Collective over
     the world.
     """
-    groups = run.student.groups
+    groups = student.groups
     micro_batches = batch.micro_batches(groups.dp_rank)
     parts = teacher_rows.split(batch.num_rows()[groups.dp_rank]) if teacher_rows is not None else []
     found: list[StudentStatistics] = []
@@ -126,42 +129,49 @@ def served_statistics(
         mask = micro_batches[index].loss_mask
         found.append(
             student_statistics(
-                run.student.rows(hidden_states, mask),
-                run.student.output_head,
+                student.rows(hidden_states, mask),
+                student.output_head,
                 parts[index].support_ids,
                 micro_batches[index].labels[mask],
-                vocab_size=run.vocab_size,
+                vocab_size=teacher.vocab_size,
                 tp_group=groups.tp_group,
-                chunk_rows=run.config.loss.chunk_rows or None,
+                chunk_rows=teacher.chunk_rows,
             )
         )
 
-    run.student.forward(micro_batches, score)
-    student = StudentStatistics.concatenate(found) if groups.is_last_stage else None
+    student.forward(micro_batches, score)
+    own = StudentStatistics.concatenate(found) if groups.is_last_stage else None
     if teacher.asks_student_support:
-        teacher_rows = teacher.about_student_support(batch, teacher_rows, student and student.support_ids)
-    if student is None or teacher_rows is None:
+        teacher_rows = teacher.about_student_support(batch, teacher_rows, own.support_ids if own else None)
+    if own is None or teacher_rows is None:
         return None
-    return combined_statistics(student, teacher_rows)
+    return combined_statistics(own, teacher_rows)
 
 
 def served_loss(
-    run: "TrainingRun", hidden: Tensor, teacher_rows: TeacherTopK, row_weights: Tensor, labels: Tensor
+    student: Student,
+    teacher: ServedTeacher,
+    hidden: Tensor,
+    teacher_rows: TeacherTopK,
+    row_weights: Tensor,
+    labels: Tensor,
+    *,
+    divergence: str,
 ) -> Tensor:
     """The loss of selected rows: float32 scalar, equal on all tp ranks. Arguments as of `topk_divergence_loss`."""
     ids, logprobs = known_ids(teacher_rows)
     return topk_divergence_loss(
         hidden,
-        run.student.output_head,
-        divergence=run.config.loss.divergence,
+        student.output_head,
+        divergence=divergence,
         teacher_ids=ids,
         teacher_id_logprobs=logprobs,
         labels=labels,
         teacher_label_logprobs=teacher_rows.label_logprobs,
         row_weights=row_weights,
-        vocab_size=run.vocab_size,
-        tp_group=run.student.groups.tp_group,
-        chunk_rows=run.config.loss.chunk_rows or None,
+        vocab_size=teacher.vocab_size,
+        tp_group=student.groups.tp_group,
+        chunk_rows=teacher.chunk_rows,
     )
 
 

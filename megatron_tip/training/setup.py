@@ -92,6 +92,8 @@ def _served_teacher(config: Config, plan: RunPlan, groups: ModelGroups, device: 
         device=device,
         support_size=min(config.selection.support_size, plan.vocab_size),
         asks_student_support=config.teacher.student_support == "ask",
+        vocab_size=plan.vocab_size,
+        chunk_rows=config.loss.chunk_rows or None,
     )
 
 

@@ -214,21 +214,23 @@ def accumulate_gradients(run: TrainingRun, micro_batches: Sequence[MicroBatch], 
 
 def row_loss(run: TrainingRun, hidden: Tensor, rows: MicroBatchRows, labels: Tensor) -> Tensor:
     """The loss of supervised rows, summed with their weights: float32 scalar, equal on all tp ranks."""
+    loss, teacher, student = run.config.loss, run.teacher, run.student
     if isinstance(rows.teacher_rows, TeacherTopK):
-        return served_loss(run, hidden, rows.teacher_rows, rows.row_weights, labels)
-    assert isinstance(run.teacher, Teacher), "hidden states come from the teacher at hand"
-    loss = run.config.loss
+        assert not isinstance(teacher, Teacher), "servers give log-probabilities"
+        divergence = loss.divergence
+        return served_loss(student, teacher, hidden, rows.teacher_rows, rows.row_weights, labels, divergence=divergence)
+    assert isinstance(teacher, Teacher), "hidden states come from the teacher at hand"
     return divergence_loss(
         hidden,
-        run.student.output_head,
+        student.output_head,
         rows.teacher_rows,
-        run.teacher.head,
+        teacher.head,
         divergence=loss.divergence,
         row_weights=rows.row_weights,
         labels=labels,
         vocab_size=run.vocab_size,
         temperature=loss.temperature,
         jsd_beta=loss.jsd_beta,
-        tp_group=run.student.groups.tp_group,
+        tp_group=student.groups.tp_group,
         chunk_rows=loss.chunk_rows or None,
     )

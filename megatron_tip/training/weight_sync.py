@@ -5,7 +5,7 @@ from typing import Any
 
 from megatron_tip.conversion.architecture import ModelArchitecture
 from megatron_tip.conversion.bridge import export_hf
-from megatron_tip.errors import EngineError
+from megatron_tip.errors import EngineError, ServersLostError
 from megatron_tip.models.student import Student
 from megatron_tip.parallel.collectives import broadcast_json
 from megatron_tip.rollout.engine import RolloutEngine, ServedEngine
@@ -45,15 +45,16 @@ def sync_engine(run: TrainingRun, *, weight_version: int, first: bool = False) -
 
     Raises:
         EngineError: logprobs differ after a second sync; on every rank.
+        ServersLostError: no server within the limit; on every rank.
     """
-    sync_weights(run.student, run.architecture, run.engine, weight_version=weight_version)
+    _sync(run, weight_version)
     verify = run.config.sync.verify
     if run.config.rollout.engine != "sglang" or verify == "never" or (verify == "first" and not first):
         return {}
     gaps = probe_gaps(run)
     if is_bad(run, gaps):
         logger.warning("probe after the sync of version %d: logprobs differ by %s; syncing again", weight_version, gaps)
-        sync_weights(run.student, run.architecture, run.engine, weight_version=weight_version)
+        _sync(run, weight_version)
         gaps = probe_gaps(run)
         if is_bad(run, gaps):
             raise EngineError(
@@ -62,6 +63,19 @@ def sync_engine(run: TrainingRun, *, weight_version: int, first: bool = False) -
                 "is not the student's, or sync.tolerance is too small for their precision"
             )
     return {"sync/probe_gap": max(gaps.values())} if gaps else {}
+
+
+def _sync(run: TrainingRun, weight_version: int) -> None:
+    """`sync_weights`; with servers, every rank learns whether they are lost."""
+    failure = None
+    try:
+        sync_weights(run.student, run.architecture, run.engine, weight_version=weight_version)
+    except ServersLostError as error:
+        failure = str(error)
+    if run.config.rollout.engine == "sglang":
+        failure = broadcast_json(failure, source=0, device=run.device)
+    if failure is not None:
+        raise ServersLostError(failure)
 
 
 def probe_gaps(run: TrainingRun) -> dict[str, float]:

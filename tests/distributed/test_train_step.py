@@ -249,6 +249,8 @@ def test_the_thresholds_of_the_last_step_save_the_scoring_pass(models: Path, lay
         assert second["selection/exact_num_selected"] == 14.0
         assert second["selection/exact_agreement"] > 0.9
         assert second["train/loss"] == pytest.approx(first["train/loss"], rel=0.1)
+
+
 SPANS = {0: ((2, 6), (9, 11)), 3: ((1, 14),)}
 
 

@@ -1,9 +1,11 @@
 """A server that speaks SGLang's HTTP as far as it is used here, and misbehaves on the wire as told."""
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -169,8 +171,9 @@ class _QuietServer(ThreadingHTTPServer):
 
     def server_close(self) -> None:
         super().server_close()
-        for socket in self.sockets:
-            socket.close()
+        for one in self.sockets:
+            with suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)  # close alone would leave it to the thread that reads from it
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         pass
@@ -180,10 +183,10 @@ def _handler_of(fake: FakeSGLang) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
-        def do_GET(self) -> None:  # noqa: N802
+        def do_GET(self) -> None:
             self._do(None)
 
-        def do_POST(self) -> None:  # noqa: N802
+        def do_POST(self) -> None:
             self._do(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
 
         def _do(self, body: Any) -> None:
@@ -193,7 +196,7 @@ def _handler_of(fake: FakeSGLang) -> type[BaseHTTPRequestHandler]:
             except CutError as cut:
                 send_stream(self, cut.chunks, end=False)
                 self.close_connection = True
-                self.connection.close()
+                self.connection.shutdown(socket.SHUT_RDWR)
             except StatusError as status:
                 self.send_error(status.status)
 

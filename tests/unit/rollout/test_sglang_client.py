@@ -117,7 +117,7 @@ def test_silence_ends_in_time(fake, client):
     assert time.monotonic() - begin < 2.5
 
 
-@pytest.mark.parametrize(("status", "kind"), [(500, ServerError), (503, ServerError), (400, ServerRefusedError)])
+@pytest.mark.parametrize("status, kind", [(500, ServerError), (503, ServerError), (400, ServerRefusedError)])
 def test_a_failed_generation_is_not_repeated_here(fake, client, status, kind):
     def fail(number, request, chunks):
         raise StatusError(status)
@@ -164,13 +164,16 @@ def test_the_right_model_passes(client):
 
 @pytest.mark.parametrize("vocab_size", [VOCAB_SIZE - 1, VOCAB_SIZE + 1])
 def test_another_vocabulary_is_refused(vocab_size):
-    with FakeSGLang(vocab_size=vocab_size) as fake, SGLangClient(fake.url, vocab_size=VOCAB_SIZE) as client:
-        with pytest.raises(ServerMismatchError, match="exactly 307"):
-            client.check_model(model_type="llama")
+    with (
+        FakeSGLang(vocab_size=vocab_size) as fake,
+        SGLangClient(fake.url, vocab_size=VOCAB_SIZE) as client,
+        pytest.raises(ServerMismatchError, match="exactly 307"),
+    ):
+        client.check_model(model_type="llama")
 
 
 def test_another_model_is_refused(client):
-    with pytest.raises(ServerMismatchError, match="expected a qwen3 model .* got a llama"):
+    with pytest.raises(ServerMismatchError, match=r"expected a qwen3 model .* got a llama"):
         client.check_model(model_type="qwen3")
 
 

@@ -1,0 +1,334 @@
+"""The engine over several servers: balance, faults and weight versions, against fakes that die, lie and come back."""
+
+import json
+import threading
+from collections import Counter
+from contextlib import ExitStack
+
+import pytest
+
+from megatron_tip.errors import ServerMismatchError, ServersLostError, WeightsLostError
+from megatron_tip.records import Prompt
+from megatron_tip.rollout.ahead import AheadGenerator
+from megatron_tip.rollout.engine import SamplingParams
+from megatron_tip.rollout.sglang_client import SGLangClient, Timeouts
+from megatron_tip.rollout.sglang_engine import EngineSettings, SGLangEngine
+from megatron_tip.rollout.sglang_jobs import ProgressClock
+from megatron_tip.rollout.sglang_pool import PooledServer, PoolSettings, ServerPool
+from tests.helpers.fake_sglang import VOCAB_SIZE, CutError, FakeSGLang, StatusError
+from tests.helpers.processes import wait_until
+
+FAST = Timeouts(connect=1.0, silence=1.0, control=1.0, retries=0, back_off=0.01)
+SAMPLING = SamplingParams(6, 1.0, 1.0, samples_per_prompt=2, stop_token_ids=(2,), seed=1, batch_name="step_000001")
+PROMPTS = [Prompt(10 * place, f"prompt {place}", (1, 4 + place)) for place in range(6)]
+
+
+class VersionTransport:
+    """Brings no tensors, but tells servers their version; `refuse` names those that do not take it."""
+
+    def __init__(self):
+        self.num_bytes = 0
+        self.refuse = set()
+        self.num_syncs = 0
+        self.version = None
+        self.keeps = False
+
+    def send(self, servers, weights, version):
+        self.num_syncs += 1
+        self.version = version
+        taken = [server for server in servers if server.url not in self.refuse]
+        for server in taken:
+            server.http.weights_endpoint("update_weight_version", {"new_version": version})
+        next(iter(weights))  # and leaves the rest of the stream to its caller
+        return taken
+
+    def refresh(self, server):
+        if not self.keeps or self.version is None:
+            return None
+        server.http.weights_endpoint("update_weight_version", {"new_version": self.version})
+        return self.version
+
+    def close(self):
+        pass
+
+
+class Cluster:
+    def __init__(self, stack, tmp_path, num_servers=2, **settings):
+        self.fakes = [stack.enter_context(FakeSGLang()) for _ in range(num_servers)]
+        self.transport = VersionTransport()
+        self.set_aside_path = tmp_path / "set_aside.jsonl"
+        values = {"concurrency": 3, "heartbeat": 0.05, "heartbeat_timeout": 0.5, "missed_heartbeats": 2, "wait": 1.0}
+        engine_values = {name: settings.pop(name) for name in ("attempts", "drop_wrong_version") if name in settings}
+
+        def connect(url):
+            return SGLangClient(url, vocab_size=VOCAB_SIZE, timeouts=FAST)
+
+        servers = [PooledServer(connect, url=fake.url) for fake in self.fakes]
+        self.pool = ServerPool(servers, PoolSettings(**values | settings), model_type="llama")
+        self.engine = SGLangEngine(
+            self.pool,
+            self.transport,
+            EngineSettings("run", engine_values.pop("attempts", 3), self.set_aside_path, **engine_values),
+        )
+        stack.callback(self.engine.close)
+
+    def sync(self, version=0):
+        stream = iter([("a", None), ("b", None)])
+        self.engine.update_weights(stream, version)
+        assert next(stream, None) is None, "the stream was not consumed to its end"
+
+
+@pytest.fixture
+def stack():
+    with ExitStack() as one:
+        yield one
+
+
+def assert_complete(rollouts, prompts=PROMPTS, samples=2, weight_version=0):
+    expected = [(prompt.index, sample, prompt.prompt_ids) for prompt in prompts for sample in range(samples)]
+    assert [(r.prompt_index, r.sample_index, r.prompt_ids) for r in rollouts] == expected
+    assert {r.weight_version for r in rollouts} == {weight_version}
+    assert {len(r.response_ids) for r in rollouts} == {6}
+
+
+def test_requests_go_to_the_least_loaded_within_the_bound(stack, tmp_path):
+    cluster = Cluster(stack, tmp_path)
+    cluster.sync()
+    slow, quick = cluster.fakes
+    slow.seconds_per_request, quick.seconds_per_request = 0.6, 0.05
+    assert_complete(cluster.engine.generate(PROMPTS, SAMPLING))
+    assert slow.most_at_once == quick.most_at_once == 3
+    counts = [len([body for body in fake.generations() if body.get("stream")]) for fake in cluster.fakes]
+    assert sum(counts) == 12
+    assert counts[1] > counts[0]
+
+
+def test_ids_travel_and_text_does_not(stack, tmp_path):
+    cluster = Cluster(stack, tmp_path, num_servers=1)
+    cluster.sync(version=4)
+    rollouts = cluster.engine.generate(PROMPTS, SAMPLING)
+    assert_complete(rollouts, weight_version=4)
+    assert all(rollout.rollout_logprobs == (-1.5,) * 6 for rollout in rollouts)
+    sent = Counter(tuple(body["input_ids"]) for body in cluster.fakes[0].generations() if body.get("stream"))
+    assert sent == {prompt.prompt_ids: 2 for prompt in PROMPTS}
+
+
+def test_without_weights_nothing_is_generated(stack, tmp_path):
+    cluster = Cluster(stack, tmp_path)
+    with pytest.raises(WeightsLostError):
+        cluster.engine.generate(PROMPTS, SAMPLING)
+    cluster.transport.refuse = {fake.url for fake in cluster.fakes}
+    cluster.sync()
+    with pytest.raises(WeightsLostError):
+        cluster.engine.generate(PROMPTS, SAMPLING)
+    assert not any(body.get("stream") for fake in cluster.fakes for body in fake.generations())
+
+
+def test_a_server_that_missed_a_sync_generates_nothing(stack, tmp_path):
+    cluster = Cluster(stack, tmp_path)
+    cluster.sync()
+    cluster.transport.refuse = {cluster.fakes[0].url}
+    cluster.sync(version=1)
+    assert_complete(cluster.engine.generate(PROMPTS, SAMPLING), weight_version=1)
+    assert not any(body.get("stream") for body in cluster.fakes[0].generations())
+
+
+def test_syncs_that_reach_nobody_end_the_run(stack, tmp_path):
+    cluster = Cluster(stack, tmp_path)
+    cluster.transport.refuse = {fake.url for fake in cluster.fakes}
+    for version in range(3):
+        cluster.sync(version)
+    with pytest.raises(ServersLostError, match="reached no server"):
+        cluster.sync(3)
+
+
+def test_what_a_dying_server_leaves_is_generated_elsewhere_exactly_once(stack, tmp_path):
+    cluster = Cluster(stack, tmp_path)
+    cluster.sync()
+    dying, other = cluster.fakes
+
+    def die(number, request, chunks):
+        threading.Thread(target=dying.stop).start()
+        raise CutError(chunks[:1])
+
+    dying.misbehave = die
+    other.seconds_per_request = 0.05
+    assert_complete(cluster.engine.generate(PROMPTS, SAMPLING))
+    metrics = cluster.engine.take_metrics()
+    assert metrics["rollout/num_repeated"] >= 1
+    assert metrics["rollout/num_set_aside"] == 0
+    wait_until(lambda: cluster.engine.take_metrics()["servers/num_lost"] == 1)
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_a_server_that_comes_back_generates_once_it_has_the_weights(stack, tmp_path, keeps):
+    cluster = Cluster(stack, tmp_path, num_servers=1)
+    cluster.transport.keeps = keeps
+    cluster.sync(version=2)
+    cluster.fakes[0].stop()
+    wait_until(lambda: not cluster.pool.up())
+    cluster.fakes[0].come_back()
+    wait_until(lambda: bool(cluster.pool.up()))
+    if not keeps:
+        with pytest.raises(WeightsLostError):
+            cluster.engine.generate(PROMPTS, SAMPLING)
+        cluster.sync(version=2)
+    assert_complete(cluster.engine.generate(PROMPTS, SAMPLING), weight_version=2)
+
+
+def test_generation_goes_on_where_it_was_when_the_weights_are_back(stack, tmp_path):
+    cluster = Cluster(stack, tmp_path, num_servers=1, concurrency=1)
+    cluster.sync()
+    fake = cluster.fakes[0]
+
+    def forget(number, request, chunks):
+        if number == 7:
+            fake.version = "default"
+            return fake.chunks(request, number)
+        return chunks
+
+    fake.misbehave = forget
+    with pytest.raises(WeightsLostError):
+        cluster.engine.generate(PROMPTS, SAMPLING)
+    done = len([body for body in fake.generations() if body.get("stream")])
+    cluster.sync()
+    assert_complete(cluster.engine.generate(PROMPTS, SAMPLING))
+    assert len([body for body in fake.generations() if body.get("stream")]) == 12 + 1
+    assert done < 12
+
+
+def test_two_trainers_on_one_server_are_noticed_and_their_rollouts_generated_anew(stack, tmp_path):
+    cluster = Cluster(stack, tmp_path, num_servers=2)
+    cluster.sync()
+    cluster.fakes[0].version = "another-run/0"
+    assert_complete(cluster.engine.generate(PROMPTS, SAMPLING))
+    assert cluster.engine.take_metrics()["rollout/num_wrong_version"] >= 1
+    assert [server.url for server in cluster.pool.up("run/0")] == [cluster.fakes[1].url]
+
+
+def test_rollouts_of_other_weights_are_dropped_where_configured(stack, tmp_path):
+    cluster = Cluster(stack, tmp_path, num_servers=2, concurrency=1, drop_wrong_version=True)
+    cluster.sync()
+    cluster.fakes[0].version = "another-run/0"
+    rollouts = cluster.engine.generate(PROMPTS, SAMPLING)
+    metrics = cluster.engine.take_metrics()
+    assert metrics["rollout/num_dropped"] == metrics["rollout/num_wrong_version"] == 1
+    assert len(rollouts) == 11
+
+
+def test_a_prompt_that_keeps_failing_is_set_aside_with_its_error_and_the_others_are_not(stack, tmp_path):
+    cluster = Cluster(stack, tmp_path, attempts=3)
+    cluster.sync()
+
+    def fail_on_one(number, request, chunks):
+        if request["input_ids"] == list(PROMPTS[2].prompt_ids):
+            chunks[1]["output_ids"][0] = VOCAB_SIZE + 5
+        return chunks
+
+    for fake in cluster.fakes:
+        fake.misbehave = fail_on_one
+    rollouts = cluster.engine.generate(PROMPTS, SAMPLING)
+    assert_complete(rollouts, [prompt for prompt in PROMPTS if prompt is not PROMPTS[2]])
+    entries = [json.loads(line) for line in cluster.set_aside_path.read_text().splitlines()]
+    assert sorted((entry["prompt_index"], entry["sample_index"]) for entry in entries) == [(20, 0), (20, 1)]
+    assert all(entry["num_attempts"] == 3 and "below 307" in entry["error"] for entry in entries)
+    assert all(entry["prompt_text"] == "prompt 2" for entry in entries)
+    assert cluster.engine.take_metrics()["rollout/num_set_aside"] == 2
+
+
+def test_http_500_now_and_then_costs_nothing_but_time(stack, tmp_path):
+    cluster = Cluster(stack, tmp_path, attempts=8)
+    cluster.sync()
+
+    def sometimes(number, request, chunks):
+        if number % 3 == 0:
+            raise StatusError(500)
+        return chunks
+
+    for fake in cluster.fakes:
+        fake.misbehave = sometimes
+    assert_complete(cluster.engine.generate(PROMPTS, SAMPLING))
+
+
+def test_a_response_that_the_server_aborted_is_generated_anew(stack, tmp_path):
+    cluster = Cluster(stack, tmp_path, num_servers=1)
+    cluster.sync()
+
+    def abort_first(number, request, chunks):
+        if number == 1:
+            chunks[1]["meta_info"]["finish_reason"] = {"type": "abort", "message": "paused"}
+        return chunks
+
+    cluster.fakes[0].misbehave = abort_first
+    assert_complete(cluster.engine.generate(PROMPTS, SAMPLING))
+
+
+def test_a_stop_at_an_id_that_is_not_ours_is_refused(stack, tmp_path):
+    cluster = Cluster(stack, tmp_path, num_servers=1, attempts=1)
+    cluster.sync()
+
+    def stop(number, request, chunks):
+        chunks[1]["meta_info"]["finish_reason"] = {"type": "stop", "matched": 8}
+        return chunks
+
+    cluster.fakes[0].misbehave = stop
+    assert cluster.engine.generate(PROMPTS[:1], SAMPLING) == []
+    assert "eos_token_id" in cluster.set_aside_path.read_text()
+
+
+def test_all_servers_gone_is_a_clear_error_within_the_limit(stack, tmp_path):
+    cluster = Cluster(stack, tmp_path)
+    cluster.sync()
+    for fake in cluster.fakes:
+        fake.stop()
+    with pytest.raises(ServersLostError, match="none of the 2 servers came back within 1 s"):
+        cluster.engine.generate(PROMPTS, SAMPLING)
+    wait_until(lambda: not cluster.pool.up())
+    with pytest.raises(ServersLostError):
+        cluster.sync(version=1)
+
+
+def test_a_server_of_another_model_is_refused_at_the_start(tmp_path):
+    with FakeSGLang(model_type="qwen2") as fake:
+        pool = ServerPool(
+            [PooledServer(lambda url: SGLangClient(url, vocab_size=VOCAB_SIZE, timeouts=FAST), url=fake.url)],
+            PoolSettings(),
+            model_type="llama",
+        )
+        with pytest.raises(ServerMismatchError, match="qwen2"):
+            SGLangEngine(pool, VersionTransport(), EngineSettings("run", 3, tmp_path / "x"))
+
+
+def test_the_probe_asks_every_server_that_holds_the_weights(stack, tmp_path):
+    cluster = Cluster(stack, tmp_path, num_servers=3)
+    cluster.sync()
+    cluster.fakes[1].whole = lambda body: FakeSGLang.whole(cluster.fakes[1], {"input_ids": [1, 2]})
+    cluster.engine.distrust(cluster.fakes[2].url)
+    assert cluster.engine.input_logprobs([7, 8, 9]) == {cluster.fakes[0].url: [-2.0, -2.0]}
+    assert [server.url for server in cluster.pool.up("run/0")] == [cluster.fakes[0].url]
+
+
+def test_one_batch_ahead_is_taken_once_and_raises_what_its_generation_raised(stack, tmp_path):
+    cluster = Cluster(stack, tmp_path)
+    cluster.sync()
+    ahead = AheadGenerator(cluster.engine)
+    stack.callback(ahead.close)
+    ahead.start(PROMPTS, SAMPLING)
+    ahead.wait()
+    sent = sum(len(fake.generations()) for fake in cluster.fakes)
+    assert_complete(ahead.take(PROMPTS, SAMPLING))
+    assert sum(len(fake.generations()) for fake in cluster.fakes) == sent
+    for fake in cluster.fakes:
+        fake.stop()
+    ahead.start(PROMPTS, SAMPLING)
+    ahead.wait()
+    with pytest.raises(ServersLostError):
+        ahead.take(PROMPTS, SAMPLING)
+
+
+def test_a_long_batch_says_how_far_it_is(caplog):
+    caplog.set_level("INFO")
+    clock = ProgressClock(8, every_seconds=0.0)
+    clock.note((0, 0), 64, 0)
+    clock.note((1, 0), 10, 1)
+    assert "1 of 8 responses, 74 tokens" in caplog.text
