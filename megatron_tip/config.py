@@ -214,6 +214,44 @@ class OutputConfig(Section):
     """Write each step's rollouts to rollouts/, readable by the replay engine."""
 
 
+class TrackingConfig(Section):
+    """Where the run's numbers go besides metrics.jsonl, which is always written. No tracker's failure ends a run."""
+
+    wandb: Literal["disabled", "offline", "online"] = "disabled"
+    """Weights & Biases; offline: files under wandb/ in the run's folder, which `wandb sync` uploads later."""
+    wandb_project: str = "megatron-tip"
+    """Project of the run."""
+    wandb_entity: str = ""
+    """User or team; empty: the account's default."""
+    wandb_name: str = ""
+    """Name of the run; empty: that of the run's folder."""
+    wandb_tags: tuple[str, ...] = ()
+    """Tags of the run."""
+    wandb_artifact: bool = False
+    """Store the exported student (hf/) as an artifact at the end."""
+    tensorboard: bool = False
+    """Write event files for TensorBoard to tensorboard/ in the run's folder."""
+    view_every_steps: int = Field(default=0, ge=0)
+    """Every so many steps, show responses with the selected tokens coloured and the tokens' quadrants, in views/ of the
+    run's folder and in every tracker; 0: never."""
+    view_samples: int = Field(default=4, ge=1)
+    """Responses in such a view."""
+    view_points: int = Field(default=2000, ge=1)
+    """Tokens in such a view's scatter of quadrants."""
+
+
+class MonitoringConfig(Section):
+    """What is measured of the machine."""
+
+    every_seconds: float = Field(default=5.0, ge=0)
+    """Sample GPU and host so often, in a thread; each step is given at least one sample. 0: no monitoring."""
+    peak_tflops: float = Field(default=0.0, ge=0)
+    """Dense bfloat16 TFLOP/s of one worker's device, for model FLOPs utilisation; 0: known by the GPU's name, else
+    utilisation is left out."""
+    trace: bool = False
+    """Write trace.json, a time line of every worker's phases for Perfetto (ui.perfetto.dev)."""
+
+
 class Config(Section):
     """A complete run."""
 
@@ -228,3 +266,5 @@ class Config(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig
     output: OutputConfig = OutputConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    monitoring: MonitoringConfig = MonitoringConfig()

@@ -1,6 +1,7 @@
 """The folder that a run leaves: created and checked before anything starts, every file written whole or not at all.
 
     config.toml  metrics.jsonl  samples.jsonl  summary.json  report.png  rollouts/  checkpoint/  hf/
+    views/  wandb/  tensorboard/  trace/  trace.json    where [tracking] or [monitoring] asks for them
 
 `summary.json` is written last: its presence says that the run finished.
 """
@@ -88,6 +89,10 @@ class RunFolder:
     @property
     def checkpoint(self) -> Path:
         return self.path / "checkpoint"
+
+    @property
+    def trace(self) -> Path:
+        return self.path / "trace"
 
     @property
     def hf(self) -> Path:

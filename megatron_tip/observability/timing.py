@@ -12,13 +12,19 @@ class PhaseTimer:
 
     On a GPU, with `synchronize`, the device is waited for before each reading of the clock: work is asynchronous, and
     without it a phase is charged for what an earlier one started. A phase entered twice in a step adds up.
-    `on_enter` is told the name of each phase as it begins.
+    `on_enter` is told the name of each phase as it begins; `on_exit` its name, start (time.perf_counter) and seconds.
     """
 
     def __init__(
-        self, device: torch.device, *, synchronize: bool = True, on_enter: Callable[[str], None] | None = None
+        self,
+        device: torch.device,
+        *,
+        synchronize: bool = True,
+        on_enter: Callable[[str], None] | None = None,
+        on_exit: Callable[[str, float, float], None] | None = None,
     ) -> None:
         self._on_enter = on_enter or (lambda _: None)
+        self._on_exit = on_exit or (lambda *_: None)
         self._synchronizes = synchronize and device.type == "cuda"
         self._device = device
         self._start = time.perf_counter()
@@ -36,6 +42,7 @@ class PhaseTimer:
             seconds = self._now() - start
             self._step[name] = self._step.get(name, 0.0) + seconds
             self._total[name] = self._total.get(name, 0.0) + seconds
+            self._on_exit(name, start, seconds)
 
     def step_metrics(self) -> dict[str, float]:
         """Returns {"time/<phase>_seconds": seconds} since the last call, and begins a new step."""

@@ -21,6 +21,7 @@ from megatron_tip.parallel.distributed import destroy_distributed, init_distribu
 from megatron_tip.parallel.environment import available_threads
 from megatron_tip.records import Rollout
 from megatron_tip.training.heldout import measure_heldout
+from megatron_tip.training.observers import RunObservers
 from megatron_tip.training.plan import RunPlan, plan_run
 from megatron_tip.training.recorder import RunRecorder
 from megatron_tip.training.run import TrainingRun
@@ -53,22 +54,25 @@ def train(config: Config) -> None:
     folder = RunFolder.create(config.run.folder)
     worker = init_distributed()
     display = ProgressDisplay(config.training.steps, enabled=rank == 0)
-    timer = PhaseTimer(worker.device, on_enter=display.show_phase)
+    observers = RunObservers(config, plan, folder, worker)
+    timer = PhaseTimer(worker.device, on_enter=display.show_phase, on_exit=observers.on_phase)
     run = build_run(config, plan, worker, timer, num_threads=config.run.threads or available_threads())
     if rank == 0:
         shutil.rmtree(folder.rollouts, ignore_errors=True)  # of a run in this folder that did not finish
         folder.write_config(config)
-    with RunRecorder(folder, display, writes=rank == 0) as recorder:
-        before, after = run_steps(run, recorder)
-    write_models(run, plan, folder)
-    summary = summarise(run, recorder, before, after)
-    if rank == 0:
-        folder.write_samples(samples_of(run, plan, before, after))
-        write_report(folder)
-        folder.write_summary(summary)
-        if before.rollouts:
-            logger.info("held-out reverse KL %.3f -> %.3f nats a token", before.reverse_kl, after.reverse_kl)
-        logger.info("done in %.0f s; see %s", summary["seconds"]["total"], folder.report)
+    with observers:
+        with RunRecorder(folder, display, observers, writes=rank == 0) as recorder:
+            before, after = run_steps(run, recorder)
+        write_models(run, plan, folder)
+        summary = summarise(run, recorder, before, after)
+        if rank == 0:
+            folder.write_samples(samples_of(run, plan, before, after))
+            write_report(folder)
+            observers.finish_run()
+            folder.write_summary(summary)
+            if before.rollouts:
+                logger.info("held-out reverse KL %.3f -> %.3f nats a token", before.reverse_kl, after.reverse_kl)
+            logger.info("done in %.0f s; see %s", summary["seconds"]["total"], folder.report)
     destroy_distributed()
 
 
@@ -87,7 +91,7 @@ def run_steps(run: TrainingRun, recorder: RunRecorder) -> tuple[Heldout, Heldout
         if step == num_steps or (every and step % every == 0):
             after = _measure(run, recorder, step, metrics)
         else:
-            recorder.record(step, metrics | run.timer.step_metrics())
+            recorder.record(step, metrics | run.timer.step_metrics(), run.views.latest)
     return before, after
 
 
@@ -103,11 +107,12 @@ def _prompt_metrics(run: TrainingRun) -> dict[str, float]:
 
 def _measure(run: TrainingRun, recorder: RunRecorder, step: int, metrics: dict[str, float]) -> Heldout:
     if not run.config.heldout.num_prompts:
-        recorder.record(step, metrics | run.timer.step_metrics())
+        recorder.record(step, metrics | run.timer.step_metrics(), run.views.latest)
         return Heldout(float("nan"), [])
     with run.timer.phase("heldout"):
         heldout = Heldout(*measure_heldout(run, step))
-    recorder.record(step, metrics | {"heldout/reverse_kl": heldout.reverse_kl} | run.timer.step_metrics())
+    metrics = metrics | {"heldout/reverse_kl": heldout.reverse_kl} | run.timer.step_metrics()
+    recorder.record(step, metrics, run.views.latest)
     return heldout
 
 

@@ -11,6 +11,7 @@ from megatron_tip.config import Config
 from megatron_tip.conversion.safetensors_io import HfCheckpoint
 from megatron_tip.errors import ConfigError
 from megatron_tip.models.layout import check_layout
+from megatron_tip.observability.trackers import check_trackers
 from megatron_tip.parallel.grid import ModelGrid
 from megatron_tip.selection import Selector
 from megatron_tip.vocab_parallel import padded_vocab_size
@@ -45,6 +46,7 @@ def plan_run(config: Config, world_size: int) -> RunPlan:
         ConfigError: layouts, lengths, schedule, rule, tokenizers or vocabularies that cannot run.
         WeightsError: a model directory that is incomplete or not supported.
     """
+    check_trackers(config.tracking)
     student = HfCheckpoint(config.model.path, config.model.drop_layers)
     teacher = HfCheckpoint(config.teacher.path)
     student_grid = _grid_of(config.model, student, world_size, owner="student")

@@ -15,6 +15,7 @@ from megatron_tip.rollout.engine import RolloutEngine, SamplingParams
 from megatron_tip.rollout.prompts import PromptSource
 from megatron_tip.rollout.step_batch import StepBatch
 from megatron_tip.selection import Selector
+from megatron_tip.training.token_views import TokenViews
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class TrainingRun:
     prompts: PromptSource | None
     engine: RolloutEngine | None
     timer: PhaseTimer
+    views: TokenViews
 
     def batch_of(self, rollouts: Sequence[Rollout]) -> StepBatch:
         """The rollouts in micro-batches over the student's replicas."""

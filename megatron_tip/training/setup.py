@@ -17,6 +17,7 @@ from megatron_tip.rollout.prompts import PromptSource, load_prompts
 from megatron_tip.rollout.replay_engine import ReplayEngine
 from megatron_tip.training.plan import RunPlan
 from megatron_tip.training.run import TrainingRun
+from megatron_tip.training.token_views import TokenViews
 from megatron_tip.vocab_parallel import padded_vocab_size
 
 
@@ -49,6 +50,7 @@ def build_run(config: Config, plan: RunPlan, worker: Worker, timer: PhaseTimer, 
         prompts=_prompts(config, plan) if worker.rank == 0 else None,
         engine=_engine(config, plan, worker, num_threads) if worker.rank == 0 else None,
         timer=timer,
+        views=TokenViews(config.tracking, plan.tokenizer, student_groups),
     )
 
 

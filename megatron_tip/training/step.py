@@ -62,6 +62,7 @@ def train_step(run: TrainingRun, step: int) -> dict[str, float]:
         statistics = score_tokens(run, batch, teacher_rows) if run.selector.required_statistics else None
     with timer.phase("select"):
         supervision = select_tokens(run, batch, statistics, step)
+    run.views.capture(step, batch, statistics, supervision.selection)
     with timer.phase("train"):
         loss = accumulate_gradients(run, supervision, teacher_rows)
         metrics |= supervision_metrics(

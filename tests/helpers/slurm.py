@@ -1,5 +1,6 @@
 """A real two-node SLURM on this machine: munged, slurmctld and two slurmd, all of their state in one folder."""
 
+import contextlib
 import getpass
 import os
 import secrets
@@ -155,7 +156,9 @@ class Job:
         deadline = time.monotonic() + timeout_seconds
         while (state := self.fact("JobState")) not in states:
             ended = state in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY")
-            assert not ended and time.monotonic() < deadline, f"job {self.name} is {state}:\n{self.log()}"
+            told = f"job {self.name} is {state}:\n{self.log()}"
+            assert not ended, told
+            assert time.monotonic() < deadline, told
             time.sleep(0.2)
         return state
 
@@ -180,7 +183,5 @@ def _free_ports(count: int) -> list[int]:
 
 
 def _kill(pid: int, number: signal.Signals) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
-    except ProcessLookupError:
-        pass
