@@ -16,6 +16,7 @@ from megatron_tip.observability.run_folder import RunFolder
 from megatron_tip.observability.token_view import TokenView, ViewedResponse
 from megatron_tip.observability.trackers import MAX_FAILURES, Trackers, check_trackers, make_trackers
 from megatron_tip.observability.wandb_tracker import wandb  # first: it sets wandb's environment
+from tests.helpers.processes import wait_until
 from tests.helpers.training import Layout, make_config
 
 wandb_internal_pb2 = wandb.proto.wandb_internal_pb2
@@ -40,6 +41,12 @@ def started(config: Config, identities: dict[str, str]) -> Trackers:
 
 
 def records_of(path: Path) -> list[wandb_internal_pb2.Record]:
+    """What the file of a finished run holds. Offline, `finish` may return a moment before W&B's process wrote it."""
+    wait_until(lambda: any(record.WhichOneof("record_type") == "exit" for record in scanned(path)))
+    return scanned(path)
+
+
+def scanned(path: Path) -> list[wandb_internal_pb2.Record]:
     """What a .wandb file holds, read with W&B's own reader."""
     from wandb.sdk.internal.datastore import DataStore
 
