@@ -59,6 +59,13 @@ def train(
         ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, print the resolved configuration, stop.")] = False,
+    world_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="With --dry-run: check for so many GPUs elsewhere; needs neither weights nor prompts."
+        ),
+    ] = None,
+    gpu_memory: Annotated[float, typer.Option(help="With --world-size: GiB of each of those GPUs.")] = 80.0,
 ) -> None:
     """Distil a teacher into a student.
 
@@ -69,6 +76,9 @@ def train(
         joins = is_worker(os.environ) and not dry_run
         if joins:
             run_worker(lambda: _train(config), threads=config.run.threads)
+            return
+        if dry_run and world_size:
+            _dry_run(config, world_size, gpu_memory)
             return
         num_workers = nproc or _default_num_workers(config)
         _check(config, num_workers)
@@ -84,6 +94,42 @@ def train(
             screen.show_cursor()
             screen.line()
         _fail(outcome.message, exit_code=outcome.exit_code)
+
+
+@app.command()
+def submit(
+    config_path: Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="The run, as for train.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="section.key=value")] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes of the job.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="Workers a node; slurm/site.sh may say it too.")] = 8,
+    gpu_memory: Annotated[float, typer.Option(help="GiB of each GPU, for the check.")] = 80.0,
+    script: Annotated[str, typer.Option(help="train, train_disaggregated or sweep.")] = "train",
+    sbatch: Annotated[
+        list[str] | None, typer.Option(help="An option of sbatch, as --sbatch=--qos=high; repeats.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, print the command, stop.")] = False,
+) -> None:
+    """Check a configuration for so many nodes and submit it to SLURM.
+
+    Site values are those of slurm/site.sh, options of the command line win.
+    """
+    from megatron_tip.commands.submit import Submission, site_values
+    from megatron_tip.commands.submit import submit as submit_job
+
+    with _errors_reported():
+        config = load_config(config_path, overrides or [])
+        tasks = int(site_values(os.environ)["TIP_TASKS_PER_NODE"] or gpus_per_node)
+        _dry_run(config, nodes * tasks, gpu_memory, shows_config=False)
+        submission = Submission(config_path, overrides or [], nodes=nodes, script=script, options=sbatch or [])
+        typer.echo(submit_job(submission, config, dry_run=dry_run))
+
+
+def _dry_run(config: Config, world_size: int, gpu_memory: float, *, shows_config: bool = True) -> None:
+    from megatron_tip.training.dry_run import dry_run  # imports torch and transformers, not Megatron
+
+    sys.stderr.write(dry_run(config, world_size, gpu_memory_gib=gpu_memory).report(gpu_memory) + "\n")
+    if shows_config:
+        typer.echo(dump_config(config), nl=False)
 
 
 def _check(config: Config, num_workers: int) -> None:

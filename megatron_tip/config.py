@@ -54,6 +54,9 @@ class TeacherConfig(Section):
 
     path: Path
     """Hugging Face directory; its tokenizer must be the student's."""
+    special_tokens: Literal["same", "may_differ"] = "same"
+    """may_differ: the teacher's special tokens may have other names and meanings, as long as all text tokens are the
+    student's; it reads the student's ids as its own. TA-OPD's pair of DeepSeek-R1-Distill-Qwen and Qwen2.5 needs it."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of weights and activations; auto: bfloat16 on a GPU, float32 on a CPU."""
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from megatron_tip.config import Config
+from megatron_tip.conversion.architecture import ModelArchitecture
 from megatron_tip.conversion.safetensors_io import HfCheckpoint
 from megatron_tip.errors import ConfigError
 from megatron_tip.models.layout import check_layout
@@ -49,12 +50,13 @@ def plan_run(config: Config, world_size: int) -> RunPlan:
     check_trackers(config.tracking)
     student = HfCheckpoint(config.model.path, config.model.drop_layers)
     teacher = HfCheckpoint(config.teacher.path)
-    student_grid = _grid_of(config.model, student, world_size, owner="student")
-    teacher_grid = _grid_of(config.teacher, teacher, world_size, owner="teacher")
-    _check_lengths(config, student, teacher)
-    tokenizer = _shared_tokenizer(config.model.path, config.teacher.path)
+    student_grid, teacher_grid = plan_grids(config, student.architecture, teacher.architecture, world_size)
+    check_settings(config, student.architecture, teacher.architecture)
+    check_paths(config)
+    tokenizer = _shared_tokenizer(config)
     sizes = (student.architecture.vocab_size, teacher.architecture.vocab_size)
-    _check_vocabulary(tokenizer, sizes)
+    vocabulary: dict[str, int] = tokenizer.get_vocab()
+    check_vocabulary(max(vocabulary.values()), sizes)
     stop_token_ids = stop_ids(config.model.path, tokenizer)
     return RunPlan(
         student=student,
@@ -62,7 +64,7 @@ def plan_run(config: Config, world_size: int) -> RunPlan:
         student_grid=student_grid,
         teacher_grid=teacher_grid,
         tokenizer=tokenizer,
-        selector=_selector(config),
+        selector=make_selector(config),
         vocab_size=min(sizes),
         padded_vocab_size=padded_vocab_size(max(sizes), student_grid.tp_size),
         pad_token_id=stop_token_ids[0],  # any id of the vocabulary: padding lies behind what is read
@@ -88,16 +90,23 @@ def stop_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...
     return tuple(sorted(ids))
 
 
-def _grid_of(model, checkpoint: HfCheckpoint, world_size: int, *, owner: str) -> ModelGrid:
-    tp_size, pp_size = model.tensor_parallel_size, model.pipeline_parallel_size
-    check_layout(checkpoint.architecture, tp_size=tp_size, pp_size=pp_size, owner=owner)
-    return ModelGrid.over(world_size, tp_size=tp_size, pp_size=pp_size, owner=owner)
+def plan_grids(
+    config: Config, student: ModelArchitecture, teacher: ModelArchitecture, world_size: int
+) -> tuple[ModelGrid, ModelGrid]:
+    """Returns the grids of student and teacher over `world_size` ranks; raises ConfigError for one that cannot be."""
+    grids = []
+    for owner, model, architecture in (("student", config.model, student), ("teacher", config.teacher, teacher)):
+        tp_size, pp_size = model.tensor_parallel_size, model.pipeline_parallel_size
+        check_layout(architecture, tp_size=tp_size, pp_size=pp_size, owner=owner)
+        grids.append(ModelGrid.over(world_size, tp_size=tp_size, pp_size=pp_size, owner=owner))
+    return grids[0], grids[1]
 
 
-def _check_lengths(config: Config, student: HfCheckpoint, teacher: HfCheckpoint) -> None:
+def check_settings(config: Config, student: ModelArchitecture, teacher: ModelArchitecture) -> None:
+    """Refuses lengths, schedules and samplings that do not fit together or the models. Reads no files."""
     longest = config.prompts.max_prompt_tokens + config.rollout.max_response_tokens
-    for owner, checkpoint in (("student", student), ("teacher", teacher)):
-        limit = checkpoint.architecture.max_position_embeddings
+    for owner, architecture in (("student", student), ("teacher", teacher)):
+        limit = architecture.max_position_embeddings
         if longest > limit:
             raise ConfigError(
                 f"prompts.max_prompt_tokens + rollout.max_response_tokens: expected at most the {owner}'s "
@@ -119,26 +128,37 @@ def _check_lengths(config: Config, student: HfCheckpoint, teacher: HfCheckpoint)
             f"got {rollout.temperature}, {temperature} and {rollout.top_p}; its mean is the reverse KL only over "
             "tokens drawn from the student's own distribution"
         )
-    for name, path in (("prompts.path", config.prompts.path), ("rollout.replay_folder", rollout.replay_folder)):
-        if path is not None and not path.exists():
-            raise ConfigError(f"{name}: expected an existing path, got {path}")
     if config.model.sequence_parallel and config.model.tensor_parallel_size == 1:
         raise ConfigError("model.sequence_parallel: expected model.tensor_parallel_size above 1, got 1; turn it off")
 
 
-def _shared_tokenizer(student: Path, teacher: Path) -> PreTrainedTokenizerBase:
+def check_paths(config: Config) -> None:
+    """Refuses prompts or rollouts that are not there."""
+    for name, path in (("prompts.path", config.prompts.path), ("rollout.replay_folder", config.rollout.replay_folder)):
+        if path is not None and not path.exists():
+            raise ConfigError(f"{name}: expected an existing path, got {path}")
+
+
+def _shared_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     """The student's tokenizer, which must map every token to the same id as the teacher's."""
+    student, teacher = config.model.path, config.teacher.path
     tokenizers = [_tokenizer(folder) for folder in (student, teacher)]
-    vocabularies: list[dict[str, int]] = [tokenizer.get_vocab() for tokenizer in tokenizers]
+    vocabularies = [_compared_tokens(tokenizer, config.teacher.special_tokens) for tokenizer in tokenizers]
     if vocabularies[0] != vocabularies[1]:
         different = sorted(set(vocabularies[0].items()) ^ set(vocabularies[1].items()), key=lambda item: item[1])
         example, place = different[0]
         raise ConfigError(
             f"teacher.path: expected the student's tokenizer ({student}), got another one in {teacher}: "
             f"{len(different)} entries differ, for example {example!r} at id {place}; distillation compares "
-            "probabilities id by id, so both models must share one tokenizer"
+            "probabilities id by id, so both models must share one tokenizer (teacher.special_tokens says what of it)"
         )
     return tokenizers[0]
+
+
+def _compared_tokens(tokenizer: PreTrainedTokenizerBase, special_tokens: str) -> dict[str, int]:
+    vocabulary: dict[str, int] = tokenizer.get_vocab()
+    added: dict[str, int] = tokenizer.get_added_vocab() if special_tokens == "may_differ" else {}
+    return {token: place for token, place in vocabulary.items() if token not in added}
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -148,8 +168,8 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise ConfigError(f"{folder}: expected a tokenizer that transformers can load, got: {error}") from error
 
 
-def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, sizes: Sequence[int]) -> None:
-    largest = max(tokenizer.get_vocab().values())
+def check_vocabulary(largest: int, sizes: Sequence[int]) -> None:
+    """Refuses models of `sizes` embeddings for a tokenizer whose largest id is `largest`."""
     if largest >= min(sizes):
         raise ConfigError(
             f"vocabulary: expected embeddings for all token ids up to {largest} in both models, got {sizes[0]} rows in "
@@ -157,7 +177,8 @@ def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, sizes: Sequence[int]) 
         )
 
 
-def _selector(config: Config) -> Selector:
+def make_selector(config: Config) -> Selector:
+    """Returns the selector that the configuration describes; raises ConfigError for one that cannot be."""
     selection = config.selection
     return Selector(
         rule=selection.rule,

@@ -19,6 +19,7 @@ LAYERS = [
     {"conversion", "models", "rollout"},
     {"evaluation", "diagnostics"},
     {"training"},
+    {"commands"},
     {"cli", "tools"},
 ]
 RANK = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}
