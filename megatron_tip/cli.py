@@ -1,6 +1,5 @@
 """The command `megatron-tip`."""
 
-import math
 import os
 import sys
 from collections.abc import Iterator
@@ -124,6 +123,28 @@ def submit(
         typer.echo(submit_job(submission, config, dry_run=dry_run))
 
 
+@app.command()
+def doctor(
+    config_path: Annotated[Path | None, typer.Argument(metavar="[CONFIG.toml]", help="A run to examine for.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="section.key=value")] = None,
+    world_size: Annotated[
+        int | None, typer.Option(min=1, help="Check the run for so many GPUs elsewhere; weights may be missing here.")
+    ] = None,
+) -> None:
+    """Say what is installed, what a run would use here, and what is missing, with the command that mends it.
+
+    Exit code 1 if something is missing that the run cannot do without.
+    """
+    from megatron_tip.commands.doctor import examine
+
+    with _errors_reported():
+        config = load_config(config_path, overrides or []) if config_path else None
+        findings = examine(config, world_size=world_size)
+        typer.echo("\n".join(finding.line() for finding in findings))
+        if any(finding.state == "missing" for finding in findings):
+            raise SystemExit(1)
+
+
 def _dry_run(config: Config, world_size: int, gpu_memory: float, *, shows_config: bool = True) -> None:
     from megatron_tip.training.dry_run import dry_run  # imports torch and transformers, not Megatron
 
@@ -146,15 +167,9 @@ def _train(config: Config) -> None:
 
 
 def _default_num_workers(config: Config) -> int:
-    import torch  # after the configuration has been read: a wrong key is reported before torch's seconds
+    from megatron_tip.training.plan import default_num_workers  # a wrong key is reported before torch's seconds
 
-    if torch.cuda.is_available():
-        return torch.cuda.device_count()
-    student, teacher = config.model, config.teacher
-    return math.lcm(
-        student.tensor_parallel_size * student.pipeline_parallel_size,
-        teacher.tensor_parallel_size * teacher.pipeline_parallel_size,
-    )
+    return default_num_workers(config)
 
 
 @contextmanager

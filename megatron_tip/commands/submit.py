@@ -39,7 +39,7 @@ def sbatch_command(submission: Submission, config: Config) -> list[str]:
         known = sorted(path.stem for path in script.parent.glob("*.sbatch"))
         raise ConfigError(
             f"--script: expected one of {', '.join(known) or 'the scripts of a clone of the repository'}, got "
-            f"{submission.script} (looked in {script.parent}); install the package from a clone: pip install --editable ."
+            f"{submission.script} in {script.parent}; install the package from a clone: pip install --editable ."
         )
     site = site_values(submission.environ)
     folder = config.run.folder.absolute()

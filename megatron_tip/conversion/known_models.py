@@ -41,6 +41,7 @@ class KnownModel:
 _QWEN3_TOKENS = KnownTokenizer("qwen3", 151_668, "qwen2")
 _QWEN25_TOKENS = KnownTokenizer("qwen2.5", 151_664, "qwen2")
 _R1_QWEN_TOKENS = KnownTokenizer("deepseek-r1-distill-qwen", 151_664, "qwen2")
+_SMOLLM2_TOKENS = KnownTokenizer("smollm2", 49_151, "smollm2")
 _LLAMA3_TOKENS = KnownTokenizer("llama3", 128_255, "llama3")
 
 
@@ -103,6 +104,18 @@ KNOWN_MODELS = {
         tokenizer=_R1_QWEN_TOKENS,
     ),
     "Llama-3.1-8B-Instruct": _llama3("Llama-3.1-8B-Instruct", (32, 4096, 14336, 32, 8, 128256, 131072), 8_030_261_248),
+    "SmolLM2-135M-Instruct": KnownModel(
+        "huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct, config.json",
+        _config(
+            "LlamaForCausalLM",
+            (30, 576, 1536, 9, 3, 49152, 8192),
+            rms_norm_eps=1e-5,
+            rope_theta=1e5,
+            tie_word_embeddings=True,
+        ),
+        _SMOLLM2_TOKENS,
+        134_515_008,
+    ),
     "Llama-3.3-70B-Instruct": _llama3(
         "Llama-3.3-70B-Instruct", (80, 8192, 28672, 64, 8, 128256, 131072), 70_553_706_496
     ),

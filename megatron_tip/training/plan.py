@@ -1,10 +1,12 @@
 """What a run will be, found and checked from files alone: before any process group or weight exists."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from megatron_tip.config import Config
@@ -90,6 +92,14 @@ def stop_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...
     return tuple(sorted(ids))
 
 
+def default_num_workers(config: Config) -> int:
+    """Returns how many workers to start on this machine: one a GPU; without a GPU the fewest that hold both models."""
+    if torch.cuda.is_available():
+        return torch.cuda.device_count()
+    models = (config.model, config.teacher)
+    return math.lcm(*(model.tensor_parallel_size * model.pipeline_parallel_size for model in models))
+
+
 def plan_grids(
     config: Config, student: ModelArchitecture, teacher: ModelArchitecture, world_size: int
 ) -> tuple[ModelGrid, ModelGrid]:
@@ -157,7 +167,9 @@ def _shared_tokenizer(config: Config) -> PreTrainedTokenizerBase:
 
 def _compared_tokens(tokenizer: PreTrainedTokenizerBase, special_tokens: str) -> dict[str, int]:
     vocabulary: dict[str, int] = tokenizer.get_vocab()
-    added: dict[str, int] = tokenizer.get_added_vocab() if special_tokens == "may_differ" else {}
+    if special_tokens == "same":
+        return vocabulary
+    added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
     return {token: place for token, place in vocabulary.items() if token not in added}
 
 
