@@ -73,7 +73,7 @@ def test_a_taken_port_is_told(models: Path, monkeypatch: pytest.MonkeyPatch):
 def test_exit_code_is_one_where_something_is_missing(tmp_path: Path):
     config = tmp_path / "run.toml"
     config.write_text(
-        '[run]\nfolder = "r"\n[model]\npath = "a"\n[teacher]\npath = "b"\n[prompts]\npath = "p"\n[training]\nsteps = 1\n'
+        'run.folder = "r"\nmodel.path = "a"\nteacher.path = "b"\nprompts.path = "p"\ntraining.steps = 1\n'
     )
     ended = RUNNER.invoke(app, ["doctor", str(config)])
     assert ended.exit_code == 1

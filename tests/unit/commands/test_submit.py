@@ -58,7 +58,7 @@ def test_another_site_file_is_read_by_bash(tmp_path: Path):
 
 def test_an_unknown_script_is_refused_with_the_known_ones(tmp_path: Path):
     submission = Submission(Path("a.toml"), script="tarin", environ=ENVIRON)
-    with pytest.raises(ConfigError, match="--script: expected one of convert, .*train, train_disaggregated, got tarin"):
+    with pytest.raises(ConfigError, match=r"--script: expected one of convert, .*train, train_disaggregated, got tarin"):
         sbatch_command(submission, make_config(tmp_path, Layout(1)))
 
 
@@ -70,7 +70,7 @@ def test_without_slurm_the_command_to_run_elsewhere_is_told(tmp_path: Path, monk
 
 def shell(script: str, **environ: str) -> subprocess.CompletedProcess[str]:
     """Runs `script` in bash with the library and the site's values loaded."""
-    prologue = (
+    prologue = f"set -euo pipefail; TIP_ROOT={ROOT}; source {SLURM}/lib.sh; source {SLURM}/site.sh; "
         f'set -euo pipefail; TIP_ROOT={ROOT}; source "$TIP_ROOT/slurm/lib.sh"; source "$TIP_ROOT/slurm/site.sh"; '
     )
     return subprocess.run(
@@ -100,7 +100,7 @@ def test_a_container_gets_image_mounts_and_the_repository():
 
 def test_network_settings_of_the_site_reach_the_tasks_and_the_caller_wins():
     site = {"TIP_NCCL_IB_HCA": "=mlx5_0,mlx5_1", "TIP_SOCKET_IFNAME": "bond0"}
-    script = 'tip_network; printf "%s\\n" "$NCCL_IB_HCA" "$NCCL_SOCKET_IFNAME" "$GLOO_SOCKET_IFNAME" "${NCCL_IB_GID_INDEX:-unset}"'
+    script = 'tip_network; echo "$NCCL_IB_HCA $NCCL_SOCKET_IFNAME $GLOO_SOCKET_IFNAME ${NCCL_IB_GID_INDEX:-unset}"'
     assert shell(script, **site).stdout.split() == ["=mlx5_0,mlx5_1", "bond0", "bond0", "unset"]
     assert shell(script, NCCL_IB_HCA="mlx5_9", **site).stdout.split()[0] == "mlx5_9"
 

@@ -1,4 +1,4 @@
-"""A configuration is checked for another machine without weights, and refused there for the reasons it would be here."""
+"""A configuration is checked for another machine without weights, and refused for the reasons it would be there."""
 
 from pathlib import Path
 from typing import Any
