@@ -17,8 +17,9 @@ from megatron_tip.config_io import dump_config, load_config, reference
 from megatron_tip.errors import ConfigError, InputError, MegatronTipError, WeightsError
 from megatron_tip.observability.logs import configure_logging
 from megatron_tip.observability.run_folder import RunFolder
-from megatron_tip.parallel.environment import is_worker
+from megatron_tip.parallel.environment import is_restarted, is_worker
 from megatron_tip.parallel.launch import run_worker, start_workers
+from megatron_tip.training.same_run import check_same_run
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -57,6 +58,14 @@ def train(
             "models. Ignored where torchrun or srun already started the workers.",
         ),
     ] = None,
+    fresh: Annotated[
+        bool,
+        typer.Option(
+            "--fresh",
+            help="Remove the unfinished run in run.folder and start anew; without it the run is continued. Ignored "
+            "where SLURM or torchrun starts the same job again.",
+        ),
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, print the resolved configuration, stop.")] = False,
     world_size: Annotated[
         int | None,
@@ -68,25 +77,35 @@ def train(
 ) -> None:
     """Distil a teacher into a student.
 
-    Starts the workers on this machine, or joins them where torchrun or srun already did.
+    Starts the workers on this machine, or joins them where torchrun or srun already did. An unfinished run in
+    run.folder is continued from its newest checkpoint.
+
+    Exit codes: 0 the run is finished; 2 the input is refused; 128 + n the command was ended by signal n; 75 a worker
+    was told to stop and has saved (a second signal: 128 + n, nothing saved); 1 any other error. Whatever the code, the
+    same command continues the run from its newest checkpoint.
     """
     with _errors_reported():
         config = load_config(config_path, overrides or [])
         joins = is_worker(os.environ) and not dry_run
         if joins:
-            run_worker(lambda: _train(config), threads=config.run.threads)
+            run_worker(lambda: _train(config, fresh=fresh and not is_restarted(os.environ)), threads=config.run.threads)
             return
         if dry_run and world_size:
             _dry_run(config, world_size, gpu_memory)
             return
         num_workers = nproc or _default_num_workers(config)
-        _check(config, num_workers)
+        _check(config, num_workers, fresh=fresh)
         if dry_run:
             typer.echo(dump_config(config), nl=False)
             return
         RunFolder.create(config.run.folder)
         command = [sys.executable, "-m", "megatron_tip.cli", "train", str(config_path), *(overrides or [])]
-        outcome = start_workers(command, num_workers, threads=config.run.threads)
+        outcome = start_workers(
+            command + ["--fresh"] * fresh,
+            num_workers,
+            threads=config.run.threads,
+            grace_seconds=config.fault.grace_seconds,
+        )
     if outcome.exit_code:
         screen = Console(stderr=True)
         if screen.is_terminal:  # a worker that was ended over its progress bar left the cursor hidden behind it
@@ -153,17 +172,19 @@ def _dry_run(config: Config, world_size: int, gpu_memory: float, *, shows_config
         typer.echo(dump_config(config), nl=False)
 
 
-def _check(config: Config, num_workers: int) -> None:
+def _check(config: Config, num_workers: int, *, fresh: bool) -> None:
     from megatron_tip.training.plan import plan_run  # imports torch and transformers, not Megatron
 
     plan_run(config, num_workers)
+    if not fresh:
+        check_same_run(config)
 
 
-def _train(config: Config) -> None:
+def _train(config: Config, *, fresh: bool) -> None:
     configure_logging(int(os.environ["RANK"]))
     from megatron_tip.training.loop import train as train_loop  # imports torch and Megatron: in the workers alone
 
-    train_loop(config)
+    train_loop(config, fresh=fresh)
 
 
 def _default_num_workers(config: Config) -> int:

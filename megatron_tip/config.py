@@ -206,6 +206,32 @@ class TrainingConfig(Section):
     """Padded tokens that go through the model together; a longer sequence makes a micro-batch of its own."""
 
 
+class CheckpointConfig(Section):
+    """What an interrupted run continues from, in checkpoints/: everything that the next step depends on."""
+
+    every_steps: int = Field(default=20, ge=0)
+    """Save after so many steps; 0: not for that reason."""
+    every_minutes: float = Field(default=0.0, ge=0)
+    """Save after the step that ends so long after the last save; 0: not for that reason."""
+    keep_last: int = Field(default=2, ge=1)
+    """Checkpoints that are kept; older ones are removed once a newer one is whole."""
+    keep_every_steps: int = Field(default=0, ge=0)
+    """Those of steps divisible by it are kept as well; 0: none."""
+    in_background: bool = True
+    """Copy what is saved to host memory and write it while training goes on; false: wait for the disk."""
+
+
+class FaultConfig(Section):
+    """What happens when something goes wrong."""
+
+    step_timeout_seconds: float = Field(default=1800.0, ge=0)
+    """A rank that finishes no step for so long writes its stacks to stacks/ and ends the run; 0: waits for ever."""
+    grace_seconds: float = Field(default=120.0, ge=0)
+    """Told to stop, `megatron-tip train` gives its workers so long to save before it ends them."""
+    max_skipped_steps: int = Field(default=3, ge=1)
+    """Steps in a row whose loss or gradient is not finite are skipped; after so many the run saves and ends."""
+
+
 class OutputConfig(Section):
     """What the run leaves besides metrics, samples and rollouts."""
 
@@ -268,6 +294,8 @@ class Config(Section):
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    fault: FaultConfig = FaultConfig()
     output: OutputConfig = OutputConfig()
     tracking: TrackingConfig = TrackingConfig()
     monitoring: MonitoringConfig = MonitoringConfig()

@@ -1,7 +1,7 @@
 """Where the time of a step goes."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -52,6 +52,12 @@ class PhaseTimer:
     def total_seconds(self) -> dict[str, float]:
         """Returns the seconds of every phase over the run, and under "total" the run's own since construction."""
         return {"total": self._now() - self._start, **self._total}
+
+    def resume(self, total_seconds: Mapping[str, float]) -> None:
+        """Goes on from what `total_seconds` returned in an earlier process."""
+        total = dict(total_seconds)
+        self._start = self._now() - total.pop("total")
+        self._total = total
 
     def _now(self) -> float:
         if self._synchronizes:

@@ -43,7 +43,7 @@ class FolderTracker:
     name = "views"
 
     def start(self, config: Config, folder: RunFolder, identity: str | None) -> str | None:
-        self._folder = folder.path / "views"
+        self._folder = folder.views
 
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         pass

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_tip.errors import PeerError
+from megatron_tip.errors import EngineError, PeerError
+from megatron_tip.parallel.stop import StopRequested
 from megatron_tip.records import Rollout
 from megatron_tip.rollout.engine import FINISH_REASONS
 
@@ -28,7 +30,9 @@ def broadcast_rollouts(
         device: where the travelling tensors lie; what the group's backend carries.
 
     Raises:
-        PeerError: on all ranks but the first, when `generate` raised; the first raises what `generate` did.
+        StopRequested: on all ranks, when `generate` was stopped by it.
+        PeerError: on all other ranks, when `generate` raised anything else, its `cause` "EngineError" for one of
+            those; the first rank raises what `generate` did.
     """
     source = dist.get_global_rank(group, 0) if group is not None else 0
 
@@ -43,7 +47,8 @@ def broadcast_rollouts(
         rollouts = list(generate())
         parts = _to_tensors(rollouts)
     except BaseException as error:  # also Ctrl-C: the other ranks wait in the first broadcast
-        message = torch.frombuffer(bytearray(f"{type(error).__name__}: {error}", "utf-8"), dtype=torch.uint8)
+        kind = EngineError.__name__ if isinstance(error, EngineError) else type(error).__name__
+        message = torch.frombuffer(bytearray(f"{kind}: {error}", "utf-8"), dtype=torch.uint8)
         sent(torch.tensor([-1, len(message), 0]))
         sent(message)
         raise
@@ -57,7 +62,10 @@ def _receive(sent: Callable[[Tensor], Tensor]) -> list[Rollout]:
     num_rollouts, num_ids, num_logprobs = sent(torch.zeros(3, dtype=torch.int64)).tolist()
     if num_rollouts < 0:
         message = bytes(sent(torch.zeros(num_ids, dtype=torch.uint8)).tolist()).decode()
-        raise PeerError(f"rollouts: the first process failed with {message}")
+        cause, _, text = message.partition(": ")
+        if cause == StopRequested.__name__:
+            raise StopRequested(signal.Signals[text])
+        raise PeerError(f"rollouts: the first process failed with {message}", cause=cause)
     table = sent(torch.zeros((num_rollouts, 6), dtype=torch.int64))
     ids = sent(torch.zeros(num_ids, dtype=torch.int64))
     logprobs = sent(torch.zeros(num_logprobs, dtype=torch.float64))

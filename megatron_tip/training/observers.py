@@ -30,7 +30,8 @@ class RunObservers:
             monitoring.peak_tflops or peak_tflops_of(worker.device),
         )
         self._monitor = Monitor(worker.device, monitoring.every_seconds) if monitoring.every_seconds else None
-        self._trace = TraceWriter(folder.trace, worker.rank) if monitoring.trace else None
+        self._rank = worker.rank
+        self._trace: TraceWriter | None = None
         self._trackers = make_trackers(config.tracking) if self._writes else Trackers([])
         self._stack = contextlib.ExitStack()
 
@@ -69,7 +70,8 @@ class RunObservers:
     def __enter__(self) -> Self:
         if self._monitor:
             self._stack.enter_context(self._monitor)
-        if self._trace:
+        if self._config.monitoring.trace:
+            self._trace = TraceWriter(self._folder.trace, self._rank)
             self._stack.callback(self._trace.close)
         return self
 

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Self
 
 from megatron_tip.observability.metrics import MetricsWriter
@@ -11,27 +12,56 @@ from megatron_tip.observability.token_view import TokenView
 from megatron_tip.training.observers import RunObservers
 
 
+@dataclass(frozen=True)
+class RecorderState:
+    """What a checkpoint holds of the recorder.
+
+    `step`: the last that was recorded. `tracker_ids`: by tracker, under which id this run goes on there.
+    """
+
+    step: int = 0
+    num_valid: int = 0
+    num_selected: int = 0
+    tracker_ids: dict[str, str] = field(default_factory=dict)
+
+
 class RunRecorder:
     """Writes metrics and shows progress on rank 0; keeps the totals on every rank. A context manager."""
 
-    def __init__(self, folder: RunFolder, display: ProgressDisplay, observers: RunObservers, *, writes: bool) -> None:
-        self.tracker_ids: dict[str, str] = {}
+    def __init__(
+        self,
+        folder: RunFolder,
+        display: ProgressDisplay,
+        observers: RunObservers,
+        *,
+        writes: bool,
+        resumed: RecorderState | None = None,
+    ) -> None:
+        """`resumed`: what `state` held in the process that this one continues; metrics of later steps are cut off."""
+        state = resumed or RecorderState()
         self._observers = observers
-        self.num_valid = 0
-        self.num_selected = 0
-        self._metrics = MetricsWriter(folder.metrics) if writes else None
+        self.num_valid = state.num_valid
+        self.num_selected = state.num_selected
+        self.tracker_ids = dict(state.tracker_ids)
+        self._step = state.step
+        self._metrics = MetricsWriter(folder.metrics, keep_until_step=resumed and resumed.step) if writes else None
         self._display = display
         self._stack = contextlib.ExitStack()
 
     def record(self, step: int, metrics: Mapping[str, float], view: TokenView | None = None) -> None:
         """Takes the metrics of `step`; step 0 is what was measured before the first. Collective over the world."""
         metrics = self._observers.extended(step, metrics)
+        self._step = step
         self.num_valid += int(metrics.get("selection/num_valid", 0))
         self.num_selected += int(metrics.get("selection/num_selected", 0))
         if self._metrics:
             self._metrics.write(step, metrics)
         self._display.finish_step(step, metrics)
         self._observers.log(step, metrics, view)
+
+    @property
+    def state(self) -> RecorderState:
+        return RecorderState(self._step, self.num_valid, self.num_selected, dict(self.tracker_ids))
 
     def __enter__(self) -> Self:
         if self._metrics:

@@ -1,7 +1,7 @@
 """Everything that a training run holds between steps."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -10,6 +10,7 @@ from megatron_tip.conversion.architecture import ModelArchitecture
 from megatron_tip.models.student import Student
 from megatron_tip.models.teacher import Teacher
 from megatron_tip.observability.timing import PhaseTimer
+from megatron_tip.parallel.stop import StopSignals
 from megatron_tip.records import Rollout
 from megatron_tip.rollout.engine import RolloutEngine, SamplingParams
 from megatron_tip.rollout.prompts import PromptSource
@@ -23,7 +24,7 @@ class TrainingRun:
     """What every rank of a run has.
 
     `architecture`: the student's, after dropped layers. `vocab_size`: the entries that student and teacher share.
-    `prompts`, `engine`: in the first process only; None elsewhere.
+    `prompts`, `engine`: in the first process only; None elsewhere. `stop`: what may end the run before its last step.
     """
 
     config: Config
@@ -39,6 +40,7 @@ class TrainingRun:
     engine: RolloutEngine | None
     timer: PhaseTimer
     views: TokenViews
+    stop: StopSignals = field(default_factory=StopSignals)
 
     def batch_of(self, rollouts: Sequence[Rollout]) -> StepBatch:
         """The rollouts in micro-batches over the student's replicas."""

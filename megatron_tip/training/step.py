@@ -1,5 +1,6 @@
-"""One training step as named stages: rollout, teacher, score, select, train, sync."""
+"""One training step as named stages: rollout, teacher, score, select, train."""
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_tip.errors import TrainingError
+from megatron_tip.errors import NotFiniteError, TrainingError
 from megatron_tip.observability.run_folder import RunFolder
 from megatron_tip.records import Prompt, Rollout, TokenIndex, TokenSelection, TokenStatistics
 from megatron_tip.rollout.broadcast import broadcast_rollouts
@@ -17,8 +18,15 @@ from megatron_tip.rollout.step_batch import StepBatch
 from megatron_tip.rollout.storage import write_rollouts
 from megatron_tip.training.metrics import rollout_metrics, supervision_metrics
 from megatron_tip.training.run import TrainingRun
-from megatron_tip.training.weight_sync import sync_weights
 from megatron_tip.vocab_parallel import divergence_loss, token_statistics
+
+logger = logging.getLogger(__name__)
+
+SKIPPED_NOT_FINITE = "train/skipped_not_finite"
+"""The metric, 1, of a step that updated nothing because its loss or gradient was not finite."""
+
+_NOT_FINITE = -2
+"""In the place of a last selected position: the statistics are not finite."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +46,16 @@ class Supervision:
 def train_step(run: TrainingRun, step: int) -> dict[str, float]:
     """Runs step `step` (from 1) and returns its metrics, equal on every rank. Collective over the world.
 
+    The engine holds the weights of the step before, and still does so afterwards: `weight_sync.update_engine` is next.
+
+    A step whose loss or gradient is not finite updates nothing; its metrics hold SKIPPED_NOT_FINITE, and its rollouts
+    are kept in skipped/, for the replay engine.
+
     Raises:
-        TrainingError: rollouts of other weights than the last, a loss or gradient that is not finite; nothing was
-            updated.
+        TrainingError: rollouts of other weights than the last; nothing was updated.
+        StopRequested: the run was told to stop while it generated; nothing was updated.
     """
-    timer = run.timer
-    with timer.phase("rollout"):
+    with run.timer.phase("rollout"):
         prompts = run.prompts.batch(step) if run.prompts else []
         rollouts = generate_rollouts(run, prompts, run.sampling.for_step(step))
     metrics = rollout_metrics(rollouts, weight_version=step - 1)
@@ -54,8 +66,24 @@ def train_step(run: TrainingRun, step: int) -> dict[str, float]:
         )
     batch = run.batch_of(rollouts)
     if not batch.num_valid():
-        sync_weights(run.student, run.architecture, run.engine, weight_version=step)
         return {**metrics, "train/skipped_no_valid_token": 1.0}
+    try:
+        metrics |= learn(run, batch, step)
+    except NotFiniteError as error:
+        if run.engine is not None:
+            logger.warning("step %d is skipped, its rollouts are in skipped/: %s", step, error)
+            write_rollouts(RunFolder(run.config.run.folder).skipped, f"step_{step:06d}", rollouts, prompts)
+        metrics |= {SKIPPED_NOT_FINITE: 1.0}
+    return metrics
+
+
+def learn(run: TrainingRun, batch: StepBatch, step: int) -> dict[str, float]:
+    """Teacher, scoring, selection and the optimizer's step on one batch; returns their metrics.
+
+    Raises:
+        NotFiniteError: hidden states, logits, loss or gradient are not; nothing was updated. On every rank.
+    """
+    timer = run.timer
     with timer.phase("teacher"):
         teacher_rows = run.teacher.hidden_rows(batch)
     with timer.phase("score"):
@@ -65,7 +93,7 @@ def train_step(run: TrainingRun, step: int) -> dict[str, float]:
     run.views.capture(step, batch, statistics, supervision.selection)
     with timer.phase("train"):
         loss = accumulate_gradients(run, supervision, teacher_rows)
-        metrics |= supervision_metrics(
+        metrics = supervision_metrics(
             run.student.groups,
             scored=batch,
             trained=supervision.batch,
@@ -75,13 +103,8 @@ def train_step(run: TrainingRun, step: int) -> dict[str, float]:
             device=run.device,
         )
         if not math.isfinite(metrics["train/loss"]):
-            raise TrainingError(
-                f"step {step}: expected a finite loss, got {metrics['train/loss']}; nothing was updated"
-            )
-        metrics |= run.student.apply_gradients(step)
-    with timer.phase("sync"):
-        sync_weights(run.student, run.architecture, run.engine, weight_version=step)
-    return metrics
+            raise NotFiniteError(f"step {step}: expected a finite loss, got {metrics['train/loss']}")
+        return metrics | run.student.apply_gradients(step)
 
 
 def generate_rollouts(run: TrainingRun, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
@@ -89,7 +112,8 @@ def generate_rollouts(run: TrainingRun, prompts: Sequence[Prompt], sampling: Sam
 
     def generate() -> list[Rollout]:
         assert run.engine is not None, "the engine lives in the first process"
-        rollouts = run.engine.generate(prompts, sampling)
+        with run.stop.interruptible():
+            rollouts = run.engine.generate(prompts, sampling)
         if run.config.output.save_rollouts:
             write_rollouts(RunFolder(run.config.run.folder).rollouts, sampling.batch_name, rollouts, prompts)
         return rollouts
@@ -110,8 +134,8 @@ def score_tokens(run: TrainingRun, batch: StepBatch, teacher_rows: Tensor | None
 
     def score(index: int, hidden_states: Tensor) -> None:
         micro_batch = micro_batches[index]
-        parts.append(
-            token_statistics(
+        try:
+            statistics = token_statistics(
                 run.student.rows(hidden_states, micro_batch.loss_mask),
                 run.student.output_head,
                 teacher_parts[index],
@@ -124,23 +148,35 @@ def score_tokens(run: TrainingRun, batch: StepBatch, teacher_rows: Tensor | None
                 chunk_rows=config.loss.chunk_rows or None,
                 with_jsd="jsd" in run.selector.required_statistics,
             )
-        )
+        except NotFiniteError:  # alike on all tp ranks; the other replicas and stages must not be left alone
+            statistics = TokenStatistics.unknown(row_counts[index], run.device)
+        parts.append(statistics)
 
     run.student.forward(micro_batches, score)
     return TokenStatistics.concatenate(parts) if groups.is_last_stage else None
 
 
 def select_tokens(run: TrainingRun, batch: StepBatch, statistics: TokenStatistics | None, step: int) -> Supervision:
-    """Chooses the tokens on the last stage, tells the other stages, and cuts the batch behind them."""
+    """Chooses the tokens on the last stage, tells the other stages, and cuts the batch behind them.
+
+    Raises:
+        NotFiniteError: statistics that the rule needs are not finite; on every rank.
+    """
     groups = run.student.groups
     last_selected = torch.full((len(batch.rollouts),), -1, dtype=torch.int64, device=run.device)
-    selection = None
+    selection, failure = None, None
     if groups.is_last_stage:
         index = batch.token_index(groups.dp_rank)
-        selection = run.selector.select(statistics, index, step=step, dp_group=groups.dp_group)
-        last_selected = last_selected_positions(index, selection.selection_mask, last_selected)
+        try:
+            selection = run.selector.select(statistics, index, step=step, dp_group=groups.dp_group)
+            last_selected = last_selected_positions(index, selection.selection_mask, last_selected)
+        except NotFiniteError as error:  # on the last stage of every replica
+            failure = error
+            last_selected.fill_(_NOT_FINITE)
     if groups.grid.pp_size > 1:
         dist.broadcast(last_selected, src=groups.last_stage_rank, group=groups.pp_group)
+    if _NOT_FINITE in last_selected:
+        raise failure or NotFiniteError(f"step {step}: the last stage's statistics are not finite")
     cut, rows = batch.cut_behind(last_selected.tolist(), groups.dp_rank)
     return Supervision(cut, rows, selection)
 
@@ -166,20 +202,23 @@ def accumulate_gradients(run: TrainingRun, supervision: Supervision, teacher_row
         rows = supervision.rows[index]
         rows = rows[selection.selection_mask[rows]]
         mask = selected_positions(micro_batch.loss_mask, selection.selection_mask[supervision.rows[index]])
-        loss = divergence_loss(
-            run.student.rows(hidden_states, mask),
-            run.student.output_head,
-            teacher_rows[rows],
-            run.teacher.head,
-            divergence=config.loss.divergence,
-            row_weights=selection.row_weights[rows],
-            labels=micro_batch.labels[mask],
-            vocab_size=run.vocab_size,
-            temperature=config.loss.temperature,
-            jsd_beta=config.loss.jsd_beta,
-            tp_group=groups.tp_group,
-            chunk_rows=config.loss.chunk_rows or None,
-        )
+        try:
+            loss = divergence_loss(
+                run.student.rows(hidden_states, mask),
+                run.student.output_head,
+                teacher_rows[rows],
+                run.teacher.head,
+                divergence=config.loss.divergence,
+                row_weights=selection.row_weights[rows],
+                labels=micro_batch.labels[mask],
+                vocab_size=run.vocab_size,
+                temperature=config.loss.temperature,
+                jsd_beta=config.loss.jsd_beta,
+                tp_group=groups.tp_group,
+                chunk_rows=config.loss.chunk_rows or None,
+            )
+        except NotFiniteError:  # the schedule goes on, for the other ranks' sake; the loss tells all of them
+            loss = hidden_states.sum() * float("nan")
         total.add_(loss.detach())
         return loss
 

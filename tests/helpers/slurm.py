@@ -68,7 +68,7 @@ class SlurmCluster:
             self.run("slurmctld", "-f", conf, "-L", folder / "slurmctld.log")
             for node in ("n1", "n2"):
                 self.run("slurmd", "-f", conf, "-N", node, "-L", folder / f"slurmd-{node}.log")
-            self._wait_for_nodes()
+            self.wait_until_idle()
         except BaseException:
             self.stop()
             raise
@@ -108,6 +108,13 @@ class SlurmCluster:
         )
         return Job(self, printed.strip().splitlines()[-1].partition(";")[0], output)
 
+    def wait_until_idle(self, timeout_seconds: float = 60.0) -> None:
+        """Waits until both nodes can take a job."""
+        deadline = time.monotonic() + timeout_seconds
+        while self.run("sinfo", "--noheader", "--states=idle", "--format=%D", check=False).strip() != "2":
+            assert time.monotonic() < deadline, f"the two nodes did not become idle; see {self.folder}/*.log"
+            time.sleep(0.2)
+
     def _start_munged(self) -> None:
         key = self.folder / "munge.key"
         key.write_bytes(secrets.token_bytes(1024))
@@ -115,12 +122,6 @@ class SlurmCluster:
         files = {"socket": "socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
         options = [f"--{option}={self.folder}/munge.{suffix}" for option, suffix in files.items()]
         self.run("munged", "--force", f"--key-file={key}", *options)
-
-    def _wait_for_nodes(self) -> None:
-        deadline = time.monotonic() + 60
-        while self.run("sinfo", "--noheader", "--states=idle", "--format=%D", check=False).strip() != "2":
-            assert time.monotonic() < deadline, f"the two nodes did not become idle; see {self.folder}/*.log"
-            time.sleep(0.2)
 
 
 @dataclass(frozen=True)

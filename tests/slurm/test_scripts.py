@@ -61,6 +61,36 @@ def test_a_task_killed_on_one_node_ends_the_job_with_its_cause(cluster: SlurmClu
     assert not alive
 
 
+def test_a_requeued_run_goes_on_by_itself_under_the_same_tracker_id(cluster: SlurmCluster, config_path: Path):
+    overrides = ("training.steps=60", "checkpoint.every_steps=5", "tracking.wandb=offline")
+    job = cluster.submit(SLURM / "train.sbatch", config_path, *overrides, options=["--nodes=2"], env=SITE)
+    folder = config_path.parent / "run"
+    wait_until(lambda: len(metrics_of(folder)) > 7)
+    cluster.run("scontrol", "requeue", job.name)
+    job.wait_for("COMPLETED")
+    assert job.fact("Restarts") == "1"
+    assert "continuing behind step" in job.log()
+    assert [line["step"] for line in metrics_of(folder)] == list(range(61))
+    runs = {path.name for path in folder.glob("wandb/offline-run-*/*.wandb")}
+    assert len(list(folder.glob("wandb/offline-run-*"))) == 2
+    assert len(runs) == 1, "both starts are one run of W&B"
+
+
+def test_a_time_limit_ends_in_a_checkpoint_and_a_requeue(cluster: SlurmCluster, config_path: Path):
+    """The limit of a minute comes in the middle of a run that takes longer; SLURM warns up to a minute before it."""
+    overrides = ("training.steps=100000", "prompts.num_prompts=40", "checkpoint.every_steps=100000")
+    options = ["--nodes=2", "--time=1", "--signal=B:USR1@20"]
+    job = cluster.submit(SLURM / "train.sbatch", config_path, *overrides, options=options, env=SITE)
+    job.wait_for_log("requeued: the run goes on from its last checkpoint")
+    assert "SIGUSR1: the workers write a checkpoint and end" in job.log()
+    job.wait_for_log("continuing behind step")
+    steps = [line["step"] for line in metrics_of(config_path.parent / "run")]
+    assert steps == list(range(len(steps)))
+    assert job.fact("Restarts") == "1"
+    cluster.run("scancel", job.name)
+    cluster.wait_until_idle()
+
+
 def test_a_sweep_runs_each_rule_and_budget_in_its_own_folder(cluster: SlurmCluster, config_path: Path):
     site = SITE | {
         "TIP_RULES": "random ta_opd_teachability",
