@@ -110,9 +110,11 @@ tip_forward() {
 
 # tip_finish CODE: ends the script, and sends the job back to the queue where the time limit's warning ended a run that
 # can go on by itself. Not after scancel: who cancels a job does not want it back. SLURM itself requeues after
-# pre-emption (PreemptMode=REQUEUE) and node failure.
+# pre-emption (PreemptMode=REQUEUE) and node failure. A warning that comes while the workers still start ends them by the
+# signal itself: nothing is lost, and the job goes back as well.
 tip_finish() {
   local code=$1
+  if [[ -n $TIP_WARNED ]] && ((code == 128 + $(kill -l USR1))); then code=$TIP_EXIT_RESUMABLE; fi
   if ((code == 0)); then
     tip_log "finished"
   elif ((code != TIP_EXIT_RESUMABLE)); then

@@ -77,16 +77,20 @@ def test_a_requeued_run_goes_on_by_itself_under_the_same_tracker_id(cluster: Slu
 
 
 def test_a_time_limit_ends_in_a_checkpoint_and_a_requeue(cluster: SlurmCluster, config_path: Path):
-    """The limit of a minute comes in the middle of a run that takes longer; SLURM warns up to a minute before it."""
-    overrides = ("training.steps=100000", "prompts.num_prompts=40", "checkpoint.every_steps=100000")
-    options = ["--nodes=2", "--time=1", "--signal=B:USR1@20"]
+    """The limit is drawn in while the run goes; SLURM then warns at once, a minute at most before it."""
+    folder = config_path.parent / "run"
+    overrides = (*LONG, "checkpoint.every_steps=100000")
+    options = ["--nodes=2", "--time=20", "--signal=B:USR1@50"]
     job = cluster.submit(SLURM / "train.sbatch", config_path, *overrides, options=options, env=SITE)
-    job.wait_for_log("requeued: the run goes on from its last checkpoint")
+    wait_until(lambda: len(metrics_of(folder)) > 2)
+    cluster.run("scontrol", "update", f"JobId={job.name}", "TimeLimit=2")
+    job.wait_for_log("requeued: the run goes on from its last checkpoint", timeout_seconds=150)
+    cluster.run("scontrol", "update", f"JobId={job.name}", "TimeLimit=20")
     assert "SIGUSR1: the workers write a checkpoint and end" in job.log()
     job.wait_for_log("continuing behind step")
-    steps = [line["step"] for line in metrics_of(config_path.parent / "run")]
-    assert steps == list(range(len(steps)))
     assert job.fact("Restarts") == "1"
+    steps = [line["step"] for line in metrics_of(folder)]
+    assert steps == list(range(len(steps)))
     cluster.run("scancel", job.name)
     cluster.wait_until_idle()
 
