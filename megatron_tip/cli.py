@@ -122,6 +122,8 @@ def submit(
     gpus_per_node: Annotated[int, typer.Option(min=1, help="Workers a node; slurm/site.sh may say it too.")] = 8,
     gpu_memory: Annotated[float, typer.Option(help="GiB of each GPU, for the check.")] = 80.0,
     script: Annotated[str, typer.Option(help="train, train_disaggregated or sweep.")] = "train",
+    rollout_nodes: Annotated[int, typer.Option(min=0, help="Of all nodes, those of SGLang; train_disaggregated.")] = 0,
+    teacher_nodes: Annotated[int, typer.Option(min=0, help="Of all nodes, those of the teacher's servers.")] = 0,
     sbatch: Annotated[
         list[str] | None, typer.Option(help="An option of sbatch, as --sbatch=--qos=high; repeats.")
     ] = None,
@@ -137,8 +139,16 @@ def submit(
     with _errors_reported():
         config = load_config(config_path, overrides or [])
         tasks = int(site_values(os.environ)["TIP_TASKS_PER_NODE"] or gpus_per_node)
-        _dry_run(config, nodes * tasks, gpu_memory, shows_config=False)
-        submission = Submission(config_path, overrides or [], nodes=nodes, script=script, options=sbatch or [])
+        submission = Submission(
+            config_path,
+            overrides or [],
+            nodes=nodes,
+            script=script,
+            options=sbatch or [],
+            rollout_nodes=rollout_nodes,
+            teacher_nodes=teacher_nodes,
+        )
+        _dry_run(config, submission.trainer_nodes * tasks, gpu_memory, shows_config=False)
         typer.echo(submit_job(submission, config, dry_run=dry_run))
 
 

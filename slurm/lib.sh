@@ -82,6 +82,53 @@ tip_train() {
   tip_run srun "${arguments[@]}" "$TIP_PYTHON" -m megatron_tip.cli train "$@"
 }
 
+# tip_serve NODELIST PER_NODE MODEL MEMORY_FRACTION KEYS_FILE: starts SGLang servers of MODEL, PER_NODE on each node, and
+# puts their URLs into TIP_URLS. A server reads its arguments and passwords from its standard input and ends with it.
+TIP_SERVER_INPUTS=()
+TIP_URLS=()
+tip_serve() {
+  local nodelist=$1 per_node=$2 model=$3 memory=$4 keys=$5 node index port gpus input
+  TIP_URLS=()
+  for node in $(scontrol show hostnames "$nodelist"); do
+    for ((index = 0; index < per_node; index++)); do
+      port=$((TIP_SGLANG_PORT + index))
+      gpus=$(seq -s, $((index * TIP_SGLANG_TP)) $(((index + 1) * TIP_SGLANG_TP - 1)))
+      mapfile -t arguments < <(tip_srun_arguments 1 1 "$node")
+      # --overlap: beside the trainer's step, where they share nodes. env: behind SLURM, which sets the variable itself.
+      exec {input}> >(exec srun "${arguments[@]}" --overlap \
+        env "CUDA_VISIBLE_DEVICES=$gpus" "$TIP_PYTHON" -m megatron_tip.rollout.sglang_main)
+      "$TIP_PYTHON" -m megatron_tip.commands.serving arguments "$model" "$port" "$TIP_SGLANG_TP" "$memory" "$keys" >&"$input"
+      TIP_SERVER_INPUTS+=("$input")
+      TIP_URLS+=("http://$(tip_address "$node"):$port")
+    done
+  done
+  tip_log "waiting for ${#TIP_URLS[@]} servers of $model: ${TIP_URLS[*]}"
+  "$TIP_PYTHON" -m megatron_tip.commands.serving wait "$TIP_SGLANG_START_SECONDS" "${TIP_URLS[@]}"
+}
+
+tip_stop_servers() {
+  local input
+  for input in "${TIP_SERVER_INPUTS[@]}"; do exec {input}>&-; done
+  TIP_SERVER_INPUTS=()
+}
+
+# tip_setting SECTION.KEY CONFIG [section.key=value ...]: one value of the configuration.
+tip_setting() {
+  local name=$1
+  shift
+  "$TIP_PYTHON" -c 'import sys; from megatron_tip.config_io import load_config
+config = load_config(sys.argv[2], sys.argv[3:])
+section, key = sys.argv[1].split(".")
+print(getattr(getattr(config, section), key))' "$name" "$@"
+}
+
+# tip_list URL...: a TOML list.
+tip_list() {
+  local joined
+  printf -v joined '"%s",' "$@"
+  printf '[%s]\n' "${joined%,}"
+}
+
 # tip_run COMMAND...: runs it and returns its exit code. SIGUSR1 (the warning before a time limit, from
 # --signal=B:USR1@...) and SIGTERM go on to it, and srun sends them on to every task. TIP_WARNED says that SIGUSR1 came.
 TIP_WARNED=
@@ -114,6 +161,7 @@ tip_forward() {
 # signal itself: nothing is lost, and the job goes back as well.
 tip_finish() {
   local code=$1
+  tip_stop_servers
   if [[ -n $TIP_WARNED ]] && ((code == 128 + $(kill -l USR1))); then code=$TIP_EXIT_RESUMABLE; fi
   if ((code == 0)); then
     tip_log "finished"

@@ -34,6 +34,19 @@ TIP_NCCL_IB_GID_INDEX=${TIP_NCCL_IB_GID_INDEX:-}
 # INFO shows which transport NCCL took: look for NET/IB and GPU Direct RDMA once, then go back to WARN.
 TIP_NCCL_DEBUG=${TIP_NCCL_DEBUG:-WARN}
 
+# --- SGLang's servers.
+# First port on each node; server i of a node takes the i-th behind it.
+TIP_SGLANG_PORT=${TIP_SGLANG_PORT:-31000}
+# GPUs of one server.
+TIP_SGLANG_TP=${TIP_SGLANG_TP:-1}
+# train.sbatch: servers on each trainer node, on the trainer's own GPUs; 0: rollouts as the configuration says.
+TIP_SGLANG_PER_NODE=${TIP_SGLANG_PER_NODE:-0}
+# Share of a GPU's memory for a server's weights and cache: beside a trainer, and alone on its node.
+TIP_SGLANG_SHARED_MEMORY=${TIP_SGLANG_SHARED_MEMORY:-0.3}
+TIP_SGLANG_OWN_MEMORY=${TIP_SGLANG_OWN_MEMORY:-0.85}
+# Seconds until servers must answer.
+TIP_SGLANG_START_SECONDS=${TIP_SGLANG_START_SECONDS:-900}
+
 # --- Requeues.
 # After so many restarts of one job it ends instead of going back to the queue.
 TIP_MAX_RESTARTS=${TIP_MAX_RESTARTS:-100}

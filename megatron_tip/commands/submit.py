@@ -17,7 +17,7 @@ _ROOT = Path(__file__).parents[2]
 @dataclass(frozen=True)
 class Submission:
     """What is asked of SLURM. `script`: under slurm/ of the repository, without its suffix. `options`: further ones of
-    sbatch; they come last and win.
+    sbatch; they come last and win. `rollout_nodes`, `teacher_nodes`: of all `nodes`, for train_disaggregated.
     """
 
     config_path: Path
@@ -25,7 +25,13 @@ class Submission:
     nodes: int = 1
     script: str = "train"
     options: Sequence[str] = ()
+    rollout_nodes: int = 0
+    teacher_nodes: int = 0
     environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
+
+    @property
+    def trainer_nodes(self) -> int:
+        return self.nodes - self.rollout_nodes - self.teacher_nodes
 
 
 def sbatch_command(submission: Submission, config: Config) -> list[str]:
@@ -51,11 +57,23 @@ def sbatch_command(submission: Submission, config: Config) -> list[str]:
         "--account": site["TIP_ACCOUNT"],
         "--time": site["TIP_TIME"],
         "--output": str(folder / "slurm" / ("%A_%a.out" if is_array else "%j.out")),
-        "--export": f"ALL,TIP_ROOT={_ROOT}",
+        "--export": ",".join(["ALL", f"TIP_ROOT={_ROOT}", *_split(submission)]),
     }
     named = [f"{name}={value}" for name, value in options.items() if value]
     arguments = [str(submission.config_path.absolute()), *submission.overrides]
     return ["sbatch", *named, *submission.options, str(script), *arguments]
+
+
+def _split(submission: Submission) -> list[str]:
+    """The nodes of each kind, for the script that splits them."""
+    if submission.script != "train_disaggregated":
+        return []
+    if submission.trainer_nodes < 1 or submission.rollout_nodes < 1:
+        raise ConfigError(
+            f"--nodes: expected at least one trainer and one rollout node, got {submission.nodes} in all with "
+            f"--rollout-nodes {submission.rollout_nodes} and --teacher-nodes {submission.teacher_nodes}"
+        )
+    return [f"TIP_ROLLOUT_NODES={submission.rollout_nodes}", f"TIP_TEACHER_NODES={submission.teacher_nodes}"]
 
 
 def site_values(environ: Mapping[str, str]) -> dict[str, str]:
