@@ -28,6 +28,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/shellcheck -x slurm/*.sbatch slurm/*.sh
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

@@ -1,6 +1,5 @@
 """The command `megatron-tip`."""
 
-import math
 import os
 import sys
 from collections.abc import Iterator
@@ -18,8 +17,9 @@ from megatron_tip.config_io import dump_config, load_config, reference
 from megatron_tip.errors import ConfigError, InputError, MegatronTipError, WeightsError
 from megatron_tip.observability.logs import configure_logging
 from megatron_tip.observability.run_folder import RunFolder
-from megatron_tip.parallel.environment import is_worker
+from megatron_tip.parallel.environment import is_restarted, is_worker
 from megatron_tip.parallel.launch import run_worker, start_workers
+from megatron_tip.training.same_run import check_same_run
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -58,26 +58,54 @@ def train(
             "models. Ignored where torchrun or srun already started the workers.",
         ),
     ] = None,
+    fresh: Annotated[
+        bool,
+        typer.Option(
+            "--fresh",
+            help="Remove the unfinished run in run.folder and start anew; without it the run is continued. Ignored "
+            "where SLURM or torchrun starts the same job again.",
+        ),
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, print the resolved configuration, stop.")] = False,
+    world_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="With --dry-run: check for so many GPUs elsewhere; needs neither weights nor prompts."
+        ),
+    ] = None,
+    gpu_memory: Annotated[float, typer.Option(help="With --world-size: GiB of each of those GPUs.")] = 80.0,
 ) -> None:
     """Distil a teacher into a student.
 
-    Starts the workers on this machine, or joins them where torchrun or srun already did.
+    Starts the workers on this machine, or joins them where torchrun or srun already did. An unfinished run in
+    run.folder is continued from its newest checkpoint.
+
+    Exit codes: 0 the run is finished; 2 the input is refused; 128 + n the command was ended by signal n; 75 a worker
+    was told to stop and has saved (a second signal: 128 + n, nothing saved); 1 any other error. Whatever the code, the
+    same command continues the run from its newest checkpoint.
     """
     with _errors_reported():
         config = load_config(config_path, overrides or [])
         joins = is_worker(os.environ) and not dry_run
         if joins:
-            run_worker(lambda: _train(config), threads=config.run.threads)
+            run_worker(lambda: _train(config, fresh=fresh and not is_restarted(os.environ)), threads=config.run.threads)
+            return
+        if dry_run and world_size:
+            _dry_run(config, world_size, gpu_memory)
             return
         num_workers = nproc or _default_num_workers(config)
-        _check(config, num_workers)
+        _check(config, num_workers, fresh=fresh)
         if dry_run:
             typer.echo(dump_config(config), nl=False)
             return
         RunFolder.create(config.run.folder)
         command = [sys.executable, "-m", "megatron_tip.cli", "train", str(config_path), *(overrides or [])]
-        outcome = start_workers(command, num_workers, threads=config.run.threads)
+        outcome = start_workers(
+            command + ["--fresh"] * fresh,
+            num_workers,
+            threads=config.run.threads,
+            grace_seconds=config.fault.grace_seconds,
+        )
     if outcome.exit_code:
         screen = Console(stderr=True)
         if screen.is_terminal:  # a worker that was ended over its progress bar left the cursor hidden behind it
@@ -86,29 +114,93 @@ def train(
         _fail(outcome.message, exit_code=outcome.exit_code)
 
 
-def _check(config: Config, num_workers: int) -> None:
+@app.command()
+def submit(
+    config_path: Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="The run, as for train.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="section.key=value")] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes of the job.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="Workers a node; slurm/site.sh may say it too.")] = 8,
+    gpu_memory: Annotated[float, typer.Option(help="GiB of each GPU, for the check.")] = 80.0,
+    script: Annotated[str, typer.Option(help="train, train_disaggregated or sweep.")] = "train",
+    rollout_nodes: Annotated[int, typer.Option(min=0, help="Of all nodes, those of SGLang; train_disaggregated.")] = 0,
+    teacher_nodes: Annotated[int, typer.Option(min=0, help="Of all nodes, those of the teacher's servers.")] = 0,
+    sbatch: Annotated[
+        list[str] | None, typer.Option(help="An option of sbatch, as --sbatch=--qos=high; repeats.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, print the command, stop.")] = False,
+) -> None:
+    """Check a configuration for so many nodes and submit it to SLURM.
+
+    Site values are those of slurm/site.sh, options of the command line win.
+    """
+    from megatron_tip.commands.submit import Submission, site_values
+    from megatron_tip.commands.submit import submit as submit_job
+
+    with _errors_reported():
+        config = load_config(config_path, overrides or [])
+        tasks = int(site_values(os.environ)["TIP_TASKS_PER_NODE"] or gpus_per_node)
+        submission = Submission(
+            config_path,
+            overrides or [],
+            nodes=nodes,
+            script=script,
+            options=sbatch or [],
+            rollout_nodes=rollout_nodes,
+            teacher_nodes=teacher_nodes,
+        )
+        _dry_run(config, submission.trainer_nodes * tasks, gpu_memory, shows_config=False)
+        typer.echo(submit_job(submission, config, dry_run=dry_run))
+
+
+@app.command()
+def doctor(
+    config_path: Annotated[Path | None, typer.Argument(metavar="[CONFIG.toml]", help="A run to examine for.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="section.key=value")] = None,
+    world_size: Annotated[
+        int | None, typer.Option(min=1, help="Check the run for so many GPUs elsewhere; weights may be missing here.")
+    ] = None,
+) -> None:
+    """Say what is installed, what a run would use here, and what is missing, with the command that mends it.
+
+    Exit code 1 if something is missing that the run cannot do without.
+    """
+    from megatron_tip.commands.doctor import examine
+
+    with _errors_reported():
+        config = load_config(config_path, overrides or []) if config_path else None
+        findings = examine(config, world_size=world_size)
+        typer.echo("\n".join(finding.line() for finding in findings))
+        if any(finding.state == "missing" for finding in findings):
+            raise SystemExit(1)
+
+
+def _dry_run(config: Config, world_size: int, gpu_memory: float, *, shows_config: bool = True) -> None:
+    from megatron_tip.training.dry_run import dry_run  # imports torch and transformers, not Megatron
+
+    sys.stderr.write(dry_run(config, world_size, gpu_memory_gib=gpu_memory).report(gpu_memory) + "\n")
+    if shows_config:
+        typer.echo(dump_config(config), nl=False)
+
+
+def _check(config: Config, num_workers: int, *, fresh: bool) -> None:
     from megatron_tip.training.plan import plan_run  # imports torch and transformers, not Megatron
 
     plan_run(config, num_workers)
+    if not fresh:
+        check_same_run(config)
 
 
-def _train(config: Config) -> None:
+def _train(config: Config, *, fresh: bool) -> None:
     configure_logging(int(os.environ["RANK"]))
     from megatron_tip.training.loop import train as train_loop  # imports torch and Megatron: in the workers alone
 
-    train_loop(config)
+    train_loop(config, fresh=fresh)
 
 
 def _default_num_workers(config: Config) -> int:
-    import torch  # after the configuration has been read: a wrong key is reported before torch's seconds
+    from megatron_tip.training.plan import default_num_workers  # a wrong key is reported before torch's seconds
 
-    if torch.cuda.is_available():
-        return torch.cuda.device_count()
-    student, teacher = config.model, config.teacher
-    return math.lcm(
-        student.tensor_parallel_size * student.pipeline_parallel_size,
-        teacher.tensor_parallel_size * teacher.pipeline_parallel_size,
-    )
+    return default_num_workers(config)
 
 
 @contextmanager

@@ -52,12 +52,35 @@ class TrainingError(MegatronTipError, RuntimeError):
     """A training step that must not be applied: no valid token, a loss or gradient that is not finite."""
 
 
+class NotFiniteError(InputError, TrainingError):
+    """NaN or infinity where a step needs numbers; training skips the step."""
+
+
+class TooManySkips(TrainingError):  # noqa: N818  (what happened, and not an error of one step)
+    """Several steps in a row were not finite; the run is saved and ends."""
+
+
 class PeerError(MegatronTipError, RuntimeError):
-    """Another rank failed and this one ends with it; the other rank's own error says why and is the one to show."""
+    """Another rank failed and this one ends with it; the other rank's own error says why and is the one to show.
+
+    `cause`: the class of the other rank's error, where it is known.
+    """
+
+    def __init__(self, message: str, *, cause: str = "") -> None:
+        super().__init__(message)
+        self.cause = cause
 
 
 class OptionalDependencyError(MegatronTipError, ImportError):
     """An optional package that is not installed; the message names the extra that brings it."""
+
+
+class CheckpointError(MegatronTipError, RuntimeError):
+    """A run that cannot continue: no checkpoint of it is whole, or another run wrote them."""
+
+
+class HangError(MegatronTipError, RuntimeError):
+    """No step was finished for too long; the stacks of all ranks say where they stood."""
 
 
 class OutputError(MegatronTipError, OSError):

@@ -141,6 +141,13 @@ class TokenStatistics:
         return self.student_entropy.shape[0]
 
     @staticmethod
+    def unknown(num_rows: int, device: torch.device) -> TokenStatistics:
+        """NaN for `num_rows` rows of which no statistic can be told; no supports."""
+        names = [field.name for field in fields(TokenStatistics) if "support_ids" not in field.name]
+        scalars = [name for name in names if not name.endswith("support_logprobs")]
+        return TokenStatistics(**{name: torch.full((num_rows,), float("nan"), device=device) for name in scalars})
+
+    @staticmethod
     def concatenate(parts: list[TokenStatistics]) -> TokenStatistics:
         """The rows of `parts` one after another; a field that any part lacks is `None`."""
 

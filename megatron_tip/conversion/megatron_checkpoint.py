@@ -24,17 +24,10 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.strategies.torch import (
-    MCoreSavePlanner,
-    TorchDistSaveShardedStrategy,
-    _replace_state_dict_keys_with_sharded_keys,
-    mcore_to_pyt_state_dict,
-)
 from megatron.core.models.gpt import GPTModel
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.state_dict_saver import save as save_state_dict
 
+from megatron_tip.conversion.background_save import InProcessSave
 from megatron_tip.conversion.model_folder import ModelFolder, new_folder, read_json, write_json
 from megatron_tip.errors import OutputError, WeightsError
 from megatron_tip.parallel.collectives import broadcast_json
@@ -59,7 +52,7 @@ class MegatronCheckpoint(ModelFolder):
         if manifest.get("format") != FORMAT:
             raise WeightsError(f"{self.folder / MANIFEST_NAME}: expected the format {FORMAT!r}, got {manifest}")
         self.weights = self.folder / WEIGHTS_NAME
-        _check_index(self.weights / ".metadata")
+        check_index(self.weights / ".metadata")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -91,9 +84,9 @@ def save_megatron_checkpoint(
         folder = Path(_agreed(str(folder), failure, parameter.device))
         try:
             state = {"model": model.sharded_state_dict(metadata={"dp_cp_group": groups.collection.dp_cp})}
-            dist_checkpointing.save(state, str(folder / WEIGHTS_NAME), sharded_strategy=_InProcessSave("torch_dist", 1))
+            dist_checkpointing.save(state, str(folder / WEIGHTS_NAME), sharded_strategy=InProcessSave(copies=False))
         except (CheckpointException, OSError) as error:
-            reason = _reason(error)
+            reason = reason_of(error)
             raise OutputError(f"{target}: cannot be written: {reason}; free space, or give another folder") from error
         if dist.get_rank() == 0:
             try:
@@ -116,31 +109,11 @@ def load_megatron_checkpoint(model: GPTModel, checkpoint: MegatronCheckpoint, gr
     try:
         loaded: Any = dist_checkpointing.load({"model": tensors}, str(checkpoint.weights))
     except (CheckpointException, CheckpointingException, OSError, RuntimeError) as error:
-        raise WeightsError(f"{checkpoint.weights}: cannot be loaded: {_reason(error)}") from error
+        raise WeightsError(f"{checkpoint.weights}: cannot be loaded: {reason_of(error)}") from error
     missing, unexpected = model.load_state_dict(loaded["model"], strict=False)
     missing = [key for key in missing if not key.endswith("_extra_state")]
     assert not missing, f"parameters that Megatron does not shard: {missing}"
     assert not unexpected, f"shards that are no parameters: {unexpected}"
-
-
-class _InProcessSave(TorchDistSaveShardedStrategy):
-    """Writes Megatron's format from this process.
-
-    Megatron's own strategy forks writers out of a process that runs threads, and leaves a manager process behind.
-    """
-
-    def save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> None:
-        flat, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
-        save_state_dict(
-            mcore_to_pyt_state_dict(flat, False),
-            storage_writer=_Writer(checkpoint_dir),
-            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
-        )
-
-
-class _Writer(FileSystemWriter):
-    def storage_meta(self) -> None:
-        """Nothing: torch's would put this machine's path into the checkpoint."""
 
 
 def _manifest(groups: ModelGroups) -> dict[str, Any]:
@@ -160,7 +133,7 @@ def _agreed(value: Any, failure: str | None, device: torch.device) -> Any:
     return value
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     """The first rank's error of torch's collective one, in one line."""
     failures = getattr(error, "failures", None)
     if failures:
@@ -168,7 +141,8 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def _check_index(path: Path) -> None:
+def check_index(path: Path) -> None:
+    """Raises WeightsError unless the pickle at `path` names nothing but the records of torch's format."""
     try:
         with path.open("rb") as file:
             _IndexUnpickler(file).load()

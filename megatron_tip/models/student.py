@@ -15,7 +15,7 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron_tip import config as configuration
-from megatron_tip.errors import TrainingError
+from megatron_tip.errors import NotFiniteError
 from megatron_tip.models.gpt import output_head_weight
 from megatron_tip.models.hidden_states import masked_rows
 from megatron_tip.models.pipeline import LastStage, run_forward, run_forward_backward
@@ -60,13 +60,13 @@ class Student:
         These are the stages of Megatron's ChainedOptimizer.step with a check between norm and update.
 
         Raises:
-            TrainingError: the gradient is not finite. Weights and optimizer are as before; equal on all ranks.
+            NotFiniteError: the gradient is not finite. Weights, optimizer and schedule are as before; on all ranks.
         """
         lr = self.optimizer.param_groups[0]["lr"]
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
         if not math.isfinite(grad_norm):
-            raise TrainingError(f"step {step}: expected a finite gradient norm, got {grad_norm}; nothing was updated")
+            raise NotFiniteError(f"step {step}: expected a finite gradient norm, got {grad_norm}; nothing was updated")
         if self.clip_grad > 0:
             for part in self.optimizer.chained_optimizers:
                 parameters: list[Tensor] = [*part.get_parameters()]

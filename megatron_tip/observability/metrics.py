@@ -3,11 +3,14 @@
 import errno
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Self
 
-from megatron_tip.observability.run_folder import finite_json, output_errors
+from megatron_tip.observability.run_folder import atomic_write_bytes, finite_json, output_errors
+
+MEASURED = ("time/", "perf/", "gpu/", "host/")
+"""Beginnings of the names of metrics that are measured of the machine: two runs of the same numbers differ in them."""
 
 
 class MetricsWriter:
@@ -16,15 +19,16 @@ class MetricsWriter:
     Keys are `area/name_unit`. A value that is not finite is written as null.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Starts the file anew.
+    def __init__(self, path: Path, *, keep_until_step: int | None = None) -> None:
+        """Starts the file anew, or cuts what an interrupted run left behind `keep_until_step`.
 
         Raises:
             OutputError: it cannot be written.
         """
         self._path = path
+        atomic_write_bytes(path, b"" if keep_until_step is None else b"".join(_lines_until(path, keep_until_step)))
         with output_errors(path):
-            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644)
+            self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Appends one line and syncs it.
@@ -52,3 +56,14 @@ class MetricsWriter:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _lines_until(path: Path, step: int) -> Iterator[bytes]:
+    """The lines of steps up to `step`; a line that is broken ends them."""
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
+        try:
+            if json.loads(line)["step"] > step or not line.endswith(b"\n"):
+                return
+        except ValueError:
+            return
+        yield line

@@ -1,6 +1,9 @@
 """The folder that a run leaves: created and checked before anything starts, every file written whole or not at all.
 
     config.toml  metrics.jsonl  samples.jsonl  summary.json  report.png  rollouts/  checkpoint/  hf/
+    views/  wandb/  tensorboard/  trace/  trace.json    where [tracking] or [monitoring] asks for them
+    checkpoints/  what an interrupted run continues from      skipped/  rollouts of steps that were not finite
+    stacks/  where the ranks of a run stood that hung
 
 `summary.json` is written last: its presence says that the run finished.
 """
@@ -8,6 +11,7 @@
 import json
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -90,8 +94,34 @@ class RunFolder:
         return self.path / "checkpoint"
 
     @property
+    def views(self) -> Path:
+        return self.path / "views"
+
+    @property
+    def trace(self) -> Path:
+        return self.path / "trace"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def skipped(self) -> Path:
+        return self.path / "skipped"
+
+    @property
+    def stacks(self) -> Path:
+        return self.path / "stacks"
+
+    @property
     def hf(self) -> Path:
         return self.path / "hf"
+
+    def clear(self) -> None:
+        """Removes what an unfinished run left, its checkpoints first: halfway through, nothing looks complete."""
+        for folder in (self.checkpoints, self.rollouts, self.skipped, self.stacks, self.trace, self.views):
+            shutil.rmtree(folder, ignore_errors=True)
+        self.metrics.unlink(missing_ok=True)
 
     def write_config(self, config: Config) -> None:
         atomic_write_text(self.config, dump_config(config))

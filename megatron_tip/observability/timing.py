@@ -1,7 +1,7 @@
 """Where the time of a step goes."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -12,13 +12,19 @@ class PhaseTimer:
 
     On a GPU, with `synchronize`, the device is waited for before each reading of the clock: work is asynchronous, and
     without it a phase is charged for what an earlier one started. A phase entered twice in a step adds up.
-    `on_enter` is told the name of each phase as it begins.
+    `on_enter` is told the name of each phase as it begins; `on_exit` its name, start (time.perf_counter) and seconds.
     """
 
     def __init__(
-        self, device: torch.device, *, synchronize: bool = True, on_enter: Callable[[str], None] | None = None
+        self,
+        device: torch.device,
+        *,
+        synchronize: bool = True,
+        on_enter: Callable[[str], None] | None = None,
+        on_exit: Callable[[str, float, float], None] | None = None,
     ) -> None:
         self._on_enter = on_enter or (lambda _: None)
+        self._on_exit = on_exit or (lambda *_: None)
         self._synchronizes = synchronize and device.type == "cuda"
         self._device = device
         self._start = time.perf_counter()
@@ -36,6 +42,7 @@ class PhaseTimer:
             seconds = self._now() - start
             self._step[name] = self._step.get(name, 0.0) + seconds
             self._total[name] = self._total.get(name, 0.0) + seconds
+            self._on_exit(name, start, seconds)
 
     def seconds(self, name: str) -> float:
         """Returns what the phase has taken in the current step so far."""
@@ -49,6 +56,12 @@ class PhaseTimer:
     def total_seconds(self) -> dict[str, float]:
         """Returns the seconds of every phase over the run, and under "total" the run's own since construction."""
         return {"total": self._now() - self._start, **self._total}
+
+    def resume(self, total_seconds: Mapping[str, float]) -> None:
+        """Goes on from what `total_seconds` returned in an earlier process."""
+        total = dict(total_seconds)
+        self._start = self._now() - total.pop("total")
+        self._total = total
 
     def _now(self) -> float:
         if self._synchronizes:

@@ -1,6 +1,7 @@
 """Small facts that one rank knows and every rank needs."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,3 +23,25 @@ def broadcast_json(value: Any, *, source: int, device: torch.device, group: dist
         data.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
     dist.broadcast(data, src=source, group=group)
     return json.loads(bytes(data.tolist()))
+
+
+def gather_json(value: Any, *, device: torch.device, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Every rank's `value`, on every rank in rank order, through JSON.
+
+    Collectives: two all-gathers (lengths, bytes padded to the longest) over `group`, or over the world without one.
+    """
+    payload = json.dumps(value).encode()
+    size = dist.get_world_size(group)
+    lengths = torch.empty(size, dtype=torch.int64, device=device)
+    dist.all_gather(list(lengths.split(1)), torch.tensor([len(payload)], device=device), group=group)
+    padded = torch.frombuffer(bytearray(payload.ljust(int(lengths.max()))), dtype=torch.uint8).to(device)
+    gathered = [torch.empty_like(padded) for _ in range(size)]
+    dist.all_gather(gathered, padded, group=group)
+    return [json.loads(bytes(data.tolist())) for data in gathered]
+
+
+def agree_on_maxima(values: Sequence[int]) -> list[int]:
+    """Each value's largest over the world, on every rank. One all-reduce of a few integers, between CPUs."""
+    maxima = torch.tensor(values, dtype=torch.int64)
+    dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
+    return maxima.tolist()

@@ -22,6 +22,11 @@ def is_worker(environ: Mapping[str, str]) -> bool:
     return by_torchrun or int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
 
 
+def is_restarted(environ: Mapping[str, str]) -> bool:
+    """Whether SLURM requeued this job, or torchrun started its workers again after a failure."""
+    return any(int(environ.get(name, "0")) > 0 for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
+
+
 def worker_environment(environ: Mapping[str, str], *, threads: int) -> dict[str, str]:
     """Returns the variables to set in a worker, before torch is imported: its place, where srun says it, and threads.
 

@@ -14,15 +14,18 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from megatron_tip import errors
 from megatron_tip.errors import ConfigError, MegatronTipError
 from megatron_tip.parallel.environment import thread_environment, worker_environment
+from megatron_tip.parallel.stop import STOPPED_EXIT_CODE, StopRequested
 
 _LAUNCHER_PID = "MEGATRON_TIP_LAUNCHER_PID"
 _SECONDS_TO_END = 10
+_HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
+_CONTINUES = "the run is saved, the same command continues it"
 
 
 @dataclass(frozen=True)
@@ -33,14 +36,18 @@ class Outcome:
     message: str = ""
 
 
-def start_workers(command: Sequence[str], num_workers: int, *, threads: int = 0) -> Outcome:
+def start_workers(
+    command: Sequence[str], num_workers: int, *, threads: int = 0, grace_seconds: float = _SECONDS_TO_END
+) -> Outcome:
     """Runs `command` in `num_workers` processes on this machine and returns when all have ended.
 
     Each gets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as under torchrun, over loopback. When one
-    fails the others are ended and its message alone is in the outcome. SIGINT, SIGTERM, SIGHUP and SIGQUIT end all.
+    fails the others are ended and its message alone is in the outcome. SIGINT, SIGTERM, SIGUSR1, SIGHUP and SIGQUIT end
+    all: the workers get SIGTERM and time to save, a second signal ends them at once.
 
     Args:
         threads: CPU threads of all workers together; 0: as many as this process may use.
+        grace_seconds: until workers that were told to end are killed.
 
     Raises:
         ConfigError: MASTER_PORT is set and not free.
@@ -58,6 +65,7 @@ def start_workers(command: Sequence[str], num_workers: int, *, threads: int = 0)
     context = None
     with tempfile.TemporaryDirectory(prefix="megatron_tip_") as folder, _signal_handlers_restored():
         try:
+            signal.signal(signal.SIGUSR1, _raise_signal_exception)
             context = start_processes(
                 name="megatron-tip",
                 entrypoint=command[0],
@@ -67,14 +75,18 @@ def start_workers(command: Sequence[str], num_workers: int, *, threads: int = 0)
             )
             result = context.wait(period=0.1)
         except SignalException as interruption:
-            if context is not None:
-                _end(context)
-            return Outcome(128 + interruption.sigval, f"ended by {interruption.sigval.name}; all workers are ended")
+            exit_codes = _end(context, grace_seconds) if context is not None else []
+            message = f"ended by {interruption.sigval.name}; all workers are ended"
+            if STOPPED_EXIT_CODE in exit_codes:
+                message += f"; {_CONTINUES}"
+            return Outcome(128 + interruption.sigval, message)
         assert result is not None, "a wait without a timeout returns a result"
         del store
         if not result.is_failed():
             return Outcome(0)
         exit_codes = {rank: failure.exitcode for rank, failure in result.failures.items()}
+        if STOPPED_EXIT_CODE in exit_codes.values():
+            return Outcome(STOPPED_EXIT_CODE, f"the workers were told to stop; {_CONTINUES}")
         return Outcome(1, _first_failure(exit_codes, context.error_files))
 
 
@@ -83,7 +95,8 @@ def run_worker(work: Callable[[], None], *, threads: int = 0) -> None:
 
     Sets the environment before `work` imports torch. If `work` fails the process ends at once with exit code 1, with
     no farewell to the process groups: its peers learn of it only after the error has been put on record. Started by
-    our launcher, the launcher shows the error; elsewhere it goes to stderr.
+    our launcher, the launcher shows the error; elsewhere it goes to stderr. Exit code STOPPED_EXIT_CODE: `work` was
+    stopped by a signal and has saved.
     """
     os.environ.update(worker_environment(os.environ, threads=threads))
     launcher_pid = os.environ.get(_LAUNCHER_PID)
@@ -91,17 +104,29 @@ def run_worker(work: Callable[[], None], *, threads: int = 0) -> None:
         threading.Thread(target=_end_with_launcher, args=(int(launcher_pid),), daemon=True).start()
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-    handler = get_error_handler()
-    handler.initialize()
+    get_error_handler().initialize()
     try:
         work()
+    except StopRequested:
+        _leave(STOPPED_EXIT_CODE)
     except Exception as error:
-        handler.record_exception(error)
-        if not launcher_pid:
-            _report(error)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)
+        end_worker_with(error)
+
+
+def end_worker_with(error: Exception) -> None:
+    """Puts `error` on record as this worker's end and ends the process at once, from any thread."""
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    get_error_handler().record_exception(error)
+    if not os.environ.get(_LAUNCHER_PID):
+        _report(error)
+    _leave(1)
+
+
+def _leave(exit_code: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
 
 
 def _report(error: Exception) -> None:
@@ -146,8 +171,7 @@ def _shared_environment(num_workers: int, threads: int, port: int) -> dict[str, 
 @contextmanager
 def _signal_handlers_restored() -> Iterator[None]:
     """torch's launcher puts its own handlers in place and leaves them there."""
-    handled = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
-    before = {number: signal.getsignal(number) for number in handled}
+    before = {number: signal.getsignal(number) for number in _HANDLED}
     try:
         yield
     finally:
@@ -155,10 +179,28 @@ def _signal_handlers_restored() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _end(context) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
-        signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not leave workers behind
-    context.close(signal.SIGTERM, timeout=_SECONDS_TO_END)
+def _raise_signal_exception(number: int, _: object) -> None:
+    from torch.distributed.elastic.multiprocessing import SignalException
+
+    raise SignalException(f"process {os.getpid()} got signal {number}", signal.Signals(number))
+
+
+def _end(context, grace_seconds: float) -> list[int | None]:
+    """Tells the workers to end, waits for it as long as is due, kills who is left; returns their exit codes."""
+    later_signals: list[int] = []
+    for number in _HANDLED:
+        signal.signal(number, lambda number, _: later_signals.append(number))
+    processes = [handler.proc for handler in context.subprocess_handlers.values()]
+    for process in processes:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+    deadline = time.monotonic() + grace_seconds
+    while any(process.poll() is None for process in processes):
+        if later_signals or time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
+    context.close(signal.SIGKILL, timeout=_SECONDS_TO_END)
+    return [process.poll() for process in processes]
 
 
 def _first_failure(exit_codes: Mapping[int, int], error_files: Mapping[int, str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Sequence
 from itertools import chain
 
@@ -9,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_tip.errors import PeerError, ServersLostError
+from megatron_tip.errors import EngineError, PeerError, ServersLostError
+from megatron_tip.parallel.stop import StopRequested
 from megatron_tip.records import Rollout
 from megatron_tip.rollout.engine import FINISH_REASONS
 
@@ -29,8 +31,9 @@ def broadcast_rollouts(
         device: where the travelling tensors lie; what the group's backend carries.
 
     Raises:
-        PeerError: on all ranks but the first, when `generate` raised; the first raises what `generate` did.
-        ServersLostError: on all ranks alike, when `generate` raised it: they may end the run together.
+        StopRequested, ServersLostError: on all ranks alike, when `generate` raised it: they may end the run together.
+        PeerError: on all other ranks, when `generate` raised anything else, its `cause` "EngineError" for one of
+            those; the first rank raises what `generate` did.
     """
     source = dist.get_global_rank(group, 0) if group is not None else 0
 
@@ -46,8 +49,10 @@ def broadcast_rollouts(
         rollouts = list(generated or ())
         parts = _to_tensors(rollouts)
     except BaseException as error:  # also Ctrl-C: the other ranks wait in the first broadcast
-        message = torch.frombuffer(bytearray(f"{type(error).__name__}: {error}", "utf-8"), dtype=torch.uint8)
-        sent(torch.tensor([_LOST if isinstance(error, ServersLostError) else _FAILED, len(message), 0]))
+        kind = EngineError if isinstance(error, EngineError) else type(error)
+        kind = ServersLostError if isinstance(error, ServersLostError) else kind
+        message = torch.frombuffer(bytearray(f"{kind.__name__}: {error}", "utf-8"), dtype=torch.uint8)
+        sent(torch.tensor([_FAILED, len(message), 0]))
         sent(message)
         raise
     if generated is None:
@@ -59,8 +64,8 @@ def broadcast_rollouts(
     return rollouts
 
 
-_FAILED, _NOTHING, _LOST = -1, -2, -3
-"""In the place of the number of rollouts: the first rank failed; has none yet; lost its servers."""
+_FAILED, _NOTHING = -1, -2
+"""In the place of the number of rollouts: the first rank failed; has none yet."""
 
 
 def _receive(sent: Callable[[Tensor], Tensor]) -> list[Rollout] | None:
@@ -69,9 +74,12 @@ def _receive(sent: Callable[[Tensor], Tensor]) -> list[Rollout] | None:
         return None
     if num_rollouts < 0:
         message = bytes(sent(torch.zeros(num_ids, dtype=torch.uint8)).tolist()).decode()
-        if num_rollouts == _LOST:
-            raise ServersLostError(message)
-        raise PeerError(f"rollouts: the first process failed with {message}")
+        cause, _, text = message.partition(": ")
+        if cause == StopRequested.__name__:
+            raise StopRequested(signal.Signals[text])
+        if cause == ServersLostError.__name__:
+            raise ServersLostError(text)
+        raise PeerError(f"rollouts: the first process failed with {message}", cause=cause)
     table = sent(torch.zeros((num_rollouts, 7), dtype=torch.int64))
     ids = sent(torch.zeros(num_ids, dtype=torch.int64))
     logprobs = sent(torch.zeros(num_logprobs, dtype=torch.float64))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 
 import jinja2
 import numpy as np
@@ -61,6 +64,12 @@ class PromptSource:
         places = range((step - 1) * self._prompts_per_step, step * self._prompts_per_step)
         orders = {epoch: self._order(epoch) for epoch in {place // size for place in places}}
         return [self.training[orders[place // size][place % size]] for place in places]
+
+    @cached_property
+    def digest(self) -> str:
+        """A checksum of all prompts in their order, by which a run knows its own again."""
+        ids = [[prompt.prompt_ids for prompt in prompts] for prompts in (self.training, self.heldout)]
+        return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
 
     def _order(self, epoch: int) -> Sequence[int]:
         if not self._shuffle:

@@ -7,7 +7,7 @@ and Python's shortest decimal form gives every float back bit for bit.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import chain, pairwise
 from pathlib import Path
@@ -64,6 +64,11 @@ def _rollout(where: str, line: bytes) -> Rollout:
         raise InputError(
             f"{where}: expected a rollout as write_rollouts leaves it, got a broken line: {error}"
         ) from error
+    return rollout_of(record)
+
+
+def rollout_of(record: Mapping[str, Any]) -> Rollout:
+    """The rollout whose fields `record` holds as JSON has them."""
     return Rollout(
         prompt_index=record["prompt_index"],
         sample_index=record["sample_index"],

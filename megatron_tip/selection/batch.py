@@ -8,7 +8,7 @@ from dataclasses import MISSING, dataclass, fields
 import torch
 from torch import Tensor
 
-from megatron_tip.errors import InputError, TrainingError
+from megatron_tip.errors import InputError, NotFiniteError, TrainingError
 from megatron_tip.records import TokenIndex, TokenStatistics
 from megatron_tip.selection.replicas import Replicas
 
@@ -62,7 +62,7 @@ def read_batch(
         required: names that `rule_name` reads. num_budgeted: this replica's own budget, if it has one.
 
     Raises (alike on all replicas): InputError for an index that is negative or does not fit the statistics;
-    TrainingError for a batch without rows, or a required statistic that is not finite.
+    TrainingError for a batch without rows, NotFiniteError for a required statistic that is not finite.
     """
     facts = replicas.gather(_own_facts(values, index, num_budgeted)).cpu()
     misfits = (facts[:, 0] == 0).nonzero().flatten().tolist()
@@ -80,7 +80,7 @@ def read_batch(
             "not empty and that the filters on finish_reason leave something"
         )
     if broken := sorted(not_finite.intersection(required)):
-        raise TrainingError(
+        raise NotFiniteError(
             f"rule {rule_name!r}: the statistics {broken} hold NaN or infinity; the student or the teacher gives "
             "logits that are not finite"
         )

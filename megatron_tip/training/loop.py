@@ -1,17 +1,19 @@
 """The run from its first file to its last."""
 
 import logging
+import math
 import os
-import shutil
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_tip.config import Config
+from megatron_tip.config import Config, FaultConfig
 from megatron_tip.conversion.bridge import save_hf
 from megatron_tip.conversion.megatron_checkpoint import save_megatron_checkpoint
+from megatron_tip.errors import EngineError, PeerError, TooManySkips
 from megatron_tip.observability.memory import peak_rss_bytes
 from megatron_tip.observability.progress import ProgressDisplay
 from megatron_tip.observability.report import write_report
@@ -19,15 +21,23 @@ from megatron_tip.observability.run_folder import RunFolder, Sample
 from megatron_tip.observability.timing import PhaseTimer
 from megatron_tip.parallel.distributed import destroy_distributed, init_distributed
 from megatron_tip.parallel.environment import available_threads
-from megatron_tip.records import Rollout
+from megatron_tip.parallel.launch import end_worker_with
+from megatron_tip.parallel.stop import StopRequested
+from megatron_tip.parallel.watchdog import HangWatchdog
 from megatron_tip.rollout.engine import ServedEngine
+from megatron_tip.training.checkpoint import Checkpointer
+from megatron_tip.training.checkpoint_files import CheckpointFiles
 from megatron_tip.training.heldout import heldout_metric, measure_heldout
+from megatron_tip.training.observers import RunObservers
 from megatron_tip.training.plan import RunPlan, plan_run
+from megatron_tip.training.progress import Heldout, RunProgress
 from megatron_tip.training.recorder import RunRecorder
+from megatron_tip.training.resume import newest_whole, restore
 from megatron_tip.training.run import TrainingRun
+from megatron_tip.training.same_run import check_same_run
 from megatron_tip.training.setup import build_run
-from megatron_tip.training.step import train_step
-from megatron_tip.training.weight_sync import sync_engine
+from megatron_tip.training.step import SKIPPED_NOT_FINITE, train_step
+from megatron_tip.training.weight_sync import update_engine
 
 logger = logging.getLogger(__name__)
 
@@ -35,72 +45,177 @@ AGREEMENT = 1e-6
 """Reverse KL in nats below which a student has nothing to learn: most likely it was given as its own teacher."""
 
 
-@dataclass(frozen=True)
-class Heldout:
-    """A held-out measurement: mean reverse KL in nats a token, and the responses that it was taken on."""
-
-    reverse_kl: float
-    rollouts: list[Rollout]
-
-
-def train(config: Config) -> None:
+def train(config: Config, *, fresh: bool = False) -> None:
     """Runs `config` as one worker of its world. Every rank calls it; rank 0 writes the run's files.
+
+    An unfinished run in the folder is continued from its newest whole checkpoint; with `fresh` it is removed.
 
     Raises:
         MegatronTipError: what a user can mend; before the first collective where it can be known by then.
+        StopRequested: a signal ended the run; it is saved.
     """
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     plan = plan_run(config, world_size)
     folder = RunFolder.create(config.run.folder)
-    worker = init_distributed()
+    files = CheckpointFiles(folder.checkpoints)
+    if not fresh:
+        check_same_run(config)
+    worker = init_distributed(timeout_seconds=collective_timeout_seconds(config.fault))
+    if rank == 0 and fresh:
+        folder.clear()
     display = ProgressDisplay(config.training.steps, enabled=rank == 0)
-    timer = PhaseTimer(worker.device, on_enter=display.show_phase)
+    observers = RunObservers(config, plan, folder, worker)
+    timer = PhaseTimer(worker.device, on_enter=display.show_phase, on_exit=observers.on_phase)
+    step = newest_whole(files, worker.device)
+    if rank == 0 and step is None:
+        folder.clear()
+    dist.barrier()
     run = build_run(config, plan, worker, timer, num_threads=config.run.threads or available_threads())
+    progress, recorded = restore(run, files, step) if step is not None else (RunProgress(), None)
     if rank == 0:
-        shutil.rmtree(folder.rollouts, ignore_errors=True)  # of a run in this folder that did not finish
         folder.write_config(config)
-    try:
-        with RunRecorder(folder, display, writes=rank == 0) as recorder:
-            before, after = run_steps(run, recorder)
-    finally:
-        close_engine(run)
-    write_models(run, plan, folder)
-    summary = summarise(run, recorder, before, after)
-    if rank == 0:
-        folder.write_samples(samples_of(run, plan, before, after))
-        write_report(folder)
-        folder.write_summary(summary)
-        if before.rollouts:
-            logger.info("held-out reverse KL %.3f -> %.3f nats a token", before.reverse_kl, after.reverse_kl)
-        logger.info("done in %.0f s; see %s", summary["seconds"]["total"], folder.report)
+        if step is not None:
+            logger.info("continuing behind step %d", step)
+    watchdog = HangWatchdog(
+        folder.stacks, rank, timeout_seconds=config.fault.step_timeout_seconds, on_hang=end_worker_with
+    )
+    recorder = RunRecorder(folder, display, observers, writes=rank == 0, resumed=recorded)
+    with observers:
+        with recorder, run.stop, watchdog, engine_closed(run):
+            checkpointer = Checkpointer(run, recorder, files, run.stop)
+            before, after = run_steps(run, recorder, checkpointer, watchdog, progress)
+        finish_run(run, plan, folder, recorder, observers, before, after)
     destroy_distributed()
 
 
-def run_steps(run: TrainingRun, recorder: RunRecorder) -> tuple[Heldout, Heldout]:
-    """All training steps, with held-out measurements before, in between as configured, and after."""
-    num_steps, every = run.config.training.steps, run.config.heldout.every_steps
-    with run.timer.phase("sync"):
-        synced = sync_engine(run, weight_version=0, first=True)
-    before = after = _measure(run, recorder, step=0, metrics=_prompt_metrics(run) | synced)
-    if before.reverse_kl < AGREEMENT:
-        logger.warning(
-            "student and teacher agree everywhere (held-out reverse KL %.1e): is teacher.path right?", before.reverse_kl
+@contextmanager
+def engine_closed(run: TrainingRun) -> Iterator[None]:
+    """Ends the run's own servers behind it, in the first process; they also end with it."""
+    try:
+        yield
+    finally:
+        if run.ahead:
+            run.ahead.close()
+        if isinstance(run.engine, ServedEngine):
+            run.engine.close()
+
+
+def finish_run(
+    run: TrainingRun,
+    plan: RunPlan,
+    folder: RunFolder,
+    recorder: RunRecorder,
+    observers: RunObservers,
+    before: Heldout,
+    after: Heldout,
+) -> None:
+    """Models, samples, report and summary of a run that took its last step. Collective over the world."""
+    write_models(run, plan, folder)
+    summary = summarise(run, recorder, before, after)
+    if dist.get_rank():
+        return
+    folder.write_samples(samples_of(plan, before, after))
+    write_report(folder)
+    observers.finish_run()
+    folder.write_summary(summary)
+    if math.isfinite(before.reverse_kl):
+        logger.info("held-out reverse KL %.3f -> %.3f nats a token", before.reverse_kl, after.reverse_kl)
+    logger.info("done in %.0f s; see %s", summary["seconds"]["total"], folder.report)
+
+
+def collective_timeout_seconds(fault: FaultConfig) -> float:
+    """After which a collective fails: later than the watchdog, which knows more to say."""
+    return fault.step_timeout_seconds + 120.0 if fault.step_timeout_seconds else 7 * 24 * 3600.0
+
+
+def run_steps(
+    run: TrainingRun, recorder: RunRecorder, checkpointer: Checkpointer, watchdog: HangWatchdog, progress: RunProgress
+) -> tuple[Heldout, Heldout]:
+    """All training steps that are left, with held-out measurements before, in between as configured, and after.
+
+    What ends the run in a state that all ranks share, a signal or a failed engine, is raised again once that state is
+    saved. `progress` is kept up to date.
+    """
+    try:
+        return _run_steps(run, recorder, checkpointer, watchdog, progress)
+    except (StopRequested, EngineError, PeerError, TooManySkips) as reason:
+        if isinstance(reason, PeerError) and reason.cause != EngineError.__name__:
+            raise
+        checkpointer.save(progress)
+        checkpointer.finish()
+        if dist.get_rank() == 0 and progress.step:
+            logger.warning("ended by %s; saved behind step %d: the same command continues", reason, progress.step)
+        raise
+
+
+def _run_steps(
+    run: TrainingRun, recorder: RunRecorder, checkpointer: Checkpointer, watchdog: HangWatchdog, progress: RunProgress
+) -> tuple[Heldout, Heldout]:
+    if progress.before is None:
+        progress.unrecorded = _prompt_metrics(run)
+    after, first = progress.before, True
+    while True:
+        synced = update_engine(run, weight_version=progress.step, first=first)
+        first = False
+        if progress.unrecorded is not None:
+            progress.unrecorded |= synced
+            after = record_step(run, recorder, progress)
+        end_after_skips(run, progress)
+        watchdog.step_done()
+        if progress.step == run.config.training.steps:
+            checkpointer.finish()
+            assert progress.before is not None, "measured before the first step"
+            assert after is not None, "measured after the last step"
+            return progress.before, after
+        checkpointer.between_steps(progress)
+        progress.unrecorded = train_step(run, progress.step + 1)
+        progress.step += 1
+        skipped = SKIPPED_NOT_FINITE in progress.unrecorded
+        progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if skipped else 0
+
+
+def record_step(run: TrainingRun, recorder: RunRecorder, progress: RunProgress) -> Heldout:
+    """Writes down the last step, with the held-out measurement if it is due; returns that, or an empty one."""
+    assert progress.unrecorded is not None, "something to record"
+    step, heldout = progress.step, Heldout(float("nan"), [])
+    metrics = progress.unrecorded
+    if _measures_after(run.config, step):
+        with run.timer.phase("heldout"):
+            reverse_kl, rollouts = measure_heldout(run, step)
+        heldout = Heldout(reverse_kl, rollouts[: run.config.heldout.num_samples])
+        metrics = metrics | {heldout_metric(run): reverse_kl}
+    recorder.record(step, metrics | run.timer.step_metrics(), run.views.latest)
+    progress.unrecorded = None
+    if step == 0:
+        progress.before = heldout
+        if heldout.reverse_kl < AGREEMENT:
+            logger.warning(
+                "student and teacher agree everywhere (held-out reverse KL %.1e): is teacher.path right?",
+                heldout.reverse_kl,
+            )
+    return heldout
+
+
+def end_after_skips(run: TrainingRun, progress: RunProgress) -> None:
+    """Ends a run of which too many steps in a row were not finite.
+
+    Raises:
+        TooManySkips: fault.max_skipped_steps of them; on every rank. The count begins anew when the run is continued.
+    """
+    most = run.config.fault.max_skipped_steps
+    if progress.skipped_in_a_row >= most:
+        progress.skipped_in_a_row = 0
+        raise TooManySkips(
+            f"step {progress.step}: the loss or the gradient was not finite {most} steps in a row "
+            f"(fault.max_skipped_steps); their rollouts are in {RunFolder(run.config.run.folder).skipped}, readable by "
+            "the replay engine"
         )
-    for step in range(1, num_steps + 1):
-        metrics = train_step(run, step)
-        if step == num_steps or (every and step % every == 0):
-            after = _measure(run, recorder, step, metrics)
-        else:
-            recorder.record(step, metrics | run.timer.step_metrics())
-    return before, after
 
 
-def close_engine(run: TrainingRun) -> None:
-    """Ends the servers of the run, in the first process; they also end with it."""
-    if run.ahead:
-        run.ahead.close()
-    if isinstance(run.engine, ServedEngine):
-        run.engine.close()
+def _measures_after(config: Config, step: int) -> bool:
+    every = config.heldout.every_steps
+    is_due = step in (0, config.training.steps) or (every > 0 and step % every == 0)
+    return is_due and config.heldout.num_prompts > 0
 
 
 def _prompt_metrics(run: TrainingRun) -> dict[str, float]:
@@ -111,16 +226,6 @@ def _prompt_metrics(run: TrainingRun) -> dict[str, float]:
         "prompts/num_skipped": float(run.prompts.num_skipped),
         "prompts/num_duplicates": float(run.prompts.num_duplicates),
     }
-
-
-def _measure(run: TrainingRun, recorder: RunRecorder, step: int, metrics: dict[str, float]) -> Heldout:
-    if not run.config.heldout.num_prompts:
-        recorder.record(step, metrics | run.timer.step_metrics())
-        return Heldout(float("nan"), [])
-    with run.timer.phase("heldout"):
-        heldout = Heldout(*measure_heldout(run, step))
-    recorder.record(step, metrics | {heldout_metric(run): heldout.reverse_kl} | run.timer.step_metrics())
-    return heldout
 
 
 def write_models(run: TrainingRun, plan: RunPlan, folder: RunFolder) -> None:
@@ -138,32 +243,32 @@ def summarise(run: TrainingRun, recorder: RunRecorder, before: Heldout, after: H
     peak_rss = torch.tensor(peak_rss_bytes(), device=run.device)
     dist.all_reduce(peak_rss)
     grid = run.student.groups.grid
-    got = recorder.num_selected / recorder.num_valid if recorder.num_valid else None
+    totals = recorder.state
+    got = totals.num_selected / totals.num_valid if totals.num_valid else None
     return {
         "steps": run.config.training.steps,
         "world": {"tp": grid.tp_size, "pp": grid.pp_size, "dp": grid.dp_size},
         "heldout_reverse_kl": {"before": before.reverse_kl, "after": after.reverse_kl},
         "retention_ratio": {"asked": run.config.selection.retention_ratio, "got": got},
         "tokens": {
-            "valid": recorder.num_valid,
-            "selected": recorder.num_selected,
-            "trained": recorder.num_model_tokens,
-            "trained_uncut": recorder.num_model_tokens_uncut,
+            "valid": totals.num_valid,
+            "selected": totals.num_selected,
+            "trained": totals.num_model_tokens,
+            "trained_uncut": totals.num_model_tokens_uncut,
         },
-        "saved_train_seconds": recorder.saved_seconds,
+        "saved_train_seconds": totals.saved_seconds,
         "seconds": dict.fromkeys(("rollout", "teacher", "score", "train", "sync"), 0.0) | run.timer.total_seconds(),
         "peak_rss_bytes": int(peak_rss),
     }
 
 
-def samples_of(run: TrainingRun, plan: RunPlan, before: Heldout, after: Heldout) -> list[Sample]:
+def samples_of(plan: RunPlan, before: Heldout, after: Heldout) -> list[Sample]:
     """The first held-out prompts with the student's responses before and after."""
     old_rollouts = {rollout.prompt_index: rollout for rollout in before.rollouts}  # some may have been set aside
-    pairs = [(old_rollouts[new.prompt_index], new) for new in after.rollouts if new.prompt_index in old_rollouts][
-        : run.config.heldout.num_samples
-    ]
     texts = [
-        [_decoded(plan, ids) for ids in (old.prompt_ids, old.response_ids, new.response_ids)] for old, new in pairs
+        [_decoded(plan, ids) for ids in (old.prompt_ids, old.response_ids, new.response_ids)]
+        for new in after.rollouts
+        if (old := old_rollouts.get(new.prompt_index))
     ]
     return [Sample(*text) for text in texts]
 

@@ -1,16 +1,20 @@
 """What a run will be, found and checked from files alone: before any process group or weight exists."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from megatron_tip.config import Config
+from megatron_tip.conversion.architecture import ModelArchitecture
 from megatron_tip.conversion.safetensors_io import HfCheckpoint
 from megatron_tip.errors import ConfigError
 from megatron_tip.models.layout import check_layout
+from megatron_tip.observability.trackers import check_trackers
 from megatron_tip.parallel.grid import ModelGrid
 from megatron_tip.rollout.multi_turn import check_environment
 from megatron_tip.rollout.server_teacher_setup import check_teacher, teacher_limits
@@ -21,7 +25,7 @@ from megatron_tip.vocab_parallel import padded_vocab_size
 
 @dataclass(frozen=True)
 class RunPlan:
-    """Models, grids and vocabulary of a run that can start. `teacher`: None where it is behind servers.
+    """Models, grids and vocabulary of a run that can start.
 
     `vocab_size`: the entries that both models have, which their distributions are over. `padded_vocab_size`: of the
     student's embeddings and of both LM heads, a multiple of the student's tp size.
@@ -48,18 +52,21 @@ def plan_run(config: Config, world_size: int) -> RunPlan:
         ConfigError: layouts, lengths, schedule, rule, tokenizers or vocabularies that cannot run.
         WeightsError: a model directory that is incomplete or not supported.
     """
+    check_trackers(config.tracking)
     student = HfCheckpoint(config.model.path, config.model.drop_layers)
     teacher = HfCheckpoint(config.teacher.path) if config.teacher.kind == "megatron" else None
-    student_grid = _grid_of(config.model, student, world_size, owner="student")
-    teacher_grid = _grid_of(config.teacher, teacher, world_size, owner="teacher") if teacher else student_grid
+    student_grid, teacher_grid = plan_grids(
+        config, student.architecture, teacher.architecture if teacher else None, world_size
+    )
     teacher_vocab_size, teacher_positions = _limits(teacher) if teacher else teacher_limits(config.teacher.path)
-    _check_lengths(config, {"student": _limits(student)[1], "teacher": teacher_positions})
-    selector = _selector(config)
+    check_settings(config, {"student": _limits(student)[1], "teacher": teacher_positions})
+    selector = make_selector(config)
     check_teacher(config, selector)
-    _check_one_pass(config)
-    tokenizer = _shared_tokenizer(config.model.path, config.teacher.path)
+    check_paths(config)
+    tokenizer = _shared_tokenizer(config)
     sizes = (student.architecture.vocab_size, teacher_vocab_size)
-    _check_vocabulary(tokenizer, sizes)
+    vocabulary: dict[str, int] = tokenizer.get_vocab()
+    check_vocabulary(max(vocabulary.values()), sizes)
     if config.rollout.engine == "sglang":
         _check_served(config, sizes)
     stop_token_ids = stop_ids(config.model.path, tokenizer)
@@ -96,10 +103,29 @@ def stop_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...
     return tuple(sorted(ids))
 
 
-def _grid_of(model, checkpoint: HfCheckpoint, world_size: int, *, owner: str) -> ModelGrid:
-    tp_size, pp_size = model.tensor_parallel_size, model.pipeline_parallel_size
-    check_layout(checkpoint.architecture, tp_size=tp_size, pp_size=pp_size, owner=owner)
-    return ModelGrid.over(world_size, tp_size=tp_size, pp_size=pp_size, owner=owner)
+def default_num_workers(config: Config) -> int:
+    """Returns how many workers to start on this machine: one a GPU; without a GPU the fewest that hold both models."""
+    if torch.cuda.is_available():
+        return torch.cuda.device_count()
+    models = (config.model, config.teacher)
+    return math.lcm(*(model.tensor_parallel_size * model.pipeline_parallel_size for model in models))
+
+
+def plan_grids(
+    config: Config, student: ModelArchitecture, teacher: ModelArchitecture | None, world_size: int
+) -> tuple[ModelGrid, ModelGrid]:
+    """Returns the grids of student and teacher over `world_size` ranks; raises ConfigError for one that cannot be.
+
+    `teacher=None`: it is behind servers; its grid is the student's then.
+    """
+    grids: list[ModelGrid] = []
+    for owner, model, architecture in (("student", config.model, student), ("teacher", config.teacher, teacher)):
+        if architecture is None:
+            return grids[0], grids[0]
+        tp_size, pp_size = model.tensor_parallel_size, model.pipeline_parallel_size
+        check_layout(architecture, tp_size=tp_size, pp_size=pp_size, owner=owner)
+        grids.append(ModelGrid.over(world_size, tp_size=tp_size, pp_size=pp_size, owner=owner))
+    return grids[0], grids[1]
 
 
 def _limits(checkpoint: HfCheckpoint) -> tuple[int, int]:
@@ -107,9 +133,14 @@ def _limits(checkpoint: HfCheckpoint) -> tuple[int, int]:
     return checkpoint.architecture.vocab_size, checkpoint.architecture.max_position_embeddings
 
 
-def _check_lengths(config: Config, limits: dict[str, int]) -> None:
+def check_settings(config: Config, positions: Mapping[str, int]) -> None:
+    """Refuses lengths, schedules and samplings that do not fit together or the models. Reads no files.
+
+    `positions`: most tokens that a sequence may have, of "student" and "teacher".
+    """
+    _check_one_pass(config)
     longest = config.prompts.max_prompt_tokens + config.rollout.max_response_tokens
-    for owner, limit in limits.items():
+    for owner, limit in positions.items():
         if longest > limit:
             raise ConfigError(
                 f"prompts.max_prompt_tokens + rollout.max_response_tokens: expected at most the {owner}'s "
@@ -136,26 +167,39 @@ def _check_lengths(config: Config, limits: dict[str, int]) -> None:
             "rollout.importance_cap: expected rollout.temperature = loss.temperature, got "
             f"{rollout.temperature} and {temperature}; the ratio compares both distributions"
         )
-    for name, path in (("prompts.path", config.prompts.path), ("rollout.replay_folder", rollout.replay_folder)):
-        if path is not None and not path.exists():
-            raise ConfigError(f"{name}: expected an existing path, got {path}")
     if config.model.sequence_parallel and config.model.tensor_parallel_size == 1:
         raise ConfigError("model.sequence_parallel: expected model.tensor_parallel_size above 1, got 1; turn it off")
 
 
-def _shared_tokenizer(student: Path, teacher: Path) -> PreTrainedTokenizerBase:
+def check_paths(config: Config) -> None:
+    """Refuses prompts or rollouts that are not there."""
+    for name, path in (("prompts.path", config.prompts.path), ("rollout.replay_folder", config.rollout.replay_folder)):
+        if path is not None and not path.exists():
+            raise ConfigError(f"{name}: expected an existing path, got {path}")
+
+
+def _shared_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     """The student's tokenizer, which must map every token to the same id as the teacher's."""
+    student, teacher = config.model.path, config.teacher.path
     tokenizers = [_tokenizer(folder) for folder in (student, teacher)]
-    vocabularies: list[dict[str, int]] = [tokenizer.get_vocab() for tokenizer in tokenizers]
+    vocabularies = [_compared_tokens(tokenizer, config.teacher.special_tokens) for tokenizer in tokenizers]
     if vocabularies[0] != vocabularies[1]:
         different = sorted(set(vocabularies[0].items()) ^ set(vocabularies[1].items()), key=lambda item: item[1])
         example, place = different[0]
         raise ConfigError(
             f"teacher.path: expected the student's tokenizer ({student}), got another one in {teacher}: "
             f"{len(different)} entries differ, for example {example!r} at id {place}; distillation compares "
-            "probabilities id by id, so both models must share one tokenizer"
+            "probabilities id by id, so both models must share one tokenizer (teacher.special_tokens says what of it)"
         )
     return tokenizers[0]
+
+
+def _compared_tokens(tokenizer: PreTrainedTokenizerBase, special_tokens: str) -> dict[str, int]:
+    vocabulary: dict[str, int] = tokenizer.get_vocab()
+    if special_tokens == "same":
+        return vocabulary
+    added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
+    return {token: place for token, place in vocabulary.items() if token not in added}
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -165,8 +209,8 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise ConfigError(f"{folder}: expected a tokenizer that transformers can load, got: {error}") from error
 
 
-def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, sizes: Sequence[int]) -> None:
-    largest = max(tokenizer.get_vocab().values())
+def check_vocabulary(largest: int, sizes: Sequence[int]) -> None:
+    """Refuses models of `sizes` embeddings for a tokenizer whose largest id is `largest`."""
     if largest >= min(sizes):
         raise ConfigError(
             f"vocabulary: expected embeddings for all token ids up to {largest} in both models, got {sizes[0]} rows in "
@@ -202,8 +246,11 @@ def _check_one_pass(config: Config) -> None:
         )
 
 
-def _selector(config: Config) -> Selector:
-    """The selector, whose budget leaves something of the longest response that the run allows."""
+def make_selector(config: Config) -> Selector:
+    """The selector that the configuration describes, whose budget leaves something of the longest response.
+
+    Raises ConfigError for one that cannot be.
+    """
     selection = config.selection
     selector = Selector(
         rule=selection.rule,

@@ -28,7 +28,8 @@ def generate_rollouts(
     def generate() -> list[Rollout] | None:
         assert run.engine is not None, "the engine lives in the first process"
         try:
-            rollouts = (run.ahead.take if run.ahead else run.engine.generate)(prompts, sampling)
+            with run.stop.interruptible():
+                rollouts = (run.ahead.take if run.ahead else run.engine.generate)(prompts, sampling)
         except WeightsLostError as error:
             logger.warning("step of weights %d: %s; syncing them again", weight_version, error)
             return None

@@ -10,6 +10,7 @@ from megatron_tip.conversion.architecture import ModelArchitecture
 from megatron_tip.models.student import Student
 from megatron_tip.models.teacher import Teacher
 from megatron_tip.observability.timing import PhaseTimer
+from megatron_tip.parallel.stop import StopSignals
 from megatron_tip.records import Rollout
 from megatron_tip.rollout.ahead import AheadGenerator
 from megatron_tip.rollout.engine import RolloutEngine, SamplingParams
@@ -17,6 +18,7 @@ from megatron_tip.rollout.prompts import PromptSource
 from megatron_tip.rollout.step_batch import StepBatch
 from megatron_tip.selection import Calibration, Selector
 from megatron_tip.training.served_teacher import ServedTeacher
+from megatron_tip.training.token_views import TokenViews
 
 
 @dataclass
@@ -32,6 +34,7 @@ class TrainingRun:
 
     `architecture`: the student's, after dropped layers. `vocab_size`: the entries that student and teacher share.
     `prompts`, `engine`: in the first process only; None elsewhere. `ahead`: there as well, with rollout.ahead = 1.
+    `stop`: what may end the run before its last step.
     """
 
     config: Config
@@ -46,8 +49,10 @@ class TrainingRun:
     prompts: PromptSource | None
     engine: RolloutEngine | None
     timer: PhaseTimer
+    views: TokenViews
     last_step: LastStep = field(default_factory=LastStep)
     ahead: AheadGenerator | None = None
+    stop: StopSignals = field(default_factory=StopSignals)
 
     def batch_of(self, rollouts: Sequence[Rollout]) -> StepBatch:
         """The rollouts in micro-batches over the student's replicas."""

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from megatron_tip.errors import NotFiniteError
 from megatron_tip.models.teacher import Teacher
 from megatron_tip.records import MicroBatch, TeacherRows, TeacherTopK, TokenStatistics
 from megatron_tip.rollout.step_batch import StepBatch
@@ -33,7 +34,11 @@ def score_tokens(run: TrainingRun, batch: StepBatch, teacher_rows: TeacherRows |
     parts: list[TokenStatistics] = []
 
     def score(index: int, hidden_states: Tensor) -> None:
-        parts.append(micro_batch_statistics(run, teacher, micro_batches[index], hidden_states, teacher_parts[index]))
+        try:
+            statistics = micro_batch_statistics(run, teacher, micro_batches[index], hidden_states, teacher_parts[index])
+        except NotFiniteError:  # alike on all tp ranks; the other replicas and stages must not be left alone
+            statistics = TokenStatistics.unknown(len(teacher_parts[index]), run.device)
+        parts.append(statistics)
 
     run.student.forward(micro_batches, score)
     return TokenStatistics.concatenate(parts) if groups.is_last_stage else None

@@ -24,6 +24,7 @@ from megatron_tip.rollout.sglang_setup import build_sglang_engine
 from megatron_tip.training.plan import RunPlan
 from megatron_tip.training.run import TrainingRun
 from megatron_tip.training.served_teacher import ServedTeacher
+from megatron_tip.training.token_views import TokenViews
 from megatron_tip.vocab_parallel import padded_vocab_size
 
 
@@ -60,6 +61,7 @@ def build_run(config: Config, plan: RunPlan, worker: Worker, timer: PhaseTimer, 
         engine=engine,
         timer=timer,
         ahead=AheadGenerator(engine) if engine is not None and config.rollout.ahead else None,
+        views=TokenViews(config.tracking, plan.tokenizer, student_groups),
     )
 
 

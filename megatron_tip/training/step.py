@@ -1,5 +1,6 @@
-"""One training step as named stages: rollout, teacher, score, select, train, sync."""
+"""One training step as named stages: rollout, teacher, score, select, train."""
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -8,12 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_tip.errors import TrainingError
+from megatron_tip.errors import NotFiniteError, TrainingError
 from megatron_tip.models.teacher import Teacher
+from megatron_tip.observability.run_folder import RunFolder
 from megatron_tip.parallel.collectives import broadcast_json
 from megatron_tip.records import MicroBatch, TeacherRows, TeacherTopK, TokenSelection, TokenStatistics
-from megatron_tip.rollout.engine import ServedEngine
 from megatron_tip.rollout.step_batch import StepBatch
+from megatron_tip.rollout.storage import write_rollouts
 from megatron_tip.selection import Calibration
 from megatron_tip.training.importance import log_ratios, with_importance
 from megatron_tip.training.metrics import rollout_metrics, supervision_metrics
@@ -22,8 +24,12 @@ from megatron_tip.training.run import TrainingRun
 from megatron_tip.training.scoring import ask_teacher, score_tokens
 from megatron_tip.training.served_teacher import known_rows, served_loss
 from megatron_tip.training.supervision import MicroBatchRows, SelectedRows, SelectedWhileTraining, Supervise
-from megatron_tip.training.weight_sync import sync_engine
 from megatron_tip.vocab_parallel import divergence_loss
+
+logger = logging.getLogger(__name__)
+
+SKIPPED_NOT_FINITE = "train/skipped_not_finite"
+"""The metric, 1, of a step that updated nothing because its loss or gradient was not finite."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +52,16 @@ class Trained:
 def train_step(run: TrainingRun, step: int) -> dict[str, float]:
     """Runs step `step` (from 1) and returns its metrics, equal on every rank. Collective over the world.
 
+    The engine holds the weights of the step before, and still does so afterwards: `weight_sync.update_engine` is next.
+
+    A step whose loss or gradient is not finite updates nothing; its metrics hold SKIPPED_NOT_FINITE, and its rollouts
+    are kept in skipped/, for the replay engine.
+
     Raises:
-        TrainingError: rollouts of other weights than the last, a loss or gradient that is not finite; nothing was
-            updated.
+        TrainingError: rollouts of other weights than the last; nothing was updated.
+        StopRequested: the run was told to stop while it generated; nothing was updated.
     """
-    timer = run.timer
-    with timer.phase("rollout"):
+    with run.timer.phase("rollout"):
         prompts = run.prompts.batch(step) if run.prompts else []
         rollouts = generate_rollouts(run, prompts, run.sampling.for_step(step), weight_version=step - 1)
         start_next_batch(run, step)
@@ -64,14 +74,32 @@ def train_step(run: TrainingRun, step: int) -> dict[str, float]:
         )
     batch = run.batch_of(rollouts)
     if not batch.num_valid():
-        return {**metrics, "train/skipped_no_valid_token": 1.0, **finish_step(run, step)}
+        return {**metrics, "train/skipped_no_valid_token": 1.0}
+    try:
+        metrics |= learn(run, batch, step)
+    except NotFiniteError as error:
+        if run.engine is not None:
+            logger.warning("step %d is skipped, its rollouts are in skipped/: %s", step, error)
+            write_rollouts(RunFolder(run.config.run.folder).skipped, f"step_{step:06d}", rollouts, prompts)
+        metrics |= {SKIPPED_NOT_FINITE: 1.0}
+    return metrics
+
+
+def learn(run: TrainingRun, batch: StepBatch, step: int) -> dict[str, float]:
+    """Teacher, scoring, selection and the optimizer's step on one batch; returns their metrics.
+
+    Raises:
+        NotFiniteError: hidden states, logits, loss or gradient are not; nothing was updated. On every rank.
+    """
+    timer = run.timer
     with timer.phase("teacher"):
         teacher_rows = ask_teacher(run, batch)
     one_pass = run.selector.selects_in_one_pass(run.last_step.calibration)
     trained = (select_while_training if one_pass else select_then_train)(run, batch, teacher_rows, step)
+    run.views.capture(step, batch, trained.statistics, trained.selection)
     pass_seconds = timer.seconds("train")
     with timer.phase("train"):
-        metrics |= supervision_metrics(
+        metrics = supervision_metrics(
             run.student.groups,
             scored=batch,
             trained=trained.batch,
@@ -83,24 +111,8 @@ def train_step(run: TrainingRun, step: int) -> dict[str, float]:
             device=run.device,
         )
         if not math.isfinite(metrics["train/loss"]):
-            raise TrainingError(
-                f"step {step}: expected a finite loss, got {metrics['train/loss']}; nothing was updated"
-            )
-        metrics |= run.student.apply_gradients(step)
-    return metrics | finish_step(run, step)
-
-
-def finish_step(run: TrainingRun, step: int) -> dict[str, float]:
-    """Waits for what is generated ahead, then syncs; returns the metrics of engine and sync. Collective."""
-    with run.timer.phase("rollout"):
-        if run.ahead:
-            run.ahead.wait()  # servers do not change weights in the middle of a batch
-    with run.timer.phase("sync"):
-        metrics = sync_engine(run, weight_version=step)
-    if run.config.rollout.engine != "sglang":
-        return metrics
-    own = run.engine.take_metrics() if isinstance(run.engine, ServedEngine) else {}
-    return metrics | broadcast_json(own, source=0, device=run.device)
+            raise NotFiniteError(f"step {step}: expected a finite loss, got {metrics['train/loss']}")
+        return metrics | run.student.apply_gradients(step)
 
 
 def select_then_train(run: TrainingRun, batch: StepBatch, teacher_rows: TeacherRows | None, step: int) -> Trained:
@@ -121,13 +133,21 @@ def select_then_train(run: TrainingRun, batch: StepBatch, teacher_rows: TeacherR
 
 
 def select_while_training(run: TrainingRun, batch: StepBatch, teacher_rows: TeacherRows | None, step: int) -> Trained:
-    """Scores and selects within each micro-batch as it trains: one forward pass, over the whole sequences."""
+    """Scores and selects within each micro-batch as it trains: one forward pass, over the whole sequences.
+
+    Raises:
+        NotFiniteError: a micro-batch's statistics or loss are not finite; on every rank.
+    """
     groups = run.student.groups
     statistics, selection, calibration = None, None, None
     with run.timer.phase("train"):
         chooser = SelectedWhileTraining(run, batch, teacher_rows, step) if teacher_rows is not None else None
         micro_batches = batch.micro_batches(groups.dp_rank)
         loss = accumulate_gradients(run, micro_batches, chooser.rows if chooser is not None else None)
+        finite = torch.tensor(math.isfinite(loss), dtype=torch.int32, device=run.device)
+        dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+        if not finite:
+            raise NotFiniteError(f"step {step}: expected finite scores and a finite loss in every micro-batch")
     with run.timer.phase("select"):
         if chooser is not None:
             statistics, selection, calibration = chooser.finish(batch.token_index(groups.dp_rank))
@@ -145,15 +165,27 @@ def ratios_of(run: TrainingRun, batch: StepBatch, statistics: TokenStatistics | 
 def select_tokens(
     run: TrainingRun, batch: StepBatch, statistics: TokenStatistics | None, ratios: Tensor | None, step: int
 ) -> TokenSelection | None:
-    """The selection among the rows that this replica scored, on the last stage; None elsewhere."""
-    selection, calibration = None, None
+    """The selection among the rows that this replica scored, on the last stage; None elsewhere.
+
+    Raises:
+        NotFiniteError: statistics that the rule needs are not finite; on every rank.
+    """
+    selection, calibration, failure = None, None, None
     groups = run.student.groups
     if groups.is_last_stage:
-        selection, calibration = run.selector.select_and_calibrate(
-            statistics, batch.token_index(groups.dp_rank), step=step, dp_group=groups.dp_group
-        )
-        if run.config.rollout.importance_cap and ratios is not None:
-            selection = with_importance(selection, ratios, run.config.rollout.importance_cap)
+        try:
+            selection, calibration = run.selector.select_and_calibrate(
+                statistics, batch.token_index(groups.dp_rank), step=step, dp_group=groups.dp_group
+            )
+        except NotFiniteError as error:  # on the last stage of every replica
+            failure = error
+    failed = torch.tensor(failure is not None, dtype=torch.int32, device=run.device)
+    if groups.grid.pp_size > 1:
+        dist.broadcast(failed, src=groups.last_stage_rank, group=groups.pp_group)
+    if failed:
+        raise failure or NotFiniteError(f"step {step}: the last stage's statistics are not finite")
+    if selection is not None and run.config.rollout.importance_cap and ratios is not None:
+        selection = with_importance(selection, ratios, run.config.rollout.importance_cap)
     remember_calibration(run, calibration)
     return selection
 
@@ -203,8 +235,11 @@ def accumulate_gradients(run: TrainingRun, micro_batches: Sequence[MicroBatch], 
     def loss_of(index: int, hidden_states: Tensor) -> Tensor:
         assert supervise is not None, "the loss is taken on the last stage"
         micro_batch = micro_batches[index]
-        rows = supervise(index, micro_batch, hidden_states)
-        loss = row_loss(run, run.student.rows(hidden_states, rows.mask), rows, micro_batch.labels[rows.mask])
+        try:
+            rows = supervise(index, micro_batch, hidden_states)
+            loss = row_loss(run, run.student.rows(hidden_states, rows.mask), rows, micro_batch.labels[rows.mask])
+        except NotFiniteError:  # the schedule goes on, for the other ranks' sake; the loss tells all of them
+            loss = hidden_states.sum() * float("nan")
         total.add_(loss.detach())
         return loss
 

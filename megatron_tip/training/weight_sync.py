@@ -5,7 +5,7 @@ from typing import Any
 
 from megatron_tip.conversion.architecture import ModelArchitecture
 from megatron_tip.conversion.bridge import export_hf
-from megatron_tip.errors import EngineError, ServersLostError
+from megatron_tip.errors import EngineError, PeerError, ServersLostError
 from megatron_tip.models.student import Student
 from megatron_tip.parallel.collectives import broadcast_json
 from megatron_tip.rollout.engine import RolloutEngine, ServedEngine
@@ -17,6 +17,21 @@ logger = logging.getLogger(__name__)
 FLOAT32_TOLERANCE = 1e-4
 REDUCED_TOLERANCE = 0.05
 """Default limits of the mean difference of a probe's logprobs, in nats; the second where bfloat16 takes part."""
+
+
+def update_engine(run: TrainingRun, *, weight_version: int, first: bool = False) -> dict[str, float]:
+    """Gives the engine the student's weights, once it has generated what it generates ahead; returns the metrics of
+    engine and sync, equal on every rank. Collective over the world. Arguments and errors as of `sync_engine`.
+    """
+    with run.timer.phase("rollout"):
+        if run.ahead:
+            run.ahead.wait()  # servers do not change weights in the middle of a batch
+    with run.timer.phase("sync"):
+        metrics = sync_engine(run, weight_version=weight_version, first=first)
+    if run.config.rollout.engine != "sglang":
+        return metrics
+    own = run.engine.take_metrics() if isinstance(run.engine, ServedEngine) else {}
+    return metrics | broadcast_json(own, source=0, device=run.device)
 
 
 def sync_weights(
@@ -40,11 +55,12 @@ def sync_weights(
 def sync_engine(run: TrainingRun, *, weight_version: int, first: bool = False) -> dict[str, float]:
     """Syncs the weights and, where `sync.verify` asks for it, compares the probe's logprobs; returns what it measured.
 
-    Servers whose logprobs differ get the weights once more. `first`: this is the first sync of the run. Collective
-    over the world with rollout.engine = "sglang", over replica 0 otherwise; the measures are equal on every rank.
+    Servers whose logprobs differ get the weights once more. `first`: this is the first sync of this process.
+    Collective over the world; the measures are equal on every rank.
 
     Raises:
-        EngineError: logprobs differ after a second sync; on every rank.
+        EngineError: logprobs differ after a second sync, on every rank; or the engine did not take the weights, in the
+            first process: a PeerError on all others then, its `cause` "EngineError".
         ServersLostError: no server within the limit; on every rank.
     """
     _sync(run, weight_version)
@@ -66,16 +82,20 @@ def sync_engine(run: TrainingRun, *, weight_version: int, first: bool = False) -
 
 
 def _sync(run: TrainingRun, weight_version: int) -> None:
-    """`sync_weights`; with servers, every rank learns whether they are lost."""
+    """`sync_weights`; every rank learns whether the engine took them. One broadcast over the world."""
     failure = None
     try:
         sync_weights(run.student, run.architecture, run.engine, weight_version=weight_version)
-    except ServersLostError as error:
-        failure = str(error)
-    if run.config.rollout.engine == "sglang":
-        failure = broadcast_json(failure, source=0, device=run.device)
-    if failure is not None:
-        raise ServersLostError(failure)
+    except EngineError as error:
+        failure = error
+    told = failure and [isinstance(failure, ServersLostError), str(failure)]
+    told = broadcast_json(told, source=0, device=run.device)
+    if told is None:
+        return
+    servers_lost, text = told
+    if servers_lost:
+        raise ServersLostError(text)
+    raise failure or PeerError(f"weight sync: the first process failed with {text}", cause=EngineError.__name__)
 
 
 def probe_gaps(run: TrainingRun) -> dict[str, float]:

@@ -27,18 +27,25 @@ def all_gather(values: Tensor, group: ProcessGroup | None) -> Tensor:
 
 
 def agree(
-    where: str, problem: str | None, num_rows: int, chunk_rows: int, device: torch.device, group: ProcessGroup | None
+    where: str,
+    problem: str | None,
+    num_rows: int,
+    chunk_rows: int,
+    device: torch.device,
+    group: ProcessGroup | None,
+    *,
+    error: type[InputError] = InputError,
 ) -> None:
     """Raises on every rank of `group` if any of them has a `problem`, or if they differ in rows or chunks.
 
-    InputError where the problem is, PeerError on the others.
+    `error` where the problem is, PeerError on the others.
 
     One all-gather of 24 bytes. Without it a rank that stops over its own values leaves the others waiting for it.
     """
     facts = torch.tensor([problem is not None, num_rows, chunk_rows], device=device)
     stopped, rows, rows_a_chunk = all_gather(facts, group).unbind(1)
     if problem is not None:
-        raise InputError(f"{where}: {problem}")
+        raise error(f"{where}: {problem}")
     if stopped.any():
         ranks = stopped.nonzero().flatten().tolist()
         raise PeerError(f"{where}: ranks {ranks} of tp_group reject their inputs; their own messages say why.")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_tip.errors import InputError
+from megatron_tip.errors import InputError, NotFiniteError
 from megatron_tip.vocab_parallel.chunks import LogitBuffer, default_chunk_rows
 from megatron_tip.vocab_parallel.collectives import agree
 from megatron_tip.vocab_parallel.partition import VocabPartition
@@ -77,10 +77,10 @@ class Inputs:
         return student, teacher
 
     def check_finite(self, values: Tensor) -> None:
-        """Raises InputError if `values`, the same on all ranks, show that a rank's logits are not finite."""
+        """Raises NotFiniteError if `values`, the same on all ranks, show that a rank's logits are not finite."""
         if not values.isfinite().all():
             rows = (~values.isfinite()).nonzero()[:8, 0].tolist()
-            raise InputError(
+            raise NotFiniteError(
                 f"{self.where}: expected finite logits, got NaN or inf in rows {rows} (first 8): a head is not "
                 "finite on some rank of tp_group, or its logits overflow."
             )
@@ -108,8 +108,10 @@ def checked_inputs(
         inputs = _fitting(where, student, teacher, labels, row_weights, vocab_size, temperature, tp_group, chunk_rows)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
-    problem = _problem_with_values(inputs, row_weights)
-    agree(where, problem, inputs.num_rows, inputs.chunk_rows, inputs.device, tp_group)
+    not_finite = _not_finite(inputs, row_weights)
+    problem = not_finite or problem_with_labels(labels, inputs.partition.vocab_size)
+    error = NotFiniteError if not_finite else InputError
+    agree(where, problem, inputs.num_rows, inputs.chunk_rows, inputs.device, tp_group, error=error)
     return inputs
 
 
@@ -149,14 +151,14 @@ def _fitting(
     return Inputs(where, student, teacher, labels, partition, temperature, chunk_rows)
 
 
-def _problem_with_values(inputs: Inputs, row_weights: Tensor | None) -> str | None:
-    """What is wrong with the values on this rank, or None."""
+def _not_finite(inputs: Inputs, row_weights: Tensor | None) -> str | None:
+    """Which values on this rank are not finite, or None."""
     for model in (inputs.student, inputs.teacher):
         if not model.hidden.isfinite().all():
             return f"expected finite {model.name}_hidden, got NaN or inf."
     if row_weights is not None and not row_weights.isfinite().all():
         return "expected finite row_weights, got NaN or inf."
-    return problem_with_labels(inputs.labels, inputs.partition.vocab_size)
+    return None
 
 
 def check_temperature(temperature: float) -> None:

@@ -12,6 +12,7 @@ from megatron_tip.config import Config
 from megatron_tip.conversion.bridge import export_hf
 from megatron_tip.records import Rollout
 from megatron_tip.training.step import select_then_train, select_while_training, train_step
+from megatron_tip.training.weight_sync import update_engine
 from tests.helpers.distributed import run_workers
 from tests.helpers.training import Layout, build_tiny_run, make_config, make_models, make_rollouts
 
@@ -143,6 +144,7 @@ def _check_against_reference(
 def weights_after_a_step(config: Config, rollouts: list[Rollout]) -> dict[str, torch.Tensor]:
     run = build_tiny_run(config, rollouts)
     train_step(run, 1)
+    update_engine(run, weight_version=1)
     return getattr(run.engine, "weights", {})
 
 

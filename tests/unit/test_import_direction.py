@@ -19,10 +19,11 @@ LAYERS = [
     {"conversion", "models", "rollout"},
     {"evaluation", "diagnostics"},
     {"training"},
+    {"commands"},
     {"cli", "tools"},
 ]
 RANK = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}
-IMPORTED_IN_ONE_FILE = ["sglang", "wandb", "pynvml", "transformer_engine"]
+IMPORTED_IN_ONE_FILE = ["sglang", "wandb", "tensorboardX", "pynvml", "transformer_engine"]
 
 
 def module_name(path):

@@ -1,0 +1,211 @@
+"""`megatron-tip doctor`: what is installed here, what a run would use, what is missing and how to mend it."""
+
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from megatron_tip import __version__
+from megatron_tip.config import Config
+from megatron_tip.errors import MegatronTipError
+
+State = Literal["ok", "note", "missing"]
+_MINIMUM_FREE_BYTES = 20 * 2**30
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One fact. `state`: "missing" is what a run cannot do without. `remedy`: the command or change that mends it."""
+
+    state: State
+    text: str
+    remedy: str = ""
+
+    def line(self) -> str:
+        mark = {"ok": "ok     ", "note": "note   ", "missing": "MISSING"}[self.state]
+        return f"{mark}  {self.text}" + (f"\n         mend: {self.remedy}" if self.remedy else "")
+
+
+def examine(config: Config | None, *, world_size: int | None) -> list[Finding]:
+    """Returns all findings; with a configuration what it needs counts, and it is checked as `train --dry-run` does."""
+    findings = [Finding("ok", f"megatron_tip {__version__}, Python {sys.version.split()[0]}")]
+    for look in (_torch, _packages, _slurm, _machine):
+        findings += look(config)
+    if config is not None:
+        findings += _run(config, world_size)
+    return findings
+
+
+def _torch(config: Config | None) -> Iterator[Finding]:
+    import torch
+    from torch.cuda import nccl
+
+    yield Finding("ok", f"torch {torch.__version__}, megatron-core {importlib.metadata.version('megatron-core')}")
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        why = (
+            f"torch is built for CUDA {built} and finds no GPU or driver (nvidia-smi)" if built else "torch's CPU build"
+        )
+        yield Finding("note", f"no GPU: {why}; runs on the CPU over gloo, for development")
+        return
+    names = {torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())}
+    yield Finding("ok", f"CUDA {torch.version.cuda}, {torch.cuda.device_count()} x {', '.join(sorted(names))}")
+    if torch.distributed.is_nccl_available():
+        yield Finding("ok", f"NCCL {'.'.join(map(str, nccl.version()))}")
+    else:
+        yield Finding("missing", "NCCL: this build of torch has none", "install torch's CUDA build for Linux")
+
+
+@dataclass(frozen=True)
+class _Package:
+    """An optional package. `needed`: whether a configuration cannot do without it."""
+
+    distribution: str
+    module: str
+    use: str
+    remedy: str
+    needed: Callable[[Config], bool] = lambda config: False
+
+
+_PACKAGES = (
+    _Package(
+        "transformer-engine",
+        "transformer_engine",
+        "faster layers on GPUs; without it torch's own",
+        'pip install "megatron_tip[transformer-engine]"',
+        lambda config: "transformer_engine" in (config.model.transformer_impl, config.teacher.transformer_impl),
+    ),
+    _Package(
+        "apex",
+        "apex",
+        "Megatron's fused optimizer and gradient kernels on GPUs; without it torch's own",
+        "build NVIDIA/apex from source: it is on no package index under that name",
+    ),
+    _Package(
+        "flash-attn", "flash_attn", "an attention kernel that Transformer Engine may take", "pip install flash-attn"
+    ),
+    _Package(
+        "sglang",
+        "sglang",
+        "rollouts by servers",
+        'pip install "megatron_tip[sglang]"',
+        lambda config: config.rollout.engine == "sglang" and not getattr(config.rollout, "server_urls", ()),
+    ),
+    _Package(
+        "wandb",
+        "wandb",
+        "Weights & Biases",
+        'pip install "megatron_tip[tracking]"',
+        lambda config: config.tracking.wandb != "disabled",
+    ),
+    _Package(
+        "tensorboardX",
+        "tensorboardX",
+        "TensorBoard's event files",
+        'pip install "megatron_tip[tracking]"',
+        lambda config: config.tracking.tensorboard,
+    ),
+    _Package("nvidia-ml-py", "pynvml", "GPU figures in the metrics", 'pip install "megatron_tip[monitoring]"'),
+    _Package(
+        "reasoning-gym",
+        "reasoning_gym",
+        "generated prompts",
+        'pip install "megatron_tip[tasks]"',
+        lambda config: config.prompts.source == "reasoning_gym",
+    ),
+)
+
+
+def _packages(config: Config | None) -> Iterator[Finding]:
+    for package in _PACKAGES:
+        if importlib.util.find_spec(package.module) is not None:
+            yield Finding("ok", f"{package.distribution} {_version(package.distribution)}: {package.use}")
+            continue
+        needed = config is not None and package.needed(config)
+        text = f"{package.distribution} is not installed: {package.use}"
+        yield Finding("missing" if needed else "note", text, package.remedy)
+    if config is not None and config.tracking.wandb == "online" and not _has_wandb_key():
+        text = 'W&B: tracking.wandb = "online" and no login here; the run would be kept offline'
+        yield Finding("missing", text, "wandb login, or export WANDB_API_KEY in the job, or tracking.wandb=offline")
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "(version unknown)"
+
+
+def _has_wandb_key() -> bool:
+    netrc = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
+    in_netrc = netrc.is_file() and "wandb" in netrc.read_text(errors="replace")
+    return bool(os.environ.get("WANDB_API_KEY")) or in_netrc
+
+
+def _slurm(config: Config | None) -> Iterator[Finding]:
+    if shutil.which("sbatch") is None:
+        yield Finding(
+            "note", "SLURM is not on this machine: megatron-tip submit needs it", "run submit on a login node"
+        )
+        return
+    try:
+        command = ["sinfo", "--noheader", "--format=%P %a %D nodes %t"]
+        shown = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        yield Finding("note", f"SLURM is installed and does not answer: {error}", "scontrol ping; see slurmctld's log")
+        return
+    yield Finding("ok", "SLURM: " + "; ".join(shown.split("\n")[:6]).strip("; "))
+
+
+def _machine(config: Config | None) -> Iterator[Finding]:
+    folder = config.run.folder if config is not None else Path.cwd()
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    told = f"disk: {free / 2**30:.0f} GiB free at {existing}"
+    if not os.access(existing, os.W_OK):
+        yield Finding("missing", f"disk: {existing} cannot be written to", "give another run.folder")
+    elif free < _MINIMUM_FREE_BYTES:
+        yield Finding("note", told, "free space: a checkpoint takes 14 bytes a parameter, and several are kept")
+    else:
+        yield Finding("ok", told)
+    port = os.environ.get("MASTER_PORT", "0")
+    try:
+        with socket.create_server(("127.0.0.1", int(port))):
+            yield Finding("ok", f"ports: {'MASTER_PORT ' + port if port != '0' else 'a free one can be'} bound")
+    except (OSError, ValueError) as error:
+        yield Finding("missing", f"ports: MASTER_PORT = {port} cannot be bound: {error}", "unset MASTER_PORT")
+
+
+def _run(config: Config, world_size: int | None) -> Iterator[Finding]:
+    """What the configuration would use here, and whether it can run."""
+    import torch
+
+    from megatron_tip.models.transformer_engine import has_transformer_engine
+    from megatron_tip.training.dry_run import dry_run
+    from megatron_tip.training.plan import default_num_workers, plan_run
+
+    on_gpu = torch.cuda.is_available()
+    dtype = config.model.dtype if config.model.dtype != "auto" else "bfloat16" if on_gpu else "float32"
+    layers = config.model.transformer_impl
+    if layers == "auto":
+        layers = "transformer_engine" if on_gpu and has_transformer_engine() else "local"
+    num_workers = world_size or default_num_workers(config)
+    yield Finding(
+        "ok", f"the run would use: {num_workers} workers, {dtype}, {layers} layers, {config.rollout.engine} engine"
+    )
+    try:
+        if world_size:
+            for note in dry_run(config, world_size, gpu_memory_gib=float("inf")).notes:
+                yield Finding("note", f"not checked here: {note}")
+        else:
+            plan_run(config, num_workers)
+        yield Finding("ok", "the configuration can run")
+    except MegatronTipError as error:
+        yield Finding("missing", f"the configuration cannot run: {error}", "see the message; megatron-tip train --help")

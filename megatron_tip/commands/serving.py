@@ -1,0 +1,98 @@
+"""What slurm/'s scripts need around SGLang servers: passwords, the servers' arguments, waiting for them.
+
+    python -m megatron_tip.commands.serving keys FILE
+    python -m megatron_tip.commands.serving arguments MODEL PORT TP MEMORY_FRACTION KEYS_FILE
+    python -m megatron_tip.commands.serving wait SECONDS URL...
+
+Passwords are written to a file that its owner alone can read, and to the standard input of the servers; never to a
+command line, an environment or a log.
+"""
+
+import json
+import os
+import secrets
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_tip.errors import EngineError
+
+
+def write_keys(path: Path) -> None:
+    """Writes new random passwords to `path`, as sglang.keys_file reads them; keeps a file that is there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    keys = {"api": secrets.token_urlsafe(32), "admin": secrets.token_urlsafe(32)}
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        return
+    with os.fdopen(descriptor, "w") as file:
+        json.dump(keys, file)
+
+
+def server_arguments(model: str, port: int, tp_size: int, memory_fraction: float, keys: dict[str, str]) -> list[str]:
+    """Returns SGLang's arguments of a server for `megatron_tip.rollout.sglang_main`, which reads them as JSON.
+
+    Prompts and responses travel as token ids, so the server needs no tokenizer.
+    """
+    pairs = {
+        "--model-path": model,
+        "--host": "0.0.0.0",
+        "--port": str(port),
+        "--tp-size": str(tp_size),
+        "--mem-fraction-static": f"{memory_fraction:g}",
+        "--api-key": keys["api"],
+        "--admin-api-key": keys["admin"],
+    }
+    flags = ["--skip-tokenizer-init", "--incremental-streaming-output"]
+    return [part for pair in pairs.items() for part in pair] + flags
+
+
+def wait_for_servers(urls: Sequence[str], timeout_seconds: float) -> None:
+    """Returns when all servers answer /health.
+
+    Raises:
+        EngineError: one does not in time.
+    """
+    deadline = time.monotonic() + timeout_seconds
+    waiting = list(urls)
+    while waiting:
+        waiting = [url for url in waiting if not _is_healthy(url)]
+        if waiting and time.monotonic() > deadline:
+            raise EngineError(
+                f"{', '.join(waiting)}: expected a healthy server within {timeout_seconds:g} s, got none; see its log "
+                "beside the job's"
+            )
+        time.sleep(0.5 if waiting else 0)
+
+
+def _is_healthy(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
+            return answer.status == 200
+    except (OSError, urllib.error.URLError):
+        return False
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Runs one of the three commands."""
+    match arguments:
+        case ["keys", path]:
+            write_keys(Path(path))
+        case ["arguments", model, port, tp_size, memory_fraction, keys_file]:
+            keys = json.loads(Path(keys_file).read_text())
+            print(json.dumps(server_arguments(model, int(port), int(tp_size), float(memory_fraction), keys)))
+        case ["wait", seconds, *urls]:
+            wait_for_servers(urls, float(seconds))
+        case _:
+            raise SystemExit(__doc__)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except EngineError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,113 @@
+"""`megatron-tip submit`: a checked configuration to SLURM in one command."""
+
+import os
+import shlex
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_tip.config import Config
+from megatron_tip.errors import ConfigError
+
+_ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What is asked of SLURM. `script`: under slurm/ of the repository, without its suffix. `options`: further ones of
+    sbatch; they come last and win. `rollout_nodes`, `teacher_nodes`: of all `nodes`, for train_disaggregated.
+    """
+
+    config_path: Path
+    overrides: Sequence[str] = ()
+    nodes: int = 1
+    script: str = "train"
+    options: Sequence[str] = ()
+    rollout_nodes: int = 0
+    teacher_nodes: int = 0
+    environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
+
+    @property
+    def trainer_nodes(self) -> int:
+        return self.nodes - self.rollout_nodes - self.teacher_nodes
+
+
+def sbatch_command(submission: Submission, config: Config) -> list[str]:
+    """Returns the call of sbatch: site values, job name and log from the run, then the script and its arguments.
+
+    Raises:
+        ConfigError: the scripts are not beside the package.
+    """
+    script = _ROOT / "slurm" / f"{submission.script}.sbatch"
+    if not script.exists():
+        known = sorted(path.stem for path in script.parent.glob("*.sbatch"))
+        raise ConfigError(
+            f"--script: expected one of {', '.join(known) or 'the scripts of a clone of the repository'}, got "
+            f"{submission.script} in {script.parent}; install the package from a clone: pip install --editable ."
+        )
+    site = site_values(submission.environ)
+    folder = config.run.folder.absolute()
+    is_array = submission.script == "sweep"
+    options = {
+        "--job-name": folder.name,
+        "--nodes": str(submission.nodes),
+        "--partition": site["TIP_PARTITION"],
+        "--account": site["TIP_ACCOUNT"],
+        "--time": site["TIP_TIME"],
+        "--output": str(folder / "slurm" / ("%A_%a.out" if is_array else "%j.out")),
+        "--export": ",".join(["ALL", f"TIP_ROOT={_ROOT}", *_split(submission)]),
+    }
+    named = [f"{name}={value}" for name, value in options.items() if value]
+    arguments = [str(submission.config_path.absolute()), *submission.overrides]
+    return ["sbatch", *named, *submission.options, str(script), *arguments]
+
+
+def _split(submission: Submission) -> list[str]:
+    """The nodes of each kind, for the script that splits them."""
+    if submission.script != "train_disaggregated":
+        return []
+    if submission.trainer_nodes < 1 or submission.rollout_nodes < 1:
+        raise ConfigError(
+            f"--nodes: expected at least one trainer and one rollout node, got {submission.nodes} in all with "
+            f"--rollout-nodes {submission.rollout_nodes} and --teacher-nodes {submission.teacher_nodes}"
+        )
+    return [f"TIP_ROLLOUT_NODES={submission.rollout_nodes}", f"TIP_TEACHER_NODES={submission.teacher_nodes}"]
+
+
+def site_values(environ: Mapping[str, str]) -> dict[str, str]:
+    """Returns the values that slurm/site.sh gives sbatch, read by bash itself.
+
+    Raises:
+        ConfigError: the site's file cannot be read.
+    """
+    names = ("TIP_PARTITION", "TIP_ACCOUNT", "TIP_TIME", "TIP_TASKS_PER_NODE")
+    site = environ.get("MEGATRON_TIP_SITE") or str(_ROOT / "slurm" / "site.sh")
+    script = 'set -e; source "$0"; for name in "$@"; do printf "%s\\0" "${!name}"; done'
+    read = subprocess.run(
+        ["bash", "-c", script, site, *names], env=dict(environ), capture_output=True, text=True, check=False
+    )
+    if read.returncode:
+        raise ConfigError(f"{site}: expected a file of shell variables, got: {read.stderr.strip()}")
+    return dict(zip(names, read.stdout.split("\0"), strict=False))
+
+
+def submit(submission: Submission, config: Config, *, dry_run: bool) -> str:
+    """Submits, and returns what to tell the user; with `dry_run` the command that would be run.
+
+    Raises:
+        ConfigError: sbatch is missing or refuses.
+    """
+    command = sbatch_command(submission, config)
+    if dry_run:
+        return shlex.join(command)
+    if shutil.which("sbatch") is None:
+        raise ConfigError(
+            f"sbatch: expected SLURM on this machine, found none; run this where it is: {shlex.join(command)}"
+        )
+    (config.run.folder / "slurm").mkdir(parents=True, exist_ok=True)
+    ended = subprocess.run(command, env=dict(submission.environ), capture_output=True, text=True, check=False)
+    if ended.returncode:
+        raise ConfigError(f"sbatch: {ended.stderr.strip()}\n  {shlex.join(command)}")
+    return f"{ended.stdout.strip()}\nlog: {config.run.folder / 'slurm'}"

@@ -1,0 +1,107 @@
+"""Megatron's sharded checkpoints, written by this process: at once, or by a thread while training goes on.
+
+Megatron's own strategy splits a save into a plan that all ranks make together, writing that needs no other rank, and an
+end that they make together again. That split is used as it is. But its writing is done in processes that are forked out
+of one that runs threads, and a manager process stays behind.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.state_dict_saver import (
+    save_state_dict_async_finalize,
+    save_state_dict_async_plan,
+)
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    TorchDistSaveShardedStrategy,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from torch import Tensor
+from torch.distributed.checkpoint.api import WRAPPED_EXCEPTION, _wrap_exception
+from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StoragePrefix
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
+
+
+class InProcessSave(TorchDistSaveShardedStrategy):
+    """Writes Megatron's format from this process; a strategy for `dist_checkpointing.save`.
+
+    With `async_sharded_save` the request's `async_fn` writes this rank's shards, from any thread. It writes copies in
+    host memory with `copies=True`; otherwise the shards must not change until then.
+    """
+
+    def __init__(self, *, copies: bool) -> None:
+        super().__init__("torch_dist", 1)
+        self._copies = copies
+
+    def async_save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> AsyncRequest:
+        flat, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
+        writer: Any = _StagedWriter(checkpoint_dir, copies=self._copies)
+        planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
+        planned: Any = save_state_dict_async_plan(
+            mcore_to_pyt_state_dict(flat, False), writer, None, 0, planner=planner
+        )
+        return AsyncRequest(writer.write_staged, (), [lambda: save_state_dict_async_finalize(*planned[0])])
+
+
+class _StagedWriter(FileSystemWriter):
+    """torch's writer of checkpoint files with the steps that Megatron's plan and end ask of it."""
+
+    can_run_decentralized_global_plan = True
+
+    def __init__(self, path: str | Path, *, copies: bool) -> None:
+        super().__init__(path)
+        self._copies = copies
+
+    def storage_meta(self) -> None:
+        """Nothing: torch's would put this machine's path into the checkpoint."""
+
+    def prepare_decentralized_global_plan(self, local_plan: SavePlan) -> SavePlan:
+        """Each rank names its file after itself; what a central plan would give."""
+        return replace(local_plan, storage_data=_StoragePrefix(f"__{dist.get_rank()}_"))
+
+    def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
+        """Finds this rank's part of `plan` and copies it, if copies are wanted."""
+        self._plan, self._staged = plan, _Staged(plan, planner, copies=self._copies)
+        self._results: list[WriteResult] | WRAPPED_EXCEPTION = []
+
+    def write_staged(self) -> None:
+        """Writes and syncs this rank's file and forgets it; no collective, no exception."""
+        try:
+            if self._plan.items:
+                self._results = super().write_data(self._plan, self._staged).value()  # pyright: ignore[reportArgumentType]
+        except Exception as error:
+            self._results = _wrap_exception(error)
+        finally:
+            self._staged.items.clear()
+
+    def retrieve_write_results(self) -> list[WriteResult] | WRAPPED_EXCEPTION:
+        return self._results
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        if hasattr(metadata, "all_local_plans"):
+            del metadata.all_local_plans  # pyright: ignore[reportAttributeAccessIssue]: Megatron's own; as large again
+        super().finish(metadata, results)
+
+
+class _Staged:
+    """Answers the one question that torch's writer asks of a planner: an item's data."""
+
+    def __init__(self, plan: SavePlan, planner: SavePlanner, *, copies: bool) -> None:
+        found = {item.index: planner.resolve_data(item) for item in plan.items}
+        self.items = {index: _copied(data) for index, data in found.items()} if copies else found
+
+    def resolve_data(self, item: WriteItem) -> Any:
+        return self.items[item.index]
+
+
+def _copied(data: Any) -> Any:
+    return data.detach().to("cpu", copy=True) if isinstance(data, Tensor) else data

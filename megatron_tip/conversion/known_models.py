@@ -1,0 +1,138 @@
+"""The shapes of the papers' models, so that a configuration can be checked where their weights are not.
+
+Each entry holds what its Hugging Face config.json says, in that file's own words; `source` names it. `tokenizer` names
+a vocabulary that models share: equal names, equal ids for every token.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_tip.conversion.architecture import ModelArchitecture
+from megatron_tip.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class KnownTokenizer:
+    """`largest_id`: of any token. `text_vocabulary`: tokenizers that share it differ in special tokens alone."""
+
+    name: str
+    largest_id: int
+    text_vocabulary: str
+
+
+@dataclass(frozen=True)
+class KnownModel:
+    """A published model. `num_parameters`: as counted in its safetensors files, a tied head once."""
+
+    source: str
+    config: dict[str, Any]
+    tokenizer: KnownTokenizer
+    num_parameters: int
+
+    @property
+    def architecture(self) -> ModelArchitecture:
+        return ModelArchitecture.from_config(self.config, self.source)
+
+
+_QWEN3_TOKENS = KnownTokenizer("qwen3", 151_668, "qwen2")
+_QWEN25_TOKENS = KnownTokenizer("qwen2.5", 151_664, "qwen2")
+_R1_QWEN_TOKENS = KnownTokenizer("deepseek-r1-distill-qwen", 151_664, "qwen2")
+_SMOLLM2_TOKENS = KnownTokenizer("smollm2", 49_151, "smollm2")
+_LLAMA3_TOKENS = KnownTokenizer("llama3", 128_255, "llama3")
+
+
+def _config(architecture: str, shape: tuple[int, ...], **others: Any) -> dict[str, Any]:
+    layers, hidden, feed_forward, heads, groups, vocabulary, positions = shape
+    return {
+        "architectures": [architecture],
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "intermediate_size": feed_forward,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "vocab_size": vocabulary,
+        "max_position_embeddings": positions,
+        **others,
+    }
+
+
+def _qwen3(name: str, shape: tuple[int, ...], num_parameters: int, *, tied: bool) -> KnownModel:
+    config = _config(
+        "Qwen3ForCausalLM", shape, head_dim=128, rms_norm_eps=1e-6, rope_theta=1e6, tie_word_embeddings=tied
+    )
+    return KnownModel(f"huggingface.co/Qwen/{name}, config.json", config, _QWEN3_TOKENS, num_parameters)
+
+
+def _qwen2(
+    source: str, shape: tuple[int, ...], num_parameters: int, *, tied: bool, tokenizer: KnownTokenizer = _QWEN25_TOKENS
+) -> KnownModel:
+    config = _config("Qwen2ForCausalLM", shape, rms_norm_eps=1e-6, rope_theta=1e6, tie_word_embeddings=tied)
+    return KnownModel(f"huggingface.co/{source}, config.json", config, tokenizer, num_parameters)
+
+
+def _llama3(name: str, shape: tuple[int, ...], num_parameters: int) -> KnownModel:
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    config = _config(
+        "LlamaForCausalLM",
+        shape,
+        rms_norm_eps=1e-5,
+        rope_theta=5e5,
+        rope_scaling={**scaling, "original_max_position_embeddings": 8192},
+        tie_word_embeddings=False,
+    )
+    return KnownModel(f"huggingface.co/meta-llama/{name}, config.json", config, _LLAMA3_TOKENS, num_parameters)
+
+
+KNOWN_MODELS = {
+    # layers, hidden size, feed-forward size, heads, key/value heads, vocabulary, positions
+    "Qwen3-1.7B": _qwen3("Qwen3-1.7B", (28, 2048, 6144, 16, 8, 151936, 40960), 1_720_574_976, tied=True),
+    "Qwen3-4B": _qwen3("Qwen3-4B", (36, 2560, 9728, 32, 8, 151936, 40960), 4_022_468_096, tied=True),
+    "Qwen3-8B": _qwen3("Qwen3-8B", (36, 4096, 12288, 32, 8, 151936, 40960), 8_190_735_360, tied=False),
+    "Qwen3-14B": _qwen3("Qwen3-14B", (40, 5120, 17408, 40, 8, 151936, 40960), 14_768_307_200, tied=False),
+    "Qwen2.5-1.5B": _qwen2("Qwen/Qwen2.5-1.5B", (28, 1536, 8960, 12, 2, 151936, 131072), 1_543_714_304, tied=True),
+    "Qwen2.5-3B": _qwen2("Qwen/Qwen2.5-3B", (36, 2048, 11008, 16, 2, 151936, 32768), 3_085_938_688, tied=True),
+    "Qwen2.5-14B": _qwen2("Qwen/Qwen2.5-14B", (48, 5120, 13824, 40, 8, 152064, 131072), 14_770_033_664, tied=False),
+    "DeepSeek-R1-Distill-Qwen-14B": _qwen2(
+        "deepseek-ai/DeepSeek-R1-Distill-Qwen-14B",
+        (48, 5120, 13824, 40, 8, 152064, 131072),
+        14_770_033_664,
+        tied=False,
+        tokenizer=_R1_QWEN_TOKENS,
+    ),
+    "Llama-3.1-8B-Instruct": _llama3("Llama-3.1-8B-Instruct", (32, 4096, 14336, 32, 8, 128256, 131072), 8_030_261_248),
+    "SmolLM2-135M-Instruct": KnownModel(
+        "huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct, config.json",
+        _config(
+            "LlamaForCausalLM",
+            (30, 576, 1536, 9, 3, 49152, 8192),
+            rms_norm_eps=1e-5,
+            rope_theta=1e5,
+            tie_word_embeddings=True,
+        ),
+        _SMOLLM2_TOKENS,
+        134_515_008,
+    ),
+    "Llama-3.3-70B-Instruct": _llama3(
+        "Llama-3.3-70B-Instruct", (80, 8192, 28672, 64, 8, 128256, 131072), 70_553_706_496
+    ),
+}
+
+
+def known_model(path: Path, *, owner: str) -> KnownModel:
+    """Returns what is known of the model that a missing folder is named after; "-Base" and "-Instruct" may be added.
+
+    Raises:
+        ConfigError: the folder's name is none of the known ones. `owner` is "model" or "teacher".
+    """
+    for name in (path.name, path.name.removesuffix("-Base"), path.name.removesuffix("-Instruct")):
+        if name in KNOWN_MODELS:
+            return KNOWN_MODELS[name]
+    close = difflib.get_close_matches(path.name, KNOWN_MODELS, n=1, cutoff=0.0)[0]
+    raise ConfigError(
+        f"{owner}.path: expected a folder with a config.json, or one named after a known model to be checked without "
+        f"it, got {path}; the nearest known name is {close}; known are {', '.join(KNOWN_MODELS)}"
+    )

@@ -1,0 +1,47 @@
+"""TensorBoard event files: the only file that imports tensorboardX."""
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import tensorboardX
+from PIL import Image
+
+from megatron_tip.config import Config
+from megatron_tip.observability.run_folder import RunFolder
+from megatron_tip.observability.token_view import TokenView, quadrant_png
+
+
+class TensorBoardTracker:
+    """Event files under tensorboard/ in the run's folder; a continued run adds a file, TensorBoard joins them."""
+
+    name = "tensorboard"
+
+    def start(self, config: Config, folder: RunFolder, identity: str | None) -> str | None:
+        """Opens a new event file."""
+        self._writer = tensorboardX.SummaryWriter(str(folder.path / "tensorboard"))
+        return None
+
+    def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Takes the metrics of `step`."""
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def log_view(self, step: int, view: TokenView) -> None:
+        """Takes the responses as Markdown with selected tokens in bold, and the scatter of quadrants."""
+        for place, response in enumerate(view.responses):
+            pairs = zip(response.tokens, response.selected, strict=True)
+            text = "".join(f"**`{token}`**" if selected else token for token, selected in pairs)
+            self._writer.add_text(f"view/response_{place}", text, step)
+        if picture := quadrant_png(view):
+            pixels = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"))
+            self._writer.add_image("view/quadrants", pixels, step, dataformats="HWC")
+
+    def log_student(self, path: Path) -> None:
+        """Nothing: event files hold no models."""
+
+    def finish(self, *, failed: bool) -> None:
+        """Closes the event file."""
+        self._writer.close()

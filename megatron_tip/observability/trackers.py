@@ -1,0 +1,138 @@
+"""Where a run's numbers go besides its own files, and why a failure there never reaches the training."""
+
+import importlib.util
+import logging
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from megatron_tip.config import Config, TrackingConfig
+from megatron_tip.errors import OptionalDependencyError
+from megatron_tip.observability.run_folder import RunFolder, atomic_write_bytes, atomic_write_text
+from megatron_tip.observability.token_view import TokenView, page_html, quadrant_png
+
+logger = logging.getLogger(__name__)
+
+MAX_FAILURES = 3
+"""Failures in a row after which a tracker is left alone."""
+
+
+class Tracker(Protocol):
+    """A place that a run's numbers go to. Each method may raise anything and may be slow, but must return."""
+
+    name: str
+
+    def start(self, config: Config, folder: RunFolder, identity: str | None) -> str | None:
+        """Begins, or goes on under `identity`; returns under which identity a continued run is to go on."""
+        ...
+
+    def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def log_view(self, step: int, view: TokenView) -> None: ...
+
+    def log_student(self, path: Path) -> None:
+        """Takes the exported student, a Hugging Face directory."""
+        ...
+
+    def finish(self, *, failed: bool) -> None: ...
+
+
+class FolderTracker:
+    """views/ in the run's folder: a page and a picture of each view. Metrics are in metrics.jsonl anyway."""
+
+    name = "views"
+
+    def start(self, config: Config, folder: RunFolder, identity: str | None) -> str | None:
+        self._folder = folder.views
+
+    def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        pass
+
+    def log_view(self, step: int, view: TokenView) -> None:
+        self._folder.mkdir(exist_ok=True)
+        atomic_write_text(self._folder / f"step_{step:06d}.html", page_html(view, f"step {step}"))
+        if picture := quadrant_png(view):
+            atomic_write_bytes(self._folder / f"step_{step:06d}.png", picture)
+
+    def log_student(self, path: Path) -> None:
+        pass
+
+    def finish(self, *, failed: bool) -> None:
+        pass
+
+
+class Trackers:
+    """All trackers of a run, in the first process. No method raises: a failure is logged, and after three in a row the
+    tracker is left alone.
+    """
+
+    def __init__(self, trackers: Sequence[Tracker]) -> None:
+        self._failures = dict.fromkeys(trackers, 0)
+
+    def start(self, config: Config, folder: RunFolder, identities: MutableMapping[str, str]) -> None:
+        """Starts all and leaves out those that fail; `identities`, by tracker name, are read and brought up to date."""
+        for tracker in list(self._failures):
+
+            def start(tracker: Tracker = tracker) -> None:
+                identity = tracker.start(config, folder, identities.get(tracker.name))
+                if identity:
+                    identities[tracker.name] = identity
+
+            if not self._attempt(tracker, "start", start):
+                del self._failures[tracker]
+
+    def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._each("metrics", lambda tracker: tracker.log_metrics(step, metrics))
+
+    def log_view(self, step: int, view: TokenView) -> None:
+        self._each("view", lambda tracker: tracker.log_view(step, view))
+
+    def log_student(self, path: Path) -> None:
+        self._each("student", lambda tracker: tracker.log_student(path))
+
+    def finish(self, *, failed: bool = False) -> None:
+        self._each("finish", lambda tracker: tracker.finish(failed=failed))
+        self._failures.clear()
+
+    def _each(self, what: str, call: Callable[[Tracker], None]) -> None:
+        for tracker in list(self._failures):
+            self._attempt(tracker, what, lambda tracker=tracker: call(tracker))
+
+    def _attempt(self, tracker: Tracker, what: str, call: Callable[[], None]) -> bool:
+        if self._failures[tracker] >= MAX_FAILURES:
+            return False
+        try:
+            call()
+        except Exception as error:
+            self._failures[tracker] += 1
+            last = "; it is left alone from now on" if self._failures[tracker] == MAX_FAILURES else ""
+            logger.warning("tracker %s, %s: %s: %s%s", tracker.name, what, type(error).__name__, error, last)
+            return False
+        self._failures[tracker] = 0
+        return True
+
+
+def check_trackers(settings: TrackingConfig) -> None:
+    """Raises OptionalDependencyError for a tracker whose package is not installed; equal on all ranks."""
+    needed = {"wandb": settings.wandb != "disabled", "tensorboardX": settings.tensorboard}
+    for package, is_needed in needed.items():
+        if is_needed and importlib.util.find_spec(package) is None:
+            key = "tracking.wandb" if package == "wandb" else "tracking.tensorboard"
+            raise OptionalDependencyError(
+                f"{key}: expected the package {package}, which is not installed; "
+                'pip install "megatron_tip[tracking]", or turn the tracker off'
+            )
+
+
+def make_trackers(settings: TrackingConfig) -> Trackers:
+    """Returns the trackers that the configuration names, not yet started."""
+    trackers: list[Tracker] = [FolderTracker()] if settings.view_every_steps else []
+    if settings.wandb != "disabled":
+        from megatron_tip.observability.wandb_tracker import WandbTracker
+
+        trackers.append(WandbTracker())
+    if settings.tensorboard:
+        from megatron_tip.observability.tensorboard_tracker import TensorBoardTracker
+
+        trackers.append(TensorBoardTracker())
+    return Trackers(trackers)

@@ -1,0 +1,171 @@
+"""Saves a run between two steps, while it goes on."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_tip.conversion.background_save import InProcessSave
+from megatron_tip.conversion.megatron_checkpoint import reason_of
+from megatron_tip.errors import OutputError
+from megatron_tip.parallel.collectives import agree_on_maxima, broadcast_json, gather_json
+from megatron_tip.parallel.stop import StopRequested, StopSignals
+from megatron_tip.training.checkpoint_files import (
+    SHARDS_NAME,
+    STATE_NAME,
+    CheckpointFiles,
+    synced_checksums,
+    write_state,
+)
+from megatron_tip.training.progress import RunProgress
+from megatron_tip.training.recorder import RunRecorder
+from megatron_tip.training.resume import identity_of
+from megatron_tip.training.run import TrainingRun
+from megatron_tip.training.student_state import sharded_state
+
+
+@dataclass
+class _Pending:
+    """A save whose shards a thread writes. `checksums`: of this rank's files, when `thread` has ended."""
+
+    step: int
+    partial: Path
+    request: AsyncRequest
+    checksums: dict[str, tuple[int, str]] = field(default_factory=dict)
+
+    def start(self) -> None:
+        self.thread = threading.Thread(target=self._write, name="checkpoint", daemon=True)
+        self.thread.start()
+
+    def _write(self) -> None:
+        assert self.request.async_fn is not None, "set by InProcessSave"
+        self.request.async_fn(*self.request.async_fn_args)
+        own = (self.partial / SHARDS_NAME).glob(f"__{dist.get_rank()}_*")
+        self.checksums = synced_checksums(self.partial, own)
+
+
+class Checkpointer:
+    """Decides between steps whether to save or to stop. Every rank has one; every method is collective over the world.
+
+    At most one save is under way. It counts from the rename in `finish` on; until then the one before is the newest.
+    """
+
+    def __init__(self, run: TrainingRun, recorder: RunRecorder, files: CheckpointFiles, stop: StopSignals) -> None:
+        self._run = run
+        self._recorder = recorder
+        self._files = files
+        self._stop = stop
+        self._settings = run.config.checkpoint
+        self._writes = dist.get_rank() == 0
+        self._pending: _Pending | None = None
+        self._saved: tuple[int, int] = (0, 0)
+        self._saved_at = time.monotonic()
+
+    def between_steps(self, progress: RunProgress) -> None:
+        """Ends a save that has been written, and begins one if it is due. 1 small all-reduce.
+
+        Raises:
+            StopRequested: on all ranks, when any of them was told to stop.
+            OutputError: a save failed; on all ranks.
+        """
+        minutes = (time.monotonic() - self._saved_at) / 60
+        is_late = self._writes and 0 < self._settings.every_minutes <= minutes
+        is_writing = self._pending is not None and self._pending.thread.is_alive()
+        stop, is_late, is_writing = agree_on_maxima([self._stop.received, is_late, is_writing])
+        if not is_writing:
+            self.finish()
+        if stop:
+            raise StopRequested(stop)
+        every = self._settings.every_steps
+        if progress.step and (is_late or (every and progress.step % every == 0)):
+            self.save(progress)
+            if not self._settings.in_background:
+                self.finish()
+
+    def save(self, progress: RunProgress) -> None:
+        """Begins to save `progress` unless just that is saved or there is nothing yet; `finish` ends it."""
+        state = self._recorder.state
+        if not progress.step or (progress.step, state.step) == self._saved:
+            return
+        self.finish()
+        with self._run.timer.phase("save"):
+            partial = Path(self._agreed(lambda: str(self._files.begin(progress.step))))
+            request = dist_checkpointing.save(
+                sharded_state(self._run.student),
+                str(partial / SHARDS_NAME),
+                sharded_strategy=self._strategy(),
+                async_sharded_save=True,
+            )
+            assert request is not None, "what an asynchronous save returns"
+            values = {
+                "progress": progress.as_json(),
+                "calibration": (last := self._run.last_step.calibration) and asdict(last),
+                "recorder": asdict(state),
+                "seconds": self._run.timer.total_seconds(),
+                **identity_of(self._run),
+            }
+            self._agreed(lambda: write_state(partial, values))
+            self._pending = _Pending(progress.step, partial, request)
+            self._pending.start()
+        self._saved = (progress.step, state.step)
+        self._saved_at = time.monotonic()
+
+    def finish(self) -> None:
+        """Waits for the save under way, if there is one, and makes it the newest checkpoint.
+
+        Raises:
+            OutputError: it could not be written; on all ranks.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        with self._run.timer.phase("save"):
+            pending.thread.join()
+            try:
+                for finalize in pending.request.finalize_fns:
+                    finalize()
+            except (CheckpointException, OSError) as error:
+                raise OutputError(
+                    f"{pending.partial}: cannot be written: {reason_of(error)}; free space, and the same command "
+                    "continues from the checkpoint before"
+                ) from error
+            checksums = {}
+            for part in gather_json(pending.checksums, device=self._run.device):
+                checksums |= part
+            self._agreed(lambda: self._commit(pending, checksums))
+
+    def _commit(self, pending: _Pending, checksums: dict[str, Any]) -> None:
+        shards = pending.partial / SHARDS_NAME
+        own = [pending.partial / STATE_NAME, *(shards / name for name in (".metadata", "metadata.json", "common.pt"))]
+        checksums |= synced_checksums(pending.partial, own)
+        self._files.commit(pending.step, pending.partial, checksums)
+        self._files.prune(keep_last=self._settings.keep_last, keep_every_steps=self._settings.keep_every_steps)
+
+    def _strategy(self) -> Any:
+        """Replicas share the writing of what they all hold."""
+        groups = self._run.student.groups
+        strategy = InProcessSave(copies=self._settings.in_background)
+        return FullyParallelSaveStrategyWrapper(strategy, groups.dp_group) if groups.grid.dp_size > 1 else strategy
+
+    def _agreed(self, write: Callable[[], Any]) -> Any:
+        """What `write` returns on rank 0, on every rank; its failure to write raised on every rank."""
+        value = failure = None
+        if self._writes:
+            try:
+                value = write()
+            except OSError as error:
+                failure = str(error)
+        value, failure = broadcast_json([value, failure], source=0, device=self._run.device)
+        if failure is not None:
+            raise OutputError(failure)
+        return value

@@ -1,0 +1,157 @@
+"""A run's checkpoints on disk: written beside and renamed, whole or not there, with a checksum of every file.
+
+    checkpoints/step_000020/manifest.json   format, versions, every file's size and SHA-256; written last
+                            state.json      step, totals, what was measured before the first step
+                            shards/         megatron.core.dist_checkpointing: weights, optimizer, random states
+
+A folder that a crash leaves has another name (`.step_000020.partial`) and is removed by the next run. Free of torch.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from megatron_tip.errors import CheckpointError
+from megatron_tip.observability.run_folder import output_errors
+
+FORMAT = "megatron_tip checkpoint 1"
+MANIFEST_NAME = "manifest.json"
+STATE_NAME = "state.json"
+SHARDS_NAME = "shards"
+
+Checksums = Mapping[str, tuple[int, str]]
+"""By path within the checkpoint: size in bytes, SHA-256."""
+
+
+@dataclass(frozen=True)
+class CheckpointFiles:
+    """The `checkpoints/` folder of a run. Rank 0 alone makes, renames and removes; every rank reads."""
+
+    folder: Path
+
+    def steps(self) -> list[int]:
+        """The steps of which there is a checkpoint, in order; damage shows only in `problem_with`."""
+        names = [path.name for path in self.folder.glob("step_*")] if self.folder.is_dir() else []
+        return sorted(int(found[1]) for name in names if (found := re.fullmatch(r"step_(\d+)", name)))
+
+    def step_folder(self, step: int) -> Path:
+        return self.folder / f"step_{step:06d}"
+
+    def begin(self, step: int) -> Path:
+        """An empty folder to write the checkpoint of `step` into; what a crash left of others is removed."""
+        partial = self.folder / f".step_{step:06d}.partial"
+        with output_errors(partial):
+            self.remove_partial()
+            (partial / SHARDS_NAME).mkdir(parents=True)
+        return partial
+
+    def remove_partial(self) -> None:
+        for path in self.folder.glob(".step_*.partial"):
+            shutil.rmtree(path)
+
+    def commit(self, step: int, partial: Path, checksums: Checksums) -> None:
+        """Makes `partial` the checkpoint of `step`: manifest, sync, rename, sync.
+
+        Raises:
+            OutputError: it cannot be written; there is no checkpoint of `step` then.
+        """
+        manifest = {
+            "format": FORMAT,
+            "step": step,
+            "versions": {name: version(name) for name in ("megatron_tip", "megatron_core", "torch")},
+            "files": dict(sorted(checksums.items())),
+        }
+        target = self.step_folder(step)
+        with output_errors(target):
+            _write_synced(partial / MANIFEST_NAME, json.dumps(manifest, indent=1).encode())
+            _sync_folder(partial / SHARDS_NAME)
+            _sync_folder(partial)
+            if target.exists():  # the run was set back behind it
+                shutil.rmtree(target)
+            partial.rename(target)
+            _sync_folder(self.folder)
+
+    def prune(self, *, keep_last: int, keep_every_steps: int) -> None:
+        """Removes all but the last ones and those of every so many steps (0: none)."""
+        for step in self.steps()[:-keep_last]:
+            if not keep_every_steps or step % keep_every_steps:
+                doomed = self.folder / f".step_{step:06d}.partial"
+                self.step_folder(step).rename(doomed)  # at once no longer a checkpoint
+                shutil.rmtree(doomed)
+
+    def set_aside(self, step: int) -> Path:
+        """Renames a damaged checkpoint, so that it is no longer one but can be looked into; returns where it is."""
+        target = self.folder / f"damaged_step_{step:06d}"
+        if target.exists():
+            shutil.rmtree(target)
+        return self.step_folder(step).rename(target)
+
+    def problem_with(self, step: int, *, part: int = 0, num_parts: int = 1) -> str | None:
+        """What is wrong with the checkpoint of `step`, or None. Reads every `num_parts`-th file, from `part` on."""
+        folder = self.step_folder(step)
+        try:
+            manifest = json.loads((folder / MANIFEST_NAME).read_bytes())
+            if manifest["format"] != FORMAT:
+                return f"{MANIFEST_NAME}: expected the format {FORMAT!r}, got {manifest['format']!r}"
+            files = list(manifest["files"].items())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            return f"{MANIFEST_NAME}: missing or broken ({type(error).__name__})"
+        for name, (size, digest) in files[part::num_parts]:
+            try:
+                got_size, got_digest = checksum(folder / name)
+            except OSError as error:
+                return f"{name}: {error.strerror}"
+            if got_size != size:
+                return f"{name}: expected {size} bytes, got {got_size}"
+            if got_digest != digest:
+                return f"{name}: its checksum is another one than when it was written"
+        return None
+
+    def read_state(self, step: int) -> dict[str, Any]:
+        path = self.step_folder(step) / STATE_NAME
+        try:
+            return json.loads(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path}: cannot be read: {error}") from error
+
+
+def write_state(partial: Path, state: Mapping[str, Any]) -> None:
+    """Writes a checkpoint's state.json. NaN stays NaN: a measurement that was not made."""
+    path = partial / STATE_NAME
+    with output_errors(path):
+        _write_synced(path, json.dumps(state).encode())
+
+
+def synced_checksums(folder: Path, paths: Iterable[Path]) -> dict[str, tuple[int, str]]:
+    """The checksums of `paths`, named from `folder` on; the files are on the disk then."""
+    return {str(path.relative_to(folder)): checksum(path, sync=True) for path in paths}
+
+
+def checksum(path: Path, *, sync: bool = False) -> tuple[int, str]:
+    """Size in bytes and SHA-256 of a file."""
+    with path.open("rb") as file:
+        if sync:
+            os.fsync(file.fileno())
+        return os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_synced(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,126 @@
+"""What a run takes of one GPU's memory, to the first order: for choosing a layout, not for the last gigabyte.
+
+Counted from shapes: weights, gradients, optimizer, activations, the teacher's rows, the loss, the embedded engine. Not
+counted: CUDA's context, NCCL's buffers, fragmentation; leave them a tenth.
+"""
+
+from dataclasses import dataclass
+
+from megatron_tip.config import Config
+from megatron_tip.conversion.architecture import ModelArchitecture
+from megatron_tip.conversion.model_size import layer_parameters
+from megatron_tip.parallel.grid import ModelGrid
+from megatron_tip.vocab_parallel import padded_vocab_size
+
+_FLOAT32 = 4
+_LOSS_BUFFERS = 6
+"""Chunks of float32 logits alive at once in the loss: both models' logits, exponentials and gradients."""
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes by purpose on the rank that takes the most."""
+
+    parts: dict[str, float]
+
+    @property
+    def total_bytes(self) -> float:
+        return sum(self.parts.values())
+
+    def lines(self) -> list[str]:
+        """One line a part, the largest first, in GiB."""
+        ordered = sorted(self.parts.items(), key=lambda part: -part[1])
+        return [f"{value / 2**30:7.1f} GiB  {name}" for name, value in ordered if value >= 0.05 * 2**30]
+
+
+@dataclass(frozen=True)
+class _Model:
+    architecture: ModelArchitecture
+    grid: ModelGrid
+    bytes_per_value: int
+
+    @property
+    def stage_layers(self) -> int:
+        return self.architecture.num_layers // self.grid.pp_size
+
+    @property
+    def parameters_per_rank(self) -> float:
+        """Of the fullest stage: its layers, and embedding, head or both."""
+        a, tp = self.architecture, self.grid.tp_size
+        matrix = padded_vocab_size(a.vocab_size, tp) * a.hidden_size / tp
+        matrices = 1 if a.tied_embeddings or self.grid.pp_size > 1 else 2
+        return self.stage_layers * layer_parameters(a) / tp + matrices * matrix
+
+
+def estimate_memory(
+    config: Config,
+    student: ModelArchitecture,
+    teacher: ModelArchitecture,
+    student_grid: ModelGrid,
+    teacher_grid: ModelGrid,
+) -> MemoryEstimate:
+    """Returns the estimate for GPUs, where "auto" is bfloat16."""
+    trained = _Model(student, student_grid, _bytes(config.model.dtype))
+    frozen = _Model(teacher, teacher_grid, _bytes(config.teacher.dtype))
+    parameters = trained.parameters_per_rank
+    # Megatron keeps gradients in float32, two moments, and with bfloat16 weights a float32 copy of them.
+    optimizer_values = 3 if trained.bytes_per_value < _FLOAT32 else 2
+    shards = student_grid.dp_size if config.optimizer.distributed else 1
+    vocabulary = padded_vocab_size(max(student.vocab_size, teacher.vocab_size), student_grid.tp_size)
+    shard = vocabulary / student_grid.tp_size
+    parts = {
+        "student: weights": parameters * trained.bytes_per_value,
+        "student: gradients, float32": parameters * _FLOAT32,
+        "student: optimizer": parameters * optimizer_values * _FLOAT32 / shards,
+        "student: activations of a micro-batch": _activations(config, trained),
+        "teacher: weights": frozen.parameters_per_rank * frozen.bytes_per_value,
+        "teacher: head on the student's ranks": shard * teacher.hidden_size * frozen.bytes_per_value,
+        "teacher: hidden states of a step": _rows(config, student_grid) * teacher.hidden_size * frozen.bytes_per_value,
+        "loss: logits of a chunk": (config.loss.chunk_rows or 1024) * shard * _FLOAT32 * _LOSS_BUFFERS,
+        "loss: gradient of the head": shard * student.hidden_size * _FLOAT32,
+    }
+    if config.rollout.engine == "embedded":
+        parts["embedded engine, first GPU: weights and cache"] = _embedded_engine(config, student)
+    return MemoryEstimate(parts)
+
+
+def longest_sequence(config: Config) -> int:
+    """Tokens of the longest sequence that the configuration allows."""
+    return config.prompts.max_prompt_tokens + config.rollout.max_response_tokens
+
+
+def _bytes(dtype: str) -> int:
+    return _FLOAT32 if dtype == "float32" else 2
+
+
+def _rows(config: Config, grid: ModelGrid) -> float:
+    """Response tokens of a replica's share of a step, at most."""
+    rollouts = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
+    return -(-rollouts // grid.dp_size) * config.rollout.max_response_tokens
+
+
+def _activations(config: Config, model: _Model) -> float:
+    """What the backward pass finds, with fused attention: nothing of length x length.
+
+    A layer keeps the inputs of its two norms and of its four matrix products, q, k, v and the products of SwiGLU. With
+    recomputation it keeps its input, and one layer at a time all of it. Up to pp micro-batches are under way.
+    """
+    a, tp = model.architecture, model.grid.tp_size
+    tokens = max(config.training.max_tokens_per_micro_batch, longest_sequence(config))
+    heads = (a.num_attention_heads + 2 * a.num_query_groups) * a.head_dim
+    split = heads + a.num_attention_heads * a.head_dim + 3 * a.ffn_hidden_size
+    whole = 4 * a.hidden_size / (tp if config.model.sequence_parallel else 1)
+    layer = (split / tp + whole) * tokens * model.bytes_per_value
+    in_flight = model.stage_layers * model.grid.pp_size
+    if not config.model.recompute_activations:
+        return in_flight * layer
+    kept = a.hidden_size * tokens * model.bytes_per_value / (tp if config.model.sequence_parallel else 1)
+    return in_flight * kept + layer
+
+
+def _embedded_engine(config: Config, student: ModelArchitecture) -> float:
+    """The whole student and the keys and values of a batch, on the first GPU."""
+    whole = _Model(student, ModelGrid(1, 1, 1), _bytes(config.rollout.dtype))
+    cached = 2 * student.num_layers * student.num_query_groups * student.head_dim * whole.bytes_per_value
+    sequences = min(config.rollout.batch_size, config.rollout.prompts_per_step * config.rollout.samples_per_prompt)
+    return whole.parameters_per_rank * whole.bytes_per_value + cached * sequences * longest_sequence(config)

@@ -1,0 +1,80 @@
+"""From which checkpoint a run goes on, and how it is set back to it."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_tip.errors import CheckpointError
+from megatron_tip.parallel.collectives import broadcast_json, gather_json
+from megatron_tip.selection import Calibration
+from megatron_tip.training.checkpoint_files import SHARDS_NAME, CheckpointFiles
+from megatron_tip.training.progress import RunProgress
+from megatron_tip.training.recorder import RecorderState
+from megatron_tip.training.run import TrainingRun
+from megatron_tip.training.same_run import defining_settings
+from megatron_tip.training.student_state import load_state
+
+logger = logging.getLogger(__name__)
+
+
+def identity_of(run: TrainingRun) -> dict[str, Any]:
+    """What a checkpoint says about the run that wrote it; the prompts' digest is the first process's."""
+    grid = run.student.groups.grid
+    return {
+        "settings": defining_settings(run.config),
+        "layout": {"tp": grid.tp_size, "pp": grid.pp_size, "dp": grid.dp_size},
+        "workers": f"{grid.world_size} {run.device.type}",
+        "prompts": run.prompts.digest if run.prompts else "",
+    }
+
+
+def newest_whole(files: CheckpointFiles, device: torch.device) -> int | None:
+    """The step of the newest checkpoint whose files are all as they were written; None if there never was one.
+
+    Damaged ones are named in the log and set aside. Every rank reads a part of the files. Collective over the world.
+
+    Raises:
+        CheckpointError: there are checkpoints and none is whole; on every rank.
+    """
+    rank, size = dist.get_rank(), dist.get_world_size()
+    steps: list[int] = broadcast_json(files.steps(), source=0, device=device)
+    for step in reversed(steps):
+        problems = gather_json(files.problem_with(step, part=rank, num_parts=size), device=device)
+        found = next((problem for problem in problems if problem), None)
+        if found is None:
+            return step
+        if rank == 0:
+            aside = files.set_aside(step)
+            logger.warning("the checkpoint of step %d is damaged (%s) and now lies in %s", step, found, aside)
+        dist.barrier()
+    if steps:
+        raise CheckpointError(
+            f"{files.folder}: none of the checkpoints of steps {steps} is whole; start anew with --fresh, which "
+            "removes what is there"
+        )
+    return None
+
+
+def restore(run: TrainingRun, files: CheckpointFiles, step: int) -> tuple[RunProgress, RecorderState]:
+    """Sets `run` back to the checkpoint of `step` and returns where it stood. Collective over the world.
+
+    Raises:
+        CheckpointError: the checkpoint does not fit, or the prompts are others than those of the run; on every rank.
+    """
+    state = files.read_state(step)
+    own = broadcast_json(identity_of(run), source=0, device=run.device)
+    if state["prompts"] != own["prompts"]:
+        raise CheckpointError(
+            f"prompts: expected those that the run in {files.folder.parent} began with, got others under the same "
+            "settings; bring back the file as it was, or start anew with --fresh"
+        )
+    shards = files.step_folder(step) / SHARDS_NAME
+    load_state(run.student, shards, with_random_states=state["workers"] == own["workers"])
+    run.timer.resume(state["seconds"])
+    if state["calibration"] is not None:
+        run.last_step.calibration = Calibration(**state["calibration"])
+    return RunProgress.from_json(state["progress"]), RecorderState(**state["recorder"])

@@ -1,0 +1,62 @@
+"""Whether a configuration still describes the run that its folder holds. Free of torch."""
+
+from typing import Any
+
+from megatron_tip.config import Config
+from megatron_tip.errors import CheckpointError, ConfigError
+from megatron_tip.observability.run_folder import RunFolder
+from megatron_tip.training.checkpoint_files import CheckpointFiles
+
+_DEFINING_KEYS: dict[str, tuple[str, ...]] = {
+    "run": ("seed",),
+    "model": ("path", "drop_layers", "dtype"),
+    "teacher": ("path", "dtype"),
+    "prompts": (),
+    "heldout": ("num_prompts", "every_steps"),
+    "rollout": ("prompts_per_step", "samples_per_prompt", "max_response_tokens", "temperature", "top_p", "dtype"),
+    "selection": (),
+    "loss": ("divergence", "jsd_beta", "temperature"),
+    "optimizer": (),
+    "training": ("steps",),
+}
+"""Keys that make another run of it when they change; none named: all of the section.
+
+Layouts, what costs memory or time, outputs and reports may change from one start to the next.
+"""
+
+
+def defining_settings(config: Config) -> dict[str, Any]:
+    """The keys and values that a run cannot change on its way, as JSON has them."""
+    values = config.model_dump(mode="json")
+    return {
+        f"{section}.{key}": values[section][key]
+        for section, keys in _DEFINING_KEYS.items()
+        for key in keys or values[section]
+    }
+
+
+def check_same_run(config: Config) -> None:
+    """Refuses to continue a run under settings that make another one of it. Reads one small file.
+
+    Raises:
+        ConfigError: naming the keys; with the checkpoint's values.
+    """
+    folder = RunFolder(config.run.folder)
+    files = CheckpointFiles(folder.checkpoints)
+    for step in reversed(files.steps()):
+        try:
+            saved = files.read_state(step)["settings"]
+        except (CheckpointError, KeyError):
+            continue  # damaged; `resume.newest_whole` will say so
+        wanted = defining_settings(config)
+        changed = [
+            f"{key}: {saved[key]!r}, now {value!r}"
+            for key, value in wanted.items()
+            if key in saved and saved[key] != value
+        ]
+        if changed:
+            raise ConfigError(
+                f"run.folder: {folder.path} holds an unfinished run with other settings; set them back, give "
+                "another run.folder, or start anew with --fresh, which removes it\n  " + "\n  ".join(changed)
+            )
+        return

@@ -1,0 +1,125 @@
+"""All that a student's next step depends on, as Megatron's sharded state: readable under any layout."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_tip.conversion.megatron_checkpoint import check_index, reason_of
+from megatron_tip.errors import CheckpointError
+from megatron_tip.models.student import Student
+
+_HOST_RANDOM_BYTES = 16384
+"""Python's and numpy's generators in decimal take at most 14,000."""
+
+
+def sharded_state(student: Student, *, is_loading: bool = False) -> dict[str, Any]:
+    """Weights, optimizer, schedule and this rank's random states, for `dist_checkpointing`. Collective over the world.
+
+    The distributed optimizer's shards are put together over the data-parallel ranks ("fully_reshardable"), which takes
+    the optimizer's whole float32 state of this rank's model part in host memory.
+    """
+    metadata = {
+        "dp_cp_group": student.groups.collection.dp_cp,
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "chained_optim_avoid_prefix": True,
+    }
+    complete_optimizer_state(student)
+    model: Any = student.model.sharded_state_dict(metadata=metadata)
+    optimizer = student.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
+    if is_loading:  # objects, which Transformer Engine adds for fp8, are never read: they are pickles
+        model = {key: value for key, value in model.items() if not isinstance(value, ShardedObject)}
+        return {"model": model, "optimizer": optimizer}
+    scheduler = student.scheduler.state_dict()
+    return {"model": model, "optimizer": optimizer, "scheduler": scheduler, "random": _sharded_random_states()}
+
+
+def load_state(student: Student, shards: Path, *, with_random_states: bool) -> None:
+    """Sets the student back to what `sharded_state` was saved to `shards`. Collective over the world.
+
+    Args:
+        with_random_states: also this rank's; the world must be as large as the one that saved.
+
+    Raises:
+        CheckpointError: something is missing or of another shape; on every rank.
+    """
+    state = sharded_state(student, is_loading=True)
+    if with_random_states:
+        state["random"] = _sharded_random_states()
+    try:
+        check_index(shards / ".metadata")
+        loaded: Any = dist_checkpointing.load(state, str(shards))
+    except (CheckpointException, CheckpointingException, OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{shards}: cannot be loaded: {reason_of(error)}") from error
+    missing, unexpected = student.model.load_state_dict(loaded["model"], strict=False)
+    missing = [key for key in missing if not key.endswith("_extra_state")]
+    assert not missing, f"parameters that Megatron does not shard: {missing}"
+    assert not unexpected, f"shards that are no parameters: {unexpected}"
+    student.optimizer.load_state_dict(loaded["optimizer"])
+    complete_optimizer_state(student)
+    student.scheduler.load_state_dict(loaded["scheduler"])
+    if with_random_states:
+        _set_random_states({name: tensor[0] for name, tensor in loaded["random"].items()})
+
+
+def complete_optimizer_state(student: Student) -> None:
+    """Gives every parameter the state that torch's AdamW would make at its first step, and a step count of its own.
+
+    Before the first step there is none, and Megatron makes it without the count; after a load of the distributed
+    optimizer all parameters share one count, which each step would then raise once for every parameter.
+    """
+    for part in student.optimizer.chained_optimizers:
+        inner: Any = part.optimizer
+        if not isinstance(inner, torch.optim.Adam):  # AdamW is one; fused ones count by parameter group
+            part.init_state_fn(inner, part.config)
+            continue
+        for group in inner.param_groups:
+            for parameter in group["params"]:
+                state = inner.state[parameter]
+                state["step"] = state["step"].clone() if "step" in state else torch.tensor(0.0)
+                for name in ("exp_avg", "exp_avg_sq"):
+                    if name not in state:
+                        state[name] = torch.zeros_like(parameter)
+
+
+def _sharded_random_states() -> dict[str, ShardedTensor]:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    return {
+        name: ShardedTensor.from_rank_offsets(f"random.{name}", tensor[None], (0, rank, size))
+        for name, tensor in _random_states().items()
+    }
+
+
+def _random_states() -> dict[str, Tensor]:
+    """This process's generators, uint8. Nothing in this package draws from them; an engine or a rule of a user may."""
+    host = json.dumps([random.getstate(), _listed(np.random.get_state())], separators=(",", ":")).encode()
+    assert len(host) <= _HOST_RANDOM_BYTES, "a generator with a larger state"
+    states = {
+        "host": torch.frombuffer(bytearray(host.ljust(_HOST_RANDOM_BYTES)), dtype=torch.uint8),
+        "torch": torch.get_rng_state(),
+    }
+    return states | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def _listed(state: Any) -> list[Any]:
+    return [part.tolist() if isinstance(part, np.ndarray) else part for part in state]
+
+
+def _set_random_states(states: dict[str, Tensor]) -> None:
+    (kind, words, gauss), numpy_state = json.loads(bytes(states["host"].tolist()))
+    random.setstate((kind, tuple(words), gauss))
+    np.random.set_state(tuple(numpy_state))
+    torch.set_rng_state(states["torch"].cpu())
+    if "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"].cpu())

@@ -1,0 +1,180 @@
+# shellcheck shell=bash
+# What all scripts of this folder share; sourced, not run. Functions are tip_*, values TIP_* (site.sh).
+# They use: TIP_ROOT, the repository, set by the script that sources this.
+
+# The code with which `megatron-tip train` says: stopped by a signal, checkpoint written, run me again.
+TIP_EXIT_RESUMABLE=75
+
+tip_log() {
+  printf '%s %s\n' "$(date '+%F %T')" "$*" >&2
+}
+
+tip_fail() {
+  tip_log "error: $*"
+  exit 2
+}
+
+# Reads the site's values and sets the environment of every task.
+tip_setup() {
+  # shellcheck source=slurm/site.sh
+  source "${MEGATRON_TIP_SITE:-$TIP_ROOT/slurm/site.sh}"
+  if [[ -n $TIP_PROLOGUE ]]; then eval "$TIP_PROLOGUE"; fi
+  if [[ -z $TIP_TASKS_PER_NODE ]]; then
+    TIP_TASKS_PER_NODE=$({ nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l)
+    ((TIP_TASKS_PER_NODE > 0)) || TIP_TASKS_PER_NODE=1
+  fi
+  if [[ -z $TIP_PYTHON ]]; then
+    if [[ -n $TIP_CONTAINER_IMAGE ]]; then TIP_PYTHON=python3; else TIP_PYTHON=$TIP_ROOT/.venv/bin/python; fi
+  fi
+  export PYTHONPATH=$TIP_ROOT${PYTHONPATH:+:$PYTHONPATH}
+  export PYTHONUNBUFFERED=1
+  tip_network
+  tip_log "job ${SLURM_JOB_ID:-none}, restart ${SLURM_RESTART_COUNT:-0}, nodes ${SLURM_JOB_NODELIST:-none}," \
+    "$TIP_TASKS_PER_NODE tasks a node${TIP_CONTAINER_IMAGE:+, container $TIP_CONTAINER_IMAGE}"
+}
+
+# Exports the network settings; what the caller has exported already holds.
+tip_network() {
+  export NCCL_DEBUG=${NCCL_DEBUG:-$TIP_NCCL_DEBUG}
+  if [[ -n $TIP_NCCL_IB_HCA ]]; then export NCCL_IB_HCA=${NCCL_IB_HCA:-$TIP_NCCL_IB_HCA}; fi
+  if [[ -n $TIP_NCCL_IB_GID_INDEX ]]; then export NCCL_IB_GID_INDEX=${NCCL_IB_GID_INDEX:-$TIP_NCCL_IB_GID_INDEX}; fi
+  if [[ -n $TIP_SOCKET_IFNAME ]]; then
+    export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$TIP_SOCKET_IFNAME}
+    export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$TIP_SOCKET_IFNAME}
+  fi
+  # A collective that a dead peer will never join raises instead of waiting for its timeout.
+  export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
+  # Megatron overlaps tensor-parallel communication with computation only if kernels start in the order of their launch.
+  export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
+}
+
+# tip_address NODE: where the other nodes reach it. NodeAddr need not be the node's name.
+tip_address() {
+  local address
+  address=$(scontrol show node "$1" | grep -oE 'NodeAddr=[^ ]+' | head -n 1)
+  [[ -n $address ]] || tip_fail "scontrol show node $1: expected a NodeAddr, got none"
+  printf '%s\n' "${address#NodeAddr=}"
+}
+
+# tip_srun_arguments NODES TASKS_PER_NODE [NODELIST]: the arguments of srun, one a line.
+tip_srun_arguments() {
+  local nodes=$1 tasks=$2 nodelist=${3:-}
+  printf '%s\n' --kill-on-bad-exit=1 --nodes="$nodes" --ntasks="$((nodes * tasks))" --ntasks-per-node="$tasks" --label
+  if [[ -n ${SLURM_CPUS_ON_NODE:-} ]]; then
+    printf '%s\n' --cpus-per-task="$((SLURM_CPUS_ON_NODE >= tasks ? SLURM_CPUS_ON_NODE / tasks : 1))"
+  fi
+  if [[ -n $nodelist ]]; then printf '%s\n' --nodelist="$nodelist"; fi
+  if [[ -n $TIP_CONTAINER_IMAGE ]]; then
+    # Root is not remapped: files of the run belong to the user. The working directory is the one outside.
+    printf '%s\n' --container-image="$TIP_CONTAINER_IMAGE" --no-container-mount-home --no-container-remap-root \
+      --container-mounts="$TIP_ROOT:$TIP_ROOT${TIP_CONTAINER_MOUNTS:+,$TIP_CONTAINER_MOUNTS}" --container-workdir="$PWD"
+  fi
+}
+
+# tip_train NODES NODELIST CONFIG [section.key=value ...]: trains on those nodes and returns srun's exit code.
+tip_train() {
+  local nodes=$1 nodelist=$2 first
+  shift 2
+  first=$(scontrol show hostnames "$nodelist" | head -n 1)
+  MASTER_ADDR=${MASTER_ADDR:-$(tip_address "$first")}
+  export MASTER_ADDR
+  mapfile -t arguments < <(tip_srun_arguments "$nodes" "$TIP_TASKS_PER_NODE" "$nodelist")
+  tip_run srun "${arguments[@]}" "$TIP_PYTHON" -m megatron_tip.cli train "$@"
+}
+
+# tip_serve NODELIST PER_NODE MODEL MEMORY_FRACTION KEYS_FILE: starts SGLang servers of MODEL, PER_NODE on each node, and
+# puts their URLs into TIP_URLS. A server reads its arguments and passwords from its standard input and ends with it.
+TIP_SERVER_INPUTS=()
+TIP_URLS=()
+tip_serve() {
+  local nodelist=$1 per_node=$2 model=$3 memory=$4 keys=$5 node index port gpus input
+  TIP_URLS=()
+  for node in $(scontrol show hostnames "$nodelist"); do
+    for ((index = 0; index < per_node; index++)); do
+      port=$((TIP_SGLANG_PORT + index))
+      gpus=$(seq -s, $((index * TIP_SGLANG_TP)) $(((index + 1) * TIP_SGLANG_TP - 1)))
+      mapfile -t arguments < <(tip_srun_arguments 1 1 "$node")
+      # --overlap: beside the trainer's step, where they share nodes. env: behind SLURM, which sets the variable itself.
+      exec {input}> >(exec srun "${arguments[@]}" --overlap \
+        env "CUDA_VISIBLE_DEVICES=$gpus" "$TIP_PYTHON" -m megatron_tip.rollout.sglang_main)
+      "$TIP_PYTHON" -m megatron_tip.commands.serving arguments "$model" "$port" "$TIP_SGLANG_TP" "$memory" "$keys" >&"$input"
+      TIP_SERVER_INPUTS+=("$input")
+      TIP_URLS+=("http://$(tip_address "$node"):$port")
+    done
+  done
+  tip_log "waiting for ${#TIP_URLS[@]} servers of $model: ${TIP_URLS[*]}"
+  "$TIP_PYTHON" -m megatron_tip.commands.serving wait "$TIP_SGLANG_START_SECONDS" "${TIP_URLS[@]}"
+}
+
+tip_stop_servers() {
+  local input
+  for input in "${TIP_SERVER_INPUTS[@]}"; do exec {input}>&-; done
+  TIP_SERVER_INPUTS=()
+}
+
+# tip_setting SECTION.KEY CONFIG [section.key=value ...]: one value of the configuration.
+tip_setting() {
+  local name=$1
+  shift
+  "$TIP_PYTHON" -c 'import sys; from megatron_tip.config_io import load_config
+config = load_config(sys.argv[2], sys.argv[3:])
+section, key = sys.argv[1].split(".")
+print(getattr(getattr(config, section), key))' "$name" "$@"
+}
+
+# tip_list URL...: a TOML list.
+tip_list() {
+  local joined
+  printf -v joined '"%s",' "$@"
+  printf '[%s]\n' "${joined%,}"
+}
+
+# tip_run COMMAND...: runs it and returns its exit code. SIGUSR1 (the warning before a time limit, from
+# --signal=B:USR1@...) and SIGTERM go on to it, and srun sends them on to every task. TIP_WARNED says that SIGUSR1 came.
+TIP_WARNED=
+tip_run() {
+  local code=0 child
+  "$@" &
+  child=$!
+  # shellcheck disable=SC2064  # the child of now
+  trap "TIP_WARNED=1; tip_forward USR1 $child" USR1
+  # shellcheck disable=SC2064
+  trap "tip_forward TERM $child" TERM
+  wait "$child" || code=$?
+  # A trap ends `wait` early, with the child still there.
+  while kill -0 "$child" 2>/dev/null; do
+    code=0
+    wait "$child" || code=$?
+  done
+  trap - USR1 TERM
+  return "$code"
+}
+
+tip_forward() {
+  tip_log "SIG$1: the workers write a checkpoint and end"
+  kill -s "$1" "$2" 2>/dev/null || true
+}
+
+# tip_finish CODE: ends the script, and sends the job back to the queue where the time limit's warning ended a run that
+# can go on by itself. Not after scancel: who cancels a job does not want it back. SLURM itself requeues after
+# pre-emption (PreemptMode=REQUEUE) and node failure. A warning that comes while the workers still start ends them by the
+# signal itself: nothing is lost, and the job goes back as well.
+tip_finish() {
+  local code=$1
+  tip_stop_servers
+  if [[ -n $TIP_WARNED ]] && ((code == 128 + $(kill -l USR1))); then code=$TIP_EXIT_RESUMABLE; fi
+  if ((code == 0)); then
+    tip_log "finished"
+  elif ((code != TIP_EXIT_RESUMABLE)); then
+    tip_log "failed with exit code $code; the first error is above"
+  elif [[ -z $TIP_WARNED ]]; then
+    tip_log "stopped with a checkpoint; submit the same command again to go on"
+  elif ((${SLURM_RESTART_COUNT:-0} >= TIP_MAX_RESTARTS)); then
+    tip_log "not requeued: restarted $SLURM_RESTART_COUNT times already (TIP_MAX_RESTARTS)"
+  elif scontrol requeue "$SLURM_JOB_ID"; then
+    tip_log "requeued: the run goes on from its last checkpoint"
+  else
+    tip_log "not requeued (see above); submit the same command again to go on"
+  fi
+  exit "$code"
+}

@@ -1,0 +1,126 @@
+"""The shipped scripts, submitted to a real two-node SLURM."""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import psutil
+
+from tests.helpers.processes import wait_until
+from tests.helpers.slurm import Job, SlurmCluster
+
+SLURM = Path(__file__).parents[2] / "slurm"
+SITE = {"TIP_PYTHON": sys.executable, "TIP_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+LONG = ("training.steps=100000", "prompts.num_prompts=40")  # hours, unless something ends it
+
+
+def metrics_of(folder: Path) -> list[dict[str, float]]:
+    path = folder / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def workers_of(job: Job) -> dict[int, psutil.Process]:
+    """The job's training processes, by rank."""
+    workers = {}
+    for process in psutil.process_iter():
+        try:
+            environ = process.environ()
+            is_worker = "megatron_tip.cli" in process.cmdline() and process.name().startswith("python")
+        except psutil.Error:
+            continue
+        own = environ.get("SLURM_CONF") == job.cluster.environ["SLURM_CONF"]
+        if is_worker and own and environ.get("SLURM_JOB_ID") == job.identity and "SLURM_PROCID" in environ:
+            workers[int(environ["SLURM_PROCID"])] = process
+    return workers
+
+
+def test_a_run_on_two_nodes_goes_to_its_end(cluster: SlurmCluster, config_path: Path):
+    job = cluster.submit(SLURM / "train.sbatch", config_path, "training.steps=2", options=["--nodes=2"], env=SITE)
+    job.wait_for("COMPLETED")
+    summary = json.loads((config_path.parent / "run" / "summary.json").read_text())
+    assert summary["steps"] == 2
+    assert summary["world"] == {"tp": 1, "pp": 1, "dp": 2}  # one worker on each node
+    assert "finished" in job.log()
+
+
+def test_a_task_killed_on_one_node_ends_the_job_with_its_cause(cluster: SlurmCluster, config_path: Path):
+    job = cluster.submit(SLURM / "train.sbatch", config_path, *LONG, options=["--nodes=2"], env=SITE)
+    job.wait_for("RUNNING")
+    wait_until(lambda: len(metrics_of(config_path.parent / "run")) > 2)
+    workers = workers_of(job)
+    assert workers.keys() == {0, 1}
+    os.kill(workers[1].pid, signal.SIGKILL)
+    job.wait_for("FAILED", timeout_seconds=60)
+    assert job.fact("ExitCode") == "137:0"  # 128 + SIGKILL
+    assert "task 1: Killed" in job.log()
+    assert "failed with exit code 137" in job.log()
+    assert job.fact("Restarts") == "0"  # a failure is for a person to look at
+    _, alive = psutil.wait_procs(workers.values(), timeout=10)
+    assert not alive
+
+
+def test_a_requeued_run_goes_on_by_itself_under_the_same_tracker_id(cluster: SlurmCluster, config_path: Path):
+    overrides = ("training.steps=60", "checkpoint.every_steps=5", "tracking.wandb=offline")
+    job = cluster.submit(SLURM / "train.sbatch", config_path, *overrides, options=["--nodes=2"], env=SITE)
+    folder = config_path.parent / "run"
+    wait_until(lambda: len(metrics_of(folder)) > 7)
+    cluster.run("scontrol", "requeue", job.name)
+    job.wait_for("COMPLETED")
+    assert job.fact("Restarts") == "1"
+    assert "continuing behind step" in job.log()
+    assert [line["step"] for line in metrics_of(folder)] == list(range(61))
+    runs = {path.name for path in folder.glob("wandb/offline-run-*/*.wandb")}
+    assert len(list(folder.glob("wandb/offline-run-*"))) == 2
+    assert len(runs) == 1, "both starts are one run of W&B"
+
+
+def test_a_time_limit_ends_in_a_checkpoint_and_a_requeue(cluster: SlurmCluster, config_path: Path):
+    """The limit is drawn in while the run goes; SLURM then warns at once, a minute at most before it."""
+    folder = config_path.parent / "run"
+    overrides = (*LONG, "checkpoint.every_steps=100000")
+    options = ["--nodes=2", "--time=20", "--signal=B:USR1@50"]
+    job = cluster.submit(SLURM / "train.sbatch", config_path, *overrides, options=options, env=SITE)
+    wait_until(lambda: len(metrics_of(folder)) > 2)
+    cluster.run("scontrol", "update", f"JobId={job.name}", "TimeLimit=2")
+    job.wait_for_log("requeued: the run goes on from its last checkpoint", timeout_seconds=150)
+    cluster.run("scontrol", "update", f"JobId={job.name}", "TimeLimit=20")
+    assert "SIGUSR1: the workers write a checkpoint and end" in job.log()
+    job.wait_for_log("continuing behind step")
+    assert job.fact("Restarts") == "1"
+    steps = [line["step"] for line in metrics_of(folder)]
+    assert steps == list(range(len(steps)))
+    cluster.run("scancel", job.name)
+    cluster.wait_until_idle()
+
+
+def test_a_sweep_runs_each_rule_and_budget_in_its_own_folder(cluster: SlurmCluster, config_path: Path):
+    site = SITE | {
+        "TIP_RULES": "random ta_opd_teachability",
+        "TIP_BUDGETS": "0.5",
+        "TIP_SWEEP_FOLDER": str(config_path.parent / "sweep"),
+    }
+    script = SLURM / "sweep.sbatch"
+    array = cluster.submit(script, config_path, "training.steps=1", options=["--array=0-1"], env=site)
+    folders = [config_path.parent / "sweep" / name for name in ("random-0.5", "ta_opd_teachability-0.5")]
+    for task, folder in enumerate(folders):
+        array.of_task(task).wait_for("COMPLETED")
+        assert json.loads((folder / "summary.json").read_text())["retention_ratio"]["asked"] == 0.5
+    configs = [(folder / "config.toml").read_text() for folder in folders]
+    assert 'rule = "random"' in configs[0]
+    assert 'rule = "ta_opd_teachability"' in configs[1]
+
+
+def test_conversion_to_megatron_and_back(cluster: SlurmCluster, models: Path, tmp_path: Path):
+    megatron, back = tmp_path / "megatron", tmp_path / "hf"
+    script = SLURM / "convert.sbatch"
+    cluster.submit(script, "to-megatron", models / "student", megatron, env=SITE).wait_for("COMPLETED")
+    cluster.submit(script, "to-hf", megatron, back, env=SITE).wait_for("COMPLETED")
+    assert (back / "model.safetensors").exists()
+
+
+def test_wrong_arguments_are_refused_by_name(cluster: SlurmCluster):
+    job = cluster.submit(SLURM / "convert.sbatch", "backwards", env=SITE)
+    job.wait_for("FAILED")
+    assert "expected to-megatron or to-hf, got 'backwards'" in job.log()

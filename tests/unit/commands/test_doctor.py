@@ -1,0 +1,80 @@
+"""What the doctor finds, and that only what a run needs counts as missing."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from megatron_tip.cli import app
+from megatron_tip.commands import doctor
+from megatron_tip.commands.doctor import examine
+from tests.helpers.training import Layout, make_config, make_models
+
+RUNNER = CliRunner()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_models(tmp_path_factory.mktemp("models"))
+
+
+def missing(models: Path, world_size: int | None = None, **sections: Any) -> list[str]:
+    findings = examine(make_config(models, Layout(1), **sections), world_size=world_size)
+    return [finding.text for finding in findings if finding.state == "missing"]
+
+
+def test_a_machine_without_a_gpu_lacks_nothing():
+    ended = RUNNER.invoke(app, ["doctor"])
+    assert ended.exit_code == 0
+    assert "MISSING" not in ended.stdout
+    for name in ("torch", "megatron-core", "transformer-engine", "apex", "sglang", "wandb", "SLURM", "disk", "ports"):
+        assert name in ended.stdout
+    assert 'mend: pip install "megatron_tip[transformer-engine]"' in ended.stdout
+
+
+def test_a_run_that_can_start_lacks_nothing(models: Path):
+    assert missing(models) == []
+
+
+def test_what_the_configuration_needs_is_missing(models: Path, monkeypatch: pytest.MonkeyPatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None if name == "wandb" else find_spec(name))
+    assert missing(models) == []  # W&B is not asked for
+    found = missing(models, tracking={"wandb": "offline"}, model={"transformer_impl": "transformer_engine"})
+    assert [text.split(" is not installed")[0] for text in found[:2]] == ["transformer-engine", "wandb"]
+
+
+def test_online_tracking_needs_a_login(models: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    assert any("no login here" in text for text in missing(models, tracking={"wandb": "online"}))
+    monkeypatch.setenv("WANDB_API_KEY", "secret-key")
+    findings = examine(make_config(models, Layout(1), tracking={"wandb": "online"}), world_size=None)
+    assert not any("no login here" in finding.text for finding in findings)
+    assert not any("secret-key" in finding.line() for finding in findings)
+
+
+def test_a_configuration_that_cannot_run_is_told_with_its_reason(models: Path):
+    (text,) = missing(models, teacher={"tensor_parallel_size": 5})
+    assert "expected tensor_parallel_size to divide its 12 attention heads" in text
+
+
+def test_a_taken_port_is_told(models: Path, monkeypatch: pytest.MonkeyPatch):
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
+        (text,) = missing(models)
+    assert "cannot be bound" in text
+
+
+def test_exit_code_is_one_where_something_is_missing(tmp_path: Path):
+    config = tmp_path / "run.toml"
+    config.write_text(
+        'run.folder = "r"\nmodel.path = "a"\nteacher.path = "b"\nprompts.path = "p"\ntraining.steps = 1\n'
+    )
+    ended = RUNNER.invoke(app, ["doctor", str(config)])
+    assert ended.exit_code == 1
+    assert "MISSING  the configuration cannot run: a/config.json: no such file" in ended.stdout

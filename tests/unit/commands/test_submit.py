@@ -1,0 +1,129 @@
+"""The call of sbatch that a submission becomes, and the shell library that the scripts share."""
+
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from megatron_tip.commands.submit import Submission, sbatch_command, site_values, submit
+from megatron_tip.errors import ConfigError
+from tests.helpers.training import Layout, make_config
+
+ROOT = Path(__file__).parents[3]
+SLURM = ROOT / "slurm"
+ENVIRON = {name: value for name, value in os.environ.items() if not name.startswith(("TIP_", "MEGATRON_TIP_"))}
+
+
+def test_site_values_and_run_become_options_and_the_command_line_wins(tmp_path: Path):
+    config = make_config(tmp_path, Layout(1))
+    environ = ENVIRON | {"TIP_PARTITION": "h800", "TIP_TIME": "12:00:00"}
+    submission = Submission(
+        Path("my run.toml"), ["run.seed=2"], nodes=8, options=["--qos=high", "--time=1:00"], environ=environ
+    )
+    command = sbatch_command(submission, config)
+    assert command == [
+        "sbatch",
+        "--job-name=run",
+        "--nodes=8",
+        "--partition=h800",
+        "--time=12:00:00",
+        f"--output={tmp_path}/run/slurm/%j.out",
+        f"--export=ALL,TIP_ROOT={ROOT}",
+        "--qos=high",
+        "--time=1:00",
+        f"{SLURM}/train.sbatch",
+        f"{Path.cwd()}/my run.toml",
+        "run.seed=2",
+    ]
+    assert shlex.split(submit(submission, config, dry_run=True)) == command
+
+
+def test_the_job_of_a_sweep_logs_each_run_apart(tmp_path: Path):
+    command = sbatch_command(
+        Submission(Path("a.toml"), script="sweep", environ=ENVIRON), make_config(tmp_path, Layout(1))
+    )
+    assert f"--output={tmp_path}/run/slurm/%A_%a.out" in command
+
+
+def test_another_site_file_is_read_by_bash(tmp_path: Path):
+    site = tmp_path / "site.sh"
+    site.write_text('TIP_PARTITION=$(printf gpu)\nTIP_ACCOUNT="a b"\nTIP_TIME=1\nTIP_TASKS_PER_NODE=4\n')
+    values = site_values(ENVIRON | {"MEGATRON_TIP_SITE": str(site)})
+    assert values == {"TIP_PARTITION": "gpu", "TIP_ACCOUNT": "a b", "TIP_TIME": "1", "TIP_TASKS_PER_NODE": "4"}
+    with pytest.raises(ConfigError, match=r"nowhere.sh: expected a file of shell variables"):
+        site_values(ENVIRON | {"MEGATRON_TIP_SITE": "nowhere.sh"})
+
+
+def test_an_unknown_script_is_refused_with_the_known_ones(tmp_path: Path):
+    submission = Submission(Path("a.toml"), script="tarin", environ=ENVIRON)
+    with pytest.raises(ConfigError, match=r"expected one of convert, .*train, train_disaggregated, got tarin"):
+        sbatch_command(submission, make_config(tmp_path, Layout(1)))
+
+
+def test_without_slurm_the_command_to_run_elsewhere_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(ConfigError, match="expected SLURM on this machine, found none; run this where it is: sbatch"):
+        submit(Submission(Path("a.toml"), environ=ENVIRON), make_config(tmp_path, Layout(1)), dry_run=False)
+
+
+def shell(script: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Runs `script` in bash with the library and the site's values loaded."""
+    prologue = f"set -euo pipefail; TIP_ROOT={ROOT}; source {SLURM}/lib.sh; source {SLURM}/site.sh; "
+    return subprocess.run(
+        ["bash", "-c", prologue + script], env=ENVIRON | environ, capture_output=True, text=True, check=False
+    )
+
+
+def test_a_container_gets_image_mounts_and_the_repository():
+    bare = shell("tip_srun_arguments 2 8", SLURM_CPUS_ON_NODE="96").stdout.split("\n")
+    assert bare[:-1] == [
+        "--kill-on-bad-exit=1",
+        "--nodes=2",
+        "--ntasks=16",
+        "--ntasks-per-node=8",
+        "--label",
+        "--cpus-per-task=12",
+    ]
+    boxed = shell(
+        "tip_srun_arguments 1 1 n7",
+        TIP_CONTAINER_IMAGE="/images/tip.sqsh",
+        TIP_CONTAINER_MOUNTS="/data:/data",
+    ).stdout.split("\n")
+    assert "--nodelist=n7" in boxed
+    assert "--container-image=/images/tip.sqsh" in boxed
+    assert f"--container-mounts={ROOT}:{ROOT},/data:/data" in boxed
+
+
+def test_network_settings_of_the_site_reach_the_tasks_and_the_caller_wins():
+    site = {"TIP_NCCL_IB_HCA": "=mlx5_0,mlx5_1", "TIP_SOCKET_IFNAME": "bond0"}
+    script = 'tip_network; echo "$NCCL_IB_HCA $NCCL_SOCKET_IFNAME $GLOO_SOCKET_IFNAME ${NCCL_IB_GID_INDEX:-unset}"'
+    assert shell(script, **site).stdout.split() == ["=mlx5_0,mlx5_1", "bond0", "bond0", "unset"]
+    assert shell(script, NCCL_IB_HCA="mlx5_9", **site).stdout.split()[0] == "mlx5_9"
+
+
+@pytest.mark.parametrize(
+    "code,warned,restarts,expected",
+    [
+        (0, "", "0", "finished"),
+        (1, "1", "0", "failed with exit code 1"),
+        (75, "", "0", "submit the same command again"),
+        (75, "1", "0", "requeue 7"),
+        (138, "1", "0", "requeue 7"),  # 128 + SIGUSR1: the warning came while the workers started
+        (138, "", "0", "failed with exit code 138"),
+        (75, "1", "5", "not requeued: restarted 5 times already"),
+    ],
+)
+def test_a_job_goes_back_to_the_queue_only_after_a_warning_and_a_checkpoint(code, warned, restarts, expected):
+    script = f'scontrol() {{ echo "$@" >&2; }}; TIP_WARNED={warned}; tip_finish {code}'
+    ended = shell(script, SLURM_JOB_ID="7", SLURM_RESTART_COUNT=restarts, TIP_MAX_RESTARTS="5")
+    assert ended.returncode == (75 if (code, warned) == (138, "1") else code)
+    assert expected in ended.stderr
+    assert ("requeue 7" in ended.stderr) == (expected == "requeue 7")
+
+
+def test_signals_go_on_to_the_workers_and_their_exit_code_comes_back():
+    worker = "trap 'echo got USR1; exit 75' USR1; echo ready; while :; do sleep 0.05; done"
+    script = f'(sleep 0.5; kill -USR1 $$) & code=0; tip_run bash -c "{worker}" || code=$?; echo "$code $TIP_WARNED"'
+    assert shell(script).stdout.split("\n")[:3] == ["ready", "got USR1", "75 1"]

@@ -1,0 +1,217 @@
+"""Trackers: what arrives in W&B's and TensorBoard's own files, and failures that stay where they are."""
+
+import json
+import logging
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_tip.config import Config
+from megatron_tip.errors import OptionalDependencyError
+from megatron_tip.observability import trackers as module
+from megatron_tip.observability.run_folder import RunFolder
+from megatron_tip.observability.token_view import TokenView, ViewedResponse
+from megatron_tip.observability.trackers import MAX_FAILURES, Trackers, check_trackers, make_trackers
+from megatron_tip.observability.wandb_tracker import wandb  # first: it sets wandb's environment
+from tests.helpers.processes import wait_until
+from tests.helpers.training import Layout, make_config
+
+wandb_internal_pb2 = wandb.proto.wandb_internal_pb2
+
+VIEW = TokenView(
+    responses=(ViewedResponse("1 + 1 =", ("4", " <b>"), (True, False), (2.5, 0.125)),),
+    points=((0.5, 1.5, True), (0.25, 0.125, False)),
+    divergence="reverse_kl",
+    medians=(0.3, 1.0),
+)
+
+
+def config_of(folder: Path, **tracking: Any) -> Config:
+    return make_config(folder, Layout(1), tracking=tracking)
+
+
+def started(config: Config, identities: dict[str, str]) -> Trackers:
+    config.run.folder.mkdir(exist_ok=True)
+    trackers = make_trackers(config.tracking)
+    trackers.start(config, RunFolder(config.run.folder), identities)
+    return trackers
+
+
+def records_of(path: Path) -> list[wandb_internal_pb2.Record]:
+    """What the file of a finished run holds. Offline, `finish` may return a moment before W&B's process wrote it."""
+    wait_until(lambda: any(record.WhichOneof("record_type") == "exit" for record in scanned(path)))
+    return scanned(path)
+
+
+def scanned(path: Path) -> list[wandb_internal_pb2.Record]:
+    """What a .wandb file holds, read with W&B's own reader."""
+    from wandb.sdk.internal.datastore import DataStore
+
+    store, records = DataStore(), []
+    store.open_for_scan(str(path))
+    while (data := store.scan_data()) is not None:
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        records.append(record)
+    return records
+
+
+def history_of(records: list[wandb_internal_pb2.Record]) -> list[dict[str, Any]]:
+    items = [record.history.item for record in records if record.WhichOneof("record_type") == "history"]
+    return [{(i.key or ".".join(i.nested_key)): json.loads(i.value_json) for i in of_step} for of_step in items]
+
+
+@pytest.fixture
+def no_wandb_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no_netrc"))
+
+
+def test_offline_run_holds_config_metrics_and_views_and_goes_on_under_its_id(
+    tmp_path: Path, no_wandb_environment: None
+):
+    config = config_of(tmp_path, wandb="offline", wandb_name="friday", wandb_tags=("night",))
+    identities: dict[str, str] = {}
+    trackers = started(config, identities)
+    trackers.log_metrics(0, {"heldout/reverse_kl": 1.5})
+    trackers.log_metrics(1, {"train/loss": 0.25})
+    trackers.log_view(1, VIEW)
+    trackers.finish()
+    first_id = identities["wandb"]
+    trackers = started(config, identities)  # as after a requeue
+    trackers.log_metrics(2, {"train/loss": 0.125})
+    trackers.finish()
+
+    files = sorted((config.run.folder / "wandb").glob("offline-run-*/*.wandb"))
+    assert [path.name for path in files] == [f"run-{first_id}.wandb"] * 2
+    records = [records_of(path) for path in files]
+    run = next(record.run for record in records[0] if record.WhichOneof("record_type") == "run")
+    assert (run.display_name, run.project, list(run.tags)) == ("friday", "megatron-tip", ["night"])
+    settings = {item.key: json.loads(item.value_json) for item in run.config.update}
+    assert settings["selection"]["retention_ratio"] == config.selection.retention_ratio
+    history = [row for found in records for row in history_of(found)]
+    assert [row["_step"] for row in history] == [0, 1, 2]
+    assert history[0]["heldout/reverse_kl"] == 1.5
+    assert (history[1]["train/loss"], history[2]["train/loss"]) == (0.25, 0.125)
+    assert history[1]["view/responses._type"] == "table-file"
+    assert history[1]["view/quadrants._type"] == "image-file"
+    table = next(config.run.folder.glob("wandb/*/files/media/table/view/*.json"))
+    assert json.loads(table.read_text())["data"][0][0] == "1 + 1 ="
+
+
+def test_online_without_a_way_out_is_kept_offline(
+    tmp_path: Path, no_wandb_environment: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    init = wandb.init
+
+    def without_network(mode: str, **arguments: Any) -> Any:
+        if mode == "online":
+            raise wandb.errors.CommError("no route to host")
+        return init(mode=mode, **arguments)
+
+    monkeypatch.setattr(wandb, "init", without_network)
+    config = config_of(tmp_path, wandb="online")
+    trackers = started(config, {})
+    trackers.log_metrics(1, {"train/loss": 0.25})
+    trackers.finish()
+    assert "kept offline: wandb sync" in caplog.text
+    files = list((config.run.folder / "wandb").glob("offline-run-*/*.wandb"))
+    assert history_of(records_of(files[0]))[0]["train/loss"] == 0.25
+
+
+def test_tensorboard_gets_scalars_text_and_picture(tmp_path: Path):
+    from tensorboardX.proto.event_pb2 import Event
+
+    config = config_of(tmp_path, tensorboard=True)
+    trackers = started(config, {})
+    trackers.log_metrics(3, {"train/loss": 0.25})
+    trackers.log_view(3, VIEW)
+    trackers.finish()
+    data = next((config.run.folder / "tensorboard").iterdir()).read_bytes()
+    values, start = {}, 0
+    while start < len(data):  # a TFRecord: length, its checksum, content, its checksum
+        (length,) = struct.unpack_from("<Q", data, start)
+        event = Event.FromString(data[start + 12 : start + 12 + length])
+        values |= {value.tag: (event.step, value) for value in event.summary.value}
+        start += 12 + length + 4
+    step, loss = values["train/loss"]
+    assert (step, loss.simple_value) == (3, 0.25)
+    assert b"**`4`**" in values["view/response_0/text_summary"][1].tensor.string_val[0]
+    assert values["view/quadrants"][1].image.width > 500
+
+
+def test_views_are_pages_and_pictures_in_the_folder(tmp_path: Path):
+    config = config_of(tmp_path, view_every_steps=2)
+    trackers = started(config, {})
+    trackers.log_view(4, VIEW)
+    views = config.run.folder / "views"
+    page = (views / "step_000004.html").read_text()
+    assert "1 of 2 tokens selected (50%)" in page
+    assert " &lt;b&gt;" in page  # a response is text, never markup
+    assert (views / "step_000004.png").read_bytes().startswith(b"\x89PNG")
+
+
+class Broken:
+    name = "broken"
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def start(self, config: Config, folder: RunFolder, identity: str | None) -> str:
+        return "id"
+
+    def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.calls += 1
+        if step != 2:
+            raise ConnectionError("no route to host")
+
+    def log_view(self, step: int, view: TokenView) -> None: ...
+
+    def log_student(self, path: Path) -> None: ...
+
+    def finish(self, *, failed: bool) -> None:
+        raise OSError("disk full")
+
+
+class Sound(Broken):
+    name = "sound"
+
+    def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.calls += 1
+
+
+def test_a_failing_tracker_is_logged_and_left_alone_and_others_go_on(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    broken, sound = Broken(), Sound()
+    trackers = Trackers([broken, sound])
+    trackers.start(config_of(tmp_path), RunFolder(tmp_path), identities := {})
+    with caplog.at_level(logging.WARNING):
+        for step in range(1, 10):
+            trackers.log_metrics(step, {})
+        trackers.finish()
+    assert identities == {"broken": "id", "sound": "id"}
+    assert broken.calls == 2 + MAX_FAILURES  # one, a success at step 2, then three in a row
+    assert sound.calls == 9
+    assert "tracker broken, metrics: ConnectionError: no route to host; it is left alone from now on" in caplog.text
+
+
+def test_a_tracker_that_cannot_start_is_left_out(tmp_path: Path):
+    class NoStart(Broken):
+        def start(self, config: Config, folder: RunFolder, identity: str | None) -> str:
+            raise RuntimeError("no licence")
+
+    tracker = NoStart()
+    trackers = Trackers([tracker])
+    trackers.start(config_of(tmp_path), RunFolder(tmp_path), {})
+    trackers.log_metrics(1, {})
+    assert tracker.calls == 0
+
+
+def test_a_tracker_without_its_package_is_refused_before_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    check_trackers(config_of(tmp_path).tracking)
+    with pytest.raises(OptionalDependencyError, match=r"tracking.wandb: .* pip install .megatron_tip\[tracking\]"):
+        check_trackers(config_of(tmp_path, wandb="offline").tracking)
