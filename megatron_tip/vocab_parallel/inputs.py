@@ -101,7 +101,7 @@ def checked_inputs(
     """The arguments of function `where` as `Inputs`.
 
     Shapes, dtypes and settings, which all ranks share, are checked before the first collective; values, which a fault
-    may have changed on one rank, after an exchange that lets all ranks stop together (one all-gather of 24 bytes).
+    may have changed on one rank, after an exchange that lets all ranks stop together (one all-gather of 40 bytes).
     Raises InputError.
     """
     try:
@@ -109,7 +109,8 @@ def checked_inputs(
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
     problem = _problem_with_values(inputs, row_weights)
-    agree(where, problem, inputs.num_rows, inputs.chunk_rows, inputs.device, tp_group)
+    sizes = {"rows": inputs.num_rows, "rows a chunk": inputs.chunk_rows, **inputs.partition.sizes}
+    agree(where, problem, sizes, inputs.device, tp_group)
     return inputs
 
 
