@@ -7,10 +7,13 @@ processes of its own. "rho" rows score all rows first and then make the loss of 
 called as their users call them, by an interpreter that has them, on one rank.
 
 Seconds are the median of all calls behind the first, of the slower rank; the cases take turns, `--rounds` times, so
-that a machine whose speed drifts disturbs all alike. Memory is the largest peak of a rank's resident set over what was
-resident before the call, all inputs there and all free memory given back. Bytes are what a rank puts into collectives,
-for each row. The error is the largest relative error, in the Euclidean norm, of the value and of both gradients,
-against float64 arithmetic on the same inputs; of the scoring, that of every row's reverse KL.
+that a machine whose speed drifts disturbs all alike. On a busy machine compare CPU seconds with `--threads 1`: with
+more threads those that wait for each other spin and are counted.
+
+Memory is the largest peak of a rank's resident set over what was resident before the call, all inputs there and all
+free memory given back. Bytes are what a rank puts into collectives, for each row. The error is the largest relative
+error, in the Euclidean norm, of the value and of both gradients, against float64 arithmetic on the same inputs; of the
+scoring, that of every row's divergence.
 """
 
 import json
@@ -64,6 +67,7 @@ class Measured:
 
     name: str
     seconds: float
+    cpu_seconds: float
     peak_bytes: int
     sent_bytes_per_row: float
     collectives: int
@@ -142,9 +146,10 @@ def peer_cases(python: str) -> tuple[list[Case], list[str]]:
     else:
         missing.append(f"TRL: not installed for {python}")
     if liger:
-        for chunk_size, compiled in ((128, False), (1024, False), (1024, True)):
-            name = f"Liger {liger}, {chunk_size} rows{', compiled' if compiled else ''}"
-            cases.append(Case(name, "liger", {"chunk_size": chunk_size, "compiled": compiled}, python))
+        cases += [Case(f"Liger {liger}, {rows} rows", "liger", {"chunk_rows": rows}, python) for rows in (128, 1024)]
+        # Its compiled function is a new one in every call, which torch.compile compiles anew until it knows it.
+        options = {"chunk_rows": 1024, "compiled": True, "warm_up_calls": 3}
+        cases.append(Case(f"Liger {liger}, 1024 rows, compiled", "liger", options, python))
     else:
         missing.append(f"Liger: not installed for {python}")
     return cases, missing
@@ -196,11 +201,16 @@ def run(case: Case, setting: Setting, folder: Path) -> Iterator[dict[str, Any]]:
 def measured(name: str, ranks_by_round: Sequence[Sequence[dict[str, Any]]], rows: int) -> Measured:
     """A row from the results of every round and rank."""
     everything = [result for ranks in ranks_by_round for result in ranks]
-    slowest = [max(call) for ranks in ranks_by_round for call in zip(*(r["seconds"] for r in ranks), strict=True)]
+
+    def slowest(key: str) -> float:
+        calls = [call for ranks in ranks_by_round for call in zip(*(result[key] for result in ranks), strict=True)]
+        return statistics.median(max(call) for call in calls)
+
     errors = [result["errors"] for result in everything if "errors" in result]
     return Measured(
         name=name,
-        seconds=statistics.median(slowest),
+        seconds=slowest("seconds"),
+        cpu_seconds=slowest("cpu_seconds"),
         peak_bytes=max(result["peak_bytes"] for result in everything),
         sent_bytes_per_row=max(result["sent_bytes"] for result in everything) / rows,
         collectives=everything[0]["collectives"],
@@ -216,14 +226,18 @@ def table_of(measured: Sequence[Measured], missing: Sequence[str], setting: Sett
     )
     table = Table(title=title)
     table.add_column("")
-    for heading in ("seconds", "x floor", "peak MB", "bytes sent a row", "error"):
+    for heading in ("seconds", "x floor", "CPU s", "x floor", "peak MB", "bytes sent a row", "error"):
         table.add_column(heading, justify="right")
-    floor = min((row.seconds for row in measured if row.name.startswith("four products")), default=None)
+    products = [row for row in measured if row.name.startswith("four products")]
+    floor = min((row.seconds for row in products), default=float("nan"))
+    cpu_floor = min((row.cpu_seconds for row in products), default=float("nan"))
     for row in measured:
         table.add_row(
             row.name,
             f"{row.seconds:.2f}",
-            "" if floor is None else f"{row.seconds / floor:.2f}",
+            f"{row.seconds / floor:.2f}",
+            f"{row.cpu_seconds:.2f}",
+            f"{row.cpu_seconds / cpu_floor:.2f}",
             f"{row.peak_bytes / 1e6:.0f}",
             f"{row.sent_bytes_per_row:.0f}" if row.collectives else "",
             f"{max(row.errors.values()):.1e}" if row.errors else "",

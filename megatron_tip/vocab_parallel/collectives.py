@@ -29,29 +29,28 @@ def all_gather(values: Tensor, group: ProcessGroup | None) -> Tensor:
 def agree(
     where: str,
     problem: str | None,
-    num_rows: int,
-    chunk_rows: int,
+    sizes: dict[str, int],
     device: torch.device,
     group: ProcessGroup | None,
     *,
     error: type[InputError] = InputError,
 ) -> None:
-    """Raises on every rank of `group` if any of them has a `problem`, or if they differ in rows or chunks.
+    """Raises on every rank of `group` if any of them has a `problem`, or if they differ in one of the named `sizes`.
 
     `error` where the problem is, PeerError on the others.
 
-    One all-gather of 24 bytes. Without it a rank that stops over its own values leaves the others waiting for it.
+    One all-gather of 8 bytes, and 8 a size. Without it a rank that stops over its own values leaves the others waiting.
     """
-    facts = torch.tensor([problem is not None, num_rows, chunk_rows], device=device)
-    stopped, rows, rows_a_chunk = all_gather(facts, group).unbind(1)
+    facts = torch.tensor([problem is not None, *sizes.values()], device=device)
+    stopped, *columns = all_gather(facts, group).unbind(1)
     if problem is not None:
         raise error(f"{where}: {problem}")
     if stopped.any():
         ranks = stopped.nonzero().flatten().tolist()
         raise PeerError(f"{where}: ranks {ranks} of tp_group reject their inputs; their own messages say why.")
-    for name, values in (("rows", rows), ("rows a chunk", rows_a_chunk)):
+    for name, values in zip(sizes, columns, strict=True):
         if (values != values[0]).any():
             raise InputError(
-                f"{where}: expected equally many {name} on all ranks of tp_group, got {values.tolist()}; hidden states "
-                "are the same on all of them, gathered if they were sequence-parallel."
+                f"{where}: expected one number of {name} on all ranks of tp_group, got {values.tolist()}; hidden "
+                "states are the same on all of them, gathered if they were sequence-parallel, and shards are equal."
             )

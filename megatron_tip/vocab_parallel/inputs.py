@@ -101,7 +101,7 @@ def checked_inputs(
     """The arguments of function `where` as `Inputs`.
 
     Shapes, dtypes and settings, which all ranks share, are checked before the first collective; values, which a fault
-    may have changed on one rank, after an exchange that lets all ranks stop together (one all-gather of 24 bytes).
+    may have changed on one rank, after an exchange that lets all ranks stop together (one all-gather of 40 bytes).
     Raises InputError.
     """
     try:
@@ -111,7 +111,8 @@ def checked_inputs(
     not_finite = _not_finite(inputs, row_weights)
     problem = not_finite or problem_with_labels(labels, inputs.partition.vocab_size)
     error = NotFiniteError if not_finite else InputError
-    agree(where, problem, inputs.num_rows, inputs.chunk_rows, inputs.device, tp_group, error=error)
+    sizes = {"rows": inputs.num_rows, "rows a chunk": inputs.chunk_rows, **inputs.partition.sizes}
+    agree(where, problem, sizes, inputs.device, tp_group, error=error)
     return inputs
 
 

@@ -96,7 +96,7 @@ def jsd_sums(z_s: Tensor, z_t: Tensor, offsets: Tensor, mix: Tensor, scratch: Sc
     log_p = z_s.sub_(offsets[:, 0:1]).sub_(offsets[:, 2:3])
     log_ratio = z_t.sub_(offsets[:, 1:2]).sub_(offsets[:, 3:4]).sub_(log_p)  # ln(q / p)
     # ln(m / p) = ln((1 - β) + β q/p), by way of the smaller of q/p and p/q: exact where p = q, and never an overflow.
-    weight = torch.where(log_ratio > 0, mix[:, 0:1], mix[:, 1:2])
+    weight = torch.where(log_ratio > 0, mix[:, 0:1], mix[:, 1:2], out=scratch[1])
     log_m = torch.abs(log_ratio, out=scratch[0]).neg_().expm1_().mul_(weight).log1p_()
     log_m.add_(torch.clamp(log_ratio, min=0, out=scratch[1]))
     q = torch.add(log_p, log_ratio, out=scratch[1]).exp_()

@@ -61,6 +61,11 @@ class VocabPartition:
         return self.vocab_end_index - self.vocab_start_index
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """What all ranks of the group must agree on, by the names that messages use."""
+        return {"real ids": self.vocab_size, "ids with padding": self.padded_vocab_size}
+
+    @property
     def rank(self) -> int:
         """This rank's place in the group."""
         return 0 if self.group is None else self.group.rank()

@@ -51,7 +51,7 @@ def token_statistics(
         with_jsd, with_support: also return the JSD, and the top-K ids with their own model's logprobs.
         compiled: run the elementwise arithmetic through torch.compile.
 
-    Collectives: 1 all-gather and 1 all-reduce a chunk, 1 all-reduce more with `with_jsd`; 1 all-gather of 24 bytes a
+    Collectives: 1 all-gather and 1 all-reduce a chunk, 1 all-reduce more with `with_jsd`; 1 all-gather of 40 bytes a
     call. No rows make one empty chunk. Arithmetic on logits is float32.
 
     Raises:

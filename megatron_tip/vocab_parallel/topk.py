@@ -17,7 +17,7 @@ _GROUP_SIZE = 64
 
 def group_maxima(logits: Tensor) -> Tensor:
     """`[r, ceil(v / 64)]` maxima of neighbouring columns of `[r, v]` `logits`: what `local_topk` searches first."""
-    num_whole, rest = divmod(logits.shape[1], _GROUP_SIZE)
+    num_whole, rest = logits.shape[1] // _GROUP_SIZE, logits.shape[1] % _GROUP_SIZE  # torch.compile knows no divmod
     maxima = logits[:, : num_whole * _GROUP_SIZE].unflatten(1, (num_whole, _GROUP_SIZE)).amax(-1)
     return torch.cat([maxima, logits[:, -rest:].amax(-1, keepdim=True)], 1) if rest else maxima
 

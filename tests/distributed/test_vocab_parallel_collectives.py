@@ -35,13 +35,13 @@ def check_collectives() -> None:
         statistics(case, group, with_jsd=False)
         k = case.support_size
         chunks = [4, 4, 3]
-        expected = [("all_gather", 24)]
+        expected = [("all_gather", 40)]
         for c in chunks:
             expected += [("all_gather", 4 * c * (8 + 2 * 2 * k)), ("all_reduce", 4 * c * (2 * k + 2))]
         assert calls == expected
         calls.clear()
         statistics(replace(case, n=0), group, with_jsd=True)
-        assert calls == [("all_gather", 24), ("all_gather", 0), ("all_reduce", 0), ("all_reduce", 0)], "no rows"
+        assert calls == [("all_gather", 40), ("all_gather", 0), ("all_reduce", 0), ("all_reduce", 0)], "no rows"
         calls.clear()
         statistics(case, group, with_jsd=True)
         assert len(calls) == 1 + 3 * len(chunks)
@@ -53,7 +53,7 @@ def check_collectives() -> None:
             loss = divergence_loss(
                 hidden, **inputs, divergence=name, labels=case.labels(), vocab_size=203, tp_group=group, chunk_rows=4
             )
-            expected = [("all_gather", 24)]
+            expected = [("all_gather", 40)]
             for c in chunks:
                 expected += [("all_gather", 4 * c * floats)] + [("all_reduce", 4 * c * after)] * (after > 0)
             expected.append(("all_reduce", 4 * hidden.numel()))
@@ -90,13 +90,17 @@ def check_faults_on_one_rank() -> None:
 
     bad_label = torch.full((case.n,), 203 if rank == 1 else 0)
     shorter = {key: inputs[key][: 10 if rank == 1 else 11] for key in ("student_hidden", "teacher_hidden")}
+    size = 67 if rank == 1 else 68
+    smaller_shard = {"vocab_size": 200, "labels": None}
+    smaller_shard |= {name: shard(inputs[name], group)[:size] for name in ("student_head", "teacher_head")}
     for changes, wanted in (
         (fault("student_hidden", float("nan")), "student_hidden" if rank == 1 else "ranks [1]"),
         (fault("teacher_hidden", float("inf")), "teacher_hidden" if rank == 1 else "ranks [1]"),
         (fault("student_head", float("nan")), "head is not finite"),
         (fault("teacher_head", float("-inf")), "head is not finite"),
         ({"labels": bad_label}, "labels in [0, 203)" if rank == 1 else "ranks [1]"),
-        ({**shorter, "labels": None}, "got [11, 10, 11]"),
+        ({**shorter, "labels": None}, "rows on all ranks of tp_group, got [11, 10, 11]"),
+        (smaller_shard, "ids with padding on all ranks of tp_group, got [204, 201, 204]"),
     ):
         with pytest.raises((InputError, PeerError)) as caught:
             statistics(case, group, **changes)
