@@ -47,11 +47,14 @@ def url(folder: Path) -> Iterator[str]:
 
 
 def test_log_probabilities_are_the_models_own(folder: Path, url: str):
-    """Also of ids that are named, in windows whose beginning the server has in its cache, and at 16 requests at once."""
+    """Also of ids that are named, in windows whose beginning is in the server's cache, at 16 requests at once, and of
+    the last id of the vocabulary.
+    """
     rollouts = [
         replace(rollout, environment_spans=((5, 9),) if place == 1 else ())
         for place, rollout in enumerate(make_rollouts([7, 40, 0, 23]))
     ]
+    rollouts[0] = replace(rollouts[0], response_ids=(VOCAB_SIZE - 1, *rollouts[0].response_ids[1:]))
     rows = []
     for rollout in rollouts:
         logprobs = scored_by(folder / "teacher", rollout.prompt_ids + rollout.response_ids)
