@@ -108,7 +108,9 @@ def finish_step(run: TrainingRun, step: int) -> dict[str, float]:
         metrics = sync_engine(run, weight_version=step)
     if run.config.rollout.engine != "sglang":
         return metrics
-    own = run.engine.take_metrics() if isinstance(run.engine, ServedEngine) else {}
+    own = (
+        run.engine.take_metrics(run.sampling.for_step(step).batch_name) if isinstance(run.engine, ServedEngine) else {}
+    )
     return metrics | broadcast_json(own, source=0, device=run.device)
 
 
