@@ -47,13 +47,12 @@ def url(folder: Path) -> Iterator[str]:
 
 
 def test_log_probabilities_are_the_models_own(folder: Path, url: str):
-    """Also of ids that are named, in windows whose beginning is in the server's cache, at 16 requests at once, and of
-    the last id of the vocabulary.
-    """
+    """Also of ids that are named, in windows whose beginning the server has cached, and at 16 requests at once."""
     rollouts = [
         replace(rollout, environment_spans=((5, 9),) if place == 1 else ())
         for place, rollout in enumerate(make_rollouts([7, 40, 0, 23]))
     ]
+    # SGLang calls the last id of its vocabulary 0.
     rollouts[0] = replace(rollouts[0], response_ids=(VOCAB_SIZE - 1, *rollouts[0].response_ids[1:]))
     rows = []
     for rollout in rollouts:
