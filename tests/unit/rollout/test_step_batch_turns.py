@@ -1,4 +1,4 @@
-"""A step's layout over rollouts with environment tokens: counts and cut are those of a loop over tokens."""
+"""A step's layout over rollouts with environment tokens: its rows are those of a loop over tokens."""
 
 import pytest
 import torch
@@ -38,34 +38,14 @@ def rows_of(batch: StepBatch, replica: int) -> list[tuple[int, int, int]]:
     return list(zip(*(column.tolist() for column in columns), strict=True))
 
 
-def expected_rows(last_selected: list[int]) -> set[tuple[int, int, int]]:
-    return {
-        (i, place, ROLLOUTS[i].response_ids[place])
-        for i, places in enumerate(GENERATED)
-        for place in places
-        if place <= last_selected[i]
-    }
+def expected_rows() -> list[tuple[int, int, int]]:
+    return [(i, place, ROLLOUTS[i].response_ids[place]) for i, places in enumerate(GENERATED) for place in places]
 
 
 @pytest.mark.parametrize("dp_size", [1, 2])
 def test_rows_are_the_generated_tokens(dp_size: int):
     batch = batch_over(dp_size)
     rows = [rows_of(batch, replica) for replica in range(dp_size)]
-    assert sorted(row for part in rows for row in part) == sorted(expected_rows([99] * 4))
+    assert sorted(row for part in rows for row in part) == expected_rows()
     assert [sum(counts) for counts in batch.num_rows()] == [len(part) for part in rows]
     assert batch.num_valid() == 6 + 0 + 5 + 2
-
-
-@pytest.mark.parametrize(
-    "last_selected", [[8, -1, 4, 11], [5, -1, 0, 0], [4, -1, -1, 11], [0, -1, 2, -1], [7, -1, 4, 0]]
-)
-def test_a_cut_keeps_the_rows_up_to_the_last_selected_and_says_which_they_were(last_selected: list[int]):
-    whole = batch_over(1)
-    cut, kept = whole.cut_behind(last_selected, 0)
-    rows = rows_of(whole, 0)
-    assert [rows[place] for part in kept for place in part.tolist()] == rows_of(cut, 0)
-    assert set(rows_of(cut, 0)) == expected_rows(last_selected)
-    assert cut.num_rows() == [[len(part) for part in kept]]
-    assert cut.num_model_tokens(0) == sum(
-        len(ROLLOUTS[i].prompt_ids) + last for i, last in enumerate(last_selected) if last >= 0
-    )
