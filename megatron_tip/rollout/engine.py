@@ -83,8 +83,8 @@ class ServedEngine(Protocol):
         """Has a server generate nothing until it got weights anew."""
         ...
 
-    def take_metrics(self) -> dict[str, float]:
-        """What happened since the last call."""
+    def take_metrics(self, batch_name: str) -> dict[str, float]:
+        """What became of that batch, of the last sync, and of the servers so far."""
         ...
 
     def close(self) -> None:

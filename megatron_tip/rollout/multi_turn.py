@@ -237,9 +237,9 @@ class ServedMultiTurnEngine(MultiTurnEngine):
         """As the engine's own."""
         self._served.distrust(url)
 
-    def take_metrics(self) -> dict[str, float]:
+    def take_metrics(self, batch_name: str) -> dict[str, float]:
         """As the engine's own; of a batch's calls those of the last."""
-        return self._served.take_metrics()
+        return self._served.take_metrics(batch_name)
 
     def close(self) -> None:
         """As the engine's own."""

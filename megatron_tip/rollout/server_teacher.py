@@ -156,7 +156,8 @@ class ServerTeacher:
 
         def read(meta: MetaInfo, where: str) -> tuple[Tensor, Tensor, Tensor]:
             triples = (meta.input_token_logprobs or [])[1:]  # the first entry is of the last prompt token
-            labels = torch.tensor(checked_logprobs(triples, rollout.response_ids, where=where))
+            named = _as_named(rollout.response_ids, settings.vocab_size, triples)
+            labels = torch.tensor(checked_logprobs(triples, named, where=where))
             ids, logprobs = _tops(meta, length, settings.support_size, vocab_size=settings.vocab_size, where=where)
             places = generated_positions(rollout)
             return labels[places], ids[places], logprobs[places]
@@ -197,6 +198,14 @@ def generated_positions(rollout: Rollout) -> list[int]:
     """Positions of the response that the student generated."""
     given = {position for start, end in rollout.environment_spans for position in range(start, end)}
     return [position for position in range(len(rollout.response_ids)) if position not in given]
+
+
+def _as_named(ids: Sequence[int], vocab_size: int, triples: Sequence[LogprobTriple]) -> list[int]:
+    """`ids` as SGLang names them: in input_token_logprobs the last id of its vocabulary is called 0, with its own
+    logprob (scheduler_components/logprob_result_processor.py of 0.5.23).
+    """
+    got = [triple[1] for triple in triples] if len(triples) == len(ids) else ids
+    return [0 if token == vocab_size - 1 and name == 0 else token for token, name in zip(ids, got, strict=True)]
 
 
 def _scoring_body(input_ids: Sequence[int], logprob_start: int) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import secrets
 import time
 from collections.abc import Iterable, Sequence
@@ -60,7 +59,8 @@ class SGLangEngine:
         self._weight_version = -1
         self._progress: Progress | None = None
         self._failed_syncs = 0
-        self._metrics: dict[str, float] = {}
+        self._batch_metrics: dict[str, dict[str, float]] = {}
+        self._sync_metrics: dict[str, float] = {}
         pool.on_back = transport.refresh
         pool.start()
 
@@ -96,7 +96,7 @@ class SGLangEngine:
         self._progress = None
         self._failed_syncs = 0
         self._write_set_aside(sampling.batch_name, list(progress.set_aside.values()))
-        self._metrics |= {
+        self._batch_metrics[sampling.batch_name] = {
             "rollout/num_set_aside": float(len(progress.set_aside)),
             "rollout/num_dropped": float(len(progress.dropped)),
             "rollout/num_repeated": float(progress.num_repeated),
@@ -133,7 +133,7 @@ class SGLangEngine:
         self._failed_syncs = 0 if taken else self._failed_syncs + 1
         if self._failed_syncs >= MAX_SYNCS:
             raise ServersLostError(f"sglang: {MAX_SYNCS} weight syncs in a row reached no server; see the log above")
-        self._metrics |= {
+        self._sync_metrics = {
             "sync/bytes": float(self._transport.num_bytes),
             "sync/seconds": time.monotonic() - begin,
             "sync/num_servers": float(len(taken)),
@@ -164,15 +164,18 @@ class SGLangEngine:
             if server.url == url:
                 self._pool.set_weights(server, None)
 
-    def take_metrics(self) -> dict[str, float]:
-        """What happened since the last call."""
-        metrics, self._metrics = self._metrics, {}
-        metrics |= {
+    def take_metrics(self, batch_name: str) -> dict[str, float]:
+        """What became of that batch, of the last sync, and of the servers so far."""
+        batch = self._batch_metrics.pop(batch_name, {})
+        # Held-out batches and those of earlier steps, which sort before it, nobody will ask for.
+        self._batch_metrics = {name: values for name, values in self._batch_metrics.items() if name > batch_name}
+        return {
+            **batch,
+            **self._sync_metrics,
             "servers/num_up": float(len(self._pool.up())),
             "servers/num_lost": float(self._pool.num_lost),
             "servers/num_restarts": float(self._pool.num_restarts),
         }
-        return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
     def close(self) -> None:
         """Ends the servers of our own and leaves the others to themselves."""

@@ -30,7 +30,8 @@ def update_engine(run: TrainingRun, *, weight_version: int, first: bool = False)
         metrics = sync_engine(run, weight_version=weight_version, first=first)
     if run.config.rollout.engine != "sglang":
         return metrics
-    own = run.engine.take_metrics() if isinstance(run.engine, ServedEngine) else {}
+    batch_name = run.sampling.for_step(weight_version).batch_name
+    own = run.engine.take_metrics(batch_name) if isinstance(run.engine, ServedEngine) else {}
     return metrics | broadcast_json(own, source=0, device=run.device)
 
 

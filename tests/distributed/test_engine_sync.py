@@ -59,7 +59,7 @@ class ServedFake:
     def distrust(self, url):
         self.distrusted.append(url)
 
-    def take_metrics(self):
+    def take_metrics(self, batch_name):
         return {}
 
     def health(self):

@@ -31,7 +31,9 @@ class FakeTeacher(FakeSGLang):
         meta = answer["meta_info"]
         labels = torch.tensor(ids[start + 1 :])
         on_labels = logprobs.gather(1, labels[:, None]).squeeze(1).tolist()
-        meta["input_token_logprobs"] = [[None, ids[start], None], *triples(on_labels, labels.tolist())]
+        # As the real one does, it calls the last id of its vocabulary 0.
+        names = [0 if token == self.vocab_size - 1 else token for token in labels.tolist()]
+        meta["input_token_logprobs"] = [[None, ids[start], None], *triples(on_labels, names)]
         if num := body.get("top_logprobs_num"):
             values, tops = logprobs.topk(num)
             rows = zip(values.tolist(), tops.tolist(), strict=True)

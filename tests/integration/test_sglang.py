@@ -133,7 +133,7 @@ def test_servers_hold_the_weights_that_were_broadcast(engine, student):
     student.change()
     assert student.largest_gap(engine) > 1e-2  # so a sync that did nothing would be seen
     engine.update_weights(student.weights(), 1)
-    assert engine.take_metrics()["sync/num_servers"] == 2
+    assert engine.take_metrics(SAMPLING.batch_name)["sync/num_servers"] == 2
     assert student.largest_gap(engine) < 1e-4
 
 
@@ -180,7 +180,7 @@ def test_weights_through_a_folder(engine, student, folder):
     try:
         student.change()
         engine.update_weights(student.weights(), 3)
-        assert engine.take_metrics()["sync/num_servers"] == 2
+        assert engine.take_metrics(SAMPLING.batch_name)["sync/num_servers"] == 2
         assert student.largest_gap(engine) < 1e-4
     finally:
         engine._transport = by_broadcast
@@ -196,7 +196,7 @@ def test_another_trainers_weights_are_noticed_before_a_rollout_is_used(engine, s
     other.weights_endpoint("update_weight_version", {"new_version": "another/5", "abort_all_requests": False})
     rollouts = engine.generate(PROMPTS, SAMPLING)
     assert_complete(rollouts, 5)
-    assert engine.take_metrics()["rollout/num_wrong_version"] >= 1
+    assert engine.take_metrics(SAMPLING.batch_name)["rollout/num_wrong_version"] >= 1
 
 
 def test_killed_in_the_middle_of_a_sync_and_of_a_generation(engine, student):
@@ -221,13 +221,13 @@ def test_killed_in_the_middle_of_a_sync_and_of_a_generation(engine, student):
 
     wait_until(lambda: first.is_up)  # restarted by itself
     engine.update_weights(student.weights(), 8)
-    assert engine.take_metrics()["sync/num_servers"] == 2
+    assert engine.take_metrics(SAMPLING.batch_name)["sync/num_servers"] == 2
     killer = threading.Timer(0.4, lambda: os.killpg(second.process.pid, signal.SIGKILL))
     killer.start()
     rollouts = engine.generate(PROMPTS, SamplingParams(**{**SAMPLING.__dict__, "max_response_tokens": 200}))
     killer.join()
     assert_complete(rollouts, 8)
-    metrics = engine.take_metrics()
+    metrics = engine.take_metrics(SAMPLING.batch_name)
     assert metrics["rollout/num_repeated"] >= 1
     assert metrics["rollout/num_set_aside"] == 0
 

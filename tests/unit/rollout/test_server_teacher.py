@@ -16,6 +16,7 @@ ROLLOUTS = [
     replace(rollout, environment_spans=SPANS if place == 1 else ())
     for place, rollout in enumerate(make_rollouts([3, 14, 0, 6]))
 ]
+ROLLOUTS[3] = replace(ROLLOUTS[3], response_ids=(*ROLLOUTS[3].response_ids[:2], VOCAB - 1, 0, 1, VOCAB - 1))
 NAMES = [""] * len(ROLLOUTS)
 
 

@@ -154,10 +154,10 @@ def test_what_a_dying_server_leaves_is_generated_elsewhere_exactly_once(stack, t
     dying.misbehave = die
     other.seconds_per_request = 0.05
     assert_complete(cluster.engine.generate(PROMPTS, SAMPLING))
-    metrics = cluster.engine.take_metrics()
+    metrics = cluster.engine.take_metrics(SAMPLING.batch_name)
     assert metrics["rollout/num_repeated"] >= 1
     assert metrics["rollout/num_set_aside"] == 0
-    wait_until(lambda: cluster.engine.take_metrics()["servers/num_lost"] == 1)
+    wait_until(lambda: cluster.engine.take_metrics(SAMPLING.batch_name)["servers/num_lost"] == 1)
 
 
 @pytest.mark.parametrize("keeps", [False, True])
@@ -202,7 +202,7 @@ def test_two_trainers_on_one_server_are_noticed_and_their_rollouts_generated_ane
     cluster.sync()
     cluster.fakes[0].version = "another-run/0"
     assert_complete(cluster.engine.generate(PROMPTS, SAMPLING))
-    assert cluster.engine.take_metrics()["rollout/num_wrong_version"] >= 1
+    assert cluster.engine.take_metrics(SAMPLING.batch_name)["rollout/num_wrong_version"] >= 1
     assert [server.url for server in cluster.pool.up("run/0")] == [cluster.fakes[1].url]
 
 
@@ -211,7 +211,7 @@ def test_rollouts_of_other_weights_are_dropped_where_configured(stack, tmp_path)
     cluster.sync()
     cluster.fakes[0].version = "another-run/0"
     rollouts = cluster.engine.generate(PROMPTS, SAMPLING)
-    metrics = cluster.engine.take_metrics()
+    metrics = cluster.engine.take_metrics(SAMPLING.batch_name)
     assert metrics["rollout/num_dropped"] == metrics["rollout/num_wrong_version"] == 1
     assert len(rollouts) == 11
 
@@ -233,7 +233,7 @@ def test_a_prompt_that_keeps_failing_is_set_aside_with_its_error_and_the_others_
     assert sorted((entry["prompt_index"], entry["sample_index"]) for entry in entries) == [(20, 0), (20, 1)]
     assert all(entry["num_attempts"] == 3 and "below 307" in entry["error"] for entry in entries)
     assert all(entry["prompt_text"] == "prompt 2" for entry in entries)
-    assert cluster.engine.take_metrics()["rollout/num_set_aside"] == 2
+    assert cluster.engine.take_metrics(SAMPLING.batch_name)["rollout/num_set_aside"] == 2
 
 
 def test_http_500_now_and_then_costs_nothing_but_time(stack, tmp_path):
