@@ -16,8 +16,8 @@ def serve() -> None:
     """Becomes the server that the first line of standard input describes; does not return while it lives."""
     arguments = json.loads(_first_line())
     threading.Thread(target=_end_with_input, name="lifeline", daemon=True).start()
-    from sglang.launch_server import run_server
-    from sglang.srt.server_args import prepare_server_args
+    from sglang.launch_server import run_server  # pyright: ignore[reportMissingImports]
+    from sglang.srt.server_args import prepare_server_args  # pyright: ignore[reportMissingImports]
 
     run_server(prepare_server_args(arguments))
 
