@@ -77,7 +77,7 @@ def test_log_probabilities_are_the_models_own(folder: Path, url: str):
 RUN = """
 [run]
 folder = "{folder}/run"
-threads = 2
+threads = 1
 
 [model]
 path = "{folder}/student"
@@ -96,14 +96,14 @@ tasks = ["basic_arithmetic"]
 max_prompt_tokens = 128
 
 [heldout]
-num_prompts = 4
+num_prompts = 2
 
 [rollout]
 environment = "calculator"
 observation_role = "user"
 max_turns = 3
-prompts_per_step = 6
-max_response_tokens = 320
+prompts_per_step = 4
+max_response_tokens = 144
 
 [selection]
 retention_ratio = 0.2
@@ -116,7 +116,7 @@ divergence = "topk_reverse_kl"
 lr = 3e-3
 
 [training]
-steps = 4
+steps = 3
 max_tokens_per_micro_batch = 1024
 """
 
@@ -136,7 +136,7 @@ def test_a_run_of_several_turns_comes_nearer_to_a_teacher_behind_a_server(folder
     heldout = [step["heldout/topk_reverse_kl"] for step in metrics if "heldout/topk_reverse_kl" in step]
     assert 0 < heldout[-1] < heldout[0]
     rollouts = [r for path in sorted((folder / "run/rollouts").glob("step_*.jsonl")) for r in read_rollouts(path)]
-    assert len(rollouts) == 24
+    assert len(rollouts) == 12
     assert sum(len(rollout.environment_spans) for rollout in rollouts) > 0, "the case must hold several turns"
     generated = sum(rollout.num_generated for rollout in rollouts)
     assert sum(step.get("selection/num_valid", 0) for step in metrics) == generated
