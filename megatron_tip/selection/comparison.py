@@ -49,6 +49,7 @@ def compare_rules(
 
     Args:
         statistics, index: this replica's rows, as for `Selector.select`. scope: "batch" or "rollout".
+        seed: of the first rule; each further one has the next.
         divergence: the statistic that cuts the quadrants along with the student's entropy, if it is there.
     """
     if scope == "micro_batch":
@@ -57,7 +58,9 @@ def compare_rules(
     batch = read_batch(read_values(statistics), index, replicas)
     axes = quadrant_axes(batch.values, {divergence})
     names = [n for n, r in RULES.items() if r.take != "all" and r.required_statistics <= batch.values.keys()]
-    selectors = (Selector(name, retention_ratio, scope, seed=seed, compare=False) for name in names)
+    # a seed of its own for each: from the same draws, two rules that sample would agree for no reason of theirs
+    seeds = range(seed, seed + len(names))
+    selectors = (Selector(n, retention_ratio, scope, seed=s, compare=False) for n, s in zip(names, seeds, strict=True))
     masks = torch.stack([s.select(statistics, index, step=0, dp_group=dp_group).selection_mask for s in selectors])
     medians = quantiles(batch.values, {(name, 0.5) for name in axes}, batch.num_valid, replicas)
     quadrants = quadrant_rows(batch, medians, axes).values()

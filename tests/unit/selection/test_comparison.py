@@ -19,7 +19,7 @@ def test_overlaps_and_quadrants_are_those_of_the_masks(scope):
     cuts = [high_h & high_d, high_h & ~high_d, ~high_h & high_d, ~high_h & ~high_d]
     assert comparison.axes == ("student_entropy", "support_divergence")
     for row, name in enumerate(comparison.names):
-        selector = Selector(rule=name, retention_ratio=0.1, scope=scope, seed=3)
+        selector = Selector(rule=name, retention_ratio=0.1, scope=scope, seed=3 + row)
         mask = selector.select(statistics, index, step=0).selection_mask
         assert torch.equal(comparison.masks[row], mask), name
         assert comparison.quadrants[row].tolist() == pytest.approx([int((mask & cut).sum()) / 10 for cut in cuts])
@@ -37,3 +37,11 @@ def test_rules_that_the_statistics_do_not_allow_are_left_out():
     assert (comparison.axes, comparison.quadrants.shape) == ((), (len(comparison.names), 0))
     with pytest.raises(ConfigError, match="micro_batch"):
         compare_rules(statistics, index, retention_ratio=0.1, scope="micro_batch")
+
+
+def test_rules_that_sample_draw_apart():
+    statistics, index = make_batch(3, [400])
+    statistics.student_entropy.fill_(1.0)  # both sample uniformly then
+    comparison = compare_rules(statistics, index, retention_ratio=0.1)
+    both = [comparison.names.index(name) for name in ("random", "tip_entropy_sampling")]
+    assert float(comparison.jaccard[both[0], both[1]]) < 0.2
