@@ -24,8 +24,8 @@ def mend_gathering(optimizer: DistributedOptimizer) -> None:
 def whole_state(optimizer: DistributedOptimizer, *, empty_data: bool = False, **_: Any) -> dict[Any, Any]:
     """By buffer and dtype, `[numel]` float32 on the CPU: main parameters and moments, padding as in the buffer.
 
-    Equal on every data-parallel rank. `empty_data`: zeros of these shapes, without a collective. Otherwise 3 all-gathers
-    a bucket over the data-parallel group.
+    Equal on every data-parallel rank. `empty_data`: zeros of these shapes, without a collective. Otherwise 3
+    all-gathers a bucket over the data-parallel group.
     """
     state: dict[Any, Any] = {}
     for index, ranges_by_dtype in enumerate(optimizer.gbuf_ranges):

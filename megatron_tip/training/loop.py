@@ -69,8 +69,8 @@ def train(config: Config, *, fresh: bool = False) -> None:
     progress, recorded = restore(run, files, step) if step is not None else (RunProgress(), None)
     if rank == 0:
         folder.write_config(config)
-        if step is not None:
-            logger.info("continuing behind step %d", step)
+    if step is not None:
+        logger.info("continuing behind step %d", step)
     watchdog = HangWatchdog(
         folder.stacks, rank, timeout_seconds=config.fault.step_timeout_seconds, on_hang=end_worker_with
     )

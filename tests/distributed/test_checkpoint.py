@@ -1,6 +1,8 @@
 """A run goes on from a checkpoint as if nothing had been, under its own layout bit for bit, and under any other."""
 
 import random
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,13 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
 from megatron_tip.config import Config
-from megatron_tip.errors import CheckpointError
+from megatron_tip.errors import CheckpointError, EngineError, MegatronTipError
 from megatron_tip.observability.progress import ProgressDisplay
 from megatron_tip.observability.run_folder import RunFolder
+from megatron_tip.parallel.watchdog import HangWatchdog
 from megatron_tip.training.checkpoint import Checkpointer
 from megatron_tip.training.checkpoint_files import CheckpointFiles
+from megatron_tip.training.loop import run_steps
 from megatron_tip.training.progress import Heldout, RunProgress
 from megatron_tip.training.recorder import RunRecorder
 from megatron_tip.training.resume import newest_whole, restore
@@ -23,10 +27,9 @@ from megatron_tip.training.run import TrainingRun
 from megatron_tip.training.step import train_step
 from megatron_tip.training.weight_sync import update_engine
 from tests.helpers.distributed import run_workers
-from tests.helpers.training import Layout, build_tiny_run, make_config, make_models, make_rollouts
+from tests.helpers.training import FixedEngine, Layout, build_tiny_run, make_config, make_models, make_rollouts
 
 ROLLOUTS = make_rollouts([12, 0, 7, 15, 9, 1])
-Steps = list[dict[str, float]]
 
 
 @pytest.fixture(scope="module")
@@ -106,13 +109,26 @@ def test_a_resumed_run_is_the_same_bit_for_bit(
         torch.testing.assert_close(resumed, straight, rtol=0, atol=0)
 
 
-def save_after_steps(config: Config, folder: Path) -> None:
+SAVED_LAYOUT = Layout(4, student=(2, 1))
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint behind two steps, the metrics of the third, and all tensors in the checkpoint."""
+
+    folder: Path
+    next_metrics: dict[str, float]
+    tensors: dict[str, torch.Tensor]
+
+
+def save_after_steps(config: Config, folder: Path) -> dict[str, float]:
     run, files = build_tiny_run(config, ROLLOUTS), CheckpointFiles(folder / "checkpoints")
     for step in (1, 2):
         take_step(run, step)
     checkpointer = checkpointer_of(run, files)
     checkpointer.save(RunProgress(step=2))
     checkpointer.finish()
+    return take_step(run, 3)
 
 
 def restore_and_save(config: Config, source: Path, target: Path) -> dict[str, float]:
@@ -141,34 +157,31 @@ def plain_tensors(folder: Path) -> dict[str, torch.Tensor]:
 )
 @pytest.mark.parametrize("distributed", [False, True], ids=["plain", "distributed"])
 def test_a_checkpoint_is_read_under_any_layout(
-    models: Path, tmp_path: Path, saved: dict[bool, Path], layout: Layout, distributed: bool
+    models: Path, tmp_path: Path, saved: dict[bool, Saved], layout: Layout, distributed: bool
 ):
     optimizer = {"distributed": distributed}
     config = make_config(models, layout, optimizer=optimizer)
-    metrics = run_workers(restore_and_save, layout.world_size, tmp_path, config, saved[distributed], tmp_path)[0]
-    own_layout = make_config(models, SAVED_LAYOUT, optimizer=optimizer)
-    expected = run_workers(restore_and_save, 4, tmp_path, own_layout, saved[distributed], tmp_path / "own")[0]
+    source = saved[distributed]
+    metrics = run_workers(restore_and_save, layout.world_size, tmp_path, config, source.folder, tmp_path)[0]
     for name in ("train/loss", "train/grad_norm", "train/lr"):
-        assert metrics[name] == pytest.approx(expected[name], rel=1e-5), name
-    before, after = (run_workers(plain_tensors, 1, tmp_path, folder)[0] for folder in (saved[distributed], tmp_path))
-    assert before.keys() == after.keys()
-    for name, tensor in before.items():
+        assert metrics[name] == pytest.approx(source.next_metrics[name], rel=1e-5), name
+    after = run_workers(plain_tensors, 1, tmp_path, tmp_path)[0]
+    assert source.tensors.keys() == after.keys()
+    for name, tensor in source.tensors.items():
         rows = min(len(tensor), len(after[name])) if "embed" in name or "output_layer" in name else len(tensor)
         assert torch.equal(after[name][:rows], tensor[:rows]), name  # the vocabulary's padding may differ
 
 
-SAVED_LAYOUT = Layout(4, student=(2, 1))
-
-
 @pytest.fixture(scope="module")
-def saved(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
-    """A checkpoint of tp 2 x dp 2, of the plain and of the distributed optimizer."""
-    folders = {}
+def saved(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Saved]:
+    """A checkpoint of the plain and one of the distributed optimizer."""
+    found = {}
     for distributed in (False, True):
-        folders[distributed] = tmp_path_factory.mktemp("saved")
+        folder = tmp_path_factory.mktemp("saved")
         config = make_config(models, SAVED_LAYOUT, optimizer={"distributed": distributed})
-        run_workers(save_after_steps, 4, folders[distributed], config, folders[distributed])
-    return folders
+        metrics = run_workers(save_after_steps, 4, folder, config, folder)[0]
+        found[distributed] = Saved(folder, metrics, run_workers(plain_tensors, 1, folder, folder)[0])
+    return found
 
 
 def skip_steps(config: Config, folder: Path) -> list[Any]:
@@ -209,6 +222,59 @@ def test_a_step_that_is_not_finite_is_skipped_and_changes_nothing(
     assert (tmp_path / "run" / "skipped" / "step_000001.jsonl").exists()
 
 
+class FailingEngine(FixedEngine):
+    """Takes no weights of version 2."""
+
+    def update_weights(self, weights: Any, weight_version: int) -> None:
+        super().update_weights(weights, weight_version)
+        if weight_version == 2:
+            raise EngineError("all servers are gone")
+
+
+def run_into(config: Config, *, broken_head: bool) -> str:
+    """What a run ends with whose teacher gives NaN, or whose engine fails; it has saved by then."""
+    run, folder = build_tiny_run(config, ROLLOUTS), RunFolder(config.run.folder)
+    if broken_head and run.teacher.output_head is not None:
+        run.teacher.output_head.fill_(float("nan"))
+    if not broken_head and run.engine is not None:
+        run = replace(run, engine=FailingEngine(ROLLOUTS))
+    folder.path.mkdir(exist_ok=True)
+    watchdog = HangWatchdog(folder.stacks, dist.get_rank(), timeout_seconds=0, on_hang=lambda _: None)
+    with RunRecorder(folder, ProgressDisplay(4, enabled=False), writes=dist.get_rank() == 0) as recorder:
+        checkpointer = Checkpointer(run, recorder, CheckpointFiles(folder.checkpoints), run.stop)
+        try:
+            run_steps(run, recorder, checkpointer, watchdog, RunProgress())
+        except MegatronTipError as error:
+            return f"{type(error).__name__}: {error}"
+    raise AssertionError("went on to the end")
+
+
+@pytest.mark.parametrize("broken_head", [True, False], ids=["not_finite", "engine"])
+def test_what_all_ranks_meet_alike_ends_the_run_when_it_is_saved(models: Path, tmp_path: Path, broken_head: bool):
+    config = make_config(
+        models,
+        Layout(2, student=(1, 2)),
+        run={"folder": tmp_path / "run"},
+        heldout={"num_prompts": 0},
+        fault={"max_skipped_steps": 2},
+    )
+    messages = run_workers(partial(run_into, broken_head=broken_head), 2, tmp_path, config)
+    files = CheckpointFiles(tmp_path / "run" / "checkpoints")
+    assert files.steps() == [2]
+    progress = RunProgress.from_json(files.read_state(2)["progress"])
+    if broken_head:
+        assert all(message.startswith("TooManySkips: step 2: the loss or the gradient") for message in messages)
+        assert (progress.unrecorded, progress.skipped_in_a_row) == (None, 0)
+        assert len(list((tmp_path / "run" / "skipped").iterdir())) == 2
+    else:  # the step is taken, its metrics are not yet written
+        assert messages == [
+            "EngineError: all servers are gone",
+            "PeerError: weight sync: the first process failed with all servers are gone",
+        ]
+        assert progress.unrecorded is not None
+        assert "train/loss" in progress.unrecorded
+
+
 def restore_with_other_prompts(config: Config, source: Path) -> str:
     run = build_tiny_run(config, ROLLOUTS)
     if run.prompts is not None:
@@ -218,9 +284,9 @@ def restore_with_other_prompts(config: Config, source: Path) -> str:
     return str(caught.value)
 
 
-def test_other_prompts_are_refused_on_every_rank(models: Path, tmp_path: Path, saved: dict[bool, Path]):
+def test_other_prompts_are_refused_on_every_rank(models: Path, tmp_path: Path, saved: dict[bool, Saved]):
     config = make_config(models, Layout(2))
-    for message in run_workers(restore_with_other_prompts, 2, tmp_path, config, saved[False]):
+    for message in run_workers(restore_with_other_prompts, 2, tmp_path, config, saved[False].folder):
         assert "got others under the same settings" in message
 
 
