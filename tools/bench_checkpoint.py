@@ -60,7 +60,7 @@ def measure(config_path: Path, overrides: list[str], folder: Path, *, in_backgro
     if trial.end(process):
         sys.exit(trial.log[-1])
     print(
-        f"from the command to the beginning of its first step: anew {first_start:.0f} s, continued {second_start:.0f} s",
+        f"from the command to its first step: {first_start:.0f} s anew, {second_start:.0f} s continued",
         flush=True,
     )
 

@@ -1,11 +1,11 @@
 """Strikes a run with one fault after the other and shows what each of them cost.
 
-    python tools/try_faults.py CONFIG.toml [--folder DIR] [--only NAME ...] [section.key=value ...]
+    python tools/try_faults.py CONFIG.toml [--tiny] [--folder DIR] [--only NAME ...] [section.key=value ...]
 
 The run is made once undisturbed; then, for each fault, anew: struck in the middle, started again by the same command,
 and compared with the undisturbed one, metrics (without times) and final weights, bit for bit. Prints a Markdown table.
 Exit code 1 if anything was lost. The run should take some seconds a step at most, eight steps or more, and save often:
-checkpoint.every_steps=2.
+checkpoint.every_steps=2. With --tiny both models are replaced by a random one with the tokenizer of model.path.
 """
 
 import argparse
@@ -274,9 +274,8 @@ def _message(log: str) -> str:
 
 
 def try_faults(config_path: Path, overrides: Sequence[str], folder: Path, names: Sequence[str]) -> list[Row]:
-    """One row a fault, in a folder that is emptied first. Prints each as it comes."""
+    """One row a fault, each in a folder of its own below `folder`. Prints each as it comes."""
     config: Config = load_config(config_path, overrides)
-    shutil.rmtree(folder, ignore_errors=True)
     undisturbed = RunFolder(folder / "undisturbed")
     steps = config.training.steps
     first = Trial(config_path, overrides, undisturbed, steps, undisturbed)
@@ -287,8 +286,30 @@ def try_faults(config_path: Path, overrides: Sequence[str], folder: Path, names:
     for name in names:
         rows.append(try_fault(name, Trial(config_path, overrides, RunFolder(folder / name), steps, undisturbed)))
         print(rows[-1].markdown(), flush=True)
-        shutil.rmtree(folder / name)
     return rows
+
+
+def tiny_model(source: Path, target: Path) -> None:
+    """Writes a random Llama of four layers with the tokenizer and the vocabulary of `source`."""
+    import torch  # late, with transformers: a wrong command line is refused before their seconds
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=max(tokenizer.get_vocab().values()) + 1,
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=12,
+        num_key_value_heads=12,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        tie_word_embeddings=True,
+        initializer_range=0.15,
+    )
+    LlamaForCausalLM(config).save_pretrained(target)
+    tokenizer.save_pretrained(target)
 
 
 def main() -> None:
@@ -296,9 +317,16 @@ def main() -> None:
     parser.add_argument("config", type=Path, metavar="CONFIG.toml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--folder", type=Path, default=Path("runs/faults"), help="is emptied first")
+    parser.add_argument("--tiny", action="store_true", help="with a random model in the place of both")
     parser.add_argument("--only", nargs="+", choices=FAULTS, default=list(FAULTS))
     arguments = parser.parse_intermixed_args()
-    rows = try_faults(arguments.config, arguments.overrides, arguments.folder, arguments.only)
+    overrides, folder = arguments.overrides, arguments.folder
+    shutil.rmtree(folder, ignore_errors=True)
+    if arguments.tiny:
+        tiny_model(load_config(arguments.config, overrides).model.path, folder / "model")
+        paths = [f"{name}.path={folder / 'model'}" for name in ("model", "teacher")]
+        overrides = [*overrides, *paths, "model.drop_layers=[1]"]
+    rows = try_faults(arguments.config, overrides, folder, arguments.only)
     sys.exit(any(row.lost for row in rows))
 
 
