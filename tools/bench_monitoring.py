@@ -35,17 +35,19 @@ def measure(step_seconds: float, every_seconds: float, calls: int = 200) -> None
     for name, call in (("sample", monitor.sample), ("step", monitor.step_metrics)):
         call()
         dist.barrier()
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         for _ in range(calls):
             call()
         seconds[name] = (time.perf_counter() - start) / calls
+        seconds[f"{name}, CPU"] = (time.process_time() - cpu_start) / calls
     slowest = torch.tensor(list(seconds.values()), dtype=torch.float64, device=worker.device)
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-    sample, step = slowest.tolist()
+    sample, sample_cpu, step, step_cpu = slowest.tolist()
     share = sample / every_seconds + step / step_seconds
     if worker.rank == 0:
-        print(f"a sample {sample * 1e3:.2f} ms every {every_seconds:g} s, a step {step * 1e3:.2f} ms")
-        print(f"of steps of {step_seconds:g} s: {share:.3%}")
+        print(f"a sample {sample * 1e3:.2f} ms ({sample_cpu * 1e3:.2f} ms of CPU), every {every_seconds:g} s")
+        print(f"a step {step * 1e3:.2f} ms ({step_cpu * 1e3:.2f} ms of CPU), every {step_seconds:g} s")
+        print(f"share of the run: {share:.3%}")
     destroy_distributed()
 
 
