@@ -133,12 +133,13 @@ def submit(
 
     Site values are those of slurm/site.sh, options of the command line win.
     """
-    from megatron_tip.commands.submit import Submission, site_values
+    from megatron_tip.commands.submit import Submission, site_values, trainer_share
     from megatron_tip.commands.submit import submit as submit_job
 
     with _errors_reported():
         config = load_config(config_path, overrides or [])
-        tasks = int(site_values(os.environ)["TIP_TASKS_PER_NODE"] or gpus_per_node)
+        site = site_values(os.environ)
+        tasks = int(site["TIP_TASKS_PER_NODE"] or gpus_per_node)
         submission = Submission(
             config_path,
             overrides or [],
@@ -148,7 +149,8 @@ def submit(
             rollout_nodes=rollout_nodes,
             teacher_nodes=teacher_nodes,
         )
-        _dry_run(config, submission.trainer_nodes * tasks, gpu_memory, shows_config=False)
+        memory = gpu_memory * (trainer_share(site) if script == "train" else 1.0)
+        _dry_run(config, submission.trainer_nodes * tasks, memory, shows_config=False)
         typer.echo(submit_job(submission, config, dry_run=dry_run))
 
 

@@ -82,7 +82,10 @@ def site_values(environ: Mapping[str, str]) -> dict[str, str]:
     Raises:
         ConfigError: the site's file cannot be read.
     """
-    names = ("TIP_PARTITION", "TIP_ACCOUNT", "TIP_TIME", "TIP_TASKS_PER_NODE")
+    names = (
+        *("TIP_PARTITION", "TIP_ACCOUNT", "TIP_TIME", "TIP_TASKS_PER_NODE"),
+        *("TIP_SGLANG_PER_NODE", "TIP_SGLANG_SHARED_MEMORY"),
+    )
     site = environ.get("MEGATRON_TIP_SITE") or str(_ROOT / "slurm" / "site.sh")
     script = 'set -e; source "$0"; for name in "$@"; do printf "%s\\0" "${!name}"; done'
     read = subprocess.run(
@@ -91,6 +94,11 @@ def site_values(environ: Mapping[str, str]) -> dict[str, str]:
     if read.returncode:
         raise ConfigError(f"{site}: expected a file of shell variables, got: {read.stderr.strip()}")
     return dict(zip(names, read.stdout.split("\0"), strict=False))
+
+
+def trainer_share(site: Mapping[str, str]) -> float:
+    """Returns the share of each GPU's memory that servers beside the trainer leave to it."""
+    return 1.0 - float(site["TIP_SGLANG_SHARED_MEMORY"]) if int(site["TIP_SGLANG_PER_NODE"]) else 1.0
 
 
 def submit(submission: Submission, config: Config, *, dry_run: bool) -> str:

@@ -74,14 +74,14 @@ def train(config: Config, *, fresh: bool = False) -> None:
     progress, recorded = restore(run, files, step) if step is not None else (RunProgress(), None)
     if rank == 0:
         folder.write_config(config)
-        if step is not None:
-            logger.info("continuing behind step %d", step)
+    if step is not None:
+        logger.info("continuing behind step %d", step)
     watchdog = HangWatchdog(
         folder.stacks, rank, timeout_seconds=config.fault.step_timeout_seconds, on_hang=end_worker_with
     )
     recorder = RunRecorder(folder, display, observers, writes=rank == 0, resumed=recorded)
-    with observers:
-        with recorder, run.stop, watchdog, engine_closed(run):
+    with run.stop, observers:  # told to stop over its last files, a run finishes
+        with recorder, watchdog, engine_closed(run):
             checkpointer = Checkpointer(run, recorder, files, run.stop)
             before, after = run_steps(run, recorder, checkpointer, watchdog, progress)
         finish_run(run, plan, folder, recorder, observers, before, after)
@@ -203,7 +203,7 @@ def end_after_skips(run: TrainingRun, progress: RunProgress) -> None:
         TooManySkips: fault.max_skipped_steps of them; on every rank. The count begins anew when the run is continued.
     """
     most = run.config.fault.max_skipped_steps
-    if progress.skipped_in_a_row >= most:
+    if progress.skipped_in_a_row >= most and progress.step < run.config.training.steps:
         progress.skipped_in_a_row = 0
         raise TooManySkips(
             f"step {progress.step}: the loss or the gradient was not finite {most} steps in a row "

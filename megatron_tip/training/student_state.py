@@ -13,12 +13,14 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_tip.conversion.megatron_checkpoint import check_index, reason_of
 from megatron_tip.errors import CheckpointError
 from megatron_tip.models.student import Student
+from megatron_tip.training.distributed_optimizer_state import mend_gathering
 
 _HOST_RANDOM_BYTES = 16384
 """Python's and numpy's generators in decimal take at most 14,000."""
@@ -36,6 +38,9 @@ def sharded_state(student: Student, *, is_loading: bool = False) -> dict[str, An
         "chained_optim_avoid_prefix": True,
     }
     complete_optimizer_state(student)
+    for part in student.optimizer.chained_optimizers:
+        if isinstance(part, DistributedOptimizer):
+            mend_gathering(part)
     model: Any = student.model.sharded_state_dict(metadata=metadata)
     optimizer = student.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
     if is_loading:  # objects, which Transformer Engine adds for fp8, are never read: they are pickles
@@ -66,11 +71,31 @@ def load_state(student: Student, shards: Path, *, with_random_states: bool) -> N
     missing = [key for key in missing if not key.endswith("_extra_state")]
     assert not missing, f"parameters that Megatron does not shard: {missing}"
     assert not unexpected, f"shards that are no parameters: {unexpected}"
-    student.optimizer.load_state_dict(loaded["optimizer"])
+    _load_optimizer(student, loaded["optimizer"])
     complete_optimizer_state(student)
     student.scheduler.load_state_dict(loaded["scheduler"])
     if with_random_states:
         _set_random_states({name: tensor[0] for name, tensor in loaded["random"].items()})
+
+
+def _load_optimizer(student: Student, loaded: dict[str, Any]) -> None:
+    """Megatron's own loading, around two places where it does not know torch's AdamW, which counts by parameter."""
+    (part,) = student.optimizer.chained_optimizers
+    inner: Any = part.optimizer
+    if not isinstance(inner, torch.optim.Adam):
+        part.load_state_dict(loaded)
+    elif isinstance(part, DistributedOptimizer):
+        shards = loaded.pop("param_state")
+        part.load_state_dict(loaded)
+        counts = {parameter: state.pop("step") for parameter, state in inner.state.items()}
+        part.load_parameter_state_from_fully_reshardable(shards)
+        for parameter, count in counts.items():
+            inner.state[parameter]["step"] = count
+    else:
+        loaded.get("optimizer", loaded)["state"].setdefault(
+            "common_step", torch.tensor(0.0)
+        )  # a count of 0 is left out
+        part.load_state_dict(loaded)
 
 
 def complete_optimizer_state(student: Student) -> None:

@@ -102,7 +102,8 @@ class LossCall:
 
     def loss(self, student_hidden: Tensor, student_head: Tensor) -> Tensor:
         """The sum over rows of weight x divergence, differentiable with respect to the arguments."""
-        return _DivergenceLoss.apply(student_hidden, student_head, self)
+        wanted = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (student_hidden, student_head)]
+        return _DivergenceLoss.apply(student_hidden, student_head, self, *wanted)
 
     @cached_property
     def weights(self) -> Tensor:
@@ -176,8 +177,10 @@ def _accumulate(grad_head: Tensor, grad_logits: Tensor, hidden: Tensor, *, first
 
 class _DivergenceLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, student_hidden: Tensor, student_head: Tensor, call: LossCall) -> Tensor:
-        loss, *grads = call.run(ctx.needs_input_grad[0], ctx.needs_input_grad[1])
+    def forward(
+        ctx: Any, student_hidden: Tensor, student_head: Tensor, call: LossCall, for_hidden: bool, for_head: bool
+    ) -> Tensor:
+        loss, *grads = call.run(for_hidden, for_head)
         ctx.grads = [
             None if grad is None else grad.to(tensor.dtype)
             for grad, tensor in zip(grads, (student_hidden, student_head), strict=True)
@@ -195,4 +198,4 @@ class _DivergenceLoss(torch.autograd.Function):
             )
         # Without a reference of ours, autograd takes the tensors as they are instead of copying them.
         grads, ctx.grads = ctx.grads, None
-        return *(None if grad is None else grad.mul_(grad_outputs[0]) for grad in grads), None
+        return *(None if grad is None else grad.mul_(grad_outputs[0]) for grad in grads), None, None, None

@@ -28,7 +28,7 @@ class Layout:
 
 
 class FixedEngine:
-    """Answers every call with the same rollouts and takes any weights."""
+    """Answers every call with the same rollouts, of the version of its last weights, and takes any weights."""
 
     def __init__(self, rollouts: list[Rollout]) -> None:
         self.rollouts = rollouts
@@ -38,17 +38,25 @@ class FixedEngine:
         return self.rollouts
 
     def update_weights(self, weights: Any, weight_version: int) -> None:
+        self.rollouts = [replace(rollout, weight_version=weight_version) for rollout in self.rollouts]
         self.weights = {name: tensor.clone() for name, tensor in weights}
 
     def health(self) -> None:
         return None
 
 
-class NoPrompts:
+class FixedPrompts:
+    """Those of the rollouts, at every step."""
+
     heldout: tuple[Prompt, ...] = ()
+    digest = "fixed"
+    num_skipped = num_duplicates = 0
+
+    def __init__(self, rollouts: list[Rollout]) -> None:
+        self.prompts = [Prompt(rollout.prompt_index, "", rollout.prompt_ids) for rollout in rollouts]
 
     def batch(self, step: int) -> list[Prompt]:
-        return []
+        return self.prompts
 
 
 def make_models(folder: Path, *, tied: bool = True) -> Path:
@@ -110,4 +118,4 @@ def build_tiny_run(config: Config, rollouts: list[Rollout]) -> TrainingRun:
     run = build_run(config, plan, Worker(rank, world_size, rank, cpu), PhaseTimer(cpu), num_threads=1)
     if rank:
         return run
-    return replace(run, engine=FixedEngine(rollouts), prompts=NoPrompts())  # type: ignore[arg-type]
+    return replace(run, engine=FixedEngine(rollouts), prompts=FixedPrompts(rollouts))  # type: ignore[arg-type]

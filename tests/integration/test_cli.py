@@ -10,6 +10,8 @@ import pytest
 
 from megatron_tip import __version__
 from megatron_tip.config_io import load_config
+from megatron_tip.training.checkpoint_files import CheckpointFiles, write_state
+from megatron_tip.training.same_run import defining_settings
 from tests.helpers.processes import is_alive, wait_until
 from tests.helpers.training import make_models
 from tests.unit.test_config_io import MINIMAL
@@ -104,6 +106,22 @@ def test_finished_run_is_not_started_again(config_path, environ):
     ended = run("train", config_path, environ=environ)
     assert ended.returncode == 2
     assert "holds a finished run" in ended.stderr
+
+
+def test_unfinished_run_is_not_made_another_one(config_path, environ, stand_in, tmp_path):
+    stand_in('(folder / f"{name}_fresh").write_text(str(fresh))')
+    files = CheckpointFiles(tmp_path / "run" / "checkpoints")
+    partial = files.begin(2)
+    write_state(partial, {"settings": defining_settings(load_config(config_path))})
+    files.commit(2, partial, {})
+    ended = run("train", config_path, "optimizer.lr=0.5", environ=environ)
+    assert ended.returncode == 2
+    assert ended.stderr.endswith("--fresh, which removes it\n  optimizer.lr: 1e-06, now 0.5\n")
+    assert run("train", config_path, "optimizer.lr=0.5", "--fresh", environ=environ).returncode == 0
+    assert (tmp_path / "rank_0_fresh").read_text() == "True"
+    place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    run("train", config_path, "--fresh", environ=environ | place | {"SLURM_RESTART_COUNT": "1"})
+    assert (tmp_path / "rank_0_fresh").read_text() == "False"
 
 
 def test_help_is_the_reference(environ):

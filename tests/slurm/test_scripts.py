@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -36,13 +37,31 @@ def workers_of(job: Job) -> dict[int, psutil.Process]:
     return workers
 
 
-def test_a_run_on_two_nodes_goes_to_its_end(cluster: SlurmCluster, config_path: Path):
-    job = cluster.submit(SLURM / "train.sbatch", config_path, "training.steps=2", options=["--nodes=2"], env=SITE)
+def test_submit_runs_on_two_nodes_to_the_end(cluster: SlurmCluster, config_path: Path):
+    folder = config_path.parent / "run"
+    overrides = ["training.steps=2", "monitoring.trace=true", "tracking.view_every_steps=2"]
+    command = [sys.executable, "-m", "megatron_tip.cli", "submit", str(config_path), *overrides]
+    printed = subprocess.run(
+        [*command, "--nodes=2", "--gpus-per-node=1"],
+        env=cluster.environ | SITE | {"PYTHONPATH": str(SLURM.parent)},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    identity = printed.removeprefix("Submitted batch job ").split()[0]
+    job = Job(cluster, identity, folder / "slurm" / f"{identity}.out")
     job.wait_for("COMPLETED")
-    summary = json.loads((config_path.parent / "run" / "summary.json").read_text())
+    assert "finished" in job.log()
+    summary = json.loads((folder / "summary.json").read_text())
     assert summary["steps"] == 2
     assert summary["world"] == {"tp": 1, "pp": 1, "dp": 2}  # one worker on each node
-    assert "finished" in job.log()
+    metrics = metrics_of(folder)[-1]
+    assert metrics["host/rss_total_bytes"] > 200e6
+    assert metrics["perf/train_tokens_per_second"] > 0
+    assert not any(name.startswith("gpu/") for name in metrics)
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    assert {event["pid"] for event in events if event["name"] == "train"} == {0, 1}
+    assert (folder / "views" / "step_000002.html").exists()
 
 
 def test_a_task_killed_on_one_node_ends_the_job_with_its_cause(cluster: SlurmCluster, config_path: Path):

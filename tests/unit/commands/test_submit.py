@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tip.commands.submit import Submission, sbatch_command, site_values, submit
+from megatron_tip.commands.submit import Submission, sbatch_command, site_values, submit, trainer_share
 from megatron_tip.errors import ConfigError
 from tests.helpers.training import Layout, make_config
 
@@ -50,8 +50,10 @@ def test_the_job_of_a_sweep_logs_each_run_apart(tmp_path: Path):
 def test_another_site_file_is_read_by_bash(tmp_path: Path):
     site = tmp_path / "site.sh"
     site.write_text('TIP_PARTITION=$(printf gpu)\nTIP_ACCOUNT="a b"\nTIP_TIME=1\nTIP_TASKS_PER_NODE=4\n')
-    values = site_values(ENVIRON | {"MEGATRON_TIP_SITE": str(site)})
-    assert values == {"TIP_PARTITION": "gpu", "TIP_ACCOUNT": "a b", "TIP_TIME": "1", "TIP_TASKS_PER_NODE": "4"}
+    environ = {"TIP_SGLANG_PER_NODE": "8", "TIP_SGLANG_SHARED_MEMORY": "0.25", "MEGATRON_TIP_SITE": str(site)}
+    values = site_values(ENVIRON | environ)
+    assert list(values.values()) == ["gpu", "a b", "1", "4", "8", "0.25"]
+    assert (trainer_share(values), trainer_share(values | {"TIP_SGLANG_PER_NODE": "0"})) == (0.75, 1.0)
     with pytest.raises(ConfigError, match=r"nowhere.sh: expected a file of shell variables"):
         site_values(ENVIRON | {"MEGATRON_TIP_SITE": "nowhere.sh"})
 

@@ -58,3 +58,18 @@ def test_full_disk_leaves_whole_lines(tmp_path, monkeypatch, failure):
 def test_folder_that_is_gone_is_named(tmp_path):
     with pytest.raises(OutputError, match="No such file or directory"):
         MetricsWriter(tmp_path / "gone" / "metrics.jsonl")
+
+
+def test_a_continued_run_cuts_what_lies_behind_its_checkpoint(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with MetricsWriter(path) as writer:
+        for step in range(4):
+            writer.write(step, {"a": step / 3})
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"step": 4, "a"')  # a line that a crash cut off
+    with MetricsWriter(path, keep_until_step=2) as writer:
+        writer.write(3, {"a": 3 / 3})
+    assert path.read_bytes() == whole
+    path.write_bytes(whole[:-1])
+    with MetricsWriter(path, keep_until_step=3):
+        assert path.read_bytes() == b"".join(whole.splitlines(keepends=True)[:3])

@@ -59,3 +59,12 @@ def test_gpu_is_waited_for_before_each_reading(monkeypatch, synchronize):
     with timer.phase("train"):
         pass
     assert len(waits) == (2 if synchronize else 0)
+
+
+def test_totals_go_on_from_an_earlier_process(clock):
+    timer = PhaseTimer(torch.device("cpu"))
+    timer.resume({"total": 30.0, "rollout": 20.0})
+    with timer.phase("rollout"):
+        clock.now += 5.0
+    assert timer.total_seconds() == {"total": 35.0, "rollout": 25.0}
+    assert timer.step_metrics() == {"time/rollout_seconds": 5.0}

@@ -136,6 +136,80 @@ def test_signal_handlers_are_as_before(start):
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
+LAUNCHER = """
+import sys
+from megatron_tip.parallel.launch import start_workers
+outcome = start_workers({command!r}, 2, grace_seconds={grace_seconds})
+print(outcome.exit_code, outcome.message)
+"""
+SAVES = """
+from megatron_tip.parallel.stop import StopRequested, StopSignals
+with StopSignals() as stop:
+    (folder / f"{rank}.pid").write_text(str(os.getpid()))
+    while not stop.received:
+        time.sleep(0.01)
+    (folder / f"{rank}.saving").write_text("")
+    time.sleep(SECONDS)
+    (folder / f"{rank}.saved").write_text("")
+    raise StopRequested(stop.received)
+"""
+
+
+def started_launcher(tmp_path, body, grace_seconds):
+    program = LAUNCHER.format(command=worker_command(tmp_path, body), grace_seconds=grace_seconds)
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True
+    )
+    wait_until(lambda: all((tmp_path / f"{rank}.pid").exists() for rank in range(2)))
+    return launcher
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+def test_workers_save_before_they_are_ended(tmp_path, number):
+    launcher = started_launcher(tmp_path, SAVES.replace("SECONDS", "0.5"), grace_seconds=60)
+    launcher.send_signal(number)
+    stdout, _ = launcher.communicate()
+    assert stdout == (
+        f"{128 + number} ended by {number.name}; all workers are ended; the run is saved, the same command continues "
+        "it\n"
+    )
+    assert all((tmp_path / f"{rank}.saved").exists() for rank in range(2))
+
+
+@pytest.mark.parametrize("second_signal", [True, False], ids=["second_signal", "grace_over"])
+def test_workers_that_do_not_end_are_killed(tmp_path, second_signal):
+    launcher = started_launcher(tmp_path, SAVES.replace("SECONDS", "1000"), grace_seconds=1000 if second_signal else 1)
+    launcher.send_signal(signal.SIGTERM)
+    if second_signal:
+        wait_until(lambda: all((tmp_path / f"{rank}.saving").exists() for rank in range(2)))
+        launcher.send_signal(signal.SIGINT)
+    stdout, _ = launcher.communicate()
+    assert stdout == "143 ended by SIGTERM; all workers are ended\n"
+    assert not any(is_alive(int((tmp_path / f"{rank}.pid").read_text())) for rank in range(2))
+
+
+def test_workers_that_were_told_to_stop_give_their_exit_code(start):
+    outcome = start("from megatron_tip.parallel.stop import StopRequested\nraise StopRequested(signal.SIGUSR1)")
+    assert (outcome.exit_code, outcome.message) == (
+        75,
+        "the workers were told to stop; the run is saved, the same command continues it",
+    )
+
+
+def test_an_error_from_another_thread_ends_the_worker_and_is_told(start):
+    outcome = start(
+        """
+import threading
+from megatron_tip.errors import HangError
+from megatron_tip.parallel.launch import end_worker_with
+threading.Thread(target=end_worker_with, args=(HangError("no step was finished"),)).start()
+time.sleep(1000)
+""",
+        num_workers=1,
+    )
+    assert (outcome.exit_code, outcome.message) == (1, "no step was finished")
+
+
 def test_workers_end_when_the_launcher_is_killed(tmp_path):
     command = worker_command(tmp_path, '(folder / f"{rank}.pid").write_text(str(os.getpid()))\ntime.sleep(1000)')
     program = f"from megatron_tip.parallel.launch import start_workers; start_workers({command!r}, 2)"

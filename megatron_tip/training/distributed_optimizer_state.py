@@ -1,0 +1,56 @@
+"""The distributed optimizer's state put together over the data-parallel ranks, for its checkpoints."""
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+_NAMES = ("param", "exp_avg", "exp_avg_sq")
+
+
+def mend_gathering(optimizer: DistributedOptimizer) -> None:
+    """Has `optimizer` gather its state with `whole_state`, as its "fully_reshardable" checkpoints need it.
+
+    Megatron-Core 0.16's own leaves out the padding between buckets but looks every parameter up where it lies with it,
+    and so saves parts of other parameters under the names of those behind the first bucket. There is more than one
+    bucket as soon as pipeline stages share tied embeddings.
+    """
+    replacement: Any = partial(whole_state, optimizer)
+    optimizer.get_parameter_state_dp_zero = replacement
+
+
+def whole_state(optimizer: DistributedOptimizer, *, empty_data: bool = False, **_: Any) -> dict[Any, Any]:
+    """By buffer and dtype, `[numel]` float32 on the CPU: main parameters and moments, padding as in the buffer.
+
+    Equal on every data-parallel rank. `empty_data`: zeros of these shapes, without a collective. Otherwise 3
+    all-gathers a bucket over the data-parallel group.
+    """
+    state: dict[Any, Any] = {}
+    for index, ranges_by_dtype in enumerate(optimizer.gbuf_ranges):
+        buffer = optimizer.buffers[index]
+        ((dtype, bucket_ranges),) = ranges_by_dtype.items()
+        whole = {name: torch.zeros(buffer.numel) for name in _NAMES}
+        for bucket, ranges in zip(buffer.buckets, bucket_ranges, strict=True):
+            if empty_data:
+                break
+            places = slice(bucket.offset, bucket.offset + bucket.grad_data.numel())
+            for name in _NAMES:
+                whole[name][places] = _gathered(optimizer, name, bucket.grad_data, ranges["param_map"]).cpu()
+        state[index] = {dtype: whole}
+    return state
+
+
+def _gathered(
+    optimizer: DistributedOptimizer, name: str, grad_data: torch.Tensor, ranges: dict[torch.nn.Parameter, Any]
+) -> torch.Tensor:
+    """One bucket's state `name`, whole, on the device of its gradients."""
+    group = optimizer.data_parallel_group
+    shard = torch.zeros(grad_data.numel() // group.size(), device=grad_data.device)
+    for parameter, by_space in ranges.items():
+        place = by_space["gbuf_local"]
+        shard[place.start : place.end] = optimizer._get_main_param_and_optimizer_states(parameter)[name].detach()
+    shards = [torch.empty_like(shard) for _ in range(group.size())]
+    dist.all_gather(shards, shard, group=group)
+    return torch.cat(shards)

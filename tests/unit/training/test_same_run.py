@@ -1,0 +1,66 @@
+"""An unfinished run is continued as what it was, or not at all."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_tip.config import Config
+from megatron_tip.errors import ConfigError
+from megatron_tip.observability.run_folder import RunFolder
+from megatron_tip.training.checkpoint_files import CheckpointFiles, write_state
+from megatron_tip.training.same_run import check_same_run, defining_settings
+from tests.helpers.training import Layout, make_config
+
+
+def saved_under(config: Config) -> Config:
+    files = CheckpointFiles(RunFolder(config.run.folder).checkpoints)
+    partial = files.begin(2)
+    write_state(partial, {"settings": defining_settings(config)})
+    files.commit(2, partial, {})
+    return config
+
+
+def test_layout_speed_and_outputs_may_change(tmp_path: Path):
+    saved_under(make_config(tmp_path, Layout(1)))
+    check_same_run(
+        make_config(
+            tmp_path,
+            Layout(4, student=(2, 2), teacher=(4, 1)),
+            rollout={"batch_size": 3},
+            training={"max_tokens_per_micro_batch": 7},
+            checkpoint={"every_steps": 1},
+            output={"save_rollouts": True},
+            loss={"chunk_rows": 5},
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    "sections,expected",
+    [
+        ({"optimizer": {"lr": 2.0}}, "optimizer.lr: 0.001, now 2.0"),
+        ({"training": {"steps": 5}}, "training.steps: 4, now 5"),
+        ({"run": {"seed": 7}}, "run.seed: 1, now 7"),
+        ({"selection": {"rule": "random"}}, "selection.rule: 'ta_opd_teachability', now 'random'"),
+        ({"optimizer": {"distributed": True}}, "optimizer.distributed: False, now True"),
+    ],
+)
+def test_other_numbers_are_refused_by_name(tmp_path: Path, sections, expected: str):
+    saved_under(make_config(tmp_path, Layout(1)))
+    with pytest.raises(ConfigError, match="holds an unfinished run with other settings") as caught:
+        check_same_run(make_config(tmp_path, Layout(1), **sections))
+    assert str(caught.value).splitlines()[1:] == [f"  {expected}"]
+
+
+def test_a_folder_without_checkpoints_says_nothing(tmp_path: Path):
+    check_same_run(make_config(tmp_path, Layout(1), training={"steps": 9}))
+
+
+def test_a_damaged_state_leaves_the_word_to_the_one_before(tmp_path: Path):
+    config = saved_under(make_config(tmp_path, Layout(1)))
+    newer = RunFolder(config.run.folder).checkpoints / "step_000004"
+    newer.mkdir()
+    (newer / "state.json").write_text("{")
+    check_same_run(config)
+    with pytest.raises(ConfigError, match=r"optimizer\.lr"):
+        check_same_run(make_config(tmp_path, Layout(1), optimizer={"lr": 2.0}))
