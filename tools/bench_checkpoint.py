@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from try_faults import Trial
+from try_faults import Trial, end_with_the_run
 
 from megatron_tip.observability.run_folder import RunFolder
 from megatron_tip.training.checkpoint_files import CheckpointFiles
@@ -74,6 +74,7 @@ def seconds_to_step(trial: Trial, process: subprocess.Popen[str], step: int, sta
 
 
 def main() -> None:
+    end_with_the_run()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, metavar="CONFIG.toml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")

@@ -9,6 +9,7 @@ checkpoint.every_steps=2. With --tiny both models are replaced by a random one w
 """
 
 import argparse
+import atexit
 import json
 import os
 import re
@@ -42,7 +43,9 @@ class Trial:
     def start(self, *more: str, **options) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "megatron_tip.cli", "train", str(self.config_path), *self.overrides, *more]
         command.append(f"run.folder={self.folder.path}")
-        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, **options)
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, **options)
+        atexit.register(process.kill)  # its workers end with it
+        return process
 
     def end(self, process: subprocess.Popen[str]) -> int:
         """Waits for the command and returns its exit code."""
@@ -312,7 +315,13 @@ def tiny_model(source: Path, target: Path) -> None:
     tokenizer.save_pretrained(target)
 
 
+def end_with_the_run() -> None:
+    """Lets SIGTERM end this process as Ctrl-C does: no run that it started stays behind."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
 def main() -> None:
+    end_with_the_run()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, metavar="CONFIG.toml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")

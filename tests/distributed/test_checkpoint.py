@@ -1,6 +1,7 @@
 """A run goes on from a checkpoint as if nothing had been, under its own layout bit for bit, and under any other."""
 
 import random
+import threading
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
 from megatron_tip.config import Config
+from megatron_tip.conversion import background_save
 from megatron_tip.errors import CheckpointError, EngineError, MegatronTipError
 from megatron_tip.observability.progress import ProgressDisplay
 from megatron_tip.observability.run_folder import RunFolder
@@ -58,14 +60,28 @@ def weights_of(run: TrainingRun) -> dict[str, torch.Tensor]:
     return getattr(run.engine, "weights", {})
 
 
+def held_writing() -> threading.Event:
+    """Until it is set, saves of this process write nothing."""
+    release, write = threading.Event(), background_save._StagedWriter.write_staged
+
+    def write_when_released(writer: Any) -> None:
+        release.wait()
+        write(writer)
+
+    background_save._StagedWriter.write_staged = write_when_released  # type: ignore[method-assign]
+    return release
+
+
 def interrupted_and_not(config: Config, folder: Path) -> tuple[list[Any], list[Any]]:
     """Metrics, weights and random draws of four steps: straight on; and saved behind two, on a run built anew."""
     run, files = build_tiny_run(config, ROLLOUTS), CheckpointFiles(folder / "checkpoints")
     checkpointer = checkpointer_of(run, files)
     for step in (1, 2):
         take_step(run, step)
+    release = held_writing()
     checkpointer.save(RunProgress(step=2, unrecorded={"a": 1.5}, before=Heldout(float("nan"), ROLLOUTS[:1])))
-    straight: list[Any] = [take_step(run, step) for step in (3, 4)]  # while the thread writes
+    straight: list[Any] = [take_step(run, step) for step in (3, 4)]  # while the thread has not yet written
+    release.set()
     checkpointer.finish()
     torch.manual_seed(dist.get_rank())
     checkpointer.save(RunProgress(step=4))
