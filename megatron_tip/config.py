@@ -121,6 +121,10 @@ class PromptsConfig(Section):
             raise ValueError('prompts.path: expected a .jsonl or .parquet file with prompts.source = "file", got none')
         if self.source == "reasoning_gym" and not self.tasks:
             raise ValueError('prompts.tasks: expected task names with prompts.source = "reasoning_gym", got none')
+        ignored = self.tasks if self.source == "file" else self.path
+        if ignored:
+            name = "tasks" if self.source == "file" else "path"
+            raise ValueError(f'prompts.{name}: expected none with prompts.source = "{self.source}", got {ignored}')
         return self
 
 
@@ -131,7 +135,10 @@ def split_teacher_url(text: str) -> tuple[str, str]:
 
 
 class HeldoutConfig(Section):
-    """Prompts never trained on, on which KL(student || teacher) is measured on the student's own responses."""
+    """Prompts never trained on, on which KL(student || teacher) is measured on the student's own responses.
+
+    At loss.temperature. With rollout.engine = "replay" the responses are those that the earlier run recorded.
+    """
 
     num_prompts: int = Field(default=16, ge=0)
     """Taken from the end of the prompt source, or generated with another seed; 0: no held-out measurement."""
@@ -195,6 +202,10 @@ class RolloutConfig(Section):
     def _replay_is_complete(self) -> "RolloutConfig":
         if self.engine == "replay" and self.replay_folder is None:
             raise ValueError('rollout.replay_folder: expected a folder with rollout.engine = "replay", got none')
+        if self.engine != "replay" and self.replay_folder is not None:
+            raise ValueError(
+                f'rollout.replay_folder: expected none with rollout.engine = "{self.engine}", got {self.replay_folder}'
+            )
         return self
 
 

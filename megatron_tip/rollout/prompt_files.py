@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 
 from megatron_tip.errors import InputError
 
-# A text, or chat messages with "role" and "content".
-RawPrompt = str | list[dict[str, str]]
+# A text, or chat messages with the texts "role" and "content"; other keys are the chat template's.
+RawPrompt = str | list[dict[str, Any]]
 
 
 def read_prompt_file(path: Path, field: str) -> list[tuple[str, RawPrompt]]:
@@ -79,7 +79,8 @@ def _checked(where: str, field: str, value: Any) -> RawPrompt:
     if isinstance(value, str) and value:
         return value
     if isinstance(value, list) and value and all(_is_message(message) for message in value):
-        return [{"role": message["role"], "content": message["content"]} for message in value]
+        # A Parquet column has every key in every message.
+        return [{key: item for key, item in message.items() if item is not None} for message in value]
     raise InputError(
         f"{where}: expected {field!r} to be a text or a list of messages with the texts 'role' and 'content', got "
         f"{value!r:.200}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from megatron_tip.errors import ConfigError, OptionalDependencyError
 
@@ -14,6 +15,17 @@ def generate_questions(tasks: Sequence[str], num_questions: int, seed: int) -> l
         OptionalDependencyError: reasoning-gym is not installed.
         ConfigError: a name that reasoning-gym does not know.
     """
+    reasoning_gym = _library_with(tasks)
+    datasets = [reasoning_gym.create_dataset(task, size=-(-num_questions // len(tasks)), seed=seed) for task in tasks]
+    return [datasets[i % len(tasks)][i // len(tasks)]["question"] for i in range(num_questions)]
+
+
+def check_tasks(tasks: Sequence[str]) -> None:
+    """Raises as `generate_questions` would; generates nothing."""
+    _library_with(tasks)
+
+
+def _library_with(tasks: Sequence[str]) -> Any:
     try:
         import reasoning_gym
     except ImportError as error:
@@ -27,5 +39,4 @@ def generate_questions(tasks: Sequence[str], num_questions: int, seed: int) -> l
         raise ConfigError(
             f"prompts.tasks: expected names of reasoning-gym tasks, got {unknown}; known: {sorted(known)}"
         )
-    datasets = [reasoning_gym.create_dataset(task, size=-(-num_questions // len(tasks)), seed=seed) for task in tasks]
-    return [datasets[i % len(tasks)][i // len(tasks)]["question"] for i in range(num_questions)]
+    return reasoning_gym

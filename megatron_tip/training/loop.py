@@ -35,14 +35,16 @@ from megatron_tip.training.recorder import RunRecorder
 from megatron_tip.training.resume import newest_whole, restore
 from megatron_tip.training.run import TrainingRun
 from megatron_tip.training.same_run import check_same_run
-from megatron_tip.training.setup import build_run
+from megatron_tip.training.setup import build_run, coarser_dtype
 from megatron_tip.training.step import SKIPPED_NOT_FINITE, train_step
 from megatron_tip.training.weight_sync import update_engine
 
 logger = logging.getLogger(__name__)
 
-AGREEMENT = 1e-6
-"""Reverse KL in nats below which a student has nothing to learn: most likely it was given as its own teacher."""
+AGREEMENT = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
+"""By the coarser dtype of both models, the reverse KL in nats below which a student has nothing to learn: most likely
+it was given as its own teacher.
+"""
 
 
 def train(config: Config, *, fresh: bool = False) -> None:
@@ -188,7 +190,7 @@ def record_step(run: TrainingRun, recorder: RunRecorder, progress: RunProgress) 
     progress.unrecorded = None
     if step == 0:
         progress.before = heldout
-        if heldout.reverse_kl < AGREEMENT:
+        if heldout.reverse_kl < AGREEMENT[coarser_dtype(run.config)]:
             logger.warning(
                 "student and teacher agree everywhere (held-out reverse KL %.1e): is teacher.path right?",
                 heldout.reverse_kl,

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,14 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 from megatron_tip.config import Config
 from megatron_tip.conversion.architecture import ModelArchitecture
 from megatron_tip.conversion.safetensors_io import HfCheckpoint
-from megatron_tip.errors import ConfigError
+from megatron_tip.errors import ConfigError, OptionalDependencyError
 from megatron_tip.models.layout import check_layout
 from megatron_tip.observability.trackers import check_trackers
 from megatron_tip.parallel.grid import ModelGrid
 from megatron_tip.rollout.multi_turn import check_environment
+from megatron_tip.rollout.prompt_files import read_prompt_file
+from megatron_tip.rollout.reasoning_tasks import check_tasks
+from megatron_tip.rollout.replay_engine import ReplayEngine
 from megatron_tip.rollout.server_teacher_setup import check_teacher, teacher_limits
 from megatron_tip.rollout.sglang_setup import check_sglang
 from megatron_tip.selection import STATISTICS, Selector, rollout_budget
@@ -62,7 +66,7 @@ def plan_run(config: Config, world_size: int) -> RunPlan:
     check_settings(config, {"student": _limits(student)[1], "teacher": teacher_positions})
     selector = make_selector(config)
     check_teacher(config, selector)
-    check_paths(config)
+    check_inputs(config)
     tokenizer = _shared_tokenizer(config)
     sizes = (student.architecture.vocab_size, teacher_vocab_size)
     vocabulary: dict[str, int] = tokenizer.get_vocab()
@@ -94,7 +98,10 @@ def stop_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...
     eos: Any = tokenizer.eos_token_id
     ids: set[int] = set() if eos is None else {eos}
     if (folder / "generation_config.json").exists():
-        named = GenerationConfig.from_pretrained(folder).eos_token_id
+        try:
+            named = GenerationConfig.from_pretrained(folder).eos_token_id
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{folder / 'generation_config.json'}: expected a JSON object, got: {error}") from error
         ids |= {named} if isinstance(named, int) else set(named or ())
     if not ids:
         raise ConfigError(
@@ -162,6 +169,11 @@ def check_settings(config: Config, positions: Mapping[str, int]) -> None:
             f"got {rollout.temperature}, {temperature} and {rollout.top_p}; its mean is the reverse KL only over "
             "tokens drawn from the student's own distribution"
         )
+    if config.loss.divergence == "sampled_token" and rollout.engine == "replay":
+        raise ConfigError(
+            'loss.divergence = "sampled_token": expected an engine that generates, got rollout.engine = "replay"; its '
+            "gradient is that of the reverse KL only over tokens drawn from the student as it is"
+        )
     if rollout.importance_cap and rollout.temperature != temperature:
         raise ConfigError(
             "rollout.importance_cap: expected rollout.temperature = loss.temperature, got "
@@ -171,11 +183,34 @@ def check_settings(config: Config, positions: Mapping[str, int]) -> None:
         raise ConfigError("model.sequence_parallel: expected model.tensor_parallel_size above 1, got 1; turn it off")
 
 
-def check_paths(config: Config) -> None:
-    """Refuses prompts or rollouts that are not there."""
-    for name, path in (("prompts.path", config.prompts.path), ("rollout.replay_folder", config.rollout.replay_folder)):
+def check_inputs(config: Config) -> None:
+    """Refuses prompts, rollouts and layers that are not there or cannot be used. Reads the prompt file.
+
+    Raises:
+        ConfigError, InputError, EngineError: the prompts; the rollouts to replay.
+        OptionalDependencyError: reasoning-gym or Transformer Engine are asked for and not installed.
+    """
+    prompts, replay = config.prompts, config.rollout.replay_folder
+    for name, path in (("prompts.path", prompts.path), ("rollout.replay_folder", replay)):
         if path is not None and not path.exists():
             raise ConfigError(f"{name}: expected an existing path, got {path}")
+    if prompts.source == "reasoning_gym":
+        check_tasks(prompts.tasks)
+    elif prompts.path is not None:
+        read_prompt_file(prompts.path, prompts.field)
+    if config.rollout.engine == "replay" and replay is not None:
+        if replay.resolve().is_relative_to(config.run.folder.resolve()):
+            raise ConfigError(
+                f"rollout.replay_folder: expected a folder of another run, got {replay} within run.folder, where this "
+                "run's own rollouts go; give another run.folder"
+            )
+        ReplayEngine(replay).health()
+    for owner, model in (("model", config.model), ("teacher", config.teacher)):
+        if model.transformer_impl == "transformer_engine" and not find_spec("transformer_engine"):
+            raise OptionalDependencyError(
+                f"{owner}.transformer_impl: Transformer Engine is not installed; install the extra "
+                "megatron_tip[transformer-engine] on a machine with a GPU, or set local"
+            )
 
 
 def _shared_tokenizer(config: Config) -> PreTrainedTokenizerBase:
@@ -205,7 +240,7 @@ def _compared_tokens(tokenizer: PreTrainedTokenizerBase, special_tokens: str) ->
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the tokenizers library raises no narrower one for a damaged file
         raise ConfigError(f"{folder}: expected a tokenizer that transformers can load, got: {error}") from error
 
 

@@ -72,6 +72,12 @@ def resolve_dtype(name: str) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
+def coarser_dtype(config: Config) -> torch.dtype:
+    """The lower precision of student and teacher."""
+    dtypes = {resolve_dtype(config.model.dtype), resolve_dtype(config.teacher.dtype)}
+    return torch.bfloat16 if torch.bfloat16 in dtypes else torch.float32
+
+
 def _student(config: Config, plan: RunPlan, groups: ModelGroups) -> Student:
     model = build_gpt(
         plan.student.architecture,
