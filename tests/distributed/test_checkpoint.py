@@ -167,11 +167,15 @@ def plain_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    "layout",
-    [Layout(2, student=(1, 2)), Layout(4), Layout(4, student=(2, 2)), Layout(1)],
-    ids=["pp2", "dp4", "tp2pp2", "one"],
+    "layout,distributed",
+    [
+        (Layout(4, student=(2, 2)), False),
+        (Layout(1), False),
+        (Layout(2, student=(1, 2)), True),
+        (Layout(4), True),
+    ],
+    ids=["tp2pp2", "one", "pp2-distributed", "dp4-distributed"],
 )
-@pytest.mark.parametrize("distributed", [False, True], ids=["plain", "distributed"])
 def test_a_checkpoint_is_read_under_any_layout(
     models: Path, tmp_path: Path, saved: dict[bool, Saved], layout: Layout, distributed: bool
 ):
@@ -221,8 +225,11 @@ def skip_steps(config: Config, folder: Path) -> list[Any]:
     return [skipped, before, after, straight, [take_step(again, step) for step in (2, 3)]]
 
 
-@pytest.mark.parametrize("rule", ["ta_opd_teachability", "random"])
-@pytest.mark.parametrize("layout", [Layout(4, student=(1, 2)), Layout(2, student=(2, 1))], ids=["pp2dp2", "tp2"])
+@pytest.mark.parametrize(
+    "layout,rule",
+    [(Layout(4, student=(1, 2)), "ta_opd_teachability"), (Layout(2, student=(2, 1)), "random")],
+    ids=["pp2dp2", "tp2"],
+)
 def test_a_step_that_is_not_finite_is_skipped_and_changes_nothing(
     models: Path, tmp_path: Path, layout: Layout, rule: str
 ):

@@ -128,7 +128,7 @@ def test_the_command_that_is_told_to_stop(models: Path, tmp_path: Path):
     """The whole way, through the launcher, by the command that fills docs/reliability.md."""
     path = tmp_path / "run.toml"
     path.write_text(dump_config(config_of(models, tmp_path / "run")))
-    (row,) = try_faults(path, [], tmp_path / "faults", ["sigterm"])
+    (row,) = try_faults(path, ["model.tensor_parallel_size=1"], tmp_path / "faults", ["sigterm"])
     assert row.exit_code == 128 + signal.SIGTERM
     assert row.message.endswith("the run is saved, the same command continues it")
     assert (row.again, row.lost) == (0, [])
