@@ -18,7 +18,7 @@ from megatron_tip.records import Prompt, Rollout
 from megatron_tip.rollout.engine import SamplingParams
 from megatron_tip.rollout.sglang_answers import checked_logprobs
 from megatron_tip.rollout.sglang_jobs import BatchRun, Progress, SetAside
-from megatron_tip.rollout.sglang_pool import ServerPool
+from megatron_tip.rollout.sglang_pool import PooledServer, ServerPool
 from megatron_tip.rollout.weight_transport import WeightTransport
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class SGLangEngine:
         self._failed_syncs = 0
         self._batch_metrics: dict[str, dict[str, float]] = {}
         self._sync_metrics: dict[str, float] = {}
-        pool.on_back = transport.refresh
+        pool.on_back = self._weights_of_returned
         pool.start()
 
     def health(self) -> None:
@@ -186,6 +186,12 @@ class SGLangEngine:
         if self._progress is None or self._progress.batch_name != batch_name:
             self._progress = Progress(batch_name)
         return self._progress
+
+    def _weights_of_returned(self, server: PooledServer) -> str | None:
+        """What a server that is back holds: the last weights still, or once more where the transport kept them."""
+        if self._version is not None and server.http.model_info().weight_version == self._version:
+            return self._version
+        return self._transport.refresh(server)
 
     def _write_set_aside(self, batch_name: str, entries: Sequence[SetAside]) -> None:
         if not entries:

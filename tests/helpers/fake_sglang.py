@@ -47,9 +47,10 @@ class FakeSGLang:
         self._server.shutdown()
         self._server.server_close()
 
-    def come_back(self) -> None:
-        """Listens again on the same port, without the weights."""
-        self.version = "default"
+    def come_back(self, *, with_weights: bool = False) -> None:
+        """Listens again on the same port; `with_weights`: it had only been cut off, not restarted."""
+        if not with_weights:
+            self.version = "default"
         self._server = self._listen(self.port)
 
     def __enter__(self) -> "FakeSGLang":

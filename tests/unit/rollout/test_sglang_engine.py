@@ -176,6 +176,17 @@ def test_a_server_that_comes_back_generates_once_it_has_the_weights(stack, tmp_p
     assert_complete(cluster.engine.generate(PROMPTS, SAMPLING), weight_version=2)
 
 
+def test_a_server_that_was_only_cut_off_needs_no_sync(stack, tmp_path):
+    cluster = Cluster(stack, tmp_path, num_servers=1)
+    cluster.sync(version=2)
+    cluster.fakes[0].stop()
+    wait_until(lambda: not cluster.pool.up())
+    cluster.fakes[0].come_back(with_weights=True)
+    wait_until(lambda: bool(cluster.pool.up()))
+    assert_complete(cluster.engine.generate(PROMPTS, SAMPLING), weight_version=2)
+    assert cluster.transport.num_syncs == 1
+
+
 def test_generation_goes_on_where_it_was_when_the_weights_are_back(stack, tmp_path):
     cluster = Cluster(stack, tmp_path, num_servers=1, concurrency=1)
     cluster.sync()
