@@ -192,7 +192,7 @@ def described_run(lines: list[dict[str, float]]) -> list[str]:
         f"{sum(line['train/num_micro_batches'] for line in lines):.0f}",
         f"{tokens:.0f}",
         f"{1 - tokens / uncut:.1%}",
-        f"{median('train/saved_seconds'):.3f}",
+        f"{median('perf/saved_train_seconds'):.3f}",
     ]
 
 

@@ -25,6 +25,7 @@ from pathlib import Path
 
 from megatron_tip.config import Config
 from megatron_tip.config_io import load_config
+from megatron_tip.observability.metrics import MEASURED
 from megatron_tip.observability.run_folder import RunFolder
 from megatron_tip.training.checkpoint_files import CheckpointFiles
 
@@ -259,7 +260,7 @@ def differences(trial: Trial) -> list[str]:
 def _metrics(folder: RunFolder) -> list[dict[str, float]]:
     lines = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
     # A replayed batch keeps the weight version that it was made with.
-    return [{key: line[key] for key in line if not key.startswith(("time/", "rollout/num_stale"))} for line in lines]
+    return [{key: line[key] for key in line if not key.startswith((*MEASURED, "rollout/num_stale"))} for line in lines]
 
 
 def _weights(folder: RunFolder) -> list[bytes]:

@@ -99,8 +99,8 @@ def supervision_metrics(
 def saved_metrics(scored: StepBatch, trained: StepBatch, pass_seconds: float) -> dict[str, float]:
     """What the cut behind the selection took off the training pass.
 
-    `train/saved_token_share`: of the tokens of the uncut batch. `train/saved_seconds`: an estimate, as if the pass took
-    time in proportion to the padded tokens of the replica that has most of them.
+    `train/saved_token_share`: of the tokens of the uncut batch. `perf/saved_train_seconds`: an estimate, as if the pass
+    took time in proportion to the padded tokens of the replica that has most of them.
     """
     tokens, uncut = trained.num_model_tokens(), scored.num_model_tokens()
     slowdown = max(scored.num_padded_tokens()) / max(trained.num_padded_tokens())
@@ -110,5 +110,5 @@ def saved_metrics(scored: StepBatch, trained: StepBatch, pass_seconds: float) ->
         "train/num_micro_batches": float(trained.num_micro_batches()),
         "train/num_micro_batches_uncut": float(scored.num_micro_batches()),
         "train/saved_token_share": 1 - tokens / uncut,
-        "train/saved_seconds": pass_seconds * (slowdown - 1),
+        "perf/saved_train_seconds": pass_seconds * (slowdown - 1),
     }

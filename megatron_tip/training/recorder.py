@@ -56,7 +56,7 @@ class RunRecorder:
         state.num_selected += int(metrics.get("selection/num_selected", 0))
         state.num_model_tokens += int(metrics.get("train/num_model_tokens", 0))
         state.num_model_tokens_uncut += int(metrics.get("train/num_model_tokens_uncut", 0))
-        state.saved_seconds += metrics.get("train/saved_seconds", 0.0)
+        state.saved_seconds += metrics.get("perf/saved_train_seconds", 0.0)
         if self._metrics:
             self._metrics.write(step, metrics)
         self._display.finish_step(step, metrics)

@@ -5,6 +5,7 @@ import threading
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from megatron.core import dist_checkpointing
 from megatron_tip.config import Config
 from megatron_tip.conversion import background_save
 from megatron_tip.errors import CheckpointError, EngineError, MegatronTipError
+from megatron_tip.observability.metrics import MEASURED
 from megatron_tip.observability.progress import ProgressDisplay
 from megatron_tip.observability.run_folder import RunFolder
 from megatron_tip.parallel.watchdog import HangWatchdog
@@ -39,16 +41,20 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_models(tmp_path_factory.mktemp("models"))
 
 
+NOBODY: Any = SimpleNamespace(extended=lambda step, metrics: metrics, log=lambda *_: None, start=lambda ids: None)
+"""Observers of a run that nobody observes."""
+
+
 def checkpointer_of(run: TrainingRun, files: CheckpointFiles) -> Checkpointer:
     files.folder.parent.mkdir(parents=True, exist_ok=True)
     display = ProgressDisplay(4, enabled=False)
-    recorder = RunRecorder(RunFolder(files.folder.parent), display, writes=dist.get_rank() == 0)
+    recorder = RunRecorder(RunFolder(files.folder.parent), display, NOBODY, writes=dist.get_rank() == 0)
     return Checkpointer(run, recorder, files, run.stop)
 
 
 def take_step(run: TrainingRun, step: int) -> dict[str, float]:
     update_engine(run, weight_version=step - 1)
-    return train_step(run, step)
+    return {name: value for name, value in train_step(run, step).items() if not name.startswith(MEASURED)}
 
 
 def draws() -> list[float]:
@@ -263,7 +269,7 @@ def run_into(config: Config, *, broken_head: bool) -> str:
         run = replace(run, engine=FailingEngine(ROLLOUTS))
     folder.path.mkdir(exist_ok=True)
     watchdog = HangWatchdog(folder.stacks, dist.get_rank(), timeout_seconds=0, on_hang=lambda _: None)
-    with RunRecorder(folder, ProgressDisplay(4, enabled=False), writes=dist.get_rank() == 0) as recorder:
+    with RunRecorder(folder, ProgressDisplay(4, enabled=False), NOBODY, writes=dist.get_rank() == 0) as recorder:
         checkpointer = Checkpointer(run, recorder, CheckpointFiles(folder.checkpoints), run.stop)
         try:
             run_steps(run, recorder, checkpointer, watchdog, RunProgress())

@@ -38,7 +38,7 @@ def move(dtype: torch.dtype) -> tuple[list[tuple[int, ...]], int]:
     dist.all_reduce(last, op=dist.ReduceOp.MAX)
     cut = batch.cut_behind(last.tolist())
     arrived = selected.sent_to(cut.replica_of()[selected.index.rollout_index], dist.group.WORLD)
-    assert arrived.teacher_hidden.dtype == dtype
+    assert arrived.teacher_rows.dtype == dtype
     foreign = int((batch.replica_of()[arrived.index.rollout_index] != rank).sum())
     micro_batches = cut.micro_batches(rank)
     rows = []
@@ -46,7 +46,7 @@ def move(dtype: torch.dtype) -> tuple[list[tuple[int, ...]], int]:
         sequences, positions = part.mask.nonzero().unbind(dim=1)
         rollouts = micro_batch.rollout_indices[sequences]
         prompts = torch.tensor([4 + int(place) % 3 for place in rollouts], dtype=torch.int64)
-        columns = (rollouts, positions - prompts + 1, *part.teacher_hidden.unbind(dim=1), part.row_weights)
+        columns = (rollouts, positions - prompts + 1, *part.teacher_rows.unbind(dim=1), part.row_weights)
         rows += zip(*(column.tolist() for column in columns), strict=True)
     return rows, foreign
 

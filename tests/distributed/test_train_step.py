@@ -17,7 +17,7 @@ from tests.helpers.distributed import run_workers
 from tests.helpers.training import Layout, build_tiny_run, make_config, make_models, make_rollouts
 
 ROLLOUTS = make_rollouts([12, 0, 7, 15, 9, 1])
-DIFFERENT_BY_LAYOUT = {"train/saved_seconds", "train/num_micro_batches", "train/num_micro_batches_uncut"}
+DIFFERENT_BY_LAYOUT = {"perf/saved_train_seconds", "train/num_micro_batches", "train/num_micro_batches_uncut"}
 Row = tuple[int, int, float]
 """Rollout, position in the response, weight."""
 

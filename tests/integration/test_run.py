@@ -91,7 +91,9 @@ def test_what_a_run_leaves(first_run: Path, models: Path):
     trained, uncut = (sum(line[f"train/num_model_tokens{end}"] for line in metrics[1:]) for end in ("", "_uncut"))
     assert (summary["tokens"]["trained"], summary["tokens"]["trained_uncut"]) == (trained, uncut)
     assert trained < uncut
-    assert summary["saved_train_seconds"] == pytest.approx(sum(line["train/saved_seconds"] for line in metrics[1:]))
+    assert summary["saved_train_seconds"] == pytest.approx(
+        sum(line["perf/saved_train_seconds"] for line in metrics[1:])
+    )
     assert summary["retention_ratio"]["got"] == summary["tokens"]["selected"] / summary["tokens"]["valid"]
     assert {"total", "rollout", "teacher", "score", "train", "sync"} <= summary["seconds"].keys()
     assert summary["peak_rss_bytes"] > 100e6
