@@ -126,7 +126,7 @@ class SlurmCluster:
 
     def _start(self, program: str, *arguments: object) -> None:
         """Starts a daemon that ends with this process, however this one ends."""
-        command = ["setpriv", "--pdeathsig", "TERM", program, *map(str, arguments)]
+        command = ["setpriv", "--pdeathsig", "KILL", program, *map(str, arguments)]
         log = (self.folder / f"{program}.out").open("ab")
         self._daemons.append(subprocess.Popen(command, env=self.environ, stdout=log, stderr=log))
         log.close()
