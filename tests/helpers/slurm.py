@@ -1,17 +1,17 @@
 """A real two-node SLURM on this machine: munged, slurmctld and two slurmd, all of their state in one folder."""
 
-import contextlib
 import getpass
 import os
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from tests.helpers.processes import wait_until
 
 PROGRAMS = ("sbatch", "srun", "scontrol", "sinfo", "slurmctld", "slurmd", "munged")
 """What Debian's packages slurm-wlm and munge bring."""
@@ -56,6 +56,7 @@ class SlurmCluster:
     def __init__(self, folder: Path) -> None:
         """Starts the cluster with its state under `folder` and waits until both nodes are idle."""
         self.folder = folder
+        self._daemons: list[subprocess.Popen[bytes]] = []
         (folder / "state").mkdir(parents=True)
         conf = folder / "slurm.conf"
         host = socket.gethostname().partition(".")[0]
@@ -65,9 +66,9 @@ class SlurmCluster:
         self.environ["PATH"] = f"{self.environ['PATH']}:/usr/sbin"
         try:
             self._start_munged()
-            self.run("slurmctld", "-f", conf, "-L", folder / "slurmctld.log")
+            self._start("slurmctld", "-D", "-f", conf, "-L", folder / "slurmctld.log")
             for node in ("n1", "n2"):
-                self.run("slurmd", "-f", conf, "-N", node, "-L", folder / f"slurmd-{node}.log")
+                self._start("slurmd", "-D", "-f", conf, "-N", node, "-L", folder / f"slurmd-{node}.log")
             self.wait_until_idle()
         except BaseException:
             self.stop()
@@ -75,16 +76,15 @@ class SlurmCluster:
 
     def stop(self) -> None:
         """Ends all jobs and all daemons."""
-        if (self.folder / "slurmctld.pid").exists():
+        if len(self._daemons) > 1 and self._daemons[1].poll() is None:  # slurmctld is there to answer
             self.run("scancel", "--user", getpass.getuser(), check=False)
-        pids = [int(path.read_text()) for path in sorted(self.folder.glob("*.pid")) if path.read_text().strip()]
-        for pid in pids:
-            _kill(pid, signal.SIGTERM)
-        deadline = time.monotonic() + 20
-        while time.monotonic() < deadline and any(Path(f"/proc/{pid}").exists() for pid in pids):
-            time.sleep(0.1)
-        for pid in pids:
-            _kill(pid, signal.SIGKILL)
+        for daemon in reversed(self._daemons):
+            daemon.terminate()
+        for daemon in self._daemons:
+            try:
+                daemon.wait(timeout=20)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
 
     def run(self, program: str, *arguments: object, check: bool = True, env: Mapping[str, str] | None = None) -> str:
         """Runs one of SLURM's programs and returns what it printed."""
@@ -121,7 +121,15 @@ class SlurmCluster:
         key.chmod(0o400)
         files = {"socket": "socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
         options = [f"--{option}={self.folder}/munge.{suffix}" for option, suffix in files.items()]
-        self.run("munged", "--force", f"--key-file={key}", *options)
+        self._start("munged", "--foreground", "--force", f"--key-file={key}", *options)
+        wait_until((self.folder / "munge.socket").exists)
+
+    def _start(self, program: str, *arguments: object) -> None:
+        """Starts a daemon that ends with this process, however this one ends."""
+        command = ["setpriv", "--pdeathsig", "KILL", program, *map(str, arguments)]
+        log = (self.folder / f"{program}.out").open("ab")
+        self._daemons.append(subprocess.Popen(command, env=self.environ, stdout=log, stderr=log))
+        log.close()
 
 
 @dataclass(frozen=True)
@@ -181,8 +189,3 @@ def _free_ports(count: int) -> list[int]:
     for held in sockets:
         held.close()
     return ports
-
-
-def _kill(pid: int, number: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, number)
