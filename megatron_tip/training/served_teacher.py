@@ -186,7 +186,7 @@ def known_rows(
 def with_teachers(rollouts: Sequence[Rollout], prompts: Sequence[Prompt]) -> list[Rollout]:
     """`rollouts` with the names of their prompts' teachers."""
     names = {prompt.index: prompt.teacher for prompt in prompts}
-    return [replace(rollout, teacher=names.get(rollout.prompt_index, rollout.teacher)) for rollout in rollouts]
+    return [replace(rollout, teacher=names.get(rollout.prompt_index) or rollout.teacher) for rollout in rollouts]
 
 
 def tell_teachers(rollouts: list[Rollout], *, device: torch.device) -> list[Rollout]:
