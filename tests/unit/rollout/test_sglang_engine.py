@@ -91,7 +91,7 @@ def assert_complete(rollouts, prompts=PROMPTS, samples=2, weight_version=0):
     assert {len(r.response_ids) for r in rollouts} == {6}
 
 
-def test_requests_go_to_the_least_loaded_within_the_bound(stack, tmp_path):
+def test_a_quick_server_gets_more_of_a_batch(stack, tmp_path):
     cluster = Cluster(stack, tmp_path)
     cluster.sync()
     slow, quick = cluster.fakes
@@ -101,6 +101,23 @@ def test_requests_go_to_the_least_loaded_within_the_bound(stack, tmp_path):
     counts = [len([body for body in fake.generations() if body.get("stream")]) for fake in cluster.fakes]
     assert sum(counts) == 12
     assert counts[1] > counts[0]
+
+
+def test_the_bound_holds_on_the_server_that_is_left(stack, tmp_path):
+    cluster = Cluster(stack, tmp_path)
+    cluster.transport.refuse = {cluster.fakes[0].url}
+    cluster.sync()
+    cluster.fakes[1].seconds_per_request = 0.1
+    assert_complete(cluster.engine.generate(PROMPTS, SAMPLING))
+    assert cluster.fakes[1].most_at_once == 3
+
+
+def test_each_request_goes_where_the_fewest_are_under_way(stack, tmp_path):
+    cluster = Cluster(stack, tmp_path, num_servers=3)
+    cluster.sync()
+    with ExitStack() as leases:
+        servers = [leases.enter_context(cluster.pool.lease("run/0")) for _ in range(6)]
+    assert Counter(server.url for server in servers) == {fake.url: 2 for fake in cluster.fakes}
 
 
 def test_ids_travel_and_text_does_not(stack, tmp_path):

@@ -54,3 +54,9 @@ def test_a_transposed_tensor_arrives_in_its_own_order():
     weight = torch.arange(6.0).reshape(2, 3).t()
     (bucket,) = weight_buckets(iter([("a", weight)]), 100, "cpu")
     assert torch.equal(unpacked(bucket)["a"], weight)
+
+
+def test_a_wider_type_begins_at_a_multiple_of_its_size():
+    weights = [("narrow", torch.ones(3, dtype=torch.bfloat16)), ("wide", torch.ones(2))]
+    buckets = list(weight_buckets(iter(weights), 100, "cpu"))
+    assert [bucket.names for bucket in buckets] == [["narrow"], ["wide"]]
