@@ -1,5 +1,6 @@
 """One training step is the same on every layout, and its gradients are those of a float64 single process."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -58,10 +59,19 @@ def selected_and_gradients(config: Config, rollouts: list[Rollout]) -> tuple[lis
     return weights, loss, {name: grad.clone() for name, grad in exported}
 
 
+def reverse_kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    return (log_p.exp() * (log_p - log_q)).sum()
+
+
 def reference_gradients(
-    folder: Path, rollouts: list[Rollout], weights: list[Row]
+    folder: Path,
+    rollouts: list[Rollout],
+    weights: list[Row],
+    *,
+    divergence: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = reverse_kl,
+    temperature: float = 1.0,
 ) -> tuple[float, dict[str, torch.Tensor]]:
-    """Sum of weight x KL(student || teacher) and its gradients: transformers, float64, one process, plain autograd."""
+    """Sum of weight x divergence and its gradients: transformers, float64, one process, plain autograd."""
     student, teacher = (
         AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float64) for name in ("student", "teacher")
     )
@@ -72,11 +82,11 @@ def reference_gradients(
             continue
         ids = torch.tensor([rollout.prompt_ids + rollout.response_ids])
         with torch.no_grad():
-            log_q = teacher(ids).logits[0].log_softmax(-1)
-        log_p = student(ids).logits[0].log_softmax(-1)
+            log_q = (teacher(ids).logits[0] / temperature).log_softmax(-1)
+        log_p = (student(ids).logits[0] / temperature).log_softmax(-1)
         for position, weight in own:
             row = len(rollout.prompt_ids) + position - 1
-            loss = loss + weight * (log_p[row].exp() * (log_p[row] - log_q[row])).sum()
+            loss = loss + weight * divergence(log_p[row], log_q[row])
     loss.backward()
     return loss.item(), {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
 
@@ -139,6 +149,21 @@ def _check_against_reference(
     for name, gradient in gradients.items():
         tolerance = 1e-5 * float(expected[name].abs().max())
         torch.testing.assert_close(gradient.double(), expected[name], rtol=0, atol=tolerance, msg=name)
+
+
+def jsd(log_p: torch.Tensor, log_q: torch.Tensor, beta: float = 0.3) -> torch.Tensor:
+    """The generalised Jensen-Shannon divergence, beta on the teacher's side."""
+    log_m = (beta * log_q.exp() + (1 - beta) * log_p.exp()).log()
+    return beta * reverse_kl(log_q, log_m) + (1 - beta) * reverse_kl(log_p, log_m)
+
+
+def test_the_settings_of_the_loss_reach_it(models: Path, tmp_path: Path):
+    loss = {"divergence": "jsd", "jsd_beta": 0.3, "temperature": 2.0, "chunk_rows": 3}
+    config = make_config(models, Layout(4, student=(2, 2)), loss=loss)
+    ranks: list[Observed] = run_workers(observe, 4, tmp_path, config, ROLLOUTS)
+    selected = [row for observed in ranks for row in observed.selected]
+    reference = reference_gradients(models, ROLLOUTS, selected, divergence=jsd, temperature=2.0)
+    _check_against_reference(sum(observed.loss for observed in ranks), ranks[0].gradients, reference)
 
 
 def weights_after_a_step(config: Config, rollouts: list[Rollout]) -> dict[str, torch.Tensor]:

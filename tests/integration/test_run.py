@@ -144,8 +144,12 @@ def test_rules_side_by_side_on_the_rollouts_of_a_run(first_run: Path, tmp_path: 
 
 @pytest.mark.parametrize(
     "layout",
-    [("model.tensor_parallel_size=3",), ("model.pipeline_parallel_size=2", "teacher.tensor_parallel_size=2")],
-    ids=["tp3", "pp2"],
+    [
+        ("model.tensor_parallel_size=3", "teacher.pipeline_parallel_size=3"),
+        ("model.pipeline_parallel_size=2", "teacher.tensor_parallel_size=2"),
+        ("--nproc=2",),
+    ],
+    ids=["tp3", "pp2", "dp2"],
 )
 def test_replaying_a_run_under_another_layout_gives_its_first_loss(
     first_run: Path, models: Path, tmp_path: Path, layout: tuple[str, ...]
