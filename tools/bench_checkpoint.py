@@ -2,8 +2,8 @@
 
     python tools/bench_checkpoint.py CONFIG.toml [--folder DIR] [--foreground] [section.key=value ...]
 
-Takes three steps with a checkpoint after each, kills the run when the last one is whole, and starts it again. A step's
-seconds are those of its phases but saving.
+Takes three steps with a checkpoint after each, kills the run, and starts it again. A step's seconds are those of its
+phases but saving.
 """
 
 import argparse
@@ -11,7 +11,6 @@ import json
 import shutil
 import statistics
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -40,13 +39,14 @@ def measure(config_path: Path, overrides: list[str], folder: Path, *, in_backgro
     start = time.monotonic()
     process = trial.start("--fresh")
     first_start = seconds_to_step(trial, process, 1, start)
-    trial.wait(process, lambda: STEPS in files.steps())
+    trial.wait(process, lambda: trial.recorded() == STEPS)
     trial.kill_all(process)
-    # What is charged to a step: ending the save of two steps ago and beginning that of the last one.
+    newest = files.steps()[-1]
+    # What is charged to a step: ending the save of the step before the last, and beginning that of the last.
     lines = [json.loads(line) for line in run.metrics.read_text().splitlines()][1:]
     saves = [line["time/save_seconds"] for line in lines if "time/save_seconds" in line]
     steps = [sum(line[key] for key in line if key.startswith("time/") and "save" not in key) for line in lines]
-    size = sum(path.stat().st_size for path in files.step_folder(STEPS).rglob("*"))
+    size = sum(path.stat().st_size for path in files.step_folder(newest).rglob("*"))
     step, save = statistics.median(steps), statistics.median(saves)
     print(
         f"in the {'background' if in_background else 'foreground'}: a step {step:.1f} s ({len(steps)} steps: "
@@ -56,9 +56,9 @@ def measure(config_path: Path, overrides: list[str], folder: Path, *, in_backgro
     )
     start = time.monotonic()
     process = trial.start()
-    second_start = seconds_to_step(trial, process, STEPS + 1, start)
-    if trial.end(process):
-        sys.exit(trial.log[-1])
+    trial.wait(process, lambda: trial.recorded() == newest)  # what lay behind it is cut off
+    second_start = seconds_to_step(trial, process, newest + 1, start)
+    trial.kill_all(process)
     print(
         f"from the command to its first step: {first_start:.0f} s anew, {second_start:.0f} s continued",
         flush=True,
