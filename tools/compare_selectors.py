@@ -73,7 +73,7 @@ def config_of(folder: RunFolder, student: Path | None) -> Config:
     """The run's configuration in one process, without anything that generates."""
     overrides = [f"{model}.{kind}_parallel_size=1" for model in ("model", "teacher") for kind in ("tensor", "pipeline")]
     overrides += ["model.sequence_parallel=false", "rollout.engine=replay", "heldout.num_prompts=0"]
-    overrides += [f"rollout.replay_folder={folder.rollouts}"]
+    overrides += [f"rollout.replay_folder={folder.rollouts}", f"run.folder={folder.path / 'nothing_is_written'}"]
     if student is not None:
         overrides += [f"model.path={student}", "model.drop_layers=[]"]
     return load_config(folder.config, overrides)
