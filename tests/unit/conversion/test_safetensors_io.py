@@ -1,8 +1,7 @@
 """Hugging Face directories that are whole, and every way in which they are not."""
 
 import json
-import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from megatron_tip.conversion.model_folder import new_folder
 from megatron_tip.conversion.safetensors_io import INDEX_NAME, SINGLE_NAME, HfCheckpoint, write_safetensors
 from megatron_tip.conversion.weight_map import hf_shapes
 from megatron_tip.errors import OutputError, WeightsError
+from tests.helpers.disk import little_space
 from tests.helpers.models import hf_logits, write_tiny_model
 
 GATE = "model.layers.1.mlp.gate_proj.weight"
@@ -179,19 +179,14 @@ def test_written_dtype_is_the_one_that_the_config_says(single: Path, tmp_path: P
     assert torch.equal(written.read(GATE), checkpoint.read(GATE).bfloat16())
 
 
-@pytest.fixture
-def little_space() -> Iterator[None]:
-    """No file of this process may grow beyond 20 kB: the system refuses the write as it does on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def test_full_disk_leaves_nothing(single: Path, tmp_path: Path, little_space: None) -> None:
+def test_full_disk_leaves_nothing(single: Path, tmp_path: Path) -> None:
     checkpoint = HfCheckpoint(single)
     shapes = hf_shapes(checkpoint.architecture)
     stream = ((name, checkpoint.read(name)) for name in shapes)
-    with pytest.raises(OutputError, match="new: cannot be written"), new_folder(tmp_path / "new") as folder:
+    with (
+        pytest.raises(OutputError, match="new: cannot be written"),
+        little_space(),
+        new_folder(tmp_path / "new") as folder,
+    ):
         write_safetensors(folder, stream, shapes, torch.float32)
     assert [path.name for path in tmp_path.iterdir()] == ["single"]

@@ -1,7 +1,5 @@
 """The shared folder: whole or not there, and one version at a time."""
 
-import resource
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -12,6 +10,7 @@ from megatron_tip.errors import OutputError
 from megatron_tip.rollout.sglang_client import SGLangClient
 from megatron_tip.rollout.sglang_pool import PooledServer
 from megatron_tip.rollout.weight_folder import FolderTransport
+from tests.helpers.disk import little_space
 from tests.helpers.fake_sglang import VOCAB_SIZE, FakeSGLang, send_json
 from tests.helpers.tiny import make_llama
 
@@ -58,13 +57,8 @@ def test_a_full_disk_is_an_output_error_and_the_last_version_stays_whole(student
         server = served(fake)
         transport.send([server], weights_of(student), "run/0")
         before = {path.name for path in tmp_path.iterdir()}
-        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # as a full disk: a write in mid-file fails
-        try:
-            with pytest.raises(OutputError, match="cannot be written"):
-                transport.send([server], weights_of(student, 1.0), "run/1")
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        with pytest.raises(OutputError, match="cannot be written"), little_space():  # a write in mid-file fails
+            transport.send([server], weights_of(student, 1.0), "run/1")
         assert fake.version == "run/0"
         assert transport.refresh(server) == "run/0"
     assert {path.name for path in tmp_path.iterdir()} == before
