@@ -1,0 +1,71 @@
+"""The run configuration: typed, frozen, read from TOML; an unknown key or a wrong type is an error.
+
+The text under each field is its reference: `megatron-tip train --help` prints it. Units are in the names.
+"""
+
+from pathlib import Path
+
+from pydantic import Field
+
+from megatron_tip.config.data import HeldoutConfig, PromptsConfig
+from megatron_tip.config.learning import LossConfig, OptimizerConfig, SelectionConfig, TrainingConfig
+from megatron_tip.config.models import ModelConfig, TeacherConfig, split_teacher_url
+from megatron_tip.config.operation import CheckpointConfig, FaultConfig, MonitoringConfig, OutputConfig, TrackingConfig
+from megatron_tip.config.rollout import RolloutConfig, SGLangConfig, SyncConfig
+from megatron_tip.config.section import Section
+
+__all__ = [
+    "CheckpointConfig",
+    "Config",
+    "FaultConfig",
+    "HeldoutConfig",
+    "LossConfig",
+    "ModelConfig",
+    "MonitoringConfig",
+    "OptimizerConfig",
+    "OutputConfig",
+    "PromptsConfig",
+    "RolloutConfig",
+    "RunConfig",
+    "SGLangConfig",
+    "Section",
+    "SelectionConfig",
+    "SyncConfig",
+    "TeacherConfig",
+    "TrackingConfig",
+    "TrainingConfig",
+    "split_teacher_url",
+]
+
+
+class RunConfig(Section):
+    """The run as a whole."""
+
+    folder: Path
+    """Where the run leaves its files; created if missing."""
+    seed: int = 1
+    """Every random choice of the run follows from it: sampling, random selection, prompt order."""
+    threads: int = Field(default=0, ge=0)
+    """CPU threads of all workers together; 0: as many as this process may use."""
+
+
+class Config(Section):
+    """A complete run."""
+
+    run: RunConfig
+    model: ModelConfig
+    teacher: TeacherConfig
+    prompts: PromptsConfig
+    heldout: HeldoutConfig = HeldoutConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    sglang: SGLangConfig = SGLangConfig()
+    sync: SyncConfig = SyncConfig()
+    selection: SelectionConfig = SelectionConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    fault: FaultConfig = FaultConfig()
+    output: OutputConfig = OutputConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    monitoring: MonitoringConfig = MonitoringConfig()
