@@ -1,7 +1,7 @@
 """A step's rollouts, laid out in micro-batches over the student's data-parallel replicas."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
@@ -21,7 +21,8 @@ class StepBatch:
     """Which replica runs which rollouts together; known whole on every rank, since token ids are small.
 
     `plan`: replica -> micro-batch -> places in `rollouts`. `num_kept_tokens`: how many leading tokens of each rollout
-    go through the model. `sequence_multiple`: padded lengths are a multiple of it.
+    go through the model. `sequence_multiple`: padded lengths are a multiple of it. The stages of a step share what is
+    built of it: each micro-batch and each token index is made once.
     """
 
     rollouts: Sequence[Rollout]
@@ -31,6 +32,8 @@ class StepBatch:
     pad_token_id: int
     sequence_multiple: int
     device: torch.device
+    _built: dict[tuple[int, int], MicroBatch] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _indices: dict[int, TokenIndex] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def over(
@@ -49,14 +52,17 @@ class StepBatch:
         return cls(rollouts, plan, lengths, max_tokens, pad_token_id, sequence_multiple, device)
 
     def micro_batch(self, replica: int, index: int) -> MicroBatch:
-        micro_batch = build_micro_batch(
-            self.rollouts,
-            self.plan[replica][index],
-            self.pad_token_id,
-            sequence_multiple=self.sequence_multiple,
-            num_kept_tokens=self.num_kept_tokens,
-        )
-        return MicroBatch(**{f.name: getattr(micro_batch, f.name).to(self.device) for f in fields(micro_batch)})
+        if (replica, index) not in self._built:
+            built = build_micro_batch(
+                self.rollouts,
+                self.plan[replica][index],
+                self.pad_token_id,
+                sequence_multiple=self.sequence_multiple,
+                num_kept_tokens=self.num_kept_tokens,
+            )
+            on_device = {f.name: getattr(built, f.name).to(self.device) for f in fields(built)}
+            self._built[replica, index] = MicroBatch(**on_device)
+        return self._built[replica, index]
 
     def micro_batches(self, replica: int) -> list[MicroBatch]:
         return [self.micro_batch(replica, index) for index in range(len(self.plan[replica]))]
@@ -83,7 +89,9 @@ class StepBatch:
 
     def token_index(self, replica: int) -> TokenIndex:
         """Where each row of the replica stands in the whole batch."""
-        return token_index(self.micro_batches(replica))
+        if replica not in self._indices:
+            self._indices[replica] = token_index(self.micro_batches(replica))
+        return self._indices[replica]
 
     def cut_behind(self, last_selected: Sequence[int]) -> "StepBatch":
         """The batch without what cannot influence the loss, laid out anew over the same replicas.

@@ -55,3 +55,12 @@ def test_a_loss_mask_beyond_the_response_is_refused():
     place = int(micro_batch.rollout_indices[0])
     with pytest.raises(InputError, match=f"loss_mask: .* got 1 others, the first at position 1 of rollout {place}"):
         token_index([micro_batch])
+
+
+def test_the_stages_of_a_step_share_what_is_built_and_a_cut_builds_anew():
+    batch = make_batch(2)
+    assert batch.micro_batches(1)[0] is batch.micro_batch(1, 0)
+    assert batch.token_index(0) is batch.token_index(0)
+    cut = batch.cut_behind([3] * 5 + [-1] + [3] * 2)
+    assert len(cut.token_index(0)) < len(batch.token_index(0))
+    assert len(batch.token_index(0)) + len(batch.token_index(1)) == batch.num_valid()
