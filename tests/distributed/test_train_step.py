@@ -15,6 +15,7 @@ from megatron_tip.records import Rollout
 from megatron_tip.training.step import select_then_train, select_while_training, train_step
 from megatron_tip.training.weight_sync import update_engine
 from tests.helpers.distributed import run_workers
+from tests.helpers.tiny import make_qwen
 from tests.helpers.training import Layout, build_tiny_run, make_config, make_models, make_rollouts
 
 ROLLOUTS = make_rollouts([12, 0, 7, 15, 9, 1])
@@ -138,6 +139,20 @@ def test_the_first_step_is_that_of_a_single_process(
 def test_a_single_process_agrees_with_float64(single: Observed, reference: tuple[float, dict[str, torch.Tensor]]):
     assert len(single.selected) == 14  # ceil(0.3 x 44)
     _check_against_reference(single.loss, single.gradients, reference)
+
+
+@pytest.mark.parametrize("qk_norm", [True, False], ids=["qwen3", "qwen2"])
+@pytest.mark.parametrize(
+    "layout", [Layout(2, student=(2, 1), sequence_parallel=True), Layout(4, student=(2, 2))], ids=str
+)
+def test_grouped_queries_with_biases_or_qk_norm_agree_with_float64(qk_norm: bool, layout: Layout, tmp_path: Path):
+    make_qwen(tmp_path / "student", qk_norm=qk_norm, seed=1)
+    make_qwen(tmp_path / "teacher", qk_norm=qk_norm, seed=2)
+    ranks: list[Observed] = run_workers(
+        observe, layout.world_size, tmp_path / "workers", make_config(tmp_path, layout), ROLLOUTS
+    )
+    reference = reference_gradients(tmp_path, ROLLOUTS, [row for observed in ranks for row in observed.selected])
+    _check_against_reference(sum(observed.loss for observed in ranks), ranks[0].gradients, reference)
 
 
 def _check_against_reference(

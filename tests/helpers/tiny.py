@@ -4,12 +4,29 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
+
+SHAPE = {
+    "intermediate_size": 96,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 4096,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "initializer_range": 0.15,
+}
 
 
 def make_tokenizer(folder: Path, vocab_size: int = 300) -> PreTrainedTokenizerFast:
@@ -35,21 +52,25 @@ def make_llama(
     folder: Path, *, seed: int, num_layers: int = 6, tied: bool = True, hidden_size: int = 48, vocab_size: int = 307
 ) -> Path:
     """A random Llama whose heads and layers divide by every tp size up to 4, with its tokenizer, saved to `folder`."""
+    shape = {"vocab_size": vocab_size, "hidden_size": hidden_size, "num_hidden_layers": num_layers}
+    config = LlamaConfig(**SHAPE | shape, num_key_value_heads=12, tie_word_embeddings=tied)
+    return _make_model(folder, config, seed=seed)
+
+
+def make_qwen(folder: Path, *, qk_norm: bool, seed: int) -> Path:
+    """A random model with grouped queries, and QK norm (Qwen3) or biases (Qwen2); for tp sizes 1, 2 and 4."""
+    family = Qwen3Config if qk_norm else Qwen2Config
+    shape = {"vocab_size": 307, "hidden_size": 48, "num_hidden_layers": 4}
+    return _make_model(folder, family(**SHAPE | shape, num_key_value_heads=4, tie_word_embeddings=True), seed=seed)
+
+
+def _make_model(folder: Path, config: PreTrainedConfig, *, seed: int) -> Path:
     make_tokenizer(folder)
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        intermediate_size=96,
-        num_hidden_layers=num_layers,
-        num_attention_heads=12,
-        num_key_value_heads=12,
-        max_position_embeddings=4096,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        tie_word_embeddings=tied,
-        initializer_range=0.15,
-    )
-    LlamaForCausalLM(config).to(torch.float32).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("bias", "q_norm.weight", "k_norm.weight")):  # which begin as 0 and 1
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    model.save_pretrained(folder)
     return folder
