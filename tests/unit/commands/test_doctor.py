@@ -20,6 +20,32 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_models(tmp_path_factory.mktemp("models"))
 
 
+@pytest.fixture(autouse=True)
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a SLURM's programs; a real one whose controller does not run takes 9 s to say so."""
+    folder = tmp_path / "slurm"
+    folder.mkdir()
+    write_program(folder / "sbatch", "exit 0")
+    write_program(folder / "sinfo", "echo 'batch up 8 nodes idle'")
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    return folder
+
+
+def write_program(path: Path, script: str) -> None:
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+
+
+def test_slurm_is_told_with_its_partitions():
+    assert "SLURM: batch up 8 nodes idle" in [finding.text for finding in examine(None, world_size=None)]
+
+
+def test_a_slurm_that_does_not_answer_is_a_note(slurm: Path):
+    write_program(slurm / "sinfo", "echo 'no controller' >&2; exit 1")
+    (finding,) = [finding for finding in examine(None, world_size=None) if "does not answer" in finding.text]
+    assert finding.state == "note"
+
+
 def missing(models: Path, world_size: int | None = None, **sections: Any) -> list[str]:
     findings = examine(make_config(models, Layout(1), **sections), world_size=world_size)
     return [finding.text for finding in findings if finding.state == "missing"]
