@@ -22,7 +22,7 @@ quickstart-sglang: $(INSTALLED) $(SGLANG) $(SMOLLM2)/.converted
 	$(BIN)/megatron-tip train examples/quickstart_sglang/quickstart.toml run.folder=$(RUN)
 
 test: $(INSTALLED) $(SGLANG) $(SMOLLM2)/.converted
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
