@@ -45,6 +45,27 @@ class Progress:
     num_failures: dict[Job, int] = field(default_factory=dict)
     num_repeated: int = 0
     num_wrong_version: int = 0
+    num_stalls: int = 0
+    _num_over_at_stall: int = -1
+
+    def note_stall(self) -> int:
+        """Notes that the weights were lost; returns how often in a row that was before any further job was over."""
+        self.num_stalls = self.num_stalls + 1 if self.num_over == self._num_over_at_stall else 1
+        self._num_over_at_stall = self.num_over
+        return self.num_stalls
+
+    def metrics(self) -> dict[str, float]:
+        """Counts, by the names of a step's metrics."""
+        return {
+            "rollout/num_set_aside": float(len(self.set_aside)),
+            "rollout/num_dropped": float(len(self.dropped)),
+            "rollout/num_repeated": float(self.num_repeated),
+            "rollout/num_wrong_version": float(self.num_wrong_version),
+        }
+
+    @property
+    def num_over(self) -> int:
+        return len(self.rollouts) + len(self.set_aside) + len(self.dropped)
 
     def is_over(self, job: Job) -> bool:
         return job in self.rollouts or job in self.set_aside or job in self.dropped
@@ -138,7 +159,7 @@ class BatchRun:
     def _finish(self, job: Job) -> None:
         """Repeats one job until it is over."""
         while not self._stopped.is_set() and not self._progress.is_over(job):
-            with self._pool.lease(self._version) as server:
+            with self._pool.lease(self._version, self._stopped) as server:
                 try:
                     generation = self._generate(server, job)
                     self._accept(server, job, generation)

@@ -16,6 +16,7 @@ from megatron_tip.rollout.sglang_server import SGLangServer
 logger = logging.getLogger(__name__)
 
 MAX_BACK_OFF_SECONDS = 60.0
+MISSED_PAUSE_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -147,12 +148,12 @@ class ServerPool:
             return [server for server in self.servers if server.is_up]
 
     @contextmanager
-    def lease(self, weights: str) -> Iterator[PooledServer]:
+    def lease(self, weights: str, stopped: threading.Event | None = None) -> Iterator[PooledServer]:
         """A server with `weights` and room for one more request, the least loaded; waits for one.
 
         Raises:
             WeightsLostError: servers are up, and none of them holds `weights`.
-            ServersLostError: no server is up within the limit.
+            ServersLostError: no server is up within the limit, or `stopped` is set while it waits.
         """
         deadline = time.monotonic() + self.settings.wait
         with self._changed:
@@ -162,7 +163,7 @@ class ServerPool:
                     raise WeightsLostError(f"no server holds the weights {weights}; {len(up)} are up and wait for them")
                 if up:
                     deadline = time.monotonic() + self.settings.wait
-                if time.monotonic() >= deadline or self._closing.is_set():
+                if time.monotonic() >= deadline or self._closing.is_set() or (stopped and stopped.is_set()):
                     raise self._lost()
                 self._changed.wait(min(1.0, max(0.01, deadline - time.monotonic())))
             server.in_flight += 1
@@ -245,8 +246,9 @@ class ServerPool:
                 gone = server.process is not None and not server.process.is_running
                 if gone or missed >= self.settings.missed_heartbeats:
                     self._take_down(server, "its process ended" if gone else f"{missed} heartbeats missed")
-                else:
-                    server.look_now.set()  # not in its own time: look again at once
+                else:  # look again before its time, but not at once: a server may refuse for a moment
+                    self._closing.wait(min(MISSED_PAUSE_SECONDS, self.settings.heartbeat))
+                    server.look_now.set()
 
     def _is_alive(self, server: PooledServer) -> bool:
         if server.process and not server.process.is_running:
@@ -274,7 +276,7 @@ class ServerPool:
             self._changed.notify_all()
         logger.warning("server %s is lost: %s; its unfinished prompts go to others", server.url, reason)
         old, server.client = server.http, server.connect(server.url)
-        old.close()  # requests that still wait for it end now
+        old.close()  # no further request takes one of its connections
         server.look_now.set()
 
     def _revive(self, server: PooledServer) -> bool:

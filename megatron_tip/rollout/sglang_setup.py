@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Literal
@@ -80,35 +81,46 @@ def build_sglang_engine(
         ServerError, ServerMismatchError: a server does not start, does not answer, or serves another model.
         OutputError: the run's folder cannot be written.
     """
-    rollout, sglang, sync = config.rollout, config.sglang, config.sync
+    rollout, sglang = config.rollout, config.sglang
+    run_id = new_run_id()
+    pool = ServerPool(
+        _servers(config, student, dtype, on_gpu=device.type == "cuda"),
+        PoolSettings(
+            concurrency=sglang.concurrency,
+            heartbeat=sglang.heartbeat_seconds,
+            start_timeout=sglang.start_seconds,
+            wait=sglang.wait_seconds,
+        ),
+        model_type=student.config["model_type"],
+    )
+    settings = EngineSettings(
+        run_id=run_id,
+        attempts=rollout.attempts,
+        set_aside_path=config.run.folder / "set_aside.jsonl",
+        drop_wrong_version=rollout.on_wrong_version == "drop",
+    )
+    return SGLangEngine(pool, _transport(config, student, run_id, weights_dtype, device), settings)
+
+
+def _servers(config: Config, student: ModelFolder, dtype: torch.dtype, *, on_gpu: bool) -> list[PooledServer]:
+    """The given servers, or those that are to be started."""
+    rollout, sglang = config.rollout, config.sglang
     keys = read_keys(sglang.keys_file) if rollout.server_urls else new_keys(sglang.host)
-    timeouts = Timeouts(silence=sglang.silence_seconds, control=sync.timeout_seconds)
+    timeouts = Timeouts(silence=sglang.silence_seconds, control=config.sync.timeout_seconds)
 
     def connect(url: str) -> SGLangClient:
-        return SGLangClient(url, vocab_size=student.architecture.vocab_size, keys=keys, timeouts=timeouts)
+        return SGLangClient(
+            url,
+            vocab_size=student.architecture.vocab_size,
+            keys=keys,
+            timeouts=timeouts,
+            max_connections=sglang.concurrency + 16,  # heartbeats and weight calls besides
+        )
 
     if rollout.server_urls:
-        servers = [PooledServer(connect, url=url) for url in rollout.server_urls]
-    else:
-        settings = _own_servers(config, student, dtype, keys, on_gpu=device.type == "cuda")
-        servers = [PooledServer(connect, process=SGLangServer(one)) for one in settings]
-    run_id = new_run_id()
-    pool_settings = PoolSettings(
-        concurrency=sglang.concurrency,
-        heartbeat=sglang.heartbeat_seconds,
-        start_timeout=sglang.start_seconds,
-        wait=sglang.wait_seconds,
-    )
-    return SGLangEngine(
-        ServerPool(servers, pool_settings, model_type=student.config["model_type"]),
-        _transport(config, student, run_id, weights_dtype, device),
-        EngineSettings(
-            run_id=run_id,
-            attempts=rollout.attempts,
-            set_aside_path=config.run.folder / "set_aside.jsonl",
-            drop_wrong_version=rollout.on_wrong_version == "drop",
-        ),
-    )
+        return [PooledServer(connect, url=url) for url in rollout.server_urls]
+    own = _own_servers(config, student, dtype, keys, on_gpu=on_gpu)
+    return [PooledServer(connect, process=SGLangServer(settings)) for settings in own]
 
 
 def _own_servers(
@@ -151,7 +163,8 @@ def _transport(
     sync = config.sync
     if sync.transport == "folder":
         folder = sync.folder or config.run.folder / "weights"
-        return FolderTransport(folder, student, dtype=weights_dtype, bucket_bytes=sync.bucket_bytes)
+        owner = hashlib.sha256(str(config.run.folder.absolute()).encode()).hexdigest()[:12]
+        return FolderTransport(folder, student, dtype=weights_dtype, bucket_bytes=sync.bucket_bytes, owner=owner)
     return BroadcastTransport(
         run_id=run_id,
         bucket_bytes=sync.bucket_bytes,

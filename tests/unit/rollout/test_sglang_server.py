@@ -67,6 +67,13 @@ def test_what_a_server_prints_is_kept_without_the_passwords(tmp_path):
     assert (tmp_path / "log").read_bytes() == b"server_args={'api_key': '***'}\nready\n"
 
 
+def test_a_log_that_cannot_be_written_does_not_stop_the_server(tmp_path):
+    lines = io.BytesIO(b"x" * 100_000 + b"\nready\n")
+    with open("/dev/full", "wb") as full:
+        _copy_redacted(lines, full, [b"secret"])
+    assert lines.read() == b"", "what is not read from a pipe blocks the server that writes to it"
+
+
 def test_the_shim_is_on_the_path_of_cpu_servers_alone(tmp_path):
     cpu = server_environment(settings_of(tmp_path), {"PYTHONPATH": "/mine"})["PYTHONPATH"].split(":")
     gpu = server_environment(settings_of(tmp_path, device="cuda"), {"PYTHONPATH": "/mine"})["PYTHONPATH"].split(":")
