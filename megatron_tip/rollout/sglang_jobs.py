@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from megatron_tip.errors import EngineError, ServerAnswerError, ServerError, ServerRefusedError
 from megatron_tip.records import Prompt, Rollout
-from megatron_tip.rollout.engine import FINISH_REASONS, SamplingParams
+from megatron_tip.rollout.engine import FINISH_REASONS, SamplingParams, derive_seed
 from megatron_tip.rollout.sglang_answers import Generation
 from megatron_tip.rollout.sglang_pool import PooledServer, ServerPool
 
@@ -178,6 +178,7 @@ class BatchRun:
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             stop_token_ids=sampling.stop_token_ids,
+            seed=derive_seed(sampling.seed, *job),
             on_tokens=lambda count: self._clock.note(job, count, len(self._progress.rollouts)),
         )
 
