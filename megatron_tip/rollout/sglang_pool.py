@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 MAX_BACK_OFF_SECONDS = 60.0
 MISSED_PAUSE_SECONDS = 1.0
+ROUTER_PAUSE_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class ServerPool:
 
     Args:
         model_type: what every server must serve, in its config.json's word.
+        router: chooses who generates while all servers hold the weights; it must be over exactly these.
         on_back: called with a server that is about to be taken in again, in the thread that watches it; may give it
             weights, and then returns their version.
     """
@@ -82,6 +84,7 @@ class ServerPool:
         settings: PoolSettings,
         *,
         model_type: str,
+        router: SGLangClient | None = None,
         on_back: Callable[[PooledServer], str | None] | None = None,
     ) -> None:
         self.servers = list(servers)
@@ -89,6 +92,8 @@ class ServerPool:
         self.num_lost = 0
         self.num_restarts = 0
         self.on_back = on_back
+        self.router = router
+        self._router_back_at = 0.0
         self._model_type = model_type
         self._changed = threading.Condition()
         self._closing = threading.Event()
@@ -120,6 +125,8 @@ class ServerPool:
         self._closing.set()
         for server in self.servers:
             server.look_now.set()
+        if self.router:
+            self.router.close()
         for server in self.servers:
             if server.client:
                 server.client.close()
@@ -173,6 +180,20 @@ class ServerPool:
             with self._changed:
                 server.in_flight -= 1
                 self._changed.notify_all()
+
+    def client_for(self, server: PooledServer, weights: str) -> SGLangClient:
+        """Whom to ask for a response of `weights` under a lease of `server`: the router, where that cannot send it to a
+        server without them; else `server`.
+        """
+        with self._changed:
+            all_ready = all(one.is_up and one.weights == weights for one in self.servers)
+        if self.router and all_ready and time.monotonic() >= self._router_back_at:
+            return self.router
+        return server.http
+
+    def pass_over_router(self) -> None:
+        """After a failure by way of the router, asks the servers themselves for a while: they know whose it was."""
+        self._router_back_at = time.monotonic() + ROUTER_PAUSE_SECONDS
 
     def set_weights(self, server: PooledServer, weights: str | None) -> None:
         """Notes what `server` holds."""

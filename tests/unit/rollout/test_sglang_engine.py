@@ -67,7 +67,9 @@ class Cluster:
             return SGLangClient(url, vocab_size=VOCAB_SIZE, timeouts=FAST)
 
         servers = [PooledServer(connect, url=fake.url) for fake in self.fakes]
-        self.pool = ServerPool(servers, PoolSettings(**values | settings), model_type="llama")
+        self.router = stack.enter_context(FakeSGLang()) if settings.pop("with_router", False) else None
+        router = connect(self.router.url) if self.router else None
+        self.pool = ServerPool(servers, PoolSettings(**values | settings), model_type="llama", router=router)
         self.engine = SGLangEngine(
             self.pool,
             self.transport,
@@ -160,6 +162,37 @@ def test_syncs_that_reach_nobody_end_the_run(stack, tmp_path):
         cluster.sync(version)
     with pytest.raises(ServersLostError, match="reached no server"):
         cluster.sync(3)
+
+
+def num_generated(*fakes):
+    return sum(bool(body.get("stream")) for fake in fakes for body in fake.generations())
+
+
+def test_a_router_chooses_while_all_servers_hold_the_weights_and_gets_none_itself(stack, tmp_path):
+    cluster = Cluster(stack, tmp_path, with_router=True)
+    cluster.sync()
+    cluster.router.version = "run/0"  # of the server that it would ask
+    assert_complete(cluster.engine.generate(PROMPTS, SAMPLING))
+    assert (num_generated(cluster.router), num_generated(*cluster.fakes)) == (12, 0)
+    assert {path for path, *_ in cluster.router.seen} == {"/generate"}
+    cluster.transport.refuse = {cluster.fakes[0].url}  # a router would not know that it missed a sync
+    cluster.sync(version=1)
+    assert_complete(cluster.engine.generate(PROMPTS, SAMPLING), weight_version=1)
+    assert (num_generated(cluster.router), num_generated(cluster.fakes[1])) == (12, 12)
+
+
+@pytest.mark.parametrize("fault", ["dead", "another trainer"])
+def test_what_fails_by_way_of_the_router_is_asked_of_the_servers_themselves(stack, tmp_path, fault):
+    cluster = Cluster(stack, tmp_path, with_router=True)
+    cluster.sync()
+    if fault == "dead":
+        cluster.router.stop()
+    else:
+        cluster.router.version = cluster.fakes[0].version = "another-run/0"
+    assert_complete(cluster.engine.generate(PROMPTS, SAMPLING))
+    assert cluster.pool.num_lost == 0
+    holding = [server.url for server in cluster.pool.up("run/0")]
+    assert holding == [fake.url for fake in cluster.fakes[0 if fault == "dead" else 1 :]]
 
 
 def test_what_a_dying_server_leaves_is_generated_elsewhere_exactly_once(stack, tmp_path):

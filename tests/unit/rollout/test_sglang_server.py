@@ -107,6 +107,18 @@ def test_a_url_without_scheme_is_refused(tmp_path):
         check_sglang(config_of(tmp_path, rollout={"server_urls": ("localhost:30000",)}))
 
 
+@pytest.mark.parametrize(
+    "urls, router, message",
+    [
+        ((), "http://router:1", "rollout.server_urls as well"),
+        (("http://a:1",), "router:1", "sglang.router_url: expected"),
+    ],
+)
+def test_a_router_without_servers_or_scheme_is_refused(tmp_path, urls, router, message):
+    with pytest.raises(ConfigError, match=message):
+        check_sglang(config_of(tmp_path, rollout={"server_urls": urls}, sglang={"router_url": router}))
+
+
 def test_too_few_gpus_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="expected 4"):
         check_sglang(config_of(tmp_path, rollout={"servers": 2}, sglang={"tensor_parallel_size": 2, "gpus": (0, 1)}))
