@@ -314,6 +314,24 @@ def test_http_500_now_and_then_costs_nothing_but_time(stack, tmp_path):
     assert_complete(cluster.engine.generate(PROMPTS, SAMPLING))
 
 
+def test_a_server_that_falls_silent_loses_its_request_to_another(stack, tmp_path):
+    cluster = Cluster(stack, tmp_path)
+    cluster.sync()
+    silent = cluster.fakes[0]
+
+    def fall_silent(number, request, chunks):
+        time.sleep(1.5)  # longer than what FAST allows
+        return chunks
+
+    silent.misbehave = fall_silent
+    cluster.fakes[1].seconds_per_request = 0.3
+    assert_complete(cluster.engine.generate(PROMPTS, SAMPLING))
+    metrics = cluster.engine.take_metrics(SAMPLING.batch_name)
+    assert metrics["rollout/num_repeated"] >= 1
+    assert metrics["rollout/num_set_aside"] == 0
+    assert cluster.pool.num_lost == 0, "its heartbeat goes on"
+
+
 def test_a_response_that_the_server_aborted_is_generated_anew(stack, tmp_path):
     cluster = Cluster(stack, tmp_path, num_servers=1)
     cluster.sync()
@@ -417,11 +435,13 @@ def test_a_signal_in_a_batch_without_servers_comes_through_at_once(stack, tmp_pa
 def test_a_server_that_refuses_for_a_moment_is_not_taken_for_dead(stack, tmp_path):
     cluster = Cluster(stack, tmp_path, num_servers=1, heartbeat=0.3, missed_heartbeats=3)
     cluster.sync()
-    cluster.fakes[0].statuses["/server_info"] = [503, 503]
-    wait_until(lambda: not cluster.fakes[0].statuses["/server_info"])
-    cluster.fakes[0].statuses["/server_info"] = []
-    looks = [path for path, *_ in cluster.fakes[0].seen].count("/server_info")
-    wait_until(lambda: [path for path, *_ in cluster.fakes[0].seen].count("/server_info") > looks)
+    fake = cluster.fakes[0]
+    fake.statuses["/server_info"] = [503] * 10_000
+    wait_until(lambda: len(fake.statuses["/server_info"]) < 10_000)
+    time.sleep(0.2)
+    fake.statuses["/server_info"] = []
+    looks = [path for path, *_ in fake.seen].count("/server_info")
+    wait_until(lambda: [path for path, *_ in fake.seen].count("/server_info") > looks)
     assert cluster.pool.num_lost == 0
 
 
