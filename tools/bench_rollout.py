@@ -1,10 +1,12 @@
 """Generation and weight sync: SGLang on the CPU against the embedded engine, in one run.
 
-    python tools/bench_rollout.py [--requests 16] [--tokens 64] [--repeats 3] [--threads 2] [--json]
+    python tools/bench_rollout.py [--requests 16] [--tokens 64] [--repeats 3] [--threads 2]
+        [--dtype float32] [--json]
 
 The model is the quickstart's student (SmolLM2-135M-Instruct without layers 20 to 25, float32), the prompts are its
 arithmetic questions. Both engines answer the same prompts, `--requests` of them at once, with `--tokens` tokens each
-(no stop ids), one engine after the other, by turns; tokens a second are the median over `--repeats` turns.
+(no stop ids), one engine after the other, by turns; tokens a second are the median over `--repeats` turns. Each turn
+is printed to standard error as it ends. `--dtype` is of both engines' weights; the student's are float32.
 
 Seconds to healthy: from the start of the server's process until it generates. Sync: seconds and bytes of bringing all
 weights to the engine, in place (embedded), by broadcast over gloo, and through a folder; the median over `--repeats`.
@@ -18,8 +20,8 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -48,6 +50,15 @@ from megatron_tip.rollout.weight_folder import FolderTransport
 
 TEACHER = Path(".cache/quickstart/SmolLM2-135M-Instruct")
 DROPPED_LAYERS = range(20, 26)
+NOT_COUNTED = " (not counted)"
+BUCKET_BYTES = 134_217_728
+
+
+class Dtype(StrEnum):
+    """Types of weights that both engines know."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
 
 
 @dataclass
@@ -67,6 +78,7 @@ def main(
     tokens: Annotated[int, typer.Option(min=1, help="New tokens a request.")] = 64,
     repeats: Annotated[int, typer.Option(min=1)] = 3,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of either engine.")] = 2,
+    dtype: Annotated[Dtype, typer.Option(help="Of the engines' weights.")] = Dtype.FLOAT32,
     model: Annotated[Path, typer.Option(help="The unpruned model's directory.")] = TEACHER,
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
@@ -77,7 +89,7 @@ def main(
     prompts = prompts_of(model, requests)
     sampling = SamplingParams(tokens, 1.0, 1.0, 1, (), seed=1, batch_name="bench")
     with tempfile.TemporaryDirectory() as folder:
-        measured = measure(student, weights, prompts, sampling, repeats, threads, Path(folder))
+        measured = measure(student, weights, prompts, sampling, repeats, threads, dtype, Path(folder))
     if as_json:
         print(json.dumps(asdict(measured)))
     else:
@@ -99,59 +111,50 @@ def measure(
     sampling: SamplingParams,
     repeats: int,
     threads: int,
+    dtype: Dtype,
     folder: Path,
 ) -> Measured:
     """Starts both engines, syncs each way and generates by turns."""
-    embedded = EmbeddedEngine(AutoConfig.for_model(**student.config), batch_size=len(prompts), num_threads=threads)
-    server = own_server(student, folder, threads, len(prompts) * (256 + sampling.max_response_tokens))
+    config, torch_dtype = AutoConfig.for_model(**student.config), getattr(torch, dtype.value)
+    embedded = EmbeddedEngine(config, dtype=torch_dtype, batch_size=len(prompts), num_threads=threads)
+    server = own_server(student, folder, threads, dtype, len(prompts) * (256 + sampling.max_response_tokens))
     run_id = new_run_id()
-    broadcast = BroadcastTransport(
-        run_id=run_id, bucket_bytes=134_217_728, backend="gloo", device="cpu", timeout_seconds=120.0
+    by_folder = FolderTransport(folder / "weights", student, dtype=torch.float32, bucket_bytes=BUCKET_BYTES)
+    by_broadcast = BroadcastTransport(
+        run_id=run_id, bucket_bytes=BUCKET_BYTES, backend="gloo", device="cpu", timeout_seconds=120.0
     )
-    by_folder = FolderTransport(folder / "weights", student, dtype=torch.float32, bucket_bytes=134_217_728)
     pool = ServerPool([server], PoolSettings(concurrency=len(prompts)), model_type=student.config["model_type"])
     begin = time.monotonic()
-    sglang = SGLangEngine(pool, broadcast, EngineSettings(run_id, 4, folder / "set_aside.jsonl"))
+    sglang = SGLangEngine(pool, by_broadcast, EngineSettings(run_id, 4, folder / "set_aside.jsonl"))
     seconds_to_healthy = time.monotonic() - begin
+    say(f"server healthy after {seconds_to_healthy:.1f} s")
     try:
-        sync_seconds = {"in place": median_of(repeats, lambda: embedded.update_weights(stream(weights), 0))}
-        sglang._transport = by_folder
-        sync_seconds["folder"] = median_of(repeats, lambda: sglang.update_weights(stream(weights), 0))
-        sglang._transport = broadcast
-        sync_seconds["broadcast"] = median_of(repeats, lambda: sglang.update_weights(stream(weights), 0))
-        in_place = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
-        sync_bytes = {"in place": in_place, "folder": by_folder.num_bytes, "broadcast": broadcast.num_bytes}
+        seconds = {"in place": median_sync("in place", repeats, embedded, weights)}
+        sizes = {"in place": sum(tensor.numel() * tensor.element_size() for tensor in weights.values())}
+        for way, transport in (("folder", by_folder), ("broadcast", by_broadcast)):
+            sglang._transport = transport
+            seconds[way], sizes[way] = median_sync(way, repeats, sglang, weights), transport.num_bytes
         speeds = by_turns({"embedded": embedded, "sglang": sglang}, prompts, sampling, repeats)
-        return Measured(
-            seconds_to_healthy=seconds_to_healthy,
-            tokens_per_second=speeds,
-            sync_seconds=sync_seconds,
-            sync_bytes=sync_bytes,
-            trainer_bytes=psutil.Process().memory_info().rss,
-            server_bytes=sum(process.memory_info().rss for process in processes_of(server)),
-        )
+        return Measured(seconds_to_healthy, speeds, seconds, sizes, resident_bytes(), resident_bytes(server))
     finally:
         sglang.close()
         by_folder.close()
 
 
-def own_server(student: HfCheckpoint, folder: Path, threads: int, max_total_tokens: int) -> PooledServer:
+def own_server(student: HfCheckpoint, folder: Path, threads: int, dtype: Dtype, max_total_tokens: int) -> PooledServer:
     with new_folder(folder / "model") as description:
         student.write_description(description, torch.float32)
     settings = ServerSettings(
         model_path=folder / "model",
         log_path=folder / "server.log",
         threads=threads,
+        dtype=dtype.value,
         max_total_tokens=max_total_tokens,
         memory_fraction=0.5,
         dummy_weights=True,
     )
     vocab_size = student.architecture.vocab_size
     return PooledServer(lambda url: SGLangClient(url, vocab_size=vocab_size), process=SGLangServer(settings))
-
-
-def stream(weights: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    yield from weights.items()
 
 
 def by_turns(
@@ -165,23 +168,33 @@ def by_turns(
             rollouts = engine.generate(prompts, sampling)
             count = sum(len(rollout.response_ids) for rollout in rollouts)
             speeds[name].append(count / (time.monotonic() - begin))
+            say(f"{name}: {speeds[name][-1]:.1f} tokens/s{NOT_COUNTED if len(speeds[name]) == 1 else ''}")
     return {name: statistics.median(values[1:]) for name, values in speeds.items()}
 
 
-def median_of(repeats: int, action: Callable[[], None]) -> float:
-    """Median seconds of `action`, behind one that is not counted."""
-    seconds = []
+def median_sync(way: str, repeats: int, engine: RolloutEngine, weights: dict[str, Tensor]) -> float:
+    """Median seconds of a sync, behind one that is not counted."""
+    seconds: list[float] = []
     for _ in range(repeats + 1):
         begin = time.monotonic()
-        action()
+        engine.update_weights(iter(weights.items()), 0)
         seconds.append(time.monotonic() - begin)
+        say(f"sync, {way}: {seconds[-1]:.2f} s{NOT_COUNTED if len(seconds) == 1 else ''}")
     return statistics.median(seconds[1:])
 
 
-def processes_of(server: PooledServer) -> list[psutil.Process]:
+def say(line: str) -> None:
+    """Progress, beside what the tool prints at its end."""
+    Console(stderr=True).print(line, highlight=False)
+
+
+def resident_bytes(server: PooledServer | None = None) -> int:
+    """Of this process, or of all processes of `server` together."""
+    if server is None:
+        return psutil.Process().memory_info().rss
     assert server.process is not None, "the server is ours"
     main_process = psutil.Process(server.process.pid)
-    return [main_process, *main_process.children(recursive=True)]
+    return sum(one.memory_info().rss for one in (main_process, *main_process.children(recursive=True)))
 
 
 def show(measured: Measured, requests: int, tokens: int) -> None:

@@ -3,8 +3,9 @@
     python tools/bench_step.py [--steps 10] [--trl-python /path/to/python] [--json]
 
 The work: a teacher, and the same model without some of its layers as student; reasoning-gym's basic_arithmetic, 8
-prompts x 64 new tokens a step; reverse KL over the full vocabulary on every token; float32; AdamW at a constant rate,
-with the same settings. All rows get the same prompts in the same order. The rows with a retention ratio supervise one
+prompts x 64 new tokens a step; reverse KL over the full vocabulary on every token; float32, except in the rows that
+say bfloat16 (rollouts and teacher alone, or the student's weights and activations too); AdamW at a constant rate, with
+the same settings. All rows get the same prompts in the same order. The rows with a retention ratio supervise one
 token in ten, chosen by teachability.
 
 Each row is a run in processes of its own, one row after the other. Seconds a step are the median over the steps behind
@@ -57,13 +58,16 @@ class Work:
 
 @dataclass(frozen=True)
 class Variant:
-    """A row of ours: the layout of both models, and which tokens are supervised."""
+    """A row of ours: the layout of both models, which tokens are supervised, and the types that are not float32."""
 
     name: str
     tp: int
     dp: int
     rule: str = "full"
     retention_ratio: float = 1.0
+    rollout_dtype: str = "float32"
+    teacher_dtype: str = "float32"
+    model_dtype: str = "float32"
 
 
 ALL_TOKENS = (Variant("tp 1", tp=1, dp=1), Variant("dp 2", tp=1, dp=2), Variant("tp 3", tp=3, dp=1))
@@ -71,6 +75,11 @@ ONE_IN_TEN = [
     replace(variant, name=f"{variant.name}, one token in ten", rule="ta_opd_teachability", retention_ratio=0.1)
     for variant in ALL_TOKENS
 ]
+
+BFLOAT16 = (
+    Variant("tp 1, bfloat16 rollouts and teacher", 1, 1, rollout_dtype="bfloat16", teacher_dtype="bfloat16"),
+    Variant("tp 1, bfloat16", 1, 1, rollout_dtype="bfloat16", teacher_dtype="bfloat16", model_dtype="bfloat16"),
+)
 
 
 @dataclass(frozen=True)
@@ -151,7 +160,7 @@ def measure_rows(work: Work, folder: Path, trl_python: Path, wanted: Sequence[st
     progress = Console(stderr=True)
     before = heldout_reverse_kl(work, work.student)
     rows: list[Measured | str] = []
-    for variant in (*ALL_TOKENS, *ONE_IN_TEN):
+    for variant in (*ALL_TOKENS, *ONE_IN_TEN, *BFLOAT16):
         name = f"megatron_tip, {variant.name}"
         if any(part in name for part in wanted):
             progress.print(name)
@@ -183,11 +192,15 @@ def config_of(work: Work, folder: Path, variant: Variant) -> dict[str, Any]:
     """The run's configuration, as TOML would hold it."""
     return {
         "run": {"folder": str(folder), "seed": work.seed, "threads": work.threads},
-        "model": {"path": str(work.student), "dtype": "float32", "tensor_parallel_size": variant.tp},
-        "teacher": {"path": str(work.teacher), "dtype": "float32", "tensor_parallel_size": variant.tp},
+        "model": {"path": str(work.student), "dtype": variant.model_dtype, "tensor_parallel_size": variant.tp},
+        "teacher": {"path": str(work.teacher), "dtype": variant.teacher_dtype, "tensor_parallel_size": variant.tp},
         "prompts": {"path": str(work.prompts), "shuffle": False},
         "heldout": {"num_prompts": 0},
-        "rollout": {"prompts_per_step": work.prompts_per_step, "max_response_tokens": work.response_tokens},
+        "rollout": {
+            "prompts_per_step": work.prompts_per_step,
+            "max_response_tokens": work.response_tokens,
+            "dtype": variant.rollout_dtype,
+        },
         "selection": {"rule": variant.rule, "retention_ratio": variant.retention_ratio},
         "loss": {"divergence": "reverse_kl"},
         "optimizer": {**OPTIMIZER, "min_lr": OPTIMIZER["lr"]},

@@ -63,6 +63,8 @@ class TeacherConfig(Section):
     """With kind = "sglang": scoring requests in flight from each replica."""
     timeout_seconds: float = Field(default=120.0, gt=0)
     """With kind = "sglang": how long a server may take for an answer; then another is asked."""
+    wait_seconds: float = Field(default=300.0, ge=0)
+    """With kind = "sglang": how long to go on while no server answers, before the run is saved and ends."""
     keys_file: Path | None = None
     """With kind = "sglang": passwords of the servers, as of sglang.keys_file; "admin" is not needed."""
 

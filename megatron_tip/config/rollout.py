@@ -88,6 +88,9 @@ class SGLangConfig(Section):
     """Tokens in the cache of each of our own servers; 0: SGLang's choice on a GPU, what the batch needs on a CPU."""
     arguments: tuple[str, ...] = ()
     """Further arguments of SGLang's command line for our own servers."""
+    router_url: str = ""
+    """A running sglang-router over all of rollout.server_urls, which then chooses who generates; weights go to the
+    servers themselves all the same. Empty: the server with the fewest requests under way."""
     concurrency: int = Field(default=64, ge=1)
     """Requests at one server at once."""
     heartbeat_seconds: float = Field(default=5.0, gt=0)

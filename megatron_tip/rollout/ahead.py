@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from concurrent.futures import wait as wait_for
 
-from megatron_tip.errors import EngineError
 from megatron_tip.records import Prompt, Rollout
 from megatron_tip.rollout.engine import RolloutEngine, SamplingParams
 
@@ -32,8 +31,7 @@ class AheadGenerator:
     def wait(self) -> None:
         """Returns when nothing is being generated; what went wrong is raised by `take`."""
         if self._future is not None:
-            with suppress(EngineError):
-                self._future.result()
+            wait_for([self._future])
 
     def take(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
         """The batch of this name, begun earlier or now; raises what `engine.generate` raised."""

@@ -238,7 +238,7 @@ class ServedMultiTurnEngine(MultiTurnEngine):
         self._served.distrust(url)
 
     def take_metrics(self, batch_name: str) -> dict[str, float]:
-        """As the engine's own; of a batch's calls those of the last."""
+        """As the engine's own, summed over a batch's calls."""
         return self._served.take_metrics(batch_name)
 
     def close(self) -> None:

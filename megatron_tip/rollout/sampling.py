@@ -65,9 +65,14 @@ def sample_by_inverse_cdf(logprobs: Tensor, uniforms: Tensor) -> Tensor:
     A token of probability 0 is never drawn. A row with NaN gives some token of the vocabulary. `logprobs`: `[b, V]`;
     `uniforms`: `[b]` float64 in [0, 1).
     """
-    cumulative = logprobs.exp().cumsum(dim=-1, dtype=torch.float64)
+    return sample_from_probabilities(logprobs.exp(), uniforms)
+
+
+def sample_from_probabilities(probabilities: Tensor, uniforms: Tensor) -> Tensor:
+    """As `sample_by_inverse_cdf`, of `[b, V]` probabilities that need not add up to 1."""
+    cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
     threshold = uniforms[:, None] * cumulative[:, -1:]  # the sum is 1 only up to rounding
-    return torch.searchsorted(cumulative, threshold, right=True).clamp_(max=logprobs.shape[-1] - 1)
+    return torch.searchsorted(cumulative, threshold, right=True).clamp_(max=probabilities.shape[-1] - 1)
 
 
 def keep_nucleus(logprobs: Tensor, top_p: float) -> Tensor:

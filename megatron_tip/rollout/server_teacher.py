@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,6 +18,10 @@ from megatron_tip.records import Rollout, TeacherTopK
 from megatron_tip.rollout.sglang_answers import LogprobTriple, MetaInfo, checked_logprobs
 from megatron_tip.rollout.sglang_client import SGLangClient
 
+logger = logging.getLogger(__name__)
+
+MAX_PAUSE_SECONDS = 30.0
+
 # Asked for besides the top-K where a server has more ids than are shared: those of its padding are left out.
 _SPARE_IDS = 8
 
@@ -28,13 +34,14 @@ class ScoringSettings:
 
     `vocab_size`: ids that student and teacher share. `support_size`: K. `window_tokens`: response tokens that share a
     request about the student's top-K; a server takes one list of ids a request, so that its answer grows with the
-    square. `max_concurrent`: requests in flight.
+    square. `max_concurrent`: requests in flight. `wait_seconds`: how long to go on while no server answers.
     """
 
     vocab_size: int
     support_size: int
     window_tokens: int = 16
     max_concurrent: int = 32
+    wait_seconds: float = 0.0
 
 
 class ServerTeacher:
@@ -181,17 +188,28 @@ class ServerTeacher:
         return self._ask(teacher, body | {"token_ids_logprob": wanted}, place, read)
 
     def _ask(self, teacher: str, body: Mapping[str, Any], place: int, read: Callable[[MetaInfo, str], T]) -> T:
-        """What `read` makes of the answer of the first server that gives one that can be used."""
-        clients = self._routes[teacher]
-        failure: ServerError | None = None
-        for attempt in range(len(clients)):
-            client = clients[(place + attempt) % len(clients)]
-            try:
-                return read(client.generate_answers(body)[0].meta_info, f"{client.url}/generate")
-            except ServerError as error:
-                failure = error
-        name = f"teacher {teacher!r}" if teacher else "teacher"
-        raise EngineError(f"{name}: none of its {len(clients)} servers scored a rollout; the last said: {failure}")
+        """What `read` makes of the answer of the first server that gives one that can be used.
+
+        While none answers at all it asks them again and again; an answer that cannot be used ends that.
+        """
+        clients, name = self._routes[teacher], f"teacher {teacher!r}" if teacher else "teacher"
+        deadline, pause = time.monotonic() + self._settings.wait_seconds, 1.0
+        while True:
+            failures: list[ServerError] = []
+            for attempt in range(len(clients)):
+                client = clients[(place + attempt) % len(clients)]
+                try:
+                    return read(client.generate_answers(body)[0].meta_info, f"{client.url}/generate")
+                except ServerError as error:
+                    failures.append(error)
+            is_final = any(isinstance(failure, ServerRefusedError | ServerAnswerError) for failure in failures)
+            if is_final or time.monotonic() + pause > deadline:
+                raise EngineError(
+                    f"{name}: none of its {len(clients)} servers scored a rollout; the last said: {failures[-1]}"
+                )
+            logger.warning("%s: no server answers (%s); asked again in %.0f s", name, failures[-1], pause)
+            time.sleep(pause)
+            pause = min(2 * pause, MAX_PAUSE_SECONDS)
 
 
 def generated_positions(rollout: Rollout) -> list[int]:

@@ -97,6 +97,7 @@ def build_server_teacher(config: Config, *, vocab_size: int) -> ServerTeacher:
         support_size=min(config.selection.support_size, vocab_size),
         window_tokens=teacher.window_tokens,
         max_concurrent=teacher.max_concurrent,
+        wait_seconds=teacher.wait_seconds,
     )
     scorer = ServerTeacher(routes, settings)
     scorer.check(asks_student_support=teacher.student_support == "ask")

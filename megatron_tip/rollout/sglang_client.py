@@ -180,10 +180,14 @@ class SGLangClient:
         temperature: float = 1.0,
         top_p: float = 1.0,
         stop_token_ids: Sequence[int] = (),
+        seed: int | None = None,
         request_id: str | None = None,
         on_tokens: Callable[[int], None] | None = None,
     ) -> Generation:
         """One sampled response to `input_ids`, streamed; `on_tokens` gets the number of ids so far.
+
+        `seed` decides all that is drawn where the server takes one: ours on a CPU do, others in SGLang's deterministic
+        mode.
 
         It is not repeated when it breaks off: whoever calls may choose another server. An aborted response comes back
         with what it had, as finish_reason "abort".
@@ -193,23 +197,25 @@ class SGLangClient:
             ServerError: no connection, HTTP 5xx, silence, half an answer.
         """
         self._check_ids(input_ids)
-        body: dict[str, Any] = {
-            "input_ids": list(input_ids),
-            "sampling_params": {
-                "max_new_tokens": max_new_tokens,
-                "temperature": temperature,
-                "top_p": top_p,
-                "top_k": -1,
-                "min_p": 0.0,
-                "repetition_penalty": 1.0,
-                "stop_token_ids": list(stop_token_ids),
-                "stream_interval": STREAM_INTERVAL,
-            },
-            "return_logprob": True,
-            "stream": True,
+        sampling_params = {
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": -1,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "stop_token_ids": list(stop_token_ids),
+            "stream_interval": STREAM_INTERVAL,
+            "sampling_seed": seed,
         }
-        if request_id is not None:
-            body["rid"] = request_id
+        body = {"input_ids": list(input_ids), "sampling_params": sampling_params, "return_logprob": True}
+        body |= {"stream": True} if request_id is None else {"stream": True, "rid": request_id}
+        return self._read_generation(body, max_new_tokens, on_tokens)
+
+    def _read_generation(
+        self, body: Mapping[str, Any], max_new_tokens: int, on_tokens: Callable[[int], None] | None
+    ) -> Generation:
+        """Sends a streaming request and puts the chunks together."""
         where = f"{self.url}/generate"
         ids: list[int] = []
         triples: list[LogprobTriple] = []

@@ -6,6 +6,7 @@ import json
 import logging
 import secrets
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,10 @@ from megatron_tip.rollout.weight_transport import WeightTransport
 logger = logging.getLogger(__name__)
 
 MAX_SYNCS = 4
-"""Syncs in a row that reach no server before the run gives up."""
+"""Syncs in a row that reach no server, or after which no response is finished, before the run gives up."""
+
+MAX_EMPTY_BATCHES = 3
+"""Batches in a row of which nothing is left before the run gives up."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,7 @@ class SGLangEngine:
         self._weight_version = -1
         self._progress: Progress | None = None
         self._failed_syncs = 0
+        self._empty_batches = 0
         self._batch_metrics: dict[str, dict[str, float]] = {}
         self._sync_metrics: dict[str, float] = {}
         pool.on_back = self._weights_of_returned
@@ -76,33 +81,19 @@ class SGLangEngine:
 
         Raises:
             WeightsLostError: no server holds the weights; after `update_weights` the same call goes on where it was.
-            ServersLostError: no server is left within the limit.
+            ServersLostError: no server is left within the limit, or they keep losing the weights.
+            EngineError: several batches in a row were set aside or dropped whole.
         """
         progress = self._progress_of(sampling.batch_name)
         begin = time.monotonic()
-        if self._version is None:
-            raise WeightsLostError("sglang: the servers have no complete weights")
-        run = BatchRun(
-            self._pool,
-            prompts,
-            sampling,
-            progress,
-            version=self._version,
-            weight_version=self._weight_version,
-            attempts=self._settings.attempts,
-            drop_wrong_version=self._settings.drop_wrong_version,
-        )
-        run.run()
+        self._finish(prompts, sampling, progress)
         self._progress = None
         self._failed_syncs = 0
         self._write_set_aside(sampling.batch_name, list(progress.set_aside.values()))
-        self._batch_metrics[sampling.batch_name] = {
-            "rollout/num_set_aside": float(len(progress.set_aside)),
-            "rollout/num_dropped": float(len(progress.dropped)),
-            "rollout/num_repeated": float(progress.num_repeated),
-            "rollout/num_wrong_version": float(progress.num_wrong_version),
-            "rollout/generate_seconds": time.monotonic() - begin,
+        self._batch_metrics[sampling.batch_name] = progress.metrics() | {
+            "rollout/generate_seconds": time.monotonic() - begin
         }
+        self._note_emptiness(sampling.batch_name, progress)
         return [progress.rollouts[job] for job in sorted(progress.rollouts)]
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], weight_version: int) -> None:
@@ -165,12 +156,18 @@ class SGLangEngine:
                 self._pool.set_weights(server, None)
 
     def take_metrics(self, batch_name: str) -> dict[str, float]:
-        """What became of that batch, of the last sync, and of the servers so far."""
-        batch = self._batch_metrics.pop(batch_name, {})
-        # Held-out batches and those of earlier steps, which sort before it, nobody will ask for.
-        self._batch_metrics = {name: values for name, values in self._batch_metrics.items() if name > batch_name}
+        """What became of that batch, its further calls (named "<batch>_...") included, of the last sync, and of the
+        servers so far.
+        """
+        own, later = Counter[str](), {}
+        for name, values in self._batch_metrics.items():
+            if name == batch_name or name.startswith(f"{batch_name}_"):
+                own.update(values)
+            elif name > batch_name:  # held-out batches and those of earlier steps nobody will ask for
+                later[name] = values
+        self._batch_metrics = later
         return {
-            **batch,
+            **own,
             **self._sync_metrics,
             "servers/num_up": float(len(self._pool.up())),
             "servers/num_lost": float(self._pool.num_lost),
@@ -182,6 +179,30 @@ class SGLangEngine:
         self._transport.close()
         self._pool.close()
 
+    def _finish(self, prompts: Sequence[Prompt], sampling: SamplingParams, progress: Progress) -> None:
+        """Runs the jobs of a batch that are not over yet. Raises as `generate`."""
+        if self._version is None:
+            raise WeightsLostError("sglang: the servers have no complete weights")
+        run = BatchRun(
+            self._pool,
+            prompts,
+            sampling,
+            progress,
+            version=self._version,
+            weight_version=self._weight_version,
+            attempts=self._settings.attempts,
+            drop_wrong_version=self._settings.drop_wrong_version,
+        )
+        try:
+            run.run()
+        except WeightsLostError as error:
+            if progress.note_stall() < MAX_SYNCS:
+                raise
+            raise ServersLostError(
+                f"sglang: the servers lost the weights {MAX_SYNCS} times before one response was finished ({error}); "
+                "does another trainer use them?"
+            ) from error
+
     def _progress_of(self, batch_name: str) -> Progress:
         if self._progress is None or self._progress.batch_name != batch_name:
             self._progress = Progress(batch_name)
@@ -192,6 +213,17 @@ class SGLangEngine:
         if self._version is not None and server.http.model_info().weight_version == self._version:
             return self._version
         return self._transport.refresh(server)
+
+    def _note_emptiness(self, batch_name: str, progress: Progress) -> None:
+        """Raises EngineError when nothing was left of several batches in a row: that is no prompt's fault."""
+        self._empty_batches = 0 if progress.rollouts or not progress.num_over else self._empty_batches + 1
+        if self._empty_batches < MAX_EMPTY_BATCHES:
+            return
+        last = next((entry.error for entry in progress.set_aside.values()), "generated with other weights")
+        raise EngineError(
+            f"sglang: nothing was left of {MAX_EMPTY_BATCHES} batches in a row, the last of them {batch_name} of "
+            f"{progress.num_over} responses; see {self._settings.set_aside_path}. The last error: {last}"
+        )
 
     def _write_set_aside(self, batch_name: str, entries: Sequence[SetAside]) -> None:
         if not entries:

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 
 from megatron_tip.errors import EngineError, ServerAnswerError, ServerError, ServerRefusedError
 from megatron_tip.records import Prompt, Rollout
-from megatron_tip.rollout.engine import FINISH_REASONS, SamplingParams
+from megatron_tip.rollout.engine import FINISH_REASONS, SamplingParams, derive_seed
 from megatron_tip.rollout.sglang_answers import Generation
+from megatron_tip.rollout.sglang_client import SGLangClient
 from megatron_tip.rollout.sglang_pool import PooledServer, ServerPool
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,27 @@ class Progress:
     num_failures: dict[Job, int] = field(default_factory=dict)
     num_repeated: int = 0
     num_wrong_version: int = 0
+    num_stalls: int = 0
+    _num_over_at_stall: int = -1
+
+    def note_stall(self) -> int:
+        """Notes that the weights were lost; returns how often in a row that was before any further job was over."""
+        self.num_stalls = self.num_stalls + 1 if self.num_over == self._num_over_at_stall else 1
+        self._num_over_at_stall = self.num_over
+        return self.num_stalls
+
+    def metrics(self) -> dict[str, float]:
+        """Counts, by the names of a step's metrics."""
+        return {
+            "rollout/num_set_aside": float(len(self.set_aside)),
+            "rollout/num_dropped": float(len(self.dropped)),
+            "rollout/num_repeated": float(self.num_repeated),
+            "rollout/num_wrong_version": float(self.num_wrong_version),
+        }
+
+    @property
+    def num_over(self) -> int:
+        return len(self.rollouts) + len(self.set_aside) + len(self.dropped)
 
     def is_over(self, job: Job) -> bool:
         return job in self.rollouts or job in self.set_aside or job in self.dropped
@@ -138,51 +160,55 @@ class BatchRun:
     def _finish(self, job: Job) -> None:
         """Repeats one job until it is over."""
         while not self._stopped.is_set() and not self._progress.is_over(job):
-            with self._pool.lease(self._version) as server:
+            with self._pool.lease(self._version, self._stopped) as server:
+                client = self._pool.client_for(server, self._version)
                 try:
-                    generation = self._generate(server, job)
-                    self._accept(server, job, generation)
-                except (ServerError, EngineError) as error:
+                    generation = self._generate(client, job)
+                    self._check(generation, client.url)
+                except EngineError as error:
                     if self._stopped.is_set():
                         return
                     if not isinstance(error, ServerRefusedError | ServerAnswerError):
-                        self._pool.suspect(server)
+                        self._doubt(server, client)
                     self._failed(job, error)
+                    continue
+                if generation.weight_version == self._version:
+                    self._accept(job, generation)
+                else:
+                    self._wrong_version(server, client, job, generation.weight_version)
 
-    def _generate(self, server: PooledServer, job: Job) -> Generation:
+    def _doubt(self, server: PooledServer, client: SGLangClient) -> None:
+        if client is self._pool.router:
+            self._pool.pass_over_router()
+        else:
+            self._pool.suspect(server)
+
+    def _generate(self, client: SGLangClient, job: Job) -> Generation:
         sampling = self._sampling
-        return server.http.generate(
+        return client.generate(
             self._prompts[job[0]].prompt_ids,
             max_new_tokens=sampling.max_response_tokens,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             stop_token_ids=sampling.stop_token_ids,
+            seed=derive_seed(sampling.seed, *job),
             on_tokens=lambda count: self._clock.note(job, count, len(self._progress.rollouts)),
         )
 
-    def _accept(self, server: PooledServer, job: Job, generation: Generation) -> None:
-        """Takes a response in.
-
-        Raises:
-            ServerError: it was cut off by the server, or ended where none of the run's stop ids is.
-        """
-        prompt, sampling = self._prompts[job[0]], self._sampling
+    def _check(self, generation: Generation, url: str) -> None:
+        """Raises ServerError for a response that was cut off by the server, or ended where no stop id of the run is."""
         if generation.finish_reason not in FINISH_REASONS:
-            raise ServerError(
-                f"{server.url}: the response was aborted: {generation.abort_message or 'no reason given'}"
-            )
-        if (
-            generation.finish_reason == "stop"
-            and generation.response_ids[-1:] != ()
-            and (generation.response_ids[-1] not in sampling.stop_token_ids)
-        ):
+            raise ServerError(f"{url}: the response was aborted: {generation.abort_message or 'no reason given'}")
+        last, stops = generation.response_ids[-1:], self._sampling.stop_token_ids
+        if generation.finish_reason == "stop" and last and last[0] not in stops:
             raise ServerAnswerError(
-                f"{server.url}: expected a response to end with one of {sampling.stop_token_ids}, got "
-                f"{generation.response_ids[-1]}; the server's eos_token_id is not the run's"
+                f"{url}: expected a response to end with one of {stops}, got {last[0]}; the server's eos_token_id is "
+                "not the run's"
             )
-        if generation.weight_version != self._version:
-            self._wrong_version(server, job, generation)
-            return
+
+    def _accept(self, job: Job, generation: Generation) -> None:
+        """Takes a response in."""
+        prompt = self._prompts[job[0]]
         rollout = Rollout(
             prompt_index=prompt.index,
             sample_index=job[1],
@@ -195,14 +221,17 @@ class BatchRun:
         with self._lock:
             self._progress.rollouts[job] = rollout
 
-    def _wrong_version(self, server: PooledServer, job: Job, generation: Generation) -> None:
+    def _wrong_version(self, server: PooledServer, client: SGLangClient, job: Job, version: str) -> None:
         logger.warning(
             "%s generated with the weights %s instead of %s: does another trainer use it?",
-            server.url,
-            generation.weight_version,
+            client.url,
+            version,
             self._version,
         )
-        self._pool.set_weights(server, None)
+        if client is self._pool.router:
+            self._pool.pass_over_router()
+        else:
+            self._pool.set_weights(server, None)
         with self._lock:
             self._progress.num_wrong_version += 1
             if self._drop_wrong_version:

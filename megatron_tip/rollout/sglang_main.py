@@ -22,6 +22,21 @@ def serve() -> None:
     run_server(prepare_server_args(arguments))
 
 
+def register_cpu_hooks() -> None:
+    """SGLang's plugin of a server on a CPU, called in each of its processes; `sglang_cpu/sitecustomize.py` names it."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType  # pyright: ignore[reportMissingImports]
+
+    from megatron_tip.rollout import sglang_cpu_hooks as hooks
+
+    attention = "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend._run_sdpa_forward_decode"
+    HookRegistry.register(attention, hooks.decode_attention, HookType.AROUND)
+    batch_info = "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo.from_schedule_batch"
+    HookRegistry.register(batch_info, hooks.with_seeds, HookType.AFTER)
+    sampler = "sglang.srt.layers.sampler"
+    HookRegistry.register(f"{sampler}.sampling_from_probs_torch", hooks.sample_probabilities, HookType.REPLACE)
+    HookRegistry.register(f"{sampler}.multinomial_with_seed", hooks.sample_logprobs, HookType.REPLACE)
+
+
 def _first_line() -> bytes:
     """Read past Python's own buffer, whose lock a thread that waits for more would hold while Python ends."""
     line = b""

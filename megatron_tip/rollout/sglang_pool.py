@@ -16,6 +16,8 @@ from megatron_tip.rollout.sglang_server import SGLangServer
 logger = logging.getLogger(__name__)
 
 MAX_BACK_OFF_SECONDS = 60.0
+MISSED_PAUSE_SECONDS = 1.0
+ROUTER_PAUSE_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class ServerPool:
 
     Args:
         model_type: what every server must serve, in its config.json's word.
+        router: chooses who generates while all servers hold the weights; it must be over exactly these.
         on_back: called with a server that is about to be taken in again, in the thread that watches it; may give it
             weights, and then returns their version.
     """
@@ -81,6 +84,7 @@ class ServerPool:
         settings: PoolSettings,
         *,
         model_type: str,
+        router: SGLangClient | None = None,
         on_back: Callable[[PooledServer], str | None] | None = None,
     ) -> None:
         self.servers = list(servers)
@@ -88,6 +92,8 @@ class ServerPool:
         self.num_lost = 0
         self.num_restarts = 0
         self.on_back = on_back
+        self.router = router
+        self._router_back_at = 0.0
         self._model_type = model_type
         self._changed = threading.Condition()
         self._closing = threading.Event()
@@ -119,6 +125,8 @@ class ServerPool:
         self._closing.set()
         for server in self.servers:
             server.look_now.set()
+        if self.router:
+            self.router.close()
         for server in self.servers:
             if server.client:
                 server.client.close()
@@ -147,12 +155,12 @@ class ServerPool:
             return [server for server in self.servers if server.is_up]
 
     @contextmanager
-    def lease(self, weights: str) -> Iterator[PooledServer]:
+    def lease(self, weights: str, stopped: threading.Event | None = None) -> Iterator[PooledServer]:
         """A server with `weights` and room for one more request, the least loaded; waits for one.
 
         Raises:
             WeightsLostError: servers are up, and none of them holds `weights`.
-            ServersLostError: no server is up within the limit.
+            ServersLostError: no server is up within the limit, or `stopped` is set while it waits.
         """
         deadline = time.monotonic() + self.settings.wait
         with self._changed:
@@ -162,7 +170,7 @@ class ServerPool:
                     raise WeightsLostError(f"no server holds the weights {weights}; {len(up)} are up and wait for them")
                 if up:
                     deadline = time.monotonic() + self.settings.wait
-                if time.monotonic() >= deadline or self._closing.is_set():
+                if time.monotonic() >= deadline or self._closing.is_set() or (stopped and stopped.is_set()):
                     raise self._lost()
                 self._changed.wait(min(1.0, max(0.01, deadline - time.monotonic())))
             server.in_flight += 1
@@ -172,6 +180,20 @@ class ServerPool:
             with self._changed:
                 server.in_flight -= 1
                 self._changed.notify_all()
+
+    def client_for(self, server: PooledServer, weights: str) -> SGLangClient:
+        """Whom to ask for a response of `weights` under a lease of `server`: the router, where that cannot send it to a
+        server without them; else `server`.
+        """
+        with self._changed:
+            all_ready = all(one.is_up and one.weights == weights for one in self.servers)
+        if self.router and all_ready and time.monotonic() >= self._router_back_at:
+            return self.router
+        return server.http
+
+    def pass_over_router(self) -> None:
+        """After a failure by way of the router, asks the servers themselves for a while: they know whose it was."""
+        self._router_back_at = time.monotonic() + ROUTER_PAUSE_SECONDS
 
     def set_weights(self, server: PooledServer, weights: str | None) -> None:
         """Notes what `server` holds."""
@@ -245,8 +267,9 @@ class ServerPool:
                 gone = server.process is not None and not server.process.is_running
                 if gone or missed >= self.settings.missed_heartbeats:
                     self._take_down(server, "its process ended" if gone else f"{missed} heartbeats missed")
-                else:
-                    server.look_now.set()  # not in its own time: look again at once
+                else:  # look again before its time, but not at once: a server may refuse for a moment
+                    self._closing.wait(min(MISSED_PAUSE_SECONDS, self.settings.heartbeat))
+                    server.look_now.set()
 
     def _is_alive(self, server: PooledServer) -> bool:
         if server.process and not server.process.is_running:
@@ -274,7 +297,7 @@ class ServerPool:
             self._changed.notify_all()
         logger.warning("server %s is lost: %s; its unfinished prompts go to others", server.url, reason)
         old, server.client = server.http, server.connect(server.url)
-        old.close()  # requests that still wait for it end now
+        old.close()  # no further request takes one of its connections
         server.look_now.set()
 
     def _revive(self, server: PooledServer) -> bool:

@@ -242,10 +242,14 @@ def _reachable(host: str) -> str:
 
 
 def _copy_redacted(source: IO[bytes], log: IO[bytes], secret: Sequence[bytes]) -> None:
-    """Copies lines without the passwords: SGLang logs its arguments, passwords among them."""
-    with log:
+    """Copies lines without the passwords: SGLang logs its arguments, passwords among them.
+
+    What cannot be written is left out: a pipe that nobody reads from would stop the server.
+    """
+    with suppress(OSError), log:
         for line in source:
             for key in secret:
                 line = line.replace(key, b"***")
-            log.write(line)
-            log.flush()
+            with suppress(OSError):
+                log.write(line)
+                log.flush()

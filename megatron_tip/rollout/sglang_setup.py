@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -34,11 +36,17 @@ def check_sglang(config: Config) -> None:
             f'rollout.top_p: expected 1 with rollout.engine = "sglang", got {rollout.top_p}; SGLang reports logprobs '
             "of the whole distribution, not of the nucleus that it samples from"
         )
+    if sglang.router_url and not rollout.server_urls:
+        raise ConfigError(
+            "sglang.router_url: expected rollout.server_urls as well, got none; weights go to the servers themselves"
+        )
     if rollout.server_urls:
         read_keys(sglang.keys_file)
-        bad = [url for url in rollout.server_urls if not url.startswith(("http://", "https://"))]
+        urls = [*rollout.server_urls, *filter(None, [sglang.router_url])]
+        bad = [url for url in urls if not url.startswith(("http://", "https://"))]
         if bad:
-            raise ConfigError(f'rollout.server_urls: expected "http://host:port", got {bad[0]!r}')
+            name = "sglang.router_url" if bad[0] == sglang.router_url else "rollout.server_urls"
+            raise ConfigError(f'{name}: expected "http://host:port", got {bad[0]!r}')
         return
     needed = rollout.servers * sglang.tensor_parallel_size
     if sglang.gpus and len(sglang.gpus) < needed:
@@ -80,35 +88,67 @@ def build_sglang_engine(
         ServerError, ServerMismatchError: a server does not start, does not answer, or serves another model.
         OutputError: the run's folder cannot be written.
     """
-    rollout, sglang, sync = config.rollout, config.sglang, config.sync
-    keys = read_keys(sglang.keys_file) if rollout.server_urls else new_keys(sglang.host)
-    timeouts = Timeouts(silence=sglang.silence_seconds, control=sync.timeout_seconds)
-
-    def connect(url: str) -> SGLangClient:
-        return SGLangClient(url, vocab_size=student.architecture.vocab_size, keys=keys, timeouts=timeouts)
-
-    if rollout.server_urls:
-        servers = [PooledServer(connect, url=url) for url in rollout.server_urls]
-    else:
-        settings = _own_servers(config, student, dtype, keys, on_gpu=device.type == "cuda")
-        servers = [PooledServer(connect, process=SGLangServer(one)) for one in settings]
+    rollout, sglang = config.rollout, config.sglang
     run_id = new_run_id()
-    pool_settings = PoolSettings(
-        concurrency=sglang.concurrency,
-        heartbeat=sglang.heartbeat_seconds,
-        start_timeout=sglang.start_seconds,
-        wait=sglang.wait_seconds,
-    )
-    return SGLangEngine(
-        ServerPool(servers, pool_settings, model_type=student.config["model_type"]),
-        _transport(config, student, run_id, weights_dtype, device),
-        EngineSettings(
-            run_id=run_id,
-            attempts=rollout.attempts,
-            set_aside_path=config.run.folder / "set_aside.jsonl",
-            drop_wrong_version=rollout.on_wrong_version == "drop",
+    connect = _connector(config, student)
+    pool = ServerPool(
+        _servers(config, student, dtype, connect, on_gpu=device.type == "cuda"),
+        PoolSettings(
+            concurrency=sglang.concurrency,
+            heartbeat=sglang.heartbeat_seconds,
+            start_timeout=sglang.start_seconds,
+            wait=sglang.wait_seconds,
         ),
+        model_type=student.config["model_type"],
+        router=connect(sglang.router_url) if sglang.router_url else None,
     )
+    settings = EngineSettings(
+        run_id=run_id,
+        attempts=rollout.attempts,
+        set_aside_path=config.run.folder / "set_aside.jsonl",
+        drop_wrong_version=rollout.on_wrong_version == "drop",
+    )
+    return SGLangEngine(pool, _transport(config, student, run_id, weights_dtype, device), settings)
+
+
+@dataclass(frozen=True)
+class _Connector:
+    """Makes clients of the run's servers, all with the same `keys`."""
+
+    vocab_size: int
+    keys: ServerKeys
+    timeouts: Timeouts
+    max_connections: int
+
+    def __call__(self, url: str) -> SGLangClient:
+        return SGLangClient(
+            url,
+            vocab_size=self.vocab_size,
+            keys=self.keys,
+            timeouts=self.timeouts,
+            max_connections=self.max_connections,
+        )
+
+
+def _connector(config: Config, student: ModelFolder) -> _Connector:
+    sglang, given = config.sglang, config.rollout.server_urls
+    num_at_once = sglang.concurrency * (len(given) if sglang.router_url else 1)
+    return _Connector(
+        vocab_size=student.architecture.vocab_size,
+        keys=read_keys(sglang.keys_file) if given else new_keys(sglang.host),
+        timeouts=Timeouts(silence=sglang.silence_seconds, control=config.sync.timeout_seconds),
+        max_connections=num_at_once + 16,  # heartbeats and weight calls besides
+    )
+
+
+def _servers(
+    config: Config, student: ModelFolder, dtype: torch.dtype, connect: _Connector, *, on_gpu: bool
+) -> list[PooledServer]:
+    """The given servers, or those that are to be started."""
+    if config.rollout.server_urls:
+        return [PooledServer(connect, url=url) for url in config.rollout.server_urls]
+    own = _own_servers(config, student, dtype, connect.keys, on_gpu=on_gpu)
+    return [PooledServer(connect, process=SGLangServer(settings)) for settings in own]
 
 
 def _own_servers(
@@ -151,7 +191,8 @@ def _transport(
     sync = config.sync
     if sync.transport == "folder":
         folder = sync.folder or config.run.folder / "weights"
-        return FolderTransport(folder, student, dtype=weights_dtype, bucket_bytes=sync.bucket_bytes)
+        owner = hashlib.sha256(str(config.run.folder.absolute()).encode()).hexdigest()[:12]
+        return FolderTransport(folder, student, dtype=weights_dtype, bucket_bytes=sync.bucket_bytes, owner=owner)
     return BroadcastTransport(
         run_id=run_id,
         bucket_bytes=sync.bucket_bytes,

@@ -8,6 +8,8 @@ import socket
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from ipaddress import ip_address
+from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
@@ -48,17 +50,7 @@ class WeightGroup:
         self._group: dist.ProcessGroup | None = None
         world_size = 1 + sum(server.tp_size for server in servers)
         timeout = datetime.timedelta(seconds=timeout_seconds)
-        listener = socket.create_server((host, 0))  # bound to this address: by itself the store listens on all
-        port = listener.getsockname()[1]
-        store = TCPStore(
-            host,
-            port,
-            world_size,
-            is_master=True,
-            timeout=timeout,
-            wait_for_workers=False,
-            master_listen_fd=listener.detach(),
-        )
+        store, port = _listening_store(host, world_size, timeout)
         calls, offset = {}, 1
         for server in servers:
             body = {
@@ -71,17 +63,27 @@ class WeightGroup:
             }
             calls |= start_on_all(executor, [server], _endpoint("init_weights_update_group", body))
             offset += server.tp_size
+        self._join(store, world_size, backend, timeout)
+        if len(those_that_did(calls)) < len(servers):
+            self.close()
+            raise ServerError("weight sync: a server refused to join the process group")
+
+    def _join(self, store: TCPStore, world_size: int, backend: str, timeout: datetime.timedelta) -> None:
+        """As rank 0; blocks until all have joined."""
         try:
             # Not new_group: the servers are not of the trainer's world. SGLang makes its side by the same steps.
             self._group, _ = _new_process_group_helper(
-                world_size, 0, [], backend, PrefixStore(name, store), group_name=GroupName(name), timeout=timeout
+                world_size,
+                0,
+                [],
+                backend,
+                PrefixStore(self.name, store),
+                group_name=GroupName(self.name),
+                timeout=timeout,
             )
             _world.pg_group_ranks[self._group] = {rank: rank for rank in range(world_size)}
         except (RuntimeError, ValueError) as error:
             raise ServerError(f"weight sync: the servers did not join the process group: {error}") from error
-        if len(those_that_did(calls)) < len(servers):
-            self.close()
-            raise ServerError("weight sync: a server refused to join the process group")
 
     def is_of(self, servers: Sequence[PooledServer]) -> bool:
         return self.members == [(server, server.incarnation) for server in servers]
@@ -200,7 +202,7 @@ class BroadcastTransport:
                 self._executor,
                 name=f"{self._run_id}-{self._num_groups}",
                 backend=self._backend,
-                host=self._host or _own_address(servers),
+                host=self._host or own_address([server.url for server in servers]),
                 timeout_seconds=self._timeout_seconds,
             )
         return self._group
@@ -209,6 +211,24 @@ class BroadcastTransport:
         if self._group is not None:
             self._group.close()
             self._group = None
+
+
+def _listening_store(host: str, world_size: int, timeout: datetime.timedelta) -> tuple[TCPStore, int]:
+    """The rendezvous of a process group on a free port of `host` alone, and the port: by itself it listens on all
+    addresses of the machine.
+    """
+    listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    port = listener.getsockname()[1]
+    store = TCPStore(
+        host,
+        port,
+        world_size,
+        is_master=True,
+        timeout=timeout,
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )
+    return store, port
 
 
 def _open_session(client: SGLangClient, version: str) -> None:
@@ -236,7 +256,24 @@ def _endpoint(name: str, body: dict[str, object]):
     return lambda client: client.weights_endpoint(name, body)
 
 
-def _own_address(servers: Sequence[PooledServer]) -> str:
-    """Loopback where every server is reached by it, else this machine's name."""
-    local = all(server.url.split("//")[-1].startswith(("127.", "localhost")) for server in servers)
-    return "127.0.0.1" if local else socket.gethostname()
+def own_address(urls: Sequence[str]) -> str:
+    """The address of this machine that the servers at `urls` reach: that of the way to the first on another machine;
+    loopback where there is none.
+
+    A machine's own name will not do: it is often an address of loopback.
+
+    Raises:
+        ServerError: there is no way to one of them.
+    """
+    for url in urls:
+        parts = urlsplit(url)
+        try:
+            family, *_, destination = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_DGRAM)[0]
+            with socket.socket(family, socket.SOCK_DGRAM) as way:
+                way.connect(destination)  # a datagram socket: chooses the way, sends nothing
+                address = str(way.getsockname()[0])
+        except OSError as error:
+            raise ServerError(f"weight sync: no way to {url}: {error}") from error
+        if not ip_address(address).is_loopback:
+            return address
+    return "127.0.0.1"

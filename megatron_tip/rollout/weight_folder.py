@@ -22,12 +22,19 @@ from megatron_tip.rollout.weight_transport import start_on_all, that_report, tho
 class FolderTransport:
     """Writes the weights once into `folder`, in files of at most `bucket_bytes`, and has the servers read them.
 
-    The last version stays, so that a server that comes back gets it at once; older ones go.
+    The last version stays, so that a server that comes back gets it at once; older ones go, with the first sync also
+    those that a killed process of the same `owner` has left.
+
+    Args:
+        owner: tells this run's weights in `folder` from another's, also when the run is continued.
     """
 
-    def __init__(self, folder: Path, source: ModelFolder, *, dtype: torch.dtype, bucket_bytes: int) -> None:
+    def __init__(
+        self, folder: Path, source: ModelFolder, *, dtype: torch.dtype, bucket_bytes: int, owner: str = "weights"
+    ) -> None:
         self.num_bytes = 0
         self._folder = folder.absolute()
+        self._owner = owner
         self._source = source
         self._dtype = dtype
         self._bucket_bytes = bucket_bytes
@@ -38,7 +45,10 @@ class FolderTransport:
         self, servers: Sequence[PooledServer], weights: Iterable[tuple[str, Tensor]], version: str
     ) -> list[PooledServer]:
         """Raises OutputError when the folder cannot be written; the version before stays whole in it."""
-        target = self._folder / f"weights_{version.replace('/', '_')}"
+        target = self._folder / f"{self._owner}_{version.replace('/', '_')}"
+        if self._latest is None:
+            for left in self._folder.glob(f"{self._owner}_*"):
+                shutil.rmtree(left, ignore_errors=True)
         with new_folder(target, overwrite=True) as partial:
             self._source.write_description(partial, self._dtype)
             shapes = hf_shapes(self._source.architecture)

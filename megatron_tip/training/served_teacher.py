@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_tip.errors import PeerError
+from megatron_tip.errors import EngineError, PeerError
 from megatron_tip.models.student import Student
 from megatron_tip.parallel.collectives import broadcast_json
 from megatron_tip.parallel.groups import ModelGroups
@@ -24,6 +24,9 @@ from megatron_tip.vocab_parallel.topk_statistics import (
 )
 
 T = TypeVar("T")
+
+_ENGINE_FAILED, _FAILED = 1, 2
+"""What a rank that asks tells the others: its servers failed; something else did, which is worse."""
 
 
 @dataclass(frozen=True)
@@ -81,20 +84,29 @@ class ServedTeacher:
         return replace(rows, student_support_ids=ids, student_support_logprobs=logprobs)
 
     def _asked(self, ask: Callable[[ServerTeacher], T]) -> T | None:
-        """What `ask` returns on the ranks that ask; all ranks learn whether one of them failed. One all-reduce."""
+        """What `ask` returns on the ranks that ask; all ranks learn whether one of them failed. One all-reduce.
+
+        Raises:
+            EngineError: `ask` did. PeerError: it failed on another rank, `cause` "EngineError" where all that failed
+                did so for that; all ranks may then save the run together.
+        """
         answer, failure = None, None
         if self.scorer is not None:
             try:
                 answer = ask(self.scorer)
             except Exception as error:  # told to the others before it is raised
                 failure = error
-        failed = torch.tensor([failure is not None], dtype=torch.int32, device=self.device)
-        dist.all_reduce(failed, op=dist.ReduceOp.MAX)
-        if failure is not None:
+        kind = 0 if failure is None else _ENGINE_FAILED if isinstance(failure, EngineError) else _FAILED
+        worst = torch.tensor(kind, dtype=torch.int32, device=self.device)
+        dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+        if not worst:
+            return answer
+        if kind == worst and failure is not None:
             raise failure
-        if failed.item():
-            raise PeerError("teacher: a rank that asks the servers failed; its own message says why")
-        return answer
+        raise PeerError(
+            "teacher: a rank that asks the servers failed; its own message says why",
+            cause=EngineError.__name__ if worst == _ENGINE_FAILED else "",
+        )
 
     def _told(self, values: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """`values` of the asking rank on all ranks of its tp group. One broadcast."""

@@ -5,7 +5,7 @@ from typing import Any
 
 from megatron_tip.conversion.architecture import ModelArchitecture
 from megatron_tip.conversion.bridge import export_hf
-from megatron_tip.errors import EngineError, PeerError, ServersLostError
+from megatron_tip.errors import EngineError, MegatronTipError, PeerError, ServersLostError
 from megatron_tip.models.student import Student
 from megatron_tip.parallel.collectives import broadcast_json
 from megatron_tip.rollout.engine import RolloutEngine, ServedEngine
@@ -83,20 +83,24 @@ def sync_engine(run: TrainingRun, *, weight_version: int, first: bool = False) -
 
 
 def _sync(run: TrainingRun, weight_version: int) -> None:
-    """`sync_weights`; every rank learns whether the engine took them. One broadcast over the world."""
+    """`sync_weights`; every rank learns whether the engine took them. One broadcast over the world.
+
+    Engines consume the stream to its end whatever happens, so that a failure of theirs leaves no rank in a collective.
+    """
     failure = None
     try:
         sync_weights(run.student, run.architecture, run.engine, weight_version=weight_version)
-    except EngineError as error:
+    except MegatronTipError as error:
         failure = error
-    told = failure and [isinstance(failure, ServersLostError), str(failure)]
-    told = broadcast_json(told, source=0, device=run.device)
+    kind = EngineError if isinstance(failure, EngineError) else type(failure)
+    kind = ServersLostError if isinstance(failure, ServersLostError) else kind
+    told = broadcast_json(failure and [kind.__name__, str(failure)], source=0, device=run.device)
     if told is None:
         return
-    servers_lost, text = told
-    if servers_lost:
+    cause, text = told
+    if cause == ServersLostError.__name__:
         raise ServersLostError(text)
-    raise failure or PeerError(f"weight sync: the first process failed with {text}", cause=EngineError.__name__)
+    raise failure or PeerError(f"weight sync: the first process failed with {text}", cause=cause)
 
 
 def probe_gaps(run: TrainingRun) -> dict[str, float]:
@@ -110,13 +114,13 @@ def probe_gaps(run: TrainingRun) -> dict[str, float]:
         ids = probe_ids(run.architecture.vocab_size)
         for url, logprobs in run.engine.input_logprobs(ids).items():
             gaps[url] = sum(abs(a - b) for a, b in zip(logprobs, expected, strict=True)) / len(expected)
-            if gaps[url] > tolerance_of(run):
+            if is_bad(run, {url: gaps[url]}):
                 run.engine.distrust(url)
     return broadcast_json(gaps, source=0, device=run.device)
 
 
 def is_bad(run: TrainingRun, gaps: dict[str, float]) -> bool:
-    return any(gap > tolerance_of(run) for gap in gaps.values())
+    return not all(gap <= tolerance_of(run) for gap in gaps.values())  # NaN is within no tolerance
 
 
 def tolerance_of(run: TrainingRun) -> float:

@@ -1,16 +1,17 @@
 """The student's probe, verified syncs and repaired ones, over several ranks and layouts."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
-from megatron_tip.errors import EngineError, ServersLostError, WeightsLostError
+from megatron_tip.errors import EngineError, OutputError, PeerError, ServersLostError, WeightsLostError
 from megatron_tip.training.probe import probe_ids, probe_logprobs
 from megatron_tip.training.rollouts import generate_rollouts
-from megatron_tip.training.weight_sync import sync_engine
+from megatron_tip.training.weight_sync import is_bad, sync_engine
 from tests.helpers.distributed import run_workers
 from tests.helpers.training import Layout, build_tiny_run, make_config, make_models, make_rollouts
 
@@ -50,6 +51,8 @@ class ServedFake:
             pass
         if self.gone == "sync":
             raise ServersLostError("all gone")
+        if self.gone == "disk":
+            raise OutputError("the shared folder is full")
         self.versions.append(weight_version)
 
     def input_logprobs(self, input_ids):
@@ -147,6 +150,27 @@ def error_of(folder, layout, gone):
     except ServersLostError as error:
         return str(error)
     return None
+
+
+def sync_failure(folder, layout):
+    run = served_run(folder, layout, gone="disk")
+    with pytest.raises((OutputError, PeerError)) as caught:
+        sync_engine(run, weight_version=1)
+    return type(caught.value), getattr(caught.value, "cause", ""), str(caught.value)
+
+
+def test_a_full_shared_folder_leaves_no_rank_waiting(tmp_path):
+    layout = Layout(2, student=(2, 1))
+    first, other = run_workers(sync_failure, 2, tmp_path, make_models(tmp_path), layout)
+    assert first == (OutputError, "", "the shared folder is full")
+    assert other[:2] == (PeerError, "OutputError")
+    assert "the shared folder is full" in other[2]
+
+
+@pytest.mark.parametrize("gap, bad", [(0.0, False), (1.0, True), (float("nan"), True)])
+def test_a_gap_that_is_no_number_is_within_no_tolerance(tmp_path, gap, bad):
+    run = SimpleNamespace(config=make_config(tmp_path, LAYOUTS[0], **SERVED), device=torch.device("cpu"))
+    assert is_bad(run, {"one": 0.0, "other": gap}) == bad
 
 
 @pytest.mark.parametrize("gone", ["sync", "generate"])

@@ -186,11 +186,12 @@ def failure_of(config: Config, rollouts: list[Rollout]) -> str:
             clients[0].close()
     with pytest.raises((EngineError, PeerError)) as caught:
         train_step(run, 1)
-    return f"{type(caught.value).__name__}: {caught.value}"
+    return f"{type(caught.value).__name__} {getattr(caught.value, 'cause', '')}: {caught.value}"
 
 
 def test_servers_that_are_gone_end_every_rank_with_a_message(models: Path, urls: tuple[str, ...], tmp_path: Path):
-    config = config_of(models, Layout(2, student=(2, 1)), urls)
+    config = config_of(models, Layout(2, student=(2, 1)), urls, teacher={"wait_seconds": 0.0})
     asked, told = run_workers(failure_of, 2, tmp_path, config, ROLLOUTS)
-    assert asked.startswith("EngineError: teacher 'maths': none of its 1 servers scored a rollout")
-    assert told.startswith("PeerError: teacher: a rank that asks the servers failed")
+    assert asked.startswith("EngineError : teacher 'maths': none of its 1 servers scored a rollout")
+    # The cause is what has all ranks save the run together.
+    assert told.startswith("PeerError EngineError: teacher: a rank that asks the servers failed")

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -150,6 +151,13 @@ def test_sampled_logprobs_are_those_of_the_student(engine, student):
     assert len(responses) == len(rollouts), "samples of one prompt, and servers, draw differently"
 
 
+def test_what_is_drawn_follows_from_the_seed_whichever_server_draws(engine, student):
+    engine.update_weights(student.weights(), 2)
+    first, again, other = (engine.generate(PROMPTS, replace(SAMPLING, seed=seed)) for seed in (1, 1, 5))
+    assert [rollout.response_ids for rollout in first] == [rollout.response_ids for rollout in again]
+    assert not {rollout.response_ids for rollout in first} & {rollout.response_ids for rollout in other}
+
+
 def test_temperature_divides_the_logits_that_logprobs_are_taken_of(engine, student):
     server = servers_of(engine)[0]
     generation = server.http.generate(PROBE, max_new_tokens=1, temperature=0.5)
@@ -224,7 +232,7 @@ def test_killed_in_the_middle_of_a_sync_and_of_a_generation(engine, student):
     assert engine.take_metrics(SAMPLING.batch_name)["sync/num_servers"] == 2
     killer = threading.Timer(0.4, lambda: os.killpg(second.process.pid, signal.SIGKILL))
     killer.start()
-    rollouts = engine.generate(PROMPTS, SamplingParams(**{**SAMPLING.__dict__, "max_response_tokens": 200}))
+    rollouts = engine.generate(PROMPTS, replace(SAMPLING, max_response_tokens=200))
     killer.join()
     assert_complete(rollouts, 8)
     metrics = engine.take_metrics(SAMPLING.batch_name)

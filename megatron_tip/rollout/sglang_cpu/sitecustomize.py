@@ -13,13 +13,19 @@ process: SGLang spawns several processes and each must have it before it imports
    model with "operator torchvision::nms does not exist", in the trainer too.
 
 A package that is really installed is found first and wins.
+
+It also announces a plugin to SGLang, which finds plugins as entry points of installed distributions: its hooks, in
+`sglang_cpu_hooks.py`, make decoding on a CPU faster and have it follow the requests' seeds.
 """
 
 import importlib.abc
 import importlib.machinery
+import importlib.metadata
+import pathlib
 import sys
 import types
 
+PLUGIN = "[sglang.srt.plugins]\nmegatron_tip_cpu = megatron_tip.rollout.sglang_main:register_cpu_hooks\n"
 STAND_INS = ("sgl_kernel", "torchvision", "triton")
 
 
@@ -79,4 +85,26 @@ class StandInFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             vars(module)["next_power_of_2"] = lambda n: 1 << (n - 1).bit_length() if n > 0 else 1
 
 
-sys.meta_path.append(StandInFinder())
+class PluginDistribution(importlib.metadata.Distribution):
+    """A distribution of nothing but an entry point."""
+
+    def read_text(self, filename):
+        texts = {"METADATA": "Name: megatron-tip-cpu\nVersion: 0\n", "entry_points.txt": PLUGIN}
+        return texts.get(filename)
+
+    def locate_file(self, path):
+        return pathlib.Path(__file__).parent / path
+
+
+class PluginFinder(importlib.abc.MetaPathFinder):
+    """Finds that distribution, and no module."""
+
+    def find_spec(self, fullname, path=None, target=None):
+        return None
+
+    def find_distributions(self, context=None):
+        is_meant = context is None or context.name in (None, "megatron-tip-cpu")
+        return [PluginDistribution()] if is_meant else []
+
+
+sys.meta_path += [StandInFinder(), PluginFinder()]

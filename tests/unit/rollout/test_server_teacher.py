@@ -1,9 +1,12 @@
+import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from megatron_tip.errors import EngineError, ServerMismatchError
+from megatron_tip.rollout import server_teacher
 from megatron_tip.rollout.server_teacher import ScoringSettings, ServerTeacher, generated_positions
 from megatron_tip.rollout.sglang_client import SGLangClient, Timeouts
 from tests.helpers.fake_teacher import FakeTeacher, scored_by
@@ -153,6 +156,27 @@ def test_a_dead_server_is_passed_over(folder):
         assert len(teacher_of(dead, good).top_k(ROLLOUTS, NAMES)) == 16
         with pytest.raises(EngineError, match="none of its 1 servers"):
             teacher_of(dead).top_k(ROLLOUTS, NAMES)
+
+
+def test_servers_that_are_gone_for_a_while_are_waited_for(folder, monkeypatch):
+    with FakeTeacher(folder) as server:
+        expected = teacher_of(server).top_k(ROLLOUTS, NAMES)
+        server.stop()
+        paused = []
+
+        def sleep(seconds):
+            paused.append(seconds)
+            if len(paused) == 1:
+                server.come_back()
+
+        monkeypatch.setattr(server_teacher, "time", SimpleNamespace(monotonic=time.monotonic, sleep=sleep))
+        got = teacher_of(server, wait_seconds=60.0, max_concurrent=1).top_k(ROLLOUTS, NAMES)
+        assert paused == [1.0]
+        assert torch.equal(got.support_logprobs, expected.support_logprobs)
+        server.spoil = lambda meta: meta.pop("input_top_logprobs")
+        with pytest.raises(EngineError, match="none of its 1 servers"):  # not worth waiting for
+            teacher_of(server, wait_seconds=60.0, max_concurrent=1).top_k(ROLLOUTS, NAMES)
+        assert paused == [1.0]
 
 
 def test_a_server_that_names_no_ids_is_refused_where_they_are_needed(folder):

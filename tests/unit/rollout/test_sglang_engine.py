@@ -2,13 +2,16 @@
 
 import json
 import threading
+import time
 from collections import Counter
 from contextlib import ExitStack
+from dataclasses import replace
 
 import pytest
 
-from megatron_tip.errors import ServerMismatchError, ServersLostError, WeightsLostError
+from megatron_tip.errors import EngineError, InputError, ServerMismatchError, ServersLostError, WeightsLostError
 from megatron_tip.records import Prompt
+from megatron_tip.rollout import sglang_jobs
 from megatron_tip.rollout.ahead import AheadGenerator
 from megatron_tip.rollout.engine import SamplingParams
 from megatron_tip.rollout.sglang_client import SGLangClient, Timeouts
@@ -64,7 +67,9 @@ class Cluster:
             return SGLangClient(url, vocab_size=VOCAB_SIZE, timeouts=FAST)
 
         servers = [PooledServer(connect, url=fake.url) for fake in self.fakes]
-        self.pool = ServerPool(servers, PoolSettings(**values | settings), model_type="llama")
+        self.router = stack.enter_context(FakeSGLang()) if settings.pop("with_router", False) else None
+        router = connect(self.router.url) if self.router else None
+        self.pool = ServerPool(servers, PoolSettings(**values | settings), model_type="llama", router=router)
         self.engine = SGLangEngine(
             self.pool,
             self.transport,
@@ -157,6 +162,37 @@ def test_syncs_that_reach_nobody_end_the_run(stack, tmp_path):
         cluster.sync(version)
     with pytest.raises(ServersLostError, match="reached no server"):
         cluster.sync(3)
+
+
+def num_generated(*fakes):
+    return sum(bool(body.get("stream")) for fake in fakes for body in fake.generations())
+
+
+def test_a_router_chooses_while_all_servers_hold_the_weights_and_gets_none_itself(stack, tmp_path):
+    cluster = Cluster(stack, tmp_path, with_router=True)
+    cluster.sync()
+    cluster.router.version = "run/0"  # of the server that it would ask
+    assert_complete(cluster.engine.generate(PROMPTS, SAMPLING))
+    assert (num_generated(cluster.router), num_generated(*cluster.fakes)) == (12, 0)
+    assert {path for path, *_ in cluster.router.seen} == {"/generate"}
+    cluster.transport.refuse = {cluster.fakes[0].url}  # a router would not know that it missed a sync
+    cluster.sync(version=1)
+    assert_complete(cluster.engine.generate(PROMPTS, SAMPLING), weight_version=1)
+    assert (num_generated(cluster.router), num_generated(cluster.fakes[1])) == (12, 12)
+
+
+@pytest.mark.parametrize("fault", ["dead", "another trainer"])
+def test_what_fails_by_way_of_the_router_is_asked_of_the_servers_themselves(stack, tmp_path, fault):
+    cluster = Cluster(stack, tmp_path, with_router=True)
+    cluster.sync()
+    if fault == "dead":
+        cluster.router.stop()
+    else:
+        cluster.router.version = cluster.fakes[0].version = "another-run/0"
+    assert_complete(cluster.engine.generate(PROMPTS, SAMPLING))
+    assert cluster.pool.num_lost == 0
+    holding = [server.url for server in cluster.pool.up("run/0")]
+    assert holding == [fake.url for fake in cluster.fakes[0 if fault == "dead" else 1 :]]
 
 
 def test_what_a_dying_server_leaves_is_generated_elsewhere_exactly_once(stack, tmp_path):
@@ -278,6 +314,24 @@ def test_http_500_now_and_then_costs_nothing_but_time(stack, tmp_path):
     assert_complete(cluster.engine.generate(PROMPTS, SAMPLING))
 
 
+def test_a_server_that_falls_silent_loses_its_request_to_another(stack, tmp_path):
+    cluster = Cluster(stack, tmp_path)
+    cluster.sync()
+    silent = cluster.fakes[0]
+
+    def fall_silent(number, request, chunks):
+        time.sleep(1.5)  # longer than what FAST allows
+        return chunks
+
+    silent.misbehave = fall_silent
+    cluster.fakes[1].seconds_per_request = 0.3
+    assert_complete(cluster.engine.generate(PROMPTS, SAMPLING))
+    metrics = cluster.engine.take_metrics(SAMPLING.batch_name)
+    assert metrics["rollout/num_repeated"] >= 1
+    assert metrics["rollout/num_set_aside"] == 0
+    assert cluster.pool.num_lost == 0, "its heartbeat goes on"
+
+
 def test_a_response_that_the_server_aborted_is_generated_anew(stack, tmp_path):
     cluster = Cluster(stack, tmp_path, num_servers=1)
     cluster.sync()
@@ -302,6 +356,109 @@ def test_a_stop_at_an_id_that_is_not_ours_is_refused(stack, tmp_path):
     cluster.fakes[0].misbehave = stop
     assert cluster.engine.generate(PROMPTS[:1], SAMPLING) == []
     assert "eos_token_id" in cluster.set_aside_path.read_text()
+
+
+def test_a_run_of_which_nothing_is_left_ends_instead_of_going_on(stack, tmp_path):
+    cluster = Cluster(stack, tmp_path, attempts=1)
+    cluster.sync()
+
+    def refuse(number, request, chunks):
+        raise StatusError(400)
+
+    def batch(step):
+        return cluster.engine.generate(PROMPTS[:2], replace(SAMPLING, batch_name=f"step_{step}"))
+
+    for fake in cluster.fakes:
+        fake.misbehave = refuse
+    assert batch(1) == batch(2) == []
+    for fake in cluster.fakes:
+        fake.misbehave = lambda number, request, chunks: chunks
+    assert len(batch(3)) == 4  # the count begins anew
+    for fake in cluster.fakes:
+        fake.misbehave = refuse
+    assert batch(4) == batch(5) == []
+    with pytest.raises(EngineError, match=r"3 batches in a row, the last of them step_6 of 4 .*HTTP 400"):
+        batch(6)
+
+
+def test_two_trainers_that_take_the_weights_from_each_other_end_with_a_message(stack, tmp_path):
+    cluster = Cluster(stack, tmp_path, num_servers=1)
+    for _ in range(3):
+        cluster.sync()
+        cluster.fakes[0].version = "another-run/0"
+        with pytest.raises(WeightsLostError):
+            cluster.engine.generate(PROMPTS, SAMPLING)
+    cluster.sync()
+    cluster.fakes[0].version = "another-run/0"
+    with pytest.raises(ServersLostError, match="another trainer"):
+        cluster.engine.generate(PROMPTS, SAMPLING)
+
+
+def test_told_to_stop_a_batch_waits_for_no_server(stack, tmp_path):
+    cluster = Cluster(stack, tmp_path, wait=60.0)
+    cluster.sync()
+    for fake in cluster.fakes:
+        fake.stop()
+    wait_until(lambda: not cluster.pool.up())
+    stopped = threading.Event()
+    waiting = threading.Thread(target=lambda: take_a_lease(cluster.pool, stopped))
+    waiting.start()
+    stopped.set()
+    waiting.join(timeout=10.0)
+    assert not waiting.is_alive()
+
+
+def take_a_lease(pool, stopped):
+    with pytest.raises(ServersLostError), pool.lease("run/0", stopped):
+        pass
+
+
+def test_a_signal_in_a_batch_without_servers_comes_through_at_once(stack, tmp_path, monkeypatch):
+    class StopRequested(BaseException):
+        pass
+
+    def interrupted(futures, return_when):
+        raise StopRequested
+
+    cluster = Cluster(stack, tmp_path, wait=60.0)
+    cluster.sync()
+    for fake in cluster.fakes:
+        fake.stop()
+    wait_until(lambda: not cluster.pool.up())
+    monkeypatch.setattr(sglang_jobs, "wait", interrupted)  # as a signal handler does in the main thread
+    begin = time.monotonic()
+    with pytest.raises(StopRequested):
+        cluster.engine.generate(PROMPTS, SAMPLING)
+    assert time.monotonic() - begin < 20.0
+
+
+def test_a_server_that_refuses_for_a_moment_is_not_taken_for_dead(stack, tmp_path):
+    cluster = Cluster(stack, tmp_path, num_servers=1, heartbeat=0.3, missed_heartbeats=3)
+    cluster.sync()
+    fake = cluster.fakes[0]
+    fake.statuses["/server_info"] = [503] * 10_000
+    wait_until(lambda: len(fake.statuses["/server_info"]) < 10_000)
+    time.sleep(0.2)
+    fake.statuses["/server_info"] = []
+    looks = [path for path, *_ in fake.seen].count("/server_info")
+    wait_until(lambda: [path for path, *_ in fake.seen].count("/server_info") > looks)
+    assert cluster.pool.num_lost == 0
+
+
+def test_the_calls_of_a_batch_of_several_turns_are_counted_together(stack, tmp_path):
+    cluster = Cluster(stack, tmp_path, num_servers=1, attempts=1)
+    cluster.sync()
+
+    def fail_on_one(number, request, chunks):
+        if request["input_ids"] == list(PROMPTS[2].prompt_ids):
+            raise StatusError(500)
+        return chunks
+
+    cluster.fakes[0].misbehave = fail_on_one
+    for name in ("step_000001", "step_000001_call_1", "step_000001_call_2", "step_000002"):
+        cluster.engine.generate(PROMPTS, replace(SAMPLING, batch_name=name))
+    assert cluster.engine.take_metrics("step_000001")["rollout/num_set_aside"] == 6
+    assert cluster.engine.take_metrics("step_000002")["rollout/num_set_aside"] == 2
 
 
 def test_all_servers_gone_is_a_clear_error_within_the_limit(stack, tmp_path):
@@ -346,6 +503,10 @@ def test_one_batch_ahead_is_taken_once_and_raises_what_its_generation_raised(sta
     sent = sum(len(fake.generations()) for fake in cluster.fakes)
     assert_complete(ahead.take(PROMPTS, SAMPLING))
     assert sum(len(fake.generations()) for fake in cluster.fakes) == sent
+    ahead.start([Prompt(0, "", (VOCAB_SIZE,))], SAMPLING)
+    ahead.wait()  # raises nothing, whatever went wrong: other ranks wait for the sync that is next
+    with pytest.raises(InputError):
+        ahead.take([], SAMPLING)
     for fake in cluster.fakes:
         fake.stop()
     ahead.start(PROMPTS, SAMPLING)

@@ -67,6 +67,13 @@ def test_what_a_server_prints_is_kept_without_the_passwords(tmp_path):
     assert (tmp_path / "log").read_bytes() == b"server_args={'api_key': '***'}\nready\n"
 
 
+def test_a_log_that_cannot_be_written_does_not_stop_the_server(tmp_path):
+    lines = io.BytesIO(b"x" * 100_000 + b"\nready\n")
+    with open("/dev/full", "wb") as full:
+        _copy_redacted(lines, full, [b"secret"])
+    assert lines.read() == b"", "what is not read from a pipe blocks the server that writes to it"
+
+
 def test_the_shim_is_on_the_path_of_cpu_servers_alone(tmp_path):
     cpu = server_environment(settings_of(tmp_path), {"PYTHONPATH": "/mine"})["PYTHONPATH"].split(":")
     gpu = server_environment(settings_of(tmp_path, device="cuda"), {"PYTHONPATH": "/mine"})["PYTHONPATH"].split(":")
@@ -98,6 +105,18 @@ def test_top_p_is_refused_with_the_reason(tmp_path):
 def test_a_url_without_scheme_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"rollout\.server_urls"):
         check_sglang(config_of(tmp_path, rollout={"server_urls": ("localhost:30000",)}))
+
+
+@pytest.mark.parametrize(
+    "urls, router, message",
+    [
+        ((), "http://router:1", "rollout.server_urls as well"),
+        (("http://a:1",), "router:1", "sglang.router_url: expected"),
+    ],
+)
+def test_a_router_without_servers_or_scheme_is_refused(tmp_path, urls, router, message):
+    with pytest.raises(ConfigError, match=message):
+        check_sglang(config_of(tmp_path, rollout={"server_urls": urls}, sglang={"router_url": router}))
 
 
 def test_too_few_gpus_are_refused(tmp_path):

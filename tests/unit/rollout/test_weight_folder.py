@@ -51,6 +51,15 @@ def test_servers_read_the_files_that_were_written_and_older_versions_go(student,
     assert not list(tmp_path.iterdir())
 
 
+def test_what_a_killed_process_of_the_same_run_left_goes_and_anothers_stays(student, tmp_path):
+    for left in ("mine_run0_7", "mine_run1_9", "yours_run2_4"):
+        (tmp_path / left).mkdir()
+    transport = FolderTransport(tmp_path, student, dtype=torch.float32, bucket_bytes=10**9, owner="mine")
+    with FakeSGLang() as fake:
+        transport.send([served(fake)], weights_of(student), "run3/0")
+    assert {path.name for path in tmp_path.iterdir()} == {"mine_run3_0", "yours_run2_4"}
+
+
 def test_a_full_disk_is_an_output_error_and_the_last_version_stays_whole(student, tmp_path):
     transport = FolderTransport(tmp_path, student, dtype=torch.float32, bucket_bytes=10**9)
     with FakeSGLang() as fake:

@@ -1,0 +1,109 @@
+"""What our own CPU servers do otherwise than SGLang 0.5.23: decode all requests at once, sample by their seeds.
+
+`sglang_main.register_cpu_hooks` puts these functions in place by SGLang's plugin framework, in those processes alone.
+Torch and numpy; SGLang itself is not imported.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from megatron_tip.rollout.sampling import sample_from_probabilities
+
+
+def decode_attention(
+    original: Callable[..., Tensor],
+    backend: Any,
+    query: Tensor,
+    output: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    req_to_token: Tensor,
+    req_pool_indices: Tensor,
+    seq_lens: Tensor,
+    encoder_lens: Tensor | None = None,
+    *,
+    sliding_window_size: int | None = None,
+    scaling: float | None = None,
+    **others: Any,
+) -> Tensor:
+    """Attention of one new position a request, of all `b` requests in one call; writes and returns `output`.
+
+    SGLang's torch_native backend goes through them one by one, which costs more than the rest of a small model. What it
+    alone knows, sliding windows and encoders, it still does.
+
+    Args:
+        query, output: `[b, heads, d]`. k_cache, v_cache: `[tokens of the pool, kv_heads, d]`.
+        req_to_token: `[requests of the pool, positions]`, places in the cache. req_pool_indices: `[b]`, its rows.
+        seq_lens: `[b]`, the new position included.
+    """
+    if encoder_lens is not None or sliding_window_size is not None or query.dtype != k_cache.dtype:
+        return original(
+            backend,
+            query,
+            output,
+            k_cache,
+            v_cache,
+            req_to_token,
+            req_pool_indices,
+            seq_lens,
+            encoder_lens,
+            sliding_window_size=sliding_window_size,
+            scaling=scaling,
+            **others,
+        )
+    b, _, d = query.shape
+    width = int(seq_lens.max())
+    is_within = torch.arange(width) < seq_lens[:, None]
+    places = req_to_token[req_pool_indices, :width]
+    # Behind a request's end stands whatever was there before; its own first token is at least a number.
+    places = torch.where(is_within, places, places[:, :1]).flatten()
+    keys, values = (
+        cache.index_select(0, places).view(b, width, *cache.shape[1:]).transpose(1, 2) for cache in (k_cache, v_cache)
+    )
+    # The queries that share a key/value head stand in the place of the query positions, as in grouped_attention.py.
+    grouped = query.view(b, k_cache.shape[1], -1, d)
+    found = scaled_dot_product_attention(grouped, keys, values, attn_mask=is_within[:, None, None], scale=scaling)
+    output.copy_(found.reshape(output.shape))
+    return output
+
+
+def with_seeds(sampling_info: Any, _: type, batch: Any, *__: Any) -> Any:
+    """`sampling_info` with every request's own seed, a random one where it names none.
+
+    SGLang takes seeds in its deterministic mode alone, whose kernels need a GPU.
+    """
+    asked = [request.sampling_params.sampling_seed for request in batch.reqs]
+    seeds = [secrets.randbits(32) if seed is None else seed for seed in asked]
+    sampling_info.sampling_seed = torch.tensor(seeds, dtype=torch.int64)
+    return sampling_info
+
+
+def sample_probabilities(
+    probabilities: Tensor, sampling_seed: Tensor | None = None, positions: Tensor | None = None
+) -> Tensor:
+    """`[b]` int32: a token of each row of `[b, V]` probabilities, by its request's seed and its position."""
+    assert sampling_seed is not None and positions is not None, "every batch has seeds here"  # noqa: PT018
+    uniforms = uniforms_of(sampling_seed.tolist(), positions.tolist())
+    return sample_from_probabilities(probabilities, uniforms).flatten().to(torch.int32)
+
+
+def sample_logprobs(logprobs: Tensor, seed: Tensor, positions: Tensor) -> Tensor:
+    """`[b, 1]` int64, as `sample_probabilities`; of logprobs that need not add up to 1."""
+    return sample_from_probabilities(logprobs.exp(), uniforms_of(seed.tolist(), positions.tolist()))
+
+
+def uniforms_of(seeds: Sequence[int], positions: Sequence[int]) -> Tensor:
+    """`[b]` float64 in [0, 1): one number for each seed and position, unrelated to that of any other."""
+    generators = [
+        np.random.Generator(np.random.Philox(key=seed % 2**64, counter=position))
+        for seed, position in zip(seeds, positions, strict=True)
+    ]
+    return torch.tensor([generator.random() for generator in generators], dtype=torch.float64)
