@@ -88,6 +88,9 @@ def train(
         config = load_config(config_path, overrides or [])
         joins = is_worker(os.environ) and not dry_run
         if joins:
+            if is_restarted(os.environ) and RunFolder(config.run.folder).summary.exists():
+                sys.stderr.write(f"{config.run.folder} holds the finished run of this job: nothing is left to do\n")
+                return
             run_worker(lambda: _train(config, fresh=fresh and not is_restarted(os.environ)), threads=config.run.threads)
             return
         if dry_run and world_size:
