@@ -136,7 +136,7 @@ def submit(
 
     Site values are those of slurm/site.sh, options of the command line win.
     """
-    from megatron_tip.commands.submit import Submission, site_values, trainer_share
+    from megatron_tip.commands.submit import Submission, as_served, site_values, trainer_share
     from megatron_tip.commands.submit import submit as submit_job
 
     with _errors_reported():
@@ -153,7 +153,8 @@ def submit(
             teacher_nodes=teacher_nodes,
         )
         memory = gpu_memory * (trainer_share(site) if script == "train" else 1.0)
-        _dry_run(config, submission.trainer_nodes * tasks, memory, shows_config=False)
+        served = as_served(config, site, script)
+        _dry_run(served, submission.trainer_nodes * tasks, memory, shows_config=False)
         typer.echo(submit_job(submission, config, dry_run=dry_run))
 
 

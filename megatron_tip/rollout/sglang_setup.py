@@ -21,8 +21,11 @@ from megatron_tip.rollout.weight_folder import FolderTransport
 from megatron_tip.rollout.weight_transport import WeightTransport
 
 
-def check_sglang(config: Config) -> None:
+def check_sglang(config: Config, *, elsewhere: bool = False) -> None:
     """Refuses, before anything starts, what SGLang servers cannot do. Reads files, starts nothing.
+
+    Args:
+        elsewhere: the run will be on another machine: neither its passwords nor its SGLang are looked for here.
 
     Raises:
         ConfigError: settings that do not fit together, unreadable passwords.
@@ -35,7 +38,8 @@ def check_sglang(config: Config) -> None:
             "of the whole distribution, not of the nucleus that it samples from"
         )
     if rollout.server_urls:
-        read_keys(sglang.keys_file)
+        if not elsewhere:
+            read_keys(sglang.keys_file)
         bad = [url for url in rollout.server_urls if not url.startswith(("http://", "https://"))]
         if bad:
             raise ConfigError(f'rollout.server_urls: expected "http://host:port", got {bad[0]!r}')
@@ -46,7 +50,8 @@ def check_sglang(config: Config) -> None:
             f"sglang.gpus: expected {needed} for rollout.servers = {rollout.servers} of tensor_parallel_size "
             f"{sglang.tensor_parallel_size}, got {len(sglang.gpus)}"
         )
-    require_sglang()
+    if not elsewhere:
+        require_sglang()
 
 
 def read_keys(path: Path | None) -> ServerKeys:

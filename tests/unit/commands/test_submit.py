@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tip.commands.submit import Submission, sbatch_command, site_values, submit, trainer_share
+from megatron_tip.commands.submit import Submission, as_served, sbatch_command, site_values, submit, trainer_share
 from megatron_tip.errors import ConfigError
 from tests.helpers.training import Layout, make_config
 
@@ -68,6 +68,17 @@ def test_without_slurm_the_command_to_run_elsewhere_is_told(tmp_path: Path, monk
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(ConfigError, match="expected SLURM on this machine, found none; run this where it is: sbatch"):
         submit(Submission(Path("a.toml"), environ=ENVIRON), make_config(tmp_path, Layout(1)), dry_run=False)
+
+
+def test_a_configuration_is_checked_as_the_script_will_run_it(tmp_path: Path):
+    config, alone, shared = make_config(tmp_path, Layout(1)), {"TIP_SGLANG_PER_NODE": "0"}, {"TIP_SGLANG_PER_NODE": "8"}
+    assert as_served(config, alone, "train") == as_served(config, shared, "sweep") == config
+    for served in (as_served(config, alone, "train_disaggregated"), as_served(config, shared, "train")):
+        assert served.rollout.engine == "sglang"
+        assert served.rollout.server_urls
+    replay = make_config(tmp_path, Layout(1), rollout={"engine": "replay", "replay_folder": tmp_path})
+    with pytest.raises(ConfigError, match=r"which slurm/train_disaggregated\.sbatch starts"):
+        as_served(replay, alone, "train_disaggregated")
 
 
 def shell(script: str, **environ: str) -> subprocess.CompletedProcess[str]:
