@@ -87,12 +87,16 @@ tip_train() {
 
 # tip_serve NODELIST PER_NODE MODEL MEMORY_FRACTION KEYS_FILE: starts SGLang servers of MODEL, PER_NODE on each node, and
 # puts their URLs into TIP_URLS. A server reads its arguments and passwords from its standard input and ends with it.
+# tip_wait_for_servers then waits until all of them answer.
 TIP_SERVER_INPUTS=()
 TIP_URLS=()
+TIP_ALL_URLS=()
 tip_serve() {
-  local nodelist=$1 per_node=$2 model=$3 memory=$4 keys=$5 node index port gpus input
+  local nodelist=$1 per_node=$2 model=$3 memory=$4 keys=$5 node address index port gpus input further
   TIP_URLS=()
+  read -ra further <<<"$TIP_SGLANG_ARGUMENTS"
   for node in $(scontrol show hostnames "$nodelist"); do
+    address=$(tip_address "$node")
     for ((index = 0; index < per_node; index++)); do
       port=$((TIP_SGLANG_PORT + index))
       gpus=$(seq -s, $((index * TIP_SGLANG_TP)) $(((index + 1) * TIP_SGLANG_TP - 1)))
@@ -100,13 +104,19 @@ tip_serve() {
       # --overlap: beside the trainer's step, where they share nodes. env: behind SLURM, which sets the variable itself.
       exec {input}> >(exec srun "${arguments[@]}" --overlap \
         env "CUDA_VISIBLE_DEVICES=$gpus" "$TIP_PYTHON" -m megatron_tip.rollout.sglang_main)
-      "$TIP_PYTHON" -m megatron_tip.commands.serving arguments "$model" "$port" "$TIP_SGLANG_TP" "$memory" "$keys" >&"$input"
+      "$TIP_PYTHON" -m megatron_tip.commands.serving arguments "$model" "$address" "$port" "$TIP_SGLANG_TP" "$memory" \
+        "$keys" "${further[@]}" >&"$input"
       TIP_SERVER_INPUTS+=("$input")
-      TIP_URLS+=("http://$(tip_address "$node"):$port")
+      TIP_URLS+=("http://$address:$port")
     done
   done
-  tip_log "waiting for ${#TIP_URLS[@]} servers of $model: ${TIP_URLS[*]}"
-  tip_run "$TIP_PYTHON" -m megatron_tip.commands.serving wait "$TIP_SGLANG_START_SECONDS" "${TIP_URLS[@]}" ||
+  tip_log "servers of $model: ${TIP_URLS[*]}"
+  TIP_ALL_URLS+=("${TIP_URLS[@]}")
+}
+
+tip_wait_for_servers() {
+  tip_log "waiting for ${#TIP_ALL_URLS[@]} servers"
+  tip_run "$TIP_PYTHON" -m megatron_tip.commands.serving wait "$TIP_SGLANG_START_SECONDS" "${TIP_ALL_URLS[@]}" ||
     tip_finish "$?"
 }
 

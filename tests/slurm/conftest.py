@@ -18,7 +18,7 @@ save_rollouts = false
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
-    """A two-node SLURM; skipped only where it is not installed."""
+    """A SLURM of three nodes; skipped only where it is not installed."""
     if missing := missing_programs():
         pytest.skip(f"SLURM is not installed (no {', '.join(missing)}): apt-get install slurm-wlm munge")
     cluster = SlurmCluster(tmp_path_factory.mktemp("slurm") / "cluster")

@@ -162,6 +162,6 @@ def test_a_warning_while_servers_start_ends_the_wait_and_the_job_goes_back():
     start = "tip_network() { :; }; tip_setup; tip_address() { echo node; }; srun() { cat >/dev/null; }; "
     wait = "python() { case $3 in wait) exec sleep 60 ;; esac; }; TIP_PYTHON=python; (sleep 0.5; kill -USR1 $$) & "
     hosts = 'scontrol() { [[ $1 == requeue ]] && echo "$@" >&2 || echo node; }; '
-    ended = shell(start + wait + hosts + "tip_serve n1 1 model 0.5 keys", SLURM_JOB_ID="7")
+    ended = shell(start + wait + hosts + "tip_serve n1 1 model 0.5 keys; tip_wait_for_servers", SLURM_JOB_ID="7")
     assert ended.returncode == 75
     assert "requeue 7\n" in ended.stderr
