@@ -172,6 +172,25 @@ def test_a_failing_tracker_is_logged_and_left_alone_and_others_go_on(tmp_path: P
     assert "tracker broken, metrics: ConnectionError: no route to host; it is left alone from now on" in caplog.text
 
 
+def test_a_job_that_is_requeued_before_its_first_checkpoint_goes_on_under_its_ids(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    class Asked(Broken):
+        def start(self, config: Config, folder: RunFolder, identity: str | None) -> str:
+            return identity or "new"
+
+    def ids_of_a_start(known: dict[str, str]) -> dict[str, str]:
+        Trackers([Asked()]).start(config_of(tmp_path), RunFolder(tmp_path), known)
+        return known
+
+    ids_of_a_start({"broken": "first"})
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert ids_of_a_start({}) == {"broken": "first"}
+    assert ids_of_a_start({"broken": "of the checkpoint"}) == {"broken": "of the checkpoint"}
+    monkeypatch.delenv("SLURM_RESTART_COUNT")
+    assert ids_of_a_start({}) == {"broken": "new"}, "another run in this folder, whose settings may be others"
+
+
 def test_a_tracker_that_cannot_start_is_left_out(tmp_path: Path):
     class NoStart(Broken):
         def start(self, config: Config, folder: RunFolder, identity: str | None) -> str:
