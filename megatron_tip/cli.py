@@ -88,6 +88,9 @@ def train(
         config = load_config(config_path, overrides or [])
         joins = is_worker(os.environ) and not dry_run
         if joins:
+            if is_restarted(os.environ) and RunFolder(config.run.folder).summary.exists():
+                sys.stderr.write(f"{config.run.folder} holds the finished run of this job: nothing is left to do\n")
+                return
             run_worker(lambda: _train(config, fresh=fresh and not is_restarted(os.environ)), threads=config.run.threads)
             return
         if dry_run and world_size:
@@ -133,7 +136,7 @@ def submit(
 
     Site values are those of slurm/site.sh, options of the command line win.
     """
-    from megatron_tip.commands.submit import Submission, site_values, trainer_share
+    from megatron_tip.commands.submit import Submission, as_served, site_values, trainer_share
     from megatron_tip.commands.submit import submit as submit_job
 
     with _errors_reported():
@@ -150,7 +153,8 @@ def submit(
             teacher_nodes=teacher_nodes,
         )
         memory = gpu_memory * (trainer_share(site) if script == "train" else 1.0)
-        _dry_run(config, submission.trainer_nodes * tasks, memory, shows_config=False)
+        served = as_served(config, site, script)
+        _dry_run(served, submission.trainer_nodes * tasks, memory, shows_config=False)
         typer.echo(submit_job(submission, config, dry_run=dry_run))
 
 

@@ -14,8 +14,11 @@ tip_fail() {
   exit 2
 }
 
-# Reads the site's values and sets the environment of every task.
+# Reads the site's values and sets the environment of every task. From here on a warning before the time limit is
+# remembered; until the workers are there nobody else hears of it.
+TIP_WARNED=
 tip_setup() {
+  trap 'TIP_WARNED=1' USR1
   # shellcheck source=slurm/site.sh
   source "${MEGATRON_TIP_SITE:-$TIP_ROOT/slurm/site.sh}"
   if [[ -n $TIP_PROLOGUE ]]; then eval "$TIP_PROLOGUE"; fi
@@ -84,12 +87,16 @@ tip_train() {
 
 # tip_serve NODELIST PER_NODE MODEL MEMORY_FRACTION KEYS_FILE: starts SGLang servers of MODEL, PER_NODE on each node, and
 # puts their URLs into TIP_URLS. A server reads its arguments and passwords from its standard input and ends with it.
+# tip_wait_for_servers then waits until all of them answer.
 TIP_SERVER_INPUTS=()
 TIP_URLS=()
+TIP_ALL_URLS=()
 tip_serve() {
-  local nodelist=$1 per_node=$2 model=$3 memory=$4 keys=$5 node index port gpus input
+  local nodelist=$1 per_node=$2 model=$3 memory=$4 keys=$5 node address index port gpus input further
   TIP_URLS=()
+  read -ra further <<<"$TIP_SGLANG_ARGUMENTS"
   for node in $(scontrol show hostnames "$nodelist"); do
+    address=$(tip_address "$node")
     for ((index = 0; index < per_node; index++)); do
       port=$((TIP_SGLANG_PORT + index))
       gpus=$(seq -s, $((index * TIP_SGLANG_TP)) $(((index + 1) * TIP_SGLANG_TP - 1)))
@@ -97,13 +104,20 @@ tip_serve() {
       # --overlap: beside the trainer's step, where they share nodes. env: behind SLURM, which sets the variable itself.
       exec {input}> >(exec srun "${arguments[@]}" --overlap \
         env "CUDA_VISIBLE_DEVICES=$gpus" "$TIP_PYTHON" -m megatron_tip.rollout.sglang_main)
-      "$TIP_PYTHON" -m megatron_tip.commands.serving arguments "$model" "$port" "$TIP_SGLANG_TP" "$memory" "$keys" >&"$input"
+      "$TIP_PYTHON" -m megatron_tip.commands.serving arguments "$model" "$address" "$port" "$TIP_SGLANG_TP" "$memory" \
+        "$keys" "${further[@]}" >&"$input"
       TIP_SERVER_INPUTS+=("$input")
-      TIP_URLS+=("http://$(tip_address "$node"):$port")
+      TIP_URLS+=("http://$address:$port")
     done
   done
-  tip_log "waiting for ${#TIP_URLS[@]} servers of $model: ${TIP_URLS[*]}"
-  "$TIP_PYTHON" -m megatron_tip.commands.serving wait "$TIP_SGLANG_START_SECONDS" "${TIP_URLS[@]}"
+  tip_log "servers of $model: ${TIP_URLS[*]}"
+  TIP_ALL_URLS+=("${TIP_URLS[@]}")
+}
+
+tip_wait_for_servers() {
+  tip_log "waiting for ${#TIP_ALL_URLS[@]} servers"
+  tip_run "$TIP_PYTHON" -m megatron_tip.commands.serving wait "$TIP_SGLANG_START_SECONDS" "${TIP_ALL_URLS[@]}" ||
+    tip_finish "$?"
 }
 
 tip_stop_servers() {
@@ -130,23 +144,26 @@ tip_list() {
 }
 
 # tip_run COMMAND...: runs it and returns its exit code. SIGUSR1 (the warning before a time limit, from
-# --signal=B:USR1@...) and SIGTERM go on to it, and srun sends them on to every task. TIP_WARNED says that SIGUSR1 came.
-TIP_WARNED=
+# --signal=B:USR1@...) and SIGTERM go on to it, and srun sends them on to every task. TIP_WARNED says that SIGUSR1 came;
+# if it came before, nothing is run any more.
 tip_run() {
   local code=0 child
+  if [[ -n $TIP_WARNED ]]; then return "$TIP_EXIT_RESUMABLE"; fi
   "$@" &
   child=$!
   # shellcheck disable=SC2064  # the child of now
   trap "TIP_WARNED=1; tip_forward USR1 $child" USR1
   # shellcheck disable=SC2064
   trap "tip_forward TERM $child" TERM
+  if [[ -n $TIP_WARNED ]]; then tip_forward USR1 "$child"; fi # it came between the two lines above
   wait "$child" || code=$?
   # A trap ends `wait` early, with the child still there.
   while kill -0 "$child" 2>/dev/null; do
     code=0
     wait "$child" || code=$?
   done
-  trap - USR1 TERM
+  trap 'TIP_WARNED=1' USR1
+  trap - TERM
   return "$code"
 }
 
@@ -158,11 +175,15 @@ tip_forward() {
 # tip_finish CODE: ends the script, and sends the job back to the queue where the time limit's warning ended a run that
 # can go on by itself. Not after scancel: who cancels a job does not want it back. SLURM itself requeues after
 # pre-emption (PreemptMode=REQUEUE) and node failure. A warning that comes while the workers still start ends them by the
-# signal itself: nothing is lost, and the job goes back as well.
+# signal itself, and srun ends by SIGTERM or SIGKILL who leaves a moment after the first: nothing is lost, and the job
+# goes back as well. A task of an array is named as such: the last one's own number means the whole array.
 tip_finish() {
-  local code=$1
+  local code=$1 job=$SLURM_JOB_ID
+  if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
   tip_stop_servers
-  if [[ -n $TIP_WARNED ]] && ((code == 128 + $(kill -l USR1))); then code=$TIP_EXIT_RESUMABLE; fi
+  if [[ -n $TIP_WARNED ]]; then
+    case $((code - 128)) in "$(kill -l USR1)" | "$(kill -l TERM)" | "$(kill -l KILL)") code=$TIP_EXIT_RESUMABLE ;; esac
+  fi
   if ((code == 0)); then
     tip_log "finished"
   elif ((code != TIP_EXIT_RESUMABLE)); then
@@ -171,7 +192,7 @@ tip_finish() {
     tip_log "stopped with a checkpoint; submit the same command again to go on"
   elif ((${SLURM_RESTART_COUNT:-0} >= TIP_MAX_RESTARTS)); then
     tip_log "not requeued: restarted $SLURM_RESTART_COUNT times already (TIP_MAX_RESTARTS)"
-  elif scontrol requeue "$SLURM_JOB_ID"; then
+  elif scontrol requeue "$job"; then
     tip_log "requeued: the run goes on from its last checkpoint"
   else
     tip_log "not requeued (see above); submit the same command again to go on"

@@ -44,6 +44,8 @@ TIP_SGLANG_PER_NODE=${TIP_SGLANG_PER_NODE:-0}
 # Share of a GPU's memory for a server's weights and cache: beside a trainer, and alone on its node.
 TIP_SGLANG_SHARED_MEMORY=${TIP_SGLANG_SHARED_MEMORY:-0.3}
 TIP_SGLANG_OWN_MEMORY=${TIP_SGLANG_OWN_MEMORY:-0.85}
+# Further arguments of SGLang's command line for every server, separated by spaces.
+TIP_SGLANG_ARGUMENTS=${TIP_SGLANG_ARGUMENTS:-}
 # Seconds until servers must answer.
 TIP_SGLANG_START_SECONDS=${TIP_SGLANG_START_SECONDS:-900}
 

@@ -1,17 +1,20 @@
 """What saving a run costs and how soon it goes on after a kill.
 
-    python tools/bench_checkpoint.py CONFIG.toml [--folder DIR] [--foreground] [section.key=value ...]
+    python tools/bench_checkpoint.py CONFIG.toml [--folder DIR] [--foreground] [--steps 3] [section.key=value ...]
 
-Takes three steps with a checkpoint after each, kills the run, and starts it again. A step's seconds are those of its
-phases but saving.
+Takes a few steps with a checkpoint after each, kills the run with SIGKILL, and starts it again until it is ready for
+its next step. Prints what a step takes but for saving, what training waits for a save, a checkpoint's size, and the
+seconds from the start of the command to the first step, anew and continued, with the loading of the models apart.
 """
 
 import argparse
 import json
+import re
 import shutil
 import statistics
 import subprocess
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from try_faults import Trial, end_with_the_run
@@ -19,58 +22,98 @@ from try_faults import Trial, end_with_the_run
 from megatron_tip.observability.run_folder import RunFolder
 from megatron_tip.training.checkpoint_files import CheckpointFiles
 
-STEPS = 3
 BETWEEN_SAVES = 10
 
 
-def measure(config_path: Path, overrides: list[str], folder: Path, *, in_background: bool) -> None:
-    """Prints one mode's seconds."""
+@dataclass(frozen=True)
+class Saving:
+    """Medians over the steps: seconds of a step but for saving, of a save; bytes of the newest checkpoint."""
+
+    steps: list[float]
+    saves: list[float]
+    size_bytes: int
+
+    def row(self, mode: str) -> str:
+        step, save = statistics.median(self.steps), statistics.median(self.saves)
+        return (
+            f"| {mode} | {step:.1f} | {save:.2f} | {save / (BETWEEN_SAVES * step):.2%} | {self.size_bytes / 1e6:.0f} |"
+        )
+
+
+@dataclass(frozen=True)
+class Start:
+    """Seconds from the start of the command until the first step can begin; `models`: of these, loading the models."""
+
+    total: float
+    models: float
+
+    def row(self, name: str) -> str:
+        return f"| {name} | {self.total:.1f} | {self.models:.1f} | {self.total - self.models:.1f} |"
+
+
+def measure(config_path: Path, overrides: list[str], folder: Path, num_steps: int, *, in_background: bool) -> None:
+    """Prints one mode's two tables."""
     run = RunFolder(folder)
     settings = [
         *overrides,
-        f"training.steps={STEPS + 1}",
+        f"training.steps={num_steps + 1}",
         "optimizer.warmup_steps=0",
         "heldout.num_prompts=0",
         "checkpoint.every_steps=1",
         f"checkpoint.in_background={str(in_background).lower()}",
+        "monitoring.trace=true",
     ]
-    trial = Trial(config_path, settings, run, STEPS + 1, run)
-    files = CheckpointFiles(run.checkpoints)
-    start = time.monotonic()
+    trial = Trial(config_path, settings, run, num_steps + 1, run)
+    begin = time.time()
     process = trial.start("--fresh")
-    first_start = seconds_to_step(trial, process, 1, start)
-    trial.wait(process, lambda: trial.recorded() == STEPS)
+    ready = ready_at(trial, process, begin)
+    trial.wait(process, lambda: trial.recorded() == num_steps)
     trial.kill_all(process)
-    newest = files.steps()[-1]
-    # What is charged to a step: ending the save of the step before the last, and beginning that of the last.
+    anew = Start(ready - begin, models_seconds(trial.log[-1]))
+    saving = saving_of(run)
+    begin = time.time()
+    process = trial.start()
+    ready = ready_at(trial, process, begin)
+    trial.kill_all(process)
+    continued = Start(ready - begin, models_seconds(trial.log[-1]))
+    print("| Checkpoints are written | Step, s | Training waits for a save, s | Share of 10 steps | MB |")
+    print("|---|---|---|---|---|")
+    print(saving.row("in the background" if in_background else "in the foreground"))
+    print("\n| From the command to the first step | Seconds | Of these, models | Beyond |\n|---|---|---|---|")
+    print(anew.row("anew"))
+    print(continued.row("continued after SIGKILL"), flush=True)
+
+
+def saving_of(run: RunFolder) -> Saving:
+    """What is charged to a step: ending the save of the step before the last, and beginning that of the last."""
     lines = [json.loads(line) for line in run.metrics.read_text().splitlines()][1:]
     saves = [line["time/save_seconds"] for line in lines if "time/save_seconds" in line]
     steps = [sum(line[key] for key in line if key.startswith("time/") and "save" not in key) for line in lines]
-    size = sum(path.stat().st_size for path in files.step_folder(newest).rglob("*"))
-    step, save = statistics.median(steps), statistics.median(saves)
-    print(
-        f"in the {'background' if in_background else 'foreground'}: a step {step:.1f} s ({len(steps)} steps: "
-        f"{', '.join(f'{seconds:.1f}' for seconds in steps)}), training waits {save:.2f} s for a save of "
-        f"{size / 1e6:.0f} MB: {save / (BETWEEN_SAVES * step):.1%} of {BETWEEN_SAVES} steps",
-        flush=True,
-    )
-    start = time.monotonic()
-    process = trial.start()
-    trial.wait(process, lambda: trial.recorded() == newest)  # what lay behind it is cut off
-    second_start = seconds_to_step(trial, process, newest + 1, start)
-    trial.kill_all(process)
-    print(
-        f"from the command to its first step: {first_start:.0f} s anew, {second_start:.0f} s continued",
-        flush=True,
-    )
+    files = CheckpointFiles(run.checkpoints)
+    newest = files.step_folder(files.steps()[-1])
+    return Saving(steps, saves, sum(path.stat().st_size for path in newest.rglob("*") if path.is_file()))
 
 
-def seconds_to_step(trial: Trial, process: subprocess.Popen[str], step: int, start: float) -> float:
-    """From `start` to the beginning of `step`, the first that `process` takes."""
-    trial.wait(process, lambda: trial.recorded() >= step)
-    elapsed = time.monotonic() - start
-    line = json.loads(trial.folder.metrics.read_text().splitlines()[-1])
-    return elapsed - sum(line[key] for key in line if key.startswith("time/"))
+def ready_at(trial: Trial, process: subprocess.Popen[str], begin: float) -> float:
+    """When, in time.time(), the engine of the run that was started at `begin` has its first weights."""
+    path = trial.folder.trace / "rank_00000.jsonl"
+
+    def first_sync() -> float | None:
+        lines = path.read_text().splitlines() if path.exists() else []
+        events = [json.loads(line) for line in lines if line.endswith("}")]
+        ends = [(e["ts"] + e["dur"]) / 1e6 for e in events if e["name"] == "sync"]
+        return next((end for end in ends if end > begin), None)
+
+    trial.wait(process, lambda: first_sync() is not None)
+    ready = first_sync()
+    assert ready is not None, "waited for"
+    return ready
+
+
+def models_seconds(log: str) -> float:
+    found = re.search(r"models and engine are there after (\S+) s", log)
+    assert found, f"no word of the models in\n{log}"
+    return float(found[1])
 
 
 def main() -> None:
@@ -80,9 +123,11 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--folder", type=Path, default=Path("runs/bench_checkpoint"), help="is emptied first")
     parser.add_argument("--foreground", action="store_true", help="training waits for the disk")
+    parser.add_argument("--steps", type=int, default=3, help="with a checkpoint after each")
     arguments = parser.parse_intermixed_args()
     shutil.rmtree(arguments.folder, ignore_errors=True)
-    measure(arguments.config, arguments.overrides, arguments.folder, in_background=not arguments.foreground)
+    in_background = not arguments.foreground
+    measure(arguments.config, arguments.overrides, arguments.folder, arguments.steps, in_background=in_background)
 
 
 if __name__ == "__main__":

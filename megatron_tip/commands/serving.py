@@ -1,7 +1,7 @@
 """What slurm/'s scripts need around SGLang servers: passwords, the servers' arguments, waiting for them.
 
     python -m megatron_tip.commands.serving keys FILE
-    python -m megatron_tip.commands.serving arguments MODEL PORT TP MEMORY_FRACTION KEYS_FILE
+    python -m megatron_tip.commands.serving arguments MODEL HOST PORT TP MEMORY_FRACTION KEYS_FILE [ARGUMENT...]
     python -m megatron_tip.commands.serving wait SECONDS URL...
 
 Passwords are written to a file that its owner alone can read, and to the standard input of the servers; never to a
@@ -33,14 +33,16 @@ def write_keys(path: Path) -> None:
         json.dump(keys, file)
 
 
-def server_arguments(model: str, port: int, tp_size: int, memory_fraction: float, keys: dict[str, str]) -> list[str]:
+def server_arguments(
+    model: str, host: str, port: int, tp_size: int, memory_fraction: float, keys: dict[str, str]
+) -> list[str]:
     """Returns SGLang's arguments of a server for `megatron_tip.rollout.sglang_main`, which reads them as JSON.
 
-    Prompts and responses travel as token ids, so the server needs no tokenizer.
+    Prompts and responses travel as token ids, so the server needs no tokenizer. `host`: where it listens; nowhere else.
     """
     pairs = {
         "--model-path": model,
-        "--host": "0.0.0.0",
+        "--host": host,
         "--port": str(port),
         "--tp-size": str(tp_size),
         "--mem-fraction-static": f"{memory_fraction:g}",
@@ -82,9 +84,10 @@ def main(arguments: Sequence[str]) -> None:
     match arguments:
         case ["keys", path]:
             write_keys(Path(path))
-        case ["arguments", model, port, tp_size, memory_fraction, keys_file]:
+        case ["arguments", model, host, port, tp_size, memory_fraction, keys_file, *further]:
             keys = json.loads(Path(keys_file).read_text())
-            print(json.dumps(server_arguments(model, int(port), int(tp_size), float(memory_fraction), keys)))
+            own = server_arguments(model, host, int(port), int(tp_size), float(memory_fraction), keys)
+            print(json.dumps(own + further))
         case ["wait", seconds, *urls]:
             wait_for_servers(urls, float(seconds))
         case _:

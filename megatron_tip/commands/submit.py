@@ -101,6 +101,23 @@ def trainer_share(site: Mapping[str, str]) -> float:
     return 1.0 - float(site["TIP_SGLANG_SHARED_MEMORY"]) if int(site["TIP_SGLANG_PER_NODE"]) else 1.0
 
 
+def as_served(config: Config, site: Mapping[str, str], script: str) -> Config:
+    """Returns the configuration as the script will run it, with the rollout servers that it starts; for the checks.
+
+    Raises:
+        ConfigError: the engine that the configuration names cannot be replaced by servers.
+    """
+    if script != "train_disaggregated" and not (script == "train" and int(site["TIP_SGLANG_PER_NODE"])):
+        return config
+    urls = {"engine": "sglang", "server_urls": ("http://started-by-the-script:1",)}
+    try:
+        return Config.model_validate({**config.model_dump(), "rollout": {**config.rollout.model_dump(), **urls}})
+    except ValueError as error:
+        raise ConfigError(
+            f"rollout: expected what servers can do, which slurm/{script}.sbatch starts: {error}"
+        ) from error
+
+
 def submit(submission: Submission, config: Config, *, dry_run: bool) -> str:
     """Submits, and returns what to tell the user; with `dry_run` the command that would be run.
 

@@ -1,5 +1,6 @@
 """GPU and host of every worker, sampled in a thread and reduced over the workers once a step."""
 
+import logging
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_tip.observability.gpu import GpuReader
+
+logger = logging.getLogger(__name__)
 
 Over = Literal["sum", "max", "mean"]
 
@@ -47,7 +50,8 @@ class Monitor:
         """`every_seconds`: between samples; a step that ends sooner takes one of its own."""
         self._device = device
         self._every_seconds = every_seconds
-        self._gpu = _gpu_reader(device)
+        gpu = _gpu_reader(device)
+        self._readers: list[Callable[[], dict[str, float]]] = [self._host, *([gpu.read] if gpu else [])]
         self._process = psutil.Process()
         self._samples: list[dict[str, float]] = []
         self._lock = threading.Lock()
@@ -66,13 +70,24 @@ class Monitor:
     def sample(self) -> dict[str, float]:
         """Returns the present values of this worker.
 
-        `cpu_percent`: of the host's processors, since the last sample. `rss_bytes`: of this process.
+        `cpu_percent`: of the host's processors, since the last sample. `rss_bytes`: of this process. Never raises: what
+        cannot be read is logged once and left out from then on.
         """
-        values = self._gpu.read() if self._gpu else {}
-        values["cpu_percent"] = psutil.cpu_percent()
-        values["rss_bytes"] = float(self._process.memory_info().rss)
-        values["memory_available_bytes"] = float(psutil.virtual_memory().available)
+        values: dict[str, float] = {}
+        for read in list(self._readers):
+            try:
+                values |= read()
+            except Exception as error:  # no sensor is worth a run
+                self._readers.remove(read)
+                logger.warning("monitoring: left out from now on: %s: %s", type(error).__name__, error)
         return values
+
+    def _host(self) -> dict[str, float]:
+        return {
+            "cpu_percent": psutil.cpu_percent(),
+            "rss_bytes": float(self._process.memory_info().rss),
+            "memory_available_bytes": float(psutil.virtual_memory().available),
+        }
 
     def _run(self) -> None:
         while not self._ended.wait(self._every_seconds):

@@ -1,7 +1,7 @@
 """The folder that a run leaves: created and checked before anything starts, every file written whole or not at all.
 
     config.toml  metrics.jsonl  samples.jsonl  summary.json  report.png  rollouts/  checkpoint/  hf/
-    views/  wandb/  tensorboard/  trace/  trace.json    where [tracking] or [monitoring] asks for them
+    views/  wandb/  tensorboard/  trackers.json  trace/  trace.json    where [tracking] or [monitoring] asks for them
     checkpoints/  what an interrupted run continues from      skipped/  rollouts of steps that were not finite
     stacks/  where the ranks of a run stood that hung
 

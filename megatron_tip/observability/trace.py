@@ -1,20 +1,29 @@
 """trace.json: a time line of every worker's phases, for Perfetto (ui.perfetto.dev) or chrome://tracing."""
 
 import json
+import logging
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
-from megatron_tip.observability.run_folder import atomic_write_text, output_errors
+from megatron_tip.observability.run_folder import output_errors
+
+logger = logging.getLogger(__name__)
 
 
 class TraceWriter:
-    """Writes this worker's phases to trace/rank_<r>.jsonl as they end, so that a run that dies leaves them."""
+    """Writes this worker's phases to trace/rank_<r>.jsonl as they end, so that a run that dies leaves them.
+
+    Only opening the file may fail the run: a full disk later ends the time line alone.
+    """
 
     def __init__(self, folder: Path, rank: int) -> None:
         """`folder`: trace/ in the run's folder; created. A continued run appends."""
         self._rank = rank
         self._epoch = time.time() - time.perf_counter()
+        self._has_failed = False
         path = folder / f"rank_{rank:05d}.jsonl"
         with output_errors(path):
             folder.mkdir(parents=True, exist_ok=True)
@@ -30,24 +39,50 @@ class TraceWriter:
         self._write({"name": f"step {step}", "ph": "i", "s": "p", "ts": now})
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # what is buffered may not fit on the disk
+            self._file.close()
 
     def _microseconds(self, counter: float) -> float:
         return (self._epoch + counter) * 1e6
 
     def _write(self, event: dict[str, object]) -> None:
-        self._file.write(json.dumps({**event, "pid": self._rank, "tid": 0}) + "\n")
+        if self._has_failed:
+            return
+        try:
+            self._file.write(json.dumps({**event, "pid": self._rank, "tid": 0}) + "\n")
+        except OSError as error:
+            self._has_failed = True
+            logger.warning("trace: the time line ends here: %s", error)
 
 
 def join_traces(folder: Path, target: Path) -> None:
-    """Joins the workers' files under `folder` into `target`, in the Trace Event Format. A line cut off is left out."""
-    events = []
+    """Joins the workers' files under `folder` into `target`, in the Trace Event Format. A line cut off is left out.
+
+    Line by line: those of a long run on many workers do not fit into memory.
+
+    Raises:
+        OutputError: `target` cannot be written; nothing is left of it.
+    """
+    beside = target.with_name(f".{target.name}.partial")
+    with output_errors(target):
+        try:
+            with beside.open("w", encoding="utf-8") as file:
+                file.write('{"displayTimeUnit": "ms", "traceEvents": [')
+                for place, event in enumerate(_events(folder)):
+                    file.write((",\n" if place else "\n") + json.dumps(event))
+                file.write("\n]}\n")
+            beside.replace(target)
+        finally:
+            beside.unlink(missing_ok=True)
+
+
+def _events(folder: Path) -> Iterator[dict[str, object]]:
     for path in sorted(folder.glob("rank_*.jsonl")):
         rank = int(path.stem.removeprefix("rank_"))
-        events.append({"name": "process_name", "ph": "M", "pid": rank, "tid": 0, "args": {"name": f"rank {rank}"}})
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                events.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
-    atomic_write_text(target, json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
+        yield {"name": "process_name", "ph": "M", "pid": rank, "tid": 0, "args": {"name": f"rank {rank}"}}
+        with path.open(encoding="utf-8") as file:
+            for line in file:
+                try:
+                    yield json.loads(line)
+                except json.JSONDecodeError:
+                    continue

@@ -1,18 +1,23 @@
 """Where a run's numbers go besides its own files, and why a failure there never reaches the training."""
 
 import importlib.util
+import json
 import logging
+import os
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
 from megatron_tip.config import Config, TrackingConfig
-from megatron_tip.errors import OptionalDependencyError
+from megatron_tip.errors import OptionalDependencyError, OutputError
 from megatron_tip.observability.run_folder import RunFolder, atomic_write_bytes, atomic_write_text
 from megatron_tip.observability.token_view import TokenView, page_html, quadrant_png
+from megatron_tip.parallel.environment import is_restarted
 
 logger = logging.getLogger(__name__)
 
+IDENTITIES_NAME = "trackers.json"
 MAX_FAILURES = 3
 """Failures in a row after which a tracker is left alone."""
 
@@ -70,7 +75,14 @@ class Trackers:
         self._failures = dict.fromkeys(trackers, 0)
 
     def start(self, config: Config, folder: RunFolder, identities: MutableMapping[str, str]) -> None:
-        """Starts all and leaves out those that fail; `identities`, by tracker name, are read and brought up to date."""
+        """Starts all and leaves out those that fail; `identities`, by tracker name, are read and brought up to date.
+
+        They come from the checkpoint. A job that is started again before its first one finds them in the run's folder.
+        """
+        path = folder.path / IDENTITIES_NAME
+        if not identities and is_restarted(os.environ):
+            with suppress(OSError, ValueError):  # there were none, or they are lost
+                identities.update(json.loads(path.read_text()))
         for tracker in list(self._failures):
 
             def start(tracker: Tracker = tracker) -> None:
@@ -80,6 +92,9 @@ class Trackers:
 
             if not self._attempt(tracker, "start", start):
                 del self._failures[tracker]
+        if identities:
+            with suppress(OutputError):  # the checkpoint will hold them
+                atomic_write_text(path, json.dumps(dict(identities)))
 
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         self._each("metrics", lambda tracker: tracker.log_metrics(step, metrics))

@@ -20,7 +20,7 @@ import wandb
 
 logger = logging.getLogger(__name__)
 
-_LOGIN_SECONDS, _START_SECONDS, _FINISH_SECONDS = 10, 60, 120
+_LOGIN_SECONDS, _START_SECONDS, _FINISH_SECONDS = 10, 60, 60
 
 
 class WandbTracker:

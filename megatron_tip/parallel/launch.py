@@ -23,6 +23,7 @@ from megatron_tip.parallel.environment import thread_environment, worker_environ
 from megatron_tip.parallel.stop import STOPPED_EXIT_CODE, StopRequested
 
 _LAUNCHER_PID = "MEGATRON_TIP_LAUNCHER_PID"
+_ON_RECORD = "_is_on_record"
 _SECONDS_TO_END = 10
 _HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
 _CONTINUES = "the run is saved, the same command continues it"
@@ -115,12 +116,32 @@ def run_worker(work: Callable[[], None], *, threads: int = 0) -> None:
 
 def end_worker_with(error: Exception) -> None:
     """Puts `error` on record as this worker's end and ends the process at once, from any thread."""
+    _put_on_record(error)
+    _leave(1)
+
+
+@contextmanager
+def failures_on_record() -> Iterator[None]:
+    """Puts a failure of the block on record at once: what is closed around it may take longer than this worker lives,
+    which is ended as soon as a peer has failed over it.
+    """
+    try:
+        yield
+    except Exception as error:
+        _put_on_record(error)
+        raise
+
+
+def _put_on_record(error: Exception) -> None:
+    """Our launcher reads the record; elsewhere the error goes to stderr. Does nothing the second time."""
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
+    if vars(error).setdefault(_ON_RECORD, False):
+        return
+    vars(error)[_ON_RECORD] = True
     get_error_handler().record_exception(error)
     if not os.environ.get(_LAUNCHER_PID):
         _report(error)
-    _leave(1)
 
 
 def _leave(exit_code: int) -> None:

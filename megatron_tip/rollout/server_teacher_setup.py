@@ -15,8 +15,11 @@ from megatron_tip.vocab_parallel.topk_divergence import TOPK_DIVERGENCES
 from megatron_tip.vocab_parallel.topk_statistics import TOPK_STATISTICS
 
 
-def check_teacher(config: Config, selector: Selector) -> None:
+def check_teacher(config: Config, selector: Selector, *, elsewhere: bool = False) -> None:
     """Refuses what the run's kind of teacher cannot do: losses, rules and temperatures by name. Reads files alone.
+
+    Args:
+        elsewhere: the run will be on another machine: its passwords are not looked for here.
 
     Raises:
         ConfigError: a loss or a rule that needs the teacher's whole distribution from one behind servers, a
@@ -46,7 +49,8 @@ def check_teacher(config: Config, selector: Selector) -> None:
     source = f'a teacher behind servers with teacher.student_support = "{teacher.student_support}"'
     selector.check_available(TOPK_STATISTICS | asked, source)
     _check_routes(config)
-    read_keys(teacher.keys_file)
+    if not elsewhere:
+        read_keys(teacher.keys_file)
 
 
 def _check_routes(config: Config) -> None:

@@ -23,8 +23,11 @@ from megatron_tip.rollout.weight_folder import FolderTransport
 from megatron_tip.rollout.weight_transport import WeightTransport
 
 
-def check_sglang(config: Config) -> None:
+def check_sglang(config: Config, *, elsewhere: bool = False) -> None:
     """Refuses, before anything starts, what SGLang servers cannot do. Reads files, starts nothing.
+
+    Args:
+        elsewhere: the run will be on another machine: neither its passwords nor its SGLang are looked for here.
 
     Raises:
         ConfigError: settings that do not fit together, unreadable passwords.
@@ -41,7 +44,8 @@ def check_sglang(config: Config) -> None:
             "sglang.router_url: expected rollout.server_urls as well, got none; weights go to the servers themselves"
         )
     if rollout.server_urls:
-        read_keys(sglang.keys_file)
+        if not elsewhere:
+            read_keys(sglang.keys_file)
         urls = [*rollout.server_urls, *filter(None, [sglang.router_url])]
         bad = [url for url in urls if not url.startswith(("http://", "https://"))]
         if bad:
@@ -54,7 +58,8 @@ def check_sglang(config: Config) -> None:
             f"sglang.gpus: expected {needed} for rollout.servers = {rollout.servers} of tensor_parallel_size "
             f"{sglang.tensor_parallel_size}, got {len(sglang.gpus)}"
         )
-    require_sglang()
+    if not elsewhere:
+        require_sglang()
 
 
 def read_keys(path: Path | None) -> ServerKeys:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -33,15 +34,20 @@ from megatron_tip.training.resume import identity_of
 from megatron_tip.training.run import TrainingRun
 from megatron_tip.training.student_state import sharded_state
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass
 class _Pending:
-    """A save whose shards a thread writes. `checksums`: of this rank's files, when `thread` has ended."""
+    """A save whose shards a thread writes. `checksums`: of this rank's files, when `thread` has ended; `failure`: why
+    there are none.
+    """
 
     step: int
     partial: Path
     request: AsyncRequest
     checksums: dict[str, tuple[int, str]] = field(default_factory=dict)
+    failure: str = ""
 
     def start(self) -> None:
         self.thread = threading.Thread(target=self._write, name="checkpoint", daemon=True)
@@ -51,7 +57,10 @@ class _Pending:
         assert self.request.async_fn is not None, "set by InProcessSave"
         self.request.async_fn(*self.request.async_fn_args)
         own = (self.partial / SHARDS_NAME).glob(f"__{dist.get_rank()}_*")
-        self.checksums = synced_checksums(self.partial, own)
+        try:
+            self.checksums = synced_checksums(self.partial, own)
+        except OSError as error:  # raised by `finish`, on all ranks: a manifest without these files looks complete
+            self.failure = f"{type(error).__name__}: {error}"
 
 
 class Checkpointer:
@@ -60,7 +69,16 @@ class Checkpointer:
     At most one save is under way. It counts from the rename in `finish` on; until then the one before is the newest.
     """
 
-    def __init__(self, run: TrainingRun, recorder: RunRecorder, files: CheckpointFiles, stop: StopSignals) -> None:
+    def __init__(
+        self,
+        run: TrainingRun,
+        recorder: RunRecorder,
+        files: CheckpointFiles,
+        stop: StopSignals,
+        *,
+        resumed_step: int = 0,
+    ) -> None:
+        """`resumed_step`: of the checkpoint that the run goes on from, which is not written again."""
         self._run = run
         self._recorder = recorder
         self._files = files
@@ -68,8 +86,14 @@ class Checkpointer:
         self._settings = run.config.checkpoint
         self._writes = dist.get_rank() == 0
         self._pending: _Pending | None = None
-        self._saved: tuple[int, int] = (0, 0)
+        self._saved_step = resumed_step
         self._saved_at = time.monotonic()
+
+    def heed_stop(self) -> None:
+        """Raises StopRequested on all ranks, when any of them was told to stop. 1 small all-reduce."""
+        (stop,) = agree_on_maxima([self._stop.received])
+        if stop:
+            raise StopRequested(stop)
 
     def between_steps(self, progress: RunProgress) -> None:
         """Ends a save that has been written, and begins one if it is due. 1 small all-reduce.
@@ -93,9 +117,11 @@ class Checkpointer:
                 self.finish()
 
     def save(self, progress: RunProgress) -> None:
-        """Begins to save `progress` unless just that is saved or there is nothing yet; `finish` ends it."""
-        state = self._recorder.state
-        if not progress.step or (progress.step, state.step) == self._saved:
+        """Begins to save `progress` unless its step is saved or there is nothing yet; `finish` ends it.
+
+        A checkpoint of one step is as good as another, with or without the step's metrics on record.
+        """
+        if progress.step == self._saved_step:
             return
         self.finish()
         with self._run.timer.phase("save"):
@@ -110,14 +136,14 @@ class Checkpointer:
             values = {
                 "progress": progress.as_json(),
                 "calibration": (last := self._run.last_step.calibration) and asdict(last),
-                "recorder": asdict(state),
+                "recorder": asdict(self._recorder.state),
                 "seconds": self._run.timer.total_seconds(),
                 **identity_of(self._run),
             }
             self._agreed(lambda: write_state(partial, values))
             self._pending = _Pending(progress.step, partial, request)
             self._pending.start()
-        self._saved = (progress.step, state.step)
+        self._saved_step = progress.step
         self._saved_at = time.monotonic()
 
     def finish(self) -> None:
@@ -135,12 +161,11 @@ class Checkpointer:
                 for finalize in pending.request.finalize_fns:
                     finalize()
             except (CheckpointException, OSError) as error:
-                raise OutputError(
-                    f"{pending.partial}: cannot be written: {reason_of(error)}; free space, and the same command "
-                    "continues from the checkpoint before"
-                ) from error
+                raise _not_written(pending, reason_of(error)) from error
             checksums = {}
-            for part in gather_json(pending.checksums, device=self._run.device):
+            for part, failure in gather_json([pending.checksums, pending.failure], device=self._run.device):
+                if failure:
+                    raise _not_written(pending, failure)
                 checksums |= part
             self._agreed(lambda: self._commit(pending, checksums))
 
@@ -149,7 +174,10 @@ class Checkpointer:
         own = [pending.partial / STATE_NAME, *(shards / name for name in (".metadata", "metadata.json", "common.pt"))]
         checksums |= synced_checksums(pending.partial, own)
         self._files.commit(pending.step, pending.partial, checksums)
-        self._files.prune(keep_last=self._settings.keep_last, keep_every_steps=self._settings.keep_every_steps)
+        try:
+            self._files.prune(keep_last=self._settings.keep_last, keep_every_steps=self._settings.keep_every_steps)
+        except OSError as error:  # one checkpoint more than asked for is no reason to end a run
+            logger.warning("an old checkpoint could not be removed: %s", error)
 
     def _strategy(self) -> Any:
         """Replicas share the writing of what they all hold."""
@@ -169,3 +197,10 @@ class Checkpointer:
         if failure is not None:
             raise OutputError(failure)
         return value
+
+
+def _not_written(pending: _Pending, reason: str) -> OutputError:
+    return OutputError(
+        f"{pending.partial}: cannot be written: {reason}; free space, and the same command continues from the "
+        "checkpoint before"
+    )

@@ -73,10 +73,12 @@ class CheckpointFiles:
             _write_synced(partial / MANIFEST_NAME, json.dumps(manifest, indent=1).encode())
             _sync_folder(partial / SHARDS_NAME)
             _sync_folder(partial)
-            if target.exists():  # the run was set back behind it
-                shutil.rmtree(target)
+            replaced = target.with_name(f".{target.name}.replaced.partial")
+            if target.exists():  # out of the way whole: removing it takes time, in which there would be neither
+                target.rename(replaced)
             partial.rename(target)
             _sync_folder(self.folder)
+            shutil.rmtree(replaced, ignore_errors=True)
 
     def prune(self, *, keep_last: int, keep_every_steps: int) -> None:
         """Removes all but the last ones and those of every so many steps (0: none)."""
@@ -100,10 +102,10 @@ class CheckpointFiles:
             manifest = json.loads((folder / MANIFEST_NAME).read_bytes())
             if manifest["format"] != FORMAT:
                 return f"{MANIFEST_NAME}: expected the format {FORMAT!r}, got {manifest['format']!r}"
-            files = list(manifest["files"].items())
+            files = [(name, size, digest) for name, (size, digest) in manifest["files"].items()]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             return f"{MANIFEST_NAME}: missing or broken ({type(error).__name__})"
-        for name, (size, digest) in files[part::num_parts]:
+        for name, size, digest in files[part::num_parts]:
             try:
                 got_size, got_digest = checksum(folder / name)
             except OSError as error:

@@ -10,8 +10,16 @@ from megatron_tip.conversion.model_folder import ModelFolder
 from megatron_tip.errors import ConfigError
 from megatron_tip.observability.trackers import check_trackers
 from megatron_tip.parallel.grid import ModelGrid
-from megatron_tip.training.memory_estimate import MemoryEstimate, estimate_memory
-from megatron_tip.training.plan import check_settings, check_vocabulary, make_selector, plan_grids, plan_run
+from megatron_tip.rollout.server_teacher_setup import check_teacher
+from megatron_tip.training.memory_estimate import MemoryEstimate, estimate_memory, has_servers_beside
+from megatron_tip.training.plan import (
+    check_served,
+    check_settings,
+    check_vocabulary,
+    make_selector,
+    plan_grids,
+    plan_run,
+)
 
 
 @dataclass(frozen=True)
@@ -58,24 +66,28 @@ def dry_run(config: Config, world_size: int, *, gpu_memory_gib: float) -> DryRun
     notes = [model.note for model in models if model.note]
     student = models[0].architecture.with_dropped_layers(config.model.drop_layers)
     teacher = models[1].architecture
-    student_grid, teacher_grid = plan_grids(config, student, teacher, world_size)
+    in_trainer = teacher if config.teacher.kind == "megatron" else None
+    student_grid, teacher_grid = plan_grids(config, student, in_trainer, world_size)
     check_settings(config, {"student": student.max_position_embeddings, "teacher": teacher.max_position_embeddings})
     check_trackers(config.tracking)
-    make_selector(config)
+    check_teacher(config, make_selector(config), elsewhere=True)
+    check_served(config, (student.vocab_size, teacher.vocab_size), elsewhere=True)
     if notes:
         notes += _check_tokenizers(config, models)
     missing = [path for path in (config.prompts.path, config.rollout.replay_folder) if path and not path.exists()]
     notes += [f"{path} is not on this machine" for path in missing]
     if not notes:
         plan_run(config, world_size)
-    memory = estimate_memory(config, student, teacher, student_grid, teacher_grid)
+    if has_servers_beside(config, world_size) and not config.sglang.memory_fraction:
+        notes.append("what SGLang takes beside the trainer: set sglang.memory_fraction, or sglang.gpus")
+    memory = estimate_memory(config, student, teacher, student_grid, teacher_grid, gpu_memory_gib=gpu_memory_gib)
     result = DryRun(world_size, student_grid, teacher_grid, memory, tuple(notes))
     if memory.total_bytes > gpu_memory_gib * 2**30:
         raise ConfigError(
             f"memory: expected at most {gpu_memory_gib:g} GiB a GPU (--gpu-memory), got an estimate of "
             f"{memory.total_bytes / 2**30:.1f} GiB; raise tensor or pipeline parallel sizes, set optimizer.distributed "
-            "or model.recompute_activations, or lower training.max_tokens_per_micro_batch\n"
-            + result.report(gpu_memory_gib)
+            "or model.recompute_activations, lower training.max_tokens_per_micro_batch, or give servers beside the "
+            "trainer less (sglang.memory_fraction) or GPUs of their own (sglang.gpus)\n" + result.report(gpu_memory_gib)
         )
     return result
 

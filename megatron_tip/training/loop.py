@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,7 +22,7 @@ from megatron_tip.observability.run_folder import RunFolder, Sample
 from megatron_tip.observability.timing import PhaseTimer
 from megatron_tip.parallel.distributed import destroy_distributed, init_distributed
 from megatron_tip.parallel.environment import available_threads
-from megatron_tip.parallel.launch import end_worker_with
+from megatron_tip.parallel.launch import end_worker_with, failures_on_record
 from megatron_tip.parallel.stop import StopRequested
 from megatron_tip.parallel.watchdog import HangWatchdog
 from megatron_tip.rollout.engine import ServedEngine
@@ -72,7 +73,9 @@ def train(config: Config, *, fresh: bool = False) -> None:
     if rank == 0 and step is None:
         folder.clear()
     dist.barrier()
+    start = time.monotonic()
     run = build_run(config, plan, worker, timer, num_threads=config.run.threads or available_threads())
+    logger.info("models and engine are there after %.1f s", time.monotonic() - start)
     progress, recorded = restore(run, files, step) if step is not None else (RunProgress(), None)
     if rank == 0:
         folder.write_config(config)
@@ -82,12 +85,33 @@ def train(config: Config, *, fresh: bool = False) -> None:
         folder.stacks, rank, timeout_seconds=config.fault.step_timeout_seconds, on_hang=end_worker_with
     )
     recorder = RunRecorder(folder, display, observers, writes=rank == 0, resumed=recorded)
-    with run.stop, observers:  # told to stop over its last files, a run finishes
-        with recorder, watchdog, engine_closed(run):
-            checkpointer = Checkpointer(run, recorder, files, run.stop)
+    with run.stop, left_together(), observers:  # told to stop over its last files, a run finishes
+        with recorder, watchdog, engine_closed(run), failures_on_record():
+            checkpointer = Checkpointer(run, recorder, files, run.stop, resumed_step=progress.step)
             before, after = run_steps(run, recorder, checkpointer, watchdog, progress)
         finish_run(run, plan, folder, recorder, observers, before, after)
     destroy_distributed()
+
+
+@contextmanager
+def left_together() -> Iterator[None]:
+    """Lets no rank leave a run that all of them end alike before the first process has closed its trackers.
+
+    srun and our launcher end every rank as soon as one has left with an exit code that is not 0.
+    """
+    try:
+        yield
+    except BaseException as reason:
+        if is_shared(reason):
+            dist.barrier()
+        raise
+
+
+def is_shared(reason: BaseException) -> bool:
+    """Whether `reason` ends a run on all ranks alike, in a state that can be saved."""
+    if isinstance(reason, PeerError):
+        return reason.cause == EngineError.__name__
+    return isinstance(reason, StopRequested | EngineError | TooManySkips)
 
 
 @contextmanager
@@ -140,8 +164,8 @@ def run_steps(
     """
     try:
         return _run_steps(run, recorder, checkpointer, watchdog, progress)
-    except (StopRequested, EngineError, PeerError, TooManySkips) as reason:
-        if isinstance(reason, PeerError) and reason.cause != EngineError.__name__:
+    except BaseException as reason:
+        if not is_shared(reason):
             raise
         checkpointer.save(progress)
         checkpointer.finish()
@@ -157,6 +181,7 @@ def _run_steps(
         progress.unrecorded = _prompt_metrics(run)
     after, first = progress.before, True
     while True:
+        checkpointer.heed_stop()  # before weights go to servers that the same signal may have ended
         synced = update_engine(run, weight_version=progress.step, first=first)
         first = False
         if progress.unrecorded is not None:

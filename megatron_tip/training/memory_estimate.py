@@ -58,8 +58,10 @@ def estimate_memory(
     teacher: ModelArchitecture,
     student_grid: ModelGrid,
     teacher_grid: ModelGrid,
+    *,
+    gpu_memory_gib: float,
 ) -> MemoryEstimate:
-    """Returns the estimate for GPUs, where "auto" is bfloat16."""
+    """Returns the estimate for GPUs, where "auto" is bfloat16. `gpu_memory_gib`: what servers take a share of."""
     trained = _Model(student, student_grid, _bytes(config.model.dtype))
     frozen = _Model(teacher, teacher_grid, _bytes(config.teacher.dtype))
     parameters = trained.parameters_per_rank
@@ -73,15 +75,33 @@ def estimate_memory(
         "student: gradients, float32": parameters * _FLOAT32,
         "student: optimizer": parameters * optimizer_values * _FLOAT32 / shards,
         "student: activations of a micro-batch": _activations(config, trained),
-        "teacher: weights": frozen.parameters_per_rank * frozen.bytes_per_value,
-        "teacher: head on the student's ranks": shard * teacher.hidden_size * frozen.bytes_per_value,
-        "teacher: hidden states of a step": _rows(config, student_grid) * teacher.hidden_size * frozen.bytes_per_value,
         "loss: logits of a chunk": (config.loss.chunk_rows or 1024) * shard * _FLOAT32 * _LOSS_BUFFERS,
         "loss: gradient of the head": shard * student.hidden_size * _FLOAT32,
     }
+    if config.teacher.kind == "megatron":
+        rows = _rows(config, student_grid)
+        parts |= {
+            "teacher: weights": frozen.parameters_per_rank * frozen.bytes_per_value,
+            "teacher: head on the student's ranks": shard * teacher.hidden_size * frozen.bytes_per_value,
+            "teacher: hidden states of a step": rows * teacher.hidden_size * frozen.bytes_per_value,
+        }
     if config.rollout.engine == "embedded":
         parts["embedded engine, first GPU: weights and cache"] = _embedded_engine(config, student)
+    if has_servers_beside(config, student_grid.world_size):
+        servers = config.sglang.memory_fraction * (1 if config.sglang.gpus else config.rollout.servers)
+        parts["SGLang beside the trainer (sglang.memory_fraction)"] = servers * gpu_memory_gib * 2**30
     return MemoryEstimate(parts)
+
+
+def has_servers_beside(config: Config, world_size: int) -> bool:
+    """Whether servers of our own take memory from the trainer.
+
+    Without GPUs of their own all of them begin at the first; those of sglang.gpus are apart, and beside a worker where
+    there are so many workers.
+    """
+    if config.rollout.engine != "sglang" or config.rollout.server_urls:
+        return False
+    return not config.sglang.gpus or min(config.sglang.gpus) < world_size
 
 
 def longest_sequence(config: Config) -> int:

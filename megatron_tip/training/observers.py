@@ -1,10 +1,12 @@
 """What looks on while a run goes: monitoring, throughput, trackers, the time line."""
 
 import contextlib
+import logging
 from collections.abc import Mapping, MutableMapping
 from typing import Self
 
 from megatron_tip.config import Config
+from megatron_tip.errors import OutputError
 from megatron_tip.observability.monitor import Monitor
 from megatron_tip.observability.run_folder import RunFolder
 from megatron_tip.observability.token_view import TokenView
@@ -13,6 +15,8 @@ from megatron_tip.observability.trackers import Trackers, make_trackers
 from megatron_tip.parallel.distributed import Worker
 from megatron_tip.training.plan import RunPlan
 from megatron_tip.training.throughput import Throughput, peak_tflops_of
+
+logger = logging.getLogger(__name__)
 
 
 class RunObservers:
@@ -64,7 +68,10 @@ class RunObservers:
         if self._folder.hf.exists():
             self._trackers.log_student(self._folder.hf)
         if self._trace:
-            join_traces(self._folder.trace, self._folder.path / "trace.json")
+            try:
+                join_traces(self._folder.trace, self._folder.path / "trace.json")
+            except OutputError as error:  # the run is done, and its time line no reason to say otherwise
+                logger.warning("trace.json: %s", error)
         self._trackers.finish()
 
     def __enter__(self) -> Self:

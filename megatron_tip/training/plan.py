@@ -71,8 +71,7 @@ def plan_run(config: Config, world_size: int) -> RunPlan:
     sizes = (student.architecture.vocab_size, teacher_vocab_size)
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     check_vocabulary(max(vocabulary.values()), sizes)
-    if config.rollout.engine == "sglang":
-        _check_served(config, sizes)
+    check_served(config, sizes)
     stop_token_ids = stop_ids(config.model.path, tokenizer)
     check_environment(config.rollout, tokenizer, stop_token_ids)
     return RunPlan(
@@ -253,8 +252,16 @@ def check_vocabulary(largest: int, sizes: Sequence[int]) -> None:
         )
 
 
-def _check_served(config: Config, sizes: Sequence[int]) -> None:
-    check_sglang(config)
+def check_served(config: Config, sizes: Sequence[int], *, elsewhere: bool = False) -> None:
+    """Refuses what rollouts by servers cannot be; nothing with another engine.
+
+    Args:
+        sizes: of the vocabularies of student and teacher.
+        elsewhere: as of `check_sglang`.
+    """
+    if config.rollout.engine != "sglang":
+        return
+    check_sglang(config, elsewhere=elsewhere)
     if sizes[0] > sizes[1]:
         raise ConfigError(
             f'rollout.engine = "sglang": expected a student whose vocabulary is not larger than the teacher\'s, got '

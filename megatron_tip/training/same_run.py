@@ -10,10 +10,13 @@ from megatron_tip.training.checkpoint_files import CheckpointFiles
 _DEFINING_KEYS: dict[str, tuple[str, ...]] = {
     "run": ("seed",),
     "model": ("path", "drop_layers", "dtype"),
-    "teacher": ("path", "dtype"),
+    "teacher": ("kind", "path", "dtype", "student_support"),
     "prompts": (),
     "heldout": ("num_prompts", "every_steps"),
-    "rollout": ("prompts_per_step", "samples_per_prompt", "max_response_tokens", "temperature", "top_p", "dtype"),
+    "rollout": (
+        *("prompts_per_step", "samples_per_prompt", "max_response_tokens", "temperature", "top_p", "dtype"),
+        *("environment", "max_turns", "observation_role", "ahead", "importance_cap"),
+    ),
     "selection": (),
     "loss": ("divergence", "jsd_beta", "temperature"),
     "optimizer": (),
@@ -28,10 +31,11 @@ Layouts, what costs memory or time, outputs and reports may change from one star
 def defining_settings(config: Config) -> dict[str, Any]:
     """The keys and values that a run cannot change on its way, as JSON has them."""
     values = config.model_dump(mode="json")
+    keys_of = dict(_DEFINING_KEYS)
+    if config.selection.scope == "micro_batch":  # what shares a micro-batch shares a budget
+        keys_of["training"] += ("max_tokens_per_micro_batch",)
     return {
-        f"{section}.{key}": values[section][key]
-        for section, keys in _DEFINING_KEYS.items()
-        for key in keys or values[section]
+        f"{section}.{key}": values[section][key] for section, keys in keys_of.items() for key in keys or values[section]
     }
 
 

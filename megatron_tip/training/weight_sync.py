@@ -8,6 +8,7 @@ from megatron_tip.conversion.bridge import export_hf
 from megatron_tip.errors import EngineError, MegatronTipError, PeerError, ServersLostError
 from megatron_tip.models.student import Student
 from megatron_tip.parallel.collectives import broadcast_json
+from megatron_tip.parallel.stop import StopRequested
 from megatron_tip.rollout.engine import RolloutEngine, ServedEngine
 from megatron_tip.training.probe import probe_ids, probe_logprobs
 from megatron_tip.training.run import TrainingRun
@@ -22,10 +23,13 @@ REDUCED_TOLERANCE = 0.05
 def update_engine(run: TrainingRun, *, weight_version: int, first: bool = False) -> dict[str, float]:
     """Gives the engine the student's weights, once it has generated what it generates ahead; returns the metrics of
     engine and sync, equal on every rank. Collective over the world. Arguments and errors as of `sync_engine`.
+
+    Raises:
+        StopRequested: the first process was told to stop while it waited for the batch ahead; on every rank.
     """
-    with run.timer.phase("rollout"):
-        if run.ahead:
-            run.ahead.wait()  # servers do not change weights in the middle of a batch
+    if run.config.rollout.ahead:
+        with run.timer.phase("rollout"):
+            _wait_for_batch_ahead(run)
     with run.timer.phase("sync"):
         metrics = sync_engine(run, weight_version=weight_version, first=first)
     if run.config.rollout.engine != "sglang":
@@ -33,6 +37,20 @@ def update_engine(run: TrainingRun, *, weight_version: int, first: bool = False)
     batch_name = run.sampling.for_step(weight_version).batch_name
     own = run.engine.take_metrics(batch_name) if isinstance(run.engine, ServedEngine) else {}
     return metrics | broadcast_json(own, source=0, device=run.device)
+
+
+def _wait_for_batch_ahead(run: TrainingRun) -> None:
+    """Returns when nothing is being generated: servers do not change weights in the middle of a batch."""
+    told = 0
+    if run.ahead:
+        try:
+            with run.stop.interruptible():
+                run.ahead.wait()
+        except StopRequested as request:
+            told = request.signal_number
+    told = broadcast_json(told, source=0, device=run.device)
+    if told:
+        raise StopRequested(told)
 
 
 def sync_weights(

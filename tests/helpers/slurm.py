@@ -1,4 +1,4 @@
-"""A real two-node SLURM on this machine: munged, slurmctld and two slurmd, all of their state in one folder."""
+"""A real SLURM of three nodes on this machine: munged, slurmctld and slurmd, all of their state in one folder."""
 
 import getpass
 import os
@@ -16,6 +16,7 @@ from tests.helpers.processes import wait_until
 PROGRAMS = ("sbatch", "srun", "scontrol", "sinfo", "slurmctld", "slurmd", "munged")
 """What Debian's packages slurm-wlm and munge bring."""
 
+NODES = ("n1", "n2", "n3")
 CONF = """\
 ClusterName=local
 SlurmctldHost={host}(127.0.0.1)
@@ -24,7 +25,7 @@ SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
 # A requeued job may start again once its old credential has expired, by default after two minutes.
-AuthInfo=socket={folder}/munge.socket,cred_expire=5
+AuthInfo=socket={folder}/munge.socket,cred_expire=2
 CredType=cred/munge
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
@@ -36,11 +37,12 @@ SwitchType=switch/none
 MpiDefault=none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
-SchedulerParameters=batch_sched_delay=1,sched_interval=5,bf_interval=5
-KillWait=20
+SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=100000,bf_interval=1
+KillWait=10
 ReturnToService=2
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=1 State=UNKNOWN
-NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=1 State=UNKNOWN
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.2 Port={ports[2]} CPUs=1 State=UNKNOWN
+NodeName=n3 NodeHostname={host} NodeAddr=127.0.0.3 Port={ports[3]} CPUs=1 State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
@@ -54,20 +56,22 @@ class SlurmCluster:
     """A cluster that is up; `stop` ends what it started."""
 
     def __init__(self, folder: Path) -> None:
-        """Starts the cluster with its state under `folder` and waits until both nodes are idle."""
+        """Starts the cluster with its state under `folder` and waits until all nodes are idle."""
         self.folder = folder
         self._daemons: list[subprocess.Popen[bytes]] = []
         (folder / "state").mkdir(parents=True)
         conf = folder / "slurm.conf"
         host = socket.gethostname().partition(".")[0]
-        conf.write_text(CONF.format(host=host, user=getpass.getuser(), folder=folder, ports=_free_ports(3)))
+        conf.write_text(
+            CONF.format(host=host, user=getpass.getuser(), folder=folder, ports=_free_ports(1 + len(NODES)))
+        )
         self.environ = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
         self.environ["SLURM_CONF"] = str(conf)
         self.environ["PATH"] = f"{self.environ['PATH']}:/usr/sbin"
         try:
             self._start_munged()
             self._start("slurmctld", "-D", "-f", conf, "-L", folder / "slurmctld.log")
-            for node in ("n1", "n2"):
+            for node in NODES:
                 self._start("slurmd", "-D", "-f", conf, "-N", node, "-L", folder / f"slurmd-{node}.log")
             self.wait_until_idle()
         except BaseException:
@@ -109,10 +113,10 @@ class SlurmCluster:
         return Job(self, printed.strip().splitlines()[-1].partition(";")[0], output)
 
     def wait_until_idle(self, timeout_seconds: float = 60.0) -> None:
-        """Waits until both nodes can take a job."""
+        """Waits until all nodes can take a job."""
         deadline = time.monotonic() + timeout_seconds
-        while self.run("sinfo", "--noheader", "--states=idle", "--format=%D", check=False).strip() != "2":
-            assert time.monotonic() < deadline, f"the two nodes did not become idle; see {self.folder}/*.log"
+        while self.run("sinfo", "--noheader", "--states=idle", "--format=%D", check=False).strip() != str(len(NODES)):
+            assert time.monotonic() < deadline, f"the nodes did not become idle; see {self.folder}/*.log"
             time.sleep(0.2)
 
     def _start_munged(self) -> None:

@@ -16,6 +16,35 @@ from megatron_tip.training.run import TrainingRun
 from megatron_tip.training.setup import build_run
 from tests.helpers.tiny import make_llama
 
+RUN_TOML = """
+[run]
+folder = "{folder}"
+threads = {threads}
+[model]
+path = "{models}/student"
+drop_layers = [1, 4]
+[teacher]
+path = "{models}/student"
+[prompts]
+source = "reasoning_gym"
+tasks = ["basic_arithmetic"]
+max_prompt_tokens = 200
+[heldout]
+num_prompts = 3
+num_samples = 2
+[rollout]
+prompts_per_step = 4
+max_response_tokens = 12
+[selection]
+retention_ratio = 0.25
+[optimizer]
+lr = 2e-3
+[training]
+steps = 3
+max_tokens_per_micro_batch = 300
+"""
+"""A run of three steps of some 0.1 s of the pruned `student` of `make_models`, through the command."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -108,6 +137,25 @@ def make_config(folder: Path, layout: Layout, **sections: dict[str, Any]) -> Con
     for name, section in sections.items():
         values.setdefault(name, {}).update(section)
     return Config.model_validate(values)
+
+
+def make_pruned_run(models: Path, folder: Path, *, steps: int, **sections: dict[str, Any]) -> Config:
+    """A run into `folder` on two tensor-parallel workers, whose student is its teacher without two layers."""
+    values: dict[str, dict[str, Any]] = {
+        "run": {"folder": folder, "threads": 2},
+        "teacher": {"path": models / "student"},
+        "model": {"drop_layers": (1, 4)},
+        "prompts": {"max_prompt_tokens": 200},
+        "heldout": {"num_prompts": 2, "num_samples": 1, "every_steps": 4},
+        "rollout": {"prompts_per_step": 3, "max_response_tokens": 10},
+        "optimizer": {"lr": 2e-3},
+        "training": {"steps": steps, "max_tokens_per_micro_batch": 300},
+        "checkpoint": {"every_steps": 2},
+        "output": {"save_rollouts": True, "save_checkpoint": False},
+    }
+    for name, section in sections.items():
+        values.setdefault(name, {}).update(section)
+    return make_config(models, Layout(2, student=(2, 1), teacher=(1, 1)), **values)
 
 
 def build_tiny_run(config: Config, rollouts: list[Rollout]) -> TrainingRun:

@@ -108,6 +108,17 @@ def test_finished_run_is_not_started_again(config_path, environ):
     assert "holds a finished run" in ended.stderr
 
 
+def test_a_job_that_is_requeued_behind_its_end_has_nothing_left_to_do(config_path, environ, stand_in):
+    stand_in("raise AssertionError('started')")
+    folder = config_path.parent / "run"
+    folder.mkdir()
+    (folder / "summary.json").write_text("{}")
+    place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "SLURM_RESTART_COUNT": "1"}
+    ended = run("train", config_path, environ=environ | place)
+    assert ended.returncode == 0
+    assert "holds the finished run of this job" in ended.stderr
+
+
 def test_unfinished_run_is_not_made_another_one(config_path, environ, stand_in, tmp_path):
     stand_in('(folder / f"{name}_fresh").write_text(str(fresh))')
     files = CheckpointFiles(tmp_path / "run" / "checkpoints")

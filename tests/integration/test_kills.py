@@ -8,26 +8,18 @@ import pytest
 
 from megatron_tip.config import Config
 from tests.helpers.runs import Workers, assert_same_run, run_to_end
-from tests.helpers.training import Layout, make_config, make_models
+from tests.helpers.training import make_models, make_pruned_run
 
 NUM_KILLS = 20
-LAYOUT = Layout(2, student=(2, 1), teacher=(1, 1))
 
 
 def config_of(models: Path, folder: Path) -> Config:
-    return make_config(
+    return make_pruned_run(
         models,
-        LAYOUT,
-        run={"folder": folder, "threads": 2},
-        teacher={"path": models / "student"},
-        model={"drop_layers": (1, 4)},
-        prompts={"max_prompt_tokens": 200},
-        heldout={"num_prompts": 2, "num_samples": 2, "every_steps": 5},
-        rollout={"prompts_per_step": 3, "max_response_tokens": 10},
-        optimizer={"lr": 2e-3, "clip_grad": 1.0},
-        training={"steps": 12, "max_tokens_per_micro_batch": 300},
-        checkpoint={"every_steps": 2},
-        output={"save_rollouts": True, "save_checkpoint": False},
+        folder,
+        steps=12,
+        heldout={"num_samples": 2, "every_steps": 5},
+        optimizer={"clip_grad": 1.0},
     )
 
 

@@ -13,43 +13,16 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_tip.selection import RULES
-from tests.helpers.training import make_models
+from tests.helpers.training import RUN_TOML, make_models
 
 ROOT = Path(__file__).parents[2]
-TOML = """
-[run]
-folder = "{folder}"
-threads = 2
-[model]
-path = "{models}/student"
-drop_layers = [1, 4]
-[teacher]
-path = "{models}/student"
-[prompts]
-source = "reasoning_gym"
-tasks = ["basic_arithmetic"]
-max_prompt_tokens = 200
-[heldout]
-num_prompts = 3
-num_samples = 2
-[rollout]
-prompts_per_step = 4
-max_response_tokens = 12
-[selection]
-retention_ratio = 0.25
-[optimizer]
-lr = 2e-3
-[training]
-steps = 3
-max_tokens_per_micro_batch = 300
-"""
 
 
 def train(folder: Path, models: Path, *overrides: str) -> None:
     """Runs the command to its end."""
     folder.mkdir(exist_ok=True)
     config = folder / "config_in.toml"
-    config.write_text(TOML.format(folder=folder / "run", models=models))
+    config.write_text(RUN_TOML.format(folder=folder / "run", models=models, threads=2))
     environ = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     ended = subprocess.run(
         [sys.executable, "-m", "megatron_tip.cli", "train", str(config), *overrides],

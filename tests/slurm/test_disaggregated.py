@@ -1,4 +1,4 @@
-"""Where the scripts put servers and trainer. Both are stand-ins: SGLang is not installed beside this package's tests.
+"""Where the scripts put servers and trainer: by stand-ins of both, and by real ones in a run with a teacher's node.
 
 A stand-in server reads its arguments as `megatron_tip.rollout.sglang_main` does, answers /health and ends with its
 input; a stand-in trainer asks the servers that it was given and notes its arguments and node.
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_tip.rollout.sglang_server import CPU_ENVIRONMENT, CPU_SHIM
 from tests.helpers.slurm import SlurmCluster
 from tests.slurm.test_scripts import SITE, SLURM
 
@@ -37,8 +38,8 @@ class Health(http.server.BaseHTTPRequestHandler):
 
 if sys.argv[1] == "serve":
     arguments = json.loads(sys.stdin.readline())
-    options = dict(zip(arguments[:-2:2], arguments[1:-2:2]))
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", int(options["--port"])), Health)
+    options = dict(zip(arguments[:14:2], arguments[1:14:2]), further=arguments[14:])
+    server = http.server.ThreadingHTTPServer((options["--host"], int(options["--port"])), Health)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     gpus = os.environ["CUDA_VISIBLE_DEVICES"]
     note("server_" + options["--port"], {{"node": node, "options": options, "gpus": gpus}})
@@ -69,7 +70,8 @@ def test_servers_get_nodes_of_their_own_and_the_trainer_their_urls(
     cluster: SlurmCluster, config_path: Path, models: Path, stand_ins: dict[str, str]
 ):
     script = SLURM / "train_disaggregated.sbatch"
-    job = cluster.submit(script, config_path, "run.seed=7", options=["--nodes=2"], env=stand_ins)
+    env = stand_ins | {"TIP_SGLANG_ARGUMENTS": "--log-level error"}
+    job = cluster.submit(script, config_path, "run.seed=7", options=["--nodes=2"], env=env)
     job.wait_for("COMPLETED")
     folder = config_path.parent
     trainer, server = note(folder, "trainer_0"), note(folder, "server_31000")
@@ -80,7 +82,7 @@ def test_servers_get_nodes_of_their_own_and_the_trainer_their_urls(
         str(config_path),
         "run.seed=7",
         "rollout.engine=sglang",
-        'rollout.server_urls=["http://127.0.0.1:31000"]',
+        'rollout.server_urls=["http://127.0.0.2:31000"]',
         f"sglang.keys_file={keys_file}",
     ]
     keys = json.loads(keys_file.read_text())
@@ -89,6 +91,7 @@ def test_servers_get_nodes_of_their_own_and_the_trainer_their_urls(
     assert options["--model-path"] == f"{models}/student"
     assert (options["--api-key"], options["--admin-api-key"]) == (keys["api"], keys["admin"])
     assert options["--mem-fraction-static"] == "0.85"
+    assert options["further"][-2:] == ["--log-level", "error"]
     assert keys["api"] not in job.log()
     assert note(folder, "ended_31000") == "n2", "the server ended with the job"
 
@@ -112,3 +115,44 @@ def test_a_split_without_a_trainer_is_refused(cluster: SlurmCluster, config_path
     job = cluster.submit(SLURM / "train_disaggregated.sbatch", config_path, options=["--nodes=2"], env=env)
     job.wait_for("FAILED")
     assert "expected some for the trainer beside 1 rollout and 1 teacher nodes" in job.log()
+
+
+CPU_SERVERS = """#!/bin/sh
+case "$*" in
+  *megatron_tip.rollout.sglang_main*) {environment} exec {python} "$@" ;;
+  *) exec {python} "$@" ;;
+esac
+"""
+
+
+@pytest.mark.sglang
+def test_a_run_with_nodes_for_its_rollouts_and_its_teacher(
+    cluster: SlurmCluster, config_path: Path, models: Path, tmp_path: Path
+):
+    """Real servers of both, on the CPU: the trainer's node trains on what two others generate and score."""
+    settings = {**CPU_ENVIRONMENT, "PYTHONPATH": f"{CPU_SHIM}:{SLURM.parent}"}
+    wrapper = tmp_path / "python"
+    environment = " ".join(f"{name}={value}" for name, value in settings.items())
+    wrapper.write_text(CPU_SERVERS.format(environment=environment, python=sys.executable))
+    wrapper.chmod(0o755)
+    cpu = "--device cpu --dtype float32 --attention-backend torch_native --sampling-backend pytorch --sleep-on-idle"
+    site = SITE | {
+        "TIP_PYTHON": str(wrapper),
+        "TIP_TEACHER_NODES": "1",
+        "TIP_SGLANG_PORT": "31300",
+        "TIP_SGLANG_OWN_MEMORY": "0.2",
+        "TIP_SGLANG_ARGUMENTS": f"{cpu} --max-total-tokens 4096",
+    }
+    overrides = ("training.steps=2", "loss.divergence=topk_reverse_kl", "selection.support_size=8")
+    script = SLURM / "train_disaggregated.sbatch"
+    job = cluster.submit(script, config_path, *overrides, options=["--nodes=3"], env=site)
+    job.wait_for("COMPLETED")
+    config = (tmp_path / "run" / "config.toml").read_text()
+    assert 'server_urls = [\n    "http://127.0.0.2:31300",\n]' in config
+    assert 'urls = [\n    "http://127.0.0.3:31300",\n]' in config
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2]
+    assert abs(lines[0]["heldout/topk_reverse_kl"]) > 0  # the student lost two of the teacher's layers
+    assert lines[2]["rollout/num_stale"] == 0
+    keys = json.loads((tmp_path / "run" / "servers" / "keys.json").read_text())
+    assert keys["api"] not in job.log(), "SGLang prints its arguments"

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import psutil
 
+from megatron_tip.training.checkpoint_files import CheckpointFiles
 from tests.helpers.processes import wait_until
 from tests.helpers.slurm import Job, SlurmCluster
+from tests.helpers.wandb_files import history_of, records_of
 
 SLURM = Path(__file__).parents[2] / "slurm"
 SITE = {"TIP_PYTHON": sys.executable, "TIP_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -80,38 +82,39 @@ def test_a_task_killed_on_one_node_ends_the_job_with_its_cause(cluster: SlurmClu
     assert not alive
 
 
-def test_a_requeued_run_goes_on_by_itself_under_the_same_tracker_id(cluster: SlurmCluster, config_path: Path):
-    overrides = ("training.steps=60", "checkpoint.every_steps=5", "tracking.wandb=offline")
-    job = cluster.submit(SLURM / "train.sbatch", config_path, *overrides, options=["--nodes=2"], env=SITE)
+def test_a_run_goes_on_by_itself_after_a_requeue_and_after_a_time_limit(cluster: SlurmCluster, config_path: Path):
+    """The limit is drawn in while the run goes, so that the warning is due at once; SLURM looks every half minute."""
     folder = config_path.parent / "run"
+    overrides = (*LONG, "checkpoint.every_steps=5", "tracking.wandb=offline")
+    options = ["--nodes=2", "--time=20", "--signal=B:USR1@110"]
+    job = cluster.submit(SLURM / "train.sbatch", config_path, *overrides, options=options, env=SITE)
     wait_until(lambda: len(metrics_of(folder)) > 7)
     cluster.run("scontrol", "requeue", job.name)
-    job.wait_for("COMPLETED")
-    assert job.fact("Restarts") == "1"
-    assert "continuing behind step" in job.log()
-    assert [line["step"] for line in metrics_of(folder)] == list(range(61))
-    runs = {path.name for path in folder.glob("wandb/offline-run-*/*.wandb")}
-    assert len(list(folder.glob("wandb/offline-run-*"))) == 2
-    assert len(runs) == 1, "both starts are one run of W&B"
+    job.wait_for_log("continuing behind step")
+    num_steps = len(metrics_of(folder))
+    wait_until(lambda: len(metrics_of(folder)) > num_steps)
 
-
-def test_a_time_limit_ends_in_a_checkpoint_and_a_requeue(cluster: SlurmCluster, config_path: Path):
-    """The limit is drawn in while the run goes; SLURM then warns at once, a minute at most before it."""
-    folder = config_path.parent / "run"
-    overrides = (*LONG, "checkpoint.every_steps=100000")
-    options = ["--nodes=2", "--time=20", "--signal=B:USR1@50"]
-    job = cluster.submit(SLURM / "train.sbatch", config_path, *overrides, options=options, env=SITE)
-    wait_until(lambda: len(metrics_of(folder)) > 2)
-    cluster.run("scontrol", "update", f"JobId={job.name}", "TimeLimit=2")
+    hours, minutes, _ = map(int, job.fact("RunTime").split(":"))
+    cluster.run("scontrol", "update", f"JobId={job.name}", f"TimeLimit={60 * hours + minutes + 2}")
     job.wait_for_log("requeued: the run goes on from its last checkpoint", timeout_seconds=150)
     cluster.run("scontrol", "update", f"JobId={job.name}", "TimeLimit=20")
+    saved = CheckpointFiles(folder / "checkpoints").steps()[-1]
+    assert saved - metrics_of(folder)[-1]["step"] in (0, 1), "nothing was lost"
     assert "SIGUSR1: the workers write a checkpoint and end" in job.log()
-    job.wait_for_log("continuing behind step")
-    assert job.fact("Restarts") == "1"
-    steps = [line["step"] for line in metrics_of(folder)]
-    assert steps == list(range(len(steps)))
+    job.wait_for_log(f"continuing behind step {saved}\n")
+    assert job.fact("Restarts") == "2"
+    wait_until(lambda: metrics_of(folder)[-1]["step"] > saved)
     cluster.run("scancel", job.name)
     cluster.wait_until_idle()
+    assert "stopped with a checkpoint; submit the same command again" in job.log()
+    steps = [line["step"] for line in metrics_of(folder)]
+    assert steps == list(range(len(steps)))
+
+    files = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
+    assert len(files) == 3
+    assert len({path.name for path in files}) == 1, "all starts are one run of W&B"
+    logged = [row["_step"] for path in files for row in history_of(records_of(path))]
+    assert set(steps[: saved + 1]) <= set(logged), "what a start told W&B before it ended is there"
 
 
 def test_a_sweep_runs_each_rule_and_budget_in_its_own_folder(cluster: SlurmCluster, config_path: Path):
@@ -134,12 +137,10 @@ def test_a_sweep_runs_each_rule_and_budget_in_its_own_folder(cluster: SlurmClust
 def test_conversion_to_megatron_and_back(cluster: SlurmCluster, models: Path, tmp_path: Path):
     megatron, back = tmp_path / "megatron", tmp_path / "hf"
     script = SLURM / "convert.sbatch"
-    cluster.submit(script, "to-megatron", models / "student", megatron, env=SITE).wait_for("COMPLETED")
-    cluster.submit(script, "to-hf", megatron, back, env=SITE).wait_for("COMPLETED")
+    there = cluster.submit(script, "to-megatron", models / "student", megatron, env=SITE)
+    refused = cluster.submit(script, "backwards", env=SITE)
+    again = cluster.submit(script, "to-hf", megatron, back, options=[f"--dependency=afterok:{there.name}"], env=SITE)
+    again.wait_for("COMPLETED")
     assert (back / "model.safetensors").exists()
-
-
-def test_wrong_arguments_are_refused_by_name(cluster: SlurmCluster):
-    job = cluster.submit(SLURM / "convert.sbatch", "backwards", env=SITE)
-    job.wait_for("FAILED")
-    assert "expected to-megatron or to-hf, got 'backwards'" in job.log()
+    refused.wait_for("FAILED")
+    assert "expected to-megatron or to-hf, got 'backwards'" in refused.log()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tip.commands.submit import Submission, sbatch_command, site_values, submit, trainer_share
+from megatron_tip.commands.submit import Submission, as_served, sbatch_command, site_values, submit, trainer_share
 from megatron_tip.errors import ConfigError
 from tests.helpers.training import Layout, make_config
 
@@ -70,6 +70,17 @@ def test_without_slurm_the_command_to_run_elsewhere_is_told(tmp_path: Path, monk
         submit(Submission(Path("a.toml"), environ=ENVIRON), make_config(tmp_path, Layout(1)), dry_run=False)
 
 
+def test_a_configuration_is_checked_as_the_script_will_run_it(tmp_path: Path):
+    config, alone, shared = make_config(tmp_path, Layout(1)), {"TIP_SGLANG_PER_NODE": "0"}, {"TIP_SGLANG_PER_NODE": "8"}
+    assert as_served(config, alone, "train") == as_served(config, shared, "sweep") == config
+    for served in (as_served(config, alone, "train_disaggregated"), as_served(config, shared, "train")):
+        assert served.rollout.engine == "sglang"
+        assert served.rollout.server_urls
+    replay = make_config(tmp_path, Layout(1), rollout={"engine": "replay", "replay_folder": tmp_path})
+    with pytest.raises(ConfigError, match=r"which slurm/train_disaggregated\.sbatch starts"):
+        as_served(replay, alone, "train_disaggregated")
+
+
 def shell(script: str, **environ: str) -> subprocess.CompletedProcess[str]:
     """Runs `script` in bash with the library and the site's values loaded."""
     prologue = f"set -euo pipefail; TIP_ROOT={ROOT}; source {SLURM}/lib.sh; source {SLURM}/site.sh; "
@@ -109,18 +120,21 @@ def test_network_settings_of_the_site_reach_the_tasks_and_the_caller_wins():
     "code,warned,restarts,expected",
     [
         (0, "", "0", "finished"),
-        (1, "1", "0", "failed with exit code 1"),
         (75, "", "0", "submit the same command again"),
         (75, "1", "0", "requeue 7"),
         (138, "1", "0", "requeue 7"),  # 128 + SIGUSR1: the warning came while the workers started
         (138, "", "0", "failed with exit code 138"),
+        (143, "1", "0", "requeue 7"),  # 128 + SIGTERM: srun ended a task that left behind the first one
+        (137, "1", "0", "requeue 7"),
+        (137, "", "0", "failed with exit code 137"),
+        (1, "1", "0", "failed with exit code 1"),
         (75, "1", "5", "not requeued: restarted 5 times already"),
     ],
 )
 def test_a_job_goes_back_to_the_queue_only_after_a_warning_and_a_checkpoint(code, warned, restarts, expected):
     script = f'scontrol() {{ echo "$@" >&2; }}; TIP_WARNED={warned}; tip_finish {code}'
     ended = shell(script, SLURM_JOB_ID="7", SLURM_RESTART_COUNT=restarts, TIP_MAX_RESTARTS="5")
-    assert ended.returncode == (75 if (code, warned) == (138, "1") else code)
+    assert ended.returncode == (75 if warned and code > 128 else code)
     assert expected in ended.stderr
     assert ("requeue 7" in ended.stderr) == (expected == "requeue 7")
 
@@ -129,3 +143,25 @@ def test_signals_go_on_to_the_workers_and_their_exit_code_comes_back():
     worker = "trap 'echo got USR1; exit 75' USR1; echo ready; while :; do sleep 0.05; done"
     script = f'(sleep 0.5; kill -USR1 $$) & code=0; tip_run bash -c "{worker}" || code=$?; echo "$code $TIP_WARNED"'
     assert shell(script).stdout.split("\n")[:3] == ["ready", "got USR1", "75 1"]
+
+
+def test_a_task_of_an_array_is_requeued_alone():
+    """SLURM's own number of an array's last task is that of the array: by it all tasks would be requeued."""
+    script = 'scontrol() { echo "$@" >&2; }; TIP_WARNED=1; tip_finish 75'
+    ended = shell(script, SLURM_JOB_ID="7", SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID="3")
+    assert "requeue 7_3\n" in ended.stderr
+
+
+def test_a_warning_before_the_workers_start_is_not_lost():
+    start = "tip_network() { :; }; tip_setup; kill -USR1 $$; "
+    ended = shell(start + 'code=0; tip_run echo started || code=$?; echo "$code $TIP_WARNED"')
+    assert ended.stdout == "75 1\n"
+
+
+def test_a_warning_while_servers_start_ends_the_wait_and_the_job_goes_back():
+    start = "tip_network() { :; }; tip_setup; tip_address() { echo node; }; srun() { cat >/dev/null; }; "
+    wait = "python() { case $3 in wait) exec sleep 60 ;; esac; }; TIP_PYTHON=python; (sleep 0.5; kill -USR1 $$) & "
+    hosts = 'scontrol() { [[ $1 == requeue ]] && echo "$@" >&2 || echo node; }; '
+    ended = shell(start + wait + hosts + "tip_serve n1 1 model 0.5 keys; tip_wait_for_servers", SLURM_JOB_ID="7")
+    assert ended.returncode == 75
+    assert "requeue 7\n" in ended.stderr

@@ -3,6 +3,8 @@
 import time
 from pathlib import Path
 
+import psutil
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -45,3 +47,16 @@ def _reduce_on_two_ranks() -> None:
 
 def test_figures_of_the_workers_become_one_and_a_host_without_gpu_tells_of_itself_alone(tmp_path: Path):
     run_workers(_reduce_on_two_ranks, 2, tmp_path)
+
+
+def test_a_sensor_that_fails_is_left_out_and_ends_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    def broken() -> None:
+        raise psutil.AccessDenied(1)
+
+    monkeypatch.setattr(psutil, "virtual_memory", broken)
+    with Monitor(torch.device("cpu"), every_seconds=0.01) as monitor:
+        time.sleep(0.05)
+        assert monitor.sample() == {}
+    assert caplog.text.count("monitoring: left out from now on: AccessDenied") == 1

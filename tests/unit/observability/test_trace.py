@@ -48,3 +48,12 @@ def test_a_phase_is_in_microseconds(tmp_path: Path):
     first, second = (json.loads(line) for line in (tmp_path / "rank_00000.jsonl").read_text().splitlines())
     assert first["dur"] == 250_000
     assert second["ts"] - first["ts"] == pytest.approx(1e6)
+
+
+def test_a_full_disk_ends_the_time_line_and_nothing_else(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    (tmp_path / "rank_00000.jsonl").symlink_to("/dev/full")
+    trace = TraceWriter(tmp_path, 0)
+    trace.phase("train", 1.0, 0.25)
+    trace.step(1)
+    trace.close()
+    assert caplog.text.count("trace: the time line ends here") == 1

@@ -16,10 +16,8 @@ from megatron_tip.observability.run_folder import RunFolder
 from megatron_tip.observability.token_view import TokenView, ViewedResponse
 from megatron_tip.observability.trackers import MAX_FAILURES, Trackers, check_trackers, make_trackers
 from megatron_tip.observability.wandb_tracker import wandb  # first: it sets wandb's environment
-from tests.helpers.processes import wait_until
 from tests.helpers.training import Layout, make_config
-
-wandb_internal_pb2 = wandb.proto.wandb_internal_pb2
+from tests.helpers.wandb_files import finished_records_of, history_of
 
 VIEW = TokenView(
     responses=(ViewedResponse("1 + 1 =", ("4", " <b>"), (True, False), (2.5, 0.125)),),
@@ -38,30 +36,6 @@ def started(config: Config, identities: dict[str, str]) -> Trackers:
     trackers = make_trackers(config.tracking)
     trackers.start(config, RunFolder(config.run.folder), identities)
     return trackers
-
-
-def records_of(path: Path) -> list[wandb_internal_pb2.Record]:
-    """What the file of a finished run holds. Offline, `finish` may return a moment before W&B's process wrote it."""
-    wait_until(lambda: any(record.WhichOneof("record_type") == "exit" for record in scanned(path)))
-    return scanned(path)
-
-
-def scanned(path: Path) -> list[wandb_internal_pb2.Record]:
-    """What a .wandb file holds, read with W&B's own reader."""
-    from wandb.sdk.internal.datastore import DataStore
-
-    store, records = DataStore(), []
-    store.open_for_scan(str(path))
-    while (data := store.scan_data()) is not None:
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
-        records.append(record)
-    return records
-
-
-def history_of(records: list[wandb_internal_pb2.Record]) -> list[dict[str, Any]]:
-    items = [record.history.item for record in records if record.WhichOneof("record_type") == "history"]
-    return [{(i.key or ".".join(i.nested_key)): json.loads(i.value_json) for i in of_step} for of_step in items]
 
 
 @pytest.fixture
@@ -88,7 +62,7 @@ def test_offline_run_holds_config_metrics_and_views_and_goes_on_under_its_id(
 
     files = sorted((config.run.folder / "wandb").glob("offline-run-*/*.wandb"))
     assert [path.name for path in files] == [f"run-{first_id}.wandb"] * 2
-    records = [records_of(path) for path in files]
+    records = [finished_records_of(path) for path in files]
     run = next(record.run for record in records[0] if record.WhichOneof("record_type") == "run")
     assert (run.display_name, run.project, list(run.tags)) == ("friday", "megatron-tip", ["night"])
     settings = {item.key: json.loads(item.value_json) for item in run.config.update}
@@ -120,7 +94,7 @@ def test_online_without_a_way_out_is_kept_offline(
     trackers.finish()
     assert "kept offline: wandb sync" in caplog.text
     files = list((config.run.folder / "wandb").glob("offline-run-*/*.wandb"))
-    assert history_of(records_of(files[0]))[0]["train/loss"] == 0.25
+    assert history_of(finished_records_of(files[0]))[0]["train/loss"] == 0.25
 
 
 def test_tensorboard_gets_scalars_text_and_picture(tmp_path: Path):
@@ -196,6 +170,25 @@ def test_a_failing_tracker_is_logged_and_left_alone_and_others_go_on(tmp_path: P
     assert broken.calls == 2 + MAX_FAILURES  # one, a success at step 2, then three in a row
     assert sound.calls == 9
     assert "tracker broken, metrics: ConnectionError: no route to host; it is left alone from now on" in caplog.text
+
+
+def test_a_job_that_is_requeued_before_its_first_checkpoint_goes_on_under_its_ids(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    class Asked(Broken):
+        def start(self, config: Config, folder: RunFolder, identity: str | None) -> str:
+            return identity or "new"
+
+    def ids_of_a_start(known: dict[str, str]) -> dict[str, str]:
+        Trackers([Asked()]).start(config_of(tmp_path), RunFolder(tmp_path), known)
+        return known
+
+    ids_of_a_start({"broken": "first"})
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert ids_of_a_start({}) == {"broken": "first"}
+    assert ids_of_a_start({"broken": "of the checkpoint"}) == {"broken": "of the checkpoint"}
+    monkeypatch.delenv("SLURM_RESTART_COUNT")
+    assert ids_of_a_start({}) == {"broken": "new"}, "another run in this folder, whose settings may be others"
 
 
 def test_a_tracker_that_cannot_start_is_left_out(tmp_path: Path):

@@ -222,3 +222,24 @@ def test_workers_end_when_the_launcher_is_killed(tmp_path):
         launcher.wait()
     pids = [int(file.read_text()) for file in files]
     wait_until(lambda: not any(is_alive(pid) for pid in pids))
+
+
+def test_a_failure_is_told_although_its_worker_is_ended_over_its_clean_up(start):
+    outcome = start(
+        """
+from megatron_tip.errors import EngineError, PeerError
+from megatron_tip.parallel.launch import failures_on_record
+try:
+    with failures_on_record():
+        if rank == 0:
+            raise EngineError("all servers are gone")
+        while not (folder / "told").exists():
+            time.sleep(0.01)
+        raise PeerError("rollouts: the first process failed", cause="EngineError")
+finally:
+    if rank == 0:
+        (folder / "told").touch()
+        time.sleep(1000)  # a tracker that uploads
+"""
+    )
+    assert (outcome.exit_code, outcome.message) == (1, "all servers are gone")

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from megatron_tip.errors import OutputError
-from megatron_tip.training.checkpoint_files import CheckpointFiles, synced_checksums, write_state
+from megatron_tip.training.checkpoint_files import FORMAT, CheckpointFiles, synced_checksums, write_state
+
+NO_DIGEST = {"format": FORMAT, "files": {"shards/a": 6}}
 
 
 @pytest.fixture
@@ -48,6 +50,16 @@ def test_a_step_saved_again_replaces_the_old_one(files: CheckpointFiles):
     assert not (files.step_folder(4) / "shards" / "stale").exists()
 
 
+def test_the_old_one_is_removed_only_when_the_new_one_stands_in_its_place(files: CheckpointFiles, monkeypatch):
+    save(files, 4)
+    partial = files.begin(4)
+    seen = []
+    monkeypatch.setattr("shutil.rmtree", lambda *_, **__: seen.append(files.step_folder(4).stat().st_ino))
+    new = partial.stat().st_ino
+    files.commit(4, partial, {})
+    assert seen == [new]
+
+
 @pytest.mark.parametrize(
     "damage,expected",
     [
@@ -59,6 +71,7 @@ def test_a_step_saved_again_replaces_the_old_one(files: CheckpointFiles):
         (lambda folder: (folder / "manifest.json").write_text('{"format'), "manifest.json: missing or broken"),
         (lambda folder: (folder / "manifest.json").write_text("[]"), "manifest.json: missing or broken"),
         (lambda folder: (folder / "manifest.json").write_text('{"format": "x 2"}'), "expected the format"),
+        (lambda folder: (folder / "manifest.json").write_text(json.dumps(NO_DIGEST)), "manifest.json: missing or"),
     ],
 )
 def test_damage_is_named(files: CheckpointFiles, damage, expected: str):

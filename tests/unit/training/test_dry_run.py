@@ -16,6 +16,9 @@ SMALL = ("quickstart_cpu", "quickstart_sglang", "multi_turn_calculator")
 RECIPES = sorted(path for path in EXAMPLES.glob("*/*.toml") if path.parent.name not in SMALL)
 
 
+SERVED_TEACHER = ["teacher.kind=sglang", 'teacher.urls=["http://n7:1"]', "teacher.keys_file=elsewhere.json"]
+
+
 def checked(config: Config, world_size: int = 64, gpu_memory_gib: float = 80.0) -> DryRun:
     return dry_run(config, world_size, gpu_memory_gib=gpu_memory_gib)
 
@@ -51,6 +54,11 @@ def test_quickstart_runs_on_three_workers():
         (["teacher.path=models/Qwen3-5B"], "teacher.path: expected a folder with a config.json, or one named after a"),
         (["selection.rule=tip_sof_or"], "the nearest name is 'tip_soft_or'"),
         (["rollout.temperature=0.5"], "expected rollout.temperature = loss.temperature"),
+        (["rollout.engine=sglang", "rollout.top_p=0.9"], 'rollout.top_p: expected 1 with rollout.engine = "sglang"'),
+        (["rollout.engine=sglang", "sglang.gpus=[7]", "rollout.servers=2"], "sglang.gpus: expected 2 for"),
+        (["rollout.engine=sglang", 'rollout.server_urls=["n7:1"]'], 'rollout.server_urls: expected "http://host:port"'),
+        (["rollout.engine=sglang", "sglang.memory_fraction=0.8"], "or give servers beside the trainer less (sglang."),
+        ([*SERVED_TEACHER, "loss.divergence=jsd"], "loss.divergence: expected one of"),
         (["model.drop_layers=[28]"], "drop_layers: expected different layers among 0..27"),
         (
             ["training.max_tokens_per_micro_batch=4000000"],
@@ -75,6 +83,7 @@ def test_what_could_not_be_seen_is_told():
         "models/Qwen3-1.7B",
         "models/Qwen3-4B",
         "data/dapo-math-17k.parquet",
+        "what SGLang takes beside the trainer: set sglang.memory_fraction, or sglang.gpus",
     ]
 
 
@@ -108,6 +117,23 @@ def test_memory_follows_the_layout():
     assert whole["student: optimizer"] == pytest.approx(base["student: optimizer"] * 32)  # 64 GPUs / tp 2
     kept = parts(recipe("model.recompute_activations=false"))
     assert kept["student: activations of a micro-batch"] > 5 * base["student: activations of a micro-batch"]
+
+
+def test_servers_of_our_own_take_their_share_of_the_gpus_that_they_share():
+    name, gib = "SGLang beside the trainer (sglang.memory_fraction)", 2.0**30
+    served = ["rollout.engine=sglang", "sglang.memory_fraction=0.3"]
+    assert parts(recipe(*served))[name] == pytest.approx(0.3 * 10_000 * gib)
+    assert parts(recipe(*served, "rollout.servers=2"))[name] == pytest.approx(0.6 * 10_000 * gib)
+    assert parts(recipe(*served, "rollout.servers=2", "sglang.gpus=[6,7]"))[name] == pytest.approx(0.3 * 10_000 * gib)
+    assert name not in parts(recipe(*served, "sglang.gpus=[6]"), 4)  # workers on 0 to 3
+    assert name not in parts(recipe("rollout.engine=embedded", "sglang.memory_fraction=0.3"))
+    assert name not in parts(recipe(*served, 'rollout.server_urls=["http://n7:1"]'))
+
+
+def test_a_teacher_behind_servers_takes_nothing():
+    alone = parts(recipe(*SERVED_TEACHER))
+    assert not any(name.startswith("teacher") for name in alone)
+    assert alone["student: weights"] == parts(recipe())["student: weights"]
 
 
 def test_weights_are_those_of_the_published_parameters():

@@ -42,6 +42,8 @@ def test_layout_speed_and_outputs_may_change(tmp_path: Path):
         ({"training": {"steps": 5}}, "training.steps: 4, now 5"),
         ({"run": {"seed": 7}}, "run.seed: 1, now 7"),
         ({"selection": {"rule": "random"}}, "selection.rule: 'ta_opd_teachability', now 'random'"),
+        ({"rollout": {"importance_cap": 2.0}}, "rollout.importance_cap: 0.0, now 2.0"),
+        ({"rollout": {"environment": "calculator"}}, "rollout.environment: '', now 'calculator'"),
         ({"optimizer": {"distributed": True}}, "optimizer.distributed: False, now True"),
     ],
 )
@@ -50,6 +52,13 @@ def test_other_numbers_are_refused_by_name(tmp_path: Path, sections, expected: s
     with pytest.raises(ConfigError, match="holds an unfinished run with other settings") as caught:
         check_same_run(make_config(tmp_path, Layout(1), **sections))
     assert str(caught.value).splitlines()[1:] == [f"  {expected}"]
+
+
+def test_micro_batches_are_part_of_a_run_whose_budget_holds_within_them(tmp_path: Path):
+    scope = {"scope": "micro_batch"}
+    saved_under(make_config(tmp_path, Layout(1), selection=scope))
+    with pytest.raises(ConfigError, match=r"training\.max_tokens_per_micro_batch: 48, now 7"):
+        check_same_run(make_config(tmp_path, Layout(1), selection=scope, training={"max_tokens_per_micro_batch": 7}))
 
 
 def test_a_folder_without_checkpoints_says_nothing(tmp_path: Path):
