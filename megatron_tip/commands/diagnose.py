@@ -92,9 +92,15 @@ def gain(
 ) -> None:
     """Print the gain between two checkpoints that were scored on a bank, absolute and relative."""
     with errors_reported():
-        from megatron_tip.diagnostics.report import gain_text
+        from megatron_tip.diagnostics.papers.evidence import Evidence
+        from megatron_tip.diagnostics.papers.token_tables import gain_row
 
-        typer.echo(gain_text(bank, before, after, resamples=resamples, seed=seed))
+        found = Evidence.read(bank, start=before, after=[after], arms=None, resamples=resamples, seed=seed)
+        row = gain_row(found.gains[after], resamples=resamples, seed=seed)
+        typer.echo(
+            f"{before} -> {after}: gain {row['gain']:+.5f} nats a token (95 % over prompts: {row['low']:+.5f} to "
+            f"{row['high']:+.5f}), {row['relative']:+.2%} of {row['kl_before']:.5f}, over {row['tokens']} tokens"
+        )
 
 
 @diagnose.command()
@@ -122,6 +128,29 @@ def intervene(
 
         options = ["--checkpoint", str(checkpoint)] if checkpoint else []
         _in_workers(["intervene", str(config_path), *(overrides or []), *options], config, work, nproc, _check_arms)
+
+
+@diagnose.command()
+def report(
+    bank: Annotated[Path, typer.Argument(help="Folder of the bank.")],
+    folder: Annotated[Path, typer.Option("--out", help="Where tables (CSV) and figures (PNG, CSV) go.")],
+    start: Annotated[str, typer.Option(help="Name of the scores before.")] = "start",
+    after: Annotated[list[str] | None, typer.Option(help="Name of scores after; repeats. Default: all others.")] = None,
+    arms: Annotated[Path | None, typer.Option(help="run.folder of `diagnose intervene`.")] = None,
+    page: Annotated[Path | None, typer.Option(help="A page of Markdown whose markers are filled.")] = None,
+    resamples: Annotated[int, typer.Option(min=1, help="Of the bootstrap over prompts.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 1,
+) -> None:
+    """Write the papers' tables and figures of a bank."""
+    with errors_reported():
+        from megatron_tip.diagnostics.papers.evidence import Evidence
+        from megatron_tip.diagnostics.papers.write import fill_page, page_blocks, write_all
+
+        found = Evidence.read(bank, start=start, after=after or [], arms=arms, resamples=resamples, seed=seed)
+        tables = write_all(found, folder)
+        if page is not None:
+            fill_page(page, page_blocks(found, tables), folder)
+        typer.echo(f"{folder}: {len(tables)} tables, {len(list(folder.glob('*.png')))} figures")
 
 
 def _in_workers(

@@ -104,7 +104,8 @@ def load_megatron_checkpoint(model: GPTModel, checkpoint: MegatronCheckpoint, gr
 def load_shards(model: GPTModel, weights: Path, groups: ModelGroups) -> None:
     """Fills this rank's shards from a folder of Megatron's shards of any layout, also of a run's checkpoint.
 
-    Collective over the world. Whoever calls it has checked the index (`check_index`). The padded vocabulary may differ from the one that was saved; padding rows become zero.
+    Collective over the world. Whoever calls it has checked the index (`check_index`). The padded vocabulary may differ
+    from the one that was saved; padding rows become zero.
 
     Raises:
         WeightsError: weights are missing, truncated or of another shape; on every rank.

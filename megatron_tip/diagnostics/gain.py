@@ -1,4 +1,4 @@
-"""The fixed-context gain between two checkpoints: how much closer to the teacher the second one is, on the same text."""
+"""The fixed-context gain between two checkpoints: how much closer to the teacher the second one is, on one text."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Tables on disk: Parquet with zstd, written whole or not at all, with a JSON description in the file's own metadata."""
+"""Tables on disk: Parquet with zstd, written whole or not at all, a JSON description in the file's own metadata."""
 
 import hashlib
 import io

@@ -1,4 +1,4 @@
-"""Models for work on a bank, as a run would hold them: same layouts, same kernels, nothing that generates unless asked."""
+"""Models for work on a bank, as a run would hold them: the same layouts and kernels; an engine only where asked."""
 
 import os
 from collections.abc import Iterator
