@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -57,25 +58,21 @@ class ArmResult:
 
 
 def planned_arms(config: Config) -> list[Arm]:
-    """All arms, seed by seed; within a seed plain distillation first, which gives the common update of all tables.
+    """All arms, so that an early end leaves the most: plain distillation, then the main budget, the others, other K.
 
     Raises:
         ConfigError: an unknown rule.
     """
-    settings, default = config.diagnostics, config.selection.support_size
-    names = [name for name in settings.rules or RULES if name != "full"]
-    rules = {name: load_rule(name) for name in names}
-    arms = []
-    for seed in range(1, settings.seeds + 1):
-        arms.append(Arm("full", 1.0, default, seed))
-        for ratio in sorted(settings.retention_ratios, key=lambda ratio: ratio != config.selection.retention_ratio):
-            arms += [Arm(name, ratio, default, seed) for name in names]
-        for size in settings.support_sizes:
-            depending = (name for name in names if not rules[name].required_statistics <= _SUPPORT_FREE)
-            if size != default:
-                arms += [
-                    Arm(name, config.selection.retention_ratio, size, seed) for name in depending if rules[name].inputs
-                ]
+    settings, selection = config.diagnostics, config.selection
+    seeds, main = range(1, settings.seeds + 1), selection.retention_ratio
+    rules = {name: load_rule(name) for name in settings.rules or RULES if name != "full"}
+    depending = [name for name, rule in rules.items() if rule.required_statistics - _SUPPORT_FREE]
+    arms = [Arm("full", 1.0, selection.support_size, seed) for seed in seeds]
+    for ratio in sorted(settings.retention_ratios, key=lambda ratio: abs(math.log(ratio / main))):
+        arms += [Arm(name, ratio, selection.support_size, seed) for seed in seeds for name in rules]
+    for size in settings.support_sizes:
+        if size != selection.support_size:
+            arms += [Arm(name, main, size, seed) for seed in seeds for name in depending]
     return arms
 
 
@@ -100,8 +97,8 @@ class ArmsFile:
             before = json.loads(self._settings.read_text())
             if changed := sorted(key for key in {*before, *settings} if before.get(key) != settings.get(key)):
                 raise ConfigError(
-                    f"{self.folder}: holds arms of other settings; they would not be comparable. Set them back, or give "
-                    f"another run.folder: "
+                    f"{self.folder}: holds arms of other settings, which would not be comparable; set them back, or "
+                    "give another run.folder: "
                     + "; ".join(f"{key}: {before.get(key)!r}, now {settings.get(key)!r}" for key in changed)
                 )
             atomic_write_text(self._path, "".join(self._whole_lines()))

@@ -107,8 +107,8 @@ def _require(contexts: Sequence[Rollout], config: Config, where: str) -> None:
     wanted = config.diagnostics.num_contexts
     if len(contexts) < wanted:
         raise InputError(
-            f"diagnostics.num_contexts: expected {wanted} responses with a token, got {len(contexts)} {where}; lower it, "
-            "or give more rollouts or prompts"
+            f"diagnostics.num_contexts: expected {wanted} responses with a token, got {len(contexts)} {where}; lower "
+            "it, or give more rollouts or prompts"
         )
 
 

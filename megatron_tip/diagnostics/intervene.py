@@ -72,8 +72,8 @@ def split_contexts(bank: ContextBank, *, num_steps: int, per_step: int, num_held
     heldout = [place for place in order[num_trained:] if int(bank.prompts[place]) not in used][:num_heldout]
     if len(trained) < num_trained or len(heldout) < num_heldout:
         raise InputError(
-            f"diagnostics.bank: expected {num_trained} contexts to train on (training.steps x rollout.prompts_per_step x "
-            f"samples_per_prompt) and {num_heldout} of other prompts to measure on (heldout.num_prompts), got "
+            f"diagnostics.bank: expected {num_trained} contexts to train on (training.steps x rollout.prompts_per_step "
+            f"x samples_per_prompt) and {num_heldout} of other prompts to measure on (heldout.num_prompts), got "
             f"{len(bank.contexts)} contexts of {len(prompts)} prompts; lower them or make a larger bank"
         )
     steps = [trained[start : start + per_step] for start in range(0, num_trained, per_step)]
@@ -104,11 +104,13 @@ def intervene(opened: Session, bank: ContextBank, file: ArmsFile) -> None:
     done = _agreed_done(file, run)
     todo = [arm for arm in arms if str(arm) not in done]
     start = StudentStart(run.student)
-    state, seed, whole = None, None, None
+    states: dict[int, SeedState] = {}
+    whole = None
     for arm in todo:
-        if state is None or arm.seed != seed:
+        if arm.seed not in states:
             start.restore()
-            state, seed = prepare_seed(run, bank, split_of(config, bank, arm.seed)), arm.seed
+            states[arm.seed] = prepare_seed(run, bank, split_of(config, bank, arm.seed))
+        state = states[arm.seed]
         result = run_arm(run, start, state, arm)
         if arm.rule == "full":
             whole = whole or freeze(run, bank.contexts)

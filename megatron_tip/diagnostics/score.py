@@ -41,8 +41,8 @@ def freeze(run: TrainingRun, contexts: Sequence[Rollout]) -> FrozenContexts:
     """
     if not isinstance(run.teacher, Teacher):
         raise ConfigError(
-            'diagnostics: expected teacher.kind = "megatron", got "sglang"; KL(teacher || student) needs the teacher\'s '
-            "whole distribution"
+            'diagnostics: expected teacher.kind = "megatron", got "sglang"; KL(teacher || student) needs the whole '
+            "distribution of the teacher"
         )
     batch = run.batch_of(contexts)
     teacher_rows = ask_teacher(run, batch)

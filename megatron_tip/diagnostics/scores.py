@@ -112,6 +112,6 @@ def read_scores(path: Path, bank: ContextBank) -> Scores:
             f"{path}: expected scores of the bank {bank.folder} (SHA-256 {bank.sha256:.12}), got those of another one "
             f"({about['bank']:.12}); score the checkpoint on this bank"
         )
-    columns = {name: np.array(table.column(name)) for name in table.column_names}  # writable: torch asks for it
+    columns = {name: table.column(name).to_numpy().copy() for name in table.column_names}  # torch wants to write
     context, prompt, position = (columns.pop(name) for name in ("context", "prompt", "position"))
     return Scores(context, prompt, position, columns, about)

@@ -101,8 +101,8 @@ def resolve_checkpoint(path: Path, plan: RunPlan) -> Path:
                 )
             return found
     raise ConfigError(
-        f"{path}: expected a Hugging Face directory, a Megatron checkpoint, a step of checkpoints/ or a run's folder with "
-        "one of these in it, found none"
+        f"{path}: expected a Hugging Face directory, a Megatron checkpoint, a step of checkpoints/ or a run's folder "
+        "with one of these in it, found none"
     )
 
 

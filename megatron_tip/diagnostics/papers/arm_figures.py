@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 
 from megatron_tip.diagnostics.papers.arm_tables import main_ratio
+from megatron_tip.diagnostics.papers.frames import errors, in_order, numbers, rows
 from megatron_tip.diagnostics.papers.style import COLOURS, DASHES, MARKERS, figure, save
 
 SWEPT = (
@@ -22,13 +23,11 @@ SWEPT = (
 def selectors(data: pd.DataFrame, support_size: int, path: Path) -> None:
     """Every rule's gain on held-out contexts at the main budget, the best on top, and plain distillation."""
     ratio = main_ratio(data)
-    own = data[(data["k"] == support_size) & ((data["ratio"] == ratio) | (data["rule"] == "full"))]
-    own = own.sort_values("gain", ascending=False)
+    own = rows(data, k=support_size, ratio=(ratio, 1.0)).sort_values("gain", ascending=False)
     with figure(6, 4.6) as drawn:
         axes = drawn.subplots()
         places = np.arange(len(own))
-        errors = np.abs(own[["low", "high"]].to_numpy() - own[["gain"]].to_numpy()).T
-        for place, (name, gain, error) in enumerate(zip(own["rule"], own["gain"], errors.T, strict=True)):
+        for place, (name, gain, error) in enumerate(zip(own["rule"], own["gain"], errors(own).T, strict=True)):
             family = _family(name)
             axes.errorbar(gain, place, xerr=error[:, None], fmt=MARKERS[family], color=COLOURS[family], capsize=2)
         axes.axvline(0, color="#999999", linewidth=0.8)
@@ -51,21 +50,20 @@ def _family(rule: str) -> int:
 
 def budget_sweep(data: pd.DataFrame, support_size: int, path: Path) -> None:
     """Gain, and gain a kept share, over the budget for the papers' main selectors."""
-    own = data[(data["k"] == support_size) & data["rule"].isin(SWEPT)].sort_values("ratio")
+    own = rows(data, k=support_size, rule=SWEPT).sort_values("ratio")
     with figure(7, 2.9) as drawn:
         panels = drawn.subplots(1, 2)
         for axes, column, title in zip(
             panels, ("gain", "gain_per_keep"), ("gain, nats a token", "gain / kept share"), strict=True
         ):
             for place, rule in enumerate(SWEPT):
-                line = own[own["rule"] == rule]
+                line = rows(own, rule=rule)
                 shift = 1 + 0.02 * (place - 3)  # so that intervals do not lie upon each other
-                scale = 1 if column == "gain" else line["kept_share"]
-                errors = np.abs(line[["low", "high"]].sub(line["gain"], axis=0)).div(scale, axis=0).to_numpy().T
+                scale = 1 if column == "gain" else numbers(line, "kept_share")
                 axes.errorbar(
-                    100 * line["ratio"] * shift,
+                    100 * numbers(line, "ratio") * shift,
                     line[column],
-                    yerr=errors,
+                    yerr=errors(line) / scale,
                     label=rule,
                     color=COLOURS[place],
                     marker=MARKERS[place],
@@ -87,19 +85,19 @@ def support_sizes(data: pd.DataFrame, path: Path) -> None:
     """The gain of the rules that depend on K, at each K."""
     ratio = main_ratio(data)
     sizes = sorted(data["k"].unique())
-    own = data[(data["ratio"] == ratio)]
-    names = [name for name, found in own.groupby("rule") if found["k"].nunique() == len(sizes) and len(sizes) > 1]
-    own = own[own["rule"].isin(names)]
+    own = rows(data, ratio=ratio)
+    tried = {name: len(rows(own, rule=name)) for name in dict.fromkeys(own["rule"])}
+    names = [name for name, count in tried.items() if count == len(sizes) > 1]
+    own = rows(own, rule=names)
     with figure(6, 0.8 + 0.25 * max(4, len(names))) as drawn:
         axes = drawn.subplots()
         for place, size in enumerate(sizes):
-            line = own[own["k"] == size].set_index("rule").reindex(names)
+            line = in_order(rows(own, k=size), "rule", names)
             offset = np.arange(len(names)) + 0.22 * (place - (len(sizes) - 1) / 2)
-            errors = np.abs(line[["low", "high"]].to_numpy() - line[["gain"]].to_numpy()).T
             axes.errorbar(
                 line["gain"],
                 offset,
-                xerr=errors,
+                xerr=errors(line),
                 fmt=MARKERS[place % 7],
                 color=COLOURS[place % 7],
                 label=f"K = {size}",

@@ -70,5 +70,5 @@ def pooled_gain(results: Sequence[ArmResult], evidence: Evidence, minus: Sequenc
 
 def main_ratio(table: pd.DataFrame) -> float:
     """The budget of the tables that have one: 5 %, the paper's, where it was tried."""
-    ratios = sorted(table["ratio"][table["ratio"] < 1].unique())
+    ratios = sorted(ratio for ratio in set(table["ratio"]) if ratio < 1)
     return 0.05 if 0.05 in ratios else ratios[0]

@@ -1,6 +1,7 @@
 """Figures about tokens: D^L and D^I over the entropy-KL plane, gain over both, coefficients, gaps, buckets, overlap."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -9,6 +10,7 @@ from matplotlib.patches import Rectangle
 
 from megatron_tip.diagnostics.papers import token_tables
 from megatron_tip.diagnostics.papers.evidence import Evidence
+from megatron_tip.diagnostics.papers.frames import errors, in_order, numbers, rows
 from megatron_tip.diagnostics.papers.style import COLOURS, DASHES, LABELS, MAP, MARKERS, figure, save
 from megatron_tip.diagnostics.statistics.comparisons import bucket_curve
 
@@ -24,7 +26,7 @@ def binned(
         x_bin=np.clip(np.searchsorted(x_edges, frame[x], side="right") - 1, 0, len(x_edges) - 2),
         y_bin=np.clip(np.searchsorted(y_edges, frame[y], side="right") - 1, 0, len(y_edges) - 2),
     )
-    grouped = cells.groupby(["x_bin", "y_bin"])
+    grouped: Any = cells.groupby(["x_bin", "y_bin"])
     found = grouped[values].mean().assign(tokens=grouped.size()).reset_index()
     edges = {"x_low": x_edges[found["x_bin"]], "x_high": x_edges[found["x_bin"] + 1]}
     edges |= {"y_low": y_edges[found["y_bin"]], "y_high": y_edges[found["y_bin"] + 1]}
@@ -42,13 +44,15 @@ def plane(evidence: Evidence, path: Path) -> None:
     """D^L and D^I over TIP's plane of entropy and reverse KL, with Q3 marked."""
     table = evidence.table(evidence.main_support_size)
     frame = table.frame.assign(kl=np.maximum(table.column("reverse_kl"), _LEAST_KL))
-    x_edges = np.linspace(0, max(float(frame["entropy"].max()), 1e-6), _BINS + 1)
-    y_edges = np.geomspace(float(frame["kl"].min()), max(float(frame["kl"].max()), 2 * _LEAST_KL), _BINS + 1)
+    x_edges = np.linspace(0, max(float(numbers(frame, "entropy").max()), 1e-6), _BINS + 1)
+    y_edges = np.geomspace(
+        float(numbers(frame, "kl").min()), max(float(numbers(frame, "kl").max()), 2 * _LEAST_KL), _BINS + 1
+    )
     cells = binned(frame, "entropy", "kl", ["d_l", "d_i"], x_edges, y_edges)
     entropy, kl = table.medians
     count = int(table.quadrant("q3").sum())
     with figure(7, 2.9) as drawn:
-        panels = drawn.subplots(1, 2, sharey=True)
+        panels, mesh = drawn.subplots(1, 2, sharey=True), None
         for axes, name in zip(panels, ("d_l", "d_i"), strict=True):
             mesh = draw_cells(axes, cells, name, x_edges, y_edges, vmin=0, vmax=1)
             axes.set_yscale("log")
@@ -60,6 +64,7 @@ def plane(evidence: Evidence, path: Path) -> None:
             )
             axes.annotate(f"Q3, n = {count}", (0.02, 0.93), xycoords="axes fraction", color="#D55E00", weight="bold")
         panels[0].set_ylabel("reverse KL, nats")
+        assert mesh is not None, "two panels"
         drawn.colorbar(mesh, ax=panels, shrink=0.9)
         save(drawn, cells, path)
 
@@ -69,7 +74,7 @@ def gain_plane(evidence: Evidence, path: Path) -> None:
     table, (_, resamples) = evidence.table(evidence.main_support_size), evidence.untrained
     edges = np.linspace(0, 1, 11)
     cells = binned(table.frame, "d_l", "d_i", ["gain"], edges, edges)
-    cells = cells[cells["tokens"] >= 10]
+    cells = cells.query("tokens >= 10")
     with figure(7, 2.9) as drawn:
         left, right = drawn.subplots(1, 2)
         mesh = draw_cells(left, cells, "gain", edges, edges)
@@ -96,18 +101,17 @@ def draw_curve(axes: Axes, curve: pd.DataFrame, x: str, place: int, label: str) 
 def coefficients(evidence: Evidence, path: Path) -> None:
     """Standardised coefficients of the decomposed regression with intervals, for each K."""
     data = token_tables.coefficients(evidence)
-    shown = data[data["model"] == "decomposed"]
+    shown = rows(data, model="decomposed")
     names = list(dict.fromkeys(shown["predictor"]))
     with figure(5.2, 2.9) as drawn:
         axes = drawn.subplots()
         for place, size in enumerate(evidence.support_sizes):
-            own = shown[shown["k"] == size].set_index("predictor").reindex(names)
+            own = in_order(rows(shown, k=size), "predictor", names)
             offset = np.arange(len(names)) + 0.22 * (place - (len(evidence.support_sizes) - 1) / 2)
-            errors = np.abs(own[["low", "high"]].to_numpy() - own[["beta"]].to_numpy()).T
             axes.errorbar(
                 own["beta"],
                 offset,
-                xerr=errors,
+                xerr=errors(own, "beta"),
                 fmt=MARKERS[place % 7],
                 color=COLOURS[place % 7],
                 label=f"K = {size}",
@@ -133,13 +137,12 @@ def proxy_gaps(evidence: Evidence, path: Path) -> None:
         )
         for axes, (value, low, high, title) in zip(panels, columns, strict=True):
             for place, size in enumerate(evidence.support_sizes):
-                own = data[data["k"] == size].set_index("proxy").reindex(names)
+                own = in_order(rows(data, k=size), "proxy", names)
                 offset = np.arange(len(names)) + 0.22 * (place - (len(evidence.support_sizes) - 1) / 2)
-                errors = np.abs(own[[low, high]].to_numpy() - own[[value]].to_numpy()).T
                 axes.errorbar(
                     own[value],
                     offset,
-                    xerr=errors,
+                    xerr=errors(own, value, low, high),
                     fmt=MARKERS[place % 7],
                     color=COLOURS[place % 7],
                     label=f"K = {size}",
@@ -162,7 +165,7 @@ def buckets(evidence: Evidence, path: Path) -> None:
             panels, ("gain", "residual"), ("gain", "gain without H, position, teacher entropy"), strict=True
         ):
             for place, name in enumerate(token_tables.CURVES):
-                own = data[(data["by"] == name) & (data["outcome"] == outcome)]
+                own = rows(data, by=name, outcome=outcome)
                 draw_curve(axes, own, "bucket", place, LABELS[name])
             axes.axhline(0, color="#999999", linewidth=0.8)
             axes.set(xlabel="tenth of the tokens, from low to high", title=f"{title}, nats")

@@ -11,6 +11,7 @@ import pandas as pd
 from megatron_tip.diagnostics.papers import arm_figures, arm_tables, token_tables
 from megatron_tip.diagnostics.papers.claims import claims
 from megatron_tip.diagnostics.papers.evidence import Evidence
+from megatron_tip.diagnostics.papers.frames import rows
 from megatron_tip.diagnostics.papers.token_figures import FIGURES
 from megatron_tip.errors import InputError
 from megatron_tip.observability.run_folder import atomic_write_text, output_errors
@@ -56,17 +57,14 @@ def page_blocks(evidence: Evidence, tables: dict[str, pd.DataFrame]) -> dict[str
         arms = tables["interventions"]
         size = evidence.arms[0].arm.support_size
         ratio = arm_tables.main_ratio(arms)
-        main = arms[(arms["k"] == size) & ((arms["ratio"] == ratio) | (arms["rule"] == "full"))]
+        main = rows(arms, k=size, ratio=(ratio, 1.0)).sort_values("gain", ascending=False)
         columns = ["rule", "kept_share", "gain", "low", "high", "seed_sd", "gain_per_keep", "over_random", "over_low"]
-        blocks["selectors"] = markdown(main.sort_values("gain", ascending=False)[[*columns, "over_high", "q3_share"]])
-        swept = arms[(arms["k"] == size) & (arms["ratio"] < 1)].pivot_table(
-            index="rule", columns="ratio", values="gain"
-        )
-        swept.columns = [f"{column:.0%}" for column in swept.columns]
-        blocks["budgets"] = markdown(swept.sort_values(f"{ratio:.0%}", ascending=False).reset_index())
-        by_size = arms[arms["ratio"] == ratio].pivot_table(index="rule", columns="k", values="gain").dropna()
-        by_size.columns = [f"K = {column}" for column in by_size.columns]
-        blocks["support_sizes"] = markdown(by_size.reset_index())
+        blocks["selectors"] = markdown(main.filter([*columns, "over_high", "q3_share"]))
+        swept = rows(arms, k=size).query("ratio < 1").pivot_table(index="rule", columns="ratio", values="gain")
+        swept = swept.sort_values(ratio, ascending=False).rename(columns=lambda tried: f"{tried:.0%}")
+        blocks["budgets"] = markdown(swept.reset_index())
+        by_size = rows(arms, ratio=ratio).pivot_table(index="rule", columns="k", values="gain").dropna()
+        blocks["support_sizes"] = markdown(by_size.rename(columns="K = {}".format).reset_index())
     blocks["facts"] = facts(evidence)
     return blocks
 
