@@ -2,8 +2,6 @@
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -12,9 +10,11 @@ from rich.console import Console
 from typer.core import TyperCommand
 
 from megatron_tip import __version__
+from megatron_tip.commands.diagnose import diagnose
+from megatron_tip.commands.outcome import errors_reported as _errors_reported
+from megatron_tip.commands.outcome import fail as _fail
 from megatron_tip.config import Config
 from megatron_tip.config_io import dump_config, load_config, reference
-from megatron_tip.errors import ConfigError, InputError, MegatronTipError, WeightsError
 from megatron_tip.observability.logs import configure_logging
 from megatron_tip.observability.run_folder import RunFolder
 from megatron_tip.parallel.environment import is_restarted, is_worker
@@ -22,6 +22,7 @@ from megatron_tip.parallel.launch import run_worker, start_workers
 from megatron_tip.training.same_run import check_same_run
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+app.add_typer(diagnose, name="diagnose")
 
 
 def main() -> None:
@@ -207,22 +208,6 @@ def _default_num_workers(config: Config) -> int:
     from megatron_tip.training.plan import default_num_workers  # a wrong key is reported before torch's seconds
 
     return default_num_workers(config)
-
-
-@contextmanager
-def _errors_reported() -> Iterator[None]:
-    """What was wrong before anything started ends the command with a message: exit code 2 for the user's input."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        _fail("ended by SIGINT", exit_code=130)
-    except MegatronTipError as error:
-        _fail(str(error), exit_code=2 if isinstance(error, ConfigError | InputError | WeightsError) else 1)
-
-
-def _fail(message: str, *, exit_code: int) -> None:
-    sys.stderr.write(f"error: {message}\n")
-    raise SystemExit(exit_code)
 
 
 if __name__ == "__main__":

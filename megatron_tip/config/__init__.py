@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic import Field
 
 from megatron_tip.config.data import HeldoutConfig, PromptsConfig
+from megatron_tip.config.diagnostics import DiagnosticsConfig
 from megatron_tip.config.learning import LossConfig, OptimizerConfig, SelectionConfig, TrainingConfig
 from megatron_tip.config.models import ModelConfig, TeacherConfig, split_teacher_url
 from megatron_tip.config.operation import CheckpointConfig, FaultConfig, MonitoringConfig, OutputConfig, TrackingConfig
@@ -17,6 +18,7 @@ from megatron_tip.config.section import Section
 __all__ = [
     "CheckpointConfig",
     "Config",
+    "DiagnosticsConfig",
     "FaultConfig",
     "HeldoutConfig",
     "LossConfig",
@@ -69,3 +71,4 @@ class Config(Section):
     output: OutputConfig = OutputConfig()
     tracking: TrackingConfig = TrackingConfig()
     monitoring: MonitoringConfig = MonitoringConfig()
+    diagnostics: DiagnosticsConfig = DiagnosticsConfig()

@@ -97,9 +97,15 @@ def save_megatron_checkpoint(
 
 
 def load_megatron_checkpoint(model: GPTModel, checkpoint: MegatronCheckpoint, groups: ModelGroups) -> None:
-    """Fills this rank's shards from a checkpoint of any layout. Collective over the world.
+    """Fills this rank's shards from a checkpoint of any layout; see `load_shards`."""
+    load_shards(model, checkpoint.weights, groups)
 
-    The padded vocabulary may differ from the one that was saved; padding rows become zero.
+
+def load_shards(model: GPTModel, weights: Path, groups: ModelGroups) -> None:
+    """Fills this rank's shards from a folder of Megatron's shards of any layout, also of a run's checkpoint.
+
+    Collective over the world. Whoever calls it has checked the index (`check_index`). The padded vocabulary may differ
+    from the one that was saved; padding rows become zero.
 
     Raises:
         WeightsError: weights are missing, truncated or of another shape; on every rank.
@@ -107,9 +113,9 @@ def load_megatron_checkpoint(model: GPTModel, checkpoint: MegatronCheckpoint, gr
     sharded = model.sharded_state_dict(metadata={"dp_cp_group": groups.collection.dp_cp})
     tensors = {key: value for key, value in sharded.items() if not isinstance(value, ShardedObject)}
     try:
-        loaded: Any = dist_checkpointing.load({"model": tensors}, str(checkpoint.weights))
+        loaded: Any = dist_checkpointing.load({"model": tensors}, str(weights))
     except (CheckpointException, CheckpointingException, OSError, RuntimeError) as error:
-        raise WeightsError(f"{checkpoint.weights}: cannot be loaded: {reason_of(error)}") from error
+        raise WeightsError(f"{weights}: cannot be loaded: {reason_of(error)}") from error
     missing, unexpected = model.load_state_dict(loaded["model"], strict=False)
     missing = [key for key in missing if not key.endswith("_extra_state")]
     assert not missing, f"parameters that Megatron does not shard: {missing}"

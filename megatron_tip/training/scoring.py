@@ -45,13 +45,20 @@ def score_tokens(run: TrainingRun, batch: StepBatch, teacher_rows: TeacherRows |
 
 
 def micro_batch_statistics(
-    run: TrainingRun, teacher: Teacher, micro_batch: MicroBatch, hidden_states: Tensor, teacher_hidden: Tensor
+    run: TrainingRun,
+    teacher: Teacher,
+    micro_batch: MicroBatch,
+    hidden_states: Tensor,
+    teacher_hidden: Tensor,
+    *,
+    support_size: int | None = None,
 ) -> TokenStatistics:
     """Statistics of one micro-batch's valid tokens, `[n]`, equal on all tp ranks of the last stage; no gradient.
 
     Args:
         hidden_states: the student's last output, `[s, b, h]` (`[s/tp, b, h]` under sequence parallelism), detached.
         teacher_hidden: `[n, H]`.
+        support_size: K; None: the configuration's.
     """
     config = run.config
     return token_statistics(
@@ -60,7 +67,7 @@ def micro_batch_statistics(
         teacher_hidden,
         teacher.head,
         labels=micro_batch.labels[micro_batch.loss_mask],
-        support_size=config.selection.support_size,
+        support_size=support_size or config.selection.support_size,
         vocab_size=run.vocab_size,
         temperature=config.loss.temperature,
         tp_group=run.student.groups.tp_group,

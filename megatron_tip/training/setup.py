@@ -28,16 +28,19 @@ from megatron_tip.training.token_views import TokenViews
 from megatron_tip.vocab_parallel import padded_vocab_size
 
 
-def build_run(config: Config, plan: RunPlan, worker: Worker, timer: PhaseTimer, *, num_threads: int) -> TrainingRun:
+def build_run(
+    config: Config, plan: RunPlan, worker: Worker, timer: PhaseTimer, *, num_threads: int, generates: bool = True
+) -> TrainingRun:
     """Builds models, optimizer, prompts and engine. Collective over the world.
 
     Args:
+        generates: False: without prompts and engine, for work on rollouts that are there.
         num_threads: CPU threads of all workers of this machine together, which the embedded engine may use while the
             others wait for it.
     """
     student_groups = build_groups(plan.student_grid)
     teacher_groups = build_groups(plan.teacher_grid) if plan.teacher_grid != plan.student_grid else student_groups
-    engine = _multi_turn_engine(config, plan, worker, num_threads) if worker.rank == 0 else None
+    engine = _multi_turn_engine(config, plan, worker, num_threads) if worker.rank == 0 and generates else None
     return TrainingRun(
         config=config,
         device=worker.device,
@@ -57,7 +60,7 @@ def build_run(config: Config, plan: RunPlan, worker: Worker, timer: PhaseTimer, 
             seed=config.run.seed,
         ),
         pad_token_id=plan.pad_token_id,
-        prompts=_prompts(config, plan) if worker.rank == 0 else None,
+        prompts=_prompts(config, plan) if worker.rank == 0 and generates else None,
         engine=engine,
         timer=timer,
         ahead=AheadGenerator(engine) if engine is not None and config.rollout.ahead else None,

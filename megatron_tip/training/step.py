@@ -122,6 +122,18 @@ def select_then_train(run: TrainingRun, batch: StepBatch, teacher_rows: TeacherR
         statistics = score_tokens(run, batch, teacher_rows) if needs_statistics else None
         teacher_rows = known_rows(statistics, teacher_rows)
         ratios = ratios_of(run, batch, statistics)
+    return train_on_scored(run, batch, teacher_rows, statistics, ratios, step)
+
+
+def train_on_scored(
+    run: TrainingRun,
+    batch: StepBatch,
+    teacher_rows: TeacherRows | None,
+    statistics: TokenStatistics | None,
+    ratios: Tensor | None,
+    step: int,
+) -> Trained:
+    """Selects by the `statistics` of this replica's rows and accumulates the gradients of what is selected."""
     with run.timer.phase("select"):
         selection = select_tokens(run, batch, statistics, ratios, step)
         trained, selected = cut_to_selection(run, batch, selection, teacher_rows)

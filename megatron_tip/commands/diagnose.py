@@ -1,0 +1,223 @@
+"""`megatron-tip diagnose`: the fixed-context diagnostic as commands. torch is imported late, in the workers."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megatron_tip.commands.outcome import errors_reported, fail
+from megatron_tip.config import Config
+from megatron_tip.config_io import load_config
+from megatron_tip.observability.logs import configure_logging
+from megatron_tip.parallel.environment import is_worker
+from megatron_tip.parallel.launch import run_worker, start_workers
+
+diagnose = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="As for train; [diagnostics] names the bank.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="section.key=value")]
+Nproc = Annotated[int | None, typer.Option(min=1, help="Workers to start on this machine, as for train.")]
+Checkpoint = Annotated[
+    Path | None,
+    typer.Option(
+        help="Weights of the student: a Hugging Face directory, a Megatron checkpoint of any layout, a step of "
+        "checkpoints/, or a run's folder. Default: model.path, as a run would begin."
+    ),
+]
+
+
+@diagnose.callback()
+def _root() -> None:
+    """Freeze on-policy contexts, score checkpoints on them, and see which tokens teach the student."""
+
+
+@diagnose.command()
+def bank(config_path: ConfigPath, overrides: Overrides = None, nproc: Nproc = None) -> None:
+    """Make a context bank in diagnostics.bank: from diagnostics.rollouts, or from the student's answers to prompts."""
+    with errors_reported():
+        config = load_config(config_path, overrides or [])
+        if config.diagnostics.rollouts is not None and not is_worker(os.environ):
+            _say_bank(_bank_of_rollouts(config))
+            return
+
+        def work() -> None:
+            from megatron_tip.diagnostics.freeze import bank_config, generated_bank
+            from megatron_tip.diagnostics.session import bank_folder, session
+
+            if config.diagnostics.rollouts is not None:
+                if os.environ["RANK"] == "0":
+                    _say_bank(_bank_of_rollouts(config))
+                return
+            with session(bank_config(config), generates=True) as opened:
+                made = generated_bank(opened.run, opened.plan, bank_folder(config))
+                if made is not None:
+                    _say_bank(made)
+
+        _in_workers(["bank", str(config_path), *(overrides or [])], config, work, nproc, _check_new_bank)
+
+
+@diagnose.command()
+def score(
+    config_path: ConfigPath,
+    overrides: Overrides = None,
+    checkpoint: Checkpoint = None,
+    name: Annotated[str, typer.Option(help="Of the scores: scores/NAME.parquet in the bank.")] = "start",
+    nproc: Nproc = None,
+) -> None:
+    """Score a checkpoint on every position of the bank; the bank's scores/NAME.parquet is replaced."""
+    with errors_reported():
+        config = load_config(config_path, overrides or [])
+
+        def work() -> None:
+            from megatron_tip.diagnostics.intervene import score_checkpoint
+            from megatron_tip.diagnostics.session import open_bank, session
+
+            with session(config, checkpoint=checkpoint) as opened:
+                score_checkpoint(opened, open_bank(config, opened.plan), name)
+
+        options = ["--name", name, *(["--checkpoint", str(checkpoint)] if checkpoint else [])]
+        _in_workers(["score", str(config_path), *(overrides or []), *options], config, work, nproc, _check_bank)
+
+
+@diagnose.command()
+def gain(
+    bank: Annotated[Path, typer.Argument(help="Folder of the bank.")],
+    before: Annotated[str, typer.Argument(help="Name of the scores before, as `start`.")],
+    after: Annotated[str, typer.Argument(help="Name of the scores after.")],
+    resamples: Annotated[int, typer.Option(min=1, help="Of the bootstrap over prompts.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 1,
+) -> None:
+    """Print the gain between two checkpoints that were scored on a bank, absolute and relative."""
+    with errors_reported():
+        from megatron_tip.diagnostics.papers.evidence import Evidence
+        from megatron_tip.diagnostics.papers.token_tables import gain_row
+
+        found = Evidence.read(bank, start=before, after=[after], arms=None, resamples=resamples, seed=seed)
+        row = gain_row(found.gains[after], resamples=resamples, seed=seed)
+        typer.echo(
+            f"{before} -> {after}: gain {row['gain']:+.5f} nats a token (95 % over prompts: {row['low']:+.5f} to "
+            f"{row['high']:+.5f}), {row['relative']:+.2%} of {row['kl_before']:.5f}, over {row['tokens']} tokens"
+        )
+
+
+@diagnose.command()
+def intervene(
+    config_path: ConfigPath,
+    overrides: Overrides = None,
+    checkpoint: Checkpoint = None,
+    nproc: Nproc = None,
+) -> None:
+    """Train with every rule from one start at the same budgets and measure the gain on held-out contexts of the bank.
+
+    Arms take training.steps steps of rollout.prompts_per_step contexts and are measured on heldout.num_prompts others;
+    they are written to run.folder as they end, and the same command continues behind the last one.
+    """
+    with errors_reported():
+        config = load_config(config_path, overrides or [])
+
+        def work() -> None:
+            from megatron_tip.diagnostics.arms import ArmsFile
+            from megatron_tip.diagnostics.intervene import intervene as run_arms
+            from megatron_tip.diagnostics.session import open_bank, session
+
+            with session(config, checkpoint=checkpoint) as opened:
+                run_arms(opened, open_bank(config, opened.plan), ArmsFile(config.run.folder))
+
+        options = ["--checkpoint", str(checkpoint)] if checkpoint else []
+        _in_workers(["intervene", str(config_path), *(overrides or []), *options], config, work, nproc, _check_arms)
+
+
+@diagnose.command()
+def report(
+    bank: Annotated[Path, typer.Argument(help="Folder of the bank.")],
+    folder: Annotated[Path, typer.Option("--out", help="Where tables (CSV) and figures (PNG, CSV) go.")],
+    start: Annotated[str, typer.Option(help="Name of the scores before.")] = "start",
+    after: Annotated[list[str] | None, typer.Option(help="Name of scores after; repeats. Default: all others.")] = None,
+    arms: Annotated[Path | None, typer.Option(help="run.folder of `diagnose intervene`.")] = None,
+    page: Annotated[Path | None, typer.Option(help="A page of Markdown whose markers are filled.")] = None,
+    resamples: Annotated[int, typer.Option(min=1, help="Of the bootstrap over prompts.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 1,
+) -> None:
+    """Write the papers' tables and figures of a bank."""
+    with errors_reported():
+        from megatron_tip.diagnostics.papers.evidence import Evidence
+        from megatron_tip.diagnostics.papers.write import fill_page, page_blocks, write_all
+
+        found = Evidence.read(bank, start=start, after=after or [], arms=arms, resamples=resamples, seed=seed)
+        tables = write_all(found, folder)
+        if page is not None:
+            fill_page(page, page_blocks(found, tables), folder)
+        typer.echo(f"{folder}: {len(tables)} tables, {len(list(folder.glob('*.png')))} figures")
+
+
+def _in_workers(
+    arguments: Sequence[str],
+    config: Config,
+    work: Callable[[], None],
+    nproc: int | None,
+    check: Callable[[Config, int], None],
+) -> None:
+    """Runs `work` in each worker: joins a world that exists, or checks and starts one on this machine."""
+
+    def in_worker() -> None:
+        configure_logging(int(os.environ["RANK"]))
+        work()
+
+    if is_worker(os.environ):
+        run_worker(in_worker, threads=config.run.threads)
+        return
+    from megatron_tip.training.plan import default_num_workers
+
+    num_workers = nproc or default_num_workers(config)
+    check(config, num_workers)
+    command = [sys.executable, "-m", "megatron_tip.cli", "diagnose", *arguments]
+    outcome = start_workers(command, num_workers, threads=config.run.threads)
+    if outcome.exit_code:
+        fail(outcome.message, exit_code=outcome.exit_code)
+
+
+def _check_new_bank(config: Config, num_workers: int) -> None:
+    from megatron_tip.conversion.model_folder import require_new
+    from megatron_tip.diagnostics.freeze import bank_config
+    from megatron_tip.diagnostics.session import bank_folder
+    from megatron_tip.training.plan import plan_run
+
+    require_new(bank_folder(config))
+    plan_run(bank_config(config), num_workers)
+
+
+def _check_bank(config: Config, num_workers: int) -> None:
+    from megatron_tip.diagnostics.session import open_bank
+    from megatron_tip.training.plan import plan_run
+
+    open_bank(config, plan_run(config, num_workers))
+
+
+def _check_arms(config: Config, num_workers: int) -> None:
+    from megatron_tip.diagnostics.arms import planned_arms
+    from megatron_tip.diagnostics.intervene import check_arms
+    from megatron_tip.diagnostics.session import open_bank
+    from megatron_tip.training.plan import plan_run
+
+    check_arms(config, open_bank(config, plan_run(config, num_workers)), planned_arms(config))
+
+
+def _bank_of_rollouts(config: Config):
+    from megatron_tip.diagnostics.freeze import bank_of_rollouts
+    from megatron_tip.diagnostics.session import bank_folder
+    from megatron_tip.training.plan import default_num_workers, plan_run
+
+    assert config.diagnostics.rollouts is not None, "asked for"
+    plan = plan_run(config, default_num_workers(config))
+    return bank_of_rollouts(config, plan, bank_folder(config), config.diagnostics.rollouts)
+
+
+def _say_bank(made) -> None:
+    manifest = made.manifest
+    typer.echo(
+        f"{made.folder}: {manifest['num_contexts']} contexts of {int(made.prompts.max()) + 1} prompts, "
+        f"{manifest['num_tokens']} tokens"
+    )

@@ -1,0 +1,134 @@
+"""The arms of an intervention: which there are, and what became of each, one JSON line an arm."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_tip.config import Config
+from megatron_tip.errors import ConfigError, InputError
+from megatron_tip.observability.run_folder import atomic_write_text, output_errors
+from megatron_tip.selection import RULES
+from megatron_tip.selection.rules import load_rule
+
+_SUPPORT_FREE = frozenset({"student_entropy", "teacher_entropy", "reverse_kl", "forward_kl", "jsd"})
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One training from the start: a rule at an exact budget and a K, on the contexts of a seed."""
+
+    rule: str
+    retention_ratio: float
+    support_size: int
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.rule} {self.retention_ratio:.0%} K={self.support_size} seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """What an arm did on contexts that it was not trained on.
+
+    `contexts`: the held-out contexts. `num_tokens`, `before`, `after`: by held-out context, its tokens and the sums of
+    KL(teacher || student) in nats over them. `num_valid`, `num_selected`: tokens over all steps. `metrics`: of the
+    selection and the loss, means over the steps. `cpu_seconds`: of this process, its threads together.
+    """
+
+    arm: Arm
+    trained_contexts: list[int]
+    contexts: list[int]
+    num_tokens: list[int]
+    before: list[float]
+    after: list[float]
+    num_valid: int
+    num_selected: int
+    metrics: dict[str, float]
+    cpu_seconds: float
+
+    @property
+    def gain(self) -> float:
+        """G: mean over the held-out tokens of KL(teacher || start) - KL(teacher || trained), nats (TA-OPD Eq. 1)."""
+        return (sum(self.before) - sum(self.after)) / sum(self.num_tokens)
+
+
+def planned_arms(config: Config) -> list[Arm]:
+    """All arms, so that an early end leaves the most: plain distillation, then the main budget, the others, other K.
+
+    Raises:
+        ConfigError: an unknown rule.
+    """
+    settings, selection = config.diagnostics, config.selection
+    seeds, main = range(1, settings.seeds + 1), selection.retention_ratio
+    rules = {name: load_rule(name) for name in settings.rules or RULES if name != "full"}
+    depending = [name for name, rule in rules.items() if rule.required_statistics - _SUPPORT_FREE]
+    arms = [Arm("full", 1.0, selection.support_size, seed) for seed in seeds]
+    for ratio in sorted(settings.retention_ratios, key=lambda ratio: abs(math.log(ratio / main))):
+        arms += [Arm(name, ratio, selection.support_size, seed) for seed in seeds for name in rules]
+    for size in settings.support_sizes:
+        if size != selection.support_size:
+            arms += [Arm(name, main, size, seed) for seed in seeds for name in depending]
+    return arms
+
+
+class ArmsFile:
+    """`arms.jsonl` in a folder, and beside it the `settings.json` under which its arms are comparable."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._path = folder / "arms.jsonl"
+        self._settings = folder / "settings.json"
+
+    def begin(self, settings: dict[str, Any]) -> None:
+        """Makes the folder, or accepts it where it holds arms of the same settings; a broken last line is cut off.
+
+        Raises:
+            ConfigError: arms of other settings lie there.
+        """
+        with output_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        settings = json.loads(json.dumps(settings))
+        if self._settings.exists():
+            before = json.loads(self._settings.read_text())
+            if changed := sorted(key for key in {*before, *settings} if before.get(key) != settings.get(key)):
+                raise ConfigError(
+                    f"{self.folder}: holds arms of other settings, which would not be comparable; set them back, or "
+                    "give another run.folder: "
+                    + "; ".join(f"{key}: {before.get(key)!r}, now {settings.get(key)!r}" for key in changed)
+                )
+            atomic_write_text(self._path, "".join(self._whole_lines()))
+        else:
+            atomic_write_text(self._path, "")
+            atomic_write_text(self._settings, json.dumps(settings, indent=1) + "\n")
+
+    def read(self) -> list[ArmResult]:
+        """All arms that are done.
+
+        Raises:
+            InputError: there is no such file.
+        """
+        if not self._path.exists():
+            raise InputError(
+                f"{self._path}: expected the arms of an intervention, found none; run `megatron-tip diagnose intervene`"
+            )
+        records = map(json.loads, self._whole_lines())
+        return [ArmResult(**{**record, "arm": Arm(**record["arm"])}) for record in records]
+
+    def append(self, result: ArmResult) -> None:
+        with output_errors(self._path), self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(result)) + "\n")
+
+    def _whole_lines(self) -> Iterator[str]:
+        """The lines up to the first broken one: a crash leaves at most the last of them so."""
+        for line in self._path.read_text(encoding="utf-8").splitlines(keepends=True):
+            try:
+                json.loads(line)
+            except ValueError:
+                return
+            if line.endswith("\n"):
+                yield line

@@ -1,0 +1,147 @@
+"""The context bank: frozen on-policy prefixes of a student, on which any checkpoint can be scored again.
+
+    bank/manifest.json     format, models, tokenizer, sampling, seed, checksum of the contexts
+         contexts.parquet  one response a row, with its prompt; every position of it is a context
+         scores/NAME.parquet   what `scores` wrote: one row a position
+
+TA-OPD section 3 and appendix C.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from megatron_tip.conversion.model_folder import new_folder, write_json
+from megatron_tip.diagnostics.parquet import read_table, write_table
+from megatron_tip.errors import ConfigError, InputError
+from megatron_tip.records import Rollout
+from megatron_tip.rollout.storage import rollout_of
+
+FORMAT = "megatron_tip context bank 1"
+_MANIFEST, _CONTEXTS = "manifest.json", "contexts.parquet"
+
+
+@dataclass(frozen=True)
+class ContextBank:
+    """`contexts`: responses with their prompts; every generated position of one is scored for the token there.
+
+    `manifest`: `tokenizer` and `vocab_size`, which a model must share; `student`, `teacher` and `sampling` that the
+    contexts came from; `sha256` of the contexts, by which scores know their bank.
+    """
+
+    folder: Path
+    contexts: Sequence[Rollout]
+    manifest: dict[str, Any]
+
+    @property
+    def sha256(self) -> str:
+        return self.manifest["sha256"]
+
+    @cached_property
+    def prompts(self) -> np.ndarray:
+        """`[contexts]` int64: contexts of the same prompt have the same number; the clusters of the bootstrap."""
+        numbers: dict[tuple[int, ...], int] = {}
+        return np.array([numbers.setdefault(context.prompt_ids, len(numbers)) for context in self.contexts])
+
+    @cached_property
+    def rows(self) -> np.ndarray:
+        """`[tokens, 2]` int64: context and 0-based response position of every generated token, in order."""
+        return np.concatenate(
+            [
+                np.stack([np.full(len(kept), place), kept], axis=1)
+                for place, kept in enumerate(map(_generated, self.contexts))
+            ]
+        )
+
+    def scores_path(self, name: str) -> Path:
+        return self.folder / "scores" / f"{name}.parquet"
+
+
+def write_bank(folder: Path, contexts: Sequence[Rollout], manifest: dict[str, Any]) -> ContextBank:
+    """Writes a new bank, whole or not at all.
+
+    Raises:
+        InputError: there is no context with a token. OutputError: the folder exists or cannot be written.
+    """
+    contexts = [context for context in contexts if context.num_generated]
+    if not contexts:
+        raise InputError(f"{folder}: expected responses with at least one token, got none; a bank needs contexts")
+    table = pa.Table.from_pylist([asdict(context) for context in contexts], schema=_SCHEMA)
+    with new_folder(folder) as partial:
+        sha256 = write_table(partial / _CONTEXTS, table, {"format": FORMAT})
+        manifest = {"format": FORMAT, **manifest, "sha256": sha256}
+        manifest |= {"num_contexts": len(contexts), "num_tokens": sum(context.num_generated for context in contexts)}
+        write_json(partial / _MANIFEST, manifest)
+    return ContextBank(folder, contexts, manifest)
+
+
+def read_bank(folder: Path) -> ContextBank:
+    """The bank in `folder`.
+
+    Raises:
+        InputError: there is none, or its files are truncated, changed or of another format.
+    """
+    path = folder / _MANIFEST
+    try:
+        manifest = json.loads(path.read_bytes())
+        name, sha256 = manifest["format"], manifest["sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path}: expected the manifest of a context bank, cannot read it ({type(error).__name__}); make the bank "
+            "with `megatron-tip diagnose bank`"
+        ) from error
+    if name != FORMAT:
+        raise InputError(f"{path}: expected the format {FORMAT!r}, got {name!r}")
+    table, _ = read_table(folder / _CONTEXTS, format_name=FORMAT, sha256=sha256)
+    return ContextBank(folder, [rollout_of(record) for record in table.to_pylist()], manifest)
+
+
+def check_bank(bank: ContextBank, *, tokenizer: str, vocab_size: int) -> None:
+    """Refuses a bank whose token ids mean something else to the models.
+
+    Raises:
+        ConfigError: another tokenizer, or ids that the models do not have.
+    """
+    if bank.manifest["tokenizer"] != tokenizer:
+        raise ConfigError(
+            f"diagnostics.bank: {bank.folder} was made with another tokenizer (fingerprint "
+            f"{bank.manifest['tokenizer']:.12}, the models' is {tokenizer:.12}); its ids mean other texts: make a bank "
+            "with these models"
+        )
+    largest = max(max(context.prompt_ids + context.response_ids) for context in bank.contexts)
+    if largest >= vocab_size or bank.manifest["vocab_size"] != vocab_size:
+        raise ConfigError(
+            f"diagnostics.bank: {bank.folder} was made for {bank.manifest['vocab_size']} vocabulary entries shared by "
+            f"student and teacher and holds ids up to {largest}, these models share {vocab_size}; make a bank with them"
+        )
+
+
+def _generated(context: Rollout) -> np.ndarray:
+    """The response positions that the student wrote, not an environment."""
+    kept = np.ones(len(context.response_ids), dtype=bool)
+    for start, end in context.environment_spans:
+        kept[start:end] = False
+    return np.flatnonzero(kept)
+
+
+_SCHEMA = pa.schema(
+    {
+        "prompt_index": pa.int64(),
+        "sample_index": pa.int64(),
+        "prompt_ids": pa.list_(pa.int64()),
+        "response_ids": pa.list_(pa.int64()),
+        "rollout_logprobs": pa.list_(pa.float64()),
+        "finish_reason": pa.string(),
+        "weight_version": pa.int64(),
+        "environment_spans": pa.list_(pa.list_(pa.int64())),
+        "teacher": pa.string(),
+    }
+)

@@ -1,0 +1,134 @@
+"""Makes a context bank: from rollouts that a run left, or from answers of the student to the run's prompts."""
+
+import logging
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_tip.config import Config
+from megatron_tip.diagnostics.bank import ContextBank, write_bank
+from megatron_tip.diagnostics.fingerprint import model_fingerprint, tokenizer_fingerprint
+from megatron_tip.errors import InputError
+from megatron_tip.records import Prompt, Rollout
+from megatron_tip.rollout.storage import read_rollouts
+from megatron_tip.training.plan import RunPlan
+from megatron_tip.training.rollouts import generate_rollouts
+from megatron_tip.training.run import TrainingRun
+from megatron_tip.training.weight_sync import update_engine
+
+logger = logging.getLogger(__name__)
+
+_SPARE = 1.3
+"""Prompts drawn for each that is needed: generated ones repeat themselves."""
+
+
+def bank_of_rollouts(config: Config, plan: RunPlan, folder: Path, source: Path) -> ContextBank:
+    """A new bank in `folder` of the first rollouts in `source`: a run's rollouts/ or one file of it.
+
+    Raises:
+        InputError: no rollouts there, or fewer than diagnostics.num_contexts with a token.
+    """
+    paths = sorted(source.glob("step_*.jsonl")) if source.is_dir() else [source]
+    found = (rollout for path in paths for rollout in read_rollouts(path))
+    contexts = cut_contexts(found, config.diagnostics.num_contexts, config.rollout.max_response_tokens)
+    _require(contexts, config, f"in {source}")
+    versions = sorted({context.weight_version for context in contexts})
+    return write_bank(folder, contexts, _manifest(config, plan) | {"source": str(source), "weight_versions": versions})
+
+
+def bank_config(config: Config) -> Config:
+    """`config` with as many prompts a step as a bank may need, and nothing written to a run's folder."""
+    num_prompts = math.ceil(_SPARE * config.diagnostics.num_contexts / config.rollout.samples_per_prompt)
+    return config.model_copy(
+        update={
+            "rollout": config.rollout.model_copy(update={"prompts_per_step": num_prompts, "ahead": 0}),
+            "heldout": config.heldout.model_copy(update={"num_prompts": 0}),
+            "training": config.training.model_copy(update={"steps": 1}),
+            "optimizer": config.optimizer.model_copy(update={"warmup_steps": 0}),
+            "output": config.output.model_copy(update={"save_rollouts": False}),
+        }
+    )
+
+
+def generated_bank(run: TrainingRun, plan: RunPlan, folder: Path) -> ContextBank | None:
+    """A new bank in `folder` of the student's answers to distinct prompts; on rank 0, None elsewhere. Collective.
+
+    `run` is that of `bank_config`.
+    """
+    config = run.config
+    update_engine(run, weight_version=0, first=True)
+    wanted = math.ceil(config.diagnostics.num_contexts / config.rollout.samples_per_prompt)
+    prompts = distinct(run.prompts.batch(1) if run.prompts else [])[:wanted]
+    rollouts = generate_rollouts(run, prompts, run.sampling.for_step(0), weight_version=0)
+    if dist.get_rank():
+        return None
+    contexts = cut_contexts(rollouts, config.diagnostics.num_contexts, config.rollout.max_response_tokens)
+    _require(contexts, config, "among the answers to the prompts")
+    source = {"source": "generated", "weight_versions": [0]}
+    return write_bank(folder, contexts, _manifest(config, plan) | source)
+
+
+def distinct(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The first prompt of each text: contexts of one prompt are not independent of each other."""
+    return list({prompt.prompt_ids: prompt for prompt in reversed(prompts)}.values())[::-1]
+
+
+def cut_contexts(rollouts: Iterable[Rollout], num_contexts: int, max_tokens: int) -> list[Rollout]:
+    """The first `num_contexts` rollouts that have a token, each cut behind `max_tokens` response tokens."""
+    contexts: list[Rollout] = []
+    for rollout in _cut(rollouts, max_tokens):
+        if len(contexts) == num_contexts:
+            break
+        contexts.append(rollout)
+    return contexts
+
+
+def _cut(rollouts: Iterable[Rollout], max_tokens: int) -> Iterator[Rollout]:
+    for rollout in rollouts:
+        end = min(max_tokens, len(rollout.response_ids))
+        # a response ends with a token of the student's, not in the middle of what an environment wrote
+        end = next((start for start, stop in rollout.environment_spans if start < end <= stop), end)
+        if not end:
+            continue
+        yield replace(
+            rollout,
+            response_ids=rollout.response_ids[:end],
+            rollout_logprobs=rollout.rollout_logprobs[:end],
+            finish_reason=rollout.finish_reason if end == len(rollout.response_ids) else "length",
+            environment_spans=tuple(span for span in rollout.environment_spans if span[1] < end),
+        )
+
+
+def _require(contexts: Sequence[Rollout], config: Config, where: str) -> None:
+    wanted = config.diagnostics.num_contexts
+    if len(contexts) < wanted:
+        raise InputError(
+            f"diagnostics.num_contexts: expected {wanted} responses with a token, got {len(contexts)} {where}; lower "
+            "it, or give more rollouts or prompts"
+        )
+
+
+def _manifest(config: Config, plan: RunPlan) -> dict[str, Any]:
+    teacher = config.teacher.path
+    return {
+        "student": {
+            "path": str(config.model.path),
+            "drop_layers": list(config.model.drop_layers),
+            "fingerprint": model_fingerprint(config.model.path, plan.student),
+        },
+        "teacher": {"path": str(teacher), "fingerprint": model_fingerprint(teacher, plan.teacher)},
+        "tokenizer": tokenizer_fingerprint(plan.tokenizer),
+        "vocab_size": plan.vocab_size,
+        "sampling": {
+            "temperature": config.rollout.temperature,
+            "top_p": config.rollout.top_p,
+            "max_response_tokens": config.rollout.max_response_tokens,
+            "samples_per_prompt": config.rollout.samples_per_prompt,
+            "engine": config.rollout.engine,
+        },
+        "seed": config.run.seed,
+    }

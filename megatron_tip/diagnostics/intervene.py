@@ -1,0 +1,271 @@
+"""Live intervention: train with each rule from the same start at the same budget, measure the gain on other contexts.
+
+TA-OPD tables 2, 7, 8 and 10. Selection and loss are the training step's own. Contexts are frozen, so the teacher is
+asked once for them, and the start's statistics, by which all steps of an arm select, are taken once.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_tip.config import Config
+from megatron_tip.diagnostics.arms import Arm, ArmResult, ArmsFile, planned_arms
+from megatron_tip.diagnostics.bank import ContextBank
+from megatron_tip.diagnostics.score import FrozenContexts, forward_kl, freeze, score_contexts, score_supports
+from megatron_tip.diagnostics.scores import scores_of, write_scores
+from megatron_tip.diagnostics.session import Session
+from megatron_tip.diagnostics.snapshot import StudentStart
+from megatron_tip.errors import InputError
+from megatron_tip.parallel.collectives import broadcast_json
+from megatron_tip.records import TokenStatistics
+from megatron_tip.training.metrics import supervision_metrics
+from megatron_tip.training.plan import make_selector
+from megatron_tip.training.run import TrainingRun
+from megatron_tip.training.step import train_on_scored
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Contexts of a seed: those of each training step, and held-out ones of other prompts."""
+
+    steps: list[list[int]]
+    heldout: list[int]
+
+    @property
+    def trained(self) -> list[int]:
+        return sorted(place for step in self.steps for place in step)
+
+
+@dataclass(frozen=True)
+class SeedState:
+    """What all arms of a seed share: frozen contexts, the start's statistics by step and K, its KL on `heldout`."""
+
+    split: Split
+    steps: list[FrozenContexts]
+    statistics: list[dict[int, TokenStatistics]]
+    heldout: FrozenContexts
+    before: Tensor
+
+
+def split_contexts(bank: ContextBank, *, num_steps: int, per_step: int, num_heldout: int, seed: int) -> Split:
+    """A seeded split by prompt: no prompt is both trained on and measured on. A pure function.
+
+    Raises:
+        InputError: the bank has too few contexts.
+    """
+    prompts = np.random.default_rng(seed).permutation(bank.prompts.max() + 1)
+    order = [int(place) for prompt in prompts for place in np.flatnonzero(bank.prompts == prompt)]
+    num_trained = num_steps * per_step
+    trained = order[:num_trained]
+    used = set(bank.prompts[trained].tolist())
+    heldout = [place for place in order[num_trained:] if int(bank.prompts[place]) not in used][:num_heldout]
+    if len(trained) < num_trained or len(heldout) < num_heldout:
+        raise InputError(
+            f"diagnostics.bank: expected {num_trained} contexts to train on (training.steps x rollout.prompts_per_step "
+            f"x samples_per_prompt) and {num_heldout} of other prompts to measure on (heldout.num_prompts), got "
+            f"{len(bank.contexts)} contexts of {len(prompts)} prompts; lower them or make a larger bank"
+        )
+    steps = [trained[start : start + per_step] for start in range(0, num_trained, per_step)]
+    return Split(steps, heldout)
+
+
+def split_of(config: Config, bank: ContextBank, seed: int) -> Split:
+    """The split that the configuration asks for."""
+    rollout = config.rollout
+    return split_contexts(
+        bank,
+        num_steps=config.training.steps,
+        per_step=rollout.prompts_per_step * rollout.samples_per_prompt,
+        num_heldout=config.heldout.num_prompts,
+        seed=seed,
+    )
+
+
+def intervene(opened: Session, bank: ContextBank, file: ArmsFile) -> None:
+    """Runs every arm that `file` does not hold yet; after each plain distillation the whole bank is scored.
+
+    Collective over the world; rank 0 writes.
+    """
+    run, config = opened.run, opened.run.config
+    if dist.get_rank() == 0:
+        file.begin(comparable_settings(config, opened, bank))
+    arms = planned_arms(config)
+    done = _agreed_done(file, run)
+    todo = [arm for arm in arms if str(arm) not in done]
+    start = StudentStart(run.student)
+    states: dict[int, SeedState] = {}
+    whole = None
+    for arm in todo:
+        if arm.seed not in states:
+            start.restore()
+            states[arm.seed] = prepare_seed(run, bank, split_of(config, bank, arm.seed))
+        state = states[arm.seed]
+        result = run_arm(run, start, state, arm)
+        if arm.rule == "full":
+            whole = whole or freeze(run, bank.contexts)
+            score_after(opened, bank, whole, state.split, arm)
+        if dist.get_rank() == 0:
+            file.append(result)
+            logger.info(
+                "%d of %d: %s: G %+.4f, %.1f s of CPU", len(done) + 1, len(arms), arm, result.gain, result.cpu_seconds
+            )
+        done.append(str(arm))
+
+
+def check_arms(config: Config, bank: ContextBank, arms: Sequence[Arm]) -> None:
+    """Refuses arms and splits that cannot be, before anything is built. Reads no weights.
+
+    Raises:
+        ConfigError: a rule or budget that cannot be. InputError: too few contexts.
+    """
+    for arm in arms:
+        make_selector(config_of(config, arm))
+    for seed in range(1, config.diagnostics.seeds + 1):
+        split_of(config, bank, seed)
+
+
+def score_checkpoint(opened: Session, bank: ContextBank, name: str) -> None:
+    """Scores the student as it was loaded and writes scores/`name`.parquet. Collective; rank 0 writes."""
+    run = opened.run
+    sizes = run.config.diagnostics.support_sizes
+    columns = score_contexts(run, freeze(run, bank.contexts), sizes)
+    if dist.get_rank() == 0:
+        values = {column: tensor.numpy() for column, tensor in columns.items()}
+        about = about_scores(opened, bank, sizes, checkpoint=str(opened.student_path))
+        write_scores(bank.scores_path(name), scores_of(bank, values, about))
+        logger.info("%s: KL(teacher || student) %.4f nats a token", name, values["forward_kl"].mean())
+
+
+def prepare_seed(run: TrainingRun, bank: ContextBank, split: Split) -> SeedState:
+    """Teacher and start on the contexts of a seed. Collective over the world."""
+    sizes = sorted({run.config.selection.support_size, *run.config.diagnostics.support_sizes})
+    steps = [freeze(run, [bank.contexts[place] for place in step]) for step in split.steps]
+    statistics = [score_supports(run, frozen, sizes) for frozen in steps]
+    heldout = freeze(run, [bank.contexts[place] for place in split.heldout])
+    return SeedState(split, steps, statistics, heldout, forward_kl(run, heldout))
+
+
+def run_arm(run: TrainingRun, start: StudentStart, state: SeedState, arm: Arm) -> ArmResult:
+    """Trains from the start by the arm's rule and measures the gain on the held-out contexts. Collective."""
+    began = time.process_time()
+    start.restore()
+    arm_run = replace(run, config=config_of(run.config, arm), selector=make_selector(config_of(run.config, arm)))
+    metrics = []
+    for step, (frozen, statistics) in enumerate(zip(state.steps, state.statistics, strict=True), start=1):
+        metrics.append(train_arm_step(arm_run, frozen, statistics.get(arm.support_size), step))
+    after = forward_kl(run, state.heldout)
+    lengths = [context.num_generated for context in state.heldout.batch.rollouts]
+    return ArmResult(
+        arm=arm,
+        trained_contexts=state.split.trained,
+        contexts=state.split.heldout,
+        num_tokens=lengths,
+        before=_sums(state.before, lengths),
+        after=_sums(after, lengths),
+        num_valid=sum(int(values["selection/num_valid"]) for values in metrics),
+        num_selected=sum(int(values["selection/num_selected"]) for values in metrics),
+        metrics={name: float(np.mean([values[name] for values in metrics])) for name in sorted(metrics[0])},
+        cpu_seconds=time.process_time() - began,
+    )
+
+
+def train_arm_step(
+    run: TrainingRun, frozen: FrozenContexts, statistics: TokenStatistics | None, step: int
+) -> dict[str, float]:
+    """One optimizer step on what the run's selector keeps of frozen contexts; returns metrics, equal on every rank."""
+    trained = train_on_scored(run, frozen.batch, frozen.teacher_rows, statistics, None, step)
+    metrics = supervision_metrics(
+        run.student.groups,
+        scored=frozen.batch,
+        trained=trained.batch,
+        statistics=statistics,
+        selection=trained.selection,
+        ratios=None,
+        loss=trained.loss,
+        pass_seconds=0.0,
+        device=run.device,
+    )
+    return metrics | run.student.apply_gradients(step)
+
+
+def config_of(config: Config, arm: Arm) -> Config:
+    """The run's configuration with the arm's selection: the budget is one of the whole step, for every rule alike."""
+    selection = config.selection.model_copy(
+        update={
+            "rule": arm.rule,
+            "retention_ratio": arm.retention_ratio,
+            "support_size": arm.support_size,
+            "scope": "batch",
+            "thresholds": "this_step",
+            "compare": False,
+        }
+    )
+    run = config.run.model_copy(update={"seed": config.run.seed + arm.seed})
+    return config.model_copy(update={"selection": selection, "run": run})
+
+
+def score_after(opened: Session, bank: ContextBank, whole: FrozenContexts, split: Split, arm: Arm) -> None:
+    """Scores the trained student on the `whole` bank: scores/full_seed1.parquet. Collective over the world."""
+    columns = score_contexts(opened.run, whole, [arm.support_size])
+    if dist.get_rank() == 0:
+        about = about_scores(opened, bank, [arm.support_size], checkpoint=f"{opened.student_path}, then {arm}")
+        about |= {"trained_contexts": split.trained, "student": f"{about['student']}, then {arm}"}
+        values = {name: column.numpy() for name, column in columns.items()}
+        write_scores(bank.scores_path(f"full_seed{arm.seed}"), scores_of(bank, values, about))
+
+
+def about_scores(
+    opened: Session, bank: ContextBank, support_sizes: Sequence[int], *, checkpoint: str
+) -> dict[str, Any]:
+    """What a file of scores says about itself."""
+    run, config = opened.run, opened.run.config
+    return {
+        "checkpoint": checkpoint,
+        "student": opened.student_fingerprint,
+        "is_on_policy": opened.student_fingerprint == bank.manifest["student"]["fingerprint"],
+        "teacher": opened.teacher_fingerprint,
+        "temperature": config.loss.temperature,
+        "support_sizes": list(support_sizes),
+        "vocab_size": run.vocab_size,
+    }
+
+
+def comparable_settings(config: Config, opened: Session, bank: ContextBank) -> dict[str, Any]:
+    """What must be the same for two arms to be compared."""
+    rollout = config.rollout
+    return {
+        "bank": bank.sha256,
+        "student": opened.student_fingerprint,
+        "teacher": opened.teacher_fingerprint,
+        "steps": config.training.steps,
+        "contexts_per_step": rollout.prompts_per_step * rollout.samples_per_prompt,
+        "heldout_contexts": config.heldout.num_prompts,
+        "seed": config.run.seed,
+        "dtype": [config.model.dtype, config.teacher.dtype],
+        "optimizer": config.optimizer.model_dump(),
+        "loss": config.loss.model_dump(exclude={"chunk_rows"}),
+        "tie_break": config.selection.tie_break,
+        "normaliser": config.selection.normaliser,
+        "loss_scale": config.selection.loss_scale,
+    }
+
+
+def _agreed_done(file: ArmsFile, run: TrainingRun) -> list[str]:
+    """The arms that the file holds, as rank 0 reads it, on every rank."""
+    names = [str(result.arm) for result in file.read()] if dist.get_rank() == 0 else None
+    return broadcast_json(names, source=0, device=run.device)
+
+
+def _sums(values: Tensor, lengths: Sequence[int]) -> list[float]:
+    return [float(part.double().sum()) for part in torch.split(values, list(lengths))]

@@ -1,0 +1,1 @@
+"""The papers' tables and figures of a bank, each with its data as CSV."""

@@ -1,0 +1,129 @@
+"""Writes all tables and figures of a bank into a folder, and their numbers into a page of Markdown."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pandas as pd
+
+from megatron_tip.diagnostics.papers import arm_figures, arm_tables, token_tables
+from megatron_tip.diagnostics.papers.claims import claims
+from megatron_tip.diagnostics.papers.evidence import Evidence
+from megatron_tip.diagnostics.papers.frames import rows
+from megatron_tip.diagnostics.papers.token_figures import FIGURES
+from megatron_tip.errors import InputError
+from megatron_tip.observability.run_folder import atomic_write_text, output_errors
+
+_MARK = re.compile(r"(<!-- begin (\w+) -->\n).*?(<!-- end \2 -->)", re.DOTALL)
+
+
+def write_all(evidence: Evidence, folder: Path) -> dict[str, pd.DataFrame]:
+    """Every table as CSV and every figure as PNG with its CSV, in `folder`; returns the tables.
+
+    Raises:
+        InputError: no checkpoint after the start was scored. OutputError: the folder cannot be written to.
+    """
+    with output_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    tables = {
+        "gains": token_tables.gains(evidence),
+        "quadrants": token_tables.quadrants(evidence),
+        "robustness": token_tables.robustness(evidence),
+        "proxies": token_tables.proxies(evidence),
+        "regressions": token_tables.regressions(evidence),
+        "top_n": token_tables.top_n(evidence),
+        "claims": claims(evidence),
+    }
+    for name, draw in FIGURES.items():
+        draw(evidence, folder / f"{name}.png")
+    if evidence.arms:
+        arms = arm_tables.interventions(evidence)
+        tables["interventions"] = arms
+        size = evidence.arms[0].arm.support_size
+        arm_figures.selectors(arms, size, folder / "selectors.png")
+        arm_figures.budget_sweep(arms, size, folder / "budget_sweep.png")
+        arm_figures.support_sizes(arms, folder / "support_sizes.png")
+    for name, table in tables.items():
+        atomic_write_text(folder / f"table_{name}.csv", table.to_csv(index=False, float_format="%.6g"))
+    return tables
+
+
+def page_blocks(evidence: Evidence, tables: dict[str, pd.DataFrame]) -> dict[str, str]:
+    """Markdown by name of the block that it fills in a page."""
+    blocks = {name: markdown(table) for name, table in tables.items() if name not in ("interventions", "robustness")}
+    if evidence.arms:
+        arms = tables["interventions"]
+        size = evidence.arms[0].arm.support_size
+        ratio = arm_tables.main_ratio(arms)
+        main = rows(arms, k=size, ratio=(ratio, 1.0)).sort_values("gain", ascending=False)
+        columns = ["rule", "kept_share", "gain", "low", "high", "seed_sd", "gain_per_keep", "over_random", "over_low"]
+        blocks["selectors"] = markdown(main.filter([*columns, "over_high", "q3_share"]))
+        swept = rows(arms, k=size).query("ratio < 1").pivot_table(index="rule", columns="ratio", values="gain")
+        swept = swept.sort_values(ratio, ascending=False).rename(columns=lambda tried: f"{tried:.0%}")
+        blocks["budgets"] = markdown(swept.reset_index())
+        by_size = rows(arms, ratio=ratio).pivot_table(index="rule", columns="k", values="gain").dropna()
+        blocks["support_sizes"] = markdown(by_size.rename(columns="K = {}".format).reset_index())
+    blocks["facts"] = facts(evidence)
+    return blocks
+
+
+def facts(evidence: Evidence) -> str:
+    """What the numbers rest on, in a sentence each."""
+    manifest = evidence.bank.manifest
+    sampling = manifest["sampling"]
+    lines = [
+        f"- Bank: {manifest['num_contexts']} contexts of {int(evidence.bank.prompts.max()) + 1} prompts, "
+        f"{manifest['num_tokens']} tokens; temperature {sampling['temperature']}, top-p {sampling['top_p']}, seed "
+        f"{manifest['seed']}.",
+        f"- Checkpoints after the start: {', '.join(evidence.gains)}; {evidence.resamples} resamples of prompts, seed "
+        f"{evidence.seed}.",
+    ]
+    if evidence.arms:
+        seconds = sum(result.cpu_seconds for result in evidence.arms)
+        lines.append(
+            f"- Arms: {len(evidence.arms)}, {len(evidence.arms[0].trained_contexts)} contexts trained on and "
+            f"{len(evidence.arms[0].contexts)} measured on in each; {seconds / 60:.1f} minutes of CPU, which two busy "
+            f"cores give in {seconds / 120:.1f}."
+        )
+    return "\n".join(lines) + "\n"
+
+
+def fill_page(page: Path, blocks: dict[str, str], figures: Path) -> None:
+    """Puts the blocks between the page's markers, and copies the figures (PNG, CSV) to a folder named as the page.
+
+    A marker without a block keeps what stands there.
+
+    Raises:
+        InputError: the page cannot be read, or holds no marker. OutputError: it cannot be written.
+    """
+    try:
+        text = page.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{page}: expected a page to fill, cannot read it: {error.strerror}") from error
+    if not _MARK.search(text):
+        raise InputError(f"{page}: expected markers `<!-- begin NAME -->` and `<!-- end NAME -->`, found none")
+    filled = _MARK.sub(
+        lambda found: found[1] + blocks.get(found[2], found[0][len(found[1]) : -len(found[3])]) + found[3], text
+    )
+    target = page.with_suffix("")
+    with output_errors(target):
+        target.mkdir(exist_ok=True)
+        for path in sorted([*figures.glob("*.png"), *figures.glob("*.csv")]):
+            shutil.copyfile(path, target / path.name)
+    atomic_write_text(page, filled)
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A table of Markdown with numbers to three decimals."""
+    rows = [list(table.columns), ["---"] * len(table.columns), *table.itertuples(index=False)]
+    return "".join("| " + " | ".join(_cell(value) for value in row) + " |\n" for row in rows)
+
+
+def _cell(value: object) -> str:
+    if value is None or (isinstance(value, float) and value != value):
+        return "n/a"
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    return str(value).replace("|", "\\|")

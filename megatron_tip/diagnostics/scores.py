@@ -1,0 +1,117 @@
+"""What a checkpoint makes of a bank: one row a position, written as Parquet beside the bank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from megatron_tip.diagnostics.bank import ContextBank
+from megatron_tip.diagnostics.parquet import read_table, write_table
+from megatron_tip.errors import InputError
+from megatron_tip.records import TokenIndex, TokenStatistics
+
+FORMAT = "megatron_tip bank scores 1"
+
+WHOLE = (
+    "student_entropy",
+    "teacher_entropy",
+    "reverse_kl",
+    "forward_kl",
+    "student_logprobs",
+    "teacher_logprobs",
+)
+"""Statistics over the full vocabulary, the same for every K."""
+
+SUPPORT = (
+    "support_divergence",
+    "compatibility",
+    "compatibility_lower_bound",
+    "support_overlap",
+    "support_jaccard",
+    "shared_teacher_mass",
+    "student_mass_on_teacher_support",
+)
+"""Statistics of the top-K supports; the column of K = 16 is called "compatibility_k16"."""
+
+
+def column_names(support_sizes: Sequence[int]) -> list[str]:
+    return [*WHOLE, *(f"{name}_k{size}" for size in support_sizes for name in SUPPORT)]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """`columns`: `[tokens]` float32 by name. `context`, `prompt`, `position`: `[tokens]` int64, as in the bank.
+
+    `about`: the bank's checksum, the checkpoint, the fingerprints of student and teacher, the temperature, the support
+    sizes, and the contexts that the checkpoint was trained on, where that is known.
+    """
+
+    context: np.ndarray
+    prompt: np.ndarray
+    position: np.ndarray
+    columns: dict[str, np.ndarray]
+    about: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.context)
+
+    @property
+    def support_sizes(self) -> list[int]:
+        return self.about["support_sizes"]
+
+    def statistic(self, name: str, support_size: int) -> np.ndarray:
+        """`[tokens]` float32: the statistic, at that K if it depends on one."""
+        return self.columns[name if name in WHOLE else f"{name}_k{support_size}"]
+
+    def statistics(self, support_size: int) -> TokenStatistics:
+        """All statistics at K, as the selection takes them."""
+        if support_size not in self.support_sizes:
+            raise InputError(f"support size {support_size}: the scores have those of {self.support_sizes} alone")
+        values = {name: torch.from_numpy(self.statistic(name, support_size)) for name in (*WHOLE, *SUPPORT)}
+        return TokenStatistics(**values)
+
+    def token_index(self) -> TokenIndex:
+        return TokenIndex(torch.from_numpy(self.context), torch.from_numpy(self.position))
+
+    def without_contexts(self, contexts: Sequence[int]) -> Scores:
+        """The rows of all other contexts."""
+        kept = ~np.isin(self.context, np.asarray(contexts, dtype=np.int64))
+        columns = {name: values[kept] for name, values in self.columns.items()}
+        return Scores(self.context[kept], self.prompt[kept], self.position[kept], columns, self.about)
+
+
+def scores_of(bank: ContextBank, columns: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> Scores:
+    """The scores of all rows of `bank`, in its order."""
+    context, position = bank.rows.T
+    return Scores(context, bank.prompts[context], position, dict(columns), {**about, "bank": bank.sha256})
+
+
+def write_scores(path: Path, scores: Scores) -> None:
+    """Writes scores, whole or not at all; replaces older ones."""
+    table = pa.table(
+        {"context": scores.context, "prompt": scores.prompt, "position": scores.position, **scores.columns}
+    )
+    write_table(path, table, {**scores.about, "format": FORMAT})
+
+
+def read_scores(path: Path, bank: ContextBank) -> Scores:
+    """The scores in `path`, which must be those of `bank`.
+
+    Raises:
+        InputError: no such file, a truncated one, or one that was made on another bank.
+    """
+    table, about = read_table(path, format_name=FORMAT)
+    if about["bank"] != bank.sha256:
+        raise InputError(
+            f"{path}: expected scores of the bank {bank.folder} (SHA-256 {bank.sha256:.12}), got those of another one "
+            f"({about['bank']:.12}); score the checkpoint on this bank"
+        )
+    columns = {name: table.column(name).to_numpy().copy() for name in table.column_names}  # torch wants to write
+    context, prompt, position = (columns.pop(name) for name in ("context", "prompt", "position"))
+    return Scores(context, prompt, position, columns, about)

@@ -1,0 +1,122 @@
+"""Models for work on a bank, as a run would hold them: the same layouts and kernels; an engine only where asked."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_tip.config import Config
+from megatron_tip.conversion.bridge import load_hf
+from megatron_tip.conversion.megatron_checkpoint import MANIFEST_NAME, MegatronCheckpoint, check_index, load_shards
+from megatron_tip.conversion.model_folder import ModelFolder
+from megatron_tip.conversion.safetensors_io import HfCheckpoint
+from megatron_tip.diagnostics.bank import ContextBank, check_bank, read_bank
+from megatron_tip.diagnostics.fingerprint import model_fingerprint, tokenizer_fingerprint
+from megatron_tip.errors import ConfigError
+from megatron_tip.observability.run_folder import RunFolder
+from megatron_tip.observability.timing import PhaseTimer
+from megatron_tip.parallel.distributed import destroy_distributed, init_distributed
+from megatron_tip.parallel.environment import available_threads
+from megatron_tip.training.checkpoint_files import SHARDS_NAME, CheckpointFiles
+from megatron_tip.training.plan import RunPlan, plan_run
+from megatron_tip.training.run import TrainingRun
+from megatron_tip.training.setup import build_run
+
+
+@dataclass(frozen=True)
+class Session:
+    """`run`: student and teacher of this rank. `student_path`: where the student's weights came from."""
+
+    run: TrainingRun
+    plan: RunPlan
+    student_path: Path
+    student_fingerprint: str
+    teacher_fingerprint: str
+
+
+def bank_folder(config: Config) -> Path:
+    if config.diagnostics.bank is None:
+        raise ConfigError("diagnostics.bank: expected the folder of a context bank, got none; set diagnostics.bank=...")
+    return config.diagnostics.bank
+
+
+def open_bank(config: Config, plan: RunPlan) -> ContextBank:
+    """The configuration's bank, which belongs to the plan's models.
+
+    Raises:
+        ConfigError, InputError: none is named; it is damaged; tokenizer or vocabulary are others.
+    """
+    bank = read_bank(bank_folder(config))
+    check_bank(bank, tokenizer=tokenizer_fingerprint(plan.tokenizer), vocab_size=plan.vocab_size)
+    return bank
+
+
+@contextmanager
+def session(config: Config, *, checkpoint: Path | None = None, generates: bool = False) -> Iterator[Session]:
+    """Builds the configuration's models and loads `checkpoint` into the student. Collective over the world.
+
+    Args:
+        checkpoint: see `load_student`; None: the student as it begins.
+    """
+    plan = plan_run(config, int(os.environ["WORLD_SIZE"]))
+    source = resolve_checkpoint(checkpoint, plan) if checkpoint is not None else None
+    worker = init_distributed()
+    timer = PhaseTimer(worker.device)
+    num_threads = config.run.threads or available_threads()
+    run = build_run(config, plan, worker, timer, num_threads=num_threads, generates=generates)
+    teacher = model_fingerprint(config.teacher.path, plan.teacher)
+    if source is not None:
+        load_student(run, source)
+        yield Session(run, plan, source, model_fingerprint(source), teacher)
+    else:
+        student = model_fingerprint(config.model.path, plan.student)
+        yield Session(run, plan, config.model.path, student, teacher)
+    destroy_distributed()
+
+
+def resolve_checkpoint(path: Path, plan: RunPlan) -> Path:
+    """The folder with weights that `path` means, checked as far as all ranks can by themselves.
+
+    Args:
+        path: a Hugging Face directory, a Megatron checkpoint of this package, a step's folder in a run's checkpoints/,
+            or the folder of a run: its checkpoint/, hf/ or the last of its checkpoints/.
+
+    Raises:
+        ConfigError: nothing of that kind, or another architecture than the student's. WeightsError: a damaged one.
+    """
+    folder = RunFolder(path)
+    steps = CheckpointFiles(folder.checkpoints).steps()
+    last = [CheckpointFiles(folder.checkpoints).step_folder(steps[-1])] if steps else []
+    for found in (path, folder.checkpoint, folder.hf, *last):
+        if (found / SHARDS_NAME).is_dir():
+            check_index(found / SHARDS_NAME / ".metadata")
+            return found
+        if (found / MANIFEST_NAME).exists() or (found / "config.json").exists():
+            description: ModelFolder = MegatronCheckpoint(found) if _is_megatron(found) else HfCheckpoint(found)
+            if description.architecture != plan.student.architecture:
+                raise ConfigError(
+                    f"{found}: expected the student's architecture ({plan.student.architecture}), got "
+                    f"{description.architecture}; set model.path and model.drop_layers to this student's"
+                )
+            return found
+    raise ConfigError(
+        f"{path}: expected a Hugging Face directory, a Megatron checkpoint, a step of checkpoints/ or a run's folder "
+        "with one of these in it, found none"
+    )
+
+
+def load_student(run: TrainingRun, source: Path) -> None:
+    """Sets the student's weights to those in `source`, of any layout; its optimizer begins anew. Collective."""
+    student = run.student
+    if (source / SHARDS_NAME).is_dir():
+        load_shards(student.model, source / SHARDS_NAME, student.groups)
+    elif _is_megatron(source):
+        load_shards(student.model, MegatronCheckpoint(source).weights, student.groups)
+    else:
+        load_hf(student.model, HfCheckpoint(source), student.groups)
+    student.optimizer.reload_model_params()
+
+
+def _is_megatron(folder: Path) -> bool:
+    return (folder / MANIFEST_NAME).exists()

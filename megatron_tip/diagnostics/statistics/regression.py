@@ -1,0 +1,116 @@
+"""Which pre-update signals predict the gain: standardised least squares, as in TA-OPD appendix F."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import statsmodels.api as sm
+
+from megatron_tip.diagnostics.statistics.bootstrap import Interval, PromptResamples, interval_of
+
+CONTROLS = ("h", "h_d", "position", "teacher_entropy")
+BASELINE = ("d", *CONTROLS)
+DECOMPOSED = ("d_l", "d_i", *CONTROLS)
+
+
+@dataclass(frozen=True)
+class Regression:
+    """Ordinary least squares of the gain in nats on standardised predictors.
+
+    `coefficients`: nats a standard deviation, with prompt-cluster bootstrap intervals. `errors`: their cluster-robust
+    standard errors (statsmodels), a check on the bootstrap. `left_out`: predictors without spread.
+    """
+
+    coefficients: dict[str, Interval]
+    errors: dict[str, float]
+    r_squared: float
+    left_out: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """The baseline (H, D, H·D, position, teacher entropy) and the model in which D^L and D^I take the place of D.
+
+    D = D^L + D^I, so that the second contains the first: `delta_r_squared` is not negative. `gap`: of the coefficients
+    of D^L and D^I.
+    """
+
+    baseline: Regression
+    decomposed: Regression
+    gap: Interval
+    delta_r_squared: Interval
+
+
+def decompose(frame: pd.DataFrame, resamples: PromptResamples) -> Decomposition:
+    """Both regressions on the columns of a `TokenTable`."""
+    table = frame.assign(h_d=frame["h"] * frame["d"])
+    gain = table["gain"].to_numpy()
+    baseline, of_baseline = fit(table, BASELINE, gain, resamples)
+    decomposed, of_decomposed = fit(table, DECOMPOSED, gain, resamples)
+    gap = Interval.unknown()
+    if not {"d_l", "d_i"} & set(decomposed.left_out):
+        low, high = (decomposed.coefficients[name].estimate for name in ("d_i", "d_l"))
+        names = [name for name in DECOMPOSED if name not in decomposed.left_out]
+        draws = of_decomposed.coefficients[:, [names.index("d_l"), names.index("d_i")]]
+        gap = interval_of(high - low, draws[:, 0] - draws[:, 1], len(gain))
+    delta = decomposed.r_squared - baseline.r_squared
+    return Decomposition(
+        baseline, decomposed, gap, interval_of(delta, of_decomposed.r_squared - of_baseline.r_squared, len(gain))
+    )
+
+
+@dataclass(frozen=True)
+class _Draws:
+    """`coefficients`: `[resamples, predictors]`. `r_squared`: `[resamples]`."""
+
+    coefficients: np.ndarray
+    r_squared: np.ndarray
+
+
+def fit(
+    table: pd.DataFrame, names: tuple[str, ...], gain: np.ndarray, resamples: PromptResamples
+) -> tuple[Regression, _Draws]:
+    """Least squares by statsmodels, and again on each resample of prompts by its normal equations.
+
+    Predictors are standardised once, over all tokens, not anew in each resample.
+    """
+    raw = table[list(names)].to_numpy(dtype=np.float64)
+    spread = raw.std(axis=0)
+    kept = spread > 1e-12
+    used = [name for name, is_kept in zip(names, kept, strict=True) if is_kept]
+    predictors = (raw[:, kept] - raw[:, kept].mean(axis=0)) / spread[kept]
+    design = np.column_stack([np.ones(len(gain)), predictors])
+    fitted = sm.OLS(gain, design).fit(cov_type="cluster", cov_kwds={"groups": resamples.place})
+    draws = _resampled(design, gain, resamples)
+    coefficients = {
+        name: interval_of(float(fitted.params[place]), draws.coefficients[:, place - 1], len(gain))
+        for place, name in enumerate(used, start=1)
+    }
+    errors = {name: float(fitted.bse[place]) for place, name in enumerate(used, start=1)}
+    left_out = tuple(name for name in names if name not in used)
+    return Regression(coefficients, errors, float(fitted.rsquared), left_out), draws
+
+
+def _resampled(design: np.ndarray, gain: np.ndarray, resamples: PromptResamples) -> _Draws:
+    columns = np.column_stack([design, gain])
+    size = columns.shape[1]
+    products = (columns[:, :, None] * columns[:, None, :]).reshape(len(gain), -1)
+    moments = resamples.sums(products).reshape(-1, size, size)
+    gram, cross = moments[:, :-1, :-1], moments[:, :-1, -1]
+    # A prompt's tokens may leave a predictor without spread in a resample: least squares of least norm then.
+    coefficients = np.einsum("rij,rj->ri", np.linalg.pinv(gram, hermitian=True), cross)
+    count, total, squares = moments[:, 0, 0], moments[:, 0, -1], moments[:, -1, -1]
+    residual = squares - np.einsum("ri,ri->r", coefficients, cross)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        r_squared = 1 - residual / (squares - total**2 / count)
+    return _Draws(coefficients[:, 1:], r_squared)
+
+
+def residual_gain(frame: pd.DataFrame) -> np.ndarray:
+    """`[tokens]`: the gain without what entropy, position and the teacher's entropy predict of it (least squares)."""
+    raw = frame[["h", "position", "teacher_entropy"]].to_numpy(dtype=np.float64)
+    design = np.column_stack([np.ones(len(raw)), raw - raw.mean(axis=0)])
+    gain = frame["gain"].to_numpy()
+    return gain - design @ np.linalg.lstsq(design, gain, rcond=None)[0]

@@ -1,0 +1,124 @@
+"""Tokens of a bank with what the papers compare: gain, H, D, C, D^L, D^I, support proxies, quadrants."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+
+from megatron_tip.diagnostics.gain import Gain
+from megatron_tip.diagnostics.scores import Scores
+from megatron_tip.errors import InputError
+from megatron_tip.records import TokenIndex
+from megatron_tip.selection.batch import read_batch, read_values
+from megatron_tip.selection.order_statistics import quantiles
+from megatron_tip.selection.ranking import NormalisedInputs
+from megatron_tip.selection.replicas import Replicas
+from megatron_tip.selection.rules import RULES
+
+PROXIES = ("compatibility", "cbc", "jaccard", "overlap", "shared_mass")
+"""Proxies of support: C; CBC (see `token_table`); Jaccard and overlap share of S_S and S_T; shared teacher mass."""
+
+
+@dataclass(frozen=True)
+class TokenTable:
+    """`frame`: one row a token. `medians`: of H and of the divergence that cut the quadrants."""
+
+    frame: pd.DataFrame
+    medians: tuple[float, float]
+    support_size: int
+
+    def quadrant(self, name: str) -> np.ndarray:
+        """`[tokens]` bool: "q1" to "q4"."""
+        return (self.frame["quadrant"] == name).to_numpy()
+
+    def column(self, name: str) -> np.ndarray:
+        return self.frame[name].to_numpy(dtype=np.float64)
+
+
+def token_table(scores: Scores, gain: np.ndarray, support_size: int) -> TokenTable:
+    """The start's scores of tokens with their `gain` `[tokens]`, statistics of supports at K.
+
+    h, d, c are H, D, C under Norm_B over these tokens, and d_l = d c, d_i = d (1 - c), by the rules' own functions.
+    Quadrants are TIP's plane: cut at the medians of H and of the reverse KL; high is above. They do not depend on K.
+    `cbc`, our contrastive binary compatibility, as the paper defines none: 1 where the teacher gives the sampled token
+    at least the student's probability, else 0.
+    """
+    statistics = scores.statistics(support_size)
+    names = ("student_entropy", "support_divergence", "compatibility", "reverse_kl")
+    batch = read_batch(read_values(statistics, names), scores.token_index(), Replicas())
+    rules = {
+        name: RULES[f"ta_opd_{name}"]
+        for name in ("entropy", "divergence", "compatibility", "teachability", "incompatible")
+    }
+    wanted = frozenset[tuple[str, float]]().union(*(rule.required_quantiles for rule in rules.values()))
+    medians = {("student_entropy", 0.5), ("reverse_kl", 0.5)}
+    found = quantiles(batch.values, wanted | medians, batch.num_valid, batch.replicas)
+    inputs = NormalisedInputs(batch, found)
+    scored = {}
+    for name, rule in rules.items():
+        assert rule.score is not None, "a rule that ranks"
+        scored[name] = rule.score(*(inputs[item] for item in rule.inputs)).numpy()
+    cuts = (found["student_entropy", 0.5], found["reverse_kl", 0.5])
+    entropy, kl = (
+        scores.statistic(name, support_size).astype(np.float64) for name in ("student_entropy", "reverse_kl")
+    )
+    frame = pd.DataFrame(
+        {
+            "context": scores.context,
+            "prompt": scores.prompt,
+            "position": scores.position,
+            "gain": np.asarray(gain, dtype=np.float64),
+            "entropy": entropy,
+            "teacher_entropy": scores.columns["teacher_entropy"].astype(np.float64),
+            "reverse_kl": kl,
+            "forward_kl": scores.columns["forward_kl"].astype(np.float64),
+            "divergence": scores.statistic("support_divergence", support_size).astype(np.float64),
+            "h": scored["entropy"],
+            "d": scored["divergence"],
+            "c": scored["compatibility"],
+            "d_l": scored["teachability"],
+            "d_i": scored["incompatible"],
+            "compatibility": scores.statistic("compatibility", support_size).astype(np.float64),
+            "cbc": (scores.columns["teacher_logprobs"] >= scores.columns["student_logprobs"]).astype(np.float64),
+            "jaccard": scores.statistic("support_jaccard", support_size).astype(np.float64),
+            "overlap": scores.statistic("support_overlap", support_size).astype(np.float64) / support_size,
+            "shared_mass": scores.statistic("shared_teacher_mass", support_size).astype(np.float64),
+            "quadrant": quadrant_names(entropy > cuts[0], kl > cuts[1]),
+        }
+    )
+    return TokenTable(frame, cuts, support_size)
+
+
+def quadrant_names(high_entropy: np.ndarray, high_divergence: np.ndarray) -> np.ndarray:
+    """TIP's names: q1 high and high, q2 high entropy alone, q3 high divergence alone, q4 neither."""
+    return np.select([high_entropy & high_divergence, high_entropy, high_divergence], ["q1", "q2", "q3"], default="q4")
+
+
+def mean_gain(gains: list[Gain]) -> tuple[Scores, np.ndarray]:
+    """The start's scores of the tokens that no checkpoint was trained on, and their gain, averaged over checkpoints.
+
+    Raises:
+        InputError: no gain is given, or no token is common to all.
+    """
+    if not gains:
+        raise InputError("gain: expected at least one checkpoint after the start, got none")
+    common = set.intersection(*({int(place) for place in np.unique(gain.before.context)} for gain in gains))
+    if not common:
+        raise InputError("gain: expected contexts that no checkpoint was trained on, got none; make a larger bank")
+    places = np.array(sorted(common))
+    kept = [np.isin(gain.before.context, places) for gain in gains]
+    others = sorted(set(np.unique(gains[0].before.context).tolist()) - common)
+    mean = np.mean([gain.tokens[mask] for gain, mask in zip(gains, kept, strict=True)], axis=0)
+    return gains[0].before.without_contexts(others), mean
+
+
+def selected_rows(scores: Scores, support_size: int, rule: str, retention_ratio: float, *, seed: int) -> np.ndarray:
+    """`[tokens]` bool: what the product's selector keeps of these tokens, an exact share of all of them together."""
+    from megatron_tip.selection import Selector
+
+    selector = Selector(rule, retention_ratio, "batch", tie_break="random", compare=False, seed=seed)
+    index = TokenIndex(torch.from_numpy(scores.context), torch.from_numpy(scores.position))
+    return selector.select(scores.statistics(support_size), index, step=0).selection_mask.numpy()
