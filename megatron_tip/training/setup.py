@@ -61,7 +61,7 @@ def build_run(config: Config, plan: RunPlan, worker: Worker, timer: PhaseTimer, 
         engine=engine,
         timer=timer,
         ahead=AheadGenerator(engine) if engine is not None and config.rollout.ahead else None,
-        views=TokenViews(config.tracking, plan.tokenizer, student_groups),
+        views=TokenViews(config, plan.tokenizer, student_groups),
     )
 
 

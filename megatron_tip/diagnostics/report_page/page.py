@@ -1,0 +1,118 @@
+"""The page itself: what the runs' folders hold, the scripts that draw it, and the plotting library, in one file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from plotly.offline import get_plotlyjs
+
+from megatron_tip import __version__
+from megatron_tip.diagnostics.report_page.overview import config_rows, evaluation_rows, overview_rows, sample_rows
+from megatron_tip.diagnostics.report_page.packing import packed, packed_json
+from megatron_tip.diagnostics.report_page.run_data import RunData, read_runs
+from megatron_tip.diagnostics.report_page.tokens import LADDER, NO_CANDIDATES, Blocks, Candidates, pack_tables
+from megatron_tip.diagnostics.report_page.visible_text import visible
+from megatron_tip.errors import InputError
+from megatron_tip.observability.run_folder import atomic_write_text, output_errors
+
+MAX_BYTES = 10 * 10**6
+SCRIPTS = ("decode.js", "theme.js", "figures.js", "quadrants.js", "candidates.js", "inspector.js", "keys.js", "main.js")
+MOST_RUNS = 6
+"""Colours and dashes that can be told apart."""
+
+
+def write_report_page(paths: Sequence[Path], target: Path, *, max_bytes: int = MAX_BYTES) -> int:
+    """Writes one HTML file about the runs in folders `paths` to `target`; returns its bytes.
+
+    The candidates of the token inspector are thinned, and then views left out, until it has at most `max_bytes`; the
+    page says so.
+
+    Raises:
+        InputError: no run, more than can be told apart, a folder that is none of a run, or a page that cannot be as
+            small as asked. OutputError: the file cannot be written.
+    """
+    if not 1 <= len(paths) <= MOST_RUNS:
+        raise InputError(f"report: expected 1 to {MOST_RUNS} run folders, got {len(paths)}; give fewer")
+    runs = read_runs(paths)
+    render = _renderer(runs)
+    page, smallest = "", 0
+    for manifests, blocks in _packings(runs):
+        page = render(manifests, blocks)
+        smallest = len(page.encode())
+        if smallest <= max_bytes:
+            break
+    else:
+        raise InputError(
+            f"report: expected a page of at most {max_bytes / 1e6:.1f} MB, got {smallest / 1e6:.1f} MB without any "
+            "view; allow more (--max-megabytes) or give fewer runs"
+        )
+    with output_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(target, page)
+    return smallest
+
+
+def _packings(runs: Sequence[RunData]) -> Any:
+    """Yields (manifests, blocks), each smaller than the one before: fewer candidates, then every second view."""
+    for candidates in (*LADDER, NO_CANDIDATES):
+        yield _pack(runs, candidates, 1)
+    every, most = 2, max((len(run.tables) for run in runs), default=0)
+    while every < 2 * most:
+        yield _pack(runs, NO_CANDIDATES, every)
+        every *= 2
+    yield _pack(runs, NO_CANDIDATES, 0)
+
+
+def _pack(runs: Sequence[RunData], candidates: Candidates, every: int) -> tuple[list[dict[str, Any]], list[str]]:
+    """Each run's manifest and all blocks; of the views the last and every `every`-th before it, with 0 none."""
+    blocks, manifests = Blocks(), []
+    for run in runs:
+        tables = run.tables[::-1][::every][::-1] if every else []
+        manifests.append(
+            {
+                "name": visible(run.name),
+                "rule": visible(str(run.config.get("selection", {}).get("rule", "?"))),
+                "steps": run.steps,
+                "stride": run.stride,
+                "metrics": run.metrics,
+                "left_out": len(run.tables) - len(tables),
+                **(pack_tables(tables, blocks, candidates) if tables else {"views": []}),
+            }
+        )
+    return manifests, blocks.blocks
+
+
+def _renderer(runs: Sequence[RunData]) -> Any:
+    """Returns what makes a page of manifests and blocks; what is the same at every attempt is made once."""
+    folder = files(__package__) / "page"
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(lambda name: (folder / name).read_text(encoding="utf-8")),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["visible"] = lambda value: visible(str(value))
+    template = environment.get_template("report.html.jinja")
+    fixed = {
+        "names": [run.name for run in runs],
+        "version": __version__,
+        "style": (folder / "report.css").read_text(encoding="utf-8"),
+        "script": "\n".join((folder / name).read_text(encoding="utf-8") for name in SCRIPTS),
+        "library": packed(get_plotlyjs().encode(), level=9),
+        "overview": overview_rows(runs),
+        "config": config_rows(runs),
+        "evaluations": evaluation_rows(runs),
+        "samples": sample_rows(runs),
+        "notes": [(run.name, note) for run in runs for note in run.notes],
+        "has_views": any(run.tables for run in runs),
+    }
+
+    def render(manifests: list[dict[str, Any]], blocks: list[str]) -> str:
+        return template.render(**fixed, data=packed_json({"runs": manifests}), blocks=blocks)
+
+    return render
