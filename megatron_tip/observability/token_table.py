@@ -1,6 +1,6 @@
 """The tokens of a view with all that is known of each, as Parquet: what the report's token inspector reads.
 
-One row a token of each viewed response, the environment's tokens too. Facts of the whole view are JSON in the schema's
+One row a token of each viewed response, the environment's tokens too. Facts of the whole view are JSON in the file's
 metadata, so that a file is whole by itself and readable by any Parquet reader.
 """
 
@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from megatron_tip.errors import InputError
 
 FORMAT = 1
-_KEY = b"megatron_tip.token_table"
+_KEY = "megatron_tip.token_table"
 STATISTICS = (
     "student_entropy",
     "teacher_entropy",
@@ -102,10 +102,10 @@ def encode_token_table(facts: TokenTableFacts, columns: Mapping[str, Sequence[An
         pa.array(columns[name], type=kind) if name in columns else pa.nulls(num_rows, type=kind)
         for name, kind in zip(SCHEMA.names, SCHEMA.types, strict=True)
     ]
-    metadata = {_KEY: json.dumps(asdict(facts), ensure_ascii=False).encode()}
-    table = pa.Table.from_arrays(arrays, schema=SCHEMA.with_metadata(metadata))
     content = io.BytesIO()
-    pq.write_table(table, content, compression="zstd")
+    with pq.ParquetWriter(content, SCHEMA, compression="zstd") as writer:
+        writer.write_table(pa.Table.from_arrays(arrays, schema=SCHEMA))
+        writer.add_key_value_metadata({_KEY: json.dumps(asdict(facts), ensure_ascii=False)})
     return content.getvalue()
 
 
@@ -116,8 +116,9 @@ def read_token_table(path: Path) -> TokenTable:
         InputError: no such file, a truncated one, or one of another kind or format.
     """
     try:
-        tokens = pq.read_table(path)
-        facts = json.loads((tokens.schema.metadata or {})[_KEY])
+        with pq.ParquetFile(path) as file:
+            tokens = file.read()
+            facts = json.loads((file.metadata.metadata or {})[_KEY.encode()])
         if facts["format"] != FORMAT:
             raise InputError(f"{path}: expected a token table of format {FORMAT}, got {facts['format']}")
         missing = sorted(set(SCHEMA.names) - set(tokens.column_names))

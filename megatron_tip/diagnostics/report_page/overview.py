@@ -8,6 +8,7 @@ from typing import Any
 from megatron_tip.diagnostics.report_page.run_data import RunData, differing_keys
 
 NOT_RECORDED = "not recorded"
+NOTHING = "\N{EN DASH}"
 Row = tuple[str, list[str]]
 
 
@@ -30,7 +31,10 @@ def config_rows(runs: Sequence[RunData]) -> list[Row]:
     """Returns (key, its value in each run) where the configurations differ; nothing for a single run."""
     if len(runs) == 1:
         return []
-    return [(key, ["–" if value is None else str(value) for value in values]) for key, values in differing_keys(runs)]
+    shown = {
+        key: [NOTHING if value is None else str(value) for value in values] for key, values in differing_keys(runs)
+    }
+    return list(shown.items())
 
 
 def evaluation_rows(runs: Sequence[RunData]) -> list[list[str]]:
@@ -88,8 +92,14 @@ def _evaluation(name: str, record: Mapping[str, Any]) -> list[str]:
     score = f"{100 * mean:.1f}{spread}" if isinstance(mean, int | float) else NOT_RECORDED
     protocol = record.get("protocol") or {}
     asked = ", ".join(f"{key} {value}" for key, value in protocol.items())
-    texts = [record.get(key, "–") for key in ("model", "benchmark", "metric")]
-    return [name, *map(str, texts), score, *(str(record.get(key, "–")) for key in ("num_seeds", "num_questions")), asked]
+    texts = [record.get(key, NOTHING) for key in ("model", "benchmark", "metric")]
+    return [
+        name,
+        *map(str, texts),
+        score,
+        *(str(record.get(key, NOTHING)) for key in ("num_seeds", "num_questions")),
+        asked,
+    ]
 
 
 def _get(run: RunData, section: str, name: str) -> float | None:

@@ -88,7 +88,7 @@ def _pack(runs: Sequence[RunData], candidates: Candidates, every: int) -> tuple[
 
 def _renderer(runs: Sequence[RunData]) -> Any:
     """Returns what makes a page of manifests and blocks; what is the same at every attempt is made once."""
-    folder = files(__package__) / "page"
+    folder = files("megatron_tip.diagnostics.report_page") / "page"
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(lambda name: (folder / name).read_text(encoding="utf-8")),
         autoescape=True,

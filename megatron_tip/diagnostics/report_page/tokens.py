@@ -1,9 +1,9 @@
 """Token tables as the page's inspector takes them: a manifest, and a small block of bytes a response.
 
 A block holds, for n tokens, in planes (`packing.planes`):
-3 bytes a token: its place in the run's vocabulary; 1 byte: flags; 2 bytes for each of the view's statistics: thousandths;
-1 byte for the number of candidates of the student, 1 byte for those of the teacher; then of all candidates, the
-student's before the teacher's: 3 bytes of vocabulary, 2 bytes of probability in ten-thousandths.
+3 bytes a token: its place in the run's vocabulary; 1 byte: flags; 2 bytes for each of the view's statistics, in
+thousandths; 1 byte for the number of candidates of the student, 1 byte for those of the teacher; then of all
+candidates, the student's before the teacher's: 3 bytes of vocabulary, 2 bytes of probability in ten-thousandths.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from megatron_tip.diagnostics.report_page.packing import packed, packed_json, planes, thousandths
 from megatron_tip.diagnostics.report_page.visible_text import visible
@@ -144,7 +145,9 @@ def _pack_response(
     for name, values in columns.items():
         pieces.append(planes(thousandths(-values if name.endswith("logprobs") else values), 2))
     pieces += _candidate_pieces(part, places_of, candidates)
-    other = {place: text for place, (token, text) in enumerate(zip(ids, texts, strict=True)) if vocabulary[token] != text}
+    other = {
+        place: text for place, (token, text) in enumerate(zip(ids, texts, strict=True)) if vocabulary[token] != text
+    }
     described = {
         "tokens": len(ids),
         "valid": int(valid.sum()),
@@ -160,7 +163,8 @@ def _candidate_pieces(part: pa.Table, places_of: Any, candidates: Candidates) ->
     for ids_name, logprobs_name in _SUPPORTS:
         ids, logprobs = (part.column(name).combine_chunks() for name in (ids_name, logprobs_name))
         # A column that is null everywhere, or a token without candidates, has length 0.
-        lengths = np.nan_to_num(pa.compute.list_value_length(ids).to_numpy(zero_copy_only=False)).astype(np.int64)
+        lengths = pc.call_function("list_value_length", [ids]).to_numpy(zero_copy_only=False)
+        lengths = np.nan_to_num(lengths).astype(np.int64)
         flat = ids.flatten().to_numpy(zero_copy_only=False).astype(np.int64)
         share = np.exp(logprobs.flatten().to_numpy(zero_copy_only=False).astype(np.float64))
         rows = np.repeat(np.arange(len(lengths)), lengths)

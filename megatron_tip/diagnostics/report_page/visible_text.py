@@ -23,4 +23,6 @@ def _shape(match: re.Match[str]) -> str:
         return "\N{RIGHTWARDS ARROW TO BAR}\t"
     if code < 0x20:
         return chr(0x2400 + code)
-    return "\N{SYMBOL FOR DELETE}" if code == 0x7F else f"\N{LEFT-POINTING ANGLE BRACKET}U+{code:04X}\N{RIGHT-POINTING ANGLE BRACKET}"
+    if code == 0x7F:
+        return "\N{SYMBOL FOR DELETE}"
+    return f"\N{LEFT-POINTING ANGLE BRACKET}U+{code:04X}\N{RIGHT-POINTING ANGLE BRACKET}"

@@ -69,7 +69,7 @@ class Inspector {
     if (!view.statistics.length) notes.push("This view has no statistics: the run scored no tokens at this step.");
     if (view.statistics.length && !view.medians) notes.push("This view has no quadrants: the batch's medians were not recorded.");
     notes.push(`Rule ${view.rule}, budget ${percent(view.retention_ratio)}, temperature ${view.temperature}.`);
-    if (view.medians) notes.push(`Quadrants part at the batch's medians: H ${view.medians[0].toFixed(3)}, ${view.divergence.replaceAll("_", " ")} ${view.medians[1].toFixed(3)} nats.`);
+    if (view.medians) notes.push(`Quadrants part at the batch's medians: H(p) ${view.medians[0].toFixed(3)}, ${view.divergence.replaceAll("_", " ")} ${view.medians[1].toFixed(3)} nats.`);
     notes.push("Values are rounded to thousandths.");
     const note = document.getElementById("token-note");
     note.textContent = notes.join(" ");

@@ -53,7 +53,7 @@ function planeTraces(view) {
       y: chosen.map((i) => Math.max(y[i], LEAST_DIVERGENCE)),
       name: wanted ? "supervised" : "not supervised",
       marker: wanted ? { symbol: "diamond", size: 7, color: colour("selected"), line: { width: 0.5, color: colour("surface") } } : { symbol: "circle-open", size: 5, color: colour("muted") },
-      hovertemplate: "H %{x:.2f}, divergence %{y:.3f}<extra></extra>",
+      hovertemplate: "H(p) %{x:.2f}, divergence %{y:.3f}<extra></extra>",
     };
   });
 }
@@ -75,7 +75,7 @@ function planeLayout(view, ranges) {
     height: 340,
     shapes,
     annotations,
-    xaxis: { title: { text: "student's entropy H, nats", standoff: 4 }, range: ranges.x },
+    xaxis: { title: { text: "student's entropy H(p), nats", standoff: 4 }, range: ranges.x },
     yaxis: { type: "log", title: { text: `${view.divergence.replaceAll("_", " ")}, nats`, standoff: 4 }, range: ranges.y, dtick: 1 },
   };
 }
@@ -106,7 +106,7 @@ function planeFigures(runs) {
       const view = run.views.find((candidate) => candidate.step === step && candidate.points.x.length);
       const nothing = run.views.length ? `no view of step ${step}` : "no views: tracking.view_every_steps turns them on";
       drawOrSay(places[r], view ? planeTraces(view) : [], view ? planeLayout(view, ranges) : {}, nothing);
-      const cut = view?.medians ? `Parted at the batch's medians: H ${view.medians[0].toFixed(3)}, ${view.divergence.replaceAll("_", " ")} ${view.medians[1].toFixed(3)} nats. ` : "";
+      const cut = view?.medians ? `Parted at the batch's medians: H(p) ${view.medians[0].toFixed(3)}, ${view.divergence.replaceAll("_", " ")} ${view.medians[1].toFixed(3)} nats. ` : "";
       places[r].note(view ? `${cut}${view.points.x.length} tokens of step ${step}; divergences below ${LEAST_DIVERGENCE} stand at ${LEAST_DIVERGENCE}.` : "");
     });
   };
