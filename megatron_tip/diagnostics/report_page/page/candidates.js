@@ -2,14 +2,14 @@
 
 const STATISTIC_NAMES = {
   score: ["Score", "what the rule ranks by"],
-  student_entropy: ["H", "student's entropy, nats"],
+  student_entropy: ["H(p)", "student's entropy, nats"],
   support_divergence: ["D", "divergence on both supports, nats"],
   compatibility: ["C", "teacher's mass on the student's top-K"],
   compatibility_lower_bound: ["Ĉ", "teacher's mass on both top-K"],
   reverse_kl: ["KL(p‖q)", "reverse KL, nats"],
-  topk_reverse_kl: ["KL(p‖q) ≥", "reverse KL over known ids, nats"],
+  topk_reverse_kl: ["KL(p‖q)≥", "reverse KL over known ids, nats"],
   forward_kl: ["KL(q‖p)", "forward KL, nats"],
-  teacher_entropy: ["H teacher", "teacher's entropy, nats"],
+  teacher_entropy: ["H(q)", "teacher's entropy, nats"],
 };
 
 function element(tag, className, text) {
@@ -68,9 +68,10 @@ function showCard(card, state, token) {
     if (!(name in STATISTIC_NAMES)) continue;
     const value = decoded.statistics[name][token];
     const [short, long] = STATISTIC_NAMES[name];
-    const term = element("dt", "", short);
-    term.title = long;
-    values.append(term, element("dd", "", Number.isNaN(value) ? "–" : value.toFixed(3)), element("dd", "what", long));
+    const pair = element("div");
+    pair.title = long;
+    pair.append(element("dt", "", short), element("dd", "", Number.isNaN(value) ? "–" : value.toFixed(3)));
+    values.append(pair);
   }
   card.append(values);
   const logprobs = ["student_logprobs", "teacher_logprobs"].map((name) => decoded.statistics[name]?.[token]);
