@@ -9,6 +9,8 @@ import numpy as np
 
 MISSING = 0xFFFF
 """A thousandth that is not there."""
+COARSE_MISSING = 0xFF
+LEAST, MOST = 1e-3, 65.534
 
 
 def packed(content: bytes, *, level: int = 6) -> str:
@@ -28,6 +30,18 @@ def planes(values: np.ndarray, num_bytes: int) -> bytes:
 
 
 def thousandths(values: np.ndarray) -> np.ndarray:
-    """Returns floats as whole thousandths, at most MISSING - 1, which stands for 65.534; NaN as MISSING."""
+    """Returns floats as whole thousandths, at most MISSING - 1, which stands for MOST; NaN as MISSING."""
     whole = np.rint(np.clip(np.nan_to_num(values, nan=0.0), 0.0, (MISSING - 1) / 1000) * 1000)
     return np.where(np.isnan(values), MISSING, whole).astype(np.uint32)
+
+
+def coarse(values: np.ndarray) -> np.ndarray:
+    """Returns non-negative floats as one byte, within 2.2 %, by logarithm; 0: below LEAST; COARSE_MISSING: NaN."""
+    steps = np.log(np.clip(np.nan_to_num(values, nan=LEAST), LEAST, MOST) / LEAST) / np.log(MOST / LEAST)
+    codes = np.where(values < LEAST, 0, 1 + np.rint(steps * (COARSE_MISSING - 2)))
+    return np.where(np.isnan(values), COARSE_MISSING, codes).astype(np.uint32)
+
+
+def coarse_shares(shares: np.ndarray) -> np.ndarray:
+    """Returns shares in [0, 1] as one byte, by square root: within 0.4 % of the whole, finer for small ones."""
+    return np.rint(255 * np.sqrt(np.clip(shares, 0.0, 1.0))).astype(np.uint32)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from megatron_tip import __version__
 from megatron_tip.diagnostics.report_page.overview import config_rows, evaluation_rows, overview_rows, sample_rows
 from megatron_tip.diagnostics.report_page.packing import packed, packed_json
 from megatron_tip.diagnostics.report_page.run_data import RunData, read_runs
-from megatron_tip.diagnostics.report_page.tokens import LADDER, NO_CANDIDATES, Blocks, Candidates, pack_tables
+from megatron_tip.diagnostics.report_page.tokens import LADDER, Blocks, Detail, RunPacker
 from megatron_tip.diagnostics.report_page.visible_text import visible
 from megatron_tip.errors import InputError
 from megatron_tip.observability.run_folder import atomic_write_text, output_errors
@@ -28,7 +28,7 @@ MOST_RUNS = 6
 def write_report_page(paths: Sequence[Path], target: Path, *, max_bytes: int = MAX_BYTES) -> int:
     """Writes one HTML file about the runs in folders `paths` to `target`; returns its bytes.
 
-    The candidates of the token inspector are thinned, and then views left out, until it has at most `max_bytes`; the
+    The token inspector is given less detail, and then views are left out, until the page has at most `max_bytes`; the
     page says so.
 
     Raises:
@@ -40,8 +40,11 @@ def write_report_page(paths: Sequence[Path], target: Path, *, max_bytes: int = M
     runs = read_runs(paths)
     render = _renderer(runs)
     page, smallest = "", 0
-    for manifests, blocks in _packings(runs):
-        page = render(manifests, blocks)
+    packers = [RunPacker(run.tables) for run in runs]
+    curves = [_curves(run) for run in runs]
+    room = max_bytes - len(render(curves, []).encode())
+    for manifests, blocks in _packings(packers, room):
+        page = render([{**one, **views} for one, views in zip(curves, manifests, strict=True)], blocks)
         smallest = len(page.encode())
         if smallest <= max_bytes:
             break
@@ -56,34 +59,34 @@ def write_report_page(paths: Sequence[Path], target: Path, *, max_bytes: int = M
     return smallest
 
 
-def _packings(runs: Sequence[RunData]) -> Any:
-    """Yields (manifests, blocks), each smaller than the one before: fewer candidates, then every second view."""
-    for candidates in (*LADDER, NO_CANDIDATES):
-        yield _pack(runs, candidates, 1)
-    every, most = 2, max((len(run.tables) for run in runs), default=0)
+def _packings(packers: Sequence[RunPacker], room: int) -> Iterator[tuple[list[dict[str, Any]], list[str]]]:
+    """Yields each run's manifest and all blocks, each time smaller: less detail, then every second view, then none.
+
+    What a sample of the responses tells to be larger than `room` characters is not tried.
+    """
+    for detail in LADDER:
+        if sum(packer.estimate(detail) for packer in packers) <= 1.05 * room:
+            yield _packing(packers, detail, 1)
+    every, most = 2, max(len(packer.tables) for packer in packers)
     while every < 2 * most:
-        yield _pack(runs, NO_CANDIDATES, every)
+        yield _packing(packers, LADDER[-1], every)
         every *= 2
-    yield _pack(runs, NO_CANDIDATES, 0)
+    yield _packing(packers, LADDER[-1], 0)
 
 
-def _pack(runs: Sequence[RunData], candidates: Candidates, every: int) -> tuple[list[dict[str, Any]], list[str]]:
-    """Each run's manifest and all blocks; of the views the last and every `every`-th before it, with 0 none."""
-    blocks, manifests = Blocks(), []
-    for run in runs:
-        tables = run.tables[::-1][::every][::-1] if every else []
-        manifests.append(
-            {
-                "name": visible(run.name),
-                "rule": visible(str(run.config.get("selection", {}).get("rule", "?"))),
-                "steps": run.steps,
-                "stride": run.stride,
-                "metrics": run.metrics,
-                "left_out": len(run.tables) - len(tables),
-                **(pack_tables(tables, blocks, candidates) if tables else {"views": []}),
-            }
-        )
-    return manifests, blocks.blocks
+def _packing(packers: Sequence[RunPacker], detail: Detail, every_view: int) -> tuple[list[dict[str, Any]], list[str]]:
+    blocks = Blocks()
+    return [packer.pack(blocks, detail, every_view=every_view) for packer in packers], blocks.blocks
+
+
+def _curves(run: RunData) -> dict[str, Any]:
+    """What the page's figures draw of a run besides its views."""
+    return {
+        "name": visible(run.name),
+        "steps": run.steps,
+        "stride": run.stride,
+        "metrics": run.metrics,
+    }
 
 
 def _renderer(runs: Sequence[RunData]) -> Any:

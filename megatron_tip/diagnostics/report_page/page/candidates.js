@@ -83,7 +83,7 @@ function showCard(card, state, token) {
   if (students.length || teachers.length) {
     const both = element("div", "both-models");
     both.append(candidateList("Student", students, teachers, place, run), candidateList("Teacher", teachers, students, place, run));
-    card.append(both, element("p", "quiet", `• in both lists · framed: the sampled token · tokens below ${percent(view.candidates.least)} are left out`));
+    card.append(both, element("p", "quiet", `• in both lists · framed: the sampled token · tokens below ${percent(view.detail.least)} are left out`));
   } else {
     card.append(element("p", "quiet", "No candidates of this token: the view has none, or they were left out to keep the file small."));
   }

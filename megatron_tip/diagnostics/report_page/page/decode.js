@@ -1,6 +1,10 @@
 // The inverse of packing.py and tokens.py.
 
 const MISSING = 0xffff;
+const COARSE_MISSING = 0xff;
+const [LEAST, MOST] = [1e-3, 65.534];
+const SAMPLED = 0;
+const ELSEWHERE = 255;
 
 async function unpacked(elementId) {
   const text = document.getElementById(elementId).textContent.trim();
@@ -34,29 +38,47 @@ class PlaneReader {
   }
 }
 
+function fromCoarse(code) {
+  if (code === COARSE_MISSING) return NaN;
+  return code === 0 ? 0 : LEAST * (MOST / LEAST) ** ((code - 1) / (COARSE_MISSING - 2));
+}
+
 // One response of a view: places in the vocabulary, flags, statistics in nats (NaN: not known), both models' candidates.
 function decodeResponse(bytes, response, view) {
   const n = response.tokens;
+  const { coarse } = view.detail;
   const reader = new PlaneReader(bytes);
   const places = reader.integers(n, 3);
   const flags = reader.integers(n, 1);
   const statistics = {};
   for (const name of view.statistics) {
     const sign = name.endsWith("logprobs") ? -1 : 1;
-    statistics[name] = Float32Array.from(reader.integers(n, 2), (value) => (value === MISSING ? NaN : (sign * value) / 1000));
+    statistics[name] = Float32Array.from(reader.integers(n, coarse ? 1 : 2), (code) => sign * (coarse ? fromCoarse(code) : code === MISSING ? NaN : code / 1000));
   }
   const counts = [reader.integers(n, 1), reader.integers(n, 1)];
   const total = counts[0].reduce((a, b) => a + b, 0) + counts[1].reduce((a, b) => a + b, 0);
-  const candidatePlaces = reader.integers(total, 3);
-  const shares = reader.integers(total, 2);
+  const codes = reader.integers(total, 1);
+  const shares = Float32Array.from(reader.integers(total, coarse ? 1 : 2), (code) => (coarse ? (code / 255) ** 2 : code / 10000));
+  const elsewhere = reader.integers(codes.filter((code) => code === ELSEWHERE).length, 3);
+  const candidatePlaces = new Uint32Array(total);
+  const starts = counts.map(() => new Uint32Array(n));
   let next = 0;
-  const starts = counts.map((count) => Array.from(count, (length) => (next += length) - length));
-  const candidates = (model, token) => {
-    const found = [];
-    for (let i = starts[model][token]; i < starts[model][token] + counts[model][token]; i++) {
-      found.push({ place: candidatePlaces[i], share: shares[i] / 10000 });
+  let nextElsewhere = 0;
+  counts.forEach((count, model) => {
+    for (let token = 0; token < n; token++) {
+      starts[model][token] = next;
+      for (let end = next + count[token]; next < end; next++) {
+        const code = codes[next];
+        if (code === SAMPLED) candidatePlaces[next] = places[token];
+        else if (code === ELSEWHERE) candidatePlaces[next] = elsewhere[nextElsewhere++];
+        else candidatePlaces[next] = candidatePlaces[starts[0][token] + code - 1];
+      }
     }
-    return found;
-  };
+  });
+  const candidates = (model, token) =>
+    Array.from({ length: counts[model][token] }, (_, rank) => {
+      const at = starts[model][token] + rank;
+      return { place: candidatePlaces[at], share: shares[at] };
+    });
   return { n, places, flags, statistics, candidates };
 }

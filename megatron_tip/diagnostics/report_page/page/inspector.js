@@ -70,7 +70,9 @@ class Inspector {
     if (view.statistics.length && !view.medians) notes.push("This view has no quadrants: the batch's medians were not recorded.");
     notes.push(`Rule ${view.rule}, budget ${percent(view.retention_ratio)}, temperature ${view.temperature}.`);
     if (view.medians) notes.push(`Quadrants part at the batch's medians: H(p) ${view.medians[0].toFixed(3)}, ${view.divergence.replaceAll("_", " ")} ${view.medians[1].toFixed(3)} nats.`);
-    notes.push("Values are rounded to thousandths.");
+    const { most, least, coarse } = view.detail;
+    if (coarse) notes.push(`To keep the file small, values are exact to 2 percent, and at most ${most} candidates above ${percent(least)} are shown a token; megatron-tip report --max-megabytes allows more.`);
+    else notes.push("Values are rounded to thousandths.");
     const note = document.getElementById("token-note");
     note.textContent = notes.join(" ");
     note.hidden = false;

@@ -13,17 +13,17 @@ function shareFigures(runs) {
         QUADRANTS.forEach((name, k) => {
           const metric = `selection/${group}q${k + 1}_share`;
           if (!has(run, metric)) return;
+          const points = run.steps.map((step, i) => [step, run.metrics[metric][i]]).filter(([, share]) => share !== null);
           traces.push({
             type: "scatter",
             mode: "lines",
-            x: run.steps,
-            y: run.metrics[metric],
+            x: points.map(([step]) => step),
+            y: points.map(([, share]) => share),
             name,
             legendgroup: name,
             showlegend: side === 0,
             xaxis: side ? "x2" : "x",
             stackgroup: group || "all",
-            stackgaps: "infer zero",
             line: { width: 1, color: colour("surface") },
             fillcolor: colour(`quadrant-${k + 1}`),
             fillpattern: { shape: ["", "", "/", "."][k], fillmode: "overlay", fgcolor: colour("surface"), bgcolor: colour(`quadrant-${k + 1}`), size: 7, solidity: 0.18 },
