@@ -97,6 +97,12 @@ def _metrics(step: int, steps: int, random: np.random.Generator) -> dict[str, An
     return line | {f"selection/jaccard_rule_{k}": float(random.uniform()) for k in range(60)}
 
 
+def _normalised(logits: np.ndarray) -> np.ndarray:
+    """Logprobs of candidates that hold 98 % of the mass together."""
+    largest = logits[:, :1]
+    return logits - largest - np.log(np.exp(logits - largest).sum(1, keepdims=True)) - 0.02
+
+
 def _table(
     step: int,
     rule: str,
@@ -111,8 +117,8 @@ def _table(
     # Most positions are nearly certain, as a language model's are: an entropy of about 0.4 nats in the mean.
     sharpness = np.where(random.uniform(size=(n, 1)) < 0.25, 1.5, random.gamma(4.0, 4.0, size=(n, 1)))
     logits = np.sort(random.normal(size=(n, support_size)) * sharpness, axis=1)[:, ::-1]
-    student = logits - np.log(np.exp(logits - logits[:, :1]).sum(1, keepdims=True)) - logits[:, :1] - 0.01
-    teacher = np.sort(student + random.normal(scale=0.3, size=student.shape), axis=1)[:, ::-1] - 0.3
+    student = _normalised(logits)
+    teacher = _normalised(np.sort(student + random.normal(scale=0.3, size=student.shape), axis=1)[:, ::-1])
     ids = random.zipf(1.2, size=(n, 1)) + np.arange(support_size) * 7
     student_ids = ids % vocab_size
     teacher_ids = np.where(random.uniform(size=ids.shape) < 0.8, student_ids, (ids + 3) % vocab_size)
@@ -120,7 +126,7 @@ def _table(
     entropy = -(share * student).sum(1)
     divergence = random.gamma(0.7, 1.0, size=n) * (0.01 + entropy)
     compatibility = np.minimum(1.0, np.exp(teacher).sum(1))
-    score = np.minimum(1.0, divergence / 2) * compatibility
+    score = divergence / (1 + divergence) * compatibility
     token_ids = student_ids[:, 0]
     valid = random.uniform(size=n) < 0.98
     spelled = [texts.get(token, WORDS[token % len(WORDS)]) for token in range(vocab_size)]

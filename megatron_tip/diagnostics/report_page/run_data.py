@@ -94,7 +94,7 @@ def thinned(
     for group in groups:
         for name, column in columns.items():
             found = [value for record in group if isinstance(value := record.get(name), int | float)]
-            column.append(float(f"{sum(found) / len(found):.5g}") if found else None)
+            column.append(float(f"{sum(found) / len(found):.4g}") if found else None)
     return [int(group[-1]["step"]) for group in groups], stride, columns
 
 

@@ -131,6 +131,8 @@ def _pack_table(
 ) -> dict[str, Any]:
     facts, tokens = table.facts, table.tokens.combine_chunks()
     names = [name for name in STATISTICS if tokens.column(name).null_count < tokens.num_rows]
+    if detail.coarse:  # the candidates tell what the sampled token's probabilities are
+        names = [name for name in names if not name.endswith("logprobs")]
     points = np.array(facts.points or np.empty((0, 3)), dtype=float)
     owners = tokens.column("rollout").to_numpy()
     responses, scales = [], []

@@ -19,6 +19,7 @@ function listenToKeys(inspector) {
   };
   for (const k of [1, 2, 3, 4]) actions[k] = () => inspector.state.view.medians && inspector.toggleQuadrant(k);
   document.addEventListener("keydown", (event) => {
+    if (!(event.target instanceof Element)) return;
     if (event.ctrlKey || event.metaKey || event.altKey || !isOnScreen(inspector.box)) return;
     if (event.target.matches("input[type=search]")) {
       if (event.key === "Enter" && inspector.hitStarts.length) inspector.nextHit();
