@@ -217,6 +217,7 @@ class TokenSelection:
     `selection_mask`: `[n]` bool. `row_weights`: `[n]` float32, zero where not selected; they already carry the one
     division by the global count, so the loss of the whole batch is the sum over all rows of weight x divergence.
     `num_valid`, `num_selected`: over the whole batch, equal on every rank. `metrics`: global scalars of the selection.
+    `scores`: `[n]` float32, what the rule says of each row; None where it scores none, as "full" and "random".
     """
 
     selection_mask: Tensor
@@ -224,6 +225,7 @@ class TokenSelection:
     num_valid: int
     num_selected: int
     metrics: dict[str, float]
+    scores: Tensor | None = None
 
     @property
     def retention_ratio(self) -> float:

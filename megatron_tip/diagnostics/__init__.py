@@ -1,1 +1,1 @@
-"""The fixed-context diagnostic (TA-OPD, arXiv:2605.26844, section 3): which tokens teach the student?"""
+"""What was learnable: the fixed-context diagnostic (TA-OPD, arXiv:2605.26844, section 3) and the report page."""

@@ -9,7 +9,7 @@ from typing import Self
 
 from megatron_tip.observability.run_folder import atomic_write_bytes, finite_json, output_errors
 
-MEASURED = ("time/", "perf/", "gpu/", "host/")
+MEASURED = ("time/", "memory/", "perf/", "gpu/", "host/")
 """Beginnings of the names of metrics that are measured of the machine: two runs of the same numbers differ in them."""
 
 

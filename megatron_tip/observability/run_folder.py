@@ -3,7 +3,7 @@
     config.toml  metrics.jsonl  samples.jsonl  summary.json  report.png  rollouts/  checkpoint/  hf/
     views/  wandb/  tensorboard/  trackers.json  trace/  trace.json    where [tracking] or [monitoring] asks for them
     checkpoints/  what an interrupted run continues from      skipped/  rollouts of steps that were not finite
-    stacks/  where the ranks of a run stood that hung
+    stacks/  where the ranks of a run stood that hung         eval.jsonl, eval/  results of `megatron-tip eval`
 
 `summary.json` is written last: its presence says that the run finished.
 """
@@ -76,6 +76,10 @@ class RunFolder:
     @property
     def samples(self) -> Path:
         return self.path / "samples.jsonl"
+
+    @property
+    def evaluations(self) -> Path:
+        return self.path / "eval.jsonl"
 
     @property
     def summary(self) -> Path:

@@ -28,12 +28,14 @@ class TokenView:
 
     `points`: (student entropy, divergence, selected) in nats, of some valid tokens; empty without statistics.
     `divergence`: the name of their second axis. `medians`: of both axes over the whole batch, where the quadrants part.
+    `table`: the responses' tokens with all that is known of each, as `token_table.encode_token_table` gives it.
     """
 
     responses: tuple[ViewedResponse, ...]
     points: tuple[tuple[float, float, bool], ...] = ()
     divergence: str = ""
     medians: tuple[float, float] | None = None
+    table: bytes = b""
 
 
 def response_html(response: ViewedResponse) -> str:

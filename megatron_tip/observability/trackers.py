@@ -12,6 +12,7 @@ from typing import Protocol
 from megatron_tip.config import Config, TrackingConfig
 from megatron_tip.errors import OptionalDependencyError, OutputError
 from megatron_tip.observability.run_folder import RunFolder, atomic_write_bytes, atomic_write_text
+from megatron_tip.observability.token_table import token_table_file
 from megatron_tip.observability.token_view import TokenView, page_html, quadrant_png
 from megatron_tip.parallel.environment import is_restarted
 
@@ -43,7 +44,7 @@ class Tracker(Protocol):
 
 
 class FolderTracker:
-    """views/ in the run's folder: a page and a picture of each view. Metrics are in metrics.jsonl anyway."""
+    """views/ in the run's folder: a page, a picture and a table of each view. Metrics are in metrics.jsonl anyway."""
 
     name = "views"
 
@@ -58,6 +59,8 @@ class FolderTracker:
         atomic_write_text(self._folder / f"step_{step:06d}.html", page_html(view, f"step {step}"))
         if picture := quadrant_png(view):
             atomic_write_bytes(self._folder / f"step_{step:06d}.png", picture)
+        if view.table:
+            atomic_write_bytes(token_table_file(self._folder, step), view.table)
 
     def log_student(self, path: Path) -> None:
         pass

@@ -22,7 +22,7 @@ def broadcast_json(value: Any, *, source: int, device: torch.device, group: dist
     if is_source:
         data.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
     dist.broadcast(data, src=source, group=group)
-    return json.loads(bytes(data.tolist()))
+    return json.loads(data.cpu().numpy().tobytes())
 
 
 def gather_json(value: Any, *, device: torch.device, group: dist.ProcessGroup | None = None) -> list[Any]:

@@ -74,18 +74,18 @@ def select_micro_batch(
     required = settings.required_statistics
     batch = read_batch(values, index, Replicas(), required=required, rule_name=settings.rule)
     if settings.keeps_all:
-        mask, chance = torch.ones_like(index.position, dtype=torch.bool), 1.0
+        mask, chance, scores = torch.ones_like(index.position, dtype=torch.bool), 1.0, None
     elif calibration is not None and settings.resolved_scope == "batch":
-        mask, chance = _keep_above_threshold(settings, batch, calibration, step)
+        mask, chance, scores = _keep_above_threshold(settings, batch, calibration, step)
     elif settings.resolved_scope == "micro_batch":
-        mask, chance = _keep_best(settings, batch, step)
+        mask, chance, scores = _keep_best(settings, batch, step)
     else:
         raise InputError(
             f"select_micro_batch: scope {settings.resolved_scope!r} needs the whole batch: call Selector.select, or "
             "use scope 'micro_batch', or scope 'batch' with the calibration of an earlier step"
         )
     weights = row_weights(mask, settings.loss_scale, totals.num_valid, totals.num_selected, chance)
-    return TokenSelection(mask, weights, totals.num_valid, totals.num_selected, {})
+    return TokenSelection(mask, weights, totals.num_valid, totals.num_selected, {}, scores)
 
 
 def agreement(mask: Tensor, exact_mask: Tensor, *, dp_group: dist.ProcessGroup | None = None) -> float:
@@ -97,21 +97,21 @@ def agreement(mask: Tensor, exact_mask: Tensor, *, dp_group: dist.ProcessGroup |
     return sums["both"] / sums["either"] if sums["either"] else 1.0
 
 
-def _keep_best(settings: SelectionSettings, batch: Batch, step: int) -> tuple[Tensor, Tensor | float]:
-    """Returns the mask and each row's chance to be kept, from this micro-batch alone."""
+def _keep_best(settings: SelectionSettings, batch: Batch, step: int) -> tuple[Tensor, Tensor | float, Tensor | None]:
+    """Returns the mask, each row's chance to be kept and the rule's scores, from this micro-batch alone."""
     rule = settings.resolved_rule
     found = quantiles(batch.values, rule.required_quantiles, batch.num_valid, batch.replicas)
     ranking = _rank(settings, batch, found, step)
     num_kept = batch_budget(settings.retention_ratio, batch.num_valid)
     budget = BatchBudget(num_kept, batch.num_valid, batch.replicas)
     (kept,) = budget.keep([ranking.scores], settings.tie_order(batch, step), with_runner_up=True)
-    return kept.mask, inclusion(rule, ranking, kept, budget)
+    return kept.mask, inclusion(rule, ranking, kept, budget), ranking.rule_scores(rule)
 
 
 def _keep_above_threshold(
     settings: SelectionSettings, batch: Batch, calibration: Calibration, step: int
-) -> tuple[Tensor, Tensor | float]:
-    """Returns the mask and each row's chance to be kept, from an earlier batch's order statistics.
+) -> tuple[Tensor, Tensor | float, Tensor | None]:
+    """Returns the mask, each row's chance to be kept and the rule's scores, from an earlier batch's order statistics.
 
     A fixed threshold draws each row on its own, with probability 1 - exp(-w / threshold).
     """
@@ -119,7 +119,8 @@ def _keep_above_threshold(
     ties = Draws(settings.seed, step, Stream.TIES).of(batch.index) < calibration.tie_share
     at_threshold = ranking.scores == calibration.threshold
     mask = (ranking.scores > calibration.threshold) | (at_threshold & ties)
-    return mask, inclusion_probabilities(ranking.weights, calibration.threshold)
+    chance = inclusion_probabilities(ranking.weights, calibration.threshold)
+    return mask, chance, ranking.rule_scores(settings.resolved_rule)
 
 
 def _rank(settings: SelectionSettings, batch: Batch, found: Quantiles, step: int) -> Ranking:

@@ -45,6 +45,10 @@ class Ranking:
     scores: Tensor
     weights: Tensor
 
+    def rule_scores(self, rule: Rule) -> Tensor | None:
+        """Returns what `rule` says of each row, `[n]` float32; None where it has no score function."""
+        return self.weights.to(torch.float32) if rule.score is not None else None
+
 
 class NormalisedInputs(dict[Input, Tensor]):
     """`[n]` float64 for each input that is asked for: made once, shared by all rules."""

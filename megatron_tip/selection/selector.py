@@ -94,7 +94,8 @@ class Selector(SelectionSettings):
         metrics |= threshold_metrics(kept.threshold, budget.num_selected)
         chance = inclusion(self.active_rule, rankings[0], kept, budget)
         weights = row_weights(kept.mask, self.loss_scale, batch.num_valid, budget.num_selected, chance)
-        selection = TokenSelection(kept.mask, weights, batch.num_valid, budget.num_selected, metrics)
+        scores = rankings[0].rule_scores(self.active_rule)
+        selection = TokenSelection(kept.mask, weights, batch.num_valid, budget.num_selected, metrics, scores)
         return selection, Calibration.of(found, kept.threshold) if kept.threshold else None
 
     def describe(

@@ -7,6 +7,7 @@ from typing import Self
 
 from megatron_tip.config import Config
 from megatron_tip.errors import OutputError
+from megatron_tip.observability.memory import PhaseMemory
 from megatron_tip.observability.monitor import Monitor
 from megatron_tip.observability.run_folder import RunFolder
 from megatron_tip.observability.token_view import TokenView
@@ -34,6 +35,7 @@ class RunObservers:
             monitoring.peak_tflops or peak_tflops_of(worker.device),
         )
         self._monitor = Monitor(worker.device, monitoring.every_seconds) if monitoring.every_seconds else None
+        self._memory = PhaseMemory(worker.device)
         self._rank = worker.rank
         self._trace: TraceWriter | None = None
         self._trackers = make_trackers(config.tracking) if self._writes else Trackers([])
@@ -45,14 +47,18 @@ class RunObservers:
 
     def on_phase(self, name: str, start: float, seconds: float) -> None:
         """Takes a phase that ended; see `PhaseTimer`."""
+        self._memory.phase_ended(name)
         if self._trace:
             self._trace.phase(name, start, seconds)
 
     def extended(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
-        """Returns the metrics of `step` with throughput and monitoring. Collective over the world with monitoring."""
+        """Returns the metrics of `step` with throughput, memory and monitoring.
+
+        Collective over the world with monitoring.
+        """
         if self._trace:
             self._trace.step(step)
-        extended = {**metrics, **self._throughput.metrics(metrics)}
+        extended = {**metrics, **self._throughput.metrics(metrics), **self._memory.step_metrics()}
         if self._monitor:
             extended |= self._monitor.step_metrics()
         return extended

@@ -19,8 +19,12 @@ def ask_teacher(run: TrainingRun, batch: StepBatch) -> TeacherRows | None:
     return run.teacher.hidden_rows(batch) if isinstance(run.teacher, Teacher) else run.teacher.topk_rows(batch)
 
 
-def score_tokens(run: TrainingRun, batch: StepBatch, teacher_rows: TeacherRows | None) -> TokenStatistics | None:
+def score_tokens(
+    run: TrainingRun, batch: StepBatch, teacher_rows: TeacherRows | None, *, with_support: bool = False
+) -> TokenStatistics | None:
     """Statistics of every valid token of this rank's replica, in the order of its rows; on the last stage only.
+
+    `with_support`: also the top-K of both models, which `TopKTokenStatistics` always has.
 
     One forward pass without gradient. What is alive at once is a micro-batch's hidden states and a chunk of logits.
     """
@@ -35,7 +39,9 @@ def score_tokens(run: TrainingRun, batch: StepBatch, teacher_rows: TeacherRows |
 
     def score(index: int, hidden_states: Tensor) -> None:
         try:
-            statistics = micro_batch_statistics(run, teacher, micro_batches[index], hidden_states, teacher_parts[index])
+            statistics = micro_batch_statistics(
+                run, teacher, micro_batches[index], hidden_states, teacher_parts[index], with_support=with_support
+            )
         except NotFiniteError:  # alike on all tp ranks; the other replicas and stages must not be left alone
             statistics = TokenStatistics.unknown(len(teacher_parts[index]), run.device)
         parts.append(statistics)
@@ -52,6 +58,7 @@ def micro_batch_statistics(
     teacher_hidden: Tensor,
     *,
     support_size: int | None = None,
+    with_support: bool = False,
 ) -> TokenStatistics:
     """Statistics of one micro-batch's valid tokens, `[n]`, equal on all tp ranks of the last stage; no gradient.
 
@@ -73,4 +80,5 @@ def micro_batch_statistics(
         tp_group=run.student.groups.tp_group,
         chunk_rows=config.loss.chunk_rows or None,
         with_jsd="jsd" in run.selector.required_statistics,
+        with_support=with_support,
     )

@@ -64,7 +64,7 @@ def build_run(
         engine=engine,
         timer=timer,
         ahead=AheadGenerator(engine) if engine is not None and config.rollout.ahead else None,
-        views=TokenViews(config.tracking, plan.tokenizer, student_groups),
+        views=TokenViews(config, plan.tokenizer, student_groups),
     )
 
 

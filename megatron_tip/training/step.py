@@ -118,8 +118,10 @@ def learn(run: TrainingRun, batch: StepBatch, step: int) -> dict[str, float]:
 def select_then_train(run: TrainingRun, batch: StepBatch, teacher_rows: TeacherRows | None, step: int) -> Trained:
     """Scores every token in a pass of its own, selects, and trains on what the selection leaves of the batch."""
     with run.timer.phase("score"):
-        needs_statistics = run.selector.required_statistics or run.config.rollout.importance_cap
-        statistics = score_tokens(run, batch, teacher_rows) if needs_statistics else None
+        shows = run.views.is_due(step)
+        needs_statistics = run.selector.required_statistics or run.config.rollout.importance_cap or shows
+        with_support = run.views.shows_support(step)
+        statistics = score_tokens(run, batch, teacher_rows, with_support=with_support) if needs_statistics else None
         teacher_rows = known_rows(statistics, teacher_rows)
         ratios = ratios_of(run, batch, statistics)
     return train_on_scored(run, batch, teacher_rows, statistics, ratios, step)

@@ -113,8 +113,15 @@ class SelectedWhileTraining:
 
     def rows(self, index: int, micro_batch: MicroBatch, hidden_states: Tensor) -> MicroBatchRows:
         run, teacher_hidden, statistics = self._run, self._teacher_parts[index], None
-        if run.selector.required_statistics:
-            statistics = micro_batch_statistics(run, self._teacher, micro_batch, hidden_states.detach(), teacher_hidden)
+        if run.selector.required_statistics or run.views.is_due(self._step):
+            statistics = micro_batch_statistics(
+                run,
+                self._teacher,
+                micro_batch,
+                hidden_states.detach(),
+                teacher_hidden,
+                with_support=run.views.shows_support(self._step),
+            )
             self._statistics.append(statistics)
         selection = select_micro_batch(
             run.selector,
@@ -150,7 +157,10 @@ class SelectedWhileTraining:
                 "selection/exact_num_selected": float(exact.num_selected),
             }
         num_selected = int(metrics["selection/num_selected"])
-        return statistics, TokenSelection(mask, weights, self._totals.num_valid, num_selected, metrics), calibration
+        scores = [selection.scores for selection in self._selections if len(selection.selection_mask)]
+        found = torch.cat([part for part in scores if part is not None]) if scores and None not in scores else None
+        chosen = TokenSelection(mask, weights, self._totals.num_valid, num_selected, metrics, found)
+        return statistics, chosen, calibration
 
 
 def rows_mask(micro_batch: MicroBatch, row_is_selected: Tensor) -> Tensor:

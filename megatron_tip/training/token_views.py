@@ -1,5 +1,6 @@
 """A sample of a step's tokens for a person to look at, brought from the last stage to the first process."""
 
+import base64
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,13 +8,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from megatron_tip.config import TrackingConfig
+from megatron_tip.config import Config
 from megatron_tip.observability.token_view import TokenView, ViewedResponse
 from megatron_tip.parallel.collectives import broadcast_json
 from megatron_tip.parallel.groups import ModelGroups
 from megatron_tip.records import Rollout, TokenIndex, TokenSelection, TokenStatistics
 from megatron_tip.rollout.step_batch import StepBatch
 from megatron_tip.selection.metrics import QUADRANT_DIVERGENCES
+from megatron_tip.training.view_table import view_table
 
 
 @dataclass
@@ -22,10 +24,19 @@ class TokenViews:
     in the first process.
     """
 
-    settings: TrackingConfig
+    config: Config
     tokenizer: PreTrainedTokenizerBase
     groups: ModelGroups
     latest: TokenView | None = field(default=None, init=False)
+
+    def is_due(self, step: int) -> bool:
+        """Whether `step` is viewed; its tokens are then scored whatever the rule needs."""
+        every = self.config.tracking.view_every_steps
+        return every > 0 and step % every == 0
+
+    def shows_support(self, step: int) -> bool:
+        """Whether this rank's replica is to keep the top-K of its tokens for the view of `step`."""
+        return self.is_due(step) and self.groups.dp_rank == 0
 
     def capture(
         self, step: int, batch: StepBatch, statistics: TokenStatistics | None, selection: TokenSelection | None
@@ -36,17 +47,19 @@ class TokenViews:
             batch: before the cut. statistics, selection: this replica's, on the last stage; None elsewhere.
         """
         self.latest = None
-        every, grid = self.settings.view_every_steps, self.groups.grid
-        if not every or step % every:
+        if not self.is_due(step):
             return
+        grid, settings = self.groups.grid, self.config.tracking
         reporter = grid.rank_at(tp=0, dp=0, pp=grid.pp_size - 1)
         rank = torch.distributed.get_rank()
         content = None
         if rank == reporter:
             assert selection is not None, "selections are made on the last stage"
             index = batch.token_index(0)
-            samples, points = self.settings.view_samples, self.settings.view_points
+            samples, points = settings.view_samples, settings.view_points
             content = view_content(index, statistics, selection, num_samples=samples, num_points=points)
+            table = view_table(content, index, statistics, selection, batch.rollouts, self.tokenizer, self.config, step)
+            content["table"] = base64.b64encode(table).decode()
         content = broadcast_json(content, source=reporter, device=batch.device)
         if rank == 0:
             self.latest = view_of(content, batch.rollouts, self.tokenizer)
@@ -104,4 +117,5 @@ def view_of(content: dict[str, Any], rollouts: Sequence[Rollout], tokenizer: Pre
         points=tuple((x, y, kept) for x, y, kept in content["points"]),
         divergence=content["divergence"],
         medians=None if entropy is None or divergence is None else (entropy, divergence),
+        table=base64.b64decode(content.get("table", "")),
     )

@@ -142,6 +142,10 @@ def combined_statistics(student: StudentStatistics, teacher: TeacherTopK) -> Top
         **supports,
         student_logprobs=student.label_logprobs,
         teacher_logprobs=teacher.label_logprobs,
+        student_support_ids=student.support_ids,
+        student_support_logprobs=student.support_logprobs,
+        teacher_support_ids=teacher.support_ids,
+        teacher_support_logprobs=teacher.support_logprobs,
         topk_reverse_kl=_topk_reverse_kl(p, q, ids != NO_ID),
         teacher=teacher,
     )

@@ -1,0 +1,146 @@
+"""The tokens of a view with all that is known of each, as Parquet: what the report's token inspector reads.
+
+One row a token of each viewed response, the environment's tokens too. Facts of the whole view are JSON in the file's
+metadata, so that a file is whole by itself and readable by any Parquet reader.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megatron_tip.errors import InputError
+
+FORMAT = 1
+_KEY = "megatron_tip.token_table"
+STATISTICS = (
+    "student_entropy",
+    "teacher_entropy",
+    "reverse_kl",
+    "topk_reverse_kl",
+    "forward_kl",
+    "support_divergence",
+    "compatibility",
+    "compatibility_lower_bound",
+    "student_logprobs",
+    "teacher_logprobs",
+    "score",
+)
+"""Columns of float32, null where not known: fields of TokenStatistics, and what the rule says."""
+
+SCHEMA = pa.schema(
+    [
+        ("rollout", pa.int32()),  # place in the step's rollout list
+        ("position", pa.int32()),  # within the response
+        ("token_id", pa.int32()),
+        ("text", pa.string()),
+        ("valid", pa.bool_()),  # may be supervised
+        ("selected", pa.bool_()),
+        *((name, pa.float32()) for name in STATISTICS),
+        *((f"{model}_support_ids", pa.list_(pa.int32())) for model in ("student", "teacher")),
+        *((f"{model}_support_logprobs", pa.list_(pa.float16())) for model in ("student", "teacher")),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class ViewedRollout:
+    """Which rollout a response is: its place in the step's list, its prompt's index and text."""
+
+    rollout: int
+    prompt_index: int
+    sample_index: int
+    finish_reason: str
+    prompt: str
+
+
+@dataclass(frozen=True)
+class TokenTableFacts:
+    """What holds for a whole table.
+
+    `divergence`, `medians`: the second axis of the quadrants, and where both axes part, over the whole batch; "" and
+    None without statistics. `points`: [entropy, divergence, selected] of some tokens of the replica. `id_texts`: the
+    text of every id in a support.
+    """
+
+    step: int
+    rule: str
+    retention_ratio: float
+    temperature: float
+    divergence: str
+    medians: tuple[float, float] | None
+    rollouts: tuple[ViewedRollout, ...]
+    points: tuple[tuple[float, float, bool], ...] = ()
+    id_texts: Mapping[int, str] = field(default_factory=dict)
+    format: int = FORMAT
+
+
+@dataclass(frozen=True)
+class TokenTable:
+    """A table as read. `tokens`: of the columns of SCHEMA."""
+
+    facts: TokenTableFacts
+    tokens: pa.Table
+
+
+def token_table_file(folder: Path, step: int) -> Path:
+    """Where the table of `step` lies in views/."""
+    return folder / f"step_{step:06d}.parquet"
+
+
+def encode_token_table(facts: TokenTableFacts, columns: Mapping[str, Sequence[Any] | pa.Array]) -> bytes:
+    """Returns the file's content; `columns`: those of SCHEMA, of one length, a missing one being null everywhere."""
+    num_rows = len(columns["token_id"])
+    arrays = [
+        pa.array(columns[name], type=kind) if name in columns else pa.nulls(num_rows, type=kind)
+        for name, kind in zip(SCHEMA.names, SCHEMA.types, strict=True)
+    ]
+    content = io.BytesIO()
+    with pq.ParquetWriter(content, SCHEMA, compression="zstd") as writer:
+        writer.write_table(pa.Table.from_arrays(arrays, schema=SCHEMA))
+        writer.add_key_value_metadata({_KEY: json.dumps(asdict(facts), ensure_ascii=False)})
+    return content.getvalue()
+
+
+def read_token_table(path: Path) -> TokenTable:
+    """Returns the table of a view.
+
+    Raises:
+        InputError: no such file, a truncated one, or one of another kind or format.
+    """
+    try:
+        with pq.ParquetFile(path) as file:
+            tokens = file.read()
+            facts = json.loads((file.metadata.metadata or {})[_KEY.encode()])
+        if facts["format"] != FORMAT:
+            raise InputError(f"{path}: expected a token table of format {FORMAT}, got {facts['format']}")
+        missing = sorted(set(SCHEMA.names) - set(tokens.column_names))
+        if missing:
+            raise InputError(f"{path}: expected a token table, got one without the columns {missing}")
+        return TokenTable(_facts_of(facts), tokens)
+    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"{path}: expected a token table as tracking.view_every_steps writes it, cannot read it: "
+            f"{type(error).__name__}: {error!s:.200}; remove the file, or restore it"
+        ) from error
+
+
+def _facts_of(record: Mapping[str, Any]) -> TokenTableFacts:
+    return TokenTableFacts(
+        **{
+            **record,
+            "medians": tuple(record["medians"]) if record["medians"] else None,
+            "rollouts": tuple(ViewedRollout(**rollout) for rollout in record["rollouts"]),
+            "points": tuple((x, y, bool(kept)) for x, y, kept in record["points"]),
+            "id_texts": {int(token): text for token, text in record["id_texts"].items()},
+        }
+    )

@@ -1,0 +1,144 @@
+"""The table of a view: each token of the viewed responses with its statistics, score and both models' top-K."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from megatron_tip.config import Config
+from megatron_tip.observability.token_table import STATISTICS, TokenTableFacts, ViewedRollout, encode_token_table
+from megatron_tip.records import Rollout, TokenIndex, TokenSelection, TokenStatistics
+
+_MOST_PARTS = 6  # tokens that one character can be cut into: 4 bytes, and some slack
+_CUT = "\N{REPLACEMENT CHARACTER}"
+
+
+def view_table(
+    content: Mapping[str, Any],
+    index: TokenIndex,
+    statistics: TokenStatistics | None,
+    selection: TokenSelection,
+    rollouts: Sequence[Rollout],
+    tokenizer: PreTrainedTokenizerBase,
+    config: Config,
+    step: int,
+) -> bytes:
+    """Returns the file of the view in `content` (`token_views.view_content`); no collective.
+
+    Args:
+        index, statistics, selection: of this replica's rows, with supports where the table is to have them.
+        rollouts: the step's.
+    """
+    places = [found["rollout"] for found in content["responses"]]
+    columns = _columns(places, index, statistics, selection, rollouts)
+    columns["text"] = [text for place in places for text in token_texts(rollouts[place].response_ids, tokenizer)]
+    supports = [columns[name].flatten() for name in ("student_support_ids", "teacher_support_ids") if name in columns]
+    ids = np.unique(np.concatenate([array.to_numpy(zero_copy_only=False) for array in supports] or [np.empty(0)]))
+    entropy, divergence = content["medians"]
+    facts = TokenTableFacts(
+        step=step,
+        rule=config.selection.rule,
+        retention_ratio=config.selection.retention_ratio,
+        temperature=config.loss.temperature,
+        divergence=content["divergence"],
+        medians=None if entropy is None or divergence is None else (entropy, divergence),
+        rollouts=tuple(_viewed(place, rollouts[place], tokenizer) for place in places),
+        points=tuple((round(x, 4), round(y, 4), kept) for x, y, kept in content["points"]),
+        id_texts={int(token): str(tokenizer.decode([int(token)])) for token in ids},
+    )
+    return encode_token_table(facts, columns)
+
+
+def token_texts(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Returns the text of each token; a character cut into several stands at its last one, the others are "".
+
+    Joined, they are the response's text as far as the tokenizer decodes token by token.
+    """
+    texts: list[str] = []
+    place = 0
+    while place < len(ids):
+        text, taken = str(tokenizer.decode([ids[place]])), 1
+        if _CUT in text:
+            for length in range(2, min(_MOST_PARTS, len(ids) - place) + 1):
+                whole = str(tokenizer.decode(list(ids[place : place + length])))
+                if _CUT not in whole:
+                    text, taken = whole, length
+                    break
+        texts += [""] * (taken - 1) + [text]
+        place += taken
+    return texts
+
+
+def _columns(
+    places: Sequence[int],
+    index: TokenIndex,
+    statistics: TokenStatistics | None,
+    selection: TokenSelection,
+    rollouts: Sequence[Rollout],
+) -> dict[str, Any]:
+    """Returns the columns of all tokens of the rollouts at `places`, null where a token is no row."""
+    lengths = [len(rollouts[place].response_ids) for place in places]
+    starts = dict(zip(places, np.cumsum([0, *lengths[:-1]]).tolist(), strict=True))
+    num_tokens = sum(lengths)
+    owners = index.rollout_index.tolist()
+    rows = [row for row, place in enumerate(owners) if place in starts]
+    positions = index.position.tolist()
+    where = np.array([starts[owners[row]] + positions[row] for row in rows], dtype=np.int64)
+
+    def spread(values: Tensor) -> pa.Array:
+        filled = np.full(num_tokens, np.nan, dtype=np.float32)
+        filled[where] = values[rows].float().cpu().numpy()
+        return pa.array(filled, from_pandas=True)  # NaN becomes null
+
+    def marked(values: np.ndarray | bool) -> np.ndarray:
+        mask = np.zeros(num_tokens, dtype=bool)
+        mask[where] = values
+        return mask
+
+    columns: dict[str, Any] = {
+        "rollout": np.repeat(places, lengths),
+        "position": np.concatenate([np.arange(length) for length in lengths] or [np.empty(0)]),
+        "token_id": [token for place in places for token in rollouts[place].response_ids],
+        "valid": marked(True),
+        "selected": marked(selection.selection_mask[rows].cpu().numpy()),
+    }
+    if selection.scores is not None:
+        columns["score"] = spread(selection.scores)
+    if statistics is not None:
+        found = {name: getattr(statistics, name, None) for name in STATISTICS}
+        columns |= {name: spread(values) for name, values in found.items() if values is not None}
+        columns |= dict(_supports(statistics, rows, where, num_tokens))
+    return columns
+
+
+def _supports(
+    statistics: TokenStatistics, rows: list[int], where: np.ndarray, num_tokens: int
+) -> Iterable[tuple[str, pa.Array]]:
+    """The top-K columns as lists, empty where a token is no row."""
+    for model in ("student", "teacher"):
+        for name, dtype in ((f"{model}_support_ids", np.int32), (f"{model}_support_logprobs", np.float16)):
+            values = getattr(statistics, name)
+            if values is None:
+                continue
+            lengths = np.zeros(num_tokens, dtype=np.int32)
+            lengths[where] = values.shape[1]
+            order = np.argsort(where, kind="stable")
+            flat = values[rows].cpu().float() if dtype is np.float16 else values[rows].cpu()
+            flat = flat.numpy()[order].astype(dtype).reshape(-1)
+            offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+            yield name, pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat))
+
+
+def _viewed(place: int, rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> ViewedRollout:
+    return ViewedRollout(
+        rollout=place,
+        prompt_index=rollout.prompt_index,
+        sample_index=rollout.sample_index,
+        finish_reason=rollout.finish_reason,
+        prompt=str(tokenizer.decode(list(rollout.prompt_ids))),
+    )

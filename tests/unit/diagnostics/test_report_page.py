@@ -1,0 +1,183 @@
+"""What the report reads, packs and writes, without a browser."""
+
+import base64
+import json
+import re
+import zlib
+
+import numpy as np
+import pytest
+
+from megatron_tip.diagnostics.report_page import write_report_page
+from megatron_tip.diagnostics.report_page.packing import COARSE_MISSING, MISSING, coarse, packed, planes, thousandths
+from megatron_tip.diagnostics.report_page.run_data import differing_keys, read_runs, thinned
+from megatron_tip.diagnostics.report_page.tokens import LADDER, Blocks, Detail, RunPacker, quadrants
+from megatron_tip.diagnostics.report_page.visible_text import visible
+from megatron_tip.errors import InputError
+from megatron_tip.observability.token_table import (
+    SCHEMA,
+    STATISTICS,
+    encode_token_table,
+    read_token_table,
+    token_table_file,
+)
+from tools.synthetic_runs import write_run
+
+
+def unpacked(text):
+    return zlib.decompress(base64.b64decode(text))
+
+
+def blocks_of(page):
+    found = re.findall(r'<script type="application/octet-stream" id="([\w-]+)">([A-Za-z0-9+/=]*)</script>', page)
+    return dict(found)
+
+
+def test_what_has_no_shape_is_given_one():
+    assert visible("a\x00b\x1b[31m\x7f") == "a\u2400b\u241b[31m\u2421"
+    assert visible("x\u202ey\u200bz\x85\ud800") == "x⟨U+202E⟩y⟨U+200B⟩z⟨U+0085⟩⟨U+D800⟩"
+    assert visible("a\n\tb") == "a\n⇥\tb"
+    assert visible("a\n", newlines=True) == "a↵\n"
+    assert visible("é 数 <b>&") == "é 数 <b>&"
+
+
+def test_planes_put_the_lowest_bytes_first():
+    assert planes(np.array([0x010203, 0x0A0B0C]), 3) == bytes([0x03, 0x0C, 0x02, 0x0B, 0x01, 0x0A])
+    assert unpacked(packed(b"abc")) == b"abc"
+
+
+def test_thousandths_and_bytes_stand_for_their_values():
+    values = np.array([0.0, 0.0004, 1.2344, 80.0, np.nan])
+    assert thousandths(values).tolist() == [0, 0, 1234, 65534, MISSING]
+    assert coarse(np.array([0.0005, np.nan])).tolist() == [0, COARSE_MISSING]
+    many = np.exp(np.linspace(np.log(1.1e-3), np.log(60), 500))
+    back = 1e-3 * 65534.0 ** ((coarse(many) - 1.0) / (COARSE_MISSING - 2))
+    assert np.abs(back / many - 1).max() < 0.023
+
+
+def test_long_runs_are_means_of_steps_that_have_the_metric():
+    records = [{"step": step, "a": float(step), **({"b": 1.0} if step == 3 else {})} for step in range(1, 8)]
+    steps, stride, columns = thinned(records, max_steps=4)
+    assert (steps, stride) == ([2, 4, 6, 7], 2)
+    assert columns == {"a": [1.5, 3.5, 5.5, 7.0], "b": [None, 1.0, None, None]}
+
+
+def test_quadrants_part_above_the_medians():
+    entropy, divergence = np.array([2, 2, 1, 1, np.nan]), np.array([2, 1, 2, 1, 2.0])
+    assert quadrants(entropy, divergence, (1.0, 1.0)).tolist() == [1, 2, 3, 4, 0]
+    assert quadrants(entropy, divergence, None).tolist() == [0] * 5
+
+
+def test_runs_are_named_by_folder_and_compared_by_key(tmp_path):
+    for place, seed in (("a", 1), ("b", 2)):
+        write_run(tmp_path / place / "run", steps=3, seed=seed)
+    runs = read_runs([tmp_path / "a" / "run", tmp_path / "b" / "run"])
+    assert [run.name for run in runs] == ["run", "run (2)"]
+    assert differing_keys(runs) == [("run.seed", [1, 2])]
+
+
+def test_a_block_holds_the_table(tmp_path):
+    """Decoded here as page/decode.js does."""
+    write_run(tmp_path / "run", steps=3, view_steps=[2], responses=2, tokens=17)
+    table = read_token_table(token_table_file(tmp_path / "run" / "views", 2))
+    blocks = Blocks()
+    manifest = RunPacker([table]).pack(blocks, LADDER[0])
+    view = manifest["views"][0]
+    vocabulary = json.loads(unpacked(blocks.blocks[manifest["vocabulary"]]))
+    data, n = unpacked(blocks.blocks[view["responses"][1]["block"]]), 17
+
+    def take(count, width):
+        nonlocal data
+        part, data = data[: count * width], data[count * width :]
+        parts = np.frombuffer(part, np.uint8).reshape(width, count).astype(int)
+        return (parts << (8 * np.arange(width))[:, None]).sum(0)
+
+    rows = table.tokens.slice(17, 17).to_pylist()
+    places, flags = take(n, 3), take(n, 1)
+    assert [vocabulary["ids"][place] for place in places] == [row["token_id"] for row in rows]
+    assert [bool(flag & 1) for flag in flags] == [row["selected"] for row in rows]
+    assert [bool(flag & 2) for flag in flags] == [row["valid"] for row in rows]
+    for name in view["statistics"]:
+        codes = take(n, 2)
+        for code, row in zip(codes, rows, strict=True):
+            assert (code == MISSING) == (row[name] is None)
+            assert row[name] is None or abs(code / 1000 - abs(row[name])) < 6e-4
+    counts = [take(n, 1), take(n, 1)]
+    total = int(sum(map(sum, counts)))
+    codes, shares = take(total, 1), take(total, 2)
+    elsewhere = iter(take(int((codes == 255).sum()), 3))
+    at, found = 0, {}
+    for model in (0, 1):
+        for token in range(n):
+            for rank in range(counts[model][token]):
+                code = codes[at]
+                known = places[token] if code == 0 else found.get((0, token, code - 1))
+                place = next(elsewhere) if code == 255 else known
+                found[model, token, rank] = place
+                name = ("student", "teacher")[model]
+                assert vocabulary["ids"][place] == rows[token][f"{name}_support_ids"][rank]
+                assert abs(shares[at] / 10000 - np.exp(float(rows[token][f"{name}_support_logprobs"][rank]))) < 1e-3
+                at += 1
+    assert total > 2 * n
+    assert not data
+
+
+def test_a_page_is_kept_to_its_size_with_less_detail_then_fewer_views(tmp_path):
+    write_run(tmp_path / "run", steps=4, view_steps=[1, 2, 3, 4], responses=20, tokens=400, vocab_size=5000)
+
+    def page_of(max_bytes):
+        target = tmp_path / "report.html"
+        written = write_report_page([tmp_path / "run"], target, max_bytes=max_bytes)
+        page = target.read_text(encoding="utf-8")
+        assert written == len(page.encode()) <= max_bytes
+        (run,) = json.loads(unpacked(blocks_of(page)["data"]))["runs"]
+        return run, written
+
+    def characters(detail):
+        RunPacker(read_runs([tmp_path / "run"])[0].tables).pack(blocks := Blocks(), detail)
+        return blocks.num_characters
+
+    whole, size = page_of(10**8)
+    assert Detail(**whole["views"][0]["detail"]) == LADDER[0]
+    less, _ = page_of(size - characters(LADDER[0]) + characters(LADDER[3]) + 2000)
+    assert Detail(**less["views"][0]["detail"]) == LADDER[3]
+    assert [view["step"] for view in less["views"]] == [1, 2, 3, 4]
+    fewer, _ = page_of(size - characters(LADDER[0]) + characters(LADDER[-1]) - 5000)
+    assert ([view["step"] for view in fewer["views"]], fewer["left_out"]) == ([2, 4], 2)
+    with pytest.raises(InputError, match="without any view"):
+        page_of(1_000_000)
+
+
+def test_table_without_statistics_or_supports_is_shown_with_its_selection(tmp_path):
+    write_run(tmp_path / "run", steps=2, view_steps=[1], tokens=5)
+    path = token_table_file(tmp_path / "run" / "views", 1)
+    table = read_token_table(path)
+    plain = {name: table.tokens.column(name).combine_chunks() for name in SCHEMA.names if name not in STATISTICS}
+    plain = {name: values for name, values in plain.items() if "support" not in name}
+    path.write_bytes(encode_token_table(table.facts, plain))
+    write_report_page([tmp_path / "run"], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    (view,) = json.loads(unpacked(blocks_of(page)["data"]))["runs"][0]["views"]
+    assert view["statistics"] == []
+    assert view["responses"][0]["quadrants"] == [0, 0, 0, 0]
+
+
+def test_what_cannot_be_read_is_named_or_refused(tmp_path):
+    with pytest.raises(InputError, match="no such folder"):
+        read_runs([tmp_path / "nowhere"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"expected the folder of a run, with its metrics\.jsonl"):
+        read_runs([tmp_path / "empty"])
+    with pytest.raises(InputError, match="1 to 6 run folders, got 7"):
+        write_report_page([tmp_path] * 7, tmp_path / "report.html")
+    write_run(tmp_path / "run", steps=2, view_steps=[1, 2])
+    broken = token_table_file(tmp_path / "run" / "views", 1)
+    broken.write_bytes(broken.read_bytes()[:-100])
+    (tmp_path / "run" / "summary.json").unlink()
+    with (tmp_path / "run" / "samples.jsonl").open("a") as file:
+        file.write('{"prompt": "cut o')
+    (run,) = read_runs([tmp_path / "run"])
+    assert [table.facts.step for table in run.tables] == [2]
+    notes = "\n".join(run.notes)
+    for expected in ("views/step_000001.parquet: expected a token table", "no summary.json", "samples.jsonl, line 2"):
+        assert expected in notes
