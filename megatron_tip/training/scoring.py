@@ -66,6 +66,7 @@ def micro_batch_statistics(
         hidden_states: the student's last output, `[s, b, h]` (`[s/tp, b, h]` under sequence parallelism), detached.
         teacher_hidden: `[n, H]`.
         support_size: K; None: the configuration's.
+        with_support: with the ids of both models' supports and their logprobs.
     """
     config = run.config
     return token_statistics(
