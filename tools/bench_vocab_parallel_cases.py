@@ -92,6 +92,26 @@ def products(work: Work) -> Call:
     return call
 
 
+def our_products(work: Work) -> Call:
+    """The same products as our loss makes them."""
+    from megatron_tip.vocab_parallel.products import add_head_gradient, hidden_gradient, logits_into
+
+    hidden, head, teacher_hidden, teacher_head = (tensor.detach() for tensor in work.models)
+    memory = [hidden.new_empty(work.options["chunk_rows"], head.shape[0]) for _ in range(2)]
+    grad_hidden, grad_head = torch.zeros_like(hidden), torch.zeros_like(head, dtype=torch.float32)
+
+    def call() -> None:
+        chunks = (tensor.split(work.options["chunk_rows"]) for tensor in (hidden, teacher_hidden, grad_hidden))
+        for number, (student, teacher, grad) in enumerate(zip(*chunks, strict=True)):
+            z_s, z_t = (buffer[: len(student)] for buffer in memory)
+            logits_into(z_s, student, head, 1.0)
+            logits_into(z_t, teacher, teacher_head, 1.0)
+            grad.copy_(hidden_gradient(z_s, head))
+            add_head_gradient(grad_head, z_s, student, first=number == 0)
+
+    return call
+
+
 def ours_loss(work: Work) -> Call:
     from megatron_tip.vocab_parallel import divergence_loss
 
@@ -264,6 +284,7 @@ CASES: dict[str, Callable[[Work], Call]] = {
     function.__name__: function
     for function in (
         products,
+        our_products,
         ours_loss,
         ours_scoring,
         ours_selected,

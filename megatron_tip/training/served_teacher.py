@@ -36,6 +36,7 @@ class ServedTeacher:
     One rank of each of the student's replicas asks about that replica's rollouts: the first of its last stage's tp
     group, which tells the others. `scorer`: on those ranks; None elsewhere. `support_size`: K.
     `vocab_size`: ids shared with the student. `chunk_rows`: rows of logits alive at once; None: chosen.
+    `compiled`: through torch.compile.
     """
 
     scorer: ServerTeacher | None
@@ -45,6 +46,7 @@ class ServedTeacher:
     asks_student_support: bool
     vocab_size: int
     chunk_rows: int | None
+    compiled: bool
 
     def topk_rows(self, batch: StepBatch) -> TeacherTopK | None:
         """What the teachers say of this rank's replica, in the order of its rows; None off the last stage.
@@ -148,6 +150,7 @@ def served_statistics(
                 vocab_size=teacher.vocab_size,
                 tp_group=groups.tp_group,
                 chunk_rows=teacher.chunk_rows,
+                compiled=teacher.compiled,
             )
         )
 
@@ -184,6 +187,7 @@ def served_loss(
         vocab_size=teacher.vocab_size,
         tp_group=student.groups.tp_group,
         chunk_rows=teacher.chunk_rows,
+        compiled=teacher.compiled,
     )
 
 

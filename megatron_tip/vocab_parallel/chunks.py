@@ -8,13 +8,15 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from megatron_tip.vocab_parallel.products import logits_into
+
 # A kernel takes blocks of rows and scratch memory of the first one's shape (or None: allocate), and returns tensors.
 Kernel = Callable[..., tuple[Tensor, ...]]
 
 NUM_SCRATCH = 4
 
 # Bytes of one model's float32 logits of a chunk: large enough for matrix products at full speed, small next to a head.
-_CHUNK_BYTES = 104 * 2**20
+_CHUNK_BYTES = 52 * 2**20
 # Bytes of one model's logits of a block: on a CPU such that a core's share of it stays in its cache.
 _CPU_BLOCK_BYTES_PER_THREAD = 3 * 2**17
 _GPU_BLOCK_BYTES = 32 * 2**20
@@ -42,14 +44,14 @@ class LogitBuffer:
 
     def __init__(self, head: Tensor, chunk_rows: int, temperature: float):
         self._head = head
-        self._alpha = 1 / temperature
+        self._scale = 1 / temperature
         self._product = head.new_empty(chunk_rows, head.shape[0])
         self._logits = self._product if head.dtype == torch.float32 else self._product.float()
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`[c, v]` float32 logits of `[c, H]` hidden states over the temperature, to overwrite; until the next call."""
         product, logits = self._product[: hidden.shape[0]], self._logits[: hidden.shape[0]]
-        product.addmm_(hidden, self._head.T, beta=0, alpha=self._alpha)
+        logits_into(product, hidden, self._head, self._scale)
         return logits if logits.dtype == product.dtype else logits.copy_(product)
 
     def narrowed(self, grad_logits: Tensor) -> Tensor:

@@ -16,12 +16,10 @@ from megatron_tip.vocab_parallel import row_functions
 from megatron_tip.vocab_parallel.chunks import LogitBuffer, RowBlocks, row_ranges
 from megatron_tip.vocab_parallel.collectives import all_reduce_sum
 from megatron_tip.vocab_parallel.inputs import Inputs, checked_inputs
+from megatron_tip.vocab_parallel.products import add_head_gradient, hidden_gradient
 from megatron_tip.vocab_parallel.row_functions import RowValues
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "sampled_token")
-
-# Rows of the head whose gradient is made at a time when it cannot be added to in the product itself.
-_HEAD_SLICE = 8192
 
 
 def divergence_loss(
@@ -130,9 +128,10 @@ class LossCall:
                 continue
             grad_logits = buffer.narrowed(chunk.gradient(self.weights[rows] / inputs.temperature))
             if grad_hidden is not None:
-                torch.mm(grad_logits, head, out=grad_hidden[rows])
+                grad_hidden[rows] = hidden_gradient(grad_logits, head)
             if grad_head is not None:
-                _accumulate(grad_head[: partition.num_local], grad_logits, student.hidden[rows], first=rows.start == 0)
+                local = grad_head[: partition.num_local]
+                add_head_gradient(local, grad_logits, student.hidden[rows], first=rows.start == 0)
         values = torch.cat(values)
         inputs.check_finite(values)
         if grad_hidden is not None:
@@ -162,17 +161,6 @@ class _Call(LossCall):
         if self.divergence == "reverse_kl" or (self.divergence == "jsd" and self.jsd_beta == 1):
             return row_functions.reverse_kl(z_s, z_t, blocks, partition)
         return row_functions.forward_kl(z_s, z_t, blocks, partition)
-
-
-def _accumulate(grad_head: Tensor, grad_logits: Tensor, hidden: Tensor, *, first: bool) -> None:
-    """Adds grad_logitsᵀ hidden to float32 `grad_head`, in place; for the `first` chunk, sets it."""
-    if hidden.dtype == torch.float32:
-        grad_head.addmm_(grad_logits.T, hidden, beta=0 if first else 1)
-        return
-    # A product of lower precision, as large as the head, is made and added slice by slice.
-    for columns in row_ranges(len(grad_head), _HEAD_SLICE):
-        product = grad_logits[:, columns].T @ hidden
-        grad_head[columns] = product if first else grad_head[columns].add_(product)
 
 
 class _DivergenceLoss(torch.autograd.Function):

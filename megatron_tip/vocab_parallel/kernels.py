@@ -59,6 +59,15 @@ def topk_sums(z: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
     return torch.cat([maximum, _sum(torch.sub(z, maximum, out=scratch[0]).exp_())], 1), groups
 
 
+def entropy_and_topk_sums(z: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
+    """`[r, 3]`: maximum, Σe, Σe x; and the group maxima for the top-K. Leaves z as it is."""
+    groups = group_maxima(z)
+    maximum = _maximum(groups)
+    x = torch.sub(z, maximum, out=scratch[0])
+    e = torch.exp(x, out=scratch[1])
+    return torch.cat([maximum, _sum(e), _sum(torch.mul(e, x, out=scratch[2]))], 1), groups
+
+
 def entropy_sums(z: Tensor, spare: Tensor, scratch: Scratch) -> tuple[Tensor]:
     """`[r, 3]`: maximum, Σe, Σe x. Turns z into e and `spare`, of z's shape, into x."""
     maximum = _maximum(z)
@@ -108,7 +117,8 @@ def jsd_sums(z_s: Tensor, z_t: Tensor, offsets: Tensor, mix: Tensor, scratch: Sc
 
 def product_gradient(a: Tensor, b: Tensor, rows: Tensor, scratch: Scratch) -> tuple[()]:
     """Turns `a` into scale x a x (b + shift), with `rows` `[r, 2]`: shift, scale."""
-    a.mul_(b.add_(rows[:, :1]).mul_(rows[:, 1:]))
+    # In scratch and not in b, which would have to go back to main memory.
+    a.mul_(torch.add(b, rows[:, :1], out=scratch[0]).mul_(rows[:, 1:]))
     return ()
 
 
@@ -120,5 +130,5 @@ def scaled_probabilities(z_s: Tensor, rows: Tensor, scratch: Scratch) -> tuple[(
 
 def difference_gradient(a: Tensor, b: Tensor, rows: Tensor, scratch: Scratch) -> tuple[()]:
     """Turns `a` into a x (first of `rows`) - b x (second)."""
-    a.mul_(rows[:, :1]).sub_(b.mul_(rows[:, 1:]))
+    a.mul_(rows[:, :1]).sub_(torch.mul(b, rows[:, 1:], out=scratch[0]))
     return ()

@@ -11,12 +11,12 @@ from torch.distributed import ProcessGroup
 
 from megatron_tip.errors import InputError
 from megatron_tip.records import TeacherTopK, TopKTokenStatistics
+from megatron_tip.vocab_parallel import kernels
 from megatron_tip.vocab_parallel.chunks import LogitBuffer, RowBlocks, row_ranges
 from megatron_tip.vocab_parallel.inputs import Inputs, checked_inputs
-from megatron_tip.vocab_parallel.kernels import Scratch
 from megatron_tip.vocab_parallel.normalisation import Normaliser
 from megatron_tip.vocab_parallel.statistics import support_statistics
-from megatron_tip.vocab_parallel.topk import exchange_topk, group_maxima
+from megatron_tip.vocab_parallel.topk import exchange_topk
 from megatron_tip.vocab_parallel.topk_divergence import NO_ID, teacher_log_tail
 
 TOPK_STATISTICS = frozenset(
@@ -180,23 +180,13 @@ def _topk_reverse_kl(p: Tensor, q: Tensor, is_known: Tensor) -> Tensor:
     return (terms + on_tail.float()).clamp(min=0)
 
 
-def _student_sums(z: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
-    """`[r, 3]`: maximum, Σe, Σe x; and the group maxima for the top-K. Leaves z as it is."""
-    groups = group_maxima(z)
-    maximum = groups.amax(-1, keepdim=True) if z.shape[1] else z.new_full((z.shape[0], 1), _NOTHING)
-    x = torch.sub(z, maximum, out=scratch[0])
-    e = torch.exp(x, out=scratch[1])
-    total = e.sum(-1, keepdim=True)
-    return torch.cat([maximum, total, torch.mul(e, x, out=scratch[2]).sum(-1, keepdim=True)], 1), groups
-
-
 def _chunk_statistics(
     z: Tensor, teacher_ids: Tensor, labels: Tensor, blocks: RowBlocks, inputs: Inputs
 ) -> StudentStatistics:
     partition, k = inputs.partition, teacher_ids.shape[1]
     wanted = torch.cat([labels.unsqueeze(1), teacher_ids], 1)
     owned, _ = partition.owned(z, wanted)
-    sums, groups = blocks.run(_student_sums, z)
+    sums, groups = blocks.run(kernels.entropy_and_topk_sums, z)
     gathered, ((top, ids),) = exchange_topk([z], [groups], torch.cat([sums, owned], 1), k, partition)
     normaliser = Normaliser.of(gathered[..., :1], gathered[..., 1:2])
     looked_up = normaliser.logprobs(gathered[..., 3:].sum(0), 0)  # one rank owns an id, the others hold zero

@@ -4,12 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_tip.config import Config
+from megatron_tip.config import Config, LossConfig
 from megatron_tip.conversion.bridge import export_hf
 from megatron_tip.records import Rollout
 from megatron_tip.training.step import select_then_train, select_while_training, train_step
@@ -179,6 +180,30 @@ def test_the_settings_of_the_loss_reach_it(models: Path, tmp_path: Path):
     selected = [row for observed in ranks for row in observed.selected]
     reference = reference_gradients(models, ROLLOUTS, selected, divergence=jsd, temperature=2.0)
     _check_against_reference(sum(observed.loss for observed in ranks), ranks[0].gradients, reference)
+
+
+def kernels_compiled(config: Config, rollouts: list[Rollout]) -> set[str]:
+    """Names of what a step hands to torch.compile, which leaves it as it is here."""
+    seen: set[str] = set()
+
+    def noted(kernel: Any, **_: Any) -> Any:
+        seen.add(kernel.__name__)
+        return kernel
+
+    with patch("torch.compile", noted):
+        train_step(build_tiny_run(config, rollouts), 1)
+    return seen
+
+
+@pytest.mark.parametrize(
+    "value, expected", [("always", {"statistics_sums", "reverse_kl_sums", "product_gradient"}), ("auto", set())]
+)
+def test_loss_compile_reaches_statistics_and_loss(models: Path, tmp_path: Path, value: str, expected: set[str]):
+    config = make_config(models, Layout(1), loss={"compile": value})
+    (seen,) = run_workers(kernels_compiled, 1, tmp_path, config, ROLLOUTS)
+    assert seen == expected
+    assert config.loss.compiles_on("cuda"), "auto compiles there"
+    assert not LossConfig(compile="never").compiles_on("cuda")
 
 
 def weights_after_a_step(config: Config, rollouts: list[Rollout]) -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from megatron_tip.vocab_parallel import DIVERGENCES, chunks, divergence_loss, token_statistics
+from megatron_tip.vocab_parallel import DIVERGENCES, chunks, divergence_loss, products, token_statistics
 
 VOCAB_SIZE, STUDENT_DIM, TEACHER_DIM, CHUNK_ROWS = 4000, 8, 12, 16
 CHUNK_BYTES = 4 * CHUNK_ROWS * VOCAB_SIZE
@@ -40,8 +40,9 @@ def allocated(num_rows: int, work) -> Allocated:
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch):
-    """Blocks of two rows, so that a chunk has many and their scratch is small next to it."""
+    """Blocks of two rows and slices of 64 columns: a chunk has many, and what they need is small next to it."""
     monkeypatch.setattr(chunks, "_CPU_BLOCK_BYTES_PER_THREAD", 4 * VOCAB_SIZE * 2 // torch.get_num_threads())
+    monkeypatch.setattr(products, "_HEAD_SLICE", 64)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
