@@ -44,13 +44,10 @@ class LossConfig(Section):
     """Divides the logits of student and teacher alike, in statistics and loss."""
     chunk_rows: int = Field(default=0, ge=0)
     """Rows of logits alive at once; 0: chosen from the shapes."""
-    compile: Literal["auto", "always", "never"] = "auto"
+    compile: bool = False
     """Put the arithmetic on logits, of statistics and loss, through torch.compile: one pass over them in place of a
-    dozen, after a minute of compiling. auto: on a GPU, whose every pass goes through its memory, not on a CPU."""
-
-    def compiles_on(self, device_type: str) -> bool:
-        """Whether logits on a device of this type ("cpu", "cuda") go through torch.compile."""
-        return self.compile == "always" or (self.compile == "auto" and device_type != "cpu")
+    dozen, after a minute of compiling. Meant for GPUs; no GPU has run it yet: compare a step's metrics with the plain
+    ones first."""
 
 
 class OptimizerConfig(Section):

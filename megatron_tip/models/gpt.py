@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megatron_tip.conversion.architecture import ModelArchitecture, RopeScaling
 from megatron_tip.errors import ConfigError
+from megatron_tip.models.cpu_products import use_onednn
 from megatron_tip.models.layers import RecomputedLayer, local_block
 from megatron_tip.models.layout import check_layout
 from megatron_tip.models.transformer_engine import has_transformer_engine, transformer_engine_block
@@ -64,12 +65,13 @@ def prepare_megatron() -> None:
     """Sets the state of the process that Megatron-Core takes for granted. Further calls do nothing.
 
     A random tracker that forks no CUDA generator (there is no dropout), the buffer of its sequence-parallel layers,
-    and, where there is no CUDA device, the CPU in its place.
+    and, where there is no CUDA device, the CPU in its place, with oneDNN's matrix products.
     """
     if not torch.cuda.is_available():
         from megatron_tip.parallel import cuda_on_cpu
 
         cuda_on_cpu.install()
+        use_onednn()
     initialize_rng_tracker(inference_rng_tracker=True)
     if parallel_state._GLOBAL_MEMORY_BUFFER is None:
         parallel_state._set_global_memory_buffer()

@@ -80,7 +80,7 @@ def micro_batch_statistics(
         temperature=config.loss.temperature,
         tp_group=run.student.groups.tp_group,
         chunk_rows=config.loss.chunk_rows or None,
-        compiled=config.loss.compiles_on(run.device.type),
+        compiled=config.loss.compile,
         with_jsd="jsd" in run.selector.required_statistics,
         with_support=with_support,
     )

@@ -105,7 +105,7 @@ def _served_teacher(config: Config, plan: RunPlan, groups: ModelGroups, device: 
         asks_student_support=config.teacher.student_support == "ask",
         vocab_size=plan.vocab_size,
         chunk_rows=config.loss.chunk_rows or None,
-        compiled=config.loss.compiles_on(device.type),
+        compiled=config.loss.compile,
     )
 
 

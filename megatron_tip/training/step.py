@@ -282,5 +282,5 @@ def row_loss(run: TrainingRun, hidden: Tensor, rows: MicroBatchRows, labels: Ten
         jsd_beta=loss.jsd_beta,
         tp_group=student.groups.tp_group,
         chunk_rows=loss.chunk_rows or None,
-        compiled=loss.compiles_on(run.device.type),
+        compiled=loss.compile,
     )

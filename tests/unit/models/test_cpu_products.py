@@ -1,0 +1,49 @@
+"""torch.mm by oneDNN: the same products and gradients, in a process of its own, since the override is for all of it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_tip.models import cpu_products
+from tests.helpers.distributed import run_workers
+
+
+def gradients(a: torch.Tensor, b: torch.Tensor) -> list[torch.Tensor]:
+    a, b = a.clone().requires_grad_(), b.clone().requires_grad_()
+    product = torch.nn.functional.linear(a, b.t())
+    product.square().sum().backward()
+    assert a.grad is not None
+    assert b.grad is not None
+    return [product.detach(), a.grad, b.grad]
+
+
+def check() -> None:
+    generator = torch.Generator().manual_seed(0)
+    calls: list[int] = []
+    linear = cpu_products.onednn_linear
+
+    def counted(*arguments: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return linear(*arguments)
+
+    cpu_products.onednn_linear = counted
+    cases = [(torch.randn(2, 5, 7, generator=generator), torch.randn(7, 3, generator=generator))]
+    cases += [(torch.randn(n, 7, generator=generator), torch.randn(7, 3, generator=generator)) for n in (0, 1, 33)]
+    expected = [gradients(a.double(), b.double()) for a, b in cases]
+    cpu_products.use_onednn()
+    cpu_products.use_onednn()
+    for (a, b), values in zip(cases, expected, strict=True):
+        for got, value in zip(gradients(a, b), values, strict=True):
+            torch.testing.assert_close(got.double(), value, rtol=1e-5, atol=1e-5)
+    assert len(calls) == 3 * 3, "forward and both gradients of all but the empty case"
+    half = torch.randn(4, 7).bfloat16()
+    torch.testing.assert_close(torch.mm(half, half.T), half @ half.T)
+    with pytest.raises(RuntimeError, match="shape"):
+        torch.mm(torch.ones(2, 3), torch.ones(4, 5))
+    with pytest.raises(RuntimeError, match="dtype"):
+        torch.mm(torch.ones(2, 3), torch.ones(3, 5, dtype=torch.float64))
+
+
+def test_products_and_gradients_are_those_of_float64(tmp_path: Path):
+    run_workers(check, 1, tmp_path)
