@@ -72,7 +72,8 @@ def run_benchmarks(request: Request, run: Path) -> list[dict[str, Any]]:
             "data": str(request.data) if request.data else "hub",
             "limit": request.limit,
         }
-        results.append(result_of(preset, request.seeds, scores, facts))
+        used = evalscope.as_evalscope_scores(preset) if request.backend == "evalscope" else preset
+        results.append(result_of(used, request.seeds, scores, facts))
         append_result(RunFolder(run), results[-1])
     return results
 

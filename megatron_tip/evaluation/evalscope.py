@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,11 @@ def find_evalscope(python: str) -> str:
             "environment of its own and give its interpreter with --python"
         )
     return found.stdout.strip()
+
+
+def as_evalscope_scores(preset: Preset) -> Preset:
+    """Returns `preset` with what EvalScope does in its place written down."""
+    return replace(preset, metric="EvalScope's primary", scoring="EvalScope's own prompt and scoring")
 
 
 def check_preset(preset: Preset) -> None:
@@ -87,8 +93,13 @@ def arguments(
 
 
 def score_of(report: dict[str, Any]) -> Score:
-    """Returns the score of one of EvalScope's reports."""
+    """Returns the primary metric of one of EvalScope's reports."""
     try:
-        return Score(float(report["score"]), int(report["metrics"][0]["num"]), {})
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise EvaluationError(f"EvalScope's report: expected score and metrics, got {sorted(report)}") from error
+        primary = report["primary_metric_identity"]
+        (metric,) = (metric for metric in report["metrics"] if metric["identity"] == primary)
+        return Score(float(metric["score"]), int(metric["num"]), {"metric": primary["name"]})
+    except (KeyError, TypeError, ValueError) as error:
+        raise EvaluationError(
+            f"EvalScope's report: expected one primary metric with score and num, got {sorted(report)}; its format is "
+            "that of evalscope 1.14"
+        ) from error

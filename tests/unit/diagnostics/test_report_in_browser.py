@@ -1,5 +1,6 @@
 """The report opened from disk in headless Chromium: it draws without an error, and the inspector reacts."""
 
+import json
 import shutil
 
 import pytest
@@ -33,6 +34,8 @@ def report(tmp_path_factory):
     rule = "tip_soft_or"
     write_run(folder / NAME, steps=4, seed=2, rule=rule, view_steps=[3], without=lacking, texts=texts, sample=NASTY)
     write_run(folder / "no views", steps=5, seed=3)
+    result = {"benchmark": "gsm8k", "model": NASTY, "metric": "m", "mean": 1 / 3, "sd": 0.05, "num_seeds": 2}
+    (folder / "whole" / "eval.jsonl").write_text(json.dumps(result) + "\n")
     target = folder / "report.html"
     write_report_page([folder / "whole", folder / NAME, folder / "no views"], target)
     return target
@@ -69,6 +72,13 @@ def test_figures_are_drawn_and_gaps_are_named(page):
     expect(page.locator("#plane-figures figure").nth(2)).to_contain_text("tracking.view_every_steps turns them on")
     page.select_option("#any-metric", "train/teacher_entropy")
     expect(page.locator("#any-figure .gap")).to_contain_text(NAME)
+
+
+def test_tables_show_runs_and_benchmarks(page):
+    expect(page.locator("#overview")).to_contain_text("4.000 → 1.000 nats a token")
+    expect(page.locator("#overview details")).to_contain_text("tip_soft_or")
+    expect(page.locator("#benchmarks td").nth(4)).to_have_text("33.3 ± 5.0")
+    assert "onerror=" in page.locator("#benchmarks").text_content()
 
 
 def test_plane_follows_its_step(page):
