@@ -9,6 +9,7 @@ Chromium is installed, how long the page takes to open and to answer what a read
 
 from __future__ import annotations
 
+import resource
 import shutil
 import subprocess
 import sys
@@ -73,12 +74,12 @@ def measure(folder: Path, responses: int, tokens: int, megabytes: float) -> dict
         write_run(run, steps=STEPS, seed=place, view_steps=views, responses=responses, tokens=tokens, vocab_size=50_000)
     page = folder / "report.html"
     command = [sys.executable, "-m", "megatron_tip.cli", "report", *map(str, runs), "--output", str(page)]
-    start = time.perf_counter()
+    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([*command, "--max-megabytes", str(megabytes)], check=True, stdout=subprocess.DEVNULL)
-    found = {
-        "report, seconds": round(time.perf_counter() - start, 1),
-        "report, MB": round(page.stat().st_size / 1e6, 2),
-    }
+    seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    found = {"report, seconds": round(seconds, 1), "report, CPU seconds": round(cpu_seconds, 1)}
+    found |= {"report, MB": round(page.stat().st_size / 1e6, 2)}
     table = next((runs[0] / "views").iterdir()).stat().st_size
     return found | {"table on disk, bytes a token": round(table / responses / tokens, 1)} | in_browser(page)
 
