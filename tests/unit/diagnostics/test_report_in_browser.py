@@ -37,6 +37,7 @@ def report(tmp_path_factory):
     write_run(folder / NAME, steps=4, seed=2, rule=rule, view_steps=[3], without=lacking, texts=texts, sample=NASTY)
     write_run(folder / "no views", steps=5, seed=3)
     result = {"benchmark": "gsm8k", "model": NASTY, "metric": "m", "mean": 1 / 3, "sd": 0.05, "num_seeds": 2}
+    result |= {"num_questions": 9, "limit": 9}
     (folder / "whole" / "eval.jsonl").write_text(json.dumps(result) + "\n")
     target = folder / "report.html"
     write_report_page([folder / "whole", folder / NAME, folder / "no views"], target)
@@ -80,6 +81,7 @@ def test_tables_show_runs_and_benchmarks(page):
     expect(page.locator("#overview")).to_contain_text("4.000 → 1.000 nats a token")
     expect(page.locator("#overview details")).to_contain_text("tip_soft_or")
     expect(page.locator("#benchmarks td").nth(4)).to_have_text("33.3 ± 5.0")
+    expect(page.locator("#benchmarks td").nth(6)).to_have_text("9, a part (--limit)")
     assert "onerror=" in page.locator("#benchmarks").text_content()
 
 
