@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SGLANG := $(VENV)/.sglang-cpu
+EVAL := .venv-eval/.installed
 SMOLLM2 := .cache/quickstart/SmolLM2-135M-Instruct
 RUN ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 
@@ -12,7 +13,7 @@ RUN ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 quickstart quickstart-sglang test: export CUDA_VISIBLE_DEVICES :=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart quickstart-sglang test lint format install sglang-cpu
+.PHONY: quickstart quickstart-sglang test lint format install sglang-cpu eval
 .DELETE_ON_ERROR:
 
 quickstart: $(INSTALLED) $(SMOLLM2)/.converted
@@ -51,6 +52,15 @@ sglang-cpu: $(SGLANG)
 $(SGLANG): requirements/sglang-cpu.txt requirements/sglang-cpu-no-deps.txt $(INSTALLED)
 	$(BIN)/pip install --quiet -r requirements/sglang-cpu.txt
 	$(BIN)/pip install --quiet --no-deps -r requirements/sglang-cpu-no-deps.txt
+	touch $@
+
+# lm-evaluation-harness in an environment of its own: megatron-tip eval --python .venv-eval/bin/python
+eval: $(EVAL)
+
+$(EVAL): requirements/eval.txt requirements/torch.txt
+	test -x .venv-eval/bin/python || $(PYTHON) -m venv .venv-eval
+	.venv-eval/bin/pip install --quiet -r requirements/torch.txt
+	.venv-eval/bin/pip install --quiet -r requirements/eval.txt
 	touch $@
 
 $(SMOLLM2)/.converted: tools/gguf_to_hf.py megatron_tip/conversion/gguf.py | $(INSTALLED)

@@ -83,5 +83,9 @@ class HangError(MegatronTipError, RuntimeError):
     """No step was finished for too long; the stacks of all ranks say where they stood."""
 
 
+class EvaluationError(MegatronTipError, RuntimeError):
+    """A benchmark that could not be run to its end."""
+
+
 class OutputError(MegatronTipError, OSError):
     """A file of the run that cannot be written: a full disk, a folder that was taken away."""

@@ -97,12 +97,6 @@ def _metrics(step: int, steps: int, random: np.random.Generator) -> dict[str, An
     return line | {f"selection/jaccard_rule_{k}": float(random.uniform()) for k in range(60)}
 
 
-def _normalised(logits: np.ndarray) -> np.ndarray:
-    """Logprobs of candidates that hold 98 % of the mass together."""
-    largest = logits[:, :1]
-    return logits - largest - np.log(np.exp(logits - largest).sum(1, keepdims=True)) - 0.02
-
-
 def _table(
     step: int,
     rule: str,
@@ -113,66 +107,78 @@ def _table(
     support_size: int,
     texts: dict[int, str],
 ) -> bytes:
+    """A token table; every statistic follows from candidates that are drawn, or is drawn itself."""
     n = responses * tokens
-    # Most positions are nearly certain, as a language model's are: an entropy of about 0.4 nats in the mean.
-    sharpness = np.where(random.uniform(size=(n, 1)) < 0.25, 1.5, random.gamma(4.0, 4.0, size=(n, 1)))
-    logits = np.sort(random.normal(size=(n, support_size)) * sharpness, axis=1)[:, ::-1]
-    student = _normalised(logits)
-    teacher = _normalised(np.sort(student + random.normal(scale=0.3, size=student.shape), axis=1)[:, ::-1])
-    ids = random.zipf(1.2, size=(n, 1)) + np.arange(support_size) * 7
-    student_ids = ids % vocab_size
-    teacher_ids = np.where(random.uniform(size=ids.shape) < 0.8, student_ids, (ids + 3) % vocab_size)
-    share = np.exp(student)
-    entropy = -(share * student).sum(1)
-    divergence = random.gamma(0.7, 1.0, size=n) * (0.01 + entropy)
-    compatibility = np.minimum(1.0, np.exp(teacher).sum(1))
-    score = divergence / (1 + divergence) * compatibility
-    token_ids = student_ids[:, 0]
-    valid = random.uniform(size=n) < 0.98
+    supports = _supports(random, n, support_size, vocab_size)
+    statistics = _statistics(random, supports)
     spelled = [texts.get(token, WORDS[token % len(WORDS)]) for token in range(vocab_size)]
+    token_ids = supports["student_support_ids"][:, 0]
+    valid = random.uniform(size=n) < 0.98
+    kept = valid & (statistics["score"] > 0.3)
+    axes = [statistics[name][:2000].tolist() for name in ("student_entropy", "support_divergence")]
     facts = TokenTableFacts(
         step=step,
         rule=rule,
         retention_ratio=0.1,
         temperature=1.0,
         divergence="support_divergence",
-        medians=(float(np.median(entropy)), float(np.median(divergence))),
+        medians=(float(np.median(statistics["student_entropy"])), float(np.median(statistics["support_divergence"]))),
         rollouts=tuple(ViewedRollout(place, place // 2, place % 2, "stop", "Q?") for place in range(responses)),
-        points=tuple(
-            (float(x), float(y), bool(kept > 0.3)) for x, y, kept in zip(entropy, divergence, score, strict=True)
-        )[:2000],
+        points=tuple(zip(*axes, kept[:2000].tolist(), strict=True)),
         id_texts=dict(enumerate(spelled)),
     )
-    statistics = {
-        "student_entropy": entropy,
-        "reverse_kl": divergence * 1.1,
-        "support_divergence": divergence,
-        "compatibility": compatibility,
-        "student_logprobs": student[:, 0],
-        "teacher_logprobs": teacher[:, 0],
-        "score": score,
-    }
     columns: dict[str, Any] = {
         "rollout": np.repeat(np.arange(responses), tokens),
         "position": np.tile(np.arange(tokens), responses),
         "token_id": token_ids,
         "text": [spelled[token] for token in token_ids],
         "valid": valid,
-        "selected": valid & (score > 0.3),
-        **{
-            name: pa.array(np.where(valid, values, np.nan).astype(np.float32), from_pandas=True)
-            for name, values in statistics.items()
-        },
+        "selected": kept,
     }
-    lists = {"student_support_ids": student_ids, "teacher_support_ids": teacher_ids}
-    logprobs = {"student_support_logprobs": student, "teacher_support_logprobs": teacher}
+    for name, values in statistics.items():
+        columns[name] = pa.array(np.where(valid, values, np.nan).astype(np.float32), from_pandas=True)
     offsets = pa.array(np.arange(n + 1) * support_size, type=pa.int32())
-    columns |= {
-        name: pa.ListArray.from_arrays(offsets, pa.array(values.reshape(-1).astype(np.int32)))
-        for name, values in lists.items()
-    }
-    columns |= {
-        name: pa.ListArray.from_arrays(offsets, pa.array(values.reshape(-1).astype(np.float16)))
-        for name, values in logprobs.items()
-    }
+    for name, values in supports.items():
+        flat = values.reshape(-1).astype(np.int32 if name.endswith("ids") else np.float16)
+        columns[name] = pa.ListArray.from_arrays(offsets, pa.array(flat))
     return encode_token_table(facts, columns)
+
+
+def _supports(random: np.random.Generator, n: int, support_size: int, vocab_size: int) -> dict[str, np.ndarray]:
+    """`[n, support_size]` ids and logprobs of both models; the sampled token is the student's first."""
+    # Most positions are nearly certain, as a language model's are.
+    sharpness = np.where(random.uniform(size=(n, 1)) < 0.25, 1.5, random.gamma(4.0, 4.0, size=(n, 1)))
+    student = _normalised(np.sort(random.normal(size=(n, support_size)) * sharpness, axis=1)[:, ::-1])
+    teacher = _normalised(np.sort(student + random.normal(scale=0.3, size=student.shape), axis=1)[:, ::-1])
+    ids = random.zipf(1.2, size=(n, 1)) + np.arange(support_size) * 7
+    student_ids = ids % vocab_size
+    teacher_ids = np.where(random.uniform(size=ids.shape) < 0.8, student_ids, (ids + 3) % vocab_size)
+    return {
+        "student_support_ids": student_ids,
+        "teacher_support_ids": teacher_ids,
+        "student_support_logprobs": student,
+        "teacher_support_logprobs": teacher,
+    }
+
+
+def _statistics(random: np.random.Generator, supports: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """`[n]` each."""
+    student, teacher = supports["student_support_logprobs"], supports["teacher_support_logprobs"]
+    entropy = -(np.exp(student) * student).sum(1)
+    divergence = random.gamma(0.7, 1.0, size=len(entropy)) * (0.01 + entropy)
+    compatibility = np.minimum(1.0, np.exp(teacher).sum(1))
+    return {
+        "student_entropy": entropy,
+        "reverse_kl": divergence * 1.1,
+        "support_divergence": divergence,
+        "compatibility": compatibility,
+        "student_logprobs": student[:, 0],
+        "teacher_logprobs": teacher[:, 0],
+        "score": divergence / (1 + divergence) * compatibility,
+    }
+
+
+def _normalised(logits: np.ndarray) -> np.ndarray:
+    """Logprobs of candidates that hold 98 % of the mass together."""
+    largest = logits[:, :1]
+    return logits - largest - np.log(np.exp(logits - largest).sum(1, keepdims=True)) - 0.02

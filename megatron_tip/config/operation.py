@@ -63,7 +63,8 @@ class TrackingConfig(Section):
     """Write event files for TensorBoard to tensorboard/ in the run's folder."""
     view_every_steps: int = Field(default=0, ge=0)
     """Every so many steps, show responses with the selected tokens coloured and the tokens' quadrants, in views/ of the
-    run's folder and in every tracker; 0: never."""
+    run's folder and in every tracker; with each token's statistics and both models' top-K for `megatron-tip report`.
+    0: never."""
     view_samples: int = Field(default=4, ge=1)
     """Responses in such a view."""
     view_points: int = Field(default=2000, ge=1)

@@ -23,7 +23,7 @@ LAYERS = [
     {"cli", "tools"},
 ]
 RANK = {part: rank for rank, layer in enumerate(LAYERS) for part in layer}
-IMPORTED_IN_ONE_FILE = ["sglang", "wandb", "tensorboardX", "pynvml", "transformer_engine"]
+IMPORTED_IN_ONE_FILE = ["sglang", "wandb", "tensorboardX", "pynvml", "transformer_engine", "plotly"]
 
 
 def module_name(path):

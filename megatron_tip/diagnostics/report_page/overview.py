@@ -93,13 +93,10 @@ def _evaluation(name: str, record: Mapping[str, Any]) -> list[str]:
     protocol = record.get("protocol") or {}
     asked = ", ".join(f"{key} {value}" for key, value in protocol.items())
     texts = [record.get(key, NOTHING) for key in ("model", "benchmark", "metric")]
-    return [
-        name,
-        *map(str, texts),
-        score,
-        *(str(record.get(key, NOTHING)) for key in ("num_seeds", "num_questions")),
-        asked,
-    ]
+    seeds, questions = (str(record.get(key, NOTHING)) for key in ("num_seeds", "num_questions"))
+    if record.get("limit"):
+        questions += ", a part (--limit)"
+    return [name, *map(str, texts), score, seeds, questions, asked]
 
 
 def _get(run: RunData, section: str, name: str) -> float | None:

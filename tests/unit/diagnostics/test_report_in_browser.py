@@ -1,11 +1,14 @@
 """The report opened from disk in headless Chromium: it draws without an error, and the inspector reacts."""
 
+import json
 import shutil
 
+import numpy as np
 import pytest
 from playwright.sync_api import expect, sync_playwright
 
 from megatron_tip.diagnostics.report_page import write_report_page
+from megatron_tip.observability.token_table import read_token_table, token_table_file
 from tools.synthetic_runs import write_run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -33,6 +36,9 @@ def report(tmp_path_factory):
     rule = "tip_soft_or"
     write_run(folder / NAME, steps=4, seed=2, rule=rule, view_steps=[3], without=lacking, texts=texts, sample=NASTY)
     write_run(folder / "no views", steps=5, seed=3)
+    result = {"benchmark": "gsm8k", "model": NASTY, "metric": "m", "mean": 1 / 3, "sd": 0.05, "num_seeds": 2}
+    result |= {"num_questions": 9, "limit": 9}
+    (folder / "whole" / "eval.jsonl").write_text(json.dumps(result) + "\n")
     target = folder / "report.html"
     write_report_page([folder / "whole", folder / NAME, folder / "no views"], target)
     return target
@@ -71,6 +77,14 @@ def test_figures_are_drawn_and_gaps_are_named(page):
     expect(page.locator("#any-figure .gap")).to_contain_text(NAME)
 
 
+def test_tables_show_runs_and_benchmarks(page):
+    expect(page.locator("#overview")).to_contain_text("4.000 → 1.000 nats a token")
+    expect(page.locator("#overview details")).to_contain_text("tip_soft_or")
+    expect(page.locator("#benchmarks td").nth(4)).to_have_text("33.3 ± 5.0")
+    expect(page.locator("#benchmarks td").nth(6)).to_have_text("9, a part (--limit)")
+    assert "onerror=" in page.locator("#benchmarks").text_content()
+
+
 def test_plane_follows_its_step(page):
     note = page.locator("#plane-figures figure").nth(1)
     expect(note).to_contain_text("no view of step 6")
@@ -79,7 +93,7 @@ def test_plane_follows_its_step(page):
     expect(note).to_contain_text("tokens of step 3")
 
 
-def test_hover_and_focus_show_the_token(page):
+def test_hover_and_focus_show_the_token(page, report):
     token = page.locator("#text span.token:not(.not-valid)").nth(5)
     token.hover()
     place = token.get_attribute("data-token")
@@ -87,7 +101,18 @@ def test_hover_and_focus_show_the_token(page):
     lists = page.locator("#card .candidates")
     assert [lists.nth(k).locator("h4").text_content() for k in (0, 1)] == ["Student", "Teacher"]
     expect(lists.first.locator("li.sampled")).to_have_count(1)
-    assert lists.first.locator("li").count() >= 1
+    table = read_token_table(token_table_file(report.parent / "whole" / "views", 6))
+    row = table.tokens.to_pylist()[int(place)]
+    for k, model in enumerate(("student", "teacher")):
+        shares = np.exp(np.array(row[f"{model}_support_logprobs"], dtype=float))
+        texts = [table.facts.id_texts[token] for token in row[f"{model}_support_ids"]]
+        expected = [(text, share) for text, share in zip(texts, shares, strict=True) if share >= 1e-3]
+        shown = lists.nth(k).locator("li").all()
+        assert len(shown) == len(expected)
+        for item, (text, share) in zip(shown, expected, strict=True):
+            assert item.locator(".token-name").text_content() == text.replace(" ", "␣").replace("\n", "↵")
+            value = item.locator(".value").text_content()
+            assert value in ("100 %", "< 0.1 %") or abs(float(value.removesuffix(" %")) / 100 - share) < 1.1e-3
     page.locator("#text span.token").nth(9).focus()
     expect(page.locator("#card .facts").first).to_contain_text("position 9 of 200")
     page.keyboard.press("ArrowRight")

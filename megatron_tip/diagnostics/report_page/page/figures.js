@@ -42,7 +42,8 @@ function frame(parent, title, unit) {
 function drawOrSay(place, traces, layout, nothing) {
   if (traces.length) {
     place.drawing.classList.remove("empty");
-    return Plotly.react(place.drawing, traces, baseLayout(layout), PLOT_OPTIONS);
+    const height = traces.length > 4 && layout.barmode === undefined ? 330 : 280; // room for the legend
+    return Plotly.react(place.drawing, traces, baseLayout({ height, ...layout }), PLOT_OPTIONS);
   }
   Plotly.purge(place.drawing);
   place.drawing.classList.add("empty");
@@ -77,15 +78,17 @@ function curveTraces(runs, series) {
   return { traces, gaps };
 }
 
-// A logarithmic axis whose ticks stand at 1, 2 and 5, of as many decades as there are.
+// A logarithmic axis with round ticks, as many in a decade as there are few decades.
 function logAxis(traces) {
   const values = traces.flatMap((trace) => trace.y).filter((value) => value !== null);
   const [least, most] = [Math.min(...values), Math.max(...values)];
+  const decades = Math.log10(most / least);
+  const digits = decades > 2.5 ? [1] : decades > 1 ? [1, 2, 5] : [1, 1.5, 2, 3, 4, 5, 7];
   const ticks = [];
   for (let decade = Math.floor(Math.log10(least)); decade <= Math.log10(most); decade++) {
-    for (const digit of Math.log10(most / least) > 2.5 ? [1] : [1, 2, 5]) ticks.push(digit * 10 ** decade);
+    for (const digit of digits) ticks.push(digit * 10 ** decade);
   }
-  return { type: "log", tickmode: "array", tickvals: ticks, ticktext: ticks.map((tick) => String(Number(tick.toPrecision(1)))) };
+  return { type: "log", tickmode: "array", tickvals: ticks, ticktext: ticks.map((tick) => String(Number(tick.toPrecision(2)))) };
 }
 
 function drawCurve(place, runs, spec) {

@@ -36,7 +36,7 @@ function baseLayout(more = {}) {
     height: 280,
     hovermode: "x unified",
     hoverlabel: { bgcolor: colour("surface"), bordercolor: colour("line"), font: { color: colour("text") } },
-    legend: { orientation: "h", x: 0, y: -0.22, yanchor: "top", font: { size: 11 } },
+    legend: { orientation: "h", x: 0, y: -0.26, yanchor: "top", font: { size: 11 } },
     modebar: { color: colour("muted"), activecolor: colour("text"), bgcolor: "rgba(0,0,0,0)" },
     xaxis: { ...axis, showgrid: false, ...xaxis },
     yaxis: { ...axis, ...yaxis },

@@ -1,0 +1,1 @@
+"""Benchmarks of a trained student: `megatron-tip eval`."""

@@ -1,0 +1,86 @@
+"""eval.jsonl in a run's folder: one line a benchmark, mean and standard deviation over seeds."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_tip.errors import InputError
+from megatron_tip.evaluation.harness import Score
+from megatron_tip.evaluation.presets import Preset
+from megatron_tip.observability.run_folder import RunFolder, atomic_write_bytes
+
+
+def result_of(
+    preset: Preset, seeds: Sequence[int], scores: Sequence[Score], facts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns the line of one benchmark. `sd`: of the sample (n - 1), None of a single seed.
+
+    Args:
+        facts: what was evaluated and by what: `model`, `backend`, `data`, `limit`.
+    """
+    values = [score.value for score in scores]
+    return {
+        "benchmark": preset.name,
+        "metric": preset.metric,
+        "mean": statistics.fmean(values),
+        "sd": statistics.stdev(values) if len(values) > 1 else None,
+        "num_seeds": len(seeds),
+        "num_questions": scores[0].num_questions,
+        "seeds": list(seeds),
+        "values": values,
+        **facts,
+        "protocol": {
+            "temperature": preset.temperature,
+            "top_p": preset.top_p,
+            "max_tokens": preset.max_tokens,
+            "samples a question and seed": 1,
+            "scoring": preset.scoring,
+        },
+        "details": [dict(score.facts) for score in scores if score.facts],
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def append_result(folder: RunFolder, result: Mapping[str, Any]) -> None:
+    """Appends a line to eval.jsonl, whole or not at all.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    path = folder.evaluations
+    before = path.read_bytes() if path.exists() else b""
+    if before and not before.endswith(b"\n"):
+        before += b"\n"
+    atomic_write_bytes(path, before + (json.dumps(result, ensure_ascii=False) + "\n").encode())
+
+
+def table(results: Sequence[Mapping[str, Any]]) -> str:
+    """Returns the results as lines for a terminal, in percent."""
+    lines = []
+    for result in results:
+        spread = "" if result["sd"] is None else f" ± {100 * result['sd']:.1f}"
+        score = f"{100 * result['mean']:.1f}{spread}"
+        lines.append(
+            f"{result['benchmark']:14} {score:>14}   {result['num_seeds']} seeds x {result['num_questions']} questions"
+        )
+    return "\n".join(lines)
+
+
+def model_folder(run: Path, model: Path | None) -> Path:
+    """Returns the Hugging Face directory to evaluate: `model`, else the student that the run exported.
+
+    Raises:
+        InputError: it is none.
+    """
+    path = model or RunFolder(run).hf
+    if not (path / "config.json").is_file():
+        raise InputError(
+            f"{path}: expected a Hugging Face directory with a config.json, got none; a run writes its student there "
+            "with output.export_hf, or give one with --model"
+        )
+    return path
