@@ -18,6 +18,7 @@ from megatron_tip.rollout.sglang_client import SGLangClient, Timeouts
 from megatron_tip.rollout.sglang_engine import EngineSettings, SGLangEngine
 from megatron_tip.rollout.sglang_jobs import ProgressClock
 from megatron_tip.rollout.sglang_pool import PooledServer, PoolSettings, ServerPool
+from megatron_tip.rollout.weight_broadcast import BroadcastTransport
 from tests.helpers.fake_sglang import VOCAB_SIZE, CutError, FakeSGLang, StatusError
 from tests.helpers.processes import wait_until
 
@@ -44,6 +45,9 @@ class VersionTransport:
             server.http.weights_endpoint("update_weight_version", {"new_version": version})
         next(iter(weights))  # and leaves the rest of the stream to its caller
         return taken
+
+    def check(self, server):
+        pass
 
     def refresh(self, server):
         if not self.keeps or self.version is None:
@@ -482,6 +486,19 @@ def test_a_server_of_another_model_is_refused_at_the_start(tmp_path):
         )
         with pytest.raises(ServerMismatchError, match="qwen2"):
             SGLangEngine(pool, VersionTransport(), EngineSettings("run", 3, tmp_path / "x"))
+
+
+def test_a_layout_that_takes_no_broadcast_is_refused_at_the_start(tmp_path):
+    transport = BroadcastTransport(run_id="run", bucket_bytes=8, backend="gloo", device="cpu", timeout_seconds=1.0)
+    with FakeSGLang() as fake:
+        fake.layout = {"tp_size": 2, "pp_size": 2}
+        pool = ServerPool(
+            [PooledServer(lambda url: SGLangClient(url, vocab_size=VOCAB_SIZE, timeouts=FAST), url=fake.url)],
+            PoolSettings(),
+            model_type="llama",
+        )
+        with pytest.raises(ServerMismatchError, match=r'got 2 stages .* sync.transport = "folder"'):
+            SGLangEngine(pool, transport, EngineSettings("run", 3, tmp_path / "x"))
 
 
 def test_the_probe_asks_every_server_that_holds_the_weights(stack, tmp_path):
