@@ -73,7 +73,7 @@ class FakeSGLang:
         elif path == "/model_info":
             send_json(handler, self.model_info())
         elif path == "/server_info":
-            info = {"version": "0.5.23", "tp_size": 1, "max_total_num_tokens": 1000, "api_key": "x"}
+            info = {"version": "0.5.23", "tp_size": 1, "api_key": "x"}
             send_json(handler, info | self.layout)
         elif path == "/generate":
             self.generate(handler, body)
