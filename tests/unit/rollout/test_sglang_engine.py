@@ -139,6 +139,26 @@ def test_ids_travel_and_text_does_not(stack, tmp_path):
     assert sent == {prompt.prompt_ids: 2 for prompt in PROMPTS}
 
 
+def test_each_sample_has_a_seed_that_follows_from_the_runs_whoever_takes_it(stack, tmp_path):
+    cluster = Cluster(stack, tmp_path)
+    cluster.sync()
+
+    def seeds(seed, names=SAMPLING.batch_name):
+        before = [len(fake.seen) for fake in cluster.fakes]
+        cluster.engine.generate(PROMPTS, replace(SAMPLING, seed=seed, batch_name=names))
+        bodies = [body for fake, start in zip(cluster.fakes, before, strict=True) for _, body, _ in fake.seen[start:]]
+        return {
+            (tuple(body["input_ids"]), body["sampling_params"]["sampling_seed"])
+            for body in bodies
+            if body and body.get("stream")
+        }
+
+    first = seeds(1)
+    assert len({seed for _, seed in first}) == 12
+    assert seeds(1, "another batch") == first
+    assert not seeds(2) & first
+
+
 def test_without_weights_nothing_is_generated(stack, tmp_path):
     cluster = Cluster(stack, tmp_path)
     with pytest.raises(WeightsLostError):
