@@ -6,7 +6,7 @@ The work: a teacher, and the same model without some of its layers as student; r
 prompts x 64 new tokens a step; reverse KL over the full vocabulary on every token; float32, except in the rows that
 say bfloat16 (rollouts and teacher alone, or the student's weights and activations too); AdamW at a constant rate, with
 the same settings. Rows that say SGLang generate on a server of the run's own; one step ahead, its time beside training
-is in no phase of theirs. All rows get the same prompts in the same order. The rows with a retention ratio supervise one
+is in no phase of theirs. Each row is printed to standard error as it ends. All rows get the same prompts in the same order. The rows with a retention ratio supervise one
 token in ten, chosen by teachability.
 
 Each row is a run in processes of its own, one row after the other. Seconds a step are the median over the steps behind
@@ -35,6 +35,7 @@ from rich.table import Table
 
 TOOLS = Path(__file__).parent
 TASK = "basic_arithmetic"
+WIDTH = 150
 PHASES = ("rollout", "teacher", "score", "select", "train", "sync")
 OPTIMIZER = {"lr": 1e-4, "beta1": 0.9, "beta2": 0.95, "epsilon": 1e-8, "weight_decay": 0.0, "clip_grad": 1.0}
 
@@ -140,7 +141,7 @@ def main(
     if as_json:
         typer.echo(json.dumps(described(rows), indent=2))
     else:
-        Console(width=150).print(table_of(rows))
+        Console(width=WIDTH).print(table_of(rows))
 
 
 def write_questions(work: Work, heldout_prompts: int) -> None:
@@ -169,7 +170,7 @@ def write_student(work: Work, drop_layers: Sequence[int]) -> None:
 
 def measure_rows(work: Work, folder: Path, trl_python: Path, wanted: Sequence[str]) -> list[Measured | str]:
     """The wanted rows, one after the other; a text where TRL is not installed."""
-    progress = Console(stderr=True)
+    progress = Console(stderr=True, width=WIDTH)
     before = heldout_reverse_kl(work, work.student)
     rows: list[Measured | str] = []
     for variant in (*ALL_TOKENS, *ONE_IN_TEN, *BFLOAT16):
@@ -180,6 +181,7 @@ def measure_rows(work: Work, folder: Path, trl_python: Path, wanted: Sequence[st
                 continue
             progress.print(name)
             rows.append(run_ours(work, folder / f"row{len(rows)}", name, variant, before))
+            progress.print(table_of(rows[-1:]))
     version = trl_version(trl_python)
     name = f"TRL {version}" if version else f"TRL: not installed for {trl_python}"
     if any(part in name for part in wanted):
