@@ -4,10 +4,10 @@
 
 The work: a teacher, and the same model without some of its layers as student; reasoning-gym's basic_arithmetic, 8
 prompts x 64 new tokens a step; reverse KL over the full vocabulary on every token; float32, except in the rows that
-say bfloat16 (rollouts and teacher alone, or the student's weights and activations too); AdamW at a constant rate, with
-the same settings. Rows that say SGLang generate on a server of the run's own; one step ahead, its time beside training
-is in no phase of theirs. Each row is printed to standard error as it ends. All rows get the same prompts in the same order. The rows with a retention ratio supervise one
-token in ten, chosen by teachability.
+say bfloat16 (rollouts and teacher alone, or the student's weights and activations too); AdamW at a constant rate,
+with the same settings. Rows that say SGLang generate on a server of the run's own; one step ahead, its time beside
+training is in no phase of theirs. Each row is printed to standard error as it ends. All rows get the same prompts in
+the same order. The rows with a retention ratio supervise one token in ten, chosen by teachability.
 
 Each row is a run in processes of its own, one row after the other. Seconds a step are the median over the steps behind
 the first. Memory is the peak of the resident sets of a run's processes together, its launcher included; pages that
