@@ -4,9 +4,10 @@
 
 The work: a teacher, and the same model without some of its layers as student; reasoning-gym's basic_arithmetic, 8
 prompts x 64 new tokens a step; reverse KL over the full vocabulary on every token; float32, except in the rows that
-say bfloat16 (rollouts and teacher alone, or the student's weights and activations too); AdamW at a constant rate, with
-the same settings. All rows get the same prompts in the same order. The rows with a retention ratio supervise one
-token in ten, chosen by teachability.
+say bfloat16 (rollouts and teacher alone, or the student's weights and activations too); AdamW at a constant rate,
+with the same settings. Rows that say SGLang generate on a server of the run's own; one step ahead, its time beside
+training is in no phase of theirs. Each row is printed to standard error as it ends. All rows get the same prompts in
+the same order. The rows with a retention ratio supervise one token in ten, chosen by teachability.
 
 Each row is a run in processes of its own, one row after the other. Seconds a step are the median over the steps behind
 the first. Memory is the peak of the resident sets of a run's processes together, its launcher included; pages that
@@ -22,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,6 +35,7 @@ from rich.table import Table
 
 TOOLS = Path(__file__).parent
 TASK = "basic_arithmetic"
+WIDTH = 150
 PHASES = ("rollout", "teacher", "score", "select", "train", "sync")
 OPTIMIZER = {"lr": 1e-4, "beta1": 0.9, "beta2": 0.95, "epsilon": 1e-8, "weight_decay": 0.0, "clip_grad": 1.0}
 
@@ -58,7 +61,9 @@ class Work:
 
 @dataclass(frozen=True)
 class Variant:
-    """A row of ours: the layout of both models, which tokens are supervised, and the types that are not float32."""
+    """A row of ours: the layout of both models, which tokens are supervised, the types that are not float32, and who
+    generates.
+    """
 
     name: str
     tp: int
@@ -68,6 +73,8 @@ class Variant:
     rollout_dtype: str = "float32"
     teacher_dtype: str = "float32"
     model_dtype: str = "float32"
+    engine: str = "embedded"
+    ahead: int = 0
 
 
 ALL_TOKENS = (Variant("tp 1", tp=1, dp=1), Variant("dp 2", tp=1, dp=2), Variant("tp 3", tp=3, dp=1))
@@ -76,9 +83,15 @@ ONE_IN_TEN = [
     for variant in ALL_TOKENS
 ]
 
+IN_BFLOAT16 = Variant(
+    "tp 1, bfloat16", 1, 1, rollout_dtype="bfloat16", teacher_dtype="bfloat16", model_dtype="bfloat16"
+)
 BFLOAT16 = (
-    Variant("tp 1, bfloat16 rollouts and teacher", 1, 1, rollout_dtype="bfloat16", teacher_dtype="bfloat16"),
-    Variant("tp 1, bfloat16", 1, 1, rollout_dtype="bfloat16", teacher_dtype="bfloat16", model_dtype="bfloat16"),
+    replace(IN_BFLOAT16, name="tp 1, bfloat16 rollouts and teacher", model_dtype="float32"),
+    IN_BFLOAT16,
+    replace(IN_BFLOAT16, name="dp 2, bfloat16", dp=2),
+    replace(IN_BFLOAT16, name="tp 1, bfloat16, SGLang", engine="sglang"),
+    replace(IN_BFLOAT16, name="tp 1, bfloat16, SGLang one step ahead", engine="sglang", ahead=1),
 )
 
 
@@ -128,7 +141,7 @@ def main(
     if as_json:
         typer.echo(json.dumps(described(rows), indent=2))
     else:
-        Console(width=150).print(table_of(rows))
+        Console(width=WIDTH).print(table_of(rows))
 
 
 def write_questions(work: Work, heldout_prompts: int) -> None:
@@ -157,14 +170,18 @@ def write_student(work: Work, drop_layers: Sequence[int]) -> None:
 
 def measure_rows(work: Work, folder: Path, trl_python: Path, wanted: Sequence[str]) -> list[Measured | str]:
     """The wanted rows, one after the other; a text where TRL is not installed."""
-    progress = Console(stderr=True)
+    progress = Console(stderr=True, width=WIDTH)
     before = heldout_reverse_kl(work, work.student)
     rows: list[Measured | str] = []
     for variant in (*ALL_TOKENS, *ONE_IN_TEN, *BFLOAT16):
         name = f"megatron_tip, {variant.name}"
         if any(part in name for part in wanted):
+            if variant.engine == "sglang" and find_spec("sglang") is None:
+                rows.append(f"{name}: not installed; run `make sglang-cpu`")
+                continue
             progress.print(name)
             rows.append(run_ours(work, folder / f"row{len(rows)}", name, variant, before))
+            progress.print(table_of(rows[-1:]))
     version = trl_version(trl_python)
     name = f"TRL {version}" if version else f"TRL: not installed for {trl_python}"
     if any(part in name for part in wanted):
@@ -200,7 +217,10 @@ def config_of(work: Work, folder: Path, variant: Variant) -> dict[str, Any]:
             "prompts_per_step": work.prompts_per_step,
             "max_response_tokens": work.response_tokens,
             "dtype": variant.rollout_dtype,
+            "engine": variant.engine,
+            "ahead": variant.ahead,
         },
+        "sglang": {"threads": work.threads},
         "selection": {"rule": variant.rule, "retention_ratio": variant.retention_ratio},
         "loss": {"divergence": "reverse_kl"},
         "optimizer": {**OPTIMIZER, "min_lr": OPTIMIZER["lr"]},

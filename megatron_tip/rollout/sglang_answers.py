@@ -29,13 +29,12 @@ class ModelInfo(Answer):
 
 
 class ServerInfo(Answer):
-    """GET /server_info. `tp_size`: ranks of the server. `max_total_num_tokens`: what its cache holds."""
+    """GET /server_info: the server's layout."""
 
     version: str
     tp_size: int = 1
     pp_size: int = 1
     dp_size: int = 1
-    max_total_num_tokens: int | None = None
 
 
 class Outcome(Answer):

@@ -209,7 +209,10 @@ class SGLangEngine:
         return self._progress
 
     def _weights_of_returned(self, server: PooledServer) -> str | None:
-        """What a server that is back holds: the last weights still, or once more where the transport kept them."""
+        """What a server that is back, or has started, holds: the last weights still, or once more where the transport
+        kept them. Raises ServerMismatchError for one that cannot take them.
+        """
+        self._transport.check(server)
         if self._version is not None and server.http.model_info().weight_version == self._version:
             return self._version
         return self._transport.refresh(server)

@@ -42,7 +42,7 @@ class PooledServer:
 
     `process`: None where the server is somebody else's. `weights`: the version that it holds complete, None while it
     is not known. `is_suspect`: a request failed on the way, and nobody has looked at it since. `incarnation` counts its
-    restarts.
+    restarts. `tp_size`: ranks that share each layer; `num_replicas`: pipeline stages times data-parallel replicas.
     """
 
     def __init__(self, connect: Callable[[str], SGLangClient], *, url: str = "", process: SGLangServer | None = None):
@@ -55,6 +55,7 @@ class PooledServer:
         self.in_flight = 0
         self.incarnation = 0
         self.tp_size = 1
+        self.num_replicas = 1
         self.look_now = threading.Event()
         self.busy_with_sync = False
 
@@ -241,7 +242,8 @@ class ServerPool:
         else:
             server.http.check_health(timeout_seconds=self.settings.heartbeat_timeout)
         server.http.check_model(model_type=self._model_type)
-        server.tp_size = server.http.server_info().tp_size
+        info = server.http.server_info()
+        server.tp_size, server.num_replicas = info.tp_size, info.pp_size * info.dp_size
         weights = self.on_back(server) if self.on_back else None
         with self._changed:
             server.is_up, server.is_suspect, server.weights = True, False, weights

@@ -25,7 +25,8 @@ from megatron_tip.rollout.sglang_client import ServerKeys, SGLangClient, Timeout
 CPU_SHIM = Path(__file__).parent / "sglang_cpu"
 CPU_ENVIRONMENT = {
     "SGLANG_USE_CPU_ENGINE": "1",
-    "OMP_WAIT_POLICY": "passive",  # threads that spin take the cores from the trainer
+    "OMP_WAIT_POLICY": "passive",  # threads that spin take the cores from the trainer, but
+    "GOMP_SPINCOUNT": "20000",  # for 0.2 ms: a decode step is hundreds of parallel regions, and waking a thread is slow
     "TORCHDYNAMO_DISABLE": "1",  # it would look for the real triton
 }
 _WORLD_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "TORCH_NCCL_")

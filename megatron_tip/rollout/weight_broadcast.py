@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import TCPStore
 from torch.distributed.distributed_c10d import GroupName, PrefixStore, _new_process_group_helper, _world
 
-from megatron_tip.errors import ServerError, ServerRefusedError
+from megatron_tip.errors import ServerError, ServerMismatchError, ServerRefusedError
 from megatron_tip.rollout.sglang_client import SGLangClient
 from megatron_tip.rollout.sglang_pool import PooledServer
 from megatron_tip.rollout.weight_buckets import WeightBucket, weight_buckets
@@ -160,6 +160,14 @@ class BroadcastTransport:
         self._group: WeightGroup | None = None
         self._num_groups = 0
         self._executor = ThreadPoolExecutor(64, thread_name_prefix="weight-sync")
+
+    def check(self, server: PooledServer) -> None:
+        """Refuses several pipeline stages or replicas: SGLang takes broadcasts in its tensor-parallel ranks alone."""
+        if server.num_replicas > 1:
+            raise ServerMismatchError(
+                f'{server.url}: expected a server of pp_size 1 and dp_size 1 with sync.transport = "broadcast", got '
+                f'{server.num_replicas} stages or replicas; set sync.transport = "folder"'
+            )
 
     def send(
         self, servers: Sequence[PooledServer], weights: Iterable[tuple[str, Tensor]], version: str

@@ -41,6 +41,9 @@ class FolderTransport:
         self._latest: tuple[Path, str] | None = None
         self._executor = ThreadPoolExecutor(64, thread_name_prefix="weight-sync")
 
+    def check(self, server: PooledServer) -> None:
+        """Servers of any layout read files."""
+
     def send(
         self, servers: Sequence[PooledServer], weights: Iterable[tuple[str, Tensor]], version: str
     ) -> list[PooledServer]:

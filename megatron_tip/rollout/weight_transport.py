@@ -22,6 +22,10 @@ class WeightTransport(Protocol):
 
     num_bytes: int
 
+    def check(self, server: PooledServer) -> None:
+        """Raises ServerMismatchError for a server that cannot take weights this way, however long one waits."""
+        ...
+
     def send(
         self, servers: Sequence[PooledServer], weights: Iterable[tuple[str, Tensor]], version: str
     ) -> list[PooledServer]:

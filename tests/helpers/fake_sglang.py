@@ -26,6 +26,7 @@ class FakeSGLang:
         self.cumulative = cumulative
         self.version = "default"
         self.misbehave: Callable[[int, dict[str, Any], list[Any]], list[Any]] = lambda number, request, chunks: chunks
+        self.layout: dict[str, int] = {}
         self.statuses: dict[str, list[int]] = {}
         self.seen: list[tuple[str, Any, str | None]] = []
         self.seconds_per_request = 0.0
@@ -72,7 +73,8 @@ class FakeSGLang:
         elif path == "/model_info":
             send_json(handler, self.model_info())
         elif path == "/server_info":
-            send_json(handler, {"version": "0.5.23", "tp_size": 1, "max_total_num_tokens": 1000, "api_key": "x"})
+            info = {"version": "0.5.23", "tp_size": 1, "api_key": "x"}
+            send_json(handler, info | self.layout)
         elif path == "/generate":
             self.generate(handler, body)
         elif path == "/update_weight_version":

@@ -18,6 +18,7 @@ from megatron_tip.rollout.sglang_client import SGLangClient, Timeouts
 from megatron_tip.rollout.sglang_engine import EngineSettings, SGLangEngine
 from megatron_tip.rollout.sglang_jobs import ProgressClock
 from megatron_tip.rollout.sglang_pool import PooledServer, PoolSettings, ServerPool
+from megatron_tip.rollout.weight_broadcast import BroadcastTransport
 from tests.helpers.fake_sglang import VOCAB_SIZE, CutError, FakeSGLang, StatusError
 from tests.helpers.processes import wait_until
 
@@ -44,6 +45,9 @@ class VersionTransport:
             server.http.weights_endpoint("update_weight_version", {"new_version": version})
         next(iter(weights))  # and leaves the rest of the stream to its caller
         return taken
+
+    def check(self, server):
+        pass
 
     def refresh(self, server):
         if not self.keeps or self.version is None:
@@ -133,6 +137,26 @@ def test_ids_travel_and_text_does_not(stack, tmp_path):
     assert all(rollout.rollout_logprobs == (-1.5,) * 6 for rollout in rollouts)
     sent = Counter(tuple(body["input_ids"]) for body in cluster.fakes[0].generations() if body.get("stream"))
     assert sent == {prompt.prompt_ids: 2 for prompt in PROMPTS}
+
+
+def test_each_sample_has_a_seed_that_follows_from_the_runs_whoever_takes_it(stack, tmp_path):
+    cluster = Cluster(stack, tmp_path)
+    cluster.sync()
+
+    def seeds(seed, names=SAMPLING.batch_name):
+        before = [len(fake.seen) for fake in cluster.fakes]
+        cluster.engine.generate(PROMPTS, replace(SAMPLING, seed=seed, batch_name=names))
+        bodies = [body for fake, start in zip(cluster.fakes, before, strict=True) for _, body, _ in fake.seen[start:]]
+        return {
+            (tuple(body["input_ids"]), body["sampling_params"]["sampling_seed"])
+            for body in bodies
+            if body and body.get("stream")
+        }
+
+    first = seeds(1)
+    assert len({seed for _, seed in first}) == 12
+    assert seeds(1, "another batch") == first
+    assert not seeds(2) & first
 
 
 def test_without_weights_nothing_is_generated(stack, tmp_path):
@@ -482,6 +506,19 @@ def test_a_server_of_another_model_is_refused_at_the_start(tmp_path):
         )
         with pytest.raises(ServerMismatchError, match="qwen2"):
             SGLangEngine(pool, VersionTransport(), EngineSettings("run", 3, tmp_path / "x"))
+
+
+def test_a_layout_that_takes_no_broadcast_is_refused_at_the_start(tmp_path):
+    transport = BroadcastTransport(run_id="run", bucket_bytes=8, backend="gloo", device="cpu", timeout_seconds=1.0)
+    with FakeSGLang() as fake:
+        fake.layout = {"tp_size": 2, "pp_size": 2}
+        pool = ServerPool(
+            [PooledServer(lambda url: SGLangClient(url, vocab_size=VOCAB_SIZE, timeouts=FAST), url=fake.url)],
+            PoolSettings(),
+            model_type="llama",
+        )
+        with pytest.raises(ServerMismatchError, match=r'got 2 stages .* sync.transport = "folder"'):
+            SGLangEngine(pool, transport, EngineSettings("run", 3, tmp_path / "x"))
 
 
 def test_the_probe_asks_every_server_that_holds_the_weights(stack, tmp_path):
