@@ -83,12 +83,7 @@ def start_workers(
             return Outcome(128 + interruption.sigval, message)
         assert result is not None, "a wait without a timeout returns a result"
         del store
-        if not result.is_failed():
-            return Outcome(0)
-        exit_codes = {rank: failure.exitcode for rank, failure in result.failures.items()}
-        if STOPPED_EXIT_CODE in exit_codes.values():
-            return Outcome(STOPPED_EXIT_CODE, f"the workers were told to stop; {_CONTINUES}")
-        return Outcome(1, _first_failure(exit_codes, context.error_files))
+        return _outcome_of({rank: failure.exitcode for rank, failure in result.failures.items()}, context.error_files)
 
 
 def run_worker(work: Callable[[], None], *, threads: int = 0) -> None:
@@ -222,6 +217,15 @@ def _end(context, grace_seconds: float) -> list[int | None]:
         time.sleep(0.05)
     context.close(signal.SIGKILL, timeout=_SECONDS_TO_END)
     return [process.poll() for process in processes]
+
+
+def _outcome_of(exit_codes: Mapping[int, int], error_files: Mapping[int, str]) -> Outcome:
+    """Of workers that nobody told the launcher to end. `exit_codes`: of those that failed."""
+    if not exit_codes:
+        return Outcome(0)
+    if STOPPED_EXIT_CODE in exit_codes.values():
+        return Outcome(STOPPED_EXIT_CODE, f"the workers were told to stop; {_CONTINUES}")
+    return Outcome(1, _first_failure(exit_codes, error_files))
 
 
 def _first_failure(exit_codes: Mapping[int, int], error_files: Mapping[int, str]) -> str:
