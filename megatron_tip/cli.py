@@ -19,6 +19,7 @@ from megatron_tip.observability.logs import configure_logging
 from megatron_tip.observability.run_folder import RunFolder
 from megatron_tip.parallel.environment import is_restarted, is_worker
 from megatron_tip.parallel.launch import run_worker, start_workers
+from megatron_tip.parallel.lean_imports import lean_imports
 from megatron_tip.training.same_run import check_same_run
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -198,7 +199,8 @@ def _check(config: Config, num_workers: int, *, fresh: bool) -> None:
 
 def _train(config: Config, *, fresh: bool) -> None:
     configure_logging(int(os.environ["RANK"]))
-    from megatron_tip.training.loop import train as train_loop  # imports torch and Megatron: in the workers alone
+    with lean_imports():
+        from megatron_tip.training.loop import train as train_loop  # imports torch and Megatron: in the workers alone
 
     train_loop(config, fresh=fresh)
 

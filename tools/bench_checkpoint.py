@@ -75,6 +75,7 @@ def measure(config_path: Path, overrides: list[str], folder: Path, num_steps: in
     process = trial.start()
     ready = ready_at(trial, process, begin)
     trial.kill_all(process)
+    (folder / "continued.log").write_text(trial.log[-1])
     continued = Start(ready - begin, models_seconds(trial.log[-1]))
     print("| Checkpoints are written | Step, s | Training waits for a save, s | Share of 10 steps | MB |")
     print("|---|---|---|---|---|")
@@ -111,7 +112,7 @@ def ready_at(trial: Trial, process: subprocess.Popen[str], begin: float) -> floa
 
 
 def models_seconds(log: str) -> float:
-    found = re.search(r"models and engine are there after (\S+) s", log)
+    found = re.search(r"models and engine are there after (\S+) s,", log)
     assert found, f"no word of the models in\n{log}"
     return float(found[1])
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -97,7 +98,8 @@ def run_to_continue(
     dist.barrier()
     start = time.monotonic()
     run = build_run(config, plan, worker, timer, num_threads=config.run.threads or available_threads())
-    logger.info("models and engine are there after %.1f s", time.monotonic() - start)
+    age = time.time() - psutil.Process().create_time()
+    logger.info("models and engine are there after %.1f s, %.1f s into this process", time.monotonic() - start, age)
     if step is None:
         return run, RunProgress(), None
     progress, recorded = restore(run, files, step)

@@ -5,6 +5,7 @@ import logging
 import struct
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -95,6 +96,44 @@ def test_online_without_a_way_out_is_kept_offline(
     assert "kept offline: wandb sync" in caplog.text
     files = list((config.run.folder / "wandb").glob("offline-run-*/*.wandb"))
     assert history_of(finished_records_of(files[0]))[0]["train/loss"] == 0.25
+
+
+def test_an_online_run_is_resumed_under_its_id(
+    tmp_path: Path, no_wandb_environment: None, monkeypatch: pytest.MonkeyPatch
+):
+    asked: list[dict[str, Any]] = []
+
+    def noted(**arguments: Any) -> Any:
+        asked.append(arguments)
+        return SimpleNamespace(id=arguments["id"] or "new", finish=lambda exit_code: None)
+
+    monkeypatch.setattr(wandb, "init", noted)
+    config = config_of(tmp_path, wandb="online")
+    started(config, identities := {}).finish()
+    started(config, identities).finish()
+    assert identities == {"wandb": "new"}
+    assert [(one["mode"], one["id"], one["resume"]) for one in asked] == [
+        ("online", None, "allow"),
+        ("online", "new", "allow"),
+    ]
+
+
+def test_the_exported_student_becomes_an_artifact_on_request(tmp_path: Path, no_wandb_environment: None):
+    student = tmp_path / "hf"
+    student.mkdir()
+    (student / "config.json").write_text("{}")
+    for asks in (False, True):
+        config = config_of(tmp_path, wandb="offline", wandb_artifact=asks)
+        trackers = started(config, identities := {})
+        trackers.log_student(student)
+        trackers.finish()
+        (file,) = (config.run.folder / "wandb").glob(f"offline-run-*/run-{identities['wandb']}.wandb")
+        requests = [
+            r.request.log_artifact for r in finished_records_of(file) if r.WhichOneof("record_type") == "request"
+        ]
+        artifacts = [r.artifact for r in finished_records_of(file) if r.WhichOneof("record_type") == "artifact"]
+        artifacts += [request.artifact for request in requests if request.artifact.name]
+        assert [artifact.name for artifact in artifacts] == [f"student-{identities['wandb']}"] * asks
 
 
 def test_tensorboard_gets_scalars_text_and_picture(tmp_path: Path):
