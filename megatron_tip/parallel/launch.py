@@ -208,14 +208,16 @@ def _end(context, grace_seconds: float) -> list[int | None]:
         signal.signal(number, lambda number, _: later_signals.append(number))
     processes = [handler.proc for handler in context.subprocess_handlers.values()]
     for process in processes:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
+        process.terminate()  # the worker alone: what it started serves it until it has saved, or closed its trackers
     deadline = time.monotonic() + grace_seconds
     while any(process.poll() is None for process in processes):
         if later_signals or time.monotonic() > deadline:
             break
         time.sleep(0.05)
     context.close(signal.SIGKILL, timeout=_SECONDS_TO_END)
+    for process in processes:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     return [process.poll() for process in processes]
 
 

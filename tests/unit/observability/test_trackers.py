@@ -139,22 +139,20 @@ def test_an_online_run_is_resumed_under_its_id(
     ]
 
 
-def test_the_exported_student_becomes_an_artifact_on_request(tmp_path: Path, no_wandb_environment: None):
-    student = tmp_path / "hf"
+@pytest.mark.parametrize("asks", [True, False])
+def test_the_exported_student_becomes_an_artifact_on_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asks: bool
+):
+    student, artifacts = tmp_path / "hf", []
     student.mkdir()
     (student / "config.json").write_text("{}")
-    for asks in (False, True):
-        config = config_of(tmp_path, wandb="offline", wandb_artifact=asks)
-        trackers = started(config, identities := {})
-        trackers.log_student(student)
-        trackers.finish()
-        (file,) = (config.run.folder / "wandb").glob(f"offline-run-*/run-{identities['wandb']}.wandb")
-        requests = [
-            r.request.log_artifact for r in finished_records_of(file) if r.WhichOneof("record_type") == "request"
-        ]
-        artifacts = [r.artifact for r in finished_records_of(file) if r.WhichOneof("record_type") == "artifact"]
-        artifacts += [request.artifact for request in requests if request.artifact.name]
-        assert [artifact.name for artifact in artifacts] == [f"student-{identities['wandb']}"] * asks
+    run = SimpleNamespace(id="abc", log_artifact=artifacts.append, finish=lambda exit_code: None)
+    monkeypatch.setattr(wandb, "init", lambda **_: run)
+    trackers = started(config_of(tmp_path, wandb="offline", wandb_artifact=asks), {})
+    trackers.log_student(student)
+    trackers.finish()
+    found = [(artifact.name, artifact.type, list(artifact.manifest.entries)) for artifact in artifacts]
+    assert found == [("student-abc", "model", ["config.json"])] * asks
 
 
 def test_tensorboard_gets_scalars_text_and_picture(tmp_path: Path):
