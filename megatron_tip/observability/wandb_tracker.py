@@ -3,10 +3,8 @@
 import io
 import logging
 import os
-import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,6 @@ from PIL import Image
 from megatron_tip.config import Config
 from megatron_tip.observability.run_folder import RunFolder
 from megatron_tip.observability.token_view import TokenView, quadrant_png, response_html
-from megatron_tip.parallel.stop import STOP_SIGNALS
 
 # Read at the import: an offline run on a cluster without a way out has nobody to report wandb's own errors to.
 os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
@@ -79,42 +76,27 @@ class WandbTracker:
 
     def _init(self, config: Config, identity: str | None, mode: Any) -> Any:
         tracking = config.tracking
-        with _out_of_signals_reach():
-            return wandb.init(
-                mode=mode,
-                dir=str(self._folder.path),
-                project=tracking.wandb_project,
-                entity=tracking.wandb_entity or None,
-                name=tracking.wandb_name or self._folder.path.name,
-                tags=list(tracking.wandb_tags),
-                config=config.model_dump(mode="json"),
-                id=identity,
-                resume="allow" if mode == "online" else None,  # offline files of one id are joined by `wandb sync`
-                # The log, the machine and its GPUs are this package's own business.
-                settings=wandb.Settings(
-                    console="off",
-                    quiet=True,
-                    init_timeout=_START_SECONDS,
-                    login_timeout=_LOGIN_SECONDS,
-                    x_disable_stats=True,
-                    disable_git=True,
-                    save_code=False,
-                ),
-            )
-
-
-@contextmanager
-def _out_of_signals_reach() -> Iterator[None]:
-    """A process that is started in this block never gets the signals that tell the run to stop.
-
-    Schedulers and launchers send them to all processes of a worker; W&B's own must outlive it by the last metrics. It
-    ends with the worker, whatever becomes of that.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        return wandb.init(
+            mode=mode,
+            dir=str(self._folder.path),
+            project=tracking.wandb_project,
+            entity=tracking.wandb_entity or None,
+            name=tracking.wandb_name or self._folder.path.name,
+            tags=list(tracking.wandb_tags),
+            config=config.model_dump(mode="json"),
+            id=identity,
+            resume="allow" if mode == "online" else None,  # offline files of one id are joined by `wandb sync`
+            # The log, the machine and its GPUs are this package's own business.
+            settings=wandb.Settings(
+                console="off",
+                quiet=True,
+                init_timeout=_START_SECONDS,
+                login_timeout=_LOGIN_SECONDS,
+                x_disable_stats=True,
+                disable_git=True,
+                save_code=False,
+            ),
+        )
 
 
 def _bounded(call: Callable[[], None], seconds: float, remedy: str) -> None:

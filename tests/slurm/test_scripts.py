@@ -110,7 +110,6 @@ def test_a_run_goes_on_by_itself_after_a_requeue_and_after_a_time_limit(cluster:
     steps = [line["step"] for line in metrics_of(folder)]
     assert steps == list(range(len(steps)))
 
-    assert "tracker wandb" not in job.log(), "its process hears no signals"
     files = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
     assert len(files) == 3
     assert len({path.name for path in files}) == 1, "all starts are one run of W&B"

@@ -2,14 +2,12 @@
 
 import json
 import logging
-import signal
 import struct
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 
 from megatron_tip.config import Config
@@ -98,25 +96,6 @@ def test_online_without_a_way_out_is_kept_offline(
     assert "kept offline: wandb sync" in caplog.text
     files = list((config.run.folder / "wandb").glob("offline-run-*/*.wandb"))
     assert history_of(finished_records_of(files[0]))[0]["train/loss"] == 0.25
-
-
-def test_signals_to_all_processes_of_a_worker_leave_wandb_its_last_metrics(
-    tmp_path: Path, no_wandb_environment: None, caplog: pytest.LogCaptureFixture
-):
-    config = config_of(tmp_path, wandb="offline")
-    wandb.teardown()  # the process of an earlier test
-    trackers = started(config, {})
-    trackers.log_metrics(1, {"train/loss": 0.25})
-    services = [child for child in psutil.Process().children(recursive=True) if "wandb-core" in child.name()]
-    assert services
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        for service in services:
-            service.send_signal(number)
-    trackers.log_metrics(2, {"train/loss": 0.125})
-    trackers.finish()
-    assert not caplog.records
-    (file,) = (config.run.folder / "wandb").glob("offline-run-*/*.wandb")
-    assert [row["_step"] for row in history_of(finished_records_of(file))] == [1, 2]
 
 
 def test_an_online_run_is_resumed_under_its_id(
