@@ -89,7 +89,7 @@ def saving_of(run: RunFolder) -> Saving:
     """What is charged to a step: ending the save of the step before the last, and beginning that of the last."""
     lines = [json.loads(line) for line in run.metrics.read_text().splitlines()][1:]
     saves = [line["time/save_seconds"] for line in lines if "time/save_seconds" in line]
-    steps = [sum(line[key] for key in line if key.startswith("time/") and "save" not in key) for line in lines]
+    steps = [sum((line[key] for key in line if key.startswith("time/") and "save" not in key), 0.0) for line in lines]
     files = CheckpointFiles(run.checkpoints)
     newest = files.step_folder(files.steps()[-1])
     return Saving(steps, saves, sum(path.stat().st_size for path in newest.rglob("*") if path.is_file()))
