@@ -15,10 +15,12 @@ from megatron_tip.commands.outcome import errors_reported as _errors_reported
 from megatron_tip.commands.outcome import fail as _fail
 from megatron_tip.config import Config
 from megatron_tip.config_io import dump_config, load_config, reference
+from megatron_tip.errors import InputError
 from megatron_tip.observability.logs import configure_logging
 from megatron_tip.observability.run_folder import RunFolder
 from megatron_tip.parallel.environment import is_restarted, is_worker
 from megatron_tip.parallel.launch import run_worker, start_workers
+from megatron_tip.parallel.lean_imports import lean_imports
 from megatron_tip.training.same_run import check_same_run
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -288,7 +290,8 @@ def _check(config: Config, num_workers: int, *, fresh: bool) -> None:
 
 def _train(config: Config, *, fresh: bool) -> None:
     configure_logging(int(os.environ["RANK"]))
-    from megatron_tip.training.loop import train as train_loop  # imports torch and Megatron: in the workers alone
+    with lean_imports():
+        from megatron_tip.training.loop import train as train_loop  # imports torch and Megatron: in the workers alone
 
     train_loop(config, fresh=fresh)
 

@@ -75,6 +75,7 @@ def measure(config_path: Path, overrides: list[str], folder: Path, num_steps: in
     process = trial.start()
     ready = ready_at(trial, process, begin)
     trial.kill_all(process)
+    (folder / "continued.log").write_text(trial.log[-1])
     continued = Start(ready - begin, models_seconds(trial.log[-1]))
     print("| Checkpoints are written | Step, s | Training waits for a save, s | Share of 10 steps | MB |")
     print("|---|---|---|---|---|")
@@ -88,7 +89,7 @@ def saving_of(run: RunFolder) -> Saving:
     """What is charged to a step: ending the save of the step before the last, and beginning that of the last."""
     lines = [json.loads(line) for line in run.metrics.read_text().splitlines()][1:]
     saves = [line["time/save_seconds"] for line in lines if "time/save_seconds" in line]
-    steps = [sum(line[key] for key in line if key.startswith("time/") and "save" not in key) for line in lines]
+    steps = [sum((line[key] for key in line if key.startswith("time/") and "save" not in key), 0.0) for line in lines]
     files = CheckpointFiles(run.checkpoints)
     newest = files.step_folder(files.steps()[-1])
     return Saving(steps, saves, sum(path.stat().st_size for path in newest.rglob("*") if path.is_file()))
@@ -111,7 +112,7 @@ def ready_at(trial: Trial, process: subprocess.Popen[str], begin: float) -> floa
 
 
 def models_seconds(log: str) -> float:
-    found = re.search(r"models and engine are there after (\S+) s", log)
+    found = re.search(r"models and engine are there after (\S+) s,", log)
     assert found, f"no word of the models in\n{log}"
     return float(found[1])
 

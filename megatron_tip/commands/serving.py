@@ -1,11 +1,12 @@
-"""What slurm/'s scripts need around SGLang servers: passwords, the servers' arguments, waiting for them.
+"""What slurm/'s scripts need around SGLang servers: passwords, the model to serve, arguments, waiting for them.
 
     python -m megatron_tip.commands.serving keys FILE
+    python -m megatron_tip.commands.serving student CONFIG.toml [section.key=value ...]
     python -m megatron_tip.commands.serving arguments MODEL HOST PORT TP MEMORY_FRACTION KEYS_FILE [ARGUMENT...]
     python -m megatron_tip.commands.serving wait SECONDS URL...
 
 Passwords are written to a file that its owner alone can read, and to the standard input of the servers; never to a
-command line, an environment or a log.
+command line, an environment or a log: servers log warnings alone, as at the level below they print their arguments.
 """
 
 import json
@@ -18,7 +19,9 @@ import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_tip.errors import EngineError
+from megatron_tip.config import Config
+from megatron_tip.config_io import load_config
+from megatron_tip.errors import EngineError, MegatronTipError
 
 
 def write_keys(path: Path) -> None:
@@ -33,13 +36,36 @@ def write_keys(path: Path) -> None:
         json.dump(keys, file)
 
 
+def student_to_serve(config: Config) -> Path:
+    """Returns the directory of the student that servers are to hold.
+
+    Where layers are left out on the way in, it is a description without weights in the run's folder: all weights come
+    with the first sync.
+    """
+    if not config.model.drop_layers:
+        return config.model.path
+    import torch  # late: the scripts' other needs are met without its seconds
+
+    from megatron_tip.conversion.model_folder import new_folder
+    from megatron_tip.conversion.safetensors_io import HfCheckpoint
+
+    name = config.rollout.dtype if config.rollout.dtype != "auto" else config.model.dtype
+    target = config.run.folder.absolute() / "servers" / "model"
+    with new_folder(target, overwrite=True) as folder:
+        student = HfCheckpoint(config.model.path, config.model.drop_layers)
+        student.write_description(folder, torch.float32 if name == "float32" else torch.bfloat16)
+    return target
+
+
 def server_arguments(
     model: str, host: str, port: int, tp_size: int, memory_fraction: float, keys: dict[str, str]
 ) -> list[str]:
     """Returns SGLang's arguments of a server for `megatron_tip.rollout.sglang_main`, which reads them as JSON.
 
-    Prompts and responses travel as token ids, so the server needs no tokenizer. `host`: where it listens; nowhere else.
+    Prompts and responses travel as token ids, so the server needs no tokenizer. `model`: a directory; one without
+    weights is served with random ones. `host`: where it listens; nowhere else.
     """
+    has_weights = any(Path(model).glob("*.safetensors"))
     pairs = {
         "--model-path": model,
         "--host": host,
@@ -48,6 +74,8 @@ def server_arguments(
         "--mem-fraction-static": f"{memory_fraction:g}",
         "--api-key": keys["api"],
         "--admin-api-key": keys["admin"],
+        "--log-level": "warning",
+        **({} if has_weights else {"--load-format": "dummy"}),
     }
     flags = ["--skip-tokenizer-init", "--incremental-streaming-output"]
     return [part for pair in pairs.items() for part in pair] + flags
@@ -80,10 +108,12 @@ def _is_healthy(url: str) -> bool:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Runs one of the three commands."""
+    """Runs one of the commands."""
     match arguments:
         case ["keys", path]:
             write_keys(Path(path))
+        case ["student", config_path, *overrides]:
+            print(student_to_serve(load_config(Path(config_path), overrides)))
         case ["arguments", model, host, port, tp_size, memory_fraction, keys_file, *further]:
             keys = json.loads(Path(keys_file).read_text())
             own = server_arguments(model, host, int(port), int(tp_size), float(memory_fraction), keys)
@@ -97,5 +127,5 @@ def main(arguments: Sequence[str]) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except EngineError as error:
+    except MegatronTipError as error:
         sys.exit(f"error: {error}")

@@ -83,12 +83,7 @@ def start_workers(
             return Outcome(128 + interruption.sigval, message)
         assert result is not None, "a wait without a timeout returns a result"
         del store
-        if not result.is_failed():
-            return Outcome(0)
-        exit_codes = {rank: failure.exitcode for rank, failure in result.failures.items()}
-        if STOPPED_EXIT_CODE in exit_codes.values():
-            return Outcome(STOPPED_EXIT_CODE, f"the workers were told to stop; {_CONTINUES}")
-        return Outcome(1, _first_failure(exit_codes, context.error_files))
+        return _outcome_of({rank: failure.exitcode for rank, failure in result.failures.items()}, context.error_files)
 
 
 def run_worker(work: Callable[[], None], *, threads: int = 0) -> None:
@@ -213,15 +208,26 @@ def _end(context, grace_seconds: float) -> list[int | None]:
         signal.signal(number, lambda number, _: later_signals.append(number))
     processes = [handler.proc for handler in context.subprocess_handlers.values()]
     for process in processes:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
+        process.terminate()  # the worker alone: what it started serves it until it has saved, or closed its trackers
     deadline = time.monotonic() + grace_seconds
     while any(process.poll() is None for process in processes):
         if later_signals or time.monotonic() > deadline:
             break
         time.sleep(0.05)
     context.close(signal.SIGKILL, timeout=_SECONDS_TO_END)
+    for process in processes:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     return [process.poll() for process in processes]
+
+
+def _outcome_of(exit_codes: Mapping[int, int], error_files: Mapping[int, str]) -> Outcome:
+    """Of workers that nobody told the launcher to end. `exit_codes`: of those that failed."""
+    if not exit_codes:
+        return Outcome(0)
+    if STOPPED_EXIT_CODE in exit_codes.values():
+        return Outcome(STOPPED_EXIT_CODE, f"the workers were told to stop; {_CONTINUES}")
+    return Outcome(1, _first_failure(exit_codes, error_files))
 
 
 def _first_failure(exit_codes: Mapping[int, int], error_files: Mapping[int, str]) -> str:

@@ -71,9 +71,9 @@ def dry_run(config: Config, world_size: int, *, gpu_memory_gib: float) -> DryRun
     check_settings(config, {"student": student.max_position_embeddings, "teacher": teacher.max_position_embeddings})
     check_trackers(config.tracking)
     check_teacher(config, make_selector(config), elsewhere=True)
-    check_served(config, (student.vocab_size, teacher.vocab_size), elsewhere=True)
     if notes:
         notes += _check_tokenizers(config, models)
+    check_served(config, (student.vocab_size, teacher.vocab_size), elsewhere=True)
     missing = [path for path in (config.prompts.path, config.rollout.replay_folder) if path and not path.exists()]
     notes += [f"{path} is not on this machine" for path in missing]
     if not notes:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -20,7 +21,7 @@ from megatron_tip.observability.progress import ProgressDisplay
 from megatron_tip.observability.report import write_report
 from megatron_tip.observability.run_folder import RunFolder, Sample
 from megatron_tip.observability.timing import PhaseTimer
-from megatron_tip.parallel.distributed import destroy_distributed, init_distributed
+from megatron_tip.parallel.distributed import Worker, destroy_distributed, init_distributed
 from megatron_tip.parallel.environment import available_threads
 from megatron_tip.parallel.launch import end_worker_with, failures_on_record
 from megatron_tip.parallel.stop import StopRequested
@@ -32,7 +33,7 @@ from megatron_tip.training.heldout import heldout_metric, measure_heldout
 from megatron_tip.training.observers import RunObservers
 from megatron_tip.training.plan import RunPlan, plan_run
 from megatron_tip.training.progress import Heldout, RunProgress
-from megatron_tip.training.recorder import RunRecorder
+from megatron_tip.training.recorder import RecorderState, RunRecorder
 from megatron_tip.training.resume import newest_whole, restore
 from megatron_tip.training.run import TrainingRun
 from megatron_tip.training.same_run import check_same_run
@@ -69,18 +70,9 @@ def train(config: Config, *, fresh: bool = False) -> None:
     display = ProgressDisplay(config.training.steps, enabled=rank == 0)
     observers = RunObservers(config, plan, folder, worker)
     timer = PhaseTimer(worker.device, on_enter=display.show_phase, on_exit=observers.on_phase)
-    step = newest_whole(files, worker.device)
-    if rank == 0 and step is None:
-        folder.clear()
-    dist.barrier()
-    start = time.monotonic()
-    run = build_run(config, plan, worker, timer, num_threads=config.run.threads or available_threads())
-    logger.info("models and engine are there after %.1f s", time.monotonic() - start)
-    progress, recorded = restore(run, files, step) if step is not None else (RunProgress(), None)
+    run, progress, recorded = run_to_continue(config, plan, worker, timer, folder, files)
     if rank == 0:
         folder.write_config(config)
-    if step is not None:
-        logger.info("continuing behind step %d", step)
     watchdog = HangWatchdog(
         folder.stacks, rank, timeout_seconds=config.fault.step_timeout_seconds, on_hang=end_worker_with
     )
@@ -91,6 +83,28 @@ def train(config: Config, *, fresh: bool = False) -> None:
             before, after = run_steps(run, recorder, checkpointer, watchdog, progress)
         finish_run(run, plan, folder, recorder, observers, before, after)
     destroy_distributed()
+
+
+def run_to_continue(
+    config: Config, plan: RunPlan, worker: Worker, timer: PhaseTimer, folder: RunFolder, files: CheckpointFiles
+) -> tuple[TrainingRun, RunProgress, RecorderState | None]:
+    """The run with where it stood in its newest whole checkpoint; without one, a new run in a folder that is cleared.
+
+    Collective over the world. Errors as of `newest_whole`, `build_run` and `restore`.
+    """
+    step = newest_whole(files, worker.device)
+    if worker.rank == 0 and step is None:
+        folder.clear()
+    dist.barrier()
+    start = time.monotonic()
+    run = build_run(config, plan, worker, timer, num_threads=config.run.threads or available_threads())
+    age = time.time() - psutil.Process().create_time()
+    logger.info("models and engine are there after %.1f s, %.1f s into this process", time.monotonic() - start, age)
+    if step is None:
+        return run, RunProgress(), None
+    progress, recorded = restore(run, files, step)
+    logger.info("continuing behind step %d", step)
+    return run, progress, recorded
 
 
 @contextmanager

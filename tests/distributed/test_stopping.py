@@ -46,7 +46,7 @@ def save_badly(config: Config, folder: Path) -> list[Any]:
     take_step(run, 1)
     checkpointer, summed = checkpointer_of(run, files), checkpoint.synced_checksums
 
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise OSError(5, "Input/output error")
 
     if dist.get_rank() == 1:

@@ -17,15 +17,15 @@ def config_of(models: Path, folder: Path) -> Config:
     return make_pruned_run(
         models,
         folder,
-        steps=12,
-        heldout={"num_samples": 2, "every_steps": 5},
+        steps=8,
+        heldout={"num_samples": 2, "every_steps": 3},
         optimizer={"clip_grad": 1.0},
     )
 
 
 def wait_for_moment(workers: Workers, folder: Path, draw: random.Random, *, in_save: bool) -> None:
     """Returns at a random moment of the run, from its first import to its last file; or in the middle of a save."""
-    deadline = time.monotonic() + draw.uniform(0.0, 4.0)
+    deadline = time.monotonic() + draw.uniform(0.0, 3.0)
     while workers.is_alive() and (in_save or time.monotonic() < deadline):
         if in_save and next(folder.glob("checkpoints/.step_*.partial"), None):
             time.sleep(draw.uniform(0.0, 0.02))

@@ -38,7 +38,7 @@ class Health(http.server.BaseHTTPRequestHandler):
 
 if sys.argv[1] == "serve":
     arguments = json.loads(sys.stdin.readline())
-    options = dict(zip(arguments[:14:2], arguments[1:14:2]), further=arguments[14:])
+    options = dict(zip(arguments[:18:2], arguments[1:18:2]), further=arguments[18:])
     server = http.server.ThreadingHTTPServer((options["--host"], int(options["--port"])), Health)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     gpus = os.environ["CUDA_VISIBLE_DEVICES"]
@@ -67,7 +67,7 @@ def note(folder: Path, name: str):
 
 
 def test_servers_get_nodes_of_their_own_and_the_trainer_their_urls(
-    cluster: SlurmCluster, config_path: Path, models: Path, stand_ins: dict[str, str]
+    cluster: SlurmCluster, config_path: Path, stand_ins: dict[str, str]
 ):
     script = SLURM / "train_disaggregated.sbatch"
     env = stand_ins | {"TIP_SGLANG_ARGUMENTS": "--log-level error"}
@@ -88,7 +88,9 @@ def test_servers_get_nodes_of_their_own_and_the_trainer_their_urls(
     keys = json.loads(keys_file.read_text())
     assert keys_file.stat().st_mode & 0o077 == 0
     options = server["options"]
-    assert options["--model-path"] == f"{models}/student"
+    described = folder / "run" / "servers" / "model"  # the student has lost two layers
+    assert (options["--model-path"], options["--load-format"]) == (str(described), "dummy")
+    assert json.loads((described / "config.json").read_text())["num_hidden_layers"] == 4
     assert (options["--api-key"], options["--admin-api-key"]) == (keys["api"], keys["admin"])
     assert options["--mem-fraction-static"] == "0.85"
     assert options["further"][-2:] == ["--log-level", "error"]
@@ -126,9 +128,7 @@ esac
 
 
 @pytest.mark.sglang
-def test_a_run_with_nodes_for_its_rollouts_and_its_teacher(
-    cluster: SlurmCluster, config_path: Path, models: Path, tmp_path: Path
-):
+def test_a_run_with_nodes_for_its_rollouts_and_its_teacher(cluster: SlurmCluster, config_path: Path, tmp_path: Path):
     """Real servers of both, on the CPU: the trainer's node trains on what two others generate and score."""
     settings = {**CPU_ENVIRONMENT, "PYTHONPATH": f"{CPU_SHIM}:{SLURM.parent}"}
     wrapper = tmp_path / "python"

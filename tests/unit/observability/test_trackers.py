@@ -5,6 +5,7 @@ import logging
 import struct
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -95,6 +96,42 @@ def test_online_without_a_way_out_is_kept_offline(
     assert "kept offline: wandb sync" in caplog.text
     files = list((config.run.folder / "wandb").glob("offline-run-*/*.wandb"))
     assert history_of(finished_records_of(files[0]))[0]["train/loss"] == 0.25
+
+
+def test_an_online_run_is_resumed_under_its_id(
+    tmp_path: Path, no_wandb_environment: None, monkeypatch: pytest.MonkeyPatch
+):
+    asked: list[dict[str, Any]] = []
+
+    def noted(**arguments: Any) -> Any:
+        asked.append(arguments)
+        return SimpleNamespace(id=arguments["id"] or "new", finish=lambda exit_code: None)
+
+    monkeypatch.setattr(wandb, "init", noted)
+    config = config_of(tmp_path, wandb="online")
+    started(config, identities := {}).finish()
+    started(config, identities).finish()
+    assert identities == {"wandb": "new"}
+    assert [(one["mode"], one["id"], one["resume"]) for one in asked] == [
+        ("online", None, "allow"),
+        ("online", "new", "allow"),
+    ]
+
+
+@pytest.mark.parametrize("asks", [True, False])
+def test_the_exported_student_becomes_an_artifact_on_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asks: bool
+):
+    student, artifacts = tmp_path / "hf", []
+    student.mkdir()
+    (student / "config.json").write_text("{}")
+    run = SimpleNamespace(id="abc", log_artifact=artifacts.append, finish=lambda exit_code: None)
+    monkeypatch.setattr(wandb, "init", lambda **_: run)
+    trackers = started(config_of(tmp_path, wandb="offline", wandb_artifact=asks), {})
+    trackers.log_student(student)
+    trackers.finish()
+    found = [(artifact.name, artifact.type, list(artifact.manifest.entries)) for artifact in artifacts]
+    assert found == [("student-abc", "model", ["config.json"])] * asks
 
 
 def test_tensorboard_gets_scalars_text_and_picture(tmp_path: Path):
