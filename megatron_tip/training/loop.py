@@ -3,8 +3,9 @@
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from megatron_tip.training.plan import RunPlan, plan_run
 from megatron_tip.training.progress import Heldout, RunProgress
 from megatron_tip.training.recorder import RunRecorder
 from megatron_tip.training.resume import newest_whole, restore
-from megatron_tip.training.run import TrainingRun
+from megatron_tip.training.run import Gauge, TrainingRun
 from megatron_tip.training.same_run import check_same_run
 from megatron_tip.training.setup import build_run, coarser_dtype
 from megatron_tip.training.step import SKIPPED_NOT_FINITE, train_step
@@ -47,10 +48,15 @@ it was given as its own teacher.
 """
 
 
-def train(config: Config, *, fresh: bool = False) -> None:
+def train(
+    config: Config, *, fresh: bool = False, make_gauge: Callable[[TrainingRun, RunPlan], Gauge] | None = None
+) -> None:
     """Runs `config` as one worker of its world. Every rank calls it; rank 0 writes the run's files.
 
     An unfinished run in the folder is continued from its newest whole checkpoint; with `fresh` it is removed.
+
+    Args:
+        make_gauge: builds what else is measured, once the models are; `diagnostics`, which knows banks, lies above.
 
     Raises:
         MegatronTipError: what a user can mend; before the first collective where it can be known by then.
@@ -73,6 +79,8 @@ def train(config: Config, *, fresh: bool = False) -> None:
         folder.clear()
     dist.barrier()
     run = build_run(config, plan, worker, timer, num_threads=config.run.threads or available_threads())
+    if make_gauge is not None:
+        run = replace(run, gauge=make_gauge(run, plan))
     progress, recorded = restore(run, files, step) if step is not None else (RunProgress(), None)
     if rank == 0:
         folder.write_config(config)
@@ -186,6 +194,9 @@ def record_step(run: TrainingRun, recorder: RunRecorder, progress: RunProgress) 
             reverse_kl, rollouts = measure_heldout(run, step)
         heldout = Heldout(reverse_kl, rollouts[: run.config.heldout.num_samples])
         metrics = metrics | {heldout_metric(run): reverse_kl}
+    if run.gauge is not None:
+        with run.timer.phase("diagnose"):
+            metrics = metrics | run.gauge(step)
     recorder.record(step, metrics | run.timer.step_metrics(), run.views.latest)
     progress.unrecorded = None
     if step == 0:
