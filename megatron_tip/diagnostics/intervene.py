@@ -175,7 +175,7 @@ def run_arm(run: TrainingRun, start: StudentStart, state: SeedState, arm: Arm) -
         after=_sums(after, lengths),
         num_valid=sum(int(values["selection/num_valid"]) for values in metrics),
         num_selected=sum(int(values["selection/num_selected"]) for values in metrics),
-        metrics={name: float(np.mean([values[name] for values in metrics])) for name in sorted(metrics[0])},
+        metrics=_means(metrics),
         cpu_seconds=time.process_time() - began,
     )
 
@@ -265,6 +265,12 @@ def _agreed_done(file: ArmsFile, run: TrainingRun) -> list[str]:
     """The arms that the file holds, as rank 0 reads it, on every rank."""
     names = [str(result.arm) for result in file.read()] if dist.get_rank() == 0 else None
     return broadcast_json(names, source=0, device=run.device)
+
+
+def _means(steps: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Each metric's mean over the steps that have it."""
+    names = sorted(set().union(*steps))
+    return {name: float(np.mean([values[name] for values in steps if name in values])) for name in names}
 
 
 def _sums(values: Tensor, lengths: Sequence[int]) -> list[float]:
