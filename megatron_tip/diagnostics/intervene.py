@@ -98,8 +98,7 @@ def intervene(opened: Session, bank: ContextBank, file: ArmsFile) -> None:
     Collective over the world; rank 0 writes.
     """
     run, config = opened.run, opened.run.config
-    if dist.get_rank() == 0:
-        file.begin(comparable_settings(config, opened, bank))
+    file.begin(comparable_settings(config, opened, bank), writes=dist.get_rank() == 0)
     arms = planned_arms(config)
     done = _agreed_done(file, run)
     todo = [arm for arm in arms if str(arm) not in done]
