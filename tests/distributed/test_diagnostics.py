@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -47,10 +48,11 @@ def observe(config: Config, contexts: list[Rollout]) -> Observed:
     return Observed({name: values.numpy() for name, values in columns.items()}, results)
 
 
-def config_of(models: Path, layout: Layout) -> Config:
+def config_of(models: Path, layout: Layout, **sections: dict[str, Any]) -> Config:
     return make_config(
         models,
         layout,
+        **sections,
         rollout={"prompts_per_step": 2, "max_response_tokens": 16},
         heldout={"num_prompts": 3},
         training={"steps": 2, "max_tokens_per_micro_batch": 48},
@@ -87,6 +89,15 @@ def test_every_arm_begins_from_the_same_start(single):
     assert first.after == again.after
     assert first.before == again.before
     assert len({tuple(result.after) for result in single.results}) == len(ARMS)
+
+
+def test_the_start_is_restored_with_a_distributed_optimizer_in_bfloat16(models, tmp_path):
+    """The optimizer steps float32 copies of the weights there, and each replica holds a part of them."""
+    config = config_of(models, Layout(2), optimizer={"lr": 1e-2, "distributed": True}, model={"dtype": "bfloat16"})
+    for observed in run_workers(observe, 2, tmp_path, config, CONTEXTS):
+        first, _, _, again = observed.results
+        assert first.after == again.after
+        assert first.after != first.before
 
 
 def test_an_arm_trains_on_an_exact_budget_and_measures_elsewhere(models, single):
