@@ -24,7 +24,7 @@ from megatron_tip.diagnostics.score import FrozenContexts, forward_kl, freeze, s
 from megatron_tip.diagnostics.scores import scores_of, write_scores
 from megatron_tip.diagnostics.session import Session
 from megatron_tip.diagnostics.snapshot import StudentStart
-from megatron_tip.errors import InputError
+from megatron_tip.errors import InputError, NotFiniteError
 from megatron_tip.parallel.collectives import broadcast_json
 from megatron_tip.records import TokenStatistics
 from megatron_tip.training.metrics import supervision_metrics
@@ -95,7 +95,8 @@ def split_of(config: Config, bank: ContextBank, seed: int) -> Split:
 def intervene(opened: Session, bank: ContextBank, file: ArmsFile) -> None:
     """Runs every arm that `file` does not hold yet; after each plain distillation the whole bank is scored.
 
-    Collective over the world; rank 0 writes.
+    An arm whose loss or gradient is not finite is named in the log and left out. Collective over the world; rank 0
+    writes.
     """
     run, config = opened.run, opened.run.config
     file.begin(comparable_settings(config, opened, bank), writes=dist.get_rank() == 0)
@@ -110,7 +111,11 @@ def intervene(opened: Session, bank: ContextBank, file: ArmsFile) -> None:
             start.restore()
             states[arm.seed] = prepare_seed(run, bank, split_of(config, bank, arm.seed))
         state = states[arm.seed]
-        result = run_arm(run, start, state, arm)
+        try:
+            result = run_arm(run, start, state, arm)
+        except NotFiniteError as error:  # on every rank
+            logger.warning("%s is left out: %s", arm, error)
+            continue
         if arm.rule == "full":
             whole = whole or freeze(run, bank.contexts)
             score_after(opened, bank, whole, state.split, arm)

@@ -20,7 +20,7 @@ from megatron_tip.observability.progress import ProgressDisplay
 from megatron_tip.observability.report import write_report
 from megatron_tip.observability.run_folder import RunFolder, Sample
 from megatron_tip.observability.timing import PhaseTimer
-from megatron_tip.parallel.distributed import destroy_distributed, init_distributed
+from megatron_tip.parallel.distributed import Worker, destroy_distributed, init_distributed
 from megatron_tip.parallel.environment import available_threads
 from megatron_tip.parallel.launch import end_worker_with
 from megatron_tip.parallel.stop import StopRequested
@@ -69,18 +69,12 @@ def train(
     if not fresh:
         check_same_run(config)
     worker = init_distributed(timeout_seconds=collective_timeout_seconds(config.fault))
-    if rank == 0 and fresh:
-        folder.clear()
     display = ProgressDisplay(config.training.steps, enabled=rank == 0)
     observers = RunObservers(config, plan, folder, worker)
     timer = PhaseTimer(worker.device, on_enter=display.show_phase, on_exit=observers.on_phase)
-    step = newest_whole(files, worker.device)
-    if rank == 0 and step is None:
-        folder.clear()
-    dist.barrier()
+    step = step_to_continue(folder, files, worker, fresh=fresh)
     run = build_run(config, plan, worker, timer, num_threads=config.run.threads or available_threads())
-    if make_gauge is not None:
-        run = replace(run, gauge=make_gauge(run, plan))
+    run = replace(run, gauge=make_gauge and make_gauge(run, plan))
     progress, recorded = restore(run, files, step) if step is not None else (RunProgress(), None)
     if rank == 0:
         folder.write_config(config)
@@ -96,6 +90,17 @@ def train(
             before, after = run_steps(run, recorder, checkpointer, watchdog, progress)
         finish_run(run, plan, folder, recorder, observers, before, after)
     destroy_distributed()
+
+
+def step_to_continue(folder: RunFolder, files: CheckpointFiles, worker: Worker, *, fresh: bool) -> int | None:
+    """The step of the newest whole checkpoint; None for a new run, whose folder is cleared. Collective."""
+    if worker.rank == 0 and fresh:
+        folder.clear()
+    step = newest_whole(files, worker.device)
+    if worker.rank == 0 and step is None:
+        folder.clear()
+    dist.barrier()
+    return step
 
 
 @contextmanager
