@@ -121,8 +121,14 @@ def intervene(opened: Session, bank: ContextBank, file: ArmsFile) -> None:
             score_after(opened, bank, whole, state.split, arm)
         if dist.get_rank() == 0:
             file.append(result)
+            place, total = f"{len(done) + 1} of {len(arms)}", time.process_time()
             logger.info(
-                "%d of %d: %s: G %+.4f, %.1f s of CPU", len(done) + 1, len(arms), arm, result.gain, result.cpu_seconds
+                "%s: %s: G %+.4f; %.1f s of CPU, %.0f since the start",
+                place,
+                arm,
+                result.gain,
+                result.cpu_seconds,
+                total,
             )
         done.append(str(arm))
 
