@@ -47,12 +47,13 @@ def bank(config_path: ConfigPath, overrides: Overrides = None, nproc: Nproc = No
         def work() -> None:
             from megatron_tip.diagnostics.freeze import bank_config, generated_bank
             from megatron_tip.diagnostics.session import bank_folder, session
+            from megatron_tip.training.loop import engine_closed
 
             if config.diagnostics.rollouts is not None:
                 if os.environ["RANK"] == "0":
                     _say_bank(_bank_of_rollouts(config))
                 return
-            with session(bank_config(config), generates=True) as opened:
+            with session(bank_config(config), generates=True) as opened, engine_closed(opened.run):
                 made = generated_bank(opened.run, opened.plan, bank_folder(config))
                 if made is not None:
                     _say_bank(made)

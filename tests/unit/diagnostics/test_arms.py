@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from megatron_tip.config import Config
 from megatron_tip.diagnostics.arms import Arm, ArmResult, ArmsFile, planned_arms
@@ -93,3 +94,16 @@ def test_gain_is_a_mean_over_tokens_not_over_contexts():
     uneven = ArmResult(RESULT.arm, [0], [1, 2], [1, 9], [1.0, 9.0], [0.0, 9.0], 8, 1, {}, 0.5)
     assert uneven.gain == pytest.approx(0.1)
     assert np.isfinite(RESULT.gain)
+
+
+@pytest.mark.parametrize(
+    "section, message",
+    [
+        ({"every_steps": 5}, "diagnostics.bank"),
+        ({"support_sizes": (8, 8)}, "support_sizes"),
+        ({"retention_ratios": (0.0,)}, "retention_ratios"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(section, message):
+    with pytest.raises(ValidationError, match=message):
+        config(**section)
