@@ -8,12 +8,13 @@ SGLANG := $(VENV)/.sglang-cpu
 EVAL := .venv-eval/.installed
 SMOLLM2 := .cache/quickstart/SmolLM2-135M-Instruct
 RUN ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
+STUDY ?= runs/fixed_context_study
 
 # They are meant for the CPU, also on a machine with a GPU.
-quickstart quickstart-sglang test: export CUDA_VISIBLE_DEVICES :=
+quickstart quickstart-sglang study test: export CUDA_VISIBLE_DEVICES :=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart quickstart-sglang test lint format install sglang-cpu eval
+.PHONY: quickstart quickstart-sglang study test lint format install sglang-cpu eval
 .DELETE_ON_ERROR:
 
 quickstart: $(INSTALLED) $(SMOLLM2)/.converted
@@ -24,6 +25,20 @@ quickstart-sglang: $(INSTALLED) $(SGLANG) $(SMOLLM2)/.converted
 
 test: $(INSTALLED) $(SGLANG) $(SMOLLM2)/.converted
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
+
+# Bank and scores are files that are made once; the arms go on behind the last one that ended.
+DIAGNOSE = $(BIN)/megatron-tip diagnose
+STUDIED = examples/fixed_context_study/study.toml run.folder=$(STUDY)/arms diagnostics.bank=$(STUDY)/bank
+
+study: $(STUDY)/bank/scores/start.parquet
+	$(DIAGNOSE) intervene $(STUDIED)
+	$(DIAGNOSE) report $(STUDY)/bank --arms $(STUDY)/arms --out $(STUDY)/tables --page docs/fixed_context_study.md
+
+$(STUDY)/bank/scores/start.parquet: | $(STUDY)/bank/manifest.json
+	$(DIAGNOSE) score $(STUDIED)
+
+$(STUDY)/bank/manifest.json: | $(INSTALLED) $(SMOLLM2)/.converted
+	$(DIAGNOSE) bank $(STUDIED)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

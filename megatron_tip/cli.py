@@ -283,7 +283,11 @@ def _dry_run(config: Config, world_size: int, gpu_memory: float, *, shows_config
 def _check(config: Config, num_workers: int, *, fresh: bool) -> None:
     from megatron_tip.training.plan import plan_run  # imports torch and transformers, not Megatron
 
-    plan_run(config, num_workers)
+    plan = plan_run(config, num_workers)
+    if config.diagnostics.every_steps:
+        from megatron_tip.diagnostics.session import open_bank  # imports Megatron
+
+        open_bank(config, plan)
     if not fresh:
         check_same_run(config)
 
@@ -293,7 +297,12 @@ def _train(config: Config, *, fresh: bool) -> None:
     with lean_imports():
         from megatron_tip.training.loop import train as train_loop  # imports torch and Megatron: in the workers alone
 
-    train_loop(config, fresh=fresh)
+    if not config.diagnostics.every_steps:
+        train_loop(config, fresh=fresh)
+        return
+    from megatron_tip.diagnostics.gauge import make_gauge
+
+    train_loop(config, fresh=fresh, make_gauge=make_gauge)
 
 
 def _default_num_workers(config: Config) -> int:

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -46,12 +47,13 @@ def bank(config_path: ConfigPath, overrides: Overrides = None, nproc: Nproc = No
         def work() -> None:
             from megatron_tip.diagnostics.freeze import bank_config, generated_bank
             from megatron_tip.diagnostics.session import bank_folder, session
+            from megatron_tip.training.loop import engine_closed
 
             if config.diagnostics.rollouts is not None:
                 if os.environ["RANK"] == "0":
                     _say_bank(_bank_of_rollouts(config))
                 return
-            with session(bank_config(config), generates=True) as opened:
+            with session(bank_config(config), generates=True) as opened, engine_closed(opened.run):
                 made = generated_bank(opened.run, opened.plan, bank_folder(config))
                 if made is not None:
                     _say_bank(made)
@@ -79,7 +81,8 @@ def score(
                 score_checkpoint(opened, open_bank(config, opened.plan), name)
 
         options = ["--name", name, *(["--checkpoint", str(checkpoint)] if checkpoint else [])]
-        _in_workers(["score", str(config_path), *(overrides or []), *options], config, work, nproc, _check_bank)
+        check = partial(_check_bank, checkpoint=checkpoint)
+        _in_workers(["score", str(config_path), *(overrides or []), *options], config, work, nproc, check)
 
 
 @diagnose.command()
@@ -127,7 +130,8 @@ def intervene(
                 run_arms(opened, open_bank(config, opened.plan), ArmsFile(config.run.folder))
 
         options = ["--checkpoint", str(checkpoint)] if checkpoint else []
-        _in_workers(["intervene", str(config_path), *(overrides or []), *options], config, work, nproc, _check_arms)
+        check = partial(_check_arms, checkpoint=checkpoint)
+        _in_workers(["intervene", str(config_path), *(overrides or []), *options], config, work, nproc, check)
 
 
 @diagnose.command()
@@ -158,7 +162,7 @@ def _in_workers(
     config: Config,
     work: Callable[[], None],
     nproc: int | None,
-    check: Callable[[Config, int], None],
+    check: Callable[[Config, int], object],
 ) -> None:
     """Runs `work` in each worker: joins a world that exists, or checks and starts one on this machine."""
 
@@ -189,20 +193,21 @@ def _check_new_bank(config: Config, num_workers: int) -> None:
     plan_run(bank_config(config), num_workers)
 
 
-def _check_bank(config: Config, num_workers: int) -> None:
-    from megatron_tip.diagnostics.session import open_bank
+def _check_bank(config: Config, num_workers: int, *, checkpoint: Path | None):
+    from megatron_tip.diagnostics.session import open_bank, resolve_checkpoint
     from megatron_tip.training.plan import plan_run
 
-    open_bank(config, plan_run(config, num_workers))
+    plan = plan_run(config, num_workers)
+    if checkpoint is not None:
+        resolve_checkpoint(checkpoint, plan)
+    return open_bank(config, plan)
 
 
-def _check_arms(config: Config, num_workers: int) -> None:
+def _check_arms(config: Config, num_workers: int, *, checkpoint: Path | None) -> None:
     from megatron_tip.diagnostics.arms import planned_arms
     from megatron_tip.diagnostics.intervene import check_arms
-    from megatron_tip.diagnostics.session import open_bank
-    from megatron_tip.training.plan import plan_run
 
-    check_arms(config, open_bank(config, plan_run(config, num_workers)), planned_arms(config))
+    check_arms(config, _check_bank(config, num_workers, checkpoint=checkpoint), planned_arms(config))
 
 
 def _bank_of_rollouts(config: Config):

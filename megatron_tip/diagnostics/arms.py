@@ -84,16 +84,18 @@ class ArmsFile:
         self._path = folder / "arms.jsonl"
         self._settings = folder / "settings.json"
 
-    def begin(self, settings: dict[str, Any]) -> None:
+    def begin(self, settings: dict[str, Any], *, writes: bool = True) -> None:
         """Makes the folder, or accepts it where it holds arms of the same settings; a broken last line is cut off.
+
+        Args:
+            writes: False: only looks; for all ranks but one.
 
         Raises:
             ConfigError: arms of other settings lie there.
         """
-        with output_errors(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
         settings = json.loads(json.dumps(settings))
-        if self._settings.exists():
+        exists = self._settings.exists()
+        if exists:
             before = json.loads(self._settings.read_text())
             if changed := sorted(key for key in {*before, *settings} if before.get(key) != settings.get(key)):
                 raise ConfigError(
@@ -101,9 +103,12 @@ class ArmsFile:
                     "give another run.folder: "
                     + "; ".join(f"{key}: {before.get(key)!r}, now {settings.get(key)!r}" for key in changed)
                 )
-            atomic_write_text(self._path, "".join(self._whole_lines()))
-        else:
-            atomic_write_text(self._path, "")
+        if not writes:
+            return
+        with output_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(self._path, "".join(self._whole_lines()) if exists else "")
+        if not exists:
             atomic_write_text(self._settings, json.dumps(settings, indent=1) + "\n")
 
     def read(self) -> list[ArmResult]:

@@ -74,7 +74,10 @@ def generated_bank(run: TrainingRun, plan: RunPlan, folder: Path) -> ContextBank
 
 def distinct(prompts: Sequence[Prompt]) -> list[Prompt]:
     """The first prompt of each text: contexts of one prompt are not independent of each other."""
-    return list({prompt.prompt_ids: prompt for prompt in reversed(prompts)}.values())[::-1]
+    found: dict[tuple[int, ...], Prompt] = {}
+    for prompt in prompts:
+        found.setdefault(prompt.prompt_ids, prompt)
+    return list(found.values())
 
 
 def cut_contexts(rollouts: Iterable[Rollout], num_contexts: int, max_tokens: int) -> list[Rollout]:

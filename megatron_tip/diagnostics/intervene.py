@@ -24,7 +24,7 @@ from megatron_tip.diagnostics.score import FrozenContexts, forward_kl, freeze, s
 from megatron_tip.diagnostics.scores import scores_of, write_scores
 from megatron_tip.diagnostics.session import Session
 from megatron_tip.diagnostics.snapshot import StudentStart
-from megatron_tip.errors import InputError
+from megatron_tip.errors import InputError, NotFiniteError
 from megatron_tip.parallel.collectives import broadcast_json
 from megatron_tip.records import TokenStatistics
 from megatron_tip.training.metrics import supervision_metrics
@@ -95,11 +95,11 @@ def split_of(config: Config, bank: ContextBank, seed: int) -> Split:
 def intervene(opened: Session, bank: ContextBank, file: ArmsFile) -> None:
     """Runs every arm that `file` does not hold yet; after each plain distillation the whole bank is scored.
 
-    Collective over the world; rank 0 writes.
+    An arm whose loss or gradient is not finite is named in the log and left out. Collective over the world; rank 0
+    writes.
     """
     run, config = opened.run, opened.run.config
-    if dist.get_rank() == 0:
-        file.begin(comparable_settings(config, opened, bank))
+    file.begin(comparable_settings(config, opened, bank), writes=dist.get_rank() == 0)
     arms = planned_arms(config)
     done = _agreed_done(file, run)
     todo = [arm for arm in arms if str(arm) not in done]
@@ -111,14 +111,24 @@ def intervene(opened: Session, bank: ContextBank, file: ArmsFile) -> None:
             start.restore()
             states[arm.seed] = prepare_seed(run, bank, split_of(config, bank, arm.seed))
         state = states[arm.seed]
-        result = run_arm(run, start, state, arm)
+        try:
+            result = run_arm(run, start, state, arm)
+        except NotFiniteError as error:  # on every rank
+            logger.warning("%s is left out: %s", arm, error)
+            continue
         if arm.rule == "full":
             whole = whole or freeze(run, bank.contexts)
             score_after(opened, bank, whole, state.split, arm)
         if dist.get_rank() == 0:
             file.append(result)
+            place, total = f"{len(done) + 1} of {len(arms)}", time.process_time()
             logger.info(
-                "%d of %d: %s: G %+.4f, %.1f s of CPU", len(done) + 1, len(arms), arm, result.gain, result.cpu_seconds
+                "%s: %s: G %+.4f; %.1f s of CPU, %.0f since the start",
+                place,
+                arm,
+                result.gain,
+                result.cpu_seconds,
+                total,
             )
         done.append(str(arm))
 
@@ -175,7 +185,7 @@ def run_arm(run: TrainingRun, start: StudentStart, state: SeedState, arm: Arm) -
         after=_sums(after, lengths),
         num_valid=sum(int(values["selection/num_valid"]) for values in metrics),
         num_selected=sum(int(values["selection/num_selected"]) for values in metrics),
-        metrics={name: float(np.mean([values[name] for values in metrics])) for name in sorted(metrics[0])},
+        metrics=_means(metrics),
         cpu_seconds=time.process_time() - began,
     )
 
@@ -265,6 +275,12 @@ def _agreed_done(file: ArmsFile, run: TrainingRun) -> list[str]:
     """The arms that the file holds, as rank 0 reads it, on every rank."""
     names = [str(result.arm) for result in file.read()] if dist.get_rank() == 0 else None
     return broadcast_json(names, source=0, device=run.device)
+
+
+def _means(steps: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Each metric's mean over the steps that have it."""
+    names = sorted(set().union(*steps))
+    return {name: float(np.mean([values[name] for values in steps if name in values])) for name in names}
 
 
 def _sums(values: Tensor, lengths: Sequence[int]) -> list[float]:

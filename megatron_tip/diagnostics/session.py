@@ -45,8 +45,14 @@ def open_bank(config: Config, plan: RunPlan) -> ContextBank:
     """The configuration's bank, which belongs to the plan's models.
 
     Raises:
-        ConfigError, InputError: none is named; it is damaged; tokenizer or vocabulary are others.
+        ConfigError: none is named, or tokenizer or vocabulary are others; the teacher is behind servers, which do not
+            tell its whole distribution. InputError: the bank is damaged.
     """
+    if config.teacher.kind != "megatron":
+        raise ConfigError(
+            f'diagnostics: expected teacher.kind = "megatron", got {config.teacher.kind!r}; KL(teacher || student) '
+            "needs the whole distribution of the teacher"
+        )
     bank = read_bank(bank_folder(config))
     check_bank(bank, tokenizer=tokenizer_fingerprint(plan.tokenizer), vocab_size=plan.vocab_size)
     return bank

@@ -3,6 +3,7 @@
     config.toml  metrics.jsonl  samples.jsonl  summary.json  report.png  rollouts/  checkpoint/  hf/
     views/  wandb/  tensorboard/  trackers.json  trace/  trace.json    where [tracking] or [monitoring] asks for them
     checkpoints/  what an interrupted run continues from      skipped/  rollouts of steps that were not finite
+    diagnostics/  what the start made of the context bank, where [diagnostics] asks for it
     stacks/  where the ranks of a run stood that hung         eval.jsonl, eval/  results of `megatron-tip eval`
 
 `summary.json` is written last: its presence says that the run finished.
@@ -118,12 +119,17 @@ class RunFolder:
         return self.path / "stacks"
 
     @property
+    def diagnostics(self) -> Path:
+        return self.path / "diagnostics"
+
+    @property
     def hf(self) -> Path:
         return self.path / "hf"
 
     def clear(self) -> None:
         """Removes what an unfinished run left, its checkpoints first: halfway through, nothing looks complete."""
-        for folder in (self.checkpoints, self.rollouts, self.skipped, self.stacks, self.trace, self.views):
+        parts = (self.rollouts, self.skipped, self.stacks, self.trace, self.views, self.diagnostics)
+        for folder in (self.checkpoints, *parts):
             shutil.rmtree(folder, ignore_errors=True)
         self.metrics.unlink(missing_ok=True)
 

@@ -4,8 +4,9 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -35,7 +36,7 @@ from megatron_tip.training.plan import RunPlan, plan_run
 from megatron_tip.training.progress import Heldout, RunProgress
 from megatron_tip.training.recorder import RecorderState, RunRecorder
 from megatron_tip.training.resume import newest_whole, restore
-from megatron_tip.training.run import TrainingRun
+from megatron_tip.training.run import Gauge, TrainingRun
 from megatron_tip.training.same_run import check_same_run
 from megatron_tip.training.setup import build_run, coarser_dtype
 from megatron_tip.training.step import SKIPPED_NOT_FINITE, train_step
@@ -43,16 +44,22 @@ from megatron_tip.training.weight_sync import update_engine
 
 logger = logging.getLogger(__name__)
 
+MakeGauge = Callable[[TrainingRun, RunPlan], Gauge]
+"""Builds what else is measured, at the student's start."""
+
 AGREEMENT = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
 """By the coarser dtype of both models, the reverse KL in nats below which a student has nothing to learn: most likely
 it was given as its own teacher.
 """
 
 
-def train(config: Config, *, fresh: bool = False) -> None:
+def train(config: Config, *, fresh: bool = False, make_gauge: MakeGauge | None = None) -> None:
     """Runs `config` as one worker of its world. Every rank calls it; rank 0 writes the run's files.
 
     An unfinished run in the folder is continued from its newest whole checkpoint; with `fresh` it is removed.
+
+    Args:
+        make_gauge: what else is measured; `diagnostics`, which knows banks, lies above.
 
     Raises:
         MegatronTipError: what a user can mend; before the first collective where it can be known by then.
@@ -70,7 +77,7 @@ def train(config: Config, *, fresh: bool = False) -> None:
     display = ProgressDisplay(config.training.steps, enabled=rank == 0)
     observers = RunObservers(config, plan, folder, worker)
     timer = PhaseTimer(worker.device, on_enter=display.show_phase, on_exit=observers.on_phase)
-    run, progress, recorded = run_to_continue(config, plan, worker, timer, folder, files)
+    run, progress, recorded = run_to_continue(config, plan, worker, timer, folder, files, make_gauge)
     if rank == 0:
         folder.write_config(config)
     watchdog = HangWatchdog(
@@ -86,11 +93,18 @@ def train(config: Config, *, fresh: bool = False) -> None:
 
 
 def run_to_continue(
-    config: Config, plan: RunPlan, worker: Worker, timer: PhaseTimer, folder: RunFolder, files: CheckpointFiles
+    config: Config,
+    plan: RunPlan,
+    worker: Worker,
+    timer: PhaseTimer,
+    folder: RunFolder,
+    files: CheckpointFiles,
+    make_gauge: MakeGauge | None,
 ) -> tuple[TrainingRun, RunProgress, RecorderState | None]:
     """The run with where it stood in its newest whole checkpoint; without one, a new run in a folder that is cleared.
 
-    Collective over the world. Errors as of `newest_whole`, `build_run` and `restore`.
+    The gauge is made at the student's start. Collective over the world. Errors as of `newest_whole`, `build_run` and
+    `restore`.
     """
     step = newest_whole(files, worker.device)
     if worker.rank == 0 and step is None:
@@ -98,6 +112,8 @@ def run_to_continue(
     dist.barrier()
     start = time.monotonic()
     run = build_run(config, plan, worker, timer, num_threads=config.run.threads or available_threads())
+    if make_gauge:
+        run = replace(run, gauge=make_gauge(run, plan))
     age = time.time() - psutil.Process().create_time()
     logger.info("models and engine are there after %.1f s, %.1f s into this process", time.monotonic() - start, age)
     if step is None:
@@ -225,6 +241,9 @@ def record_step(run: TrainingRun, recorder: RunRecorder, progress: RunProgress) 
             reverse_kl, rollouts = measure_heldout(run, step)
         heldout = Heldout(reverse_kl, rollouts[: run.config.heldout.num_samples])
         metrics = metrics | {heldout_metric(run): reverse_kl}
+    if run.gauge is not None:
+        with run.timer.phase("diagnose"):
+            metrics = metrics | run.gauge(step)
     recorder.record(step, metrics | run.timer.step_metrics(), run.views.latest)
     progress.unrecorded = None
     if step == 0:

@@ -1,6 +1,6 @@
 """Everything that a training run holds between steps."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -28,13 +28,17 @@ class LastStep:
     calibration: Calibration | None = None
 
 
+Gauge = Callable[[int], dict[str, float]]
+"""What else is measured after so many steps, 0 too: metrics, equal on every rank. Collective over the world."""
+
+
 @dataclass(frozen=True)
 class TrainingRun:
     """What every rank of a run has.
 
     `architecture`: the student's, after dropped layers. `vocab_size`: the entries that student and teacher share.
     `prompts`, `engine`: in the first process only; None elsewhere. `ahead`: there as well, with rollout.ahead = 1.
-    `stop`: what may end the run before its last step.
+    `stop`: what may end the run before its last step. `gauge`: the context bank, where the run is measured on one.
     """
 
     config: Config
@@ -53,6 +57,7 @@ class TrainingRun:
     last_step: LastStep = field(default_factory=LastStep)
     ahead: AheadGenerator | None = None
     stop: StopSignals = field(default_factory=StopSignals)
+    gauge: Gauge | None = None
 
     def batch_of(self, rollouts: Sequence[Rollout]) -> StepBatch:
         """The rollouts in micro-batches over the student's replicas."""

@@ -17,8 +17,8 @@ LAYERS = [
     {"vocab_parallel"},
     {"selection"},
     {"conversion", "models", "rollout"},
-    {"evaluation", "diagnostics"},
     {"training"},
+    {"evaluation", "diagnostics"},
     {"commands"},
     {"cli", "tools"},
 ]

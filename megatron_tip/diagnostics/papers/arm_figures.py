@@ -106,5 +106,5 @@ def support_sizes(data: pd.DataFrame, path: Path) -> None:
         axes.set_yticks(range(len(names)), names, fontsize=7)
         axes.invert_yaxis()
         axes.set(xlabel="gain on held-out contexts, nats a token", title=f"Support size, at {ratio:.0%}")
-        axes.legend()
+        drawn.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(sizes))
         save(drawn, own, path)

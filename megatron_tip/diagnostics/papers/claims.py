@@ -106,7 +106,7 @@ def arm_claims(evidence: Evidence) -> Iterator[Claim]:
     best = "ta_opd_teachability"
     for ratio in (0.03, 0.05):
         for rule, name in BEATEN.items():
-            text = f"teachability at {ratio:.0%} gains more than {name}"
+            text = f"teachability at {100 * ratio:g} % gains more than {name}"
             yield Claim(text, "TA-OPD table 2", difference((best, ratio), (rule, ratio)))
     yield Claim(
         "teachability at 5 % gains at least what all tokens do",

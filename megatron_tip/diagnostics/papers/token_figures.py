@@ -56,13 +56,12 @@ def plane(evidence: Evidence, path: Path) -> None:
         for axes, name in zip(panels, ("d_l", "d_i"), strict=True):
             mesh = draw_cells(axes, cells, name, x_edges, y_edges, vmin=0, vmax=1)
             axes.set_yscale("log")
-            axes.set_title(f"mean {LABELS[name]}")
             axes.set_xlabel("student entropy H, nats")
             low = max(kl, _LEAST_KL)
             axes.add_patch(
                 Rectangle((0, low), entropy, y_edges[-1] - low, fill=False, edgecolor="#D55E00", linewidth=2)
             )
-            axes.annotate(f"Q3, n = {count}", (0.02, 0.93), xycoords="axes fraction", color="#D55E00", weight="bold")
+            axes.set_title(f"{LABELS[name]}, mean; frame: Q3, n = {count}")
         panels[0].set_ylabel("reverse KL, nats")
         assert mesh is not None, "two panels"
         drawn.colorbar(mesh, ax=panels, shrink=0.9)

@@ -66,6 +66,10 @@ def page_blocks(evidence: Evidence, tables: dict[str, pd.DataFrame]) -> dict[str
         by_size = rows(arms, ratio=ratio).pivot_table(index="rule", columns="k", values="gain").dropna()
         blocks["support_sizes"] = markdown(by_size.rename(columns="K = {}".format).reset_index())
     blocks["facts"] = facts(evidence)
+    counts = tables["claims"]["verdict"].value_counts().to_dict()
+    blocks["verdicts"] = (
+        "; ".join(f"{verdict}: {count}" for verdict, count in counts.items()) + f" of {len(tables['claims'])}.\n"
+    )
     return blocks
 
 

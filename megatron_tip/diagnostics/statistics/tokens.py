@@ -21,6 +21,9 @@ from megatron_tip.selection.rules import RULES
 PROXIES = ("compatibility", "cbc", "jaccard", "overlap", "shared_mass")
 """Proxies of support: C; CBC (see `token_table`); Jaccard and overlap share of S_S and S_T; shared teacher mass."""
 
+_SIGNALS = {"h": "entropy", "d": "divergence", "c": "compatibility", "d_l": "teachability", "d_i": "incompatible"}
+"""Column of a table -> the rule of TA-OPD whose score it is."""
+
 
 @dataclass(frozen=True)
 class TokenTable:
@@ -46,22 +49,7 @@ def token_table(scores: Scores, gain: np.ndarray, support_size: int) -> TokenTab
     `cbc`, our contrastive binary compatibility, as the paper defines none: 1 where the teacher gives the sampled token
     at least the student's probability, else 0.
     """
-    statistics = scores.statistics(support_size)
-    names = ("student_entropy", "support_divergence", "compatibility", "reverse_kl")
-    batch = read_batch(read_values(statistics, names), scores.token_index(), Replicas())
-    rules = {
-        name: RULES[f"ta_opd_{name}"]
-        for name in ("entropy", "divergence", "compatibility", "teachability", "incompatible")
-    }
-    wanted = frozenset[tuple[str, float]]().union(*(rule.required_quantiles for rule in rules.values()))
-    medians = {("student_entropy", 0.5), ("reverse_kl", 0.5)}
-    found = quantiles(batch.values, wanted | medians, batch.num_valid, batch.replicas)
-    inputs = NormalisedInputs(batch, found)
-    scored = {}
-    for name, rule in rules.items():
-        assert rule.score is not None, "a rule that ranks"
-        scored[name] = rule.score(*(inputs[item] for item in rule.inputs)).numpy()
-    cuts = (found["student_entropy", 0.5], found["reverse_kl", 0.5])
+    signals, cuts = _signals(scores, support_size)
     entropy, kl = (
         scores.statistic(name, support_size).astype(np.float64) for name in ("student_entropy", "reverse_kl")
     )
@@ -76,12 +64,8 @@ def token_table(scores: Scores, gain: np.ndarray, support_size: int) -> TokenTab
             "reverse_kl": kl,
             "forward_kl": scores.columns["forward_kl"].astype(np.float64),
             "divergence": scores.statistic("support_divergence", support_size).astype(np.float64),
-            "h": scored["entropy"],
-            "d": scored["divergence"],
-            "c": scored["compatibility"],
-            "d_l": scored["teachability"],
-            "d_i": scored["incompatible"],
             "compatibility": scores.statistic("compatibility", support_size).astype(np.float64),
+            **signals,
             "cbc": (scores.columns["teacher_logprobs"] >= scores.columns["student_logprobs"]).astype(np.float64),
             "jaccard": scores.statistic("support_jaccard", support_size).astype(np.float64),
             "overlap": scores.statistic("support_overlap", support_size).astype(np.float64) / support_size,
@@ -90,6 +74,22 @@ def token_table(scores: Scores, gain: np.ndarray, support_size: int) -> TokenTab
         }
     )
     return TokenTable(frame, cuts, support_size)
+
+
+def _signals(scores: Scores, support_size: int) -> tuple[dict[str, np.ndarray], tuple[float, float]]:
+    """h, d, c, d_l and d_i, `[tokens]` float64 each, and the medians of H and of the reverse KL."""
+    names = ("student_entropy", "support_divergence", "compatibility", "reverse_kl")
+    batch = read_batch(read_values(scores.statistics(support_size), names), scores.token_index(), Replicas())
+    rules = {column: RULES[f"ta_opd_{name}"] for column, name in _SIGNALS.items()}
+    wanted = frozenset[tuple[str, float]]().union(*(rule.required_quantiles for rule in rules.values()))
+    medians = [("student_entropy", 0.5), ("reverse_kl", 0.5)]
+    found = quantiles(batch.values, wanted | {*medians}, batch.num_valid, batch.replicas)
+    inputs = NormalisedInputs(batch, found)
+    signals = {}
+    for column, rule in rules.items():
+        assert rule.score is not None, "a rule that ranks"
+        signals[column] = rule.score(*(inputs[item] for item in rule.inputs)).numpy()
+    return signals, (found[medians[0]], found[medians[1]])
 
 
 def quadrant_names(high_entropy: np.ndarray, high_divergence: np.ndarray) -> np.ndarray:

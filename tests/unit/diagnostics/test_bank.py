@@ -1,0 +1,100 @@
+"""A bank comes back as it was written, and nothing that is damaged or foreign is taken for one."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from megatron_tip.diagnostics.bank import check_bank, read_bank, write_bank
+from megatron_tip.diagnostics.freeze import cut_contexts, distinct
+from megatron_tip.diagnostics.scores import read_scores, write_scores
+from megatron_tip.errors import ConfigError, InputError, OutputError
+from megatron_tip.records import Prompt
+from tests.helpers.diagnostics import MANIFEST, make_bank, make_contexts, make_scores
+
+
+def test_contexts_and_manifest_come_back(tmp_path):
+    context = replace(make_contexts(1)[0], environment_spans=((2, 5), (9, 10)), rollout_logprobs=(-0.1,) * 20)
+    written = write_bank(tmp_path / "bank", [context, *make_contexts(3)[1:]], MANIFEST)
+    bank = read_bank(tmp_path / "bank")
+
+    assert list(bank.contexts) == list(written.contexts)
+    assert bank.manifest == written.manifest
+    assert bank.manifest["num_tokens"] == 20 * 3 - 4
+    assert bank.rows[:4].tolist() == [[0, 0], [0, 1], [0, 5], [0, 6]]
+
+
+def test_contexts_of_one_prompt_are_one_cluster(tmp_path):
+    bank = write_bank(tmp_path / "bank", make_contexts(6, num_prompts=4), MANIFEST)
+    assert bank.prompts.tolist() == [0, 1, 2, 3, 0, 1]
+
+
+def test_an_existing_folder_and_a_bank_without_tokens_are_refused(tmp_path):
+    make_bank(tmp_path / "bank")
+    with pytest.raises(OutputError, match="exists"):
+        make_bank(tmp_path / "bank")
+    with pytest.raises(InputError, match="at least one token"):
+        write_bank(tmp_path / "empty", [replace(make_contexts(1)[0], response_ids=(), rollout_logprobs=())], MANIFEST)
+    assert not (tmp_path / "empty").exists()
+
+
+def test_truncated_and_changed_contexts_are_refused(tmp_path):
+    make_bank(tmp_path / "bank")
+    path = tmp_path / "bank" / "contexts.parquet"
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(InputError, match=r"contexts\.parquet: expected a whole Parquet file"):
+        read_bank(tmp_path / "bank")
+    make_bank(tmp_path / "other", num_contexts=61)
+    path.write_bytes((tmp_path / "other" / "contexts.parquet").read_bytes())
+    with pytest.raises(InputError, match="changed or damaged"):
+        read_bank(tmp_path / "bank")
+
+
+def test_no_bank_and_a_foreign_format_are_refused(tmp_path):
+    with pytest.raises(InputError, match="diagnose bank"):
+        read_bank(tmp_path)
+    make_bank(tmp_path / "bank")
+    path = tmp_path / "bank" / "manifest.json"
+    path.write_text(path.read_text().replace("context bank 1", "context bank 9"))
+    with pytest.raises(InputError, match="context bank 9"):
+        read_bank(tmp_path / "bank")
+
+
+def test_a_bank_of_another_tokenizer_or_vocabulary_is_refused(tmp_path):
+    bank = make_bank(tmp_path / "bank")
+    check_bank(bank, tokenizer="words", vocab_size=300)
+    with pytest.raises(ConfigError, match="another tokenizer"):
+        check_bank(bank, tokenizer="others", vocab_size=300)
+    with pytest.raises(ConfigError, match="300 vocabulary entries"):
+        check_bank(bank, tokenizer="words", vocab_size=20)
+
+
+def test_scores_come_back_and_belong_to_their_bank(tmp_path):
+    bank, other = make_bank(tmp_path / "bank"), make_bank(tmp_path / "other", num_contexts=61)
+    scores = make_scores(bank)
+    write_scores(bank.scores_path("start"), scores)
+    found = read_scores(bank.scores_path("start"), bank)
+
+    assert found.about == {**scores.about, "format": found.about["format"]}
+    for name, values in scores.columns.items():
+        np.testing.assert_array_equal(found.columns[name], values)
+    with pytest.raises(InputError, match="those of another one"):
+        read_scores(bank.scores_path("start"), other)
+    bank.scores_path("start").write_bytes(bank.scores_path("start").read_bytes()[:-100])
+    with pytest.raises(InputError, match="truncated or damaged"):
+        read_scores(bank.scores_path("start"), bank)
+
+
+def test_contexts_are_cut_behind_a_token_of_the_student(tmp_path):
+    context = replace(make_contexts(1)[0], environment_spans=((3, 6), (12, 14)))
+    (cut,) = cut_contexts([context], 1, 13)
+    assert (len(cut.response_ids), cut.environment_spans, cut.finish_reason) == (12, ((3, 6),), "length")
+    (whole,) = cut_contexts([context], 1, 20)
+    assert whole == context
+    assert len(cut_contexts(make_contexts(5), 3, 20)) == 3
+
+
+def test_prompts_of_one_text_are_taken_once():
+    prompts = [Prompt(0, "a", (1, 2)), Prompt(1, "b", (3,)), Prompt(2, "a", (1, 2))]
+    assert [prompt.index for prompt in distinct(prompts)] == [0, 1]
