@@ -29,36 +29,37 @@ def decode_attention(
     req_pool_indices: Tensor,
     seq_lens: Tensor,
     encoder_lens: Tensor | None = None,
-    *,
-    sliding_window_size: int | None = None,
-    scaling: float | None = None,
     **others: Any,
 ) -> Tensor:
-    """Attention of one new position a request, of all `b` requests in one call; writes and returns `output`.
+    """Attention of one new position a request; writes and returns `output`.
 
-    SGLang's torch_native backend goes through them one by one, which costs more than the rest of a small model. What it
-    alone knows, sliding windows and encoders, it still does.
+    SGLang's torch_native backend goes through the requests one by one, which costs more than the rest of a small model.
+    What it alone knows, sliding windows and encoders, it still does. Arguments as of `attend_at_once`.
+    """
+    tensors = (query, output, k_cache, v_cache, req_to_token, req_pool_indices, seq_lens)
+    if encoder_lens is not None or others.get("sliding_window_size") is not None or query.dtype != k_cache.dtype:
+        return original(backend, *tensors, encoder_lens, **others)
+    return attend_at_once(*tensors, scaling=others.get("scaling"))
+
+
+def attend_at_once(
+    query: Tensor,
+    output: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    req_to_token: Tensor,
+    req_pool_indices: Tensor,
+    seq_lens: Tensor,
+    *,
+    scaling: float | None,
+) -> Tensor:
+    """`output`, with the attention of all `b` requests by one call.
 
     Args:
         query, output: `[b, heads, d]`. k_cache, v_cache: `[tokens of the pool, kv_heads, d]`.
         req_to_token: `[requests of the pool, positions]`, places in the cache. req_pool_indices: `[b]`, its rows.
         seq_lens: `[b]`, the new position included.
     """
-    if encoder_lens is not None or sliding_window_size is not None or query.dtype != k_cache.dtype:
-        return original(
-            backend,
-            query,
-            output,
-            k_cache,
-            v_cache,
-            req_to_token,
-            req_pool_indices,
-            seq_lens,
-            encoder_lens,
-            sliding_window_size=sliding_window_size,
-            scaling=scaling,
-            **others,
-        )
     b, _, d = query.shape
     width = int(seq_lens.max())
     is_within = torch.arange(width) < seq_lens[:, None]
