@@ -37,6 +37,7 @@ from megatron_tip.config import HeldoutConfig, PromptsConfig
 from megatron_tip.conversion.model_folder import new_folder
 from megatron_tip.conversion.safetensors_io import HfCheckpoint
 from megatron_tip.conversion.weight_map import hf_shapes
+from megatron_tip.onednn import use_onednn
 from megatron_tip.records import Prompt
 from megatron_tip.rollout.embedded_engine import EmbeddedEngine
 from megatron_tip.rollout.engine import RolloutEngine, SamplingParams
@@ -84,6 +85,7 @@ def main(
 ) -> None:
     """Compares SGLang with the embedded engine."""
     torch.set_num_threads(threads)
+    use_onednn()  # as in the trainer, whose process the embedded engine shares
     student = HfCheckpoint(model, tuple(DROPPED_LAYERS))
     weights = {name: student.read(name).float() for name in hf_shapes(student.architecture)}
     prompts = prompts_of(model, requests)

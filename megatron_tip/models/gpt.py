@@ -19,10 +19,10 @@ from torch import Tensor
 
 from megatron_tip.conversion.architecture import ModelArchitecture, RopeScaling
 from megatron_tip.errors import ConfigError
-from megatron_tip.models.cpu_products import use_onednn
 from megatron_tip.models.layers import RecomputedLayer, local_block
 from megatron_tip.models.layout import check_layout
 from megatron_tip.models.transformer_engine import has_transformer_engine, transformer_engine_block
+from megatron_tip.onednn import use_onednn
 from megatron_tip.parallel.groups import ModelGroups
 
 TransformerImpl = Literal["auto", "local", "transformer_engine"]

@@ -23,11 +23,16 @@ def serve() -> None:
 
 
 def register_cpu_hooks() -> None:
-    """SGLang's plugin of a server on a CPU, called in each of its processes; `sglang_cpu/sitecustomize.py` names it."""
+    """SGLang's plugin of a server on a CPU, called in each of its processes; `sglang_cpu/sitecustomize.py` names it.
+
+    Products are oneDNN's there, as in the trainer.
+    """
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType  # pyright: ignore[reportMissingImports]
 
+    from megatron_tip.onednn import use_onednn
     from megatron_tip.rollout import sglang_cpu_hooks as hooks
 
+    use_onednn()
     attention = "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend._run_sdpa_forward_decode"
     HookRegistry.register(attention, hooks.decode_attention, HookType.AROUND)
     batch_info = "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo.from_schedule_batch"

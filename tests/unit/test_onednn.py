@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_tip.models import cpu_products
+from megatron_tip import onednn
 from tests.helpers.distributed import run_workers
 
 
@@ -21,18 +21,18 @@ def gradients(a: torch.Tensor, b: torch.Tensor) -> list[torch.Tensor]:
 def check() -> None:
     generator = torch.Generator().manual_seed(0)
     calls: list[int] = []
-    linear = cpu_products.onednn_linear
+    linear = onednn.onednn_linear
 
     def counted(*arguments: torch.Tensor) -> torch.Tensor:
         calls.append(1)
         return linear(*arguments)
 
-    cpu_products.onednn_linear = counted
+    onednn.onednn_linear = counted
     cases = [(torch.randn(2, 5, 7, generator=generator), torch.randn(7, 3, generator=generator))]
     cases += [(torch.randn(n, 7, generator=generator), torch.randn(7, 3, generator=generator)) for n in (0, 1, 33)]
     expected = [gradients(a.double(), b.double()) for a, b in cases]
-    cpu_products.use_onednn()
-    cpu_products.use_onednn()
+    onednn.use_onednn()
+    onednn.use_onednn()
     for (a, b), values in zip(cases, expected, strict=True):
         for got, value in zip(gradients(a, b), values, strict=True):
             torch.testing.assert_close(got.double(), value, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,44 @@
+"""Float32 matrix products on CPUs by oneDNN. Imports torch alone.
+
+torch makes them with MKL, which takes about twice as long on AMD processors; oneDNN, which torch brings as well, does
+the same float32 arithmetic.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+
+import torch
+from torch import Tensor
+
+
+def is_for_onednn(*tensors: Tensor) -> bool:
+    """Whether a product of the tensors is one for `onednn_linear`: float32, on a CPU, none of them empty."""
+    fitting = all(t.device.type == "cpu" and t.dtype == torch.float32 and t.numel() for t in tensors)
+    return fitting and torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+
+
+def onednn_linear(inputs: Tensor, weight: Tensor) -> Tensor:
+    """`[m, n]` inputs weightᵀ of `[m, k]` and `[n, k]`."""
+    # What torch.compile makes of a linear layer on a CPU; no public function leads to it.
+    return torch.ops.mkldnn._linear_pointwise(inputs, weight, None, "none", [], "")
+
+
+@functools.cache
+def use_onednn() -> torch.library.Library:
+    """From now on `torch.mm` of float32 CPU tensors, and what comes down to it, is oneDNN's: forward and backward.
+
+    For the whole process: the models' layers, generation, gradients. Further calls do nothing.
+    """
+    library = torch.library.Library("aten", "IMPL")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Warning only once for all operators")  # that a kernel is overridden
+        library.impl("mm", _mm, "CPU")
+    return library  # which ends the override when it goes
+
+
+def _mm(a: Tensor, b: Tensor) -> Tensor:
+    if is_for_onednn(a, b) and a.shape[1] == b.shape[0]:  # else torch's own, with its messages
+        return onednn_linear(a, b.t())
+    return a.new_empty(a.shape[0], b.shape[1]).addmm_(a, b, beta=0)
