@@ -47,9 +47,10 @@ def run_workers(
             worker.kill()
         for worker in workers:
             worker.join()
-    stacks = "\n".join(f"rank {rank}:\n{(folder / f'{rank}.stack').read_text()}" for rank in still_running)
+    hung = {rank: stack for rank in still_running if (stack := (folder / f"{rank}.stack").read_text())}
+    stacks = "\n".join(f"rank {rank}:\n{stack}" for rank, stack in hung.items())
     failures = sorted(folder.glob("*.error"), key=lambda path: path.stat().st_mtime_ns)
-    assert not failures or stacks, f"rank {failures[0].stem} failed first:\n{failures[0].read_text()}"
+    assert not failures or hung, f"rank {failures[0].stem} failed first:\n{failures[0].read_text()}"
     assert not still_running, f"ranks {still_running} still ran after {timeout_seconds} s: a hang\n{stacks}"
     codes = [worker.exitcode for worker in workers]
     assert codes == [0] * world_size, f"exit codes {codes}"

@@ -12,7 +12,7 @@ from megatron_tip.training.dry_run import DryRun, dry_run
 from tests.helpers.training import Layout, make_config, make_models
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
-SMALL = ("quickstart_cpu", "quickstart_sglang", "multi_turn_calculator")
+SMALL = ("quickstart_cpu", "quickstart_sglang", "multi_turn_calculator", "fixed_context_study")
 RECIPES = sorted(path for path in EXAMPLES.glob("*/*.toml") if path.parent.name not in SMALL)
 
 
