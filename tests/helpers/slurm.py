@@ -24,8 +24,8 @@ SlurmctldPort={ports[0]}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
-# A requeued job may start again once its old credential has expired, by default after two minutes.
-AuthInfo=socket={folder}/munge.socket,cred_expire=2
+# A requeued job may start again once its old credential has expired, by default after two minutes; 5 s is the least.
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
 CredType=cred/munge
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
