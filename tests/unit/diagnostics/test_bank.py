@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from megatron_tip.diagnostics.bank import check_bank, read_bank, write_bank
+from megatron_tip.diagnostics.bank import check_bank, check_scores_name, read_bank, write_bank
 from megatron_tip.diagnostics.freeze import cut_contexts, distinct
 from megatron_tip.diagnostics.scores import read_scores, write_scores
 from megatron_tip.errors import ConfigError, InputError, OutputError
@@ -98,3 +98,10 @@ def test_contexts_are_cut_behind_a_token_of_the_student(tmp_path):
 def test_prompts_of_one_text_are_taken_once():
     prompts = [Prompt(0, "a", (1, 2)), Prompt(1, "b", (3,)), Prompt(2, "a", (1, 2))]
     assert [prompt.index for prompt in distinct(prompts)] == [0, 1]
+
+
+@pytest.mark.parametrize("name", ["../contexts", "a/b", "", ".hidden"])
+def test_scores_stay_in_their_folder(name):
+    with pytest.raises(InputError, match="--name"):
+        check_scores_name(name)
+    check_scores_name("step_000010.v2-a")
