@@ -7,6 +7,7 @@ the same float32 arithmetic.
 from __future__ import annotations
 
 import functools
+import os
 import warnings
 
 import torch
@@ -25,12 +26,19 @@ def onednn_linear(inputs: Tensor, weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(inputs, weight, None, "none", [], "")
 
 
+# Shapes whose prepared products are kept, some 6 MB each: a pass has a dozen, and a dozen others with every length.
+_NUM_CACHED_SHAPES = 16
+
+
 @functools.cache
 def use_onednn() -> torch.library.Library:
     """From now on `torch.mm` of float32 CPU tensors, and what comes down to it, is oneDNN's: forward and backward.
 
-    For the whole process: the models' layers, generation, gradients. Further calls do nothing.
+    For the whole process: the models' layers, generation, gradients. Further calls do nothing. Bounds what oneDNN
+    keeps, by default 1,024 shapes and gigabytes, where the environment does not; it is read at its first product.
     """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # of oneDNN, and of torch's calls of it
+        os.environ.setdefault(name, str(_NUM_CACHED_SHAPES))
     library = torch.library.Library("aten", "IMPL")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Warning only once for all operators")  # that a kernel is overridden

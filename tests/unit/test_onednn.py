@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -43,6 +44,21 @@ def check() -> None:
         torch.mm(torch.ones(2, 3), torch.ones(4, 5))
     with pytest.raises(RuntimeError, match="dtype"):
         torch.mm(torch.ones(2, 3), torch.ones(3, 5, dtype=torch.float64))
+
+
+def memory_of_many_shapes() -> None:
+    onednn.use_onednn()
+    weight = torch.randn(1536, 576)
+    torch.mm(torch.randn(2400, 576), weight.t())
+    before = psutil.Process().memory_info().rss
+    for rows in range(200, 2400, 20):
+        torch.mm(torch.randn(rows, 576), weight.t())
+    kept = psutil.Process().memory_info().rss - before
+    assert kept < 200e6, f"{kept / 1e6:.0f} MB are kept for shapes that are gone"
+
+
+def test_shapes_that_come_and_go_leave_no_memory_behind(tmp_path: Path):
+    run_workers(memory_of_many_shapes, 1, tmp_path)
 
 
 def test_products_and_gradients_are_those_of_float64(tmp_path: Path):
