@@ -91,7 +91,7 @@ class ArmsFile:
             writes: False: only looks; for all ranks but one.
 
         Raises:
-            ConfigError: arms of other settings lie there.
+            ConfigError: arms of other settings, or of unknown ones, lie there.
         """
         settings = json.loads(json.dumps(settings))
         exists = self._settings.exists()
@@ -103,13 +103,18 @@ class ArmsFile:
                     "give another run.folder: "
                     + "; ".join(f"{key}: {before.get(key)!r}, now {settings.get(key)!r}" for key in changed)
                 )
+        elif self._path.exists():
+            raise ConfigError(
+                f"{self._settings}: expected the settings of the arms beside it, found none; bring it back, or give "
+                "another run.folder"
+            )
         if not writes:
             return
         with output_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        atomic_write_text(self._path, "".join(self._whole_lines()) if exists else "")
-        if not exists:
+        if not exists:  # first, so that no arms are without
             atomic_write_text(self._settings, json.dumps(settings, indent=1) + "\n")
+        atomic_write_text(self._path, "".join(self._whole_lines()) if self._path.exists() else "")
 
     def read(self) -> list[ArmResult]:
         """All arms that are done.

@@ -113,3 +113,13 @@ def test_arms_of_close_budgets_have_names_of_their_own():
     names = {str(Arm("random", ratio, 16, 1)) for ratio in (0.02, 0.025, 0.001, 0.002, 1.0)}
     assert len(names) == 5
     assert str(Arm("random", 0.05, 16, 1)) == "random 5% K=16 seed 1"
+
+
+def test_arms_without_their_settings_are_left_alone(tmp_path):
+    file = ArmsFile(tmp_path)
+    file.begin({"lr": 1})
+    file.append(RESULT)
+    (tmp_path / "settings.json").unlink()
+    with pytest.raises(ConfigError, match="expected the settings of the arms"):
+        file.begin({"lr": 1})
+    assert len(file.read()) == 1
