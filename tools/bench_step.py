@@ -221,6 +221,7 @@ def config_of(work: Work, folder: Path, variant: Variant) -> dict[str, Any]:
             "ahead": variant.ahead,
         },
         "sglang": {"threads": work.threads},
+        "sync": {"tolerance": 0.25},  # bfloat16 alone puts this pruned student's probe 0.19 nats off
         "selection": {"rule": variant.rule, "retention_ratio": variant.retention_ratio},
         "loss": {"divergence": "reverse_kl"},
         "optimizer": {**OPTIMIZER, "min_lr": OPTIMIZER["lr"]},

@@ -115,6 +115,6 @@ class SyncConfig(Section):
     verify: Literal["always", "first", "never"] = "first"
     """After which syncs the servers' logprobs of a probe sequence are compared with the student's own."""
     tolerance: float = Field(default=0.0, ge=0)
-    """Largest mean difference of the probe's logprobs in nats; 0: 1e-4 where all is float32, 0.25 elsewhere."""
+    """Largest mean difference of the probe's logprobs in nats; 0: 1e-4 where all is float32, 0.05 elsewhere."""
     timeout_seconds: float = Field(default=120.0, gt=0)
     """Until a bucket must have arrived; what takes longer is begun anew without the servers that failed."""
