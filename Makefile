@@ -61,7 +61,7 @@ $(INSTALLED): requirements/torch.txt requirements/cpu.txt requirements/no-deps.t
 	touch $@
 
 # SGLang for the CPU in the same environment: its pins of transformers, tokenizers and torch are ours. pip's warnings of
-# missing CUDA packages do not matter here; see megatron_tip/rollout/sglang_cpu.
+# missing CUDA packages do not matter here; see megatron_tip/rollout/sglang/cpu_shim.
 sglang-cpu: $(SGLANG)
 
 $(SGLANG): requirements/sglang-cpu.txt requirements/sglang-cpu-no-deps.txt $(INSTALLED)

@@ -103,7 +103,7 @@ tip_serve() {
       mapfile -t arguments < <(tip_srun_arguments 1 1 "$node")
       # --overlap: beside the trainer's step, where they share nodes. env: behind SLURM, which sets the variable itself.
       exec {input}> >(exec srun "${arguments[@]}" --overlap \
-        env "CUDA_VISIBLE_DEVICES=$gpus" "$TIP_PYTHON" -m megatron_tip.rollout.sglang_main)
+        env "CUDA_VISIBLE_DEVICES=$gpus" "$TIP_PYTHON" -m megatron_tip.rollout.sglang.main)
       "$TIP_PYTHON" -m megatron_tip.commands.serving arguments "$model" "$address" "$port" "$TIP_SGLANG_TP" "$memory" \
         "$keys" "${further[@]}" >&"$input"
       TIP_SERVER_INPUTS+=("$input")

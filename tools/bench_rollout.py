@@ -42,12 +42,12 @@ from megatron_tip.records import Prompt
 from megatron_tip.rollout.embedded_engine import EmbeddedEngine
 from megatron_tip.rollout.engine import RolloutEngine, SamplingParams
 from megatron_tip.rollout.prompts import load_prompts
-from megatron_tip.rollout.sglang_client import SGLangClient
-from megatron_tip.rollout.sglang_engine import EngineSettings, SGLangEngine, new_run_id
-from megatron_tip.rollout.sglang_pool import PooledServer, PoolSettings, ServerPool
-from megatron_tip.rollout.sglang_server import ServerSettings, SGLangServer
-from megatron_tip.rollout.weight_broadcast import BroadcastTransport
-from megatron_tip.rollout.weight_folder import FolderTransport
+from megatron_tip.rollout.sglang.client import SGLangClient
+from megatron_tip.rollout.sglang.engine import EngineSettings, SGLangEngine, new_run_id
+from megatron_tip.rollout.sglang.pool import PooledServer, PoolSettings, ServerPool
+from megatron_tip.rollout.sglang.server import ServerSettings, SGLangServer
+from megatron_tip.rollout.weights.broadcast import BroadcastTransport
+from megatron_tip.rollout.weights.folder import FolderTransport
 
 TEACHER = Path(".cache/quickstart/SmolLM2-135M-Instruct")
 DROPPED_LAYERS = range(20, 26)

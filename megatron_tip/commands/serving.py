@@ -60,7 +60,7 @@ def student_to_serve(config: Config) -> Path:
 def server_arguments(
     model: str, host: str, port: int, tp_size: int, memory_fraction: float, keys: dict[str, str]
 ) -> list[str]:
-    """Returns SGLang's arguments of a server for `megatron_tip.rollout.sglang_main`, which reads them as JSON.
+    """Returns SGLang's arguments of a server for `megatron_tip.rollout.sglang.main`, which reads them as JSON.
 
     Prompts and responses travel as token ids, so the server needs no tokenizer. `model`: a directory; one without
     weights is served with random ones. `host`: where it listens; nowhere else.

@@ -10,7 +10,7 @@ from megatron_tip.conversion.model_folder import ModelFolder
 from megatron_tip.errors import ConfigError
 from megatron_tip.observability.trackers import check_trackers
 from megatron_tip.parallel.grid import ModelGrid
-from megatron_tip.rollout.server_teacher_setup import check_teacher
+from megatron_tip.rollout.sglang.teacher_setup import check_teacher
 from megatron_tip.training.memory_estimate import MemoryEstimate, estimate_memory, has_servers_beside
 from megatron_tip.training.plan import (
     check_served,

@@ -21,8 +21,8 @@ from megatron_tip.rollout.multi_turn import check_environment
 from megatron_tip.rollout.prompt_files import read_prompt_file
 from megatron_tip.rollout.reasoning_tasks import check_tasks
 from megatron_tip.rollout.replay_engine import ReplayEngine
-from megatron_tip.rollout.server_teacher_setup import check_teacher, teacher_limits
-from megatron_tip.rollout.sglang_setup import check_sglang
+from megatron_tip.rollout.sglang.setup import check_sglang
+from megatron_tip.rollout.sglang.teacher_setup import check_teacher, teacher_limits
 from megatron_tip.selection import STATISTICS, Selector, rollout_budget
 from megatron_tip.vocab_parallel import padded_vocab_size
 

@@ -13,7 +13,7 @@ from megatron_tip.models.student import Student
 from megatron_tip.parallel.collectives import broadcast_json
 from megatron_tip.parallel.groups import ModelGroups
 from megatron_tip.records import Prompt, Rollout, TeacherTopK, TokenStatistics, TopKTokenStatistics
-from megatron_tip.rollout.server_teacher import ServerTeacher
+from megatron_tip.rollout.sglang.teacher import ServerTeacher
 from megatron_tip.rollout.step_batch import StepBatch
 from megatron_tip.vocab_parallel.topk_divergence import topk_divergence_loss
 from megatron_tip.vocab_parallel.topk_statistics import (

@@ -19,8 +19,8 @@ from megatron_tip.rollout.engine import RolloutEngine, SamplingParams
 from megatron_tip.rollout.multi_turn import with_environment
 from megatron_tip.rollout.prompts import PromptSource, load_prompts
 from megatron_tip.rollout.replay_engine import ReplayEngine
-from megatron_tip.rollout.server_teacher_setup import build_server_teacher
-from megatron_tip.rollout.sglang_setup import build_sglang_engine
+from megatron_tip.rollout.sglang.setup import build_sglang_engine
+from megatron_tip.rollout.sglang.teacher_setup import build_server_teacher
 from megatron_tip.training.plan import RunPlan
 from megatron_tip.training.run import TrainingRun
 from megatron_tip.training.served_teacher import ServedTeacher

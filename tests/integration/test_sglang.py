@@ -18,12 +18,12 @@ from megatron_tip.conversion.weight_map import hf_shapes
 from megatron_tip.errors import WeightsLostError
 from megatron_tip.records import Prompt
 from megatron_tip.rollout.engine import SamplingParams
-from megatron_tip.rollout.sglang_client import ServerKeys, SGLangClient, Timeouts
-from megatron_tip.rollout.sglang_engine import EngineSettings, SGLangEngine, new_run_id
-from megatron_tip.rollout.sglang_pool import PooledServer, PoolSettings, ServerPool
-from megatron_tip.rollout.sglang_server import ServerSettings, SGLangServer
-from megatron_tip.rollout.weight_broadcast import BroadcastTransport
-from megatron_tip.rollout.weight_folder import FolderTransport
+from megatron_tip.rollout.sglang.client import ServerKeys, SGLangClient, Timeouts
+from megatron_tip.rollout.sglang.engine import EngineSettings, SGLangEngine, new_run_id
+from megatron_tip.rollout.sglang.pool import PooledServer, PoolSettings, ServerPool
+from megatron_tip.rollout.sglang.server import ServerSettings, SGLangServer
+from megatron_tip.rollout.weights.broadcast import BroadcastTransport
+from megatron_tip.rollout.weights.folder import FolderTransport
 from tests.helpers.processes import is_alive, wait_until
 from tests.helpers.tiny import make_llama
 
@@ -243,7 +243,7 @@ def test_killed_in_the_middle_of_a_sync_and_of_a_generation(engine, student):
 def test_a_server_ends_with_the_process_that_started_it(student, folder):
     code = f"""
 from pathlib import Path
-from megatron_tip.rollout.sglang_server import ServerSettings, SGLangServer
+from megatron_tip.rollout.sglang.server import ServerSettings, SGLangServer
 server = SGLangServer(ServerSettings(Path({str(student.checkpoint.folder)!r}), Path({str(folder / "orphan.log")!r})))
 server.start()
 print(server.pid, flush=True)
@@ -289,7 +289,7 @@ def kill_a_server_of(pid: int) -> bool:
             launcher = int(Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[1])
         except OSError:
             continue
-        if b"sglang_main" in command and pid in (worker, launcher):
+        if b"rollout.sglang.main" in command and pid in (worker, launcher):
             os.killpg(int(entry.name), signal.SIGKILL)
             return True
     return False

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_tip.rollout.server_teacher import ScoringSettings, ServerTeacher, generated_positions
-from megatron_tip.rollout.sglang_client import ServerKeys, SGLangClient
-from megatron_tip.rollout.sglang_server import ServerSettings, SGLangServer
+from megatron_tip.rollout.sglang.client import ServerKeys, SGLangClient
+from megatron_tip.rollout.sglang.server import ServerSettings, SGLangServer
+from megatron_tip.rollout.sglang.teacher import ScoringSettings, ServerTeacher, generated_positions
 from megatron_tip.rollout.storage import read_rollouts
 from tests.helpers.fake_teacher import scored_by
 from tests.helpers.tiny import make_llama

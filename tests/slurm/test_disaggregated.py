@@ -1,6 +1,6 @@
 """Where the scripts put servers and trainer: by stand-ins of both, and by real ones in a run with a teacher's node.
 
-A stand-in server reads its arguments as `megatron_tip.rollout.sglang_main` does, answers /health and ends with its
+A stand-in server reads its arguments as `megatron_tip.rollout.sglang.main` does, answers /health and ends with its
 input; a stand-in trainer asks the servers that it was given and notes its arguments and node.
 """
 
@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tip.rollout.sglang_server import CPU_ENVIRONMENT, CPU_SHIM
+from megatron_tip.rollout.sglang.server import CPU_ENVIRONMENT, CPU_SHIM
 from tests.helpers.slurm import SlurmCluster
 from tests.slurm.test_scripts import SITE, SLURM
 
 WRAPPER = """#!/bin/sh
 case "$*" in
-  *megatron_tip.rollout.sglang_main*) exec {python} {stand_in} serve ;;
+  *megatron_tip.rollout.sglang.main*) exec {python} {stand_in} serve ;;
   *megatron_tip.cli*train*) exec {python} {stand_in} train "$@" ;;
   *) exec {python} "$@" ;;
 esac
@@ -121,7 +121,7 @@ def test_a_split_without_a_trainer_is_refused(cluster: SlurmCluster, config_path
 
 CPU_SERVERS = """#!/bin/sh
 case "$*" in
-  *megatron_tip.rollout.sglang_main*) {environment} exec {python} "$@" ;;
+  *megatron_tip.rollout.sglang.main*) {environment} exec {python} "$@" ;;
   *) exec {python} "$@" ;;
 esac
 """

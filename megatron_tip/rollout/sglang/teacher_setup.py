@@ -7,9 +7,9 @@ from pathlib import Path
 from megatron_tip.config import Config, split_teacher_url
 from megatron_tip.conversion.model_folder import read_json
 from megatron_tip.errors import ConfigError
-from megatron_tip.rollout.server_teacher import ScoringSettings, ServerTeacher
-from megatron_tip.rollout.sglang_client import SGLangClient, Timeouts
-from megatron_tip.rollout.sglang_setup import read_keys
+from megatron_tip.rollout.sglang.client import SGLangClient, Timeouts
+from megatron_tip.rollout.sglang.setup import read_keys
+from megatron_tip.rollout.sglang.teacher import ScoringSettings, ServerTeacher
 from megatron_tip.selection import Selector
 from megatron_tip.vocab_parallel.topk_divergence import TOPK_DIVERGENCES
 from megatron_tip.vocab_parallel.topk_statistics import TOPK_STATISTICS

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from megatron_tip.errors import EngineError, ServerMismatchError
-from megatron_tip.rollout import server_teacher
-from megatron_tip.rollout.server_teacher import ScoringSettings, ServerTeacher, generated_positions
-from megatron_tip.rollout.sglang_client import SGLangClient, Timeouts
+from megatron_tip.rollout.sglang import teacher as server_teacher
+from megatron_tip.rollout.sglang.client import SGLangClient, Timeouts
+from megatron_tip.rollout.sglang.teacher import ScoringSettings, ServerTeacher, generated_positions
 from tests.helpers.fake_teacher import FakeTeacher, scored_by
 from tests.helpers.tiny import make_llama
 from tests.helpers.training import make_rollouts

@@ -20,9 +20,9 @@ from types import TracebackType
 from typing import IO, Literal, Self
 
 from megatron_tip.errors import OptionalDependencyError, ServerError
-from megatron_tip.rollout.sglang_client import ServerKeys, SGLangClient, Timeouts
+from megatron_tip.rollout.sglang.client import ServerKeys, SGLangClient, Timeouts
 
-CPU_SHIM = Path(__file__).parent / "sglang_cpu"
+CPU_SHIM = Path(__file__).parent / "cpu_shim"
 CPU_ENVIRONMENT = {
     "SGLANG_USE_CPU_ENGINE": "1",
     "OMP_WAIT_POLICY": "passive",  # threads that spin take the cores from the trainer, but
@@ -113,7 +113,7 @@ class SGLangServer:
         log = settings.log_path.open("ab")
         secret = [key.encode() for key in (settings.keys.api, settings.keys.admin) if key]
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "megatron_tip.rollout.sglang_main"],
+            [sys.executable, "-P", "-m", "megatron_tip.rollout.sglang.main"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE if secret else log,
             stderr=subprocess.STDOUT,

@@ -8,8 +8,8 @@ import pytest
 from megatron_tip.config import Config
 from megatron_tip.config_io import dump_config
 from megatron_tip.errors import ConfigError
-from megatron_tip.rollout.sglang_client import ServerKeys
-from megatron_tip.rollout.sglang_server import (
+from megatron_tip.rollout.sglang.client import ServerKeys
+from megatron_tip.rollout.sglang.server import (
     CPU_SHIM,
     ServerSettings,
     _copy_redacted,
@@ -17,7 +17,7 @@ from megatron_tip.rollout.sglang_server import (
     server_arguments,
     server_environment,
 )
-from megatron_tip.rollout.sglang_setup import check_sglang, read_keys
+from megatron_tip.rollout.sglang.setup import check_sglang, read_keys
 
 
 def settings_of(tmp_path, **values):

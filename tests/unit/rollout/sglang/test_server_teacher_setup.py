@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from megatron_tip.config import TeacherConfig, split_teacher_url
 from megatron_tip.errors import ConfigError
-from megatron_tip.rollout.server_teacher_setup import teacher_limits
+from megatron_tip.rollout.sglang.teacher_setup import teacher_limits
 from megatron_tip.training.plan import plan_run
 from tests.helpers.training import Layout, make_config, make_models
 

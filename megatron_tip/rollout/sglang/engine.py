@@ -17,10 +17,10 @@ from megatron_tip.errors import EngineError, ServerError, ServersLostError, Weig
 from megatron_tip.observability.run_folder import output_errors
 from megatron_tip.records import Prompt, Rollout
 from megatron_tip.rollout.engine import SamplingParams
-from megatron_tip.rollout.sglang_answers import checked_logprobs
-from megatron_tip.rollout.sglang_jobs import BatchRun, Progress, SetAside
-from megatron_tip.rollout.sglang_pool import PooledServer, ServerPool
-from megatron_tip.rollout.weight_transport import WeightTransport
+from megatron_tip.rollout.sglang.answers import checked_logprobs
+from megatron_tip.rollout.sglang.jobs import BatchRun, Progress, SetAside
+from megatron_tip.rollout.sglang.pool import PooledServer, ServerPool
+from megatron_tip.rollout.weights.transport import WeightTransport
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from typing import Protocol
 from torch import Tensor
 
 from megatron_tip.errors import EngineError, ServerError
-from megatron_tip.rollout.sglang_client import SGLangClient
-from megatron_tip.rollout.sglang_pool import PooledServer
+from megatron_tip.rollout.sglang.client import SGLangClient
+from megatron_tip.rollout.sglang.pool import PooledServer
 
 logger = logging.getLogger(__name__)
 

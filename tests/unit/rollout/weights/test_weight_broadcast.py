@@ -5,7 +5,7 @@ import socket
 import pytest
 
 from megatron_tip.errors import ServerError
-from megatron_tip.rollout.weight_broadcast import own_address
+from megatron_tip.rollout.weights.broadcast import own_address
 
 
 @pytest.mark.parametrize("urls", [[], ["http://127.0.0.1:30000", "http://localhost:1"], ["http://[::1]:30000"]])

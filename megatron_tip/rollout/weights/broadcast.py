@@ -18,10 +18,10 @@ from torch._C._distributed_c10d import TCPStore
 from torch.distributed.distributed_c10d import GroupName, PrefixStore, _new_process_group_helper, _world
 
 from megatron_tip.errors import ServerError, ServerMismatchError, ServerRefusedError
-from megatron_tip.rollout.sglang_client import SGLangClient
-from megatron_tip.rollout.sglang_pool import PooledServer
-from megatron_tip.rollout.weight_buckets import WeightBucket, weight_buckets
-from megatron_tip.rollout.weight_transport import start_on_all, that_report, those_that_did, without_heartbeats
+from megatron_tip.rollout.sglang.client import SGLangClient
+from megatron_tip.rollout.sglang.pool import PooledServer
+from megatron_tip.rollout.weights.buckets import WeightBucket, weight_buckets
+from megatron_tip.rollout.weights.transport import start_on_all, that_report, those_that_did, without_heartbeats
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """What our own CPU servers do otherwise than SGLang 0.5.23: decode all requests at once, sample by their seeds.
 
-`sglang_main.register_cpu_hooks` puts these functions in place by SGLang's plugin framework, in those processes alone.
+`main.register_cpu_hooks` puts these functions in place by SGLang's plugin framework, in those processes alone.
 Torch and numpy; SGLang itself is not imported.
 """
 

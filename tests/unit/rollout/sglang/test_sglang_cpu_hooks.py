@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from megatron_tip.rollout.sglang_cpu_hooks import (
+from megatron_tip.rollout.sglang.cpu_hooks import (
     decode_attention,
     sample_logprobs,
     sample_probabilities,
     uniforms_of,
     with_seeds,
 )
-from megatron_tip.rollout.sglang_server import CPU_SHIM
+from megatron_tip.rollout.sglang.server import CPU_SHIM
 
 LENGTHS = torch.tensor([5, 1, 9])
 
@@ -108,4 +108,4 @@ def test_sglang_finds_the_plugin_where_the_shim_is_and_nowhere_else():
         subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": path}, capture_output=True, text=True).stdout
         for path in (str(CPU_SHIM), "")
     ]
-    assert found == ["['megatron_tip.rollout.sglang_main:register_cpu_hooks']\n", "[]\n"]
+    assert found == ["['megatron_tip.rollout.sglang.main:register_cpu_hooks']\n", "[]\n"]

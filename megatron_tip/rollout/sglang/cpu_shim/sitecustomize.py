@@ -1,6 +1,6 @@
 """What SGLang 0.5.23 lacks on a machine without a GPU. Python imports this by its name at the start of a process.
 
-`sglang_server.py` puts this folder on PYTHONPATH of the servers that it starts with device "cpu", and of no other
+`server.py` puts this folder on PYTHONPATH of the servers that it starts with device "cpu", and of no other
 process: SGLang spawns several processes and each must have it before it imports anything. Standard library alone.
 
 1. `sgl_kernel` comes as a CUDA-only wheel. On the CPU it is imported by name and serves speculative decoding alone: a
@@ -15,7 +15,7 @@ process: SGLang spawns several processes and each must have it before it imports
 A package that is really installed is found first and wins.
 
 It also announces a plugin to SGLang, which finds plugins as entry points of installed distributions: its hooks, in
-`sglang_cpu_hooks.py`, make decoding on a CPU faster and have it follow the requests' seeds.
+`cpu_hooks.py`, make decoding on a CPU faster and have it follow the requests' seeds.
 """
 
 import importlib.abc
@@ -25,7 +25,7 @@ import pathlib
 import sys
 import types
 
-PLUGIN = "[sglang.srt.plugins]\nmegatron_tip_cpu = megatron_tip.rollout.sglang_main:register_cpu_hooks\n"
+PLUGIN = "[sglang.srt.plugins]\nmegatron_tip_cpu = megatron_tip.rollout.sglang.main:register_cpu_hooks\n"
 STAND_INS = ("sgl_kernel", "torchvision", "triton")
 
 

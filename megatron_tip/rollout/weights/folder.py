@@ -14,9 +14,9 @@ from megatron_tip.conversion.model_folder import ModelFolder, new_folder
 from megatron_tip.conversion.safetensors_io import write_safetensors
 from megatron_tip.conversion.weight_map import hf_shapes
 from megatron_tip.errors import ServerError
-from megatron_tip.rollout.sglang_client import SGLangClient
-from megatron_tip.rollout.sglang_pool import PooledServer
-from megatron_tip.rollout.weight_transport import start_on_all, that_report, those_that_did, without_heartbeats
+from megatron_tip.rollout.sglang.client import SGLangClient
+from megatron_tip.rollout.sglang.pool import PooledServer
+from megatron_tip.rollout.weights.transport import start_on_all, that_report, those_that_did, without_heartbeats
 
 
 class FolderTransport:

@@ -19,7 +19,7 @@ from megatron_tip.errors import (
     ServerMismatchError,
     ServerRefusedError,
 )
-from megatron_tip.rollout.sglang_answers import (
+from megatron_tip.rollout.sglang.answers import (
     Answer,
     GenerateAnswer,
     Generation,

@@ -1,6 +1,6 @@
 """The process of a server of our own, and the only file that imports sglang.
 
-`python -m megatron_tip.rollout.sglang_main` reads one line of JSON from its standard input (the arguments of SGLang's
+`python -m megatron_tip.rollout.sglang.main` reads one line of JSON from its standard input (the arguments of SGLang's
 command line, passwords among them) and becomes the server. So passwords are in no process list and no environment.
 The input stays open: when it ends, because whoever started the server closed it or was killed, the server ends
 with all its processes. Standard library alone at the top: SGLang's other processes import this file as well.
@@ -23,14 +23,14 @@ def serve() -> None:
 
 
 def register_cpu_hooks() -> None:
-    """SGLang's plugin of a server on a CPU, called in each of its processes; `sglang_cpu/sitecustomize.py` names it.
+    """SGLang's plugin of a server on a CPU, called in each of its processes; `cpu_shim/sitecustomize.py` names it.
 
     Products are oneDNN's there, as in the trainer.
     """
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType  # pyright: ignore[reportMissingImports]
 
     from megatron_tip.onednn import use_onednn
-    from megatron_tip.rollout import sglang_cpu_hooks as hooks
+    from megatron_tip.rollout.sglang import cpu_hooks as hooks
 
     use_onednn()
     attention = "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend._run_sdpa_forward_decode"

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_tip.rollout.weight_buckets import weight_buckets
+from megatron_tip.rollout.weights.buckets import weight_buckets
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

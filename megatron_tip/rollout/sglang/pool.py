@@ -10,8 +10,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from megatron_tip.errors import EngineError, ServerError, ServersLostError, WeightsLostError
-from megatron_tip.rollout.sglang_client import SGLangClient
-from megatron_tip.rollout.sglang_server import SGLangServer
+from megatron_tip.rollout.sglang.client import SGLangClient
+from megatron_tip.rollout.sglang.server import SGLangServer
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from megatron_tip.errors import EngineError, ServerAnswerError, ServerError, ServerMismatchError, ServerRefusedError
 from megatron_tip.records import Rollout, TeacherTopK
-from megatron_tip.rollout.sglang_answers import LogprobTriple, MetaInfo, checked_logprobs
-from megatron_tip.rollout.sglang_client import SGLangClient
+from megatron_tip.rollout.sglang.answers import LogprobTriple, MetaInfo, checked_logprobs
+from megatron_tip.rollout.sglang.client import SGLangClient
 
 logger = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ from safetensors.torch import load_file
 from megatron_tip.conversion.safetensors_io import HfCheckpoint
 from megatron_tip.conversion.weight_map import hf_shapes
 from megatron_tip.errors import OutputError
-from megatron_tip.rollout.sglang_client import SGLangClient
-from megatron_tip.rollout.sglang_pool import PooledServer
-from megatron_tip.rollout.weight_folder import FolderTransport
+from megatron_tip.rollout.sglang.client import SGLangClient
+from megatron_tip.rollout.sglang.pool import PooledServer
+from megatron_tip.rollout.weights.folder import FolderTransport
 from tests.helpers.disk import little_space
 from tests.helpers.fake_sglang import VOCAB_SIZE, FakeSGLang, send_json
 from tests.helpers.tiny import make_llama

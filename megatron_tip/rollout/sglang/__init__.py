@@ -1,0 +1,1 @@
+"""Rollouts, and a teacher, on real SGLang servers: started, asked, kept current, replaced."""
