@@ -13,65 +13,14 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
+from bench_vocab_parallel_peers import checkpointed, liger, plain, trl_chunked, trl_jsd
+from bench_vocab_parallel_work import BETAS, Call, Work, make_work
 from torch import Tensor
-from torch.distributed import ProcessGroup
-from torch.utils.checkpoint import checkpoint
-
-# The generalised JSD's beta, as TRL and Liger have it too.
-BETAS = {"reverse_kl": 1.0, "forward_kl": 0.0, "jsd": 0.5}
-
-
-@dataclass(frozen=True)
-class Work:
-    """Inputs of every case, equal in every process but for the shards of the heads.
-
-    `student_hidden`, `teacher_hidden`: `[n, H]`; `student_head`, `teacher_head`: `[V / tp, H]`. The student's require
-    their gradients. `tp_group`: None for one process.
-    """
-
-    student_hidden: Tensor
-    student_head: Tensor
-    teacher_hidden: Tensor
-    teacher_head: Tensor
-    divergence: str
-    options: dict[str, Any]
-    tp_group: ProcessGroup | None = None
-
-    @property
-    def models(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.student_hidden, self.student_head, self.teacher_hidden, self.teacher_head
-
-
-Call = Callable[[], Tensor | None]
-
-
-def make_work(task: dict[str, Any], rank: int) -> Work:
-    """Logits of standard deviation 3; the teacher's correlate with the student's by 0.9, as a related model's do."""
-    n, dim, vocab_size = task["rows"], task["hidden"], task["vocab"]
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(n, dim, generator=generator)
-    student = torch.randn(vocab_size, dim, generator=generator) * (3 / math.sqrt(dim))
-    noise = torch.randn(vocab_size, dim, generator=generator) * (3 / math.sqrt(dim))
-    teacher = 0.9 * student + math.sqrt(1 - 0.9**2) * noise
-    dtype = getattr(torch, task["dtype"])
-    shards = [head.chunk(task["tp"])[rank].to(dtype, copy=True) for head in (student, teacher)]
-    group = dist.group.WORLD if task["tp"] > 1 else None
-    return Work(
-        hidden.to(dtype, copy=True).requires_grad_(),
-        shards[0].requires_grad_(),
-        hidden.to(dtype, copy=True),
-        shards[1],
-        task["divergence"],
-        task["options"],
-        group,
-    )
 
 
 def products(work: Work) -> Call:
@@ -183,101 +132,6 @@ def _set_block_bytes(options: dict[str, Any]) -> None:
 
     if "block_kib" in options:
         chunks._CPU_BLOCK_BYTES_PER_THREAD = options["block_kib"] * 1024
-
-
-def _divergence_of_logits(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
-    """The sum over rows of the generalised JSD, as `log_softmax` and `kl_div` write it."""
-    log_p, log_q = student.float().log_softmax(-1), teacher.float().log_softmax(-1)
-    if beta in (0.0, 1.0):
-        towards, measured = (log_p, log_q) if beta == 0 else (log_q, log_p)
-        return F.kl_div(towards, measured, reduction="sum", log_target=True)
-    log_m = torch.logaddexp(log_p + math.log(1 - beta), log_q + math.log(beta))
-    parts = [F.kl_div(log_m, logprobs, reduction="sum", log_target=True) for logprobs in (log_p, log_q)]
-    return (1 - beta) * parts[0] + beta * parts[1]
-
-
-def plain(work: Work) -> Call:
-    """`log_softmax` and `kl_div` of all logits at once."""
-    return _of_logits(work, lambda s, t: _divergence_of_logits(s, t, BETAS[work.divergence]))
-
-
-def trl_jsd(work: Work) -> Call:
-    """TRL's generalised JSD, which is handed logits."""
-    from trl.experimental.gkd import GKDTrainer  # pyright: ignore[reportMissingImports]  (of another environment)
-
-    beta = BETAS[work.divergence]
-    return _of_logits(work, lambda s, t: GKDTrainer.generalized_jsd_loss(s, t, beta=beta, reduction="sum"))
-
-
-def _of_logits(work: Work, loss_of: Callable[[Tensor, Tensor], Tensor]) -> Call:
-    hidden, head, teacher_hidden, teacher_head = work.models
-
-    def call() -> Tensor:
-        with torch.no_grad():
-            teacher = teacher_hidden @ teacher_head.T
-        loss = loss_of(hidden @ head.T, teacher)
-        loss.backward()
-        return loss.detach()
-
-    return call
-
-
-def checkpointed(work: Work) -> Call:
-    """The plain loss in chunks, each recomputed in the backward pass."""
-    hidden, head, teacher_hidden, teacher_head = work.models
-    beta, chunk_rows = BETAS[work.divergence], work.options["chunk_rows"]
-
-    def of_chunk(student: Tensor, teacher: Tensor) -> Tensor:
-        return _divergence_of_logits(student @ head.T, teacher @ teacher_head.T, beta)
-
-    def call() -> Tensor:
-        chunks = zip(hidden.split(chunk_rows), teacher_hidden.split(chunk_rows), strict=True)
-        losses: list[Any] = [checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks]
-        loss = torch.stack(losses).sum()
-        loss.backward()
-        return loss.detach()
-
-    return call
-
-
-def trl_chunked(work: Work) -> Call:
-    """What TRL's DistillationTrainer calls, on hidden states."""
-    from trl.kernels.chunked_divergence import (  # pyright: ignore[reportMissingImports]
-        ChunkedDivergenceFunction,
-    )
-
-    hidden, head, teacher_hidden, teacher_head = work.models
-
-    def call() -> Tensor:
-        beta = BETAS[work.divergence]
-        values, _ = ChunkedDivergenceFunction.apply(hidden, head, None, teacher_hidden, teacher_head, None, beta)
-        loss = values.sum()
-        loss.backward()
-        return loss.detach()
-
-    return call
-
-
-def liger(work: Work) -> Call:
-    """Liger's fused linear JSD, which returns the mean over rows; only its distillation part."""
-    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss  # pyright: ignore[reportMissingImports]
-
-    hidden, head, teacher_hidden, teacher_head = work.models
-    compute = LigerFusedLinearJSDLoss(
-        weight_hard_loss=0.0,
-        weight_soft_loss=1.0,
-        beta=BETAS[work.divergence],
-        chunk_size=work.options["chunk_rows"],
-        compiled=work.options.get("compiled", False),
-    )
-    labels = torch.zeros(len(hidden), dtype=torch.int64)
-
-    def call() -> Tensor:
-        loss = compute(hidden, head, teacher_hidden, teacher_head, labels)
-        loss.backward()
-        return loss.detach()
-
-    return call
 
 
 CASES: dict[str, Callable[[Work], Call]] = {
