@@ -1,6 +1,6 @@
 """What monitoring costs: a sample of the thread, and the two all-reduces of a step.
 
-    python tools/bench_monitoring.py [--workers 3] [--step-seconds 27] [--every-seconds 5]
+    python tools/bench_monitoring.py [--workers 3] [--step-seconds 10.8] [--every-seconds 5]
 
 Prints seconds a sample and a step, and both as a share of a run whose steps take --step-seconds (the quickstart's).
 """
@@ -14,7 +14,7 @@ from workers import run_in_workers
 
 def main(
     workers: Annotated[int, typer.Option(min=1, help="Workers on this machine.")] = 3,
-    step_seconds: Annotated[float, typer.Option(help="Length of a step that the cost is set against.")] = 27.0,
+    step_seconds: Annotated[float, typer.Option(help="Length of a step that the cost is set against.")] = 10.8,
     every_seconds: Annotated[float, typer.Option(help="monitoring.every_seconds.")] = 5.0,
 ) -> None:
     """Measure the cost of monitoring."""
