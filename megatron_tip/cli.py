@@ -21,7 +21,7 @@ from megatron_tip.observability.run_folder import RunFolder
 from megatron_tip.parallel.environment import is_restarted, is_worker
 from megatron_tip.parallel.launch import run_worker, start_workers
 from megatron_tip.parallel.lean_imports import lean_imports
-from megatron_tip.training.same_run import check_same_run
+from megatron_tip.training.checkpoints.same_run import check_same_run
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 app.add_typer(diagnose, name="diagnose")

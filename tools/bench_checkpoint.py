@@ -20,7 +20,7 @@ from pathlib import Path
 from try_faults import Trial, end_with_the_run
 
 from megatron_tip.observability.run_folder import RunFolder
-from megatron_tip.training.checkpoint_files import CheckpointFiles
+from megatron_tip.training.checkpoints.files import CheckpointFiles
 
 BETWEEN_SAVES = 10
 

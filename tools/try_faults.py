@@ -27,7 +27,7 @@ from megatron_tip.config import Config
 from megatron_tip.config_io import load_config
 from megatron_tip.observability.metrics import MEASURED
 from megatron_tip.observability.run_folder import RunFolder
-from megatron_tip.training.checkpoint_files import CheckpointFiles
+from megatron_tip.training.checkpoints.files import CheckpointFiles
 
 
 @dataclass

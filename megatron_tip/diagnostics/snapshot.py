@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from megatron_tip.models.student import Student
-from megatron_tip.training.student_state import complete_optimizer_state
+from megatron_tip.training.checkpoints.student_state import complete_optimizer_state
 
 
 class StudentStart:

@@ -28,16 +28,16 @@ from megatron_tip.parallel.launch import end_worker_with, failures_on_record
 from megatron_tip.parallel.stop import StopRequested
 from megatron_tip.parallel.watchdog import HangWatchdog
 from megatron_tip.rollout.engine import ServedEngine
-from megatron_tip.training.checkpoint import Checkpointer
-from megatron_tip.training.checkpoint_files import CheckpointFiles
+from megatron_tip.training.checkpoints.files import CheckpointFiles
+from megatron_tip.training.checkpoints.progress import Heldout, RunProgress
+from megatron_tip.training.checkpoints.resume import newest_whole, restore
+from megatron_tip.training.checkpoints.same_run import check_same_run
+from megatron_tip.training.checkpoints.writer import Checkpointer
 from megatron_tip.training.heldout import heldout_metric, measure_heldout
 from megatron_tip.training.observers import RunObservers
 from megatron_tip.training.plan import RunPlan, plan_run
-from megatron_tip.training.progress import Heldout, RunProgress
 from megatron_tip.training.recorder import RecorderState, RunRecorder
-from megatron_tip.training.resume import newest_whole, restore
 from megatron_tip.training.run import Gauge, TrainingRun
-from megatron_tip.training.same_run import check_same_run
 from megatron_tip.training.setup import build_run, coarser_dtype
 from megatron_tip.training.step import SKIPPED_NOT_FINITE, train_step
 from megatron_tip.training.weight_sync import update_engine

@@ -21,12 +21,12 @@ from megatron_tip.observability.metrics import MEASURED
 from megatron_tip.observability.progress import ProgressDisplay
 from megatron_tip.observability.run_folder import RunFolder
 from megatron_tip.parallel.watchdog import HangWatchdog
-from megatron_tip.training.checkpoint import Checkpointer
-from megatron_tip.training.checkpoint_files import CheckpointFiles
+from megatron_tip.training.checkpoints.files import CheckpointFiles
+from megatron_tip.training.checkpoints.progress import Heldout, RunProgress
+from megatron_tip.training.checkpoints.resume import newest_whole, restore
+from megatron_tip.training.checkpoints.writer import Checkpointer
 from megatron_tip.training.loop import run_steps
-from megatron_tip.training.progress import Heldout, RunProgress
 from megatron_tip.training.recorder import RunRecorder
-from megatron_tip.training.resume import newest_whole, restore
 from megatron_tip.training.run import TrainingRun
 from megatron_tip.training.step import train_step
 from megatron_tip.training.weight_sync import update_engine

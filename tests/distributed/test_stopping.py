@@ -20,13 +20,13 @@ from megatron_tip.parallel.stop import StopRequested
 from megatron_tip.parallel.watchdog import HangWatchdog
 from megatron_tip.records import Prompt, Rollout
 from megatron_tip.rollout.ahead import AheadGenerator
-from megatron_tip.training import checkpoint
-from megatron_tip.training.checkpoint import Checkpointer
-from megatron_tip.training.checkpoint_files import CheckpointFiles
+from megatron_tip.training.checkpoints import writer as checkpoint
+from megatron_tip.training.checkpoints.files import CheckpointFiles
+from megatron_tip.training.checkpoints.progress import RunProgress
+from megatron_tip.training.checkpoints.resume import restore
+from megatron_tip.training.checkpoints.writer import Checkpointer
 from megatron_tip.training.loop import left_together, run_steps
-from megatron_tip.training.progress import RunProgress
 from megatron_tip.training.recorder import RunRecorder
-from megatron_tip.training.resume import restore
 from megatron_tip.training.run import TrainingRun
 from tests.distributed.test_checkpoint import NOBODY, ROLLOUTS, checkpointer_of, take_step
 from tests.helpers.distributed import run_workers

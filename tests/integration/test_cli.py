@@ -10,8 +10,8 @@ import pytest
 
 from megatron_tip import __version__
 from megatron_tip.config_io import load_config
-from megatron_tip.training.checkpoint_files import CheckpointFiles, write_state
-from megatron_tip.training.same_run import defining_settings
+from megatron_tip.training.checkpoints.files import CheckpointFiles, write_state
+from megatron_tip.training.checkpoints.same_run import defining_settings
 from tests.helpers.processes import is_alive, wait_until
 from tests.helpers.training import make_models
 from tests.unit.test_config_io import MINIMAL

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_tip.config import Config
 from megatron_tip.config_io import dump_config
-from megatron_tip.training.checkpoint_files import CheckpointFiles
+from megatron_tip.training.checkpoints.files import CheckpointFiles
 from tests.helpers.processes import wait_until
 from tests.helpers.runs import Workers, assert_same_run, metrics_of, run_to_end
 from tests.helpers.training import make_models, make_pruned_run

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from megatron_tip.training.checkpoint_files import CheckpointFiles
+from megatron_tip.training.checkpoints.files import CheckpointFiles
 from tests.helpers.processes import wait_until
 from tests.helpers.slurm import NODES, Job, SlurmCluster
 from tests.helpers.wandb_files import history_of, records_of

@@ -11,12 +11,12 @@ import torch.distributed as dist
 from megatron_tip.errors import CheckpointError
 from megatron_tip.parallel.collectives import broadcast_json, gather_json
 from megatron_tip.selection import Calibration
-from megatron_tip.training.checkpoint_files import SHARDS_NAME, CheckpointFiles
-from megatron_tip.training.progress import RunProgress
+from megatron_tip.training.checkpoints.files import SHARDS_NAME, CheckpointFiles
+from megatron_tip.training.checkpoints.progress import RunProgress
+from megatron_tip.training.checkpoints.same_run import defining_settings
+from megatron_tip.training.checkpoints.student_state import load_state
 from megatron_tip.training.recorder import RecorderState
 from megatron_tip.training.run import TrainingRun
-from megatron_tip.training.same_run import defining_settings
-from megatron_tip.training.student_state import load_state
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_tip.errors import OutputError
-from megatron_tip.training.checkpoint_files import FORMAT, CheckpointFiles, synced_checksums, write_state
+from megatron_tip.training.checkpoints.files import FORMAT, CheckpointFiles, synced_checksums, write_state
 
 NO_DIGEST = {"format": FORMAT, "files": {"shards/a": 6}}
 

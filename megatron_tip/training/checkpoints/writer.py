@@ -21,18 +21,18 @@ from megatron_tip.conversion.megatron_checkpoint import reason_of
 from megatron_tip.errors import OutputError
 from megatron_tip.parallel.collectives import agree_on_maxima, broadcast_json, gather_json
 from megatron_tip.parallel.stop import StopRequested, StopSignals
-from megatron_tip.training.checkpoint_files import (
+from megatron_tip.training.checkpoints.files import (
     SHARDS_NAME,
     STATE_NAME,
     CheckpointFiles,
     synced_checksums,
     write_state,
 )
-from megatron_tip.training.progress import RunProgress
+from megatron_tip.training.checkpoints.progress import RunProgress
+from megatron_tip.training.checkpoints.resume import identity_of
+from megatron_tip.training.checkpoints.student_state import sharded_state
 from megatron_tip.training.recorder import RunRecorder
-from megatron_tip.training.resume import identity_of
 from megatron_tip.training.run import TrainingRun
-from megatron_tip.training.student_state import sharded_state
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from typing import Any
 from megatron_tip.config import Config
 from megatron_tip.errors import CheckpointError, ConfigError
 from megatron_tip.observability.run_folder import RunFolder
-from megatron_tip.training.checkpoint_files import CheckpointFiles
+from megatron_tip.training.checkpoints.files import CheckpointFiles
 
 _DEFINING_KEYS: dict[str, tuple[str, ...]] = {
     "run": ("seed",),

@@ -7,8 +7,8 @@ import pytest
 from megatron_tip.config import Config
 from megatron_tip.errors import ConfigError
 from megatron_tip.observability.run_folder import RunFolder
-from megatron_tip.training.checkpoint_files import CheckpointFiles, write_state
-from megatron_tip.training.same_run import check_same_run, defining_settings
+from megatron_tip.training.checkpoints.files import CheckpointFiles, write_state
+from megatron_tip.training.checkpoints.same_run import check_same_run, defining_settings
 from tests.helpers.training import Layout, make_config
 
 

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_tip.conversion.megatron_checkpoint import check_index, reason_of
 from megatron_tip.errors import CheckpointError
 from megatron_tip.models.student import Student
-from megatron_tip.training.distributed_optimizer_state import mend_gathering
+from megatron_tip.training.checkpoints.distributed_optimizer_state import mend_gathering
 
 _HOST_RANDOM_BYTES = 16384
 """Python's and numpy's generators in decimal take at most 14,000."""
