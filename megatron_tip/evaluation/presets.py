@@ -91,7 +91,7 @@ _ROWS = (
         "```python\n{{prompt}}\n```",
         ("prompt", "test", "entry_point"),
         "",
-        "the program passes the reference's tests",
+        "the first code block that defines the function, or the body given instead, passes the question's tests",
         max_tokens=8192,
         executes_code=True,
     ),
