@@ -1,6 +1,8 @@
 """What is asked of a backend and what becomes of its answer; programs stand in for the real backends."""
 
 import json
+import multiprocessing
+import resource
 import statistics
 import sys
 from dataclasses import replace
@@ -10,13 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_tip.errors import EvaluationError, InputError, OptionalDependencyError
+from megatron_tip.errors import EvaluationError, InputError, OptionalDependencyError, OutputError
 from megatron_tip.evaluation.benchmarks import Request, run_benchmarks
 from megatron_tip.evaluation.evalscope import score_of
 from megatron_tip.evaluation.harness import Model
 from megatron_tip.evaluation.offline_data import find_data
 from megatron_tip.evaluation.presets import PRESETS, load_presets
-from megatron_tip.evaluation.results import model_folder
+from megatron_tip.evaluation.results import append_result, model_folder
 from megatron_tip.observability.run_folder import RunFolder
 
 HARNESS = """#!{python}
@@ -83,6 +85,41 @@ def test_seeds_become_a_line_with_mean_and_deviation(request_of):
     assert (first["num_questions"], first["backend"], first["model"]) == (4, "lm-eval 0.4.13", "student")
     assert first["protocol"]["temperature"] == 0.6
     assert (second["mean"], second["sd"], second["limit"]) == (0.7, None, 2)
+
+
+def test_lines_of_evaluations_that_end_at_once_are_all_kept(tmp_path):
+    (tmp_path / "eval.jsonl").write_text('{"model": "before"}\n{"cut o')
+    context = multiprocessing.get_context("fork")
+    start = context.Barrier(4)
+
+    def append(model):
+        start.wait()
+        for place in range(25):
+            append_result(RunFolder(tmp_path), {"model": model, "place": place, "long": "x" * 20_000})
+
+    evaluations = [context.Process(target=append, args=(model,)) for model in range(4)]
+    for evaluation in evaluations:
+        evaluation.start()
+    for evaluation in evaluations:
+        evaluation.join()
+    first, broken, *lines = (tmp_path / "eval.jsonl").read_text().splitlines()
+    assert (first, broken) == ('{"model": "before"}', '{"cut o')
+    assert sorted((line["model"], line["place"]) for line in map(json.loads, lines)) == [
+        (model, place) for model in range(4) for place in range(25)
+    ]
+
+
+def test_a_line_that_does_not_fit_leaves_the_file_as_it_was(tmp_path):
+    append_result(RunFolder(tmp_path), {"model": "before"})
+    before = (tmp_path / "eval.jsonl").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 10, limits[1]))
+        with pytest.raises(OutputError, match=r"eval\.jsonl: cannot write"):
+            append_result(RunFolder(tmp_path), {"model": "a longer one than ten bytes"})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "eval.jsonl").read_bytes() == before
 
 
 def test_the_harness_is_asked_for_our_protocol(request_of, tmp_path):
