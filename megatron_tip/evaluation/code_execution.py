@@ -7,18 +7,17 @@ tests, could also look for what tells that it has passed: use a container for mo
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
 import secrets
-import signal
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_tip.evaluation.child_process import end_session
 from megatron_tip.evaluation.limited_process import TIMED_OUT
 
 _LAUNCHER = Path(__file__).with_name("limited_process.py")
@@ -85,7 +84,7 @@ def execute(program: str, limits: Limits | None = None) -> Execution:
         except subprocess.TimeoutExpired:
             code = TIMED_OUT
         finally:
-            _end(process)
+            end_session(process)  # the watcher, which ends what it watches
         status.seek(0)
         first, _, rest = status.read(1 << 10).decode(errors="replace").partition("\n")
         output.seek(max(0, output.seek(0, os.SEEK_END) - _OUTPUT_BYTES))
@@ -109,13 +108,3 @@ def program_of(answer: str, question: dict[str, str]) -> str:
     # The prompt ends with a function that has a docstring alone, so that it is a whole program by itself.
     start = f"{prompt}\n    pass\n\n{code}" if defines.search(code) else f"{prompt}{code}"
     return f"{start}\n\n{question['test']}\n\ncheck({question['entry_point']})\n"
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ends the watcher, which ends what it watches; if it does not, its whole session."""
-    process.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(timeout=_GRACE_SECONDS)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()

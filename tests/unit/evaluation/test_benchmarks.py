@@ -3,11 +3,15 @@
 import json
 import multiprocessing
 import resource
+import signal
 import statistics
+import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -85,6 +89,36 @@ def test_seeds_become_a_line_with_mean_and_deviation(request_of):
     assert (first["num_questions"], first["backend"], first["model"]) == (4, "lm-eval 0.4.13", "student")
     assert first["protocol"]["temperature"] == 0.6
     assert (second["mean"], second["sd"], second["limit"]) == (0.7, None, 2)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_the_backend_ends_with_the_evaluation(tmp_path, number):
+    """And what it has started: here a child that takes no notice of SIGTERM."""
+    backend = tmp_path / "backend.py"
+    backend.write_text(
+        "import os, signal, sys, time\n"
+        "child = os.fork()\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_DFL if child else signal.SIG_IGN)\n"
+        "child and print(os.getpid(), child, flush=True)\n"
+        "time.sleep(300)\n"
+    )
+    source = "import sys; from pathlib import Path; from megatron_tip.evaluation.child_process import run_logged\n"
+    source += "run_logged([sys.executable, '-S', sys.argv[1]], Path(sys.argv[2]))"
+    log = tmp_path / "log.txt"
+    evaluation = subprocess.Popen([sys.executable, "-c", source, str(backend), str(log)])
+    try:
+        started = time.monotonic()
+        while not (log.exists() and log.read_text().endswith("\n")):
+            assert time.monotonic() - started < 60
+            time.sleep(0.05)
+        family = [psutil.Process(int(pid)) for pid in log.read_text().split()]
+        evaluation.send_signal(number)
+        assert evaluation.wait(timeout=60) == 128 + number
+        gone, left = psutil.wait_procs(family, timeout=10)
+        assert (len(gone), left) == (2, [])
+    finally:
+        evaluation.kill()
+        evaluation.wait()
 
 
 def test_lines_of_evaluations_that_end_at_once_are_all_kept(tmp_path):
