@@ -26,6 +26,7 @@ def result_of(
     Args:
         facts: what was evaluated and by what: `model`, `backend`, `data`, `limit`.
     """
+    cut = {"max_tokens asked": preset.max_tokens_asked} if preset.max_tokens_asked else {}
     values = [score.value for score in scores]
     return {
         "benchmark": preset.name,
@@ -41,6 +42,8 @@ def result_of(
             "temperature": preset.temperature,
             "top_p": preset.top_p,
             "max_tokens": preset.max_tokens,
+            **cut,
+            "context": preset.context or "not known",
             "samples a question and seed": 1,
             "scoring": preset.scoring,
         },

@@ -7,8 +7,10 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import psutil
@@ -18,6 +20,7 @@ import pytest
 
 from megatron_tip.errors import EvaluationError, InputError, OptionalDependencyError, OutputError
 from megatron_tip.evaluation.benchmarks import Request, run_benchmarks
+from megatron_tip.evaluation.context import context_of
 from megatron_tip.evaluation.evalscope import score_of
 from megatron_tip.evaluation.harness import Model
 from megatron_tip.evaluation.offline_data import find_data
@@ -185,6 +188,44 @@ def test_a_server_is_asked_by_chat_with_the_seed(request_of):
     facts = json.loads(given[given.index("--model_args") + 1])
     assert given[given.index("--model") + 1] == "local-chat-completions"
     assert (facts["base_url"], facts["model"], facts["seed"]) == ("http://node:30000/v1/chat/completions", "qwen", 5)
+
+
+def test_answers_fit_into_the_context_of_the_model(request_of, tmp_path):
+    request, run = request_of
+
+    def protocol_of(config, **sampling):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        presets = load_presets(["gsm8k"], **sampling)
+        (result,) = run_benchmarks(replace(request, model=Model(tmp_path), presets=presets, seeds=[1]), run)
+        (task,) = run.rglob("gsm8k.yaml")
+        assert f'"max_gen_toks": {result["protocol"]["max_tokens"]}' in task.read_text()
+        return [result["protocol"].get(name) for name in ("max_tokens", "max_tokens asked", "context")]
+
+    assert protocol_of({"max_position_embeddings": 8192}) == [4096, None, 8192]
+    assert protocol_of({"max_position_embeddings": 5000}) == [2952, 4096, 5000]
+    assert protocol_of({"max_position_embeddings": 512}, max_tokens=300) == [256, 300, 512]
+    nested = {"text_config": {"max_position_embeddings": 1000}, "max_position_embeddings": 9000}
+    assert protocol_of(nested) == [500, 4096, 1000]
+    assert protocol_of({}) == [4096, None, "not known"]
+
+
+def test_a_server_says_its_context():
+    class Models(BaseHTTPRequestHandler):
+        def do_GET(self):
+            body = json.dumps({"data": [{"id": "other", "max_model_len": 9}, {"id": "qwen", "max_model_len": 5000}]})
+            self.send_response(200 if self.path == "/v1/models" else 404)
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, format, *args):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Models) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/v1"
+        assert context_of(Model(url=url, name="qwen")) == 5000
+        assert context_of(Model(url=f"{url}/nowhere", name="qwen")) is None
+        server.shutdown()
 
 
 def test_programs_are_run_only_when_allowed(request_of):
