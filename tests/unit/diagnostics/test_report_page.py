@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import unicodedata
 import zlib
 
 import numpy as np
@@ -39,6 +40,35 @@ def test_what_has_no_shape_is_given_one():
     assert visible("a\n\tb") == "a\n⇥\tb"
     assert visible("a\n", newlines=True) == "a↵\n"
     assert visible("é 数 <b>&") == "é 数 <b>&"
+
+
+def test_nothing_of_all_unicode_stays_unseen():
+    """Alone, or repeated behind a letter or a picture, where a font draws nothing of it."""
+    newer_emoji = range(0x1F000, 0x1FB00)
+    for code in [*range(0x3400), *range(0xA000, 0x20000), *range(0xE0000, 0xE0200), 0x50000, 0xF0000, 0x10FFFF]:
+        character = chr(code)
+        kind = unicodedata.category(character)
+        is_selector = "VARIATION SELECTOR" in unicodedata.name(character, "")
+        if character == "\n" or code in newer_emoji or not (kind[0] == "C" or kind in ("Zl", "Zp") or is_selector):
+            continue
+        for text in (character, f"a{character}b", f"\N{SNOWMAN}{character}{character}"):
+            assert visible(text) != text, hex(code)
+    for blank in "\u115f\u1160\u2800\u3164\uffa0\u034f\u17b4":
+        assert visible(f"a{blank}b") == f"a⟨U+{ord(blank):04X}⟩b"
+
+
+def test_a_mark_without_a_letter_gets_one():
+    assert visible("\u0301a") == "◌\u0301a"
+    assert visible("a\u0301") == "a\u0301"
+    assert visible("\u202e\u0301 \n\u0301") == "⟨U+202E⟩◌\u0301 \n◌\u0301"
+
+
+def test_ordinary_text_and_emoji_stay_as_they_are():
+    ordinary = "naïve cafe\u0301 数学 हिन्दी “quoted” ≤ ∫ 3\u00a0% 👩\u200d🚀 👩🏽\u200d🚀 🏳\ufe0f\u200d🌈"
+    ordinary += " ❤\ufe0f 1\ufe0f\u20e3 🇩🇪 \U0001fae8"  # the last: newer than the Unicode of Python 3.11
+    assert visible(ordinary) == ordinary
+    assert visible("a\u200d🚀 👩\u200d👩\u200d") == "a⟨U+200D⟩🚀 👩\u200d👩⟨U+200D⟩"
+    assert visible("a\ufe0f ❤\ufe0f\ufe0f") == "a⟨U+FE0F⟩ ❤\ufe0f⟨U+FE0F⟩"
 
 
 def test_planes_put_the_lowest_bytes_first():
