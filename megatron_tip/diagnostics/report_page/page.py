@@ -65,7 +65,7 @@ def _packings(packers: Sequence[RunPacker], room: int) -> Iterator[tuple[list[di
     What a sample of the responses tells to be larger than `room` characters is not tried.
     """
     for detail in LADDER:
-        if sum(packer.estimate(detail) for packer in packers) <= 1.05 * room:
+        if sum(packer.estimate(detail) for packer in packers) <= room:
             yield _packing(packers, detail, 1)
     every, most = 2, max(len(packer.tables) for packer in packers)
     while every < 2 * most:

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tip.errors import InputError
-from megatron_tip.observability.report import read_metrics
+from megatron_tip.observability.metrics import read_metrics
 from megatron_tip.observability.run_folder import RunFolder
 from megatron_tip.observability.token_table import TokenTable, read_token_table
 
-MAX_STEPS = 2000
-"""Points of a curve; of a longer run, each is the mean of several steps."""
+MAX_STEPS = 1000
+"""Points of a curve, more than a figure has pixels; of a longer run, each is the mean of several steps."""
 
 Config = Mapping[str, Mapping[str, Any]]
 
