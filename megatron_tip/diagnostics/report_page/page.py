@@ -20,7 +20,10 @@ from megatron_tip.errors import InputError
 from megatron_tip.observability.run_folder import atomic_write_text, output_errors
 
 MAX_BYTES = 10 * 10**6
-SCRIPTS = ("decode.js", "theme.js", "figures.js", "quadrants.js", "candidates.js", "inspector.js", "keys.js", "main.js")
+SCRIPTS = tuple(
+    f"{name}.js"
+    for name in ("decode", "theme", "figures", "timeline", "quadrants", "candidates", "inspector", "keys", "main")
+)
 MOST_RUNS = 6
 """Colours and dashes that can be told apart."""
 
@@ -86,6 +89,10 @@ def _curves(run: RunData) -> dict[str, Any]:
         "steps": run.steps,
         "stride": run.stride,
         "metrics": run.metrics,
+        "timeline": [
+            {**step, "phases": [[visible(name), *numbers] for name, *numbers in step["phases"]]}
+            for step in run.timeline
+        ],
     }
 
 

@@ -40,6 +40,11 @@ def report(tmp_path_factory):
     result |= {"num_questions": 9, "limit": 9}
     (folder / "whole" / "eval.jsonl").write_text(json.dumps(result) + "\n")
     write_run(folder / "no tokens", steps=2, seed=4, view_steps=[1], responses=1, tokens=0)
+    (folder / "whole" / "trace").mkdir()
+    events = [{"name": "rollout", "ph": "X", "ts": 0, "dur": 1e6}, {"name": "train", "ph": "X", "ts": 2e6, "dur": 1e6}]
+    events = [event for step in (1, 2) for event in (*events, {"name": f"step {step}", "ph": "i", "ts": 3e6})]
+    lines = "".join(json.dumps(event) + "\n" for event in events)
+    (folder / "whole" / "trace" / "rank_00000.jsonl").write_text(lines)
     target = folder / "report.html"
     write_report_page([folder / "whole", folder / NAME, folder / "no views", folder / "no tokens"], target)
     return target
@@ -76,6 +81,18 @@ def test_figures_are_drawn_and_gaps_are_named(page):
     expect(page.locator("#plane-figures figure").nth(2)).to_contain_text("tracking.view_every_steps turns them on")
     page.select_option("#any-metric", "train/teacher_entropy")
     expect(page.locator("#any-figure .gap")).to_contain_text(NAME)
+
+
+def test_timeline_is_drawn_and_its_gap_is_named(page):
+    (figure,) = page.locator("#timeline-figures figure").all()
+    expect(figure.locator("figcaption")).to_contain_text("whole")
+    expect(figure.locator(".legendtext")).to_have_text(["rollout", "train"])
+    heights = {label.text_content(): label.bounding_box()["y"] for label in figure.locator(".ytick text").all()}
+    assert heights["step 1"] < heights["step 2"]
+    bars = [bar.bounding_box() for bar in figure.locator(".bars .point path").all()]
+    (rollout, _), (train, _) = bars[:2], bars[2:]
+    assert train["x"] - rollout["x"] == pytest.approx(2 * rollout["width"], rel=0.05)
+    expect(page.locator("#timeline-note")).to_contain_text(f"by {NAME}, no views, no tokens: monitoring.trace")
 
 
 def test_tables_show_runs_and_benchmarks(page):

@@ -9,9 +9,10 @@ import zlib
 import numpy as np
 import pytest
 
-from megatron_tip.diagnostics.report_page import write_report_page
+from megatron_tip.diagnostics.report_page import timeline, write_report_page
 from megatron_tip.diagnostics.report_page.packing import COARSE_MISSING, MISSING, coarse, packed, planes, thousandths
 from megatron_tip.diagnostics.report_page.run_data import differing_keys, read_runs, thinned
+from megatron_tip.diagnostics.report_page.timeline import read_timeline
 from megatron_tip.diagnostics.report_page.tokens import LADDER, Blocks, Detail, RunPacker, quadrants
 from megatron_tip.diagnostics.report_page.visible_text import visible
 from megatron_tip.errors import InputError
@@ -90,6 +91,35 @@ def test_long_runs_are_means_of_steps_that_have_the_metric():
     steps, stride, columns = thinned(records, max_steps=4)
     assert (steps, stride) == ([2, 4, 6, 7], 2)
     assert columns == {"a": [1.5, 3.5, 5.5, 7.0], "b": [None, 1.0, None, None]}
+
+
+def write_trace(folder, steps, phases_a_step=2):
+    """Each step: phases of 1 s one after the other, with half a second of nothing between them."""
+    folder.mkdir(parents=True)
+    lines, now = [], 5e6
+    for step in steps:
+        for place in range(phases_a_step):
+            name = ("rollout", "train")[place % 2]
+            lines.append({"name": name, "ph": "X", "ts": now, "dur": 1e6, "pid": 0, "tid": 0})
+            now += 1.5e6
+        lines.append({"name": f"step {step}", "ph": "i", "s": "p", "ts": now, "pid": 0, "tid": 0})
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "rank_00000.jsonl").write_text(text + '{"name": "rollout", "ph": "X", "ts": 1}\n{"cut o')
+
+
+def test_timeline_has_the_first_and_last_whole_steps(tmp_path, monkeypatch):
+    assert read_timeline(tmp_path / "nothing") == []
+    write_trace(tmp_path / "few", range(4))
+    few = read_timeline(tmp_path / "few")
+    assert [step["step"] for step in few] == ["0", "1", "2", "3"]
+    assert few[3] == {"step": "3", "phases": [["rollout", 0.0, 1.0], ["train", 1.5, 1.0]], "left_out": 0}
+    write_trace(tmp_path / "many", range(100))
+    monkeypatch.setattr(timeline, "_READ_BYTES", 2500)  # both ends in the middle of a step, and of a line
+    many = read_timeline(tmp_path / "many")
+    assert [step["step"] for step in many] == ["0", "1", "2", "97", "98", "99"]
+    assert all(len(step["phases"]) == 2 for step in many)
+    monkeypatch.setattr(timeline, "MOST_PHASES", 1)
+    assert [(len(step["phases"]), step["left_out"]) for step in read_timeline(tmp_path / "few")] == [(1, 1)] * 4
 
 
 def test_quadrants_part_above_the_medians():
