@@ -22,7 +22,7 @@ from megatron_tip.evaluation.limited_process import TIMED_OUT
 
 _LAUNCHER = Path(__file__).with_name("limited_process.py")
 _BLOCK = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
-_THOUGHT_ENDS = "</think>"
+_THOUGHT, _THOUGHT_ENDS = "<think>", "</think>"
 _GRACE_SECONDS = 5.0
 _OUTPUT_BYTES = 2000
 
@@ -100,7 +100,7 @@ def program_of(answer: str, question: dict[str, str]) -> str:
     it; without one the first code block, and without any the whole text. Where it is only the body, it stands behind
     the question's prompt; where it is the whole function, the prompt's imports and helpers stand before it.
     """
-    text = answer.rpartition(_THOUGHT_ENDS)[2]
+    text = answer.rpartition(_THOUGHT_ENDS)[2].partition(_THOUGHT)[0]  # nothing of a thought that did not end
     defines = re.compile(rf"^\s*(?:async\s+)?def\s+{re.escape(question['entry_point'])}\b", re.MULTILINE)
     blocks = _BLOCK.findall(text) or [text]
     code = next(filter(defines.search, blocks), blocks[0])

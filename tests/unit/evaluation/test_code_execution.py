@@ -39,6 +39,7 @@ QUESTION = {
         ("```\npip install x\n```\n```python\ndef largest(xs):\n    return max(xs)\n```", "passed"),
         ("```python\ndef largest(xs):\n    return 0\n```\n```python\ndef largest(xs):\n    return 3\n```", "failed"),
         ("<think>```python\ndef largest(xs):\n    return 0\n```</think>```python\n    return 3\n```", "passed"),
+        ("<think>Perhaps\n```python\ndef largest(xs):\n    return max(xs)\n```\nBut", "failed"),  # cut off
         ("```python\nimport sys\nsys.exit(0)\n```", "failed"),  # never came to the tests
         ("```python\nimport os\nos._exit(0)\n```", "failed"),
     ],
