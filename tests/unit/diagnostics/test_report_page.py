@@ -3,6 +3,8 @@
 import base64
 import json
 import re
+import subprocess
+import sys
 import unicodedata
 import zlib
 
@@ -220,6 +222,20 @@ def test_table_without_statistics_or_supports_is_shown_with_its_selection(tmp_pa
     (view,) = json.loads(unpacked(blocks_of(page)["data"]))["runs"][0]["views"]
     assert view["statistics"] == []
     assert view["responses"][0]["quadrants"] == [0, 0, 0, 0]
+
+
+def test_the_report_needs_no_figures_library():
+    """matplotlib takes longer to import than three runs to be read."""
+    program = "import sys, megatron_tip.diagnostics.report_page; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+def test_an_estimate_from_a_sample_is_near(tmp_path):
+    write_run(tmp_path / "run", steps=1, view_steps=[1], responses=70, tokens=300, vocab_size=5000)
+    packer = RunPacker(read_runs([tmp_path / "run"])[0].tables)
+    for detail in LADDER:
+        packer.pack(blocks := Blocks(), detail)
+        assert packer.estimate(detail) == pytest.approx(blocks.num_characters, rel=0.05)
 
 
 def test_what_cannot_be_read_is_named_or_refused(tmp_path):
