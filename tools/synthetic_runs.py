@@ -115,16 +115,16 @@ def _table(
     token_ids = supports["student_support_ids"][:, 0]
     valid = random.uniform(size=n) < 0.98
     kept = valid & (statistics["score"] > 0.3)
-    axes = [statistics[name][:2000].tolist() for name in ("student_entropy", "support_divergence")]
+    axes = [statistics[name] for name in ("student_entropy", "support_divergence")]
     facts = TokenTableFacts(
         step=step,
         rule=rule,
         retention_ratio=0.1,
         temperature=1.0,
         divergence="support_divergence",
-        medians=(float(np.median(statistics["student_entropy"])), float(np.median(statistics["support_divergence"]))),
+        medians=(float(np.median(axes[0])), float(np.median(axes[1]))) if n else None,
         rollouts=tuple(ViewedRollout(place, place // 2, place % 2, "stop", "Q?") for place in range(responses)),
-        points=tuple(zip(*axes, kept[:2000].tolist(), strict=True)),
+        points=tuple(zip(*(axis[:2000].tolist() for axis in (*axes, kept)), strict=True)),
         id_texts=dict(enumerate(spelled)),
     )
     columns: dict[str, Any] = {

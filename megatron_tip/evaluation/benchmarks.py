@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_tip.errors import InputError
 from megatron_tip.evaluation import evalscope, harness
+from megatron_tip.evaluation.context import context_of, fitted
 from megatron_tip.evaluation.harness import Model, Score
 from megatron_tip.evaluation.offline_data import find_data
 from megatron_tip.evaluation.presets import Preset
@@ -57,6 +58,8 @@ def run_benchmarks(request: Request, run: Path) -> list[dict[str, Any]]:
                 f"{preset.name}: runs programs that the model writes, on this machine as this user: allow it with "
                 "--allow-code-execution, best in a container, or leave the benchmark out"
             )
+    context = context_of(request.model)
+    request = replace(request, presets=[fitted(preset, context) for preset in request.presets])
     prepare = _prepare_harness if request.backend == "lm-eval" else _prepare_evalscope
     runners, version = prepare(request)
     results = []

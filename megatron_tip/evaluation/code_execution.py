@@ -1,38 +1,50 @@
-"""Programs that a model wrote, each in a process of its own with limits.
+"""Programs that a model wrote, each in a process of its own with limits (`limited_process`).
 
 The limits keep a bad program from harming the evaluation: time, memory, files, processes, network where the kernel lets
-it. They are no sandbox against a hostile one, which can still read what the user can: use a container for that.
+it. They are no sandbox against a hostile one, which can read what the user can, and, being in one process with the
+tests, could also look for what tells that it has passed: use a container for models that you do not trust.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import secrets
-import signal
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_tip.evaluation.child_process import end_session
+from megatron_tip.evaluation.limited_process import TIMED_OUT
+
 _LAUNCHER = Path(__file__).with_name("limited_process.py")
-_BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:\n```|\Z)", re.DOTALL)
+_BLOCK = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
+_THOUGHT, _THOUGHT_ENDS = "<think>", "</think>"
+_GRACE_SECONDS = 5.0
+_OUTPUT_BYTES = 2000
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one program: CPU and wall-clock seconds, address space, the largest file that it may write."""
+    """Of one program: CPU and wall-clock seconds, address space, the largest file that it may write, its output among
+    them, and how many processes and threads its user may have for it to start another; that does not hold for root.
+    """
 
     cpu_seconds: int = 10
     wall_seconds: float = 20.0
     memory_bytes: int = 1 << 30
     file_bytes: int = 1 << 20
+    processes: int = 0
 
 
 @dataclass(frozen=True)
 class Execution:
-    """What became of a program. `outcome`: "passed", "failed" (an exception, another exit code) or "timeout"."""
+    """What became of a program. `outcome`: "passed", "failed" (an exception, another exit code) or "timeout". `output`:
+    the last of it.
+    """
 
     outcome: str
     network_cut_off: bool
@@ -42,63 +54,57 @@ class Execution:
 def execute(program: str, limits: Limits | None = None) -> Execution:
     """Runs `program` in an empty folder with an empty environment under `limits`; never raises for what it does.
 
-    It has passed if it came to its end: what leaves early with exit code 0 has not.
+    It has passed if it came to its end with exit code 0: what leaves early has not.
     """
     limits = limits or Limits()
     end = secrets.token_hex(16)
-    with tempfile.TemporaryDirectory(prefix="megatron_tip_code_") as folder:
-        path = Path(folder, "answer.py")
-        path.write_text(f"{program}\nprint({end!r})\n", encoding="utf-8", errors="replace")
-        work = Path(folder, "work")
-        work.mkdir()
+    with (
+        tempfile.TemporaryDirectory(prefix="megatron_tip_code_") as folder,
+        tempfile.TemporaryFile() as asked,
+        tempfile.TemporaryFile() as status,
+        tempfile.TemporaryFile() as output,
+    ):
+        asked.write(json.dumps({"program": program, "end": end}).encode())
+        asked.seek(0)
         if os.geteuid() == 0:  # the program then runs as nobody
-            work.chmod(0o777)
-            Path(folder).chmod(0o711)
-        numbers = [str(value) for value in (limits.cpu_seconds, limits.memory_bytes, limits.file_bytes)]
-        with Path(folder, "output").open("w+b") as output:
-            process = subprocess.Popen(
-                [sys.executable, "-I", "-B", str(_LAUNCHER), str(path), *numbers],
-                cwd=work,
-                env={"PATH": "/usr/bin:/bin"},
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-            try:
-                code = process.wait(timeout=limits.wall_seconds)
-            except subprocess.TimeoutExpired:
-                code = None
-            finally:
-                _end_all(process)
-            output.seek(0)
-            text = output.read(1 << 16).decode(errors="replace")
-    first, _, rest = text.partition("\n")
-    timed_out = code is None or code == -signal.SIGXCPU
-    passed = code == 0 and rest.endswith(f"{end}\n")
-    outcome = "timeout" if timed_out else "passed" if passed else "failed"
-    return Execution(outcome, first == "network: cut off", rest[-2000:].removesuffix(f"{end}\n"))
+            Path(folder).chmod(0o777)
+        numbers = (limits.cpu_seconds, limits.wall_seconds, limits.memory_bytes, limits.file_bytes, limits.processes)
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-B", str(_LAUNCHER), str(status.fileno()), *map(str, numbers)],
+            cwd=folder,
+            env={"PATH": "/usr/bin:/bin"},
+            stdin=asked,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            pass_fds=[status.fileno()],
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(timeout=limits.wall_seconds + _GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            code = TIMED_OUT
+        finally:
+            end_session(process)  # the watcher, which ends what it watches
+        status.seek(0)
+        first, _, rest = status.read(1 << 10).decode(errors="replace").partition("\n")
+        output.seek(max(0, output.seek(0, os.SEEK_END) - _OUTPUT_BYTES))
+        text = output.read().decode(errors="replace")
+    outcome = "timeout" if code == TIMED_OUT else "passed" if code == 0 and rest == end else "failed"
+    return Execution(outcome, first == "network: cut off", text)
 
 
 def program_of(answer: str, question: dict[str, str]) -> str:
     """Returns the program that decides on a HumanEval answer: the function, then the question's tests.
 
-    The function is the last code block of the answer, or all of it without one. Where it is only the body, it stands
-    behind the question's prompt; where it is the whole function, the prompt's imports and helpers stand before it.
+    The function is the first code block of the answer, after the thoughts of a model that marks their end, that defines
+    it; without one the first code block, and without any the whole text. Where it is only the body, it stands behind
+    the question's prompt; where it is the whole function, the prompt's imports and helpers stand before it.
     """
-    blocks = _BLOCK.findall(answer)
-    code = blocks[-1] if blocks else answer
-    whole = re.search(rf"^\s*def {re.escape(question['entry_point'])}\b", code, re.MULTILINE) is not None
+    text = answer.rpartition(_THOUGHT_ENDS)[2].partition(_THOUGHT)[0]  # nothing of a thought that did not end
+    defines = re.compile(rf"^\s*(?:async\s+)?def\s+{re.escape(question['entry_point'])}\b", re.MULTILINE)
+    blocks = _BLOCK.findall(text) or [text]
+    code = next(filter(defines.search, blocks), blocks[0])
     prompt = question["prompt"]
     # The prompt ends with a function that has a docstring alone, so that it is a whole program by itself.
-    start = f"{prompt}\n    pass\n\n{code}" if whole else f"{prompt}{code}"
+    start = f"{prompt}\n    pass\n\n{code}" if defines.search(code) else f"{prompt}{code}"
     return f"{start}\n\n{question['test']}\n\ncheck({question['entry_point']})\n"
-
-
-def _end_all(process: subprocess.Popen[bytes]) -> None:
-    """Ends the process and all that it started."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
-    process.wait()

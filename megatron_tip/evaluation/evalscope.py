@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tip.errors import EvaluationError, InputError, OptionalDependencyError
-from megatron_tip.evaluation.harness import Model, Score, run_logged
+from megatron_tip.evaluation.child_process import run_logged
+from megatron_tip.evaluation.harness import Model, Score
 from megatron_tip.evaluation.presets import Preset
 
 MODEL_ID = "student"

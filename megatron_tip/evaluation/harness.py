@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tip.errors import EvaluationError, OptionalDependencyError
+from megatron_tip.evaluation.child_process import run_logged
 from megatron_tip.evaluation.code_execution import execute, program_of
 from megatron_tip.evaluation.offline_data import OfflineData
 from megatron_tip.evaluation.presets import Preset
@@ -152,19 +153,6 @@ def arguments(model: Model, preset: Preset, *, seed: int, limit: int | None, fol
         *(["--predict_only"] if preset.executes_code else []),
         *(["--limit", str(limit)] if limit else []),
     ]
-
-
-def run_logged(command: list[str], log: Path) -> None:
-    """Runs `command` with its output in `log`.
-
-    Raises:
-        EvaluationError: it failed; with the last lines of the log.
-    """
-    with log.open("wb") as output:
-        code = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, check=False)
-    if code.returncode:
-        last = log.read_text(encoding="utf-8", errors="replace").splitlines()[-5:]
-        raise EvaluationError(f"{log}: the evaluation failed with exit code {code.returncode}: " + " | ".join(last))
 
 
 def _scored(preset: Preset, folder: Path) -> Score:

@@ -1,18 +1,104 @@
-"""Runs one Python file under limits. Started as a program by `code_execution`; needs nothing but the standard library.
+"""Runs one Python program under limits. Started as a program by `code_execution`; needs the standard library alone.
 
-    python -I limited_process.py PROGRAM CPU_SECONDS MEMORY_BYTES FILE_BYTES
+    python -I limited_process.py STATUS_FD CPU_SECONDS WALL_SECONDS MEMORY_BYTES FILE_BYTES PROCESSES < ASKED
 
-It cuts the network off where the kernel lets it (a network namespace of its own), takes the limits, and gives up root
-where the interpreter's files can be read without. Prints "network: cut off" or "network: reachable" as the first line.
+ASKED is JSON: `program`, the source, and `end`, what tells that the program came to its end. A watcher stays outside
+the limits; its child takes them, cuts the network off where the kernel lets it, gives up root where the interpreter's
+files can be read without, and runs the program. STATUS_FD, a file, gets "network: cut off" or "network: reachable" as
+its first line and, from a program that came to its end, `end`. Once the program has ended, or its time is over, the
+watcher ends all that descends from it, also what left its session: orphans become the watcher's children (Linux).
+
+Exit code: 0, the program's was 0; TIMED_OUT, it had no time left; else 1.
 """
 
 import ctypes
+import json
 import os
 import resource
+import signal
 import sys
+import time
 
+TIMED_OUT = 2
 _NEW_USER, _NEW_NETWORK = 0x10000000, 0x40000000
+_PARENT_DEATH_SIGNAL, _CHILD_SUBREAPER = 1, 36
 _NOBODY = 65534
+
+
+def main() -> None:
+    status, cpu_seconds = int(sys.argv[1]), int(sys.argv[2])
+    wall_seconds = float(sys.argv[3])
+    memory_bytes, file_bytes, processes = map(int, sys.argv[4:7])
+    asked = json.load(sys.stdin)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # the program cannot read what was asked
+    _adopt_orphans()
+    worker = os.fork()
+    if worker:
+        _watch(worker, wall_seconds)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    is_cut_off = _cut_network_off()
+    resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds + 1))
+    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if os.geteuid() == 0 and _can_give_up_root():
+        os.setgroups([])
+        os.setgid(_NOBODY)
+        os.setuid(_NOBODY)
+    resource.setrlimit(resource.RLIMIT_NPROC, (processes, processes))  # of root it does not hold
+    os.write(status, b"network: cut off\n" if is_cut_off else b"network: reachable\n")
+    exec(compile(asked["program"], "answer.py", "exec"), {"__name__": "__main__"})
+    os.write(status, asked["end"].encode())
+
+
+def _watch(worker: int, wall_seconds: float) -> None:
+    """Waits for `worker` and ends all that is left of it; leaves this process."""
+    code = TIMED_OUT
+    until = time.monotonic() + wall_seconds
+    while time.monotonic() < until:
+        pid, state = os.waitpid(worker, os.WNOHANG)
+        if pid:
+            ended = os.waitstatus_to_exitcode(state)
+            code = TIMED_OUT if ended == -signal.SIGXCPU else int(ended != 0)
+            break
+        time.sleep(0.01)
+    _end_with_descendants(code)
+
+
+def _end_with_descendants(code: int) -> None:
+    """Kills children until there are none, those of one that is killed become ours; then leaves this process."""
+    while True:
+        for pid in _children():
+            os.kill(pid, signal.SIGKILL)
+        try:
+            os.wait()
+        except ChildProcessError:
+            os._exit(code)
+
+
+def _children() -> list[int]:
+    found = []
+    for name in filter(str.isdigit, os.listdir("/proc") if os.path.isdir("/proc") else ()):
+        try:
+            with open(f"/proc/{name}/stat", encoding="ascii", errors="replace") as file:
+                fields = file.read().rpartition(")")[2].split()
+        except OSError:  # it has just ended
+            continue
+        if int(fields[1]) == os.getpid():
+            found.append(int(name))
+    return found
+
+
+def _adopt_orphans() -> None:
+    """Descendants that lose their parent become this process's; it is told by SIGTERM when its own parent ends."""
+    signal.signal(signal.SIGTERM, lambda *_: _end_with_descendants(1))
+    try:
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.prctl(_CHILD_SUBREAPER, 1, 0, 0, 0)
+        libc.prctl(_PARENT_DEATH_SIGNAL, int(signal.SIGTERM), 0, 0, 0)
+    except (OSError, AttributeError):  # another system than Linux
+        pass
 
 
 def _cut_network_off() -> bool:
@@ -34,23 +120,5 @@ def _can_give_up_root() -> bool:
         os.seteuid(0)
 
 
-def main() -> None:
-    program, cpu_seconds, memory_bytes, file_bytes = sys.argv[1], *map(int, sys.argv[2:5])
-    with open(program, "rb") as file:  # before root is given up
-        source = file.read()
-    is_cut_off = _cut_network_off()
-    resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds + 1))
-    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if os.geteuid() == 0 and _can_give_up_root():
-        os.setgroups([])
-        os.setgid(_NOBODY)
-        os.setuid(_NOBODY)
-        resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))  # of root it would not hold
-    print("network: cut off" if is_cut_off else "network: reachable", flush=True)
-    exec(compile(source, "answer.py", "exec"), {"__name__": "__main__"})
-
-
-main()
+if __name__ == "__main__":
+    main()

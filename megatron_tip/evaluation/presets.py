@@ -18,7 +18,8 @@ class Preset:
     used; "": none. `metric`: the key of its result that counts. `prompt`: Jinja over a question's fields, put into the
     chat template as the user's message. `fields`: what a question of an offline file must have. `evalscope_dataset`:
     EvalScope's name for it; "": not offered there. `executes_code`: the answers are programs, run by `code_execution`;
-    nothing is scored by the harness then. `scoring`: in words.
+    nothing is scored by the harness then. `scoring`: in words. `context`: of the model that it was fitted to, None: not
+    known; `max_tokens_asked`: what `max_tokens` was before, where it did not fit (`context.fitted`).
     """
 
     name: str
@@ -32,6 +33,8 @@ class Preset:
     temperature: float = 0.6
     top_p: float = 0.95
     executes_code: bool = False
+    context: int | None = None
+    max_tokens_asked: int | None = None
 
 
 _GPQA_CHOICES = "".join(f"\n({letter}) {{{{choice{k}}}}}" for k, letter in enumerate("ABCD", start=1))
@@ -91,7 +94,7 @@ _ROWS = (
         "```python\n{{prompt}}\n```",
         ("prompt", "test", "entry_point"),
         "",
-        "the program passes the reference's tests",
+        "the first code block that defines the function, or the body given instead, passes the question's tests",
         max_tokens=8192,
         executes_code=True,
     ),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -12,7 +15,7 @@ from typing import Any
 from megatron_tip.errors import InputError
 from megatron_tip.evaluation.harness import Score
 from megatron_tip.evaluation.presets import Preset
-from megatron_tip.observability.run_folder import RunFolder, atomic_write_bytes
+from megatron_tip.observability.run_folder import RunFolder, output_errors
 
 
 def result_of(
@@ -23,6 +26,7 @@ def result_of(
     Args:
         facts: what was evaluated and by what: `model`, `backend`, `data`, `limit`.
     """
+    cut = {"max_tokens asked": preset.max_tokens_asked} if preset.max_tokens_asked else {}
     values = [score.value for score in scores]
     return {
         "benchmark": preset.name,
@@ -38,6 +42,8 @@ def result_of(
             "temperature": preset.temperature,
             "top_p": preset.top_p,
             "max_tokens": preset.max_tokens,
+            **cut,
+            "context": preset.context or "not known",
             "samples a question and seed": 1,
             "scoring": preset.scoring,
         },
@@ -47,16 +53,27 @@ def result_of(
 
 
 def append_result(folder: RunFolder, result: Mapping[str, Any]) -> None:
-    """Appends a line to eval.jsonl, whole or not at all.
+    """Appends a line to eval.jsonl, whole or not at all; evaluations that end at once wait for each other.
 
     Raises:
         OutputError: the file cannot be written.
     """
+    line = (json.dumps(result, ensure_ascii=False) + "\n").encode()
     path = folder.evaluations
-    before = path.read_bytes() if path.exists() else b""
-    if before and not before.endswith(b"\n"):
-        before += b"\n"
-    atomic_write_bytes(path, before + (json.dumps(result, ensure_ascii=False) + "\n").encode())
+    # Unbuffered: a line that does not fit is taken back here, and nothing of it is written at the close.
+    with output_errors(path), path.open("a+b", buffering=0) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        before = file.seek(0, os.SEEK_END)
+        if before:
+            file.seek(before - 1)
+            line = line if file.read(1) == b"\n" else b"\n" + line  # a line that someone left unfinished
+        try:
+            if (written := file.write(line)) != len(line):
+                raise OSError(errno.ENOSPC, f"{written} of {len(line)} bytes fit")
+            os.fsync(file)
+        except OSError:
+            file.truncate(before)
+            raise
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:

@@ -2,12 +2,16 @@
 
 import errno
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
+from megatron_tip.errors import InputError
 from megatron_tip.observability.run_folder import atomic_write_bytes, finite_json, output_errors
+
+logger = logging.getLogger(__name__)
 
 MEASURED = ("time/", "memory/", "perf/", "gpu/", "host/")
 """Beginnings of the names of metrics that are measured of the machine: two runs of the same numbers differ in them."""
@@ -67,3 +71,24 @@ def _lines_until(path: Path, step: int) -> Iterator[bytes]:
         except ValueError:
             return
         yield line
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Returns the steps of a metrics.jsonl in order; a last line that was cut off is left out.
+
+    Raises:
+        InputError: the file cannot be read, or a line before the last is broken.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise InputError(f"{path}: expected a run's metrics, got: {error.strerror}") from None
+    steps = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            steps.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise InputError(f"{path}, line {number}: expected a JSON object, got {error}") from None
+            logger.warning("%s: the last line is cut off and left out", path)
+    return steps

@@ -2,20 +2,15 @@
 
 import io
 import itertools
-import json
-import logging
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter, ScalarFormatter
 
-from megatron_tip.errors import InputError
+from megatron_tip.observability.metrics import read_metrics
 from megatron_tip.observability.run_folder import RunFolder, atomic_write_bytes
-
-logger = logging.getLogger(__name__)
 
 # Okabe and Ito's colours, told apart with every kind of colour vision.
 _BLUE, _ORANGE = "#0072B2", "#D55E00"
@@ -46,27 +41,6 @@ def write_report(folder: RunFolder) -> None:
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=120)
     atomic_write_bytes(folder.report, picture.getvalue())
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Returns the steps of a metrics.jsonl in order; a last line that was cut off is left out.
-
-    Raises:
-        InputError: the file cannot be read, or a line before the last is broken.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise InputError(f"{path}: expected a run's metrics, got: {error.strerror}") from None
-    steps = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            steps.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise InputError(f"{path}, line {number}: expected a JSON object, got {error}") from None
-            logger.warning("%s: the last line is cut off and left out", path)
-    return steps
 
 
 def _draw_reverse_kl(axes: Axes, steps: Steps) -> None:

@@ -20,7 +20,10 @@ from megatron_tip.errors import InputError
 from megatron_tip.observability.run_folder import atomic_write_text, output_errors
 
 MAX_BYTES = 10 * 10**6
-SCRIPTS = ("decode.js", "theme.js", "figures.js", "quadrants.js", "candidates.js", "inspector.js", "keys.js", "main.js")
+SCRIPTS = tuple(
+    f"{name}.js"
+    for name in ("decode", "theme", "figures", "timeline", "quadrants", "candidates", "inspector", "keys", "main")
+)
 MOST_RUNS = 6
 """Colours and dashes that can be told apart."""
 
@@ -65,7 +68,7 @@ def _packings(packers: Sequence[RunPacker], room: int) -> Iterator[tuple[list[di
     What a sample of the responses tells to be larger than `room` characters is not tried.
     """
     for detail in LADDER:
-        if sum(packer.estimate(detail) for packer in packers) <= 1.05 * room:
+        if sum(packer.estimate(detail) for packer in packers) <= room:
             yield _packing(packers, detail, 1)
     every, most = 2, max(len(packer.tables) for packer in packers)
     while every < 2 * most:
@@ -86,6 +89,10 @@ def _curves(run: RunData) -> dict[str, Any]:
         "steps": run.steps,
         "stride": run.stride,
         "metrics": run.metrics,
+        "timeline": [
+            {**step, "phases": [[visible(name), *numbers] for name, *numbers in step["phases"]]}
+            for step in run.timeline
+        ],
     }
 
 

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_tip.diagnostics.report_page.timeline import read_timeline
 from megatron_tip.errors import InputError
-from megatron_tip.observability.report import read_metrics
+from megatron_tip.observability.metrics import read_metrics
 from megatron_tip.observability.run_folder import RunFolder
 from megatron_tip.observability.token_table import TokenTable, read_token_table
 
-MAX_STEPS = 2000
-"""Points of a curve; of a longer run, each is the mean of several steps."""
+MAX_STEPS = 1000
+"""Points of a curve, more than a figure has pixels; of a longer run, each is the mean of several steps."""
 
 Config = Mapping[str, Mapping[str, Any]]
 
@@ -24,7 +25,7 @@ Config = Mapping[str, Mapping[str, Any]]
 class RunData:
     """One run. `metrics`: by name, one value a point, None where it was not recorded. `steps`: of the points, each the
     last of the `stride` steps that it is the mean of. `config`: as written by the run, "" where the file is missing.
-    `notes`: what could not be read, to be shown.
+    `timeline`: `timeline.read_timeline`. `notes`: what could not be read, to be shown.
     """
 
     name: str
@@ -36,6 +37,7 @@ class RunData:
     samples: list[dict[str, str]]
     evaluations: list[dict[str, Any]]
     tables: list[TokenTable]
+    timeline: list[dict[str, Any]]
     notes: list[str]
 
 
@@ -63,6 +65,7 @@ def read_run(path: Path, name: str) -> RunData:
         samples=list(_json_lines(folder.samples, notes)),
         evaluations=list(_json_lines(folder.evaluations, notes)),
         tables=list(_tables(folder.views, notes)),
+        timeline=read_timeline(folder.trace),
         notes=notes,
     )
 

@@ -10,8 +10,8 @@ the student's k-th candidate (k, from 1). A coarse block has 1 byte where 2 are 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from megatron_tip.observability.token_table import STATISTICS, TokenTable, Viewe
 
 SELECTED, VALID, QUADRANT_SHIFT = 1, 2, 2
 SAMPLED, ELSEWHERE = 0, 255
-SAMPLED_RESPONSES = 8
+SAMPLED_RESPONSES = 32
 _SCALE = 10_000
 _SUPPORTS = tuple((f"{model}_support_ids", f"{model}_support_logprobs") for model in ("student", "teacher"))
 
@@ -73,31 +73,32 @@ class RunPacker:
     """Packs the tables of one run, as often as it takes: what does not depend on the detail is found once."""
 
     def __init__(self, tables: Sequence[TokenTable]) -> None:
-        self.tables = tables
+        self.tables = [replace(table, tokens=table.tokens.combine_chunks()) for table in tables]
         self.vocabulary = _vocabulary(tables)
         self._ids = np.array(sorted(self.vocabulary), dtype=np.int64)
         texts = [visible(self.vocabulary[token], newlines=True) for token in self._ids.tolist()]
+        self._scales = [_scales(table.tokens) for table in self.tables]
         self._packed_vocabulary = packed_json({"ids": self._ids.tolist(), "texts": texts})
 
     def pack(self, blocks: Blocks, detail: Detail, *, every_view: int = 1) -> dict[str, Any]:
         """Returns the manifest and puts the content into `blocks`: of the views the last, and each `every_view`-th
         before it; with 0 none.
         """
-        tables = self.tables[::-1][::every_view][::-1] if every_view else []
-        if not tables:
+        views = list(zip(self.tables, self._scales, strict=True))[::-1][::every_view][::-1] if every_view else []
+        if not views:
             return {"views": [], "left_out": len(self.tables)}
         return {
             "vocabulary": blocks.add(self._packed_vocabulary),
-            "views": [_pack_table(table, table.facts.rollouts, self, blocks, detail) for table in tables],
-            "left_out": len(self.tables) - len(tables),
+            "views": [_pack_table(*view, view[0].facts.rollouts, self, blocks, detail) for view in views],
+            "left_out": len(self.tables) - len(views),
         }
 
     def estimate(self, detail: Detail) -> float:
         """Returns about how many characters `pack` makes, from one response in SAMPLED_RESPONSES."""
         total = float(len(self._packed_vocabulary))
-        for table in self.tables:
+        for table, scales in zip(self.tables, self._scales, strict=True):
             sampled, blocks = table.facts.rollouts[::SAMPLED_RESPONSES], Blocks()
-            _pack_table(table, sampled, self, blocks, detail)
+            _pack_table(table, scales, sampled, self, blocks, detail)
             total += blocks.num_characters * len(table.facts.rollouts) / max(1, len(sampled))
         return total
 
@@ -126,16 +127,34 @@ def _vocabulary(tables: Sequence[TokenTable]) -> dict[int, str]:
     return vocabulary
 
 
+def _scales(tokens: pa.Table) -> dict[str, float]:
+    """Returns, of each statistic that is there, the size that few of its values exceed."""
+    scales = {}
+    for name in STATISTICS:
+        if tokens.column(name).null_count < tokens.num_rows:
+            sign = -1.0 if name.endswith("logprobs") else 1.0
+            values = sign * tokens.column(name).to_numpy(zero_copy_only=False).astype(float)
+            values = values[np.isfinite(values)]
+            scales[name] = float(np.quantile(values, 0.98)) if len(values) else 1.0
+    return scales
+
+
 def _pack_table(
-    table: TokenTable, rollouts: Sequence[ViewedRollout], packer: RunPacker, blocks: Blocks, detail: Detail
+    table: TokenTable,
+    scales: Mapping[str, float],
+    rollouts: Sequence[ViewedRollout],
+    packer: RunPacker,
+    blocks: Blocks,
+    detail: Detail,
 ) -> dict[str, Any]:
-    facts, tokens = table.facts, table.tokens.combine_chunks()
-    names = [name for name in STATISTICS if tokens.column(name).null_count < tokens.num_rows]
+    """`scales`: of the statistics that the table has."""
+    facts, tokens = table.facts, table.tokens
+    names = list(scales)
     if detail.coarse:  # the candidates tell what the sampled token's probabilities are
         names = [name for name in names if not name.endswith("logprobs")]
     points = np.array(facts.points or np.empty((0, 3)), dtype=float)
     owners = tokens.column("rollout").to_numpy()
-    responses, scales = [], []
+    responses = []
     for viewed in rollouts:
         (rows,) = np.nonzero(owners == viewed.rollout)
         part = tokens.slice(int(rows[0]), len(rows)) if len(rows) else tokens.slice(0, 0)
@@ -144,11 +163,6 @@ def _pack_table(
         prompt = visible(viewed.prompt)
         described |= {"title": title, "prompt": prompt, "finish": viewed.finish_reason, "block": blocks.add(block)}
         responses.append(described)
-    for name in names:
-        values = tokens.column(name).to_numpy(zero_copy_only=False).astype(float)
-        values = values[np.isfinite(values)]
-        sign = -1.0 if name.endswith("logprobs") else 1.0
-        scales.append(float(np.quantile(sign * values, 0.98)) if len(values) else 1.0)
     return {
         "step": facts.step,
         "rule": visible(facts.rule),
@@ -158,7 +172,7 @@ def _pack_table(
         "medians": facts.medians,
         "points": {"x": points[:, 0].tolist(), "y": points[:, 1].tolist(), "kept": (points[:, 2] > 0).tolist()},
         "statistics": names,
-        "scales": scales,
+        "scales": [scales[name] for name in names],
         "responses": responses,
         "detail": asdict(detail),
     }

@@ -1,24 +1,64 @@
 """Text of a model as a person can see it: what has no shape of its own is given one."""
 
-import re
+from unicodedata import category
 
-_SHAPELESS = re.compile(
-    "[\x00-\x09\x0b-\x1f\x7f-\x9f\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff]"
-)
 NEWLINE = "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}\n"
+_SHAPELESS = frozenset(("Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp"))
+_BLANK = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2800\u3164\uffa0")
+"""Letters, marks and symbols by category, which are drawn as nothing."""
+_JOINER, _EMOJI_STYLE, _CIRCLE = "\u200d", "\ufe0f", "\N{DOTTED CIRCLE}"
+_EMOJI_TO_COME = range(0x1F000, 0x1FB00)
+"""Pictures of a newer Unicode than Python's are drawn, or as a box: unassigned here, but no danger."""
 
 
 def visible(text: str, *, newlines: bool = False) -> str:
-    """Returns `text` with control, format and bidirectional characters replaced by something that can be seen.
+    """Returns `text` with all that cannot be seen replaced by something that can: characters of Unicode's categories
+    for control, format, unassigned, private and surrogate ones and separators of lines, blank letters, and variation
+    selectors; a combining mark without a letter before it gets a dotted circle.
 
-    Tabs and, with `newlines`, line feeds are marked and kept. It is not HTML: whoever shows it escapes it.
+    What joins or styles an emoji stays where it does so. Tabs and, with `newlines`, line feeds are marked and kept. It
+    is not HTML: whoever shows it escapes it.
     """
-    shown = _SHAPELESS.sub(_shape, text)
+    shown = text if text.isascii() and text.isprintable() else "".join(_shapes(text))
     return shown.replace("\n", NEWLINE) if newlines else shown
 
 
-def _shape(match: re.Match[str]) -> str:
-    code = ord(match[0])
+def _shapes(text: str) -> list[str]:
+    shapes: list[str] = []
+    for place, character in enumerate(text):
+        kind = category(character)
+        before = text[place - 1] if place and shapes[-1] == text[place - 1] else ""  # as it is shown
+        if character == "\n" or _styles_an_emoji(character, before, text[place + 1 : place + 2]):
+            shapes.append(character)
+        elif _is_shapeless(character, kind):
+            shapes.append(_shape(character))
+        elif kind.startswith("M") and before in ("", "\n"):
+            shapes.append(_CIRCLE + character)
+        else:
+            shapes.append(character)
+    return shapes
+
+
+def _is_shapeless(character: str, kind: str) -> bool:
+    if kind == "Cn":
+        return ord(character) not in _EMOJI_TO_COME
+    return kind in _SHAPELESS or character in _BLANK or _is_variation_selector(character)
+
+
+def _is_variation_selector(character: str) -> bool:
+    return "\ufe00" <= character <= "\ufe0f" or "\U000e0100" <= character <= "\U000e01ef"
+
+
+def _styles_an_emoji(character: str, before: str, after: str) -> bool:
+    """Whether it is the emoji style of a symbol or a key (1 and its frame), or joins two pictures."""
+    if character == _EMOJI_STYLE:
+        return before != "" and (category(before) in ("So", "Sm", "Nd") or before in "#*\u203c\u2049")
+    is_picture = before == _EMOJI_STYLE or (before != "" and category(before) in ("So", "Sk"))
+    return character == _JOINER and is_picture and after != "" and category(after) == "So"
+
+
+def _shape(character: str) -> str:
+    code = ord(character)
     if code == 0x09:
         return "\N{RIGHTWARDS ARROW TO BAR}\t"
     if code < 0x20:

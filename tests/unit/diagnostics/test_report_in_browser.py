@@ -28,7 +28,7 @@ def browser():
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    """Three runs: a whole one; one that lacks metrics and has nasty texts in its view; one without views."""
+    """A whole run; one that lacks metrics and has nasty texts in its view; one without views; one without tokens."""
     folder = tmp_path_factory.mktemp("runs")
     write_run(folder / "whole", steps=6, view_steps=[3, 6], responses=3, tokens=200)
     lacking = ["train/teacher_entropy", "memory/"]
@@ -39,8 +39,14 @@ def report(tmp_path_factory):
     result = {"benchmark": "gsm8k", "model": NASTY, "metric": "m", "mean": 1 / 3, "sd": 0.05, "num_seeds": 2}
     result |= {"num_questions": 9, "limit": 9}
     (folder / "whole" / "eval.jsonl").write_text(json.dumps(result) + "\n")
+    write_run(folder / "no tokens", steps=2, seed=4, view_steps=[1], responses=1, tokens=0)
+    (folder / "whole" / "trace").mkdir()
+    events = [{"name": "rollout", "ph": "X", "ts": 0, "dur": 1e6}, {"name": "train", "ph": "X", "ts": 2e6, "dur": 1e6}]
+    events = [event for step in (1, 2) for event in (*events, {"name": f"step {step}", "ph": "i", "ts": 3e6})]
+    lines = "".join(json.dumps(event) + "\n" for event in events)
+    (folder / "whole" / "trace" / "rank_00000.jsonl").write_text(lines)
     target = folder / "report.html"
-    write_report_page([folder / "whole", folder / NAME, folder / "no views"], target)
+    write_report_page([folder / "whole", folder / NAME, folder / "no views", folder / "no tokens"], target)
     return target
 
 
@@ -75,6 +81,18 @@ def test_figures_are_drawn_and_gaps_are_named(page):
     expect(page.locator("#plane-figures figure").nth(2)).to_contain_text("tracking.view_every_steps turns them on")
     page.select_option("#any-metric", "train/teacher_entropy")
     expect(page.locator("#any-figure .gap")).to_contain_text(NAME)
+
+
+def test_timeline_is_drawn_and_its_gap_is_named(page):
+    (figure,) = page.locator("#timeline-figures figure").all()
+    expect(figure.locator("figcaption")).to_contain_text("whole")
+    expect(figure.locator(".legendtext")).to_have_text(["rollout", "train"])
+    heights = {label.text_content(): label.bounding_box()["y"] for label in figure.locator(".ytick text").all()}
+    assert heights["step 1"] < heights["step 2"]
+    bars = [bar.bounding_box() for bar in figure.locator(".bars .point path").all()]
+    (rollout, _), (train, _) = bars[:2], bars[2:]
+    assert train["x"] - rollout["x"] == pytest.approx(2 * rollout["width"], rel=0.05)
+    expect(page.locator("#timeline-note")).to_contain_text(f"by {NAME}, no views, no tokens: monitoring.trace")
 
 
 def test_tables_show_runs_and_benchmarks(page):
@@ -160,6 +178,43 @@ def test_keys_step_by_score_and_through_responses(page):
     page.keyboard.press("]")
     expect(page.locator("#token-response")).to_have_value("1")
     expect(page.locator("#text")).not_to_have_text(first)
+
+
+def test_the_response_asked_for_last_is_shown(page):
+    """Though the one before it takes longer to unpack."""
+    texts = []
+    for response in ("0", "1", "2"):
+        page.select_option("#token-response", response)
+        page.wait_for_function("document.querySelector('#text span.current')")
+        page.wait_for_timeout(200)
+        texts.append(page.locator("#text").text_content())
+    assert len(set(texts)) == 3
+    page.select_option("#token-response", "0")
+    page.wait_for_function("text => document.getElementById('text').textContent === text", arg=texts[0])
+    page.evaluate("""() => {
+      const unpack = Response.prototype.arrayBuffer;
+      let milliseconds = 600;
+      Response.prototype.arrayBuffer = async function () {
+        const wait = milliseconds;
+        milliseconds = 0;
+        await new Promise((done) => setTimeout(done, wait));
+        return unpack.call(this);
+      };
+      document.getElementById("response-on").click();
+      document.getElementById("response-on").click();
+    }""")
+    page.wait_for_timeout(1200)
+    expect(page.locator("#token-response")).to_have_value("2")
+    assert page.locator("#text").text_content() == texts[2]
+
+
+def test_an_empty_response_has_nothing_to_point_at(page):
+    page.select_option("#token-run", label="no tokens")
+    expect(page.locator("#card")).to_have_text("An empty response.")
+    page.evaluate("document.getElementById('text').dispatchEvent(new MouseEvent('mouseleave'))")
+    for key in ("n", "ArrowRight", "s", "3", "Escape"):
+        page.locator("body").press(key)
+    expect(page.locator("#card")).to_have_text("An empty response.")
 
 
 def test_search_finds_across_tokens_and_steps(page):

@@ -3,14 +3,18 @@
 import base64
 import json
 import re
+import subprocess
+import sys
+import unicodedata
 import zlib
 
 import numpy as np
 import pytest
 
-from megatron_tip.diagnostics.report_page import write_report_page
+from megatron_tip.diagnostics.report_page import timeline, write_report_page
 from megatron_tip.diagnostics.report_page.packing import COARSE_MISSING, MISSING, coarse, packed, planes, thousandths
 from megatron_tip.diagnostics.report_page.run_data import differing_keys, read_runs, thinned
+from megatron_tip.diagnostics.report_page.timeline import read_timeline
 from megatron_tip.diagnostics.report_page.tokens import LADDER, Blocks, Detail, RunPacker, quadrants
 from megatron_tip.diagnostics.report_page.visible_text import visible
 from megatron_tip.errors import InputError
@@ -41,6 +45,35 @@ def test_what_has_no_shape_is_given_one():
     assert visible("é 数 <b>&") == "é 数 <b>&"
 
 
+def test_nothing_of_all_unicode_stays_unseen():
+    """Alone, or repeated behind a letter or a picture, where a font draws nothing of it."""
+    newer_emoji = range(0x1F000, 0x1FB00)
+    for code in [*range(0x3400), *range(0xA000, 0x20000), *range(0xE0000, 0xE0200), 0x50000, 0xF0000, 0x10FFFF]:
+        character = chr(code)
+        kind = unicodedata.category(character)
+        is_selector = "VARIATION SELECTOR" in unicodedata.name(character, "")
+        if character == "\n" or code in newer_emoji or not (kind[0] == "C" or kind in ("Zl", "Zp") or is_selector):
+            continue
+        for text in (character, f"a{character}b", f"\N{SNOWMAN}{character}{character}"):
+            assert visible(text) != text, hex(code)
+    for blank in "\u115f\u1160\u2800\u3164\uffa0\u034f\u17b4":
+        assert visible(f"a{blank}b") == f"a⟨U+{ord(blank):04X}⟩b"
+
+
+def test_a_mark_without_a_letter_gets_one():
+    assert visible("\u0301a") == "◌\u0301a"
+    assert visible("a\u0301") == "a\u0301"
+    assert visible("\u202e\u0301 \n\u0301") == "⟨U+202E⟩◌\u0301 \n◌\u0301"
+
+
+def test_ordinary_text_and_emoji_stay_as_they_are():
+    ordinary = "naïve cafe\u0301 数学 हिन्दी “quoted” ≤ ∫ 3\u00a0% 👩\u200d🚀 👩🏽\u200d🚀 🏳\ufe0f\u200d🌈"
+    ordinary += " ❤\ufe0f 1\ufe0f\u20e3 🇩🇪 \U0001fae8"  # the last: newer than the Unicode of Python 3.11
+    assert visible(ordinary) == ordinary
+    assert visible("a\u200d🚀 👩\u200d👩\u200d") == "a⟨U+200D⟩🚀 👩\u200d👩⟨U+200D⟩"
+    assert visible("a\ufe0f ❤\ufe0f\ufe0f") == "a⟨U+FE0F⟩ ❤\ufe0f⟨U+FE0F⟩"
+
+
 def test_planes_put_the_lowest_bytes_first():
     assert planes(np.array([0x010203, 0x0A0B0C]), 3) == bytes([0x03, 0x0C, 0x02, 0x0B, 0x01, 0x0A])
     assert unpacked(packed(b"abc")) == b"abc"
@@ -60,6 +93,35 @@ def test_long_runs_are_means_of_steps_that_have_the_metric():
     steps, stride, columns = thinned(records, max_steps=4)
     assert (steps, stride) == ([2, 4, 6, 7], 2)
     assert columns == {"a": [1.5, 3.5, 5.5, 7.0], "b": [None, 1.0, None, None]}
+
+
+def write_trace(folder, steps, phases_a_step=2):
+    """Each step: phases of 1 s one after the other, with half a second of nothing between them."""
+    folder.mkdir(parents=True)
+    lines, now = [], 5e6
+    for step in steps:
+        for place in range(phases_a_step):
+            name = ("rollout", "train")[place % 2]
+            lines.append({"name": name, "ph": "X", "ts": now, "dur": 1e6, "pid": 0, "tid": 0})
+            now += 1.5e6
+        lines.append({"name": f"step {step}", "ph": "i", "s": "p", "ts": now, "pid": 0, "tid": 0})
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "rank_00000.jsonl").write_text(text + '{"name": "rollout", "ph": "X", "ts": 1}\n{"cut o')
+
+
+def test_timeline_has_the_first_and_last_whole_steps(tmp_path, monkeypatch):
+    assert read_timeline(tmp_path / "nothing") == []
+    write_trace(tmp_path / "few", range(4))
+    few = read_timeline(tmp_path / "few")
+    assert [step["step"] for step in few] == ["0", "1", "2", "3"]
+    assert few[3] == {"step": "3", "phases": [["rollout", 0.0, 1.0], ["train", 1.5, 1.0]], "left_out": 0}
+    write_trace(tmp_path / "many", range(100))
+    monkeypatch.setattr(timeline, "_READ_BYTES", 2500)  # both ends in the middle of a step, and of a line
+    many = read_timeline(tmp_path / "many")
+    assert [step["step"] for step in many] == ["0", "1", "2", "97", "98", "99"]
+    assert all(len(step["phases"]) == 2 for step in many)
+    monkeypatch.setattr(timeline, "MOST_PHASES", 1)
+    assert [(len(step["phases"]), step["left_out"]) for step in read_timeline(tmp_path / "few")] == [(1, 1)] * 4
 
 
 def test_quadrants_part_above_the_medians():
@@ -160,6 +222,20 @@ def test_table_without_statistics_or_supports_is_shown_with_its_selection(tmp_pa
     (view,) = json.loads(unpacked(blocks_of(page)["data"]))["runs"][0]["views"]
     assert view["statistics"] == []
     assert view["responses"][0]["quadrants"] == [0, 0, 0, 0]
+
+
+def test_the_report_needs_no_figures_library():
+    """matplotlib takes longer to import than three runs to be read."""
+    program = "import sys, megatron_tip.diagnostics.report_page; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+def test_an_estimate_from_a_sample_is_near(tmp_path):
+    write_run(tmp_path / "run", steps=1, view_steps=[1], responses=70, tokens=300, vocab_size=5000)
+    packer = RunPacker(read_runs([tmp_path / "run"])[0].tables)
+    for detail in LADDER:
+        packer.pack(blocks := Blocks(), detail)
+        assert packer.estimate(detail) == pytest.approx(blocks.num_characters, rel=0.05)
 
 
 def test_what_cannot_be_read_is_named_or_refused(tmp_path):

@@ -1,22 +1,31 @@
 """What is asked of a backend and what becomes of its answer; programs stand in for the real backends."""
 
 import json
+import multiprocessing
+import resource
+import signal
 import statistics
+import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_tip.errors import EvaluationError, InputError, OptionalDependencyError
+from megatron_tip.errors import EvaluationError, InputError, OptionalDependencyError, OutputError
 from megatron_tip.evaluation.benchmarks import Request, run_benchmarks
+from megatron_tip.evaluation.context import context_of
 from megatron_tip.evaluation.evalscope import score_of
 from megatron_tip.evaluation.harness import Model
 from megatron_tip.evaluation.offline_data import find_data
 from megatron_tip.evaluation.presets import PRESETS, load_presets
-from megatron_tip.evaluation.results import model_folder
+from megatron_tip.evaluation.results import append_result, model_folder
 from megatron_tip.observability.run_folder import RunFolder
 
 HARNESS = """#!{python}
@@ -85,6 +94,71 @@ def test_seeds_become_a_line_with_mean_and_deviation(request_of):
     assert (second["mean"], second["sd"], second["limit"]) == (0.7, None, 2)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_the_backend_ends_with_the_evaluation(tmp_path, number):
+    """And what it has started: here a child that takes no notice of SIGTERM."""
+    backend = tmp_path / "backend.py"
+    backend.write_text(
+        "import os, signal, sys, time\n"
+        "child = os.fork()\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_DFL if child else signal.SIG_IGN)\n"
+        "child and print(os.getpid(), child, flush=True)\n"
+        "time.sleep(300)\n"
+    )
+    source = "import sys; from pathlib import Path; from megatron_tip.evaluation.child_process import run_logged\n"
+    source += "run_logged([sys.executable, '-S', sys.argv[1]], Path(sys.argv[2]))"
+    log = tmp_path / "log.txt"
+    evaluation = subprocess.Popen([sys.executable, "-c", source, str(backend), str(log)])
+    try:
+        started = time.monotonic()
+        while not (log.exists() and log.read_text().endswith("\n")):
+            assert time.monotonic() - started < 60
+            time.sleep(0.05)
+        family = [psutil.Process(int(pid)) for pid in log.read_text().split()]
+        evaluation.send_signal(number)
+        assert evaluation.wait(timeout=60) == 128 + number
+        gone, left = psutil.wait_procs(family, timeout=10)
+        assert (len(gone), left) == (2, [])
+    finally:
+        evaluation.kill()
+        evaluation.wait()
+
+
+def test_lines_of_evaluations_that_end_at_once_are_all_kept(tmp_path):
+    (tmp_path / "eval.jsonl").write_text('{"model": "before"}\n{"cut o')
+    context = multiprocessing.get_context("fork")
+    start = context.Barrier(4)
+
+    def append(model):
+        start.wait()
+        for place in range(25):
+            append_result(RunFolder(tmp_path), {"model": model, "place": place, "long": "x" * 20_000})
+
+    evaluations = [context.Process(target=append, args=(model,)) for model in range(4)]
+    for evaluation in evaluations:
+        evaluation.start()
+    for evaluation in evaluations:
+        evaluation.join()
+    first, broken, *lines = (tmp_path / "eval.jsonl").read_text().splitlines()
+    assert (first, broken) == ('{"model": "before"}', '{"cut o')
+    assert sorted((line["model"], line["place"]) for line in map(json.loads, lines)) == [
+        (model, place) for model in range(4) for place in range(25)
+    ]
+
+
+def test_a_line_that_does_not_fit_leaves_the_file_as_it_was(tmp_path):
+    append_result(RunFolder(tmp_path), {"model": "before"})
+    before = (tmp_path / "eval.jsonl").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 10, limits[1]))
+        with pytest.raises(OutputError, match=r"eval\.jsonl: cannot write"):
+            append_result(RunFolder(tmp_path), {"model": "a longer one than ten bytes"})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "eval.jsonl").read_bytes() == before
+
+
 def test_the_harness_is_asked_for_our_protocol(request_of, tmp_path):
     request, run = request_of
     (tmp_path / "gsm8k.jsonl").write_text('{"question": "1+1?", "answer": "#### 2"}\n')
@@ -114,6 +188,44 @@ def test_a_server_is_asked_by_chat_with_the_seed(request_of):
     facts = json.loads(given[given.index("--model_args") + 1])
     assert given[given.index("--model") + 1] == "local-chat-completions"
     assert (facts["base_url"], facts["model"], facts["seed"]) == ("http://node:30000/v1/chat/completions", "qwen", 5)
+
+
+def test_answers_fit_into_the_context_of_the_model(request_of, tmp_path):
+    request, run = request_of
+
+    def protocol_of(config, **sampling):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        presets = load_presets(["gsm8k"], **sampling)
+        (result,) = run_benchmarks(replace(request, model=Model(tmp_path), presets=presets, seeds=[1]), run)
+        (task,) = run.rglob("gsm8k.yaml")
+        assert f'"max_gen_toks": {result["protocol"]["max_tokens"]}' in task.read_text()
+        return [result["protocol"].get(name) for name in ("max_tokens", "max_tokens asked", "context")]
+
+    assert protocol_of({"max_position_embeddings": 8192}) == [4096, None, 8192]
+    assert protocol_of({"max_position_embeddings": 5000}) == [2952, 4096, 5000]
+    assert protocol_of({"max_position_embeddings": 512}, max_tokens=300) == [256, 300, 512]
+    nested = {"text_config": {"max_position_embeddings": 1000}, "max_position_embeddings": 9000}
+    assert protocol_of(nested) == [500, 4096, 1000]
+    assert protocol_of({}) == [4096, None, "not known"]
+
+
+def test_a_server_says_its_context():
+    class Models(BaseHTTPRequestHandler):
+        def do_GET(self):
+            body = json.dumps({"data": [{"id": "other", "max_model_len": 9}, {"id": "qwen", "max_model_len": 5000}]})
+            self.send_response(200 if self.path == "/v1/models" else 404)
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, format, *args):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Models) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/v1"
+        assert context_of(Model(url=url, name="qwen")) == 5000
+        assert context_of(Model(url=f"{url}/nowhere", name="qwen")) is None
+        server.shutdown()
 
 
 def test_programs_are_run_only_when_allowed(request_of):

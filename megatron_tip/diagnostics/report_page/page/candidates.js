@@ -27,7 +27,7 @@ function tokenLabel(text) {
   return text === "" ? "(part of a character)" : text.replaceAll(" ", "␣").replaceAll("\n", "");
 }
 
-function candidateList(title, found, other, sampled, run, least) {
+function candidateList(title, found, other, sampled, run) {
   const box = element("div", "candidates");
   box.append(element("h4", "", title));
   if (!found.length) {

@@ -139,7 +139,7 @@ function timeFigures(runs) {
         name: phase,
         marker: { color: colour(`phase-${phases.indexOf(phase) % 8}`), line: { width: 0 } },
       }));
-      const layout = { barmode: "stack", bargap: run.steps.length > 60 ? 0 : 0.15, yaxis: { range: [0, top(r)] }, xaxis: { title: { text: "step", standoff: 4 } } };
+      const layout = { barmode: "stack", legend: { ...baseLayout().legend, traceorder: "normal" }, bargap: run.steps.length > 60 ? 0 : 0.15, yaxis: { range: [0, top(r)] }, xaxis: { title: { text: "step", standoff: 4 } } };
       drawOrSay(place, traces, layout, "no times recorded");
       place.note(isShared ? "" : "The runs' scales differ.");
     };

@@ -18,11 +18,13 @@ class Inspector {
     this.filter = { quadrants: new Set(), selected: false };
     this.shade = null;
     this.current = 0;
+    this.spans = [];
     this.hits = [];
+    this.asked = 0;
+    this.state = null; // what is shown, whole: { run, view, response, decoded }
   }
 
   async start() {
-    this.box.hidden = false;
     this.runs.forEach((run, r) => run.views.length && this.select.run.append(new Option(run.name, r)));
     this.select.run.addEventListener("change", () => this.showRun());
     this.select.step.addEventListener("change", () => this.showView());
@@ -33,16 +35,21 @@ class Inspector {
     for (const event of ["mouseover", "focusin"]) {
       this.text.addEventListener(event, ({ target }) => this.look(target, event === "focusin"));
     }
-    this.text.addEventListener("mouseleave", () => showCard(this.card, this.state, this.current));
+    this.text.addEventListener("mouseleave", () => this.describe(this.current));
     this.buildFilter();
     await this.showRun();
+    this.box.hidden = false; // not before there is something that it can act on
+  }
+
+  // Blocks are unpacked while the reader goes on: what was asked for last is what is shown.
+  async latest(blocks) {
+    const asked = ++this.asked;
+    const found = await Promise.all(blocks);
+    return asked === this.asked ? found : null;
   }
 
   async showRun() {
     const run = this.runs[this.select.run.value];
-    if (typeof run.vocabulary === "number") run.vocabulary = await unpackedJson(`block-${run.vocabulary}`);
-    this.state = { run };
-    const step = this.select.step.value;
     this.select.step.replaceChildren(...run.views.map((view, v) => new Option(view.step, v)));
     const same = run.views.findIndex((view) => String(view.step) === this.shownStep);
     this.select.step.value = same >= 0 ? same : run.views.length - 1;
@@ -50,15 +57,12 @@ class Inspector {
   }
 
   async showView() {
-    const view = this.state.run.views[this.select.step.value];
-    this.state.view = view;
+    const view = this.runs[this.select.run.value].views[this.select.step.value];
     this.shownStep = String(view.step);
     const label = (response) => `${response.title}: ${response.selected} of ${response.valid} tokens supervised, ${response.finish}`;
     const before = this.select.response.value || 0;
     this.select.response.replaceChildren(...view.responses.map((response, r) => new Option(label(response), r)));
     this.select.response.value = Math.min(before, view.responses.length - 1);
-    this.buildShades();
-    this.say();
     await this.showResponse();
   }
 
@@ -79,10 +83,19 @@ class Inspector {
   }
 
   async showResponse() {
-    const response = this.state.view.responses[this.select.response.value];
-    const bytes = await unpacked(`block-${response.block}`);
-    this.state.response = response;
-    this.state.decoded = decodeResponse(bytes, response, this.state.view);
+    const run = this.runs[this.select.run.value];
+    const view = run.views[this.select.step.value];
+    const response = view.responses[this.select.response.value];
+    const vocabulary = typeof run.vocabulary === "number" ? unpackedJson(`block-${run.vocabulary}`) : run.vocabulary;
+    const found = await this.latest([vocabulary, unpacked(`block-${response.block}`)]);
+    if (!found) return;
+    run.vocabulary = found[0];
+    const isOtherView = this.state?.view !== view;
+    this.state = { run, view, response, decoded: decodeResponse(found[1], response, view) };
+    if (isOtherView) {
+      this.buildShades();
+      this.say();
+    }
     document.getElementById("prompt").textContent = response.prompt;
     const spans = document.createDocumentFragment();
     for (let token = 0; token < response.tokens; token++) {
@@ -95,6 +108,7 @@ class Inspector {
     }
     this.text.replaceChildren(spans);
     this.spans = [...this.text.children];
+    this.current = 0;
     this.rank();
     this.paint();
     this.paintFilter();
@@ -122,7 +136,7 @@ class Inspector {
   }
 
   paint() {
-    const { decoded, view } = this.state;
+    const { decoded } = this.state;
     const values = decoded.statistics[this.shade];
     const scale = this.scale();
     const hits = new Set(this.hits);
@@ -225,7 +239,11 @@ class Inspector {
     const token = Number(target.dataset?.token ?? NaN);
     if (Number.isNaN(token)) return;
     if (isFocus && token !== this.current) this.mark(token);
-    showCard(this.card, this.state, token);
+    this.describe(token);
+  }
+
+  describe(token) {
+    if (this.spans[token]) showCard(this.card, this.state, token);
   }
 
   mark(token) {
@@ -243,7 +261,7 @@ class Inspector {
       this.spans[token].focus({ preventScroll: true });
       this.spans[token].scrollIntoView({ block: "nearest" });
     }
-    showCard(this.card, this.state, token);
+    this.describe(token);
   }
 
   move(by) {

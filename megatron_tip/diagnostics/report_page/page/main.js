@@ -26,7 +26,7 @@ async function start() {
     listenToKeys(inspector);
   }
   await addLibrary();
-  const redraws = [curveFigures, shareFigures, planeFigures, timeFigures, memoryFigures].flatMap((make) => make(runs));
+  const redraws = [curveFigures, shareFigures, planeFigures, timeFigures, timelineFigures, memoryFigures].flatMap((make) => make(runs));
   const theme = document.getElementById("theme");
   const redrawNow = () => redraws.forEach((redraw) => redraw());
   theme.addEventListener("change", () => {

@@ -1,0 +1,68 @@
+"""A run's phases one after the other in its first and last steps: what `monitoring.trace` recorded of rank 0."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+STEPS_AT_EACH_END = 3
+MOST_PHASES = 400
+"""Of one step: enough for a bar of a pixel or two each."""
+_READ_BYTES = 1 << 20
+"""Of each end of the file: that of a long run is not read whole."""
+
+Step = dict[str, Any]
+
+
+def read_timeline(folder: Path) -> list[Step]:
+    """Returns the first and last whole steps in `folder`/rank_00000.jsonl, each as {"step", "phases": [[name, seconds
+    from the step's first phase, seconds]], "left_out": phases over MOST_PHASES}; nothing without the file.
+    """
+    path = folder / "rank_00000.jsonl"
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            first = file.read(_READ_BYTES)
+            file.seek(max(0, size - _READ_BYTES))
+            last = file.read()
+    except OSError:
+        return []
+    steps = list(_steps(_events(first.splitlines())))[:STEPS_AT_EACH_END]
+    # What begins in the middle of the file begins in the middle of a step.
+    later = list(_steps(_events(last.splitlines())))[int(size > _READ_BYTES) :][-STEPS_AT_EACH_END:]
+    shown = {step["step"] for step in steps}
+    return steps + [step for step in later if step["step"] not in shown]
+
+
+def _events(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    for line in lines:
+        try:
+            event = json.loads(line)
+        except ValueError:  # cut off, by the end of the run or by ours
+            continue
+        if isinstance(event, dict) and {"name", "ph", "ts"} <= event.keys():
+            yield event
+
+
+def _steps(events: Iterable[dict[str, Any]]) -> Iterator[Step]:
+    phases: list[dict[str, Any]] = []
+    for event in events:
+        if event["ph"] == "X":
+            phases.append(event)
+        elif event["ph"] == "i" and str(event["name"]).startswith("step "):
+            if phases:
+                yield _step(event["name"], phases)
+            phases = []
+
+
+def _step(name: str, phases: list[dict[str, Any]]) -> Step:
+    start = min(event["ts"] for event in phases)
+    # The longest, should there be too many: what they leave out cannot be seen.
+    longest = sorted(phases, key=lambda event: -event.get("dur", 0.0))[:MOST_PHASES]
+    rows = [
+        [str(event["name"]), round((event["ts"] - start) / 1e6, 4), round(event.get("dur", 0.0) / 1e6, 4)]
+        for event in sorted(longest, key=lambda event: event["ts"])
+    ]
+    return {"step": name.removeprefix("step "), "phases": rows, "left_out": len(phases) - len(rows)}

@@ -1,0 +1,67 @@
+"""How many tokens a model takes in, and presets that fit into it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from megatron_tip.evaluation.harness import Model
+from megatron_tip.evaluation.presets import Preset
+
+logger = logging.getLogger(__name__)
+
+PROMPT_TOKENS = 2048
+"""Kept free for a question; of a shorter context than twice that, half."""
+
+_KEYS = ("n_positions", "max_position_embeddings", "n_ctx")
+_SECONDS = 5.0
+
+
+def context_of(model: Model) -> int | None:
+    """Returns the tokens that prompt and answer may have together, by config.json, in the order of lm-eval, or by what
+    a server (vLLM, SGLang) says in `/models`; None: not known.
+    """
+    if model.url:
+        return _of_server(model)
+    config = _read_json(model.path / "config.json") if model.path else {}
+    nested = config.get("text_config")
+    config = nested if isinstance(nested, Mapping) else config
+    return next((int(config[key]) for key in _KEYS if config.get(key)), None)
+
+
+def fitted(preset: Preset, context: int | None) -> Preset:
+    """Returns `preset` with answers that fit into `context` behind a question of PROMPT_TOKENS, and a word of it in the
+    protocol. lm-eval would refuse a longer limit, a server each of its requests.
+    """
+    if context is None:
+        return preset
+    most = context - min(PROMPT_TOKENS, context // 2)
+    if preset.max_tokens <= most:
+        return replace(preset, context=context)
+    logger.warning(
+        "%s: answers are cut at %d tokens instead of %d: the model's context is %d, of which %d are for the question",
+        *(preset.name, most, preset.max_tokens, context, context - most),
+    )
+    return replace(preset, context=context, max_tokens=most, max_tokens_asked=preset.max_tokens)
+
+
+def _of_server(model: Model) -> int | None:
+    try:
+        with urllib.request.urlopen(f"{model.url.rstrip('/')}/models", timeout=_SECONDS) as answer:
+            cards = json.load(answer)["data"]
+        named = [card for card in cards if card.get("id") == model.name] or cards
+        return int(named[0]["max_model_len"])
+    except (OSError, ValueError, KeyError, TypeError, IndexError):  # whether it runs at all is the backend's to say
+        return None
+
+
+def _read_json(path: Path) -> Mapping[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
