@@ -28,6 +28,7 @@ from megatron_tip.rollout.storage import rollout_of
 
 FORMAT = "megatron_tip context bank 1"
 _MANIFEST, _CONTEXTS = "manifest.json", "contexts.parquet"
+_KEYS = {"sha256": str, "tokenizer": str, "vocab_size": int, "source": str, "num_contexts": int, "num_tokens": int}
 
 
 @dataclass(frozen=True)
@@ -101,15 +102,20 @@ def read_bank(folder: Path) -> ContextBank:
     path = folder / _MANIFEST
     try:
         manifest = json.loads(path.read_bytes())
-        name, sha256 = manifest["format"], manifest["sha256"]
+        name = manifest["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{path}: expected the manifest of a context bank, cannot read it ({type(error).__name__}); make the bank "
             "with `megatron-tip diagnose bank`"
         ) from error
     if name != FORMAT:
-        raise InputError(f"{path}: expected the format {FORMAT!r}, got {name!r}")
-    table, _ = read_table(folder / _CONTEXTS, format_name=FORMAT, sha256=sha256)
+        raise InputError(f"{path}: expected the format {FORMAT!r}, got {name!r}; make the bank with this version")
+    if wrong := [key for key, kind in _KEYS.items() if not isinstance(manifest.get(key), kind)]:
+        raise InputError(
+            f"{path}: expected a manifest with {', '.join(_KEYS)}, got {', '.join(wrong)} missing or of another type; "
+            "bring the file back as it was, or make the bank again"
+        )
+    table, _ = read_table(folder / _CONTEXTS, format_name=FORMAT, columns=_SCHEMA.names, sha256=manifest["sha256"])
     return ContextBank(folder, [rollout_of(record) for record in table.to_pylist()], manifest)
 
 
