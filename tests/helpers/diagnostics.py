@@ -17,7 +17,6 @@ MANIFEST: dict[str, Any] = {
     "sampling": {"temperature": 1.0, "top_p": 1.0, "max_response_tokens": 20, "samples_per_prompt": 1},
     "seed": 1,
     "source": "generated",
-    "weight_versions": [0],
 }
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from pyarrow import parquet
 
-from megatron_tip.diagnostics.bank import check_bank, check_scores_name, read_bank, write_bank
+from megatron_tip.diagnostics.bank import check_bank, check_scores_name, read_bank, strangers, write_bank
 from megatron_tip.diagnostics.freeze import cut_contexts, distinct
 from megatron_tip.diagnostics.scores import read_scores, write_scores
 from megatron_tip.errors import ConfigError, InputError, OutputError
@@ -95,6 +95,23 @@ def test_a_manifest_without_a_key_is_refused_by_name(tmp_path, key):
     path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != key}))
     with pytest.raises(InputError, match=rf"manifest\.json: expected .* got {key} missing"):
         read_bank(tmp_path / "bank")
+
+
+def test_a_start_that_did_not_write_the_contexts_is_named(tmp_path):
+    own = make_bank(tmp_path / "own")
+    assert strangers(own, student="s", teacher="t") == []
+    (sentence,) = strangers(own, student="another", teacher="t")
+    assert "not known as the student that wrote the contexts" in sentence
+    (sentence,) = strangers(own, student="s", teacher="another")
+    assert "the teacher (fingerprint another) is another one" in sentence
+
+
+@pytest.mark.parametrize("student", [None, MANIFEST["student"]])
+def test_nobody_is_taken_for_the_writer_of_a_runs_rollouts(tmp_path, student):
+    """Nor is the configuration's student, with which older versions stamped such banks."""
+    bank = make_bank(tmp_path / "bank", source="run/rollouts", weight_versions=[0, 3], student=student)
+    (sentence,) = strangers(read_bank(bank.folder), student="s", teacher="t")
+    assert "rollouts of a run (run/rollouts, weight versions [0, 3])" in sentence
 
 
 def test_scores_with_a_changed_page_are_refused(tmp_path):
