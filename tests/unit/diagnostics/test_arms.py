@@ -81,6 +81,26 @@ def test_a_broken_last_line_is_cut_off_and_the_rest_kept(tmp_path):
     assert len([json.loads(line) for line in path.read_text().splitlines()]) == 2
 
 
+@pytest.mark.parametrize("line", ['{"arm": {"ru', '{"arm": {"rule": "random"}}', "[]", ""])
+def test_a_broken_line_elsewhere_is_named_and_nothing_is_lost(tmp_path, line):
+    file = ArmsFile(tmp_path)
+    file.begin({"lr": 1e-4})
+    file.append(RESULT)
+    path = tmp_path / "arms.jsonl"
+    content = path.read_text() + line + "\n" + path.read_text()
+    path.write_text(content)
+    for attempt in (file.read, lambda: file.check({"lr": 1e-4}), lambda: file.begin({"lr": 1e-4})):
+        with pytest.raises(InputError, match=r"arms\.jsonl, line 2: expected an arm"):
+            attempt()
+    assert path.read_text() == content
+
+
+def test_arms_are_not_measured_on_nothing(tmp_path):
+    bank = write_bank(tmp_path / "bank", make_contexts(20), MANIFEST)
+    with pytest.raises(InputError, match=r"heldout\.num_prompts: expected at least 1 context"):
+        split_contexts(bank, num_steps=1, per_step=2, num_heldout=0, seed=1)
+
+
 def test_arms_of_other_settings_are_not_mixed(tmp_path):
     file = ArmsFile(tmp_path)
     file.begin({"lr": 1e-4, "steps": 2})
