@@ -67,7 +67,7 @@ def planned_arms(config: Config) -> list[Arm]:
     rules = {name: load_rule(name) for name in settings.rules or RULES if name != "full"}
     depending = [name for name, rule in rules.items() if rule.required_statistics - _SUPPORT_FREE]
     arms = [Arm("full", 1.0, selection.support_size, seed) for seed in seeds]
-    for ratio in sorted(settings.retention_ratios, key=lambda ratio: abs(math.log(ratio / main))):
+    for ratio in sorted({main, *settings.retention_ratios}, key=lambda ratio: abs(math.log(ratio / main))):
         arms += [Arm(name, ratio, selection.support_size, seed) for seed in seeds for name in rules]
     for size in settings.support_sizes:
         if size != selection.support_size:
