@@ -103,6 +103,7 @@ def gain(
         from megatron_tip.diagnostics.papers.token_tables import gain_row
 
         found = Evidence.read(bank, start=before, after=[after], arms=None, resamples=resamples, seed=seed)
+        _say_caveats(found.caveats())
         row = gain_row(found.gains[after], resamples=resamples, seed=seed)
         typer.echo(
             f"{before} -> {after}: gain {row['gain']:+.5f} nats a token (95 % over prompts: {row['low']:+.5f} to "
@@ -155,6 +156,7 @@ def report(
         from megatron_tip.diagnostics.papers.write import fill_page, page_blocks, write_all
 
         found = Evidence.read(bank, start=start, after=after or [], arms=arms, resamples=resamples, seed=seed)
+        _say_caveats(found.caveats())
         tables = write_all(found, folder)
         if page is not None:
             fill_page(page, page_blocks(found, tables), folder)
@@ -234,3 +236,8 @@ def _say_bank(made) -> None:
         f"{made.folder}: {manifest['num_contexts']} contexts of {int(made.prompts.max()) + 1} prompts, "
         f"{manifest['num_tokens']} tokens"
     )
+
+
+def _say_caveats(sentences: Sequence[str]) -> None:
+    for sentence in sentences:
+        typer.echo(f"mind: {sentence}", err=True)
