@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from megatron_tip.config_io import load_config
 from megatron_tip.diagnostics.arms import ArmsFile
 from megatron_tip.diagnostics.bank import read_bank
 from megatron_tip.diagnostics.scores import read_scores
+from megatron_tip.diagnostics.session import examine
 from tests.helpers.tiny import make_llama
 from tests.helpers.training import make_models
 
@@ -134,6 +136,13 @@ def test_a_checkpoint_of_another_layout_has_the_gain_that_the_run_logged(study: 
     start = read_scores(bank.scores_path("start"), bank)
     assert start.columns["forward_kl"].mean() == pytest.approx(metrics[0]["diagnostics/forward_kl"], rel=1e-5)
     assert start.about["student"] == bank.writer
+
+
+def test_a_student_is_known_again_when_it_is_given_as_a_checkpoint(study: Path):
+    config = load_config(study / "study.toml")
+    begun, given = (examine(config, 1, checkpoint=path) for path in (None, study / "models" / "student"))
+    assert begun.student == given.student == begun.bank.writer
+    assert examine(config, 1, checkpoint=study / "run").student != begun.student
 
 
 def test_the_step_of_a_run_can_be_scored(study: Path):

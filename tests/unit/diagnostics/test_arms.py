@@ -49,6 +49,12 @@ def test_the_main_budget_comes_first():
     assert [arm.retention_ratio for arm in arms] == [1.0, 0.05, 0.1, 0.01]
 
 
+def test_the_main_budget_is_tried_where_it_is_not_named():
+    """The other K are tried at it: without it nothing could be compared with them."""
+    arms = planned_arms(config(rules=("random",), retention_ratios=(0.01,), seeds=1, support_sizes=(16,)))
+    assert [arm.retention_ratio for arm in arms] == [1.0, 0.05, 0.01]
+
+
 def test_an_unknown_rule_is_refused():
     with pytest.raises(ConfigError, match="nearest name"):
         planned_arms(config(rules=("ta_opd_teachable",)))
