@@ -192,20 +192,32 @@ def test_rollouts_of_a_run_make_a_bank(study: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("bank",), "expected a new folder"),
-        (("score", "--name", "x", "--checkpoint", "nowhere"), "nowhere: expected a Hugging Face directory"),
-        (("intervene", "heldout.num_prompts=0", "run.folder=new"), "heldout.num_prompts: expected at least 1"),
-        (("intervene", "run.folder={study}/arms", "optimizer.lr=1e-3"), "holds arms of other settings"),
+        (("diagnose", "bank"), "expected a new folder"),
+        (("diagnose", "score", "--name", "x", "--checkpoint", "nowhere"), "nowhere: expected a Hugging Face directory"),
+        (("diagnose", "intervene", "heldout.num_prompts=0"), "heldout.num_prompts: expected at least 1"),
+        (("diagnose", "intervene", "run.folder={study}/arms", "optimizer.lr=1e-3"), "holds arms of other settings"),
+        (("train", "diagnostics.every_steps=1", "diagnostics.bank=nowhere"), "nowhere/manifest.json: expected"),
     ],
 )
-def test_a_worker_of_a_foreign_launcher_checks_before_it_meets_the_others(study: Path, arguments, message):
+def test_a_worker_of_a_foreign_launcher_checks_before_it_meets_the_others(
+    study: Path, tmp_path: Path, arguments, message
+):
     """The first of two alone, as torchrun and srun start it: the second is not there, and must not be needed."""
-    name, *options = (argument.format(study=study) for argument in arguments)
+    options = [argument.format(study=study) for argument in arguments]
+    names = 1 if options[0] == "train" else 2
+    folder = f"run.folder={tmp_path}/new"
+    world = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
     ended = subprocess.run(
-        [sys.executable, "-m", "megatron_tip.cli", "diagnose", name, str(study / "study.toml"), *options],
-        env=os.environ
-        | {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
-        | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "PYTHONPATH": str(ROOT)},
+        [
+            sys.executable,
+            "-m",
+            "megatron_tip.cli",
+            *options[:names],
+            str(study / "study.toml"),
+            folder,
+            *options[names:],
+        ],
+        env=os.environ | world | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=False,

@@ -12,12 +12,13 @@ from megatron_tip.diagnostics.papers.frames import rows
 from megatron_tip.diagnostics.papers.token_tables import bounds
 from megatron_tip.diagnostics.statistics.bootstrap import Interval, PromptResamples, interval_of
 
-_MEANS = {
+MEANS = {
     "q3_share": "selection/kept_q3_share",
     "kept_entropy": "selection/kept_student_entropy_mean",
     "kept_divergence": "selection/kept_support_divergence_mean",
     "kept_compatibility": "selection/kept_compatibility_mean",
 }
+"""Column of a table -> the metric of an arm; not available where an arm lacks it."""
 
 
 def interventions(evidence: Evidence) -> pd.DataFrame:
@@ -49,7 +50,7 @@ def interventions(evidence: Evidence) -> pd.DataFrame:
         row |= {"over_random": over.estimate, "over_low": over.low, "over_high": over.high}
         row |= {
             name: float(np.mean([result.metrics.get(metric, np.nan) for result in found]))
-            for name, metric in _MEANS.items()
+            for name, metric in MEANS.items()
         }
         found_rows.append(row)
     return pd.DataFrame(found_rows)

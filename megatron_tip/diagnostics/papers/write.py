@@ -94,6 +94,11 @@ def facts(evidence: Evidence) -> str:
             f"in each; {seconds / 60:.1f} minutes of CPU, which two busy cores give in {seconds / 120:.1f}."
         )
     lines += [f"- Mind: {sentence}." for sentence in evidence.caveats()]
+    lacking = [
+        metric for metric in arm_tables.MEANS.values() if any(metric not in result.metrics for result in evidence.arms)
+    ]
+    if lacking:
+        lines.append(f"- Mind: not every arm recorded {', '.join(lacking)}: not available in the tables.")
     return "\n".join(lines) + "\n"
 
 

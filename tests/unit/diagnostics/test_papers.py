@@ -166,6 +166,7 @@ def test_tables_and_claims_are_at_the_studys_own_budget_and_k(written, tmp_path)
     assert blocks["selectors"].count("| ta_opd_teachability | 0.100 |") == 1
     assert set(pd.read_csv(tmp_path / "out" / "support_sizes.csv")["k"]) == {8, 32}
     assert "Mind: no arm was tried at K = 16." in facts(found)
+    assert "Mind: not every arm recorded selection/kept_student_entropy_mean, selection" in facts(found)
     assert "Mind: no arm was tried at 3 %, 5 %: the papers' claims" in facts(found)
 
 
