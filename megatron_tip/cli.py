@@ -301,7 +301,10 @@ def _train(config: Config, *, fresh: bool) -> None:
         train_loop(config, fresh=fresh)
         return
     from megatron_tip.diagnostics.gauge import make_gauge
+    from megatron_tip.diagnostics.session import open_bank
+    from megatron_tip.training.plan import plan_run
 
+    open_bank(config, plan_run(config, int(os.environ["WORLD_SIZE"])))  # refused before the first collective
     train_loop(config, fresh=fresh, make_gauge=make_gauge)
 
 

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -41,25 +41,23 @@ def bank(config_path: ConfigPath, overrides: Overrides = None, nproc: Nproc = No
     """Make a context bank in diagnostics.bank: from diagnostics.rollouts, or from the student's answers to prompts."""
     with errors_reported():
         config = load_config(config_path, overrides or [])
-        if config.diagnostics.rollouts is not None and not is_worker(os.environ):
-            _say_bank(_bank_of_rollouts(config))
+        if config.diagnostics.rollouts is not None:  # files alone: one process does it
+            if os.environ.get("RANK", "0") == "0":
+                _say_bank(_bank_of_rollouts(config, config.diagnostics.rollouts))
             return
 
-        def work() -> None:
+        def work(plan) -> None:
             from megatron_tip.diagnostics.freeze import bank_config, generated_bank
-            from megatron_tip.diagnostics.session import bank_folder, session
+            from megatron_tip.diagnostics.session import bank_folder, built_run
             from megatron_tip.training.loop import engine_closed
 
-            if config.diagnostics.rollouts is not None:
-                if os.environ["RANK"] == "0":
-                    _say_bank(_bank_of_rollouts(config))
-                return
-            with session(bank_config(config), generates=True) as opened, engine_closed(opened.run):
-                made = generated_bank(opened.run, opened.plan, bank_folder(config))
+            with built_run(bank_config(config), plan, generates=True) as run, engine_closed(run):
+                made = generated_bank(run, plan, bank_folder(config))
                 if made is not None:
                     _say_bank(made)
 
-        _in_workers(["bank", str(config_path), *(overrides or [])], config, work, nproc, _check_new_bank)
+        prepare = partial(_plan_new_bank, config)
+        _in_workers(["bank", str(config_path), *(overrides or [])], config, prepare, work, nproc)
 
 
 @diagnose.command()
@@ -79,16 +77,16 @@ def score(
         if checkpoint and name == "start":
             raise InputError('--name: expected another name than "start" with --checkpoint: gains are taken against it')
 
-        def work() -> None:
+        def work(subject) -> None:
             from megatron_tip.diagnostics.intervene import score_checkpoint
-            from megatron_tip.diagnostics.session import open_bank, session
+            from megatron_tip.diagnostics.session import built_run
 
-            with session(config, checkpoint=checkpoint) as opened:
-                score_checkpoint(opened, open_bank(config, opened.plan), name)
+            with built_run(config, subject.plan, checkpoint=subject.checkpoint) as run:
+                score_checkpoint(run, subject, name, is_start=checkpoint is None)
 
         options = ["--name", name, *(["--checkpoint", str(checkpoint)] if checkpoint else [])]
-        check = partial(_check_bank, checkpoint=checkpoint)
-        _in_workers(["score", str(config_path), *(overrides or []), *options], config, work, nproc, check)
+        prepare = partial(_examine, config, checkpoint=checkpoint)
+        _in_workers(["score", str(config_path), *(overrides or []), *options], config, prepare, work, nproc)
 
 
 @diagnose.command()
@@ -105,6 +103,7 @@ def gain(
         from megatron_tip.diagnostics.papers.token_tables import gain_row
 
         found = Evidence.read(bank, start=before, after=[after], arms=None, resamples=resamples, seed=seed)
+        _say_caveats(found.caveats())
         row = gain_row(found.gains[after], resamples=resamples, seed=seed)
         typer.echo(
             f"{before} -> {after}: gain {row['gain']:+.5f} nats a token (95 % over prompts: {row['low']:+.5f} to "
@@ -127,17 +126,17 @@ def intervene(
     with errors_reported():
         config = load_config(config_path, overrides or [])
 
-        def work() -> None:
+        def work(subject) -> None:
             from megatron_tip.diagnostics.arms import ArmsFile
             from megatron_tip.diagnostics.intervene import intervene as run_arms
-            from megatron_tip.diagnostics.session import open_bank, session
+            from megatron_tip.diagnostics.session import built_run
 
-            with session(config, checkpoint=checkpoint) as opened:
-                run_arms(opened, open_bank(config, opened.plan), ArmsFile(config.run.folder))
+            with built_run(config, subject.plan, checkpoint=subject.checkpoint) as run:
+                run_arms(run, subject, ArmsFile(config.run.folder))
 
         options = ["--checkpoint", str(checkpoint)] if checkpoint else []
-        check = partial(_check_arms, checkpoint=checkpoint)
-        _in_workers(["intervene", str(config_path), *(overrides or []), *options], config, work, nproc, check)
+        prepare = partial(_examine_arms, config, checkpoint=checkpoint)
+        _in_workers(["intervene", str(config_path), *(overrides or []), *options], config, prepare, work, nproc)
 
 
 @diagnose.command()
@@ -157,6 +156,7 @@ def report(
         from megatron_tip.diagnostics.papers.write import fill_page, page_blocks, write_all
 
         found = Evidence.read(bank, start=start, after=after or [], arms=arms, resamples=resamples, seed=seed)
+        _say_caveats(found.caveats())
         tables = write_all(found, folder)
         if page is not None:
             fill_page(page, page_blocks(found, tables), folder)
@@ -166,15 +166,21 @@ def report(
 def _in_workers(
     arguments: Sequence[str],
     config: Config,
-    work: Callable[[], None],
+    prepare: Callable[[int], Any],
+    work: Callable[[Any], None],
     nproc: int | None,
-    check: Callable[[Config, int], object],
 ) -> None:
-    """Runs `work` in each worker: joins a world that exists, or checks and starts one on this machine."""
+    """Runs `work` in each worker: joins a world that exists, or starts one on this machine.
+
+    Args:
+        prepare: checks, from files alone, what a world of so many workers needs and returns what `work` takes. Every
+            worker does so before its first collective, however it was started; our own launcher also before it starts
+            any.
+    """
 
     def in_worker() -> None:
         configure_logging(int(os.environ["RANK"]))
-        work()
+        work(prepare(int(os.environ["WORLD_SIZE"])))
 
     if is_worker(os.environ):
         run_worker(in_worker, threads=config.run.threads)
@@ -182,48 +188,46 @@ def _in_workers(
     from megatron_tip.training.plan import default_num_workers
 
     num_workers = nproc or default_num_workers(config)
-    check(config, num_workers)
+    prepare(num_workers)
     command = [sys.executable, "-m", "megatron_tip.cli", "diagnose", *arguments]
     outcome = start_workers(command, num_workers, threads=config.run.threads)
     if outcome.exit_code:
         fail(outcome.message, exit_code=outcome.exit_code)
 
 
-def _check_new_bank(config: Config, num_workers: int) -> None:
+def _plan_new_bank(config: Config, num_workers: int):
     from megatron_tip.conversion.model_folder import require_new
     from megatron_tip.diagnostics.freeze import bank_config
     from megatron_tip.diagnostics.session import bank_folder
     from megatron_tip.training.plan import plan_run
 
     require_new(bank_folder(config))
-    plan_run(bank_config(config), num_workers)
+    return plan_run(bank_config(config), num_workers)
 
 
-def _check_bank(config: Config, num_workers: int, *, checkpoint: Path | None):
-    from megatron_tip.diagnostics.session import open_bank, resolve_checkpoint
-    from megatron_tip.training.plan import plan_run
+def _examine(config: Config, num_workers: int, *, checkpoint: Path | None):
+    from megatron_tip.diagnostics.session import examine
 
-    plan = plan_run(config, num_workers)
-    if checkpoint is not None:
-        resolve_checkpoint(checkpoint, plan)
-    return open_bank(config, plan)
+    return examine(config, num_workers, checkpoint=checkpoint)
 
 
-def _check_arms(config: Config, num_workers: int, *, checkpoint: Path | None) -> None:
-    from megatron_tip.diagnostics.arms import planned_arms
+def _examine_arms(config: Config, num_workers: int, *, checkpoint: Path | None):
+    from megatron_tip.diagnostics.arms import ArmsFile
     from megatron_tip.diagnostics.intervene import check_arms
 
-    check_arms(config, _check_bank(config, num_workers, checkpoint=checkpoint), planned_arms(config))
+    subject = _examine(config, num_workers, checkpoint=checkpoint)
+    check_arms(config, subject, ArmsFile(config.run.folder))
+    return subject
 
 
-def _bank_of_rollouts(config: Config):
+def _bank_of_rollouts(config: Config, rollouts: Path):
+    from megatron_tip.conversion.model_folder import require_new
     from megatron_tip.diagnostics.freeze import bank_of_rollouts
     from megatron_tip.diagnostics.session import bank_folder
     from megatron_tip.training.plan import default_num_workers, plan_run
 
-    assert config.diagnostics.rollouts is not None, "asked for"
-    plan = plan_run(config, default_num_workers(config))
-    return bank_of_rollouts(config, plan, bank_folder(config), config.diagnostics.rollouts)
+    require_new(bank_folder(config))
+    return bank_of_rollouts(config, plan_run(config, default_num_workers(config)), bank_folder(config), rollouts)
 
 
 def _say_bank(made) -> None:
@@ -232,3 +236,8 @@ def _say_bank(made) -> None:
         f"{made.folder}: {manifest['num_contexts']} contexts of {int(made.prompts.max()) + 1} prompts, "
         f"{manifest['num_tokens']} tokens"
     )
+
+
+def _say_caveats(sentences: Sequence[str]) -> None:
+    for sentence in sentences:
+        typer.echo(f"mind: {sentence}", err=True)

@@ -25,8 +25,8 @@ class DiagnosticsConfig(Section):
     rules: tuple[str, ...] = ()
     """For `diagnose intervene`: the rules to train with; none: every published one."""
     retention_ratios: tuple[float, ...] = (0.03, 0.05)
-    """For `diagnose intervene`: the budgets. Other support_sizes than selection.support_size are tried at
-    selection.retention_ratio alone."""
+    """For `diagnose intervene`: the budgets beside selection.retention_ratio, which is always tried, and at which alone
+    other support_sizes than selection.support_size are."""
     seeds: int = Field(default=3, ge=1)
     """For `diagnose intervene`: how often everything is repeated, with other contexts to train on and to measure on."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -68,7 +67,7 @@ def planned_arms(config: Config) -> list[Arm]:
     rules = {name: load_rule(name) for name in settings.rules or RULES if name != "full"}
     depending = [name for name, rule in rules.items() if rule.required_statistics - _SUPPORT_FREE]
     arms = [Arm("full", 1.0, selection.support_size, seed) for seed in seeds]
-    for ratio in sorted(settings.retention_ratios, key=lambda ratio: abs(math.log(ratio / main))):
+    for ratio in sorted({main, *settings.retention_ratios}, key=lambda ratio: abs(math.log(ratio / main))):
         arms += [Arm(name, ratio, selection.support_size, seed) for seed in seeds for name in rules]
     for size in settings.support_sizes:
         if size != selection.support_size:
@@ -84,61 +83,85 @@ class ArmsFile:
         self._path = folder / "arms.jsonl"
         self._settings = folder / "settings.json"
 
-    def begin(self, settings: dict[str, Any], *, writes: bool = True) -> None:
-        """Makes the folder, or accepts it where it holds arms of the same settings; a broken last line is cut off.
-
-        Args:
-            writes: False: only looks; for all ranks but one.
+    def check(self, settings: dict[str, Any]) -> None:
+        """Refuses a folder whose arms could not be compared with those of `settings`, or cannot be read. Only looks.
 
         Raises:
-            ConfigError: arms of other settings, or of unknown ones, lie there.
+            ConfigError: arms of other settings, or of unknown ones, lie there. InputError: a file of it is broken.
         """
-        settings = json.loads(json.dumps(settings))
-        exists = self._settings.exists()
-        if exists:
-            before = json.loads(self._settings.read_text())
+        has_arms = self._path.exists()  # looked at first: another rank, which may be writing, makes the settings first
+        if self._settings.exists():
+            before, settings = self.settings(), _as_read(settings)
             if changed := sorted(key for key in {*before, *settings} if before.get(key) != settings.get(key)):
                 raise ConfigError(
                     f"{self.folder}: holds arms of other settings, which would not be comparable; set them back, or "
                     "give another run.folder: "
                     + "; ".join(f"{key}: {before.get(key)!r}, now {settings.get(key)!r}" for key in changed)
                 )
-        elif self._path.exists():
+        elif has_arms:
             raise ConfigError(
                 f"{self._settings}: expected the settings of the arms beside it, found none; bring it back, or give "
                 "another run.folder"
             )
-        if not writes:
-            return
+        if has_arms:
+            self.read()
+
+    def begin(self, settings: dict[str, Any]) -> None:
+        """Makes the folder, or goes on in it: an unfinished last line is cut off. By one process; errors of `check`."""
+        self.check(settings)
         with output_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        if not exists:  # first, so that no arms are without
-            atomic_write_text(self._settings, json.dumps(settings, indent=1) + "\n")
-        atomic_write_text(self._path, "".join(self._whole_lines()) if self._path.exists() else "")
+        if not self._settings.exists():  # first, so that no arms are without
+            atomic_write_text(self._settings, json.dumps(_as_read(settings), indent=1) + "\n")
+        whole = "".join(self._whole_lines()) if self._path.exists() else None
+        if whole is None or len(whole) < len(self._path.read_text(encoding="utf-8")):
+            atomic_write_text(self._path, whole or "")
 
-    def read(self) -> list[ArmResult]:
-        """All arms that are done.
+    def settings(self) -> dict[str, Any]:
+        """Under which the arms are comparable.
 
         Raises:
-            InputError: there is no such file.
+            InputError: there is no such file, or it is broken.
+        """
+        try:
+            return dict(json.loads(self._settings.read_bytes()))
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(
+                f"{self._settings}: expected the settings of an intervention's arms, cannot read them "
+                f"({type(error).__name__}); bring the file back, or train the arms anew in another run.folder"
+            ) from error
+
+    def read(self) -> list[ArmResult]:
+        """All arms that are done; an unfinished last line, which a crash leaves, is none.
+
+        Raises:
+            InputError: there is no such file, or a line of it is broken.
         """
         if not self._path.exists():
             raise InputError(
                 f"{self._path}: expected the arms of an intervention, found none; run `megatron-tip diagnose intervene`"
             )
-        records = map(json.loads, self._whole_lines())
-        return [ArmResult(**{**record, "arm": Arm(**record["arm"])}) for record in records]
+        return [self._result(number, line) for number, line in enumerate(self._whole_lines(), start=1)]
 
     def append(self, result: ArmResult) -> None:
         with output_errors(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(result)) + "\n")
 
-    def _whole_lines(self) -> Iterator[str]:
-        """The lines up to the first broken one: a crash leaves at most the last of them so."""
-        for line in self._path.read_text(encoding="utf-8").splitlines(keepends=True):
-            try:
-                json.loads(line)
-            except ValueError:
-                return
-            if line.endswith("\n"):
-                yield line
+    def _whole_lines(self) -> list[str]:
+        lines = self._path.read_text(encoding="utf-8", errors="replace").split("\n")
+        return [line + "\n" for line in lines[:-1]]  # what follows the last newline is unfinished, or empty
+
+    def _result(self, number: int, line: str) -> ArmResult:
+        try:
+            record = json.loads(line)
+            return ArmResult(**{**record, "arm": Arm(**record["arm"])})
+        except (ValueError, TypeError, KeyError) as error:
+            raise InputError(
+                f"{self._path}, line {number}: expected an arm, got a broken line ({error}); mend it, or remove the "
+                "line and `megatron-tip diagnose intervene` trains that arm again"
+            ) from error
+
+
+def _as_read(settings: dict[str, Any]) -> dict[str, Any]:
+    """As JSON gives them back: lists for tuples."""
+    return json.loads(json.dumps(settings))

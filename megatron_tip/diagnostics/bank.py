@@ -1,6 +1,6 @@
 """The context bank: frozen on-policy prefixes of a student, on which any checkpoint can be scored again.
 
-    bank/manifest.json     format, models, tokenizer, sampling, seed, checksum of the contexts
+    bank/manifest.json     format, models, tokenizer, sampling, seed, SHA-256 of the contexts
          contexts.parquet  one response a row, with its prompt; every position of it is a context
          scores/NAME.parquet   what `scores` wrote: one row a position
 
@@ -10,6 +10,7 @@ TA-OPD section 3 and appendix C.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -26,16 +27,22 @@ from megatron_tip.errors import ConfigError, InputError
 from megatron_tip.records import Rollout
 from megatron_tip.rollout.storage import rollout_of
 
+logger = logging.getLogger(__name__)
+
 FORMAT = "megatron_tip context bank 1"
 _MANIFEST, _CONTEXTS = "manifest.json", "contexts.parquet"
+GENERATED = "generated"
+"""As the source: of answers of the configuration's student."""
+_KEYS = {"sha256": str, "tokenizer": str, "vocab_size": int, "source": str, "num_contexts": int, "num_tokens": int}
 
 
 @dataclass(frozen=True)
 class ContextBank:
     """`contexts`: responses with their prompts; every generated position of one is scored for the token there.
 
-    `manifest`: `tokenizer` and `vocab_size`, which a model must share; `student`, `teacher` and `sampling` that the
-    contexts came from; `sha256` of the contexts, by which scores know their bank.
+    `manifest`: `tokenizer` and `vocab_size`, which a model must share; `source`, "generated" or where the rollouts lay;
+    `student`, `sampling` and `seed` that the contexts came from, null where that is not known; `teacher` of the
+    configuration that made the bank; `sha256` of the contexts, by which scores know their bank.
     """
 
     folder: Path
@@ -45,6 +52,11 @@ class ContextBank:
     @property
     def sha256(self) -> str:
         return self.manifest["sha256"]
+
+    @property
+    def writer(self) -> str | None:
+        """Fingerprint of the student that wrote the contexts; None where nobody knows: they were rollouts of a run."""
+        return self.manifest["student"]["fingerprint"] if self.manifest["source"] == GENERATED else None
 
     @cached_property
     def prompts(self) -> np.ndarray:
@@ -101,15 +113,23 @@ def read_bank(folder: Path) -> ContextBank:
     path = folder / _MANIFEST
     try:
         manifest = json.loads(path.read_bytes())
-        name, sha256 = manifest["format"], manifest["sha256"]
+        name = manifest["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{path}: expected the manifest of a context bank, cannot read it ({type(error).__name__}); make the bank "
             "with `megatron-tip diagnose bank`"
         ) from error
     if name != FORMAT:
-        raise InputError(f"{path}: expected the format {FORMAT!r}, got {name!r}")
-    table, _ = read_table(folder / _CONTEXTS, format_name=FORMAT, sha256=sha256)
+        raise InputError(f"{path}: expected the format {FORMAT!r}, got {name!r}; make the bank with this version")
+    wrong = [key for key, kind in _KEYS.items() if not isinstance(manifest.get(key), kind)]
+    if manifest.get("source") == GENERATED and not isinstance(manifest.get("student"), dict):
+        wrong.append("student")
+    if wrong:
+        raise InputError(
+            f"{path}: expected a manifest with {', '.join(_KEYS)}, got {', '.join(wrong)} missing or of another type; "
+            "bring the file back as it was, or make the bank again"
+        )
+    table, _ = read_table(folder / _CONTEXTS, format_name=FORMAT, columns=_SCHEMA.names, sha256=manifest["sha256"])
     return ContextBank(folder, [rollout_of(record) for record in table.to_pylist()], manifest)
 
 
@@ -131,6 +151,39 @@ def check_bank(bank: ContextBank, *, tokenizer: str, vocab_size: int) -> None:
             f"diagnostics.bank: {bank.folder} was made for {bank.manifest['vocab_size']} vocabulary entries shared by "
             f"student and teacher and holds ids up to {largest}, these models share {vocab_size}; make a bank with them"
         )
+
+
+def strangers(bank: ContextBank, *, student: str, teacher: str) -> list[str]:
+    """What is to be said of gains on a bank from a start: a sentence each; none where start and teacher are the bank's.
+
+    Args:
+        student, teacher: fingerprints of the start and of the teacher.
+    """
+    found = []
+    if bank.writer is None:
+        versions = bank.manifest.get("weight_versions")
+        found.append(
+            f"the contexts are rollouts of a run ({bank.manifest['source']}, weight versions {versions}): the start is "
+            "not known to have written them, gains may be off-policy"
+        )
+    elif bank.writer != student:
+        found.append(
+            f"the start (fingerprint {student:.12}) is not known as the student that wrote the contexts "
+            f"({bank.writer:.12}): gains are off-policy, unless it is the same one in another format"
+        )
+    made_for = (bank.manifest.get("teacher") or {}).get("fingerprint", teacher)
+    if made_for != teacher:
+        found.append(
+            f"the teacher (fingerprint {teacher:.12}) is another one than that of the configuration that made the bank "
+            f"({made_for:.12})"
+        )
+    return found
+
+
+def warn_of_strangers(bank: ContextBank, *, student: str, teacher: str) -> None:
+    """Logs what `strangers` finds."""
+    for sentence in strangers(bank, student=student, teacher=teacher):
+        logger.warning("%s", sentence)
 
 
 def _generated(context: Rollout) -> np.ndarray:

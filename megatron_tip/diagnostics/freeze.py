@@ -10,9 +10,11 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_tip.config import Config
-from megatron_tip.diagnostics.bank import ContextBank, write_bank
+from megatron_tip.config_io import load_config
+from megatron_tip.diagnostics.bank import GENERATED, ContextBank, write_bank
 from megatron_tip.diagnostics.fingerprint import model_fingerprint, tokenizer_fingerprint
-from megatron_tip.errors import InputError
+from megatron_tip.errors import ConfigError, InputError
+from megatron_tip.observability.run_folder import RunFolder
 from megatron_tip.records import Prompt, Rollout
 from megatron_tip.rollout.storage import read_rollouts
 from megatron_tip.training.plan import RunPlan
@@ -36,8 +38,15 @@ def bank_of_rollouts(config: Config, plan: RunPlan, folder: Path, source: Path) 
     found = (rollout for path in paths for rollout in read_rollouts(path))
     contexts = cut_contexts(found, config.diagnostics.num_contexts, config.rollout.max_response_tokens)
     _require(contexts, config, f"in {source}")
+    largest = max(max(context.prompt_ids + context.response_ids) for context in contexts)
+    if largest >= plan.vocab_size:
+        raise InputError(
+            f"diagnostics.rollouts: expected ids below {plan.vocab_size}, which student and teacher share, got "
+            f"{largest} in {source}; give the models of the run that left the rollouts"
+        )
     versions = sorted({context.weight_version for context in contexts})
-    return write_bank(folder, contexts, _manifest(config, plan) | {"source": str(source), "weight_versions": versions})
+    manifest = _manifest(config, plan) | {"source": str(source), "weight_versions": versions}
+    return write_bank(folder, contexts, manifest | _origin_of_rollouts(config, source))
 
 
 def bank_config(config: Config) -> Config:
@@ -68,8 +77,9 @@ def generated_bank(run: TrainingRun, plan: RunPlan, folder: Path) -> ContextBank
         return None
     contexts = cut_contexts(rollouts, config.diagnostics.num_contexts, config.rollout.max_response_tokens)
     _require(contexts, config, "among the answers to the prompts")
-    source = {"source": "generated", "weight_versions": [0]}
-    return write_bank(folder, contexts, _manifest(config, plan) | source)
+    student = _student(config) | {"fingerprint": model_fingerprint(config.model.path, plan.student)}
+    origin = {"source": GENERATED, "student": student, "sampling": _sampling(config), "seed": config.run.seed}
+    return write_bank(folder, contexts, _manifest(config, plan) | origin)
 
 
 def distinct(prompts: Sequence[Prompt]) -> list[Prompt]:
@@ -116,22 +126,40 @@ def _require(contexts: Sequence[Rollout], config: Config, where: str) -> None:
 
 
 def _manifest(config: Config, plan: RunPlan) -> dict[str, Any]:
+    """What holds of every bank; where its contexts came from is added by who knows."""
     teacher = config.teacher.path
     return {
-        "student": {
-            "path": str(config.model.path),
-            "drop_layers": list(config.model.drop_layers),
-            "fingerprint": model_fingerprint(config.model.path, plan.student),
-        },
         "teacher": {"path": str(teacher), "fingerprint": model_fingerprint(teacher, plan.teacher)},
         "tokenizer": tokenizer_fingerprint(plan.tokenizer),
         "vocab_size": plan.vocab_size,
-        "sampling": {
-            "temperature": config.rollout.temperature,
-            "top_p": config.rollout.top_p,
-            "max_response_tokens": config.rollout.max_response_tokens,
-            "samples_per_prompt": config.rollout.samples_per_prompt,
-            "engine": config.rollout.engine,
-        },
-        "seed": config.run.seed,
     }
+
+
+def _origin_of_rollouts(config: Config, source: Path) -> dict[str, Any]:
+    """Student, sampling and seed by the run's own config.toml beside its rollouts/; null where there is none.
+
+    The student is the one that the run began with: which weights wrote the rollouts of a later step is not known.
+    """
+    path = (source if source.is_dir() else source.parent).parent / RunFolder(Path()).config
+    try:
+        run = load_config(path) if path.exists() else None
+    except ConfigError as error:
+        logger.warning("what wrote the rollouts in %s is not known: %s", source, error)
+        run = None
+    if run is None or run.rollout.engine == "replay":
+        return {"student": None, "sampling": None, "seed": None}
+    cut = {"max_response_tokens": min(config.rollout.max_response_tokens, run.rollout.max_response_tokens)}
+    return {
+        "student": _student(run) | {"fingerprint": None},
+        "sampling": _sampling(run) | cut,
+        "seed": run.run.seed,
+    }
+
+
+def _student(config: Config) -> dict[str, Any]:
+    return {"path": str(config.model.path), "drop_layers": list(config.model.drop_layers)}
+
+
+def _sampling(config: Config) -> dict[str, Any]:
+    names = ("temperature", "top_p", "max_response_tokens", "samples_per_prompt", "engine")
+    return {name: getattr(config.rollout, name) for name in names}

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from megatron_tip.config import Config
 from megatron_tip.diagnostics.arms import Arm, ArmResult, ArmsFile, planned_arms
-from megatron_tip.diagnostics.bank import ContextBank
+from megatron_tip.diagnostics.bank import ContextBank, warn_of_strangers
 from megatron_tip.diagnostics.score import FrozenContexts, forward_kl, freeze, score_contexts, score_supports
 from megatron_tip.diagnostics.scores import scores_of, write_scores
-from megatron_tip.diagnostics.session import Session
+from megatron_tip.diagnostics.session import Subject
 from megatron_tip.diagnostics.snapshot import StudentStart
 from megatron_tip.errors import InputError, NotFiniteError
 from megatron_tip.parallel.collectives import broadcast_json
@@ -62,8 +62,12 @@ def split_contexts(bank: ContextBank, *, num_steps: int, per_step: int, num_held
     """A seeded split by prompt: no prompt is both trained on and measured on. A pure function.
 
     Raises:
-        InputError: the bank has too few contexts.
+        InputError: the bank has too few contexts, or none is to be measured on.
     """
+    if num_heldout < 1:
+        raise InputError(
+            f"heldout.num_prompts: expected at least 1 context to measure an arm on, got {num_heldout}; set it"
+        )
     prompts = np.random.default_rng(seed).permutation(bank.prompts.max() + 1)
     order = [int(place) for prompt in prompts for place in np.flatnonzero(bank.prompts == prompt)]
     num_trained = num_steps * per_step
@@ -92,14 +96,16 @@ def split_of(config: Config, bank: ContextBank, seed: int) -> Split:
     )
 
 
-def intervene(opened: Session, bank: ContextBank, file: ArmsFile) -> None:
+def intervene(run: TrainingRun, subject: Subject, file: ArmsFile) -> None:
     """Runs every arm that `file` does not hold yet; after each plain distillation the whole bank is scored.
 
     An arm whose loss or gradient is not finite is named in the log and left out. Collective over the world; rank 0
-    writes.
+    writes. `check_arms` has found nothing to refuse.
     """
-    run, config = opened.run, opened.run.config
-    file.begin(comparable_settings(config, opened, bank), writes=dist.get_rank() == 0)
+    config, bank = run.config, subject.bank
+    warn_of_strangers(bank, student=subject.student, teacher=subject.teacher)
+    if dist.get_rank() == 0:
+        file.begin(comparable_settings(config, subject))
     arms = planned_arms(config)
     done = _agreed_done(file, run)
     todo = [arm for arm in arms if str(arm) not in done]
@@ -118,7 +124,7 @@ def intervene(opened: Session, bank: ContextBank, file: ArmsFile) -> None:
             continue
         if arm.rule == "full":
             whole = whole or freeze(run, bank.contexts)
-            score_after(opened, bank, whole, state.split, arm)
+            score_after(run, subject, whole, state.split, arm)
         if dist.get_rank() == 0:
             file.append(result)
             place, total = f"{len(done) + 1} of {len(arms)}", time.process_time()
@@ -133,27 +139,28 @@ def intervene(opened: Session, bank: ContextBank, file: ArmsFile) -> None:
         done.append(str(arm))
 
 
-def check_arms(config: Config, bank: ContextBank, arms: Sequence[Arm]) -> None:
-    """Refuses arms and splits that cannot be, before anything is built. Reads no weights.
+def check_arms(config: Config, subject: Subject, file: ArmsFile) -> None:
+    """Refuses arms, splits and a folder of arms that cannot be, before anything is built. Reads no weights.
 
     Raises:
-        ConfigError: a rule or budget that cannot be. InputError: too few contexts.
+        ConfigError: a rule or budget that cannot be; arms of other settings. InputError: too few contexts, broken arms.
     """
-    for arm in arms:
+    for arm in planned_arms(config):
         make_selector(config_of(config, arm))
     for seed in range(1, config.diagnostics.seeds + 1):
-        split_of(config, bank, seed)
+        split_of(config, subject.bank, seed)
+    file.check(comparable_settings(config, subject))
 
 
-def score_checkpoint(opened: Session, bank: ContextBank, name: str) -> None:
+def score_checkpoint(run: TrainingRun, subject: Subject, name: str, *, is_start: bool) -> None:
     """Scores the student as it was loaded and writes scores/`name`.parquet. Collective; rank 0 writes."""
-    run = opened.run
-    sizes = run.config.diagnostics.support_sizes
+    bank, sizes = subject.bank, run.config.diagnostics.support_sizes
+    if is_start:
+        warn_of_strangers(bank, student=subject.student, teacher=subject.teacher)
     columns = score_contexts(run, freeze(run, bank.contexts), sizes)
     if dist.get_rank() == 0:
         values = {column: tensor.numpy() for column, tensor in columns.items()}
-        about = about_scores(opened, bank, sizes, checkpoint=str(opened.student_path))
-        write_scores(bank.scores_path(name), scores_of(bank, values, about))
+        write_scores(bank.scores_path(name), scores_of(bank, values, about_scores(run.config, subject, sizes)))
         logger.info("%s: KL(teacher || student) %.4f nats a token", name, values["forward_kl"].mean())
 
 
@@ -225,39 +232,36 @@ def config_of(config: Config, arm: Arm) -> Config:
     return config.model_copy(update={"selection": selection, "run": run})
 
 
-def score_after(opened: Session, bank: ContextBank, whole: FrozenContexts, split: Split, arm: Arm) -> None:
+def score_after(run: TrainingRun, subject: Subject, whole: FrozenContexts, split: Split, arm: Arm) -> None:
     """Scores the trained student on the `whole` bank: scores/full_seed1.parquet. Collective over the world."""
-    columns = score_contexts(opened.run, whole, [arm.support_size])
+    columns = score_contexts(run, whole, [arm.support_size])
     if dist.get_rank() == 0:
-        about = about_scores(opened, bank, [arm.support_size], checkpoint=f"{opened.student_path}, then {arm}")
-        about |= {"trained_contexts": split.trained, "student": f"{about['student']}, then {arm}"}
+        about = about_scores(run.config, subject, [arm.support_size])
+        about |= {name: f"{about[name]}, then {arm}" for name in ("checkpoint", "student")}
+        about["trained_contexts"] = split.trained
         values = {name: column.numpy() for name, column in columns.items()}
+        bank = subject.bank
         write_scores(bank.scores_path(f"full_seed{arm.seed}"), scores_of(bank, values, about))
 
 
-def about_scores(
-    opened: Session, bank: ContextBank, support_sizes: Sequence[int], *, checkpoint: str
-) -> dict[str, Any]:
+def about_scores(config: Config, subject: Subject, support_sizes: Sequence[int]) -> dict[str, Any]:
     """What a file of scores says about itself."""
-    run, config = opened.run, opened.run.config
     return {
-        "checkpoint": checkpoint,
-        "student": opened.student_fingerprint,
-        "is_on_policy": opened.student_fingerprint == bank.manifest["student"]["fingerprint"],
-        "teacher": opened.teacher_fingerprint,
+        "checkpoint": str(subject.checkpoint or config.model.path),
+        "student": subject.student,
+        "teacher": subject.teacher,
         "temperature": config.loss.temperature,
         "support_sizes": list(support_sizes),
-        "vocab_size": run.vocab_size,
     }
 
 
-def comparable_settings(config: Config, opened: Session, bank: ContextBank) -> dict[str, Any]:
+def comparable_settings(config: Config, subject: Subject) -> dict[str, Any]:
     """What must be the same for two arms to be compared."""
     rollout = config.rollout
     return {
-        "bank": bank.sha256,
-        "student": opened.student_fingerprint,
-        "teacher": opened.teacher_fingerprint,
+        "bank": subject.bank.sha256,
+        "student": subject.student,
+        "teacher": subject.teacher,
         "steps": config.training.steps,
         "contexts_per_step": rollout.prompts_per_step * rollout.samples_per_prompt,
         "heldout_contexts": config.heldout.num_prompts,

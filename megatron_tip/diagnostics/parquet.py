@@ -3,7 +3,7 @@
 import hashlib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,38 +24,65 @@ def write_table(path: Path, table: pa.Table, about: Mapping[str, Any]) -> str:
     """
     buffer = io.BytesIO()
     described = table.replace_schema_metadata({_KEY: json.dumps(about).encode()})
-    parquet.write_table(described, buffer, compression="zstd")
+    parquet.write_table(described, buffer, compression="zstd", write_page_checksum=True)
     with output_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write_bytes(path, buffer.getvalue())
     return hashlib.sha256(buffer.getvalue()).hexdigest()
 
 
-def read_table(path: Path, *, format_name: str, sha256: str | None = None) -> tuple[pa.Table, dict[str, Any]]:
+def read_table(
+    path: Path, *, format_name: str, columns: Collection[str], keys: Collection[str] = (), sha256: str | None = None
+) -> tuple[pa.Table, dict[str, Any]]:
     """The table and its description.
 
     Args:
-        format_name: what the description must give as its format. sha256: of the file, where it is known.
+        format_name: what the description must give as its format. columns: that the table must have. keys: that its
+            description must have. sha256: of the file, where it is known; nothing is parsed before it is right.
 
     Raises:
-        InputError: no such file, a truncated or damaged one, or one of another format.
+        InputError: no such file, a truncated or damaged one, or one of another format or without what is asked for.
     """
     try:
         content = path.read_bytes()
-        table = parquet.read_table(io.BytesIO(content))
-    except OSError as error:  # pyarrow's own for a broken file is one too
-        reason = error.strerror or str(error).splitlines()[0]
-        raise InputError(f"{path}: expected a Parquet file, cannot read it: {reason}; make it again") from error
-    except pa.ArrowInvalid as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"{path}: expected a whole Parquet file, got a truncated or damaged one ({reason}); make it again"
-        ) from error
+    except OSError as error:
+        raise InputError(f"{path}: expected a Parquet file, cannot read it: {error.strerror}; make it again") from error
     if sha256 is not None and (got := hashlib.sha256(content).hexdigest()) != sha256:
         raise InputError(
-            f"{path}: expected the file with SHA-256 {sha256:.12}, got {got:.12}: it was changed or damaged"
+            f"{path}: expected the file with SHA-256 {sha256:.12}, got {got:.12}: it was changed or damaged; make it "
+            "again"
         )
-    about = json.loads((table.schema.metadata or {}).get(_KEY, b"{}"))
+    try:
+        table = parquet.read_table(io.BytesIO(content), page_checksum_verification=True)
+    except (OSError, pa.ArrowException) as error:  # OSError: also pyarrow's own for a broken file
+        raise InputError(
+            f"{path}: expected a whole Parquet file, got a truncated or damaged one ({str(error).splitlines()[0]}); "
+            "make it again"
+        ) from error
+    about = _description(path, table)
     if about.get("format") != format_name:
-        raise InputError(f"{path}: expected a table of the format {format_name!r}, got {about.get('format')!r}")
+        raise InputError(
+            f"{path}: expected a table of the format {format_name!r}, got {about.get('format')!r}; make it with this "
+            "version"
+        )
+    lacking = [f"column {name}" for name in columns if name not in table.column_names]
+    lacking += [f"metadata {key}" for key in keys if key not in about]
+    if lacking:
+        raise InputError(
+            f"{path}: expected {format_name!r} with all its parts, got one without {', '.join(lacking)}; make it again"
+        )
     return table, about
+
+
+def _description(path: Path, table: pa.Table) -> dict[str, Any]:
+    content = (table.schema.metadata or {}).get(_KEY, b"{}")
+    try:
+        about = json.loads(content)
+    except ValueError:
+        about = None
+    if not isinstance(about, dict):
+        raise InputError(
+            f"{path}: expected a JSON object in the file's metadata {_KEY.decode()!r}, got {content[:60]!r}; make it "
+            "again"
+        )
+    return about

@@ -39,6 +39,9 @@ SUPPORT = (
 )
 """Statistics of the top-K supports; the column of K = 16 is called "compatibility_k16"."""
 
+_PLACE = ("context", "prompt", "position")
+_ABOUT = ("bank", "checkpoint", "student", "teacher", "temperature", "support_sizes")
+
 
 def column_names(support_sizes: Sequence[int]) -> list[str]:
     return [*WHOLE, *(f"{name}_k{size}" for size in support_sizes for name in SUPPORT)]
@@ -104,14 +107,21 @@ def read_scores(path: Path, bank: ContextBank) -> Scores:
     """The scores in `path`, which must be those of `bank`.
 
     Raises:
-        InputError: no such file, a truncated one, or one that was made on another bank.
+        InputError: no such file, a truncated or incomplete one, or one that was made on another bank.
     """
-    table, about = read_table(path, format_name=FORMAT)
+    table, about = read_table(path, format_name=FORMAT, columns=_PLACE, keys=_ABOUT)
     if about["bank"] != bank.sha256:
         raise InputError(
             f"{path}: expected scores of the bank {bank.folder} (SHA-256 {bank.sha256:.12}), got those of another one "
             f"({about['bank']:.12}); score the checkpoint on this bank"
         )
     columns = {name: table.column(name).to_numpy().copy() for name in table.column_names}  # torch wants to write
-    context, prompt, position = (columns.pop(name) for name in ("context", "prompt", "position"))
+    lacking = [name for name in column_names(about["support_sizes"]) if name not in columns]
+    context, prompt, position = (columns.pop(name) for name in _PLACE)
+    if lacking or not np.array_equal(np.stack([context, position], axis=1), bank.rows):
+        raise InputError(
+            f"{path}: expected {len(bank.rows)} rows, one a token of {bank.folder} in its order, with every statistic "
+            f"at K = {about['support_sizes']}, got {len(table)} rows without {lacking or 'that order'}; score the "
+            "checkpoint anew"
+        )
     return Scores(context, prompt, position, columns, about)

@@ -1,6 +1,5 @@
 """Models for work on a bank, as a run would hold them: the same layouts and kernels; an engine only where asked."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,14 +24,33 @@ from megatron_tip.training.setup import build_run
 
 
 @dataclass(frozen=True)
-class Session:
-    """`run`: student and teacher of this rank. `student_path`: where the student's weights came from."""
+class Subject:
+    """What is examined: found and checked from files alone, alike on every rank, before any process group is there.
 
-    run: TrainingRun
+    `checkpoint`: the folder of the student's weights; None: the student as a run begins. `student`, `teacher`: their
+    fingerprints.
+    """
+
     plan: RunPlan
-    student_path: Path
-    student_fingerprint: str
-    teacher_fingerprint: str
+    bank: ContextBank
+    checkpoint: Path | None
+    student: str
+    teacher: str
+
+
+def examine(config: Config, world_size: int, *, checkpoint: Path | None = None) -> Subject:
+    """The configuration's models and bank, and the checkpoint that `checkpoint` means (see `resolve_checkpoint`).
+
+    Raises:
+        ConfigError, WeightsError, InputError: as of `plan_run`, `open_bank` and `resolve_checkpoint`.
+    """
+    plan = plan_run(config, world_size)
+    bank = open_bank(config, plan)
+    teacher = model_fingerprint(config.teacher.path, plan.teacher)
+    if checkpoint is None:
+        return Subject(plan, bank, None, model_fingerprint(config.model.path, plan.student), teacher)
+    found = resolve_checkpoint(checkpoint, plan)
+    return Subject(plan, bank, found, model_fingerprint(found, _description(found)), teacher)
 
 
 def bank_folder(config: Config) -> Path:
@@ -59,25 +77,21 @@ def open_bank(config: Config, plan: RunPlan) -> ContextBank:
 
 
 @contextmanager
-def session(config: Config, *, checkpoint: Path | None = None, generates: bool = False) -> Iterator[Session]:
-    """Builds the configuration's models and loads `checkpoint` into the student. Collective over the world.
+def built_run(
+    config: Config, plan: RunPlan, *, checkpoint: Path | None = None, generates: bool = False
+) -> Iterator[TrainingRun]:
+    """Student and teacher of this rank, with the weights in `checkpoint`, of any layout. Collective over the world.
 
     Args:
-        checkpoint: see `load_student`; None: the student as it begins.
+        checkpoint: a folder of `resolve_checkpoint`; None: the student as a run begins.
     """
-    plan = plan_run(config, int(os.environ["WORLD_SIZE"]))
-    source = resolve_checkpoint(checkpoint, plan) if checkpoint is not None else None
     worker = init_distributed()
     timer = PhaseTimer(worker.device)
     num_threads = config.run.threads or available_threads()
     run = build_run(config, plan, worker, timer, num_threads=num_threads, generates=generates)
-    teacher = model_fingerprint(config.teacher.path, plan.teacher)
-    if source is not None:
-        load_student(run, source)
-        yield Session(run, plan, source, model_fingerprint(source), teacher)
-    else:
-        student = model_fingerprint(config.model.path, plan.student)
-        yield Session(run, plan, config.model.path, student, teacher)
+    if checkpoint is not None:
+        load_student(run, checkpoint)
+    yield run
     destroy_distributed()
 
 
@@ -98,8 +112,7 @@ def resolve_checkpoint(path: Path, plan: RunPlan) -> Path:
         if (found / SHARDS_NAME).is_dir():
             check_index(found / SHARDS_NAME / ".metadata")
             return found
-        if (found / MANIFEST_NAME).exists() or (found / "config.json").exists():
-            description: ModelFolder = MegatronCheckpoint(found) if _is_megatron(found) else HfCheckpoint(found)
+        if (description := _description(found)) is not None:
             if description.architecture != plan.student.architecture:
                 raise ConfigError(
                     f"{found}: expected the student's architecture ({plan.student.architecture}), got "
@@ -122,6 +135,15 @@ def load_student(run: TrainingRun, source: Path) -> None:
     else:
         load_hf(student.model, HfCheckpoint(source), student.groups)
     student.optimizer.reload_model_params()
+
+
+def _description(folder: Path) -> ModelFolder | None:
+    """What a folder with a model says about it; None for shards of a run and for what is no model."""
+    if (folder / SHARDS_NAME).is_dir():
+        return None
+    if _is_megatron(folder):
+        return MegatronCheckpoint(folder)
+    return HfCheckpoint(folder) if (folder / "config.json").exists() else None
 
 
 def _is_megatron(folder: Path) -> bool:

@@ -12,9 +12,11 @@ from transformers import AutoModelForCausalLM
 from megatron_tip.config import Config
 from megatron_tip.diagnostics.arms import Arm, ArmResult
 from megatron_tip.diagnostics.bank import ContextBank
+from megatron_tip.diagnostics.gauge import BankGauge
 from megatron_tip.diagnostics.intervene import prepare_seed, run_arm, split_of
 from megatron_tip.diagnostics.score import freeze, score_contexts
 from megatron_tip.diagnostics.snapshot import StudentStart
+from megatron_tip.errors import InputError
 from megatron_tip.records import Rollout
 from tests.helpers.distributed import run_workers
 from tests.helpers.training import Layout, build_tiny_run, make_config, make_models, make_rollouts
@@ -57,7 +59,7 @@ def config_of(models: Path, layout: Layout, **sections: dict[str, Any]) -> Confi
         heldout={"num_prompts": 3},
         training={"steps": 2, "max_tokens_per_micro_batch": 48},
         selection={"support_size": 8, "tie_break": "random"},
-        diagnostics={"support_sizes": SIZES},
+        diagnostics={"support_sizes": SIZES, "bank": "bank", "every_steps": 1},
     )
 
 
@@ -140,3 +142,34 @@ def test_scores_are_the_formulas_in_float64(models, single):
             expected["teacher_logprobs"].append(float(q[row][token]))
     for name, values in expected.items():
         np.testing.assert_allclose(single.columns[name], values, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def observe_gauge(config: Config, contexts: list[Rollout], start: Path) -> list[dict[str, float] | str]:
+    """The metrics of a run from its start on; those of the run continued; what another teacher's start is answered."""
+    run = build_tiny_run(config, contexts)
+    bank = ContextBank(Path(), contexts, {"sha256": "bank"})
+    gauge = BankGauge(run, bank, start, teacher="t")
+    seen: list[dict[str, float] | str] = [gauge(0)]
+    with torch.no_grad():
+        for parameter in run.student.model.parameters():
+            parameter.mul_(1.1)
+    seen.append(gauge(2))
+    seen.append(BankGauge(run, bank, start, teacher="t")(2))
+    try:
+        BankGauge(run, bank, start, teacher="other")
+    except InputError as error:
+        seen.append(str(error))
+    return seen
+
+
+def test_a_continued_run_measures_against_the_same_start_and_no_other(models, tmp_path):
+    """One rank alone needs to see the file, and all end alike over one that was measured otherwise."""
+    config = config_of(models, Layout(2))
+    start = tmp_path / "start.parquet"
+    ranks = run_workers(observe_gauge, 2, tmp_path, config, CONTEXTS, start)
+    for first, later, continued, refused in ranks:
+        assert first["diagnostics/gain"] == 0
+        assert later["diagnostics/gain"] != 0
+        assert continued == later
+        assert "teacher 'other', got 't'" in refused
+    assert ranks[0] == ranks[1]

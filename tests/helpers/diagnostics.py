@@ -16,6 +16,7 @@ MANIFEST: dict[str, Any] = {
     "vocab_size": 300,
     "sampling": {"temperature": 1.0, "top_p": 1.0, "max_response_tokens": 20, "samples_per_prompt": 1},
     "seed": 1,
+    "source": "generated",
 }
 
 

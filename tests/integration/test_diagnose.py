@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from megatron_tip.config_io import load_config
 from megatron_tip.diagnostics.arms import ArmsFile
 from megatron_tip.diagnostics.bank import read_bank
 from megatron_tip.diagnostics.scores import read_scores
+from megatron_tip.diagnostics.session import examine
 from tests.helpers.tiny import make_llama
 from tests.helpers.training import make_models
 
@@ -133,7 +135,14 @@ def test_a_checkpoint_of_another_layout_has_the_gain_that_the_run_logged(study: 
     bank = read_bank(study / "bank")
     start = read_scores(bank.scores_path("start"), bank)
     assert start.columns["forward_kl"].mean() == pytest.approx(metrics[0]["diagnostics/forward_kl"], rel=1e-5)
-    assert start.about["is_on_policy"]
+    assert start.about["student"] == bank.writer
+
+
+def test_a_student_is_known_again_when_it_is_given_as_a_checkpoint(study: Path):
+    config = load_config(study / "study.toml")
+    begun, given = (examine(config, 1, checkpoint=path) for path in (None, study / "models" / "student"))
+    assert begun.student == given.student == begun.bank.writer
+    assert examine(config, 1, checkpoint=study / "run").student != begun.student
 
 
 def test_the_step_of_a_run_can_be_scored(study: Path):
@@ -169,11 +178,53 @@ def test_the_report_has_tables_and_figures(study: Path, tmp_path: Path):
 def test_rollouts_of_a_run_make_a_bank(study: Path, tmp_path: Path):
     command(
         *("diagnose", "bank", str(study / "study.toml"), f"diagnostics.bank={tmp_path}/bank"),
-        *(f"diagnostics.rollouts={study}/run/rollouts", "diagnostics.num_contexts=5"),
+        *(f"diagnostics.rollouts={study}/run/rollouts", "diagnostics.num_contexts=5", "rollout.temperature=0.5"),
+        world_size=2,
     )
     bank = read_bank(tmp_path / "bank")
     assert len(bank.contexts) == 5
     assert bank.manifest["weight_versions"] == [0, 1]
+    assert bank.manifest["sampling"]["temperature"] == 1.0  # the run's, not that of this command
+    assert bank.manifest["student"] == {"path": f"{study}/models/student", "drop_layers": [], "fingerprint": None}
+    assert bank.writer is None
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("diagnose", "bank"), "expected a new folder"),
+        (("diagnose", "score", "--name", "x", "--checkpoint", "nowhere"), "nowhere: expected a Hugging Face directory"),
+        (("diagnose", "intervene", "heldout.num_prompts=0"), "heldout.num_prompts: expected at least 1"),
+        (("diagnose", "intervene", "run.folder={study}/arms", "optimizer.lr=1e-3"), "holds arms of other settings"),
+        (("train", "diagnostics.every_steps=1", "diagnostics.bank=nowhere"), "nowhere/manifest.json: expected"),
+    ],
+)
+def test_a_worker_of_a_foreign_launcher_checks_before_it_meets_the_others(
+    study: Path, tmp_path: Path, arguments, message
+):
+    """The first of two alone, as torchrun and srun start it: the second is not there, and must not be needed."""
+    options = [argument.format(study=study) for argument in arguments]
+    names = 1 if options[0] == "train" else 2
+    folder = f"run.folder={tmp_path}/new"
+    world = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    ended = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "megatron_tip.cli",
+            *options[:names],
+            str(study / "study.toml"),
+            folder,
+            *options[names:],
+        ],
+        env=os.environ | world | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
+    )
+    assert ended.returncode == 1
+    assert message in ended.stderr
 
 
 def test_a_bank_of_other_models_is_refused_before_anything_starts(study: Path, tmp_path: Path):

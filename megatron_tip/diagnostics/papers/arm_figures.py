@@ -5,9 +5,17 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from megatron_tip.diagnostics.papers.arm_tables import main_ratio
-from megatron_tip.diagnostics.papers.frames import errors, in_order, numbers, rows
-from megatron_tip.diagnostics.papers.style import COLOURS, DASHES, MARKERS, figure, save
+from megatron_tip.diagnostics.papers.arm_tables import by_support_size
+from megatron_tip.diagnostics.papers.frames import errors, numbers, rows
+from megatron_tip.diagnostics.papers.style import (
+    COLOURS,
+    DASHES,
+    MARKERS,
+    draw_by_support_size,
+    figure,
+    legend_below,
+    save,
+)
 
 SWEPT = (
     "ta_opd_teachability",
@@ -20,9 +28,8 @@ SWEPT = (
 )
 
 
-def selectors(data: pd.DataFrame, support_size: int, path: Path) -> None:
+def selectors(data: pd.DataFrame, support_size: int, ratio: float, path: Path) -> None:
     """Every rule's gain on held-out contexts at the main budget, the best on top, and plain distillation."""
-    ratio = main_ratio(data)
     own = rows(data, k=support_size, ratio=(ratio, 1.0)).sort_values("gain", ascending=False)
     with figure(6, 4.6) as drawn:
         axes = drawn.subplots()
@@ -34,7 +41,8 @@ def selectors(data: pd.DataFrame, support_size: int, path: Path) -> None:
         axes.set_yticks(places, own["rule"], fontsize=7)
         axes.invert_yaxis()
         axes.set(
-            xlabel="gain on held-out contexts, nats a token", title=f"Trained on {ratio:.0%} of the tokens (full: all)"
+            xlabel="gain on held-out contexts, nats a token",
+            title=f"Trained on {100 * ratio:g} % of the tokens (full: all)",
         )
         handles = [
             axes.plot([], [], MARKERS[family], color=COLOURS[family], label=label)[0]
@@ -51,7 +59,7 @@ def _family(rule: str) -> int:
 def budget_sweep(data: pd.DataFrame, support_size: int, path: Path) -> None:
     """Gain, and gain a kept share, over the budget for the papers' main selectors."""
     own = rows(data, k=support_size, rule=SWEPT).sort_values("ratio")
-    with figure(7, 2.9) as drawn:
+    with figure(7, 3.3) as drawn:
         panels = drawn.subplots(1, 2)
         for axes, column, title in zip(
             panels, ("gain", "gain_per_keep"), ("gain, nats a token", "gain / kept share"), strict=True
@@ -64,7 +72,7 @@ def budget_sweep(data: pd.DataFrame, support_size: int, path: Path) -> None:
                     100 * numbers(line, "ratio") * shift,
                     line[column],
                     yerr=errors(line) / scale,
-                    label=rule,
+                    label=rule if len(line) else f"{rule} (not tried)",
                     color=COLOURS[place],
                     marker=MARKERS[place],
                     linestyle=DASHES[place],
@@ -76,35 +84,29 @@ def budget_sweep(data: pd.DataFrame, support_size: int, path: Path) -> None:
             ticks = sorted(own["ratio"].unique())
             axes.set_xticks([100 * tick for tick in ticks], [f"{100 * tick:g}" for tick in ticks])
             axes.minorticks_off()
+            axes.set_xlim(100 * min(ticks, default=1) / 1.3, 100 * max(ticks, default=1) * 1.3)
             axes.set(xlabel="tokens kept, %", title=title)
-        panels[1].legend(fontsize=6.5)
+        legend_below(drawn, panels[0], 4)
         save(drawn, own, path)
 
 
-def support_sizes(data: pd.DataFrame, path: Path) -> None:
-    """The gain of the rules that depend on K, at each K."""
-    ratio = main_ratio(data)
-    sizes = sorted(data["k"].unique())
-    own = rows(data, ratio=ratio)
-    tried = {name: len(rows(own, rule=name)) for name in dict.fromkeys(own["rule"])}
-    names = [name for name, count in tried.items() if count == len(sizes) > 1]
-    own = rows(own, rule=names)
-    with figure(6, 0.8 + 0.25 * max(4, len(names))) as drawn:
+def support_sizes(data: pd.DataFrame, ratio: float, path: Path) -> None:
+    """The gain at each K of the rules that were tried at several; a rule that lacks one of them is marked so."""
+    own = by_support_size(data, ratio)
+    sizes = sorted(own["k"].unique())
+    labels = {}
+    for name in dict.fromkeys(own["rule"]):
+        missing = [str(size) for size in sizes if not len(rows(own, rule=name, k=size))]
+        labels[name] = f"{name} (no K = {', '.join(missing)})" if missing else name
+    with figure(6, 1.1 + 0.28 * max(4, len(labels))) as drawn:
         axes = drawn.subplots()
-        for place, size in enumerate(sizes):
-            line = in_order(rows(own, k=size), "rule", names)
-            offset = np.arange(len(names)) + 0.22 * (place - (len(sizes) - 1) / 2)
-            axes.errorbar(
-                line["gain"],
-                offset,
-                xerr=errors(line),
-                fmt=MARKERS[place % 7],
-                color=COLOURS[place % 7],
-                label=f"K = {size}",
-                capsize=2,
-            )
-        axes.set_yticks(range(len(names)), names, fontsize=7)
-        axes.invert_yaxis()
-        axes.set(xlabel="gain on held-out contexts, nats a token", title=f"Support size, at {ratio:.0%}")
-        drawn.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(sizes))
+        title = f"Support size, at {100 * ratio:g} % of the tokens"
+        if labels:
+            draw_by_support_size(axes, own, "rule", sizes, value="gain", labels=labels)
+            axes.set(xlabel="gain on held-out contexts, nats a token", title=title)
+            legend_below(drawn, axes, len(sizes))
+        else:
+            axes.set_axis_off()
+            axes.set_title(title)
+            axes.text(0, 0.5, "No rule was tried at more than one K.", transform=axes.transAxes)
         save(drawn, own, path)

@@ -1,5 +1,6 @@
 """TA-OPD's tables about live interventions: selectors (2), Q3 masks (7), budget sweep (10), support sizes."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -7,15 +8,17 @@ import pandas as pd
 
 from megatron_tip.diagnostics.arms import ArmResult
 from megatron_tip.diagnostics.papers.evidence import Evidence
+from megatron_tip.diagnostics.papers.frames import rows
 from megatron_tip.diagnostics.papers.token_tables import bounds
 from megatron_tip.diagnostics.statistics.bootstrap import Interval, PromptResamples, interval_of
 
-_MEANS = {
+MEANS = {
     "q3_share": "selection/kept_q3_share",
     "kept_entropy": "selection/kept_student_entropy_mean",
     "kept_divergence": "selection/kept_support_divergence_mean",
     "kept_compatibility": "selection/kept_compatibility_mean",
 }
+"""Column of a table -> the metric of an arm; not available where an arm lacks it."""
 
 
 def interventions(evidence: Evidence) -> pd.DataFrame:
@@ -32,7 +35,7 @@ def interventions(evidence: Evidence) -> pd.DataFrame:
     random = {
         (key[1], result.arm.seed): result for key, found in by_key.items() if key[0] == "random" for result in found
     }
-    rows = []
+    found_rows = []
     for (rule, ratio, size), found in by_key.items():
         gain = pooled_gain(found, evidence)
         kept = sum(result.num_selected for result in found) / sum(result.num_valid for result in found)
@@ -42,15 +45,15 @@ def interventions(evidence: Evidence) -> pd.DataFrame:
         row = {"rule": rule, "ratio": ratio, "k": size, "seeds": len(found), "kept_share": kept, **bounds(gain)}
         row |= {
             "seed_sd": float(np.std(per_seed, ddof=1)) if len(found) > 1 else None,
-            "gain_per_keep": gain.estimate / kept,
+            "gain_per_keep": gain.estimate / kept if kept else None,
         }
         row |= {"over_random": over.estimate, "over_low": over.low, "over_high": over.high}
         row |= {
             name: float(np.mean([result.metrics.get(metric, np.nan) for result in found]))
-            for name, metric in _MEANS.items()
+            for name, metric in MEANS.items()
         }
-        rows.append(row)
-    return pd.DataFrame(rows)
+        found_rows.append(row)
+    return pd.DataFrame(found_rows)
 
 
 def pooled_gain(results: Sequence[ArmResult], evidence: Evidence, minus: Sequence[ArmResult | None] = ()) -> Interval:
@@ -68,7 +71,8 @@ def pooled_gain(results: Sequence[ArmResult], evidence: Evidence, minus: Sequenc
     return interval_of(float(np.sum(sums) / np.sum(counts)), drawn[:, 0] / drawn[:, 1], int(np.sum(counts)))
 
 
-def main_ratio(table: pd.DataFrame) -> float:
-    """The budget of the tables that have one: 5 %, the paper's, where it was tried."""
-    ratios = sorted(ratio for ratio in set(table["ratio"]) if ratio < 1)
-    return 0.05 if 0.05 in ratios else ratios[0]
+def by_support_size(table: pd.DataFrame, ratio: float) -> pd.DataFrame:
+    """The rows at a budget of the rules that were tried at more than one K."""
+    own = rows(table, ratio=ratio)
+    counts = Counter(own["rule"])
+    return rows(own, rule=[name for name, count in counts.items() if count > 1])

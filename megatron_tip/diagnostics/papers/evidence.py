@@ -8,11 +8,13 @@ from functools import cached_property
 from pathlib import Path
 
 from megatron_tip.diagnostics.arms import ArmResult, ArmsFile
-from megatron_tip.diagnostics.bank import ContextBank, read_bank
+from megatron_tip.diagnostics.bank import ContextBank, read_bank, strangers
 from megatron_tip.diagnostics.gain import Gain, gain_between
 from megatron_tip.diagnostics.scores import Scores, read_scores
 from megatron_tip.diagnostics.statistics.bootstrap import PromptResamples
+from megatron_tip.diagnostics.statistics.regression import Decomposition, decompose
 from megatron_tip.diagnostics.statistics.tokens import TokenTable, mean_gain, token_table
+from megatron_tip.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Evidence:
     resamples: int = 1000
     seed: int = 1
     _tables: dict[int, TokenTable] = field(default_factory=dict)
+    _decompositions: dict[int, Decomposition] = field(default_factory=dict)
 
     @staticmethod
     def read(
@@ -41,7 +44,7 @@ class Evidence:
             after: names of scores; none: all in the bank but the start. arms: the folder of an intervention.
 
         Raises:
-            InputError: something is missing, damaged, or belongs to another bank, teacher or temperature.
+            InputError: something is missing, damaged, or belongs to another bank, start, teacher or temperature.
         """
         bank = read_bank(folder)
         before = read_scores(bank.scores_path(start), bank)
@@ -49,7 +52,7 @@ class Evidence:
             path.stem for path in bank.scores_path(start).parent.glob("*.parquet") if path.stem != start
         )
         gains = {name: gain_between(before, read_scores(bank.scores_path(name), bank)) for name in names}
-        done = ArmsFile(arms).read() if arms is not None else []
+        done = _read_arms(ArmsFile(arms), bank, before) if arms is not None else []
         if all(result.arm.rule == "full" for result in done):  # an early end: there is nothing to compare yet
             done = []
         return Evidence(bank, before, gains, done, resamples, seed)
@@ -65,12 +68,73 @@ class Evidence:
         return self.start.support_sizes
 
     @property
+    def arms_support_size(self) -> int | None:
+        """The study's own K, `selection.support_size`: that of the first arm, plain distillation."""
+        return self.arms[0].arm.support_size if self.arms else None
+
+    @property
     def main_support_size(self) -> int:
-        """The K of the tables that have one: 16, the paper's, where it was scored."""
-        return 16 if 16 in self.support_sizes else self.support_sizes[0]
+        """The K of the tables of tokens that have one: the study's; without arms, or where it was not scored, 16."""
+        wanted = [size for size in (self.arms_support_size, 16) if size in self.support_sizes]
+        return wanted[0] if wanted else self.support_sizes[0]
+
+    @property
+    def main_ratio(self) -> float:
+        """The study's own budget, `selection.retention_ratio`: the first that was tried; 5 % without arms."""
+        budgets = [result.arm.retention_ratio for result in self.arms if result.arm.rule != "full"]
+        return budgets[0] if budgets else 0.05
+
+    def nearest_ratio(self, ratio: float) -> float:
+        """The paper's budget `ratio` where it was tried, or without arms; else the study's own."""
+        tried = {result.arm.retention_ratio for result in self.arms}
+        return ratio if not tried or ratio in tried else self.main_ratio
+
+    @property
+    def main_ratios(self) -> list[float]:
+        """The budgets of the tables that have few: the study's own, and the paper's 3 and 5 % where they were tried."""
+        return sorted({self.main_ratio, self.nearest_ratio(0.03), self.nearest_ratio(0.05)})
 
     def table(self, support_size: int) -> TokenTable:
         if support_size not in self._tables:
             scores, gain = mean_gain(list(self.gains.values()))
             self._tables[support_size] = token_table(scores, gain, support_size)
         return self._tables[support_size]
+
+    def decomposition(self, support_size: int) -> Decomposition:
+        if support_size not in self._decompositions:
+            _, resamples = self.untrained
+            self._decompositions[support_size] = decompose(self.table(support_size).frame, resamples)
+        return self._decompositions[support_size]
+
+    def caveats(self) -> list[str]:
+        """What a reader of the numbers must know, a sentence each: who did not write the contexts, what is missing."""
+        about = self.start.about
+        found = strangers(self.bank, student=about["student"], teacher=about["teacher"])
+        if (size := self.arms_support_size) is not None and size not in self.support_sizes:
+            found.append(
+                f"the start was not scored at the arms' K = {size}: tables of tokens are at K = "
+                f"{self.main_support_size}"
+            )
+        sizes = {result.arm.support_size for result in self.arms}
+        if self.arms and (missing := [str(size) for size in self.support_sizes if size not in sizes]):
+            found.append(f"no arm was tried at K = {', '.join(missing)}")
+        if missing := [f"{100 * ratio:g} %" for ratio in (0.03, 0.05, 0.1) if self.nearest_ratio(ratio) != ratio]:
+            found.append(
+                f"no arm was tried at {', '.join(missing)}: the papers' claims there are tested at the main budget"
+            )
+        return found
+
+
+def _read_arms(file: ArmsFile, bank: ContextBank, start: Scores) -> list[ArmResult]:
+    """The arms in `file`; raises InputError unless they are of this bank and began from what `start` scored."""
+    settings, about = file.settings(), start.about
+    wanted = {"bank": bank.sha256, "student": about["student"], "teacher": about["teacher"]}
+    found = {key: settings.get(key) for key in wanted}
+    wanted["temperature"], found["temperature"] = about["temperature"], (settings.get("loss") or {}).get("temperature")
+    other = [f"{key} {value!s:.12}, got {found[key]!s:.12}" for key, value in wanted.items() if found[key] != value]
+    if other:
+        raise InputError(
+            f"{file.folder}: expected arms that belong to the bank {bank.folder} and its scores of the start: "
+            f"{'; '.join(other)}; give the arms (--arms) and scores (--start) that were made together"
+        )
+    return file.read()

@@ -1,15 +1,19 @@
 """How the figures look: one column of print wide or two, safe for colour-blind readers and in grey."""
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from megatron_tip.diagnostics.papers.frames import errors, in_order, rows
 from megatron_tip.observability.run_folder import atomic_write_bytes, atomic_write_text
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -18,12 +22,12 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 MAP = "cividis"
 LABELS = {
-    "h": "entropy H~",
-    "d": "divergence D~",
-    "c": "compatibility C~",
+    "h": r"entropy $\tilde{H}$",
+    "d": r"divergence $\tilde{D}$",
+    "c": r"compatibility $\tilde{C}$",
     "d_l": "learnable $D^L$",
     "d_i": "incompatible $D^I$",
-    "h_d": "H~ x D~",
+    "h_d": r"$\tilde{H} \times \tilde{D}$",
     "position": "position",
     "teacher_entropy": "teacher entropy",
     "compatibility": "C mass",
@@ -51,6 +55,45 @@ def figure(width: float, height: float) -> Iterator[Figure]:
     """A figure of so many inches in the common style."""
     with mpl.rc_context(_STYLE):
         yield Figure(figsize=(width, height), layout="constrained")
+
+
+def draw_by_support_size(
+    axes: Axes,
+    data: pd.DataFrame,
+    key: str,
+    sizes: list[int],
+    *,
+    value: str,
+    low: str = "low",
+    high: str = "high",
+    labels: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """For each name in the column `key` a line from top to bottom, with a mark and its interval for each K that it has.
+
+    Args:
+        labels: of names; without one a name stands for itself.
+    """
+    names = list(dict.fromkeys(data[key]))
+    for place, size in enumerate(sizes):
+        own = in_order(rows(data, k=size), key, names)
+        axes.errorbar(
+            own[value],
+            np.arange(len(names)) + 0.22 * (place - (len(sizes) - 1) / 2),
+            xerr=errors(own, value, low, high),
+            fmt=MARKERS[place % 7],
+            color=COLOURS[place % 7],
+            label=f"K = {size}",
+            capsize=2,
+        )
+    axes.axvline(0, color="#999999", linewidth=0.8)
+    axes.set_yticks(range(len(names)), [labels.get(name, name) for name in names])
+    if not axes.yaxis_inverted():
+        axes.invert_yaxis()
+
+
+def legend_below(drawn: Figure, axes: Axes, columns: int) -> None:
+    """The legend of `axes` under the whole figure, where it hides nothing."""
+    drawn.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=columns)
 
 
 def save(drawn: Figure, data: pd.DataFrame, path: Path, *, index: bool = False) -> None:

@@ -6,12 +6,23 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
 from matplotlib.patches import Rectangle
 
 from megatron_tip.diagnostics.papers import token_tables
 from megatron_tip.diagnostics.papers.evidence import Evidence
-from megatron_tip.diagnostics.papers.frames import errors, in_order, numbers, rows
-from megatron_tip.diagnostics.papers.style import COLOURS, DASHES, LABELS, MAP, MARKERS, figure, save
+from megatron_tip.diagnostics.papers.frames import numbers, rows
+from megatron_tip.diagnostics.papers.style import (
+    COLOURS,
+    DASHES,
+    LABELS,
+    MAP,
+    MARKERS,
+    draw_by_support_size,
+    figure,
+    legend_below,
+    save,
+)
 from megatron_tip.diagnostics.statistics.comparisons import bucket_curve
 
 _BINS = 24
@@ -54,7 +65,7 @@ def plane(evidence: Evidence, path: Path) -> None:
     with figure(7, 2.9) as drawn:
         panels, mesh = drawn.subplots(1, 2, sharey=True), None
         for axes, name in zip(panels, ("d_l", "d_i"), strict=True):
-            mesh = draw_cells(axes, cells, name, x_edges, y_edges, vmin=0, vmax=1)
+            mesh = draw_cells(axes, cells, name, x_edges, y_edges, norm=PowerNorm(0.5, vmin=0, vmax=1))
             axes.set_yscale("log")
             axes.set_xlabel("student entropy H, nats")
             low = max(kl, _LEAST_KL)
@@ -64,7 +75,7 @@ def plane(evidence: Evidence, path: Path) -> None:
             axes.set_title(f"{LABELS[name]}, mean; frame: Q3, n = {count}")
         panels[0].set_ylabel("reverse KL, nats")
         assert mesh is not None, "two panels"
-        drawn.colorbar(mesh, ax=panels, shrink=0.9)
+        drawn.colorbar(mesh, ax=panels, shrink=0.9, label="mean, on a square-root scale")
         save(drawn, cells, path)
 
 
@@ -74,18 +85,23 @@ def gain_plane(evidence: Evidence, path: Path) -> None:
     edges = np.linspace(0, 1, 11)
     cells = binned(table.frame, "d_l", "d_i", ["gain"], edges, edges)
     cells = cells.query("tokens >= 10")
+    curves = [
+        bucket_curve(table.column(name), table.column("gain"), resamples).assign(panel="tenths", by=name)
+        for name in ("d_l", "d_i")
+    ]
     with figure(7, 2.9) as drawn:
         left, right = drawn.subplots(1, 2)
         mesh = draw_cells(left, cells, "gain", edges, edges)
-        left.set(xlabel=LABELS["d_l"], ylabel=LABELS["d_i"], title="mean gain, nats (cells of 10 tokens or more)")
-        drawn.colorbar(mesh, ax=left)
-        for place, name in enumerate(("d_l", "d_i")):
-            curve = bucket_curve(table.column(name), table.column("gain"), resamples)
-            draw_curve(right, curve, "value", place, LABELS[name])
+        left.set(xlabel=LABELS["d_l"], ylabel=LABELS["d_i"], title="cells of 10 tokens or more")
+        if len(cells):
+            left.set(xlim=(0, numbers(cells, "x_high").max()), ylim=(0, numbers(cells, "y_high").max()))
+        drawn.colorbar(mesh, ax=left, label="mean gain, nats")
+        for place, curve in enumerate(curves):
+            draw_curve(right, curve, "value", place, LABELS[curve["by"].iloc[0]])
         right.axhline(0, color="#999999", linewidth=0.8)
         right.set(xlabel="mean of the bucket", ylabel="gain, nats", title="by tenth of each")
         right.legend()
-        save(drawn, cells, path)
+        save(drawn, pd.concat([cells.assign(panel="plane"), *curves], ignore_index=True), path)
 
 
 def draw_curve(axes: Axes, curve: pd.DataFrame, x: str, place: int, label: str) -> None:
@@ -101,64 +117,32 @@ def coefficients(evidence: Evidence, path: Path) -> None:
     """Standardised coefficients of the decomposed regression with intervals, for each K."""
     data = token_tables.coefficients(evidence)
     shown = rows(data, model="decomposed")
-    names = list(dict.fromkeys(shown["predictor"]))
-    with figure(5.2, 2.9) as drawn:
+    with figure(5.2, 3.1) as drawn:
         axes = drawn.subplots()
-        for place, size in enumerate(evidence.support_sizes):
-            own = in_order(rows(shown, k=size), "predictor", names)
-            offset = np.arange(len(names)) + 0.22 * (place - (len(evidence.support_sizes) - 1) / 2)
-            axes.errorbar(
-                own["beta"],
-                offset,
-                xerr=errors(own, "beta"),
-                fmt=MARKERS[place % 7],
-                color=COLOURS[place % 7],
-                label=f"K = {size}",
-                capsize=2,
-            )
-        axes.axvline(0, color="#999999", linewidth=0.8)
-        axes.set_yticks(range(len(names)), [LABELS[name] for name in names])
-        axes.invert_yaxis()
+        draw_by_support_size(axes, shown, "predictor", evidence.support_sizes, value="beta", labels=LABELS)
         axes.set(xlabel="nats of gain a standard deviation", title="What predicts the gain (95 % over prompts)")
-        axes.legend()
+        legend_below(drawn, axes, len(evidence.support_sizes))
         save(drawn, data, path)
 
 
 def proxy_gaps(evidence: Evidence, path: Path) -> None:
     """The gap between high and low support within Q3 by proxy and K, bootstrap and matched."""
-    data = token_tables.proxies(evidence)
-    names = list(dict.fromkeys(data["proxy"]))
-    with figure(7, 2.6) as drawn:
-        panels = drawn.subplots(1, 2, sharey=True)
-        columns = (
-            ("gap", "low", "high", "high minus low"),
-            ("matched_gap", "matched_low", "matched_high", "matched by prompt, H, D, position"),
-        )
-        for axes, (value, low, high, title) in zip(panels, columns, strict=True):
-            for place, size in enumerate(evidence.support_sizes):
-                own = in_order(rows(data, k=size), "proxy", names)
-                offset = np.arange(len(names)) + 0.22 * (place - (len(evidence.support_sizes) - 1) / 2)
-                axes.errorbar(
-                    own[value],
-                    offset,
-                    xerr=errors(own, value, low, high),
-                    fmt=MARKERS[place % 7],
-                    color=COLOURS[place % 7],
-                    label=f"K = {size}",
-                    capsize=2,
-                )
-            axes.axvline(0, color="#999999", linewidth=0.8)
-            axes.set(xlabel="gain gap within Q3, nats", title=title)
-        panels[0].set_yticks(range(len(names)), [LABELS[name] for name in names])
-        panels[0].invert_yaxis()
-        panels[1].legend()
+    data, sizes = token_tables.proxies(evidence), evidence.support_sizes
+    with figure(7, 2.9) as drawn:
+        plain, matched = drawn.subplots(1, 2, sharey=True)
+        draw_by_support_size(plain, data, "proxy", sizes, value="gap", labels=LABELS)
+        bounds = {"low": "matched_low", "high": "matched_high"}
+        draw_by_support_size(matched, data, "proxy", sizes, value="matched_gap", labels=LABELS, **bounds)
+        plain.set(xlabel="gain gap within Q3, nats", title="high minus low")
+        matched.set(xlabel="gain gap within Q3, nats", title="matched by prompt, H, D, position")
+        legend_below(drawn, plain, len(sizes))
         save(drawn, data, path)
 
 
 def buckets(evidence: Evidence, path: Path) -> None:
     """The gain by tenth of each signal, and what entropy and position leave of it."""
     data = token_tables.buckets(evidence)
-    with figure(7, 2.9) as drawn:
+    with figure(7, 3.1) as drawn:
         panels = drawn.subplots(1, 2)
         for axes, outcome, title in zip(
             panels, ("gain", "residual"), ("gain", "gain without H, position, teacher entropy"), strict=True
@@ -168,12 +152,12 @@ def buckets(evidence: Evidence, path: Path) -> None:
                 draw_curve(axes, own, "bucket", place, LABELS[name])
             axes.axhline(0, color="#999999", linewidth=0.8)
             axes.set(xlabel="tenth of the tokens, from low to high", title=f"{title}, nats")
-        panels[0].legend(fontsize=7)
+        legend_below(drawn, panels[0], len(token_tables.CURVES))
         save(drawn, data, path)
 
 
 def overlaps(evidence: Evidence, path: Path) -> None:
-    """Jaccard overlap of what the rules keep at 5 %."""
+    """Jaccard overlap of what the rules keep at the main budget."""
     data = token_tables.overlaps(evidence)
     with figure(7, 5.6) as drawn:
         axes = drawn.subplots()
@@ -182,7 +166,7 @@ def overlaps(evidence: Evidence, path: Path) -> None:
         axes.set_yticks(
             range(len(data)), [f"{name}  {number}" for number, name in enumerate(data.index, 1)], fontsize=6
         )
-        axes.set_title("Jaccard overlap of the tokens kept at 5 %")
+        axes.set_title(f"Jaccard overlap of the tokens kept at {100 * evidence.main_ratio:g} %")
         drawn.colorbar(image, ax=axes, shrink=0.8)
         save(drawn, data, path, index=True)
 

@@ -6,11 +6,10 @@ from megatron_tip.diagnostics.gain import Gain
 from megatron_tip.diagnostics.papers.evidence import Evidence
 from megatron_tip.diagnostics.statistics.bootstrap import Interval, PromptResamples
 from megatron_tip.diagnostics.statistics.comparisons import bucket_curve, support_gap
-from megatron_tip.diagnostics.statistics.regression import decompose, residual_gain
+from megatron_tip.diagnostics.statistics.regression import residual_gain
 from megatron_tip.diagnostics.statistics.tokens import PROXIES, mean_gain, selected_rows, token_table
 from megatron_tip.selection import RULES, compare_rules
 
-TOP_N_RATIOS = (0.03, 0.05)
 CURVES = ("d_l", "d_i", "c", "d", "h")
 
 
@@ -71,10 +70,9 @@ def proxies(evidence: Evidence) -> pd.DataFrame:
 
 def regressions(evidence: Evidence) -> pd.DataFrame:
     """Table 9: coefficients of D^L and D^I, their gap, and what the decomposition adds to R²."""
-    _, resamples = evidence.untrained
     rows = []
     for size in evidence.support_sizes:
-        found = decompose(evidence.table(size).frame, resamples)
+        found = evidence.decomposition(size)
         row: dict[str, object] = {"k": size, "tokens": len(evidence.table(size).frame)}
         for name in ("d_l", "d_i"):
             interval = found.decomposed.coefficients.get(name, Interval.unknown())
@@ -95,10 +93,9 @@ def regressions(evidence: Evidence) -> pd.DataFrame:
 
 def coefficients(evidence: Evidence) -> pd.DataFrame:
     """All coefficients of both regressions, with intervals."""
-    _, resamples = evidence.untrained
     rows = []
     for size in evidence.support_sizes:
-        found = decompose(evidence.table(size).frame, resamples)
+        found = evidence.decomposition(size)
         for model, regression in (("baseline", found.baseline), ("decomposed", found.decomposed)):
             rows += [
                 {"k": size, "model": model, "predictor": name, **bounds(interval, "beta")}
@@ -112,7 +109,7 @@ def top_n(evidence: Evidence) -> pd.DataFrame:
     size = evidence.main_support_size
     table, (scores, resamples) = evidence.table(size), evidence.untrained
     rows = []
-    for ratio in TOP_N_RATIOS:
+    for ratio in evidence.main_ratios:
         for name in RULES:
             if name == "full":
                 continue
@@ -137,10 +134,11 @@ def buckets(evidence: Evidence) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def overlaps(evidence: Evidence, retention_ratio: float = 0.05) -> pd.DataFrame:
-    """Jaccard overlap of what the rules keep of the whole bank, rule by rule."""
+def overlaps(evidence: Evidence) -> pd.DataFrame:
+    """Jaccard overlap of what the rules keep of the whole bank at the main budget, rule by rule."""
     statistics = evidence.start.statistics(evidence.main_support_size)
-    found = compare_rules(statistics, evidence.start.token_index(), retention_ratio=retention_ratio, seed=evidence.seed)
+    index, ratio = evidence.start.token_index(), evidence.main_ratio
+    found = compare_rules(statistics, index, retention_ratio=ratio, seed=evidence.seed)
     return pd.DataFrame(found.jaccard.numpy(), index=list(found.names), columns=list(found.names))
 
 

@@ -20,7 +20,7 @@ _MARK = re.compile(r"(<!-- begin (\w+) -->\n).*?(<!-- end \2 -->)", re.DOTALL)
 
 
 def write_all(evidence: Evidence, folder: Path) -> dict[str, pd.DataFrame]:
-    """Every table as CSV and every figure as PNG with its CSV, in `folder`; returns the tables.
+    """Every table as CSV, every figure as PNG with its CSV, and `facts.md`, in `folder`; returns the tables.
 
     Raises:
         InputError: no checkpoint after the start was scored. OutputError: the folder cannot be written to.
@@ -38,32 +38,29 @@ def write_all(evidence: Evidence, folder: Path) -> dict[str, pd.DataFrame]:
     }
     for name, draw in FIGURES.items():
         draw(evidence, folder / f"{name}.png")
-    if evidence.arms:
-        arms = arm_tables.interventions(evidence)
-        tables["interventions"] = arms
-        size = evidence.arms[0].arm.support_size
-        arm_figures.selectors(arms, size, folder / "selectors.png")
+    if (size := evidence.arms_support_size) is not None:
+        arms = tables["interventions"] = arm_tables.interventions(evidence)
+        arm_figures.selectors(arms, size, evidence.main_ratio, folder / "selectors.png")
         arm_figures.budget_sweep(arms, size, folder / "budget_sweep.png")
-        arm_figures.support_sizes(arms, folder / "support_sizes.png")
+        arm_figures.support_sizes(arms, evidence.main_ratio, folder / "support_sizes.png")
     for name, table in tables.items():
         atomic_write_text(folder / f"table_{name}.csv", table.to_csv(index=False, float_format="%.6g"))
+    atomic_write_text(folder / "facts.md", facts(evidence))
     return tables
 
 
 def page_blocks(evidence: Evidence, tables: dict[str, pd.DataFrame]) -> dict[str, str]:
     """Markdown by name of the block that it fills in a page."""
     blocks = {name: markdown(table) for name, table in tables.items() if name not in ("interventions", "robustness")}
-    if evidence.arms:
-        arms = tables["interventions"]
-        size = evidence.arms[0].arm.support_size
-        ratio = arm_tables.main_ratio(arms)
+    if (size := evidence.arms_support_size) is not None:
+        arms, ratio = tables["interventions"], evidence.main_ratio
         main = rows(arms, k=size, ratio=(ratio, 1.0)).sort_values("gain", ascending=False)
         columns = ["rule", "kept_share", "gain", "low", "high", "seed_sd", "gain_per_keep", "over_random", "over_low"]
         blocks["selectors"] = markdown(main.filter([*columns, "over_high", "q3_share"]))
         swept = rows(arms, k=size).query("ratio < 1").pivot_table(index="rule", columns="ratio", values="gain")
-        swept = swept.sort_values(ratio, ascending=False).rename(columns=lambda tried: f"{tried:.0%}")
+        swept = swept.sort_values(ratio, ascending=False).rename(columns=lambda tried: f"{100 * tried:g} %")
         blocks["budgets"] = markdown(swept.reset_index())
-        by_size = rows(arms, ratio=ratio).pivot_table(index="rule", columns="k", values="gain").dropna()
+        by_size = arm_tables.by_support_size(arms, ratio).pivot_table(index="rule", columns="k", values="gain")
         blocks["support_sizes"] = markdown(by_size.rename(columns="K = {}".format).reset_index())
     blocks["facts"] = facts(evidence)
     counts = tables["claims"]["verdict"].value_counts().to_dict()
@@ -76,21 +73,32 @@ def page_blocks(evidence: Evidence, tables: dict[str, pd.DataFrame]) -> dict[str
 def facts(evidence: Evidence) -> str:
     """What the numbers rest on, in a sentence each."""
     manifest = evidence.bank.manifest
-    sampling = manifest["sampling"]
+    sampling = manifest.get("sampling")
+    sampled = (
+        f"temperature {sampling['temperature']}, top-p {sampling['top_p']}, seed {manifest['seed']}"
+        if sampling
+        else "how they were sampled is not known"
+    )
     lines = [
         f"- Bank: {manifest['num_contexts']} contexts of {int(evidence.bank.prompts.max()) + 1} prompts, "
-        f"{manifest['num_tokens']} tokens; temperature {sampling['temperature']}, top-p {sampling['top_p']}, seed "
-        f"{manifest['seed']}.",
-        f"- Checkpoints after the start: {', '.join(evidence.gains)}; {evidence.resamples} resamples of prompts, seed "
-        f"{evidence.seed}.",
+        f"{manifest['num_tokens']} tokens; {sampled}.",
+        f"- Start: {evidence.start.about['checkpoint']}. Checkpoints after it: {', '.join(evidence.gains)}; "
+        f"{evidence.resamples} resamples of prompts, seed {evidence.seed}.",
     ]
     if evidence.arms:
         seconds = sum(result.cpu_seconds for result in evidence.arms)
+        first = evidence.arms[0]
         lines.append(
-            f"- Arms: {len(evidence.arms)}, {len(evidence.arms[0].trained_contexts)} contexts trained on and "
-            f"{len(evidence.arms[0].contexts)} measured on in each; {seconds / 60:.1f} minutes of CPU, which two busy "
-            f"cores give in {seconds / 120:.1f}."
+            f"- Arms: {len(evidence.arms)}, mainly at K = {first.arm.support_size} and {100 * evidence.main_ratio:g} % "
+            f"of the tokens; {len(first.trained_contexts)} contexts trained on and {len(first.contexts)} measured on "
+            f"in each; {seconds / 60:.1f} minutes of CPU, which two busy cores give in {seconds / 120:.1f}."
         )
+    lines += [f"- Mind: {sentence}." for sentence in evidence.caveats()]
+    lacking = [
+        metric for metric in arm_tables.MEANS.values() if any(metric not in result.metrics for result in evidence.arms)
+    ]
+    if lacking:
+        lines.append(f"- Mind: not every arm recorded {', '.join(lacking)}: not available in the tables.")
     return "\n".join(lines) + "\n"
 
 
@@ -120,7 +128,7 @@ def fill_page(page: Path, blocks: dict[str, str], figures: Path) -> None:
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """A table of Markdown with numbers to three decimals."""
+    """A table of Markdown with numbers to three decimals, small ones to two digits."""
     rows = [list(table.columns), ["---"] * len(table.columns), *table.itertuples(index=False)]
     return "".join("| " + " | ".join(_cell(value) for value in row) + " |\n" for row in rows)
 
@@ -129,5 +137,5 @@ def _cell(value: object) -> str:
     if value is None or (isinstance(value, float) and value != value):
         return "n/a"
     if isinstance(value, float):
-        return f"{value:.3f}"
+        return f"{value:.2g}" if 0 < abs(value) < 0.01 else f"{value:.3f}"
     return str(value).replace("|", "\\|")

@@ -15,7 +15,10 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with the percentile interval of its resamples; NaN everywhere where nothing could be estimated."""
+    """An estimate with the percentile interval of its resamples.
+
+    NaN everywhere where nothing could be estimated; an estimate with bounds of NaN where one prompt is all there is.
+    """
 
     estimate: float
     low: float
@@ -55,31 +58,47 @@ class PromptResamples:
         np.add.at(by_prompt, self.place, values)
         return self.weights @ by_prompt
 
+    def num_prompts(self, kept: np.ndarray | None = None) -> int:
+        """Of the tokens where `kept` holds, or of all. One alone resamples into itself: it tells nothing of others."""
+        return len(np.unique(self.place if kept is None else self.place[kept]))
+
     def mean(self, values: np.ndarray, kept: np.ndarray | None = None) -> Interval:
-        """The mean of `values` `[tokens]`, over the tokens where `kept` holds."""
+        """The mean of `values` `[tokens]` over the tokens where `kept` holds; no bounds if they are of one prompt."""
         mask = np.ones(len(values), dtype=bool) if kept is None else kept
         if not mask.any():
             return Interval.unknown()
+        if self.num_prompts(mask) < 2:
+            return without_spread(float(values[mask].mean()), int(mask.sum()))
         sums = self.sums(np.stack([np.where(mask, values, 0.0), mask], axis=1))
         with np.errstate(invalid="ignore", divide="ignore"):
             return interval_of(float(values[mask].mean()), sums[:, 0] / sums[:, 1], int(mask.sum()))
 
     def gap(self, values: np.ndarray, high: np.ndarray, low: np.ndarray) -> Interval:
-        """The mean of `values` where `high` holds minus that where `low` holds; unknown where one of them is empty."""
+        """The mean of `values` where `high` holds minus that where `low` holds; unknown where one of them is empty.
+
+        Without bounds where one of them is of one prompt.
+        """
         if not (high.any() and low.any()):
             return Interval.unknown()
+        estimate = float(values[high].mean() - values[low].mean())
+        if min(self.num_prompts(high), self.num_prompts(low)) < 2:
+            return without_spread(estimate, int(high.sum() + low.sum()))
         columns = [np.where(high, values, 0.0), high, np.where(low, values, 0.0), low]
         sums = self.sums(np.stack(columns, axis=1).astype(np.float64))
         with np.errstate(invalid="ignore", divide="ignore"):
             gaps = sums[:, 0] / sums[:, 1] - sums[:, 2] / sums[:, 3]
-        estimate = float(values[high].mean() - values[low].mean())
         return interval_of(estimate, gaps, int(high.sum() + low.sum()))
+
+
+def without_spread(estimate: float, num_tokens: int) -> Interval:
+    """An estimate of which nothing says how far it would be off with other prompts."""
+    return Interval(estimate, float("nan"), float("nan"), num_tokens)
 
 
 def interval_of(estimate: float, resampled: np.ndarray, num_tokens: int = 0) -> Interval:
     """The percentile interval of the resampled estimates; those that had no token to estimate from are left out."""
     finite = resampled[np.isfinite(resampled)]
     if not len(finite):
-        return Interval(estimate, float("nan"), float("nan"), num_tokens)
+        return without_spread(estimate, num_tokens)
     low, high = np.quantile(finite, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(estimate, float(low), float(high), num_tokens)

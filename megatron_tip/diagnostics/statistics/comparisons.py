@@ -66,12 +66,14 @@ def matched_gap(frame: pd.DataFrame, high: np.ndarray, low: np.ndarray, resample
 def bucket_curve(
     values: np.ndarray, gain: np.ndarray, resamples: PromptResamples, *, num_buckets: int = 10
 ) -> pd.DataFrame:
-    """Mean gain by bucket of `values`, cut at its quantiles; buckets that ties leave empty are left out.
+    """Mean gain by bucket of `values`, cut at its quantiles: `bucket` is the number of the tenth, the highest 10.
+
+    Tokens of one value are in one bucket, the highest of theirs; those that ties leave empty are left out.
 
     Columns: bucket, value (mean), tokens, gain, low, high.
     """
-    edges = np.unique(np.quantile(values, np.linspace(0, 1, num_buckets + 1)))
-    bucket = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, max(0, len(edges) - 2))
+    edges = np.quantile(values, np.linspace(0, 1, num_buckets + 1))
+    bucket = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, num_buckets - 1)
     rows = []
     for number in np.unique(bucket):
         own = bucket == number

@@ -14,13 +14,21 @@ CONTROLS = ("h", "h_d", "position", "teacher_entropy")
 BASELINE = ("d", *CONTROLS)
 DECOMPOSED = ("d_l", "d_i", *CONTROLS)
 
+_LEAST_SPREAD = 1e-4
+"""Of a standardised predictor, beyond what those before it explain. The signals are made of float32 statistics: what
+is left of two that mean the same is their rounding, about 1e-7; a coefficient on it would be noise divided by noise."""
+_LEAST_EIGENVALUE = 1e-10
+"""Of a resample's Gram matrix, over its largest: below, its normal equations lose all but a few digits in float64. What
+`_LEAST_SPREAD` leaves in is at 1e-8 or above over all tokens."""
+
 
 @dataclass(frozen=True)
 class Regression:
     """Ordinary least squares of the gain in nats on standardised predictors.
 
     `coefficients`: nats a standard deviation, with prompt-cluster bootstrap intervals. `errors`: their cluster-robust
-    standard errors (statsmodels), a check on the bootstrap. `left_out`: predictors without spread.
+    standard errors (statsmodels), a check on the bootstrap; NaN with one prompt, or no more tokens than coefficients.
+    `r_squared`: NaN where the gain has no spread. `left_out`: predictors that say nothing beyond those before them.
     """
 
     coefficients: dict[str, Interval]
@@ -74,33 +82,55 @@ def fit(
 ) -> tuple[Regression, _Draws]:
     """Least squares by statsmodels, and again on each resample of prompts by its normal equations.
 
-    Predictors are standardised once, over all tokens, not anew in each resample.
+    Predictors are standardised once, over all tokens, not anew in each resample. One without spread, or of which the
+    predictors before it leave less than `_LEAST_SPREAD` of its own, has no coefficient: it is left out and named.
     """
-    raw = table[list(names)].to_numpy(dtype=np.float64)
-    spread = raw.std(axis=0)
-    kept = spread > 1e-12
-    used = [name for name, is_kept in zip(names, kept, strict=True) if is_kept]
-    predictors = (raw[:, kept] - raw[:, kept].mean(axis=0)) / spread[kept]
-    design = np.column_stack([np.ones(len(gain)), predictors])
-    fitted = sm.OLS(gain, design).fit(cov_type="cluster", cov_kwds={"groups": resamples.place})
+    used, design = _independent(table, names)
+    clusters, tokens = resamples.num_prompts(), len(gain)
+    model = sm.OLS(gain, design)
+    if clusters > 1 and tokens > design.shape[1]:
+        fitted = model.fit(cov_type="cluster", cov_kwds={"groups": resamples.place})
+        errors = np.asarray(fitted.bse)
+    else:
+        fitted, errors = model.fit(), np.full(design.shape[1], np.nan)
     draws = _resampled(design, gain, resamples)
     coefficients = {
-        name: interval_of(float(fitted.params[place]), draws.coefficients[:, place - 1], len(gain))
+        name: interval_of(float(fitted.params[place]), draws.coefficients[:, place - 1], tokens)
         for place, name in enumerate(used, start=1)
     }
-    errors = {name: float(fitted.bse[place]) for place, name in enumerate(used, start=1)}
+    r_squared = float(fitted.rsquared) if np.ptp(gain) > 0 else float("nan")
+    named_errors = {name: float(errors[place]) for place, name in enumerate(used, start=1)}
     left_out = tuple(name for name in names if name not in used)
-    return Regression(coefficients, errors, float(fitted.rsquared), left_out), draws
+    return Regression(coefficients, named_errors, r_squared, left_out), draws
+
+
+def _independent(table: pd.DataFrame, names: tuple[str, ...]) -> tuple[list[str], np.ndarray]:
+    """The names of the predictors that can have a coefficient; `[tokens, 1 + used]`, ones and those, standardised."""
+    used, design = [], np.ones((len(table), 1))
+    for name in names:
+        values = table[name].to_numpy(dtype=np.float64)
+        spread = values.std()
+        if spread <= 1e-12:
+            continue
+        column = (values - values.mean()) / spread
+        beyond = column - design @ np.linalg.lstsq(design, column, rcond=None)[0]
+        if beyond.std() > _LEAST_SPREAD:
+            used.append(name)
+            design = np.column_stack([design, column])
+    return used, design
 
 
 def _resampled(design: np.ndarray, gain: np.ndarray, resamples: PromptResamples) -> _Draws:
+    """Coefficients and R² of each resample; NaN where its prompts do not tell the predictors apart, or are all one."""
     columns = np.column_stack([design, gain])
     size = columns.shape[1]
     products = (columns[:, :, None] * columns[:, None, :]).reshape(len(gain), -1)
     moments = resamples.sums(products).reshape(-1, size, size)
     gram, cross = moments[:, :-1, :-1], moments[:, :-1, -1]
-    # A prompt's tokens may leave a predictor without spread in a resample: least squares of least norm then.
-    coefficients = np.einsum("rij,rj->ri", np.linalg.pinv(gram, hermitian=True), cross)
+    eigenvalues = np.linalg.eigvalsh(gram)
+    known = (eigenvalues[:, 0] > _LEAST_EIGENVALUE * eigenvalues[:, -1]) & (resamples.num_prompts() > 1)
+    coefficients = np.full(cross.shape, np.nan)
+    coefficients[known] = np.linalg.solve(gram[known], cross[known][:, :, None])[:, :, 0]
     count, total, squares = moments[:, 0, 0], moments[:, 0, -1], moments[:, -1, -1]
     residual = squares - np.einsum("ri,ri->r", coefficients, cross)
     with np.errstate(invalid="ignore", divide="ignore"):

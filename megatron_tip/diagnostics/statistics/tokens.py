@@ -13,6 +13,7 @@ from megatron_tip.diagnostics.scores import Scores
 from megatron_tip.errors import InputError
 from megatron_tip.records import TokenIndex
 from megatron_tip.selection.batch import read_batch, read_values
+from megatron_tip.selection.metrics import quadrant_rows
 from megatron_tip.selection.order_statistics import quantiles
 from megatron_tip.selection.ranking import NormalisedInputs
 from megatron_tip.selection.replicas import Replicas
@@ -23,6 +24,8 @@ PROXIES = ("compatibility", "cbc", "jaccard", "overlap", "shared_mass")
 
 _SIGNALS = {"h": "entropy", "d": "divergence", "c": "compatibility", "d_l": "teachability", "d_i": "incompatible"}
 """Column of a table -> the rule of TA-OPD whose score it is."""
+_AXES = ("student_entropy", "reverse_kl")
+"""Of TIP's plane."""
 
 
 @dataclass(frozen=True)
@@ -49,19 +52,16 @@ def token_table(scores: Scores, gain: np.ndarray, support_size: int) -> TokenTab
     `cbc`, our contrastive binary compatibility, as the paper defines none: 1 where the teacher gives the sampled token
     at least the student's probability, else 0.
     """
-    signals, cuts = _signals(scores, support_size)
-    entropy, kl = (
-        scores.statistic(name, support_size).astype(np.float64) for name in ("student_entropy", "reverse_kl")
-    )
+    signals, quadrant, medians = _signals(scores, support_size)
     frame = pd.DataFrame(
         {
             "context": scores.context,
             "prompt": scores.prompt,
             "position": scores.position,
             "gain": np.asarray(gain, dtype=np.float64),
-            "entropy": entropy,
+            "entropy": scores.columns["student_entropy"].astype(np.float64),
             "teacher_entropy": scores.columns["teacher_entropy"].astype(np.float64),
-            "reverse_kl": kl,
+            "reverse_kl": scores.columns["reverse_kl"].astype(np.float64),
             "forward_kl": scores.columns["forward_kl"].astype(np.float64),
             "divergence": scores.statistic("support_divergence", support_size).astype(np.float64),
             "compatibility": scores.statistic("compatibility", support_size).astype(np.float64),
@@ -70,31 +70,27 @@ def token_table(scores: Scores, gain: np.ndarray, support_size: int) -> TokenTab
             "jaccard": scores.statistic("support_jaccard", support_size).astype(np.float64),
             "overlap": scores.statistic("support_overlap", support_size).astype(np.float64) / support_size,
             "shared_mass": scores.statistic("shared_teacher_mass", support_size).astype(np.float64),
-            "quadrant": quadrant_names(entropy > cuts[0], kl > cuts[1]),
+            "quadrant": quadrant,
         }
     )
-    return TokenTable(frame, cuts, support_size)
+    return TokenTable(frame, medians, support_size)
 
 
-def _signals(scores: Scores, support_size: int) -> tuple[dict[str, np.ndarray], tuple[float, float]]:
-    """h, d, c, d_l and d_i, `[tokens]` float64 each, and the medians of H and of the reverse KL."""
+def _signals(scores: Scores, support_size: int) -> tuple[dict[str, np.ndarray], np.ndarray, tuple[float, float]]:
+    """h, d, c, d_l and d_i, `[tokens]` float64 each; `[tokens]` quadrants; the medians of H and of the reverse KL."""
     names = ("student_entropy", "support_divergence", "compatibility", "reverse_kl")
     batch = read_batch(read_values(scores.statistics(support_size), names), scores.token_index(), Replicas())
     rules = {column: RULES[f"ta_opd_{name}"] for column, name in _SIGNALS.items()}
     wanted = frozenset[tuple[str, float]]().union(*(rule.required_quantiles for rule in rules.values()))
-    medians = [("student_entropy", 0.5), ("reverse_kl", 0.5)]
+    entropy, divergence = medians = [(name, 0.5) for name in _AXES]
     found = quantiles(batch.values, wanted | {*medians}, batch.num_valid, batch.replicas)
     inputs = NormalisedInputs(batch, found)
     signals = {}
     for column, rule in rules.items():
         assert rule.score is not None, "a rule that ranks"
         signals[column] = rule.score(*(inputs[item] for item in rule.inputs)).numpy()
-    return signals, (found[medians[0]], found[medians[1]])
-
-
-def quadrant_names(high_entropy: np.ndarray, high_divergence: np.ndarray) -> np.ndarray:
-    """TIP's names: q1 high and high, q2 high entropy alone, q3 high divergence alone, q4 neither."""
-    return np.select([high_entropy & high_divergence, high_entropy, high_divergence], ["q1", "q2", "q3"], default="q4")
+    rows = {name: own.numpy() for name, own in quadrant_rows(batch, found, _AXES).items()}
+    return signals, np.select(list(rows.values()), list(rows), default=""), (found[entropy], found[divergence])
 
 
 def mean_gain(gains: list[Gain]) -> tuple[Scores, np.ndarray]:

@@ -49,6 +49,12 @@ def test_the_main_budget_comes_first():
     assert [arm.retention_ratio for arm in arms] == [1.0, 0.05, 0.1, 0.01]
 
 
+def test_the_main_budget_is_tried_where_it_is_not_named():
+    """The other K are tried at it: without it nothing could be compared with them."""
+    arms = planned_arms(config(rules=("random",), retention_ratios=(0.01,), seeds=1, support_sizes=(16,)))
+    assert [arm.retention_ratio for arm in arms] == [1.0, 0.05, 0.01]
+
+
 def test_an_unknown_rule_is_refused():
     with pytest.raises(ConfigError, match="nearest name"):
         planned_arms(config(rules=("ta_opd_teachable",)))
@@ -79,6 +85,26 @@ def test_a_broken_last_line_is_cut_off_and_the_rest_kept(tmp_path):
     file.append(RESULT)
     assert file.read() == [RESULT, RESULT]
     assert len([json.loads(line) for line in path.read_text().splitlines()]) == 2
+
+
+@pytest.mark.parametrize("line", ['{"arm": {"ru', '{"arm": {"rule": "random"}}', "[]", ""])
+def test_a_broken_line_elsewhere_is_named_and_nothing_is_lost(tmp_path, line):
+    file = ArmsFile(tmp_path)
+    file.begin({"lr": 1e-4})
+    file.append(RESULT)
+    path = tmp_path / "arms.jsonl"
+    content = path.read_text() + line + "\n" + path.read_text()
+    path.write_text(content)
+    for attempt in (file.read, lambda: file.check({"lr": 1e-4}), lambda: file.begin({"lr": 1e-4})):
+        with pytest.raises(InputError, match=r"arms\.jsonl, line 2: expected an arm"):
+            attempt()
+    assert path.read_text() == content
+
+
+def test_arms_are_not_measured_on_nothing(tmp_path):
+    bank = write_bank(tmp_path / "bank", make_contexts(20), MANIFEST)
+    with pytest.raises(InputError, match=r"heldout\.num_prompts: expected at least 1 context"):
+        split_contexts(bank, num_steps=1, per_step=2, num_heldout=0, seed=1)
 
 
 def test_arms_of_other_settings_are_not_mixed(tmp_path):

@@ -1,11 +1,13 @@
 """A bank comes back as it was written, and nothing that is damaged or foreign is taken for one."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from pyarrow import parquet
 
-from megatron_tip.diagnostics.bank import check_bank, check_scores_name, read_bank, write_bank
+from megatron_tip.diagnostics.bank import check_bank, check_scores_name, read_bank, strangers, write_bank
 from megatron_tip.diagnostics.freeze import cut_contexts, distinct
 from megatron_tip.diagnostics.scores import read_scores, write_scores
 from megatron_tip.errors import ConfigError, InputError, OutputError
@@ -43,7 +45,7 @@ def test_truncated_and_changed_contexts_are_refused(tmp_path):
     path = tmp_path / "bank" / "contexts.parquet"
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
-    with pytest.raises(InputError, match=r"contexts\.parquet: expected a whole Parquet file"):
+    with pytest.raises(InputError, match=r"contexts\.parquet: expected the file with SHA-256 .* make it again"):
         read_bank(tmp_path / "bank")
     make_bank(tmp_path / "other", num_contexts=61)
     path.write_bytes((tmp_path / "other" / "contexts.parquet").read_bytes())
@@ -84,6 +86,71 @@ def test_scores_come_back_and_belong_to_their_bank(tmp_path):
     bank.scores_path("start").write_bytes(bank.scores_path("start").read_bytes()[:-100])
     with pytest.raises(InputError, match="truncated or damaged"):
         read_scores(bank.scores_path("start"), bank)
+
+
+@pytest.mark.parametrize("key", ["sha256", "tokenizer", "vocab_size", "source", "num_tokens"])
+def test_a_manifest_without_a_key_is_refused_by_name(tmp_path, key):
+    make_bank(tmp_path / "bank")
+    path = tmp_path / "bank" / "manifest.json"
+    path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != key}))
+    with pytest.raises(InputError, match=rf"manifest\.json: expected .* got {key} missing"):
+        read_bank(tmp_path / "bank")
+
+
+def test_a_start_that_did_not_write_the_contexts_is_named(tmp_path):
+    own = make_bank(tmp_path / "own")
+    assert strangers(own, student="s", teacher="t") == []
+    (sentence,) = strangers(own, student="another", teacher="t")
+    assert "not known as the student that wrote the contexts" in sentence
+    (sentence,) = strangers(own, student="s", teacher="another")
+    assert "the teacher (fingerprint another) is another one" in sentence
+
+
+@pytest.mark.parametrize("student", [None, MANIFEST["student"]])
+def test_nobody_is_taken_for_the_writer_of_a_runs_rollouts(tmp_path, student):
+    """Nor is the configuration's student, with which older versions stamped such banks."""
+    bank = make_bank(tmp_path / "bank", source="run/rollouts", weight_versions=[0, 3], student=student)
+    (sentence,) = strangers(read_bank(bank.folder), student="s", teacher="t")
+    assert "rollouts of a run (run/rollouts, weight versions [0, 3])" in sentence
+
+
+def test_scores_with_a_changed_page_are_refused(tmp_path):
+    bank = make_bank(tmp_path / "bank")
+    path = bank.scores_path("start")
+    write_scores(path, make_scores(bank))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+    with pytest.raises(InputError, match=r"start\.parquet: expected a whole Parquet file"):
+        read_scores(path, bank)
+
+
+def replaced(path, *, metadata: bytes | None = None, without: str = "", rows: int | None = None) -> None:
+    """Writes the table in `path` anew without a column, with other metadata, or with fewer rows."""
+    table = parquet.read_table(path).slice(0, rows)
+    about = table.schema.metadata if metadata is None else {b"megatron_tip": metadata}
+    table = table.select([name for name in table.column_names if name != without])
+    parquet.write_table(table.replace_schema_metadata(about), path)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"metadata": b""}, "expected a JSON object in the file's metadata"),
+        ({"metadata": b"[1]"}, "expected a JSON object in the file's metadata"),
+        ({"metadata": b'{"format": "megatron_tip bank scores 1", "bank": "x"}'}, "without .*metadata teacher"),
+        ({"without": "position"}, "without column position"),
+        ({"without": "compatibility_k16"}, r"K = \[8, 16\], got 1200 rows without \['compatibility_k16'\]"),
+        ({"rows": 1199}, "expected 1200 rows, .* got 1199 rows"),
+    ],
+)
+def test_scores_that_lack_a_part_are_refused_by_name(tmp_path, change, message):
+    bank = make_bank(tmp_path / "bank")
+    path = bank.scores_path("start")
+    write_scores(path, make_scores(bank))
+    replaced(path, **change)
+    with pytest.raises(InputError, match=rf"start\.parquet: .*{message}"):
+        read_scores(path, bank)
 
 
 def test_contexts_are_cut_behind_a_token_of_the_student(tmp_path):

@@ -69,3 +69,15 @@ def test_nothing_to_estimate_is_unknown():
         assert np.isnan([found.estimate, found.low, found.high]).all()
         assert found.num_tokens == 0
         assert not found.excludes_zero
+
+
+def test_tokens_of_one_prompt_have_no_bounds():
+    """Resampled into itself it would never vary, and the smallest difference would pass for certain."""
+    prompts, values = clustered(6, 4, seed=8)
+    resamples = PromptResamples.draw(prompts, seed=1)
+    first = prompts == 0
+    for found in (resamples.mean(values, first), resamples.gap(values, first, ~first)):
+        assert np.isfinite(found.estimate)
+        assert np.isnan([found.low, found.high]).all()
+        assert found.num_tokens > 0
+    assert np.isfinite(resamples.mean(values, prompts < 2).low)

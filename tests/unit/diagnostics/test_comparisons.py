@@ -110,4 +110,5 @@ def test_ties_leave_fewer_buckets_but_lose_no_token(scores):
     resamples = PromptResamples.draw(scores.prompt, resamples=20, seed=1)
     curve = bucket_curve(values, noise(scores), resamples)
     assert curve["tokens"].sum() == 3000
+    assert curve["bucket"].tolist() == [7, 10]
     assert len(bucket_curve(np.ones(3000), noise(scores), resamples)) == 1

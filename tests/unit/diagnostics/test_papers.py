@@ -1,19 +1,46 @@
 """All tables and figures of a synthetic bank in which D^L teaches and D^I does not, and the page that they fill."""
 
+import shutil
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
 
 from megatron_tip.diagnostics.arms import Arm, ArmResult, ArmsFile
+from megatron_tip.diagnostics.bank import write_bank
 from megatron_tip.diagnostics.papers.evidence import Evidence
-from megatron_tip.diagnostics.papers.write import fill_page, page_blocks, write_all
-from megatron_tip.diagnostics.scores import write_scores
+from megatron_tip.diagnostics.papers.write import facts, fill_page, markdown, page_blocks, write_all
+from megatron_tip.diagnostics.scores import Scores, write_scores
 from megatron_tip.diagnostics.statistics.tokens import token_table
 from megatron_tip.errors import InputError
-from tests.helpers.diagnostics import make_bank, make_scores, with_gain
+from tests.helpers.diagnostics import MANIFEST, make_bank, make_contexts, make_scores, with_gain
 
 GAINS = {"ta_opd_teachability": 0.5, "ta_opd_divergence": 0.3, "random": 0.1, "ta_opd_incompatible": 0.1}
+
+
+def settings_of(start: Scores) -> dict[str, Any]:
+    names = ("bank", "student", "teacher")
+    return {**{name: start.about[name] for name in names}, "loss": {"temperature": start.about["temperature"]}}
+
+
+def write_arms(folder: Path, settings: dict[str, Any], *, ratios: tuple[float, ...], sizes: tuple[int, ...] = (16,)):
+    """Arms of three seeds, each rule with its own of `GAINS`; the first of `ratios` and `sizes` is the study's own."""
+    arms = ArmsFile(folder)
+    arms.begin(settings)
+    for seed in (1, 2, 3):
+        generator = np.random.default_rng(seed)
+        contexts = generator.choice(80, 16, replace=False).tolist()
+        before = generator.uniform(20, 40, 16)
+        for size, ratio in [(sizes[0], ratio) for ratio in ratios] + [(size, ratios[0]) for size in sizes[1:]]:
+            for rule, gain in GAINS.items():
+                after = before - 20 * (gain + 0.02 * generator.normal(size=16))
+                lists = ([0], contexts, [20] * 16, before.tolist(), after.tolist())
+                metrics = {"selection/kept_q3_share": 0.1}
+                arm = Arm(rule, ratio, size, seed)
+                arms.append(ArmResult(arm, *lists, 1000, round(1000 * ratio), metrics, 1.0))
 
 
 @pytest.fixture(scope="module")
@@ -26,31 +53,7 @@ def written(tmp_path_factory):
     after = with_gain(start, 0.4 * table.column("d_l") + noise, trained_contexts=[0, 1])
     write_scores(bank.scores_path("start"), start)
     write_scores(bank.scores_path("full_seed1"), after)
-    arms = ArmsFile(folder / "arms")
-    arms.begin({})
-    generator = np.random.default_rng(2)
-    for seed in (1, 2, 3):
-        contexts = generator.choice(80, 16, replace=False).tolist()
-        before = generator.uniform(20, 40, 16)
-        for rule, gain in GAINS.items():
-            for ratio in (0.03, 0.05):
-                result = before - 20 * (gain + 0.02 * generator.normal(size=16))
-                arm = Arm(rule, ratio, 16, seed)
-                metrics = {"selection/kept_q3_share": 0.1}
-                arms.append(
-                    ArmResult(
-                        arm,
-                        [0],
-                        contexts,
-                        [20] * 16,
-                        before.tolist(),
-                        result.tolist(),
-                        1000,
-                        int(1000 * ratio),
-                        metrics,
-                        1.0,
-                    )
-                )
+    write_arms(folder / "arms", settings_of(start), ratios=(0.05, 0.03))
     found = Evidence.read(bank.folder, start="start", after=[], arms=folder / "arms", resamples=200, seed=1)
     return folder, found, write_all(found, folder / "out")
 
@@ -100,6 +103,7 @@ def test_the_same_seed_gives_the_same_numbers(written):
         Evidence.read(found.bank.folder, start="start", after=[], arms=folder / "arms", resamples=200, seed=1),
         folder / "again",
     )
+    assert (folder / "out" / "facts.md").read_text() == (folder / "again" / "facts.md").read_text()
     for name, table in tables.items():
         pd.testing.assert_frame_equal(table, again[name])
     assert (folder / "out" / "plane.png").read_bytes() == (folder / "again" / "plane.png").read_bytes()
@@ -123,3 +127,93 @@ def test_a_page_is_filled_between_its_markers_alone(written, tmp_path):
     page.write_text("no marker")
     with pytest.raises(InputError, match="markers"):
         fill_page(page, {}, folder / "out")
+
+
+def evidence_with(written, arms: Path) -> Evidence:
+    folder, _, _ = written
+    return Evidence.read(folder / "bank", start="start", after=[], arms=arms, resamples=50, seed=1)
+
+
+@pytest.mark.parametrize("key", ["bank", "student", "teacher", "temperature"])
+def test_arms_of_another_bank_start_or_teacher_are_refused(written, tmp_path, key):
+    _, found, _ = written
+    settings = settings_of(found.start) | ({"loss": {"temperature": 0.5}} if key == "temperature" else {key: "another"})
+    write_arms(tmp_path / "arms", settings, ratios=(0.05,))
+    with pytest.raises(InputError, match=rf"arms: expected arms that belong to the bank .*bank and .*: {key} .*, got"):
+        evidence_with(written, tmp_path / "arms")
+
+
+def test_arms_without_their_settings_are_refused(written, tmp_path):
+    folder, _, _ = written
+    shutil.copytree(folder / "arms", tmp_path / "arms")
+    (tmp_path / "arms" / "settings.json").unlink()
+    with pytest.raises(InputError, match=r"settings\.json: expected the settings"):
+        evidence_with(written, tmp_path / "arms")
+
+
+def test_tables_and_claims_are_at_the_studys_own_budget_and_k(written, tmp_path):
+    _, first, _ = written
+    write_arms(tmp_path / "arms", settings_of(first.start), ratios=(0.1, 0.2), sizes=(8, 32))
+    found = evidence_with(written, tmp_path / "arms")
+    tables = write_all(found, tmp_path / "out")
+    verdicts = tables["claims"].set_index("claim")["verdict"]
+    assert verdicts["teachability at 10 % gains more than raw KL (D~)"] == "agrees"
+    assert not [claim for claim in verdicts.index if "at 5 %" in claim or "the 5 %" in claim]
+    assert verdicts["teachability gains more at 3 % than at 10 %"] == "no data"
+    assert set(tables["top_n"]["ratio"]) == {0.1}
+    blocks = page_blocks(found, tables)
+    assert "| rule | K = 8 | K = 32 |" in blocks["support_sizes"]
+    assert blocks["selectors"].count("| ta_opd_teachability | 0.100 |") == 1
+    assert set(pd.read_csv(tmp_path / "out" / "support_sizes.csv")["k"]) == {8, 32}
+    assert "Mind: no arm was tried at K = 16." in facts(found)
+    assert "Mind: not every arm recorded selection/kept_student_entropy_mean, selection" in facts(found)
+    assert "Mind: no arm was tried at 3 %, 5 %: the papers' claims" in facts(found)
+
+
+def test_a_start_that_did_not_write_the_contexts_is_told_in_the_facts(written):
+    _, first, _ = written
+    start = Scores(
+        *(getattr(first.start, name) for name in ("context", "prompt", "position", "columns")),
+        {**first.start.about, "student": "another"},
+    )
+    stranger = Evidence(first.bank, start, first.gains, [])
+    assert "Mind: the start (fingerprint another) is not known as the student" in facts(stranger)
+    assert "Mind: the start" not in facts(first)
+
+
+def test_the_data_of_both_panels_lie_beside_the_picture(written):
+    folder, _, _ = written
+    data = pd.read_csv(folder / "out" / "gain_plane.csv")
+    assert set(data["panel"]) == {"plane", "tenths"}
+    assert data.query("panel == 'tenths'").groupby("by").size().to_dict() == {"d_i": 10, "d_l": 10}
+    assert data.query("panel == 'tenths'")[["value", "gain", "low", "high"]].notna().all(axis=None)
+
+
+def test_small_numbers_show_in_markdown():
+    text = markdown(pd.DataFrame({"a": [0.000123456, -0.00049, 0.0, 1.23456, float("nan")]}))
+    assert text.splitlines()[2:] == ["| 0.00012 |", "| -0.00049 |", "| 0.000 |", "| 1.235 |", "| n/a |"]
+
+
+def test_a_bank_of_one_prompt_has_tables_and_figures_without_verdicts(tmp_path):
+    bank = write_bank(tmp_path / "bank", make_contexts(3, num_prompts=1), MANIFEST)
+    start = make_scores(bank)
+    write_scores(bank.scores_path("start"), start)
+    write_scores(bank.scores_path("end"), with_gain(start, np.full(len(start), 0.1)))
+    found = Evidence.read(bank.folder, start="start", after=[], arms=None, resamples=50, seed=1)
+    tables = write_all(found, tmp_path / "out")
+    assert set(tables["claims"]["verdict"]) == {"undecided", "no data"}
+    assert tables["gains"]["gain"].to_list() == pytest.approx([0.1, 0.1], abs=1e-6)
+
+
+def test_empty_quadrants_have_no_tokens_in_tables_and_figures(tmp_path):
+    """Every token alike: all lie in Q4."""
+    bank = make_bank(tmp_path / "bank", num_contexts=10)
+    start = make_scores(bank)
+    columns = {name: np.full_like(values, 0.5) for name, values in start.columns.items()}
+    alike = Scores(start.context, start.prompt, start.position, columns, start.about)
+    write_scores(bank.scores_path("start"), alike)
+    write_scores(bank.scores_path("end"), with_gain(alike, np.full(len(start), 0.1)))
+    found = Evidence.read(bank.folder, start="start", after=[], arms=None, resamples=50, seed=1)
+    tables = write_all(found, tmp_path / "out")
+    assert tables["quadrants"].set_index("quadrant")["tokens"].to_dict() == {"q1": 0, "q2": 0, "q3": 0, "q4": 200}
+    assert "| q3 | 0 | 0.000 | n/a |" in page_blocks(found, tables)["quadrants"]

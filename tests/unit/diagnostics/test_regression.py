@@ -108,3 +108,54 @@ def test_the_residual_gain_knows_nothing_of_entropy_or_position():
     left = residual_gain(frame)
     for name in ("h", "position", "teacher_entropy"):
         assert abs(np.corrcoef(left, frame[name])[0, 1]) < 1e-9
+
+
+def test_of_collinear_predictors_the_later_one_is_left_out_and_named():
+    """With one C for all tokens D^L and D^I are both multiples of D, as far as float32 goes; a gap means nothing."""
+    frame = synthetic(0.6, 0.2)
+    rounding = 1e-7 * np.random.default_rng(1).normal(size=len(frame))
+    frame = frame.assign(d_l=0.3 * frame["d"], d_i=0.7 * frame["d"] + rounding)
+    found = decompose(frame, resamples_of(frame))
+    assert found.decomposed.left_out == ("d_i",)
+    assert np.isnan(found.gap.estimate)
+    assert found.delta_r_squared.estimate == pytest.approx(0, abs=1e-9)
+    interval = found.decomposed.coefficients["d_l"]
+    assert interval.estimate == pytest.approx(found.baseline.coefficients["d"].estimate, rel=1e-6)
+    assert interval.low < interval.estimate < interval.high
+
+
+def test_a_resample_that_does_not_tell_predictors_apart_does_not_count():
+    """Two of eight prompts alone have D^I beside D^L: without them there is nothing to estimate it from."""
+    frame = synthetic(0.6, 0.2, num_prompts=8)
+    rare = frame["prompt"] < 2
+    frame["d_i"] = np.where(rare, frame["d_i"], 0.0)
+    resamples = resamples_of(frame)
+    _, draws = fit(frame.assign(h_d=frame["h"] * frame["d"]), DECOMPOSED, frame["gain"].to_numpy(), resamples)
+    lacking = (resamples.weights[:, :2] == 0).all(axis=1)
+    assert 0 < lacking.sum() < len(lacking)
+    np.testing.assert_array_equal(np.isnan(draws.coefficients[:, 0]), lacking)
+
+
+def test_one_prompt_has_estimates_without_bounds():
+    frame = synthetic(0.6, 0.2, num_prompts=1, tokens=60)
+    found = decompose(frame, resamples_of(frame))
+    assert np.isfinite([found.gap.estimate, found.delta_r_squared.estimate, found.decomposed.r_squared]).all()
+    for interval in (found.gap, found.delta_r_squared, found.decomposed.coefficients["d_l"]):
+        assert np.isnan([interval.low, interval.high]).all()
+        assert not interval.excludes_zero
+    assert np.isnan(list(found.decomposed.errors.values())).all()
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_fewer_tokens_than_predictors_leave_predictors_out(tokens):
+    frame = synthetic(0.6, 0.2, num_prompts=2, tokens=tokens)
+    found = decompose(frame, resamples_of(frame))
+    assert found.decomposed.left_out
+    assert np.isfinite(found.decomposed.r_squared)
+
+
+def test_a_constant_gain_has_no_r_squared():
+    frame = synthetic(0.6, 0.2).assign(gain=0.25)
+    found = decompose(frame, resamples_of(frame))
+    assert np.isnan(found.decomposed.r_squared)
+    assert found.decomposed.coefficients["d_l"].estimate == pytest.approx(0, abs=1e-12)
