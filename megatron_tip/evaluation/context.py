@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-import urllib.request
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import httpx
 
 from megatron_tip.evaluation.harness import Model
 from megatron_tip.evaluation.presets import Preset
@@ -52,12 +53,11 @@ def fitted(preset: Preset, context: int | None) -> Preset:
 
 def _of_server(model: Model) -> int | None:
     try:
-        with urllib.request.urlopen(f"{model.url.rstrip('/')}/models", timeout=_SECONDS) as answer:
-            cards = json.load(answer)["data"]
+        cards = httpx.get(f"{model.url.rstrip('/')}/models", timeout=_SECONDS).raise_for_status().json()["data"]
         named = [card for card in cards if card.get("id") == model.name] or cards
         return int(named[0]["max_model_len"])
-    except (OSError, ValueError, KeyError, TypeError, IndexError):  # whether it runs at all is the backend's to say
-        return None
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError, IndexError):
+        return None  # whether it runs at all is the backend's to say
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:
