@@ -14,10 +14,10 @@ import os
 import secrets
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
+
+import httpx
 
 from megatron_tip.config import Config
 from megatron_tip.config_io import load_config
@@ -101,9 +101,8 @@ def wait_for_servers(urls: Sequence[str], timeout_seconds: float) -> None:
 
 def _is_healthy(url: str) -> bool:
     try:
-        with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
-            return answer.status == 200
-    except (OSError, urllib.error.URLError):
+        return httpx.get(f"{url}/health", timeout=5.0, trust_env=False).status_code == httpx.codes.OK
+    except (httpx.HTTPError, httpx.InvalidURL):
         return False
 
 
