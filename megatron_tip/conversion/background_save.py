@@ -79,7 +79,7 @@ class _StagedWriter(FileSystemWriter):
             if self._plan.items:
                 self._results = super().write_data(self._plan, self._staged).value()  # pyright: ignore[reportArgumentType]
         except Exception as error:
-            self._results = _wrap_exception(error)
+            self._results = _wrap_exception(system_error_behind(error))
         finally:
             self._staged.items.clear()
 
@@ -101,6 +101,14 @@ class _Staged:
 
     def resolve_data(self, item: WriteItem) -> Any:
         return self.items[item.index]
+
+
+def system_error_behind(error: BaseException) -> BaseException:
+    """The OSError behind `error`, else `error`: on a full disk torch's writer ends in an assertion about positions."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, OSError):
+        found = found.__cause__ or found.__context__
+    return found or error
 
 
 def _copied(data: Any) -> Any:
