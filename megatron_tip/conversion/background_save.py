@@ -1,8 +1,9 @@
 """Megatron's sharded checkpoints, written by this process: at once, or by a thread while training goes on.
 
 Megatron's own strategy splits a save into a plan that all ranks make together, writing that needs no other rank, and an
-end that they make together again. That split is used as it is. But its writing is done in processes that are forked out
-of one that runs threads, and a manager process stays behind.
+end that they make together again. Its plan is used as it is. But its writing is done in processes that are forked out
+of one that runs threads, and a manager process stays behind; and its end tells rank 0 alone why a save failed, and
+leaves the others waiting where rank 0 cannot write the metadata.
 """
 
 from __future__ import annotations
@@ -13,10 +14,7 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-from megatron.core.dist_checkpointing.strategies.state_dict_saver import (
-    save_state_dict_async_finalize,
-    save_state_dict_async_plan,
-)
+from megatron.core.dist_checkpointing.strategies.state_dict_saver import save_state_dict_async_plan
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     TorchDistSaveShardedStrategy,
@@ -24,11 +22,12 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from torch import Tensor
-from torch.distributed.checkpoint.api import WRAPPED_EXCEPTION, _wrap_exception
+from torch.distributed.checkpoint.api import WRAPPED_EXCEPTION, CheckpointException, _wrap_exception
 from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StoragePrefix
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.checkpoint.utils import _DistWrapper, _get_failure_dict
 
 
 class InProcessSave(TorchDistSaveShardedStrategy):
@@ -49,7 +48,7 @@ class InProcessSave(TorchDistSaveShardedStrategy):
         planned: Any = save_state_dict_async_plan(
             mcore_to_pyt_state_dict(flat, False), writer, None, 0, planner=planner
         )
-        return AsyncRequest(writer.write_staged, (), [lambda: save_state_dict_async_finalize(*planned[0])])
+        return AsyncRequest(writer.write_staged, (), [lambda: _end_together(*planned[0])])
 
 
 class _StagedWriter(FileSystemWriter):
@@ -101,6 +100,26 @@ class _Staged:
 
     def resolve_data(self, item: WriteItem) -> Any:
         return self.items[item.index]
+
+
+def _end_together(writer: _StagedWriter, metadata: Any, ranks: _DistWrapper) -> None:
+    """Rank 0 writes the metadata if every rank has written its file. A gather and a broadcast of small objects.
+
+    Raises:
+        CheckpointException: on every rank, with the failures of all.
+    """
+    results: Any = ranks.gather_object(writer.retrieve_write_results())
+    failures: dict[int, WRAPPED_EXCEPTION] = {}
+    if ranks.is_coordinator:
+        failures = _get_failure_dict(results)
+        if not failures:
+            try:
+                writer.finish(metadata, results)
+            except Exception as error:
+                failures[ranks.rank] = _wrap_exception(system_error_behind(error))
+    failures = ranks.broadcast_object(failures)
+    if failures:
+        raise CheckpointException("write", failures)
 
 
 def system_error_behind(error: BaseException) -> BaseException:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from megatron_tip.config import Config
 from megatron_tip.errors import OutputError
@@ -74,6 +75,35 @@ def test_a_save_is_whole_or_an_error_everywhere_and_never_made_twice(models: Pat
         assert before == []
         assert after == [2]
         assert is_untouched
+
+
+def save_onto_a_full_disk(config: Config, folder: Path) -> list[str]:
+    """What this rank is told: of rank 1's shards that do not fit, and of metadata that rank 0 cannot write."""
+    run, files = build_tiny_run(config, ROLLOUTS), CheckpointFiles(folder / "full" / "checkpoints")
+    take_step(run, 1)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    told = []
+    for step, (rank, method) in enumerate([(1, "write_data"), (0, "finish")], start=1):
+        with pytest.MonkeyPatch.context() as patch:
+            if dist.get_rank() == rank:
+                patch.setattr(FileSystemWriter, method, full)
+            checkpointer = checkpointer_of(run, files)
+            checkpointer.save(RunProgress(step=step))
+            with pytest.raises(OutputError) as failed:
+                checkpointer.finish()
+            told.append(str(failed.value))
+    assert files.steps() == []
+    return told
+
+
+def test_every_rank_is_told_why_a_save_failed(models: Path, tmp_path: Path):
+    config = make_config(models, LAYOUT, run={"folder": tmp_path / "run"})
+    for told in run_workers(save_onto_a_full_disk, 2, tmp_path, config, tmp_path):
+        assert len(told) == 2
+        assert all("OSError: [Errno 28] No space left on device; free space" in message for message in told), told
 
 
 class BatchEngine(FixedEngine):
