@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass
@@ -73,6 +74,11 @@ def planned_arms(config: Config) -> list[Arm]:
         if size != selection.support_size:
             arms += [Arm(name, main, size, seed) for seed in seeds for name in depending]
     return arms
+
+
+def settings_digest(settings: dict[str, Any]) -> str:
+    """SHA-256 of the settings under which arms are comparable; what was trained beside them bears it."""
+    return hashlib.sha256(json.dumps(_as_read(settings), sort_keys=True).encode()).hexdigest()
 
 
 class ArmsFile:

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tip.config import Config
-from megatron_tip.diagnostics.arms import Arm, ArmResult, ArmsFile, planned_arms
+from megatron_tip.diagnostics.arms import Arm, ArmResult, ArmsFile, planned_arms, settings_digest
 from megatron_tip.diagnostics.bank import ContextBank, warn_of_strangers
 from megatron_tip.diagnostics.score import FrozenContexts, forward_kl, freeze, score_contexts, score_supports
-from megatron_tip.diagnostics.scores import scores_of, write_scores
+from megatron_tip.diagnostics.scores import about_in, scores_of, write_scores
 from megatron_tip.diagnostics.session import Subject
 from megatron_tip.diagnostics.snapshot import StudentStart
 from megatron_tip.errors import InputError, NotFiniteError
@@ -69,19 +70,27 @@ def split_contexts(bank: ContextBank, *, num_steps: int, per_step: int, num_held
             f"heldout.num_prompts: expected at least 1 context to measure an arm on, got {num_heldout}; set it"
         )
     prompts = np.random.default_rng(seed).permutation(bank.prompts.max() + 1)
-    order = [int(place) for prompt in prompts for place in np.flatnonzero(bank.prompts == prompt)]
-    num_trained = num_steps * per_step
-    trained = order[:num_trained]
-    used = set(bank.prompts[trained].tolist())
-    heldout = [place for place in order[num_trained:] if int(bank.prompts[place]) not in used][:num_heldout]
-    if len(trained) < num_trained or len(heldout) < num_heldout:
+    num_trained, count = num_steps * per_step, len(prompts)
+    held = np.cumsum(np.bincount(bank.prompts, minlength=count)[prompts])  # contexts of the first prompts
+    fitting = [m for m in range(1, count) if held[m - 1] >= num_trained and held[-1] - held[m - 1] >= num_heldout]
+    if not fitting:
         raise InputError(
             f"diagnostics.bank: expected {num_trained} contexts to train on (training.steps x rollout.prompts_per_step "
             f"x samples_per_prompt) and {num_heldout} of other prompts to measure on (heldout.num_prompts), got "
-            f"{len(bank.contexts)} contexts of {len(prompts)} prompts; lower them or make a larger bank"
+            f"{len(bank.contexts)} contexts of {count} prompts; lower them or make a larger bank"
         )
+    # As many prompts on either side as can be: what is measured on one prompt says nothing of others.
+    num_prompts = max(fitting, key=lambda m: (min(m / num_trained, (count - m) / num_heldout, 1.0), -m))
+    trained = _in_turn(bank, prompts[:num_prompts])[:num_trained]
+    heldout = _in_turn(bank, prompts[num_prompts:])[:num_heldout]
     steps = [trained[start : start + per_step] for start in range(0, num_trained, per_step)]
     return Split(steps, heldout)
+
+
+def _in_turn(bank: ContextBank, prompts: np.ndarray) -> list[int]:
+    """The contexts of `prompts`: the first of each, then the second of each, and so on."""
+    own = (np.flatnonzero(bank.prompts == prompt).tolist() for prompt in prompts)
+    return [place for round_ in zip_longest(*own) for place in round_ if place is not None]
 
 
 def split_of(config: Config, bank: ContextBank, seed: int) -> Split:
@@ -143,13 +152,21 @@ def check_arms(config: Config, subject: Subject, file: ArmsFile) -> None:
     """Refuses arms, splits and a folder of arms that cannot be, before anything is built. Reads no weights.
 
     Raises:
-        ConfigError: a rule or budget that cannot be; arms of other settings. InputError: too few contexts, broken arms.
+        ConfigError: a rule or budget that cannot be; arms of other settings. InputError: too few contexts, broken arms;
+            scores in the bank that another intervention left, and this one would replace.
     """
     for arm in planned_arms(config):
         make_selector(config_of(config, arm))
+    settings = comparable_settings(config, subject)
     for seed in range(1, config.diagnostics.seeds + 1):
         split_of(config, subject.bank, seed)
-    file.check(comparable_settings(config, subject))
+        path = subject.bank.scores_path(f"full_seed{seed}")
+        if path.exists() and about_in(path).get("settings", settings_digest(settings)) != settings_digest(settings):
+            raise InputError(
+                f"{path}: expected no scores of an intervention with other settings than this one's, got some; copy "
+                "the bank for this one (diagnostics.bank), or remove them"
+            )
+    file.check(settings)
 
 
 def score_checkpoint(run: TrainingRun, subject: Subject, name: str, *, is_start: bool) -> None:
@@ -238,9 +255,10 @@ def score_after(run: TrainingRun, subject: Subject, whole: FrozenContexts, split
     if dist.get_rank() == 0:
         about = about_scores(run.config, subject, [arm.support_size])
         about |= {name: f"{about[name]}, then {arm}" for name in ("checkpoint", "student")}
-        about["trained_contexts"] = split.trained
-        values = {name: column.numpy() for name, column in columns.items()}
         bank = subject.bank
+        about["settings"] = settings_digest(comparable_settings(run.config, subject))
+        about["trained_contexts"] = np.flatnonzero(np.isin(bank.prompts, bank.prompts[split.trained])).tolist()
+        values = {name: column.numpy() for name, column in columns.items()}
         write_scores(bank.scores_path(f"full_seed{arm.seed}"), scores_of(bank, values, about))
 
 

@@ -52,7 +52,8 @@ class Scores:
     """`columns`: `[tokens]` float32 by name. `context`, `prompt`, `position`: `[tokens]` int64, as in the bank.
 
     `about`: the bank's checksum, the checkpoint, the fingerprints of student and teacher, the temperature, the support
-    sizes, and the contexts that the checkpoint was trained on, where that is known.
+    sizes, and the contexts that the checkpoint was trained on, where that is known; for the plain distillation of an
+    intervention also the digest of its settings.
     """
 
     context: np.ndarray
@@ -101,6 +102,11 @@ def write_scores(path: Path, scores: Scores) -> None:
         {"context": scores.context, "prompt": scores.prompt, "position": scores.position, **scores.columns}
     )
     write_table(path, table, {**scores.about, "format": FORMAT})
+
+
+def about_in(path: Path) -> dict[str, Any]:
+    """What the scores in `path` say about themselves; errors of `read_scores`, but for the bank."""
+    return read_table(path, format_name=FORMAT, columns=_PLACE, keys=_ABOUT)[1]
 
 
 def read_scores(path: Path, bank: ContextBank) -> Scores:

@@ -37,6 +37,8 @@ class StudentStart:
                         value.zero_()
         self._student.scheduler.num_steps = self._num_steps
         for group, kept in zip(self._student.optimizer.param_groups, self._groups, strict=True):
+            for name in group.keys() - kept.keys() - {"params"}:  # Transformer Engine's and apex's Adam: "step"
+                del group[name]
             group.update(kept)
 
 

@@ -53,7 +53,9 @@ def fitted(preset: Preset, context: int | None) -> Preset:
 
 def _of_server(model: Model) -> int | None:
     try:
-        cards = httpx.get(f"{model.url.rstrip('/')}/models", timeout=_SECONDS).raise_for_status().json()["data"]
+        # Past the environment's proxy, as the harness itself asks.
+        answer = httpx.get(f"{model.url.rstrip('/')}/models", timeout=_SECONDS, trust_env=False).raise_for_status()
+        cards = answer.json()["data"]
         named = [card for card in cards if card.get("id") == model.name] or cards
         return int(named[0]["max_model_len"])
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError, IndexError):

@@ -10,7 +10,12 @@ from megatron_tip.diagnostics.arms import ArmResult
 from megatron_tip.diagnostics.papers.evidence import Evidence
 from megatron_tip.diagnostics.papers.frames import rows
 from megatron_tip.diagnostics.papers.token_tables import bounds
-from megatron_tip.diagnostics.statistics.bootstrap import Interval, PromptResamples, interval_of
+from megatron_tip.diagnostics.statistics.bootstrap import (
+    Interval,
+    PromptResamples,
+    interval_of,
+    without_spread,
+)
 
 MEANS = {
     "q3_share": "selection/kept_q3_share",
@@ -67,6 +72,8 @@ def pooled_gain(results: Sequence[ArmResult], evidence: Evidence, minus: Sequenc
         contexts += result.contexts
     prompts = evidence.bank.prompts[contexts]
     resamples = PromptResamples.draw(prompts, resamples=evidence.resamples, seed=evidence.seed)
+    if resamples.num_prompts() < 2:
+        return without_spread(float(np.sum(sums) / np.sum(counts)), int(np.sum(counts)))
     drawn = resamples.sums(np.column_stack([sums, counts]).astype(np.float64))
     return interval_of(float(np.sum(sums) / np.sum(counts)), drawn[:, 0] / drawn[:, 1], int(np.sum(counts)))
 

@@ -13,41 +13,71 @@ from megatron_tip.diagnostics.papers.arm_tables import pooled_gain
 from megatron_tip.diagnostics.papers.evidence import Evidence
 from megatron_tip.diagnostics.statistics.bootstrap import Interval
 from megatron_tip.diagnostics.statistics.comparisons import support_gap
+from megatron_tip.diagnostics.statistics.seeds import seed_interval
 from megatron_tip.diagnostics.statistics.tokens import selected_rows
 
-BEATEN = {
-    "random": "random tokens",
-    "ta_opd_divergence": "raw KL (D~)",
-    "ta_opd_incompatible": "incompatible disagreement (D^I)",
-    "ta_opd_soft_or": "TIP's soft-OR in TA-OPD's form",
-    "tip_soft_or": "TIP's soft-OR",
-    "ta_opd_entropy": "entropy",
-    "ta_opd_q3_only": "Q3 alone",
-    "ta_opd_q3_high_compatibility": "Q3 with high C",
-}
+TABLE_2 = (
+    ("random", "random tokens", (0.03, 0.05)),
+    ("ta_opd_divergence", "raw KL (D~)", (0.03, 0.05)),
+    ("ta_opd_incompatible", "incompatible disagreement (D^I)", (0.03,)),
+    ("ta_opd_soft_or", "TIP's soft-OR in TA-OPD's form", (0.03, 0.05)),
+    ("ta_opd_entropy_teachability", "entropy + teachability", (0.03, 0.05)),
+    ("ta_opd_entropy", "entropy", (0.03, 0.05)),
+    ("ta_opd_q3_high_compatibility", "Q3 with high C", (0.03, 0.05)),
+    ("ta_opd_q3_low_compatibility", "Q3 with low C", (0.03,)),
+    ("ta_opd_q3_only", "Q3 alone", (0.03, 0.05)),
+)
+"""The rules below teachability in TA-OPD's table 2, and the budgets for which it has a figure of theirs."""
 
-_Q3_SIDES = ("ta_opd_q3_high_teachability", "ta_opd_q3_low_teachability")
+BEST = "ta_opd_teachability"
+
+OTHERS = (
+    ("teachability gains at least what all tokens do", "TA-OPD table 3, in accuracy", BEST, "full", 0.1),
+    (
+        "within Q3, high D^L gains more than low D^L",
+        "TA-OPD table 7",
+        "ta_opd_q3_high_teachability",
+        "ta_opd_q3_low_teachability",
+        0.03,
+    ),
+    (
+        "TIP's Q3-only gains what all tokens do",
+        "TIP abstract: nearly, in accuracy",
+        "tip_q3_only",
+        "full",
+        0.1,
+    ),
+    ("TIP's Q3-only gains more than random tokens", "contrast of ours", "tip_q3_only", "random", 0.1),
+    ("TIP's soft-OR gains more than its bottom", "contrast of ours", "tip_soft_or", "tip_soft_or_bottom", 0.1),
+)
+"""What is said, by whom, the rule that is to gain more, the other one, and the budget."""
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What a paper says is above 0 (`sign` 1) or below (-1), and what was found of it."""
+    """What a paper says is above 0 (`sign` 1) or below (-1), and what was found of it.
+
+    `found`: over prompts. `seeds`: the same in each training, where arms are compared; None: no training is.
+    """
 
     text: str
     source: str
     found: Interval
     sign: int = 1
+    seeds: tuple[float, ...] | None = None
 
     @property
     def verdict(self) -> str:
-        """agrees or disagrees where the interval lies on one side of 0; undecided elsewhere."""
-        if not self.found.excludes_zero:
+        """agrees or disagrees where the intervals over prompts and over seeds lie on one side of 0; else undecided."""
+        intervals = [self.found] if self.seeds is None else [self.found, seed_interval(self.seeds)]
+        if not all(interval.excludes_zero for interval in intervals):
             return "undecided" if np.isfinite(self.found.estimate) else "no data"
-        return "agrees" if np.sign(self.found.low) == self.sign else "disagrees"
+        sides = {np.sign(interval.low) for interval in intervals}
+        return "undecided" if len(sides) > 1 else "agrees" if sides == {self.sign} else "disagrees"
 
 
 def claims(evidence: Evidence) -> pd.DataFrame:
-    """Every claim with its difference in nats, the interval and the verdict."""
+    """Every claim with its difference in nats, the interval over prompts, that in each training, and the verdict."""
     found = [*token_claims(evidence), *arm_claims(evidence)]
     return pd.DataFrame(
         [
@@ -57,6 +87,7 @@ def claims(evidence: Evidence) -> pd.DataFrame:
                 "difference": claim.found.estimate,
                 "low": claim.found.low,
                 "high": claim.found.high,
+                "by_seed": " ".join(f"{value:+.2f}" for value in claim.seeds or ()),
                 "verdict": claim.verdict,
             }
             for claim in found
@@ -94,31 +125,38 @@ def arm_claims(evidence: Evidence) -> Iterator[Claim]:
 
     A paper's budget that was not tried gives way to the study's own; a claim whose arms are missing has no data.
     """
-    size = evidence.arms_support_size
-    arms: dict[tuple[str, float], dict[int, ArmResult]] = {}
-    for result in evidence.arms:
-        if result.arm.support_size == size:
-            arms.setdefault((result.arm.rule, result.arm.retention_ratio), {})[result.arm.seed] = result
+    compared = _Compared(evidence)
+    budgets = {
+        (rule, name): dict.fromkeys(evidence.nearest_ratio(ratio) for ratio in papers) for rule, name, papers in TABLE_2
+    }
+    for ratio in sorted({ratio for tried in budgets.values() for ratio in tried}):
+        for (rule, name), tried in budgets.items():
+            if ratio in tried:
+                text = f"teachability at {100 * ratio:g} % gains more than {name}"
+                yield compared.claim(text, "TA-OPD table 2", (BEST, ratio), (rule, ratio))
+    text = "teachability gains more at 3 % than at 10 %"
+    yield compared.claim(text, "TA-OPD table 10", (BEST, 0.03), (BEST, 0.1))
+    for text, source, rule, other, paper in OTHERS:
+        ratio = evidence.nearest_ratio(paper)
+        below = (other, 1.0 if other == "full" else ratio)
+        yield compared.claim(f"{text}, at {100 * ratio:g} %", source, (rule, ratio), below)
 
-    def difference(first: tuple[str, float], second: tuple[str, float]) -> Interval:
-        own, other = arms.get(first, {}), arms.get(second, {})
+
+class _Compared:
+    """The arms at the study's own K, compared by rule and budget, seed by seed."""
+
+    def __init__(self, evidence: Evidence) -> None:
+        self._evidence = evidence
+        self._arms: dict[tuple[str, float], dict[int, ArmResult]] = {}
+        for result in evidence.arms:
+            arm = result.arm
+            if arm.support_size == evidence.arms_support_size:
+                self._arms.setdefault((arm.rule, arm.retention_ratio), {})[arm.seed] = result
+
+    def claim(self, text: str, source: str, first: tuple[str, float], second: tuple[str, float]) -> Claim:
+        own, other = self._arms.get(first, {}), self._arms.get(second, {})
         seeds = sorted(own.keys() & other.keys())
         if not seeds:
-            return Interval.unknown()
-        return pooled_gain([own[seed] for seed in seeds], evidence, [other[seed] for seed in seeds])
-
-    best, main = "ta_opd_teachability", evidence.main_ratio
-    for ratio in evidence.main_ratios:
-        for rule, name in BEATEN.items():
-            text = f"teachability at {100 * ratio:g} % gains more than {name}"
-            yield Claim(text, "TA-OPD table 2", difference((best, ratio), (rule, ratio)))
-    text = f"teachability at {100 * main:g} % gains at least what all tokens do"
-    yield Claim(text, "TA-OPD table 3", difference((best, main), ("full", 1.0)))
-    yield Claim("teachability gains more at 3 % than at 10 %", "TA-OPD table 10", difference((best, 0.03), (best, 0.1)))
-    for text, source, high, low, paper in (
-        ("within Q3, high D^L gains more than low D^L", "TA-OPD table 7", *_Q3_SIDES, 0.03),
-        ("TIP's soft-OR gains more than its bottom", "TIP, contrast", "tip_soft_or", "tip_soft_or_bottom", 0.1),
-        ("TIP's Q3-only gains more than random tokens", "TIP", "tip_q3_only", "random", 0.1),
-    ):
-        ratio = evidence.nearest_ratio(paper)
-        yield Claim(f"{text}, at {100 * ratio:g} %", source, difference((high, ratio), (low, ratio)))
+            return Claim(text, source, Interval.unknown(), seeds=())
+        found = pooled_gain([own[seed] for seed in seeds], self._evidence, [other[seed] for seed in seeds])
+        return Claim(text, source, found, seeds=tuple(own[seed].gain - other[seed].gain for seed in seeds))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from megatron_tip.diagnostics.arms import ArmResult, ArmsFile
+from megatron_tip.diagnostics.arms import ArmResult, ArmsFile, settings_digest
 from megatron_tip.diagnostics.bank import ContextBank, read_bank, strangers
 from megatron_tip.diagnostics.gain import Gain, gain_between
 from megatron_tip.diagnostics.scores import Scores, read_scores
@@ -51,8 +51,9 @@ class Evidence:
         names = after or sorted(
             path.stem for path in bank.scores_path(start).parent.glob("*.parquet") if path.stem != start
         )
-        gains = {name: gain_between(before, read_scores(bank.scores_path(name), bank)) for name in names}
-        done = _read_arms(ArmsFile(arms), bank, before) if arms is not None else []
+        after_scores = {name: read_scores(bank.scores_path(name), bank) for name in names}
+        gains = {name: gain_between(before, scores) for name, scores in after_scores.items()}
+        done = _read_arms(ArmsFile(arms), bank, before, after_scores) if arms is not None else []
         if all(result.arm.rule == "full" for result in done):  # an early end: there is nothing to compare yet
             done = []
         return Evidence(bank, before, gains, done, resamples, seed)
@@ -125,16 +126,24 @@ class Evidence:
         return found
 
 
-def _read_arms(file: ArmsFile, bank: ContextBank, start: Scores) -> list[ArmResult]:
-    """The arms in `file`; raises InputError unless they are of this bank and began from what `start` scored."""
+def _read_arms(file: ArmsFile, bank: ContextBank, start: Scores, after: Mapping[str, Scores]) -> list[ArmResult]:
+    """The arms in `file`.
+
+    Raises:
+        InputError: they are of another bank, began from something else than `start` scored, or have other settings than
+            the intervention that left scores `after` it.
+    """
     settings, about = file.settings(), start.about
     wanted = {"bank": bank.sha256, "student": about["student"], "teacher": about["teacher"]}
     found = {key: settings.get(key) for key in wanted}
     wanted["temperature"], found["temperature"] = about["temperature"], (settings.get("loss") or {}).get("temperature")
+    digest = settings_digest(settings)
+    for name, scores in after.items():
+        wanted[f"settings of {name}"], found[f"settings of {name}"] = scores.about.get("settings", digest), digest
     other = [f"{key} {value!s:.12}, got {found[key]!s:.12}" for key, value in wanted.items() if found[key] != value]
     if other:
         raise InputError(
-            f"{file.folder}: expected arms that belong to the bank {bank.folder} and its scores of the start: "
-            f"{'; '.join(other)}; give the arms (--arms) and scores (--start) that were made together"
+            f"{file.folder}: expected arms that belong to the bank {bank.folder} and its scores: {'; '.join(other)}; "
+            "give the arms (--arms) and scores (--start, AFTER) that were made together"
         )
     return file.read()

@@ -74,6 +74,20 @@ def test_no_prompt_is_both_trained_on_and_measured_on(tmp_path):
         split_contexts(bank, num_steps=4, per_step=10, num_heldout=40, seed=1)
 
 
+def test_contexts_of_many_prompts_are_taken_before_a_second_one_of_any(tmp_path):
+    bank = write_bank(tmp_path / "bank", make_contexts(320, num_prompts=20), MANIFEST)
+    split = split_contexts(bank, num_steps=2, per_step=8, num_heldout=10, seed=1)
+    trained, heldout = (set(bank.prompts[places]) for places in (split.trained, split.heldout))
+    assert not trained & heldout
+    assert (len(trained), len(heldout)) == (12, 8)  # 20 prompts, shared as 16 contexts to 10
+    alone = write_bank(tmp_path / "alone", make_contexts(320), MANIFEST)
+    split = split_contexts(alone, num_steps=2, per_step=8, num_heldout=10, seed=1)
+    order = np.random.default_rng(1).permutation(320)
+    places = {int(prompt): place for place, prompt in enumerate(alone.prompts)}
+    assert [place for step in split.steps for place in step] == [places[int(prompt)] for prompt in order[:16]]
+    assert split.heldout == [places[int(prompt)] for prompt in order[16:26]]
+
+
 def test_a_broken_last_line_is_cut_off_and_the_rest_kept(tmp_path):
     file = ArmsFile(tmp_path)
     file.begin({"lr": 1e-4})

@@ -1,6 +1,7 @@
 """All tables and figures of a synthetic bank in which D^L teaches and D^I does not, and the page that they fill."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,13 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from megatron_tip.diagnostics.arms import Arm, ArmResult, ArmsFile
-from megatron_tip.diagnostics.bank import write_bank
+from megatron_tip.diagnostics.arms import Arm, ArmResult, ArmsFile, settings_digest
+from megatron_tip.diagnostics.bank import read_bank, write_bank
+from megatron_tip.diagnostics.papers.claims import Claim
 from megatron_tip.diagnostics.papers.evidence import Evidence
 from megatron_tip.diagnostics.papers.write import facts, fill_page, markdown, page_blocks, write_all
 from megatron_tip.diagnostics.scores import Scores, write_scores
+from megatron_tip.diagnostics.statistics.bootstrap import Interval
 from megatron_tip.diagnostics.statistics.tokens import token_table
 from megatron_tip.errors import InputError
 from tests.helpers.diagnostics import MANIFEST, make_bank, make_contexts, make_scores, with_gain
@@ -189,6 +192,34 @@ def test_the_data_of_both_panels_lie_beside_the_picture(written):
     assert data.query("panel == 'tenths'")[["value", "gain", "low", "high"]].notna().all(axis=None)
 
 
+def test_a_claim_about_trainings_is_decided_over_prompts_and_over_seeds():
+    below = Interval(-0.12, -0.24, -0.02)
+    assert Claim("", "", below).verdict == "disagrees"
+    assert Claim("", "", below, sign=-1).verdict == "agrees"
+    assert Claim("", "", below, seeds=(-0.11, -0.12, -0.13)).verdict == "disagrees"
+    assert Claim("", "", below, seeds=(-0.455, -0.019, 0.118)).verdict == "undecided"
+    assert Claim("", "", below, seeds=(-0.12,)).verdict == "undecided"
+    assert Claim("", "", Interval(-0.12, -0.24, 0.02), seeds=(-0.11, -0.12, -0.13)).verdict == "undecided"
+    assert Claim("", "", Interval.unknown(), seeds=()).verdict == "no data"
+
+
+def test_scores_of_another_intervention_are_not_set_beside_arms(written, tmp_path):
+    _, found, _ = written
+    shutil.copytree(found.bank.folder, tmp_path / "bank")
+    settings = settings_of(found.start)
+    write_arms(tmp_path / "arms", settings, ratios=(0.05,))
+
+    def read(digest: str) -> Evidence:
+        bank = read_bank(tmp_path / "bank")
+        after = with_gain(found.start, np.full(len(found.start), 0.1), settings=digest)
+        write_scores(bank.scores_path("full_seed1"), after)
+        return Evidence.read(bank.folder, start="start", after=[], arms=tmp_path / "arms", resamples=10, seed=1)
+
+    assert read(settings_digest(settings)).arms
+    with pytest.raises(InputError, match="settings of full_seed1"):
+        read(settings_digest({**settings, "optimizer": {"lr": 1e-6}}))
+
+
 def test_small_numbers_show_in_markdown():
     text = markdown(pd.DataFrame({"a": [0.000123456, -0.00049, 0.0, 1.23456, float("nan")]}))
     assert text.splitlines()[2:] == ["| 0.00012 |", "| -0.00049 |", "| 0.000 |", "| 1.235 |", "| n/a |"]
@@ -202,6 +233,14 @@ def test_a_bank_of_one_prompt_has_tables_and_figures_without_verdicts(tmp_path):
     found = Evidence.read(bank.folder, start="start", after=[], arms=None, resamples=50, seed=1)
     tables = write_all(found, tmp_path / "out")
     assert set(tables["claims"]["verdict"]) == {"undecided", "no data"}
+    with_arms = replace(
+        found,
+        arms=[
+            ArmResult(Arm(rule, 0.05, 16, 1), [], [0, 1], [20, 20], [9.0, 9.0], [5.0, 4.0], 8, 1, {}, 1.0)
+            for rule in ("ta_opd_teachability", "random")
+        ],
+    )
+    assert set(write_all(with_arms, tmp_path / "arms")["claims"]["verdict"]) == {"undecided", "no data"}
     assert tables["gains"]["gain"].to_list() == pytest.approx([0.1, 0.1], abs=1e-6)
 
 
