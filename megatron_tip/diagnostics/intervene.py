@@ -158,6 +158,7 @@ def check_arms(config: Config, subject: Subject, file: ArmsFile) -> None:
     for arm in planned_arms(config):
         make_selector(config_of(config, arm))
     settings = comparable_settings(config, subject)
+    file.check(settings)
     for seed in range(1, config.diagnostics.seeds + 1):
         split_of(config, subject.bank, seed)
         path = subject.bank.scores_path(f"full_seed{seed}")
@@ -166,7 +167,6 @@ def check_arms(config: Config, subject: Subject, file: ArmsFile) -> None:
                 f"{path}: expected no scores of an intervention with other settings than this one's, got some; copy "
                 "the bank for this one (diagnostics.bank), or remove them"
             )
-    file.check(settings)
 
 
 def score_checkpoint(run: TrainingRun, subject: Subject, name: str, *, is_start: bool) -> None:
