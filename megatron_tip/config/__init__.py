@@ -5,7 +5,7 @@ The text under each field is its reference: `megatron-tip train --help` prints i
 
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from megatron_tip.config.data import HeldoutConfig, PromptsConfig
 from megatron_tip.config.diagnostics import DiagnosticsConfig
@@ -49,6 +49,14 @@ class RunConfig(Section):
     """Every random choice of the run follows from it: sampling, random selection, prompt order."""
     threads: int = Field(default=0, ge=0)
     """CPU threads of all workers together; 0: as many as this process may use."""
+
+    @model_validator(mode="after")
+    def _folder_is_named(self) -> "RunConfig":
+        if self.folder == Path():  # what an unset variable of a script leaves of run.folder=$RUN
+            raise ValueError(
+                "run.folder: expected a folder of the run's own, got an empty text or the current directory; name it"
+            )
+        return self
 
 
 class Config(Section):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pydantic import Field, model_validator
 
-from megatron_tip.config.section import Section
+from megatron_tip.config.section import MAX_SUPPORT_SIZE, Section
 
 
 class DiagnosticsConfig(Section):
@@ -36,11 +36,12 @@ class DiagnosticsConfig(Section):
             raise ValueError("diagnostics.bank: expected a folder with diagnostics.every_steps, got none")
         if (
             not self.support_sizes
-            or min(self.support_sizes) < 1
+            or not 1 <= min(self.support_sizes) <= max(self.support_sizes) <= MAX_SUPPORT_SIZE
             or len(set(self.support_sizes)) < len(self.support_sizes)
         ):
             raise ValueError(
-                f"diagnostics.support_sizes: expected different numbers of at least 1, got {list(self.support_sizes)}"
+                f"diagnostics.support_sizes: expected different numbers from 1 to {MAX_SUPPORT_SIZE}, got "
+                f"{list(self.support_sizes)}"
             )
         if not self.retention_ratios or not all(0 < ratio <= 1 for ratio in self.retention_ratios):
             raise ValueError(

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from megatron_tip.config.section import Section
+from megatron_tip.config.section import MAX_SUPPORT_SIZE, Section
 
 
 class SelectionConfig(Section):
@@ -24,7 +24,7 @@ class SelectionConfig(Section):
     """Which of equal scores are kept: the first in (prompt, rollout, position), or a seeded draw."""
     minimum_per_rollout: int = Field(default=1, ge=0)
     """Tokens kept of a rollout so short that its share rounds down to less; with scope = "rollout"."""
-    support_size: int = Field(default=16, ge=1)
+    support_size: int = Field(default=16, ge=1, le=MAX_SUPPORT_SIZE)
     """K of the top-K supports (TA-OPD: 16)."""
     loss_scale: Literal["selected", "valid", "importance"] = "selected"
     """Divide the loss by the number of selected tokens, by that of valid ones, or weight sampled tokens by 1 / p."""

@@ -2,6 +2,9 @@
 
 from pydantic import BaseModel, ConfigDict
 
+MAX_SUPPORT_SIZE = 1024
+"""Of the top-K supports: the ids of two are compared with each other, K x K a token."""
+
 
 class Section(BaseModel):
     """Base of every section: no unknown keys, no changes after validation, field docstrings as descriptions."""

@@ -1,5 +1,7 @@
 """Which layouts a model can take. Free of Megatron, so that a configuration is checked before its seconds of import."""
 
+import math
+
 from megatron_tip.conversion.architecture import ModelArchitecture
 from megatron_tip.errors import ConfigError
 
@@ -11,8 +13,9 @@ def check_layout(architecture: ModelArchitecture, *, tp_size: int, pp_size: int,
 
     Raises:
         ConfigError: heads, query groups or feed-forward size not divisible by `tp_size`, or layers by `pp_size`.
-            `owner` ("student", "teacher") names the model.
+            `owner` ("model", "teacher") is the section of the configuration that has the sizes.
     """
+    divisible = math.gcd(architecture.num_attention_heads, architecture.num_query_groups, architecture.ffn_hidden_size)
     checks = [
         ("attention heads", architecture.num_attention_heads, "tensor_parallel_size", tp_size),
         ("key/value heads", architecture.num_query_groups, "tensor_parallel_size", tp_size),
@@ -21,8 +24,9 @@ def check_layout(architecture: ModelArchitecture, *, tp_size: int, pp_size: int,
     ]
     for what, count, field, size in checks:
         if count % size:
-            divisors = [str(divisor) for divisor in range(1, count + 1) if count % divisor == 0]
+            whole = divisible if field == "tensor_parallel_size" else count
+            divisors = [str(divisor) for divisor in range(1, whole + 1) if whole % divisor == 0]
             raise ConfigError(
-                f"{owner}: expected {field} to divide its {count} {what}, got {size}; "
+                f"{owner}.{field}: expected a divisor of its {count} {what}, got {size}; "
                 f"choose among {', '.join(divisors[:12])}"
             )

@@ -166,8 +166,6 @@ class _Renderer:
 
     def prompts(self, raw_prompts: Sequence[tuple[str, RawPrompt]], first_index: int) -> list[Prompt]:
         """The prompts within the limit; each keeps the index of its place in `raw_prompts`, plus `first_index`."""
-        if not raw_prompts:
-            raise InputError(f"{self._config.path}: expected prompts, got an empty file")
         texts = [self._render(where, raw) for where, raw in raw_prompts]
         all_ids = self._tokenise([text for text, _ in texts], [is_chat for _, is_chat in texts])
         usable = []

@@ -145,8 +145,8 @@ def _installed(name: str) -> Any:
     names = [*RULES, *sorted(offered.names)]
     nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
     raise ConfigError(
-        f"rule: expected one of {', '.join(names)} or an import path 'package.module:function', got {name!r}; "
-        f"the nearest name is {nearest!r}"
+        f"rule: expected the name of a rule or an import path 'package.module:function', got {name!r}; "
+        f"the nearest name is {nearest!r}, of {', '.join(names)}"
     )
 
 

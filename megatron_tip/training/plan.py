@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 from megatron_tip.config import Config
 from megatron_tip.conversion.architecture import ModelArchitecture
 from megatron_tip.conversion.safetensors_io import HfCheckpoint
-from megatron_tip.errors import ConfigError, OptionalDependencyError
+from megatron_tip.errors import ConfigError, OptionalDependencyError, WeightsError
 from megatron_tip.models.layout import check_layout
 from megatron_tip.observability.trackers import check_trackers
 from megatron_tip.parallel.grid import ModelGrid
@@ -57,8 +57,8 @@ def plan_run(config: Config, world_size: int) -> RunPlan:
         WeightsError: a model directory that is incomplete or not supported.
     """
     check_trackers(config.tracking)
-    student = HfCheckpoint(config.model.path, config.model.drop_layers)
-    teacher = HfCheckpoint(config.teacher.path) if config.teacher.kind == "megatron" else None
+    student = _checkpoint("model", config.model.path, config.model.drop_layers)
+    teacher = _checkpoint("teacher", config.teacher.path) if config.teacher.kind == "megatron" else None
     student_grid, teacher_grid = plan_grids(
         config, student.architecture, teacher.architecture if teacher else None, world_size
     )
@@ -125,13 +125,24 @@ def plan_grids(
     `teacher=None`: it is behind servers; its grid is the student's then.
     """
     grids: list[ModelGrid] = []
-    for owner, model, architecture in (("student", config.model, student), ("teacher", config.teacher, teacher)):
+    models = (("model", "student", config.model, student), ("teacher", "teacher", config.teacher, teacher))
+    for section, owner, model, architecture in models:
         if architecture is None:
             return grids[0], grids[0]
         tp_size, pp_size = model.tensor_parallel_size, model.pipeline_parallel_size
-        check_layout(architecture, tp_size=tp_size, pp_size=pp_size, owner=owner)
+        check_layout(architecture, tp_size=tp_size, pp_size=pp_size, owner=section)
         grids.append(ModelGrid.over(world_size, tp_size=tp_size, pp_size=pp_size, owner=owner))
     return grids[0], grids[1]
+
+
+def _checkpoint(section: str, path: Path, drop_layers: Sequence[int] = ()) -> HfCheckpoint:
+    """The model's directory; errors name the key of the configuration."""
+    try:
+        return HfCheckpoint(path, drop_layers)
+    except WeightsError as error:
+        raise WeightsError(f"{section}.path: {error}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{section}.{error}") from error  # drop_layers
 
 
 def _limits(checkpoint: HfCheckpoint) -> tuple[int, int]:
@@ -247,8 +258,9 @@ def check_vocabulary(largest: int, sizes: Sequence[int]) -> None:
     """Refuses models of `sizes` embeddings for a tokenizer whose largest id is `largest`."""
     if largest >= min(sizes):
         raise ConfigError(
-            f"vocabulary: expected embeddings for all token ids up to {largest} in both models, got {sizes[0]} rows in "
-            f"the student and {sizes[1]} in the teacher; one of them does not belong to this tokenizer"
+            f"vocabulary: expected embeddings of {largest + 1} rows or more in both models, as the tokenizer's largest "
+            f"id is {largest}, got {sizes[0]} in the student and {sizes[1]} in the teacher; one of them does not "
+            "belong to this tokenizer"
         )
 
 
@@ -294,18 +306,21 @@ def make_selector(config: Config) -> Selector:
     Raises ConfigError for one that cannot be.
     """
     selection = config.selection
-    selector = Selector(
-        rule=selection.rule,
-        retention_ratio=selection.retention_ratio,
-        scope=None if selection.scope == "auto" else selection.scope,
-        thresholds=selection.thresholds,
-        normaliser=None if selection.normaliser == "auto" else selection.normaliser,
-        tie_break=selection.tie_break,
-        loss_scale=selection.loss_scale,
-        seed=config.run.seed,
-        minimum_per_rollout=selection.minimum_per_rollout,
-        compare=selection.compare,
-    )
+    try:
+        selector = Selector(
+            rule=selection.rule,
+            retention_ratio=selection.retention_ratio,
+            scope=None if selection.scope == "auto" else selection.scope,
+            thresholds=selection.thresholds,
+            normaliser=None if selection.normaliser == "auto" else selection.normaliser,
+            tie_break=selection.tie_break,
+            loss_scale=selection.loss_scale,
+            seed=config.run.seed,
+            minimum_per_rollout=selection.minimum_per_rollout,
+            compare=selection.compare,
+        )
+    except ConfigError as error:  # names the setting, and knows no sections
+        raise ConfigError(f"selection.{error}") from error
     longest = config.rollout.max_response_tokens
     if selector.resolved_scope == "rollout" and not rollout_budget(
         selection.retention_ratio, longest, selection.minimum_per_rollout

@@ -85,7 +85,7 @@ def pids_of(folder, num_workers):
         (["training.step=3"], "training.step (on the command line): unknown key; did you mean training.steps?"),
         (["training.steps=few"], 'training.steps (on the command line): expected integer >= 1, got "few" (text)'),
         (["--nproc=3", "model.tensor_parallel_size=2"], "student: expected a world size that is a multiple of tp 2"),
-        (["model.pipeline_parallel_size=4"], "student: expected pipeline_parallel_size to divide its 6 layers, got 4"),
+        (["model.pipeline_parallel_size=4"], "model.pipeline_parallel_size: expected a divisor of its 6 layers, got 4"),
     ],
     ids=["key", "type", "world", "layers"],
 )

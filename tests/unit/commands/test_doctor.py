@@ -84,7 +84,7 @@ def test_online_tracking_needs_a_login(models: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_configuration_that_cannot_run_is_told_with_its_reason(models: Path):
     (text,) = missing(models, teacher={"tensor_parallel_size": 5})
-    assert "expected tensor_parallel_size to divide its 12 attention heads" in text
+    assert "tensor_parallel_size: expected a divisor of its 12 attention heads" in text
 
 
 def test_a_taken_port_is_told(models: Path, monkeypatch: pytest.MonkeyPatch):
@@ -103,4 +103,4 @@ def test_exit_code_is_one_where_something_is_missing(tmp_path: Path):
     )
     ended = RUNNER.invoke(app, ["doctor", str(config)])
     assert ended.exit_code == 1
-    assert "MISSING  the configuration cannot run: a/config.json: no such file" in ended.stdout
+    assert "MISSING  the configuration cannot run: model.path: a/config.json: no such file" in ended.stdout

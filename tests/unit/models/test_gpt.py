@@ -26,9 +26,9 @@ def test_layouts_that_fit(tp_size: int, pp_size: int) -> None:
 @pytest.mark.parametrize(
     "tp_size,pp_size,message",
     [
-        (2, 1, "teacher: expected tensor_parallel_size to divide its 9 attention heads, got 2; choose among 1, 3, 9"),
-        (9, 1, "teacher: expected tensor_parallel_size to divide its 3 key/value heads, got 9; choose among 1, 3"),
-        (1, 4, "teacher: expected pipeline_parallel_size to divide its 30 layers, got 4; choose among 1, 2, 3, 5"),
+        (2, 1, "teacher.tensor_parallel_size: expected a divisor of its 9 attention heads, got 2; choose among 1, 3"),
+        (9, 1, "teacher.tensor_parallel_size: expected a divisor of its 3 key/value heads, got 9; choose among 1, 3"),
+        (1, 4, "teacher.pipeline_parallel_size: expected a divisor of its 30 layers, got 4; choose among 1, 2, 3, 5"),
     ],
 )
 def test_layouts_that_do_not(tp_size: int, pp_size: int, message: str) -> None:

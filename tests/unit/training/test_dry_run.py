@@ -46,8 +46,8 @@ def test_quickstart_runs_on_three_workers():
 @pytest.mark.parametrize(
     "overrides,expected_text",
     [
-        (["model.tensor_parallel_size=16"], "student: expected tensor_parallel_size to divide its 8 key/value heads"),
-        (["teacher.pipeline_parallel_size=5"], "teacher: expected pipeline_parallel_size to divide its 36 layers"),
+        (["model.tensor_parallel_size=16"], "model.tensor_parallel_size: expected a divisor of its 8 key/value heads"),
+        (["teacher.pipeline_parallel_size=5"], "teacher.pipeline_parallel_size: expected a divisor of its 36 layers"),
         (["rollout.max_response_tokens=40000"], "expected at most the student's max_position_embeddings 40960"),
         (["teacher.path=models/Llama-3.1-8B-Instruct"], "expected the student's tokenizer (qwen3), got that of llama3"),
         (["teacher.path=models/Qwen2.5-14B"], 'got that of qwen2.5; set teacher.special_tokens = "may_differ"'),
