@@ -20,8 +20,8 @@ def read_prompt_file(path: Path, field: str) -> list[tuple[str, RawPrompt]]:
     """`(where, prompt)` of every line or row of a .jsonl or .parquet file, in its order; `where` is for messages.
 
     Raises:
-        InputError: no such file, another suffix, no prompt, a line that is empty or not a JSON object, a broken Parquet file,
-            a missing field or column, a value that is neither text nor chat messages.
+        InputError: no such file, another suffix, no prompt in it, a line that is empty or not a JSON object, a broken
+            Parquet file, a missing field or column, a value that is neither text nor chat messages.
     """
     found = [(where, _checked(where, field, value)) for where, value in _read(path, field)]
     if not found:
