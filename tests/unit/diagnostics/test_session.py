@@ -14,6 +14,7 @@ def test_of_another_architecture_only_what_differs_is_told(tmp_path):
     assert resolve_checkpoint(models / "student", plan) == models / "student"
     with pytest.raises(ConfigError) as refused:
         resolve_checkpoint(models / "teacher", plan)
+    assert plan.teacher is not None
     own, other = plan.student.architecture, plan.teacher.architecture
     assert f"(hidden_size: expected {own.hidden_size}, got {other.hidden_size}; " in str(refused.value)
     assert "tied_embeddings: expected True, got False); set model.path" in str(refused.value)
