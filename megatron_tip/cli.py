@@ -21,6 +21,7 @@ from megatron_tip.observability.run_folder import RunFolder
 from megatron_tip.parallel.environment import is_restarted, is_worker
 from megatron_tip.parallel.launch import run_worker, start_workers
 from megatron_tip.parallel.lean_imports import lean_imports
+from megatron_tip.training.checkpoints.files import CheckpointFiles
 from megatron_tip.training.checkpoints.same_run import check_same_run
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -104,13 +105,14 @@ def train(
         if dry_run:
             typer.echo(dump_config(config), nl=False)
             return
-        RunFolder.create(config.run.folder)
+        files = CheckpointFiles(RunFolder.create(config.run.folder).checkpoints)
         command = [sys.executable, "-m", "megatron_tip.cli", "train", str(config_path), *(overrides or [])]
         outcome = start_workers(
             command + ["--fresh"] * fresh,
             num_workers,
             threads=config.run.threads,
             grace_seconds=config.fault.grace_seconds,
+            is_saved=lambda: bool(files.steps()),
         )
     if outcome.exit_code:
         screen = Console(stderr=True)

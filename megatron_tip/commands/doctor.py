@@ -159,9 +159,19 @@ def _slurm(config: Config | None) -> Iterator[Finding]:
         command = ["sinfo", "--noheader", "--format=%P %a %D nodes %t"]
         shown = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError) as error:
-        yield Finding("note", f"SLURM is installed and does not answer: {error}", "scontrol ping; see slurmctld's log")
+        why = _reason_of(error)
+        yield Finding("note", f"SLURM is installed and does not answer: {why}", "scontrol ping; see slurmctld's log")
         return
     yield Finding("ok", "SLURM: " + "; ".join(shown.split("\n")[:6]).strip("; "))
+
+
+def _reason_of(error: OSError | subprocess.SubprocessError) -> str:
+    """Why sinfo failed: in its own last words, where it had any."""
+    if isinstance(error, subprocess.TimeoutExpired):
+        return f"sinfo said nothing in {error.timeout:.0f} s"
+    if isinstance(error, subprocess.CalledProcessError):
+        return (error.stderr.strip().splitlines() or [f"sinfo ended with exit code {error.returncode}"])[-1]
+    return str(error)
 
 
 def _machine(config: Config | None) -> Iterator[Finding]:

@@ -61,6 +61,11 @@ class ModelArchitecture:
     qkv_bias: bool
     qk_norm: bool
 
+    def differences(self, got: ModelArchitecture) -> list[str]:
+        """What is not the same in `got`, as "num_layers: expected 24, got 29"; none where all is."""
+        pairs = [(name, getattr(self, name), getattr(got, name)) for name in self.__dataclass_fields__]
+        return [f"{name}: expected {own!r}, got {other!r}" for name, own, other in pairs if own != other]
+
     @classmethod
     def from_config(cls, config: dict[str, Any], where: str) -> ModelArchitecture:
         """The architecture of a config.json's content; `where` names it in errors.

@@ -115,6 +115,12 @@ def read_scores(path: Path, bank: ContextBank) -> Scores:
     Raises:
         InputError: no such file, a truncated or incomplete one, or one that was made on another bank.
     """
+    if not path.exists():
+        there = ", ".join(sorted(other.stem for other in path.parent.glob("*.parquet"))) or "none"
+        raise InputError(
+            f"{path}: expected the name of scores in the bank, got {path.stem!r}; there: {there}; `megatron-tip "
+            "diagnose score` makes others"
+        )
     table, about = read_table(path, format_name=FORMAT, columns=_PLACE, keys=_ABOUT)
     if about["bank"] != bank.sha256:
         raise InputError(

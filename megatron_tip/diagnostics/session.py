@@ -113,10 +113,10 @@ def resolve_checkpoint(path: Path, plan: RunPlan) -> Path:
             check_index(found / SHARDS_NAME / ".metadata")
             return found
         if (description := _description(found)) is not None:
-            if description.architecture != plan.student.architecture:
+            if differences := plan.student.architecture.differences(description.architecture):
                 raise ConfigError(
-                    f"{found}: expected the student's architecture ({plan.student.architecture}), got "
-                    f"{description.architecture}; set model.path and model.drop_layers to this student's"
+                    f"{found}: expected the student's architecture, got another one ({'; '.join(differences)}); set "
+                    "model.path and model.drop_layers to this student's"
                 )
             return found
     raise ConfigError(

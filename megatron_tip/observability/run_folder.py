@@ -152,19 +152,22 @@ def finite_json(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def atomic_write_text(path: Path, text: str) -> None:
+def atomic_write_text(path: Path, text: str, *, setting: str = "run.folder") -> None:
     """Writes UTF-8 `text` to `path`; see `atomic_write_bytes`."""
-    atomic_write_bytes(path, text.encode())
+    atomic_write_bytes(path, text.encode(), setting=setting)
 
 
-def atomic_write_bytes(path: Path, content: bytes) -> None:
+def atomic_write_bytes(path: Path, content: bytes, *, setting: str = "run.folder") -> None:
     """Writes `content` beside `path`, syncs it and renames it: whoever reads `path` finds the old or the new whole.
+
+    Args:
+        setting: what the user gave `path` by; errors name it.
 
     Raises:
         OutputError: the disk is full, or the folder cannot be written to; `path` is as it was.
     """
     beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with output_errors(path):
+    with output_errors(path, setting=setting):
         try:
             with beside.open("wb") as file:
                 file.write(content)
@@ -176,9 +179,9 @@ def atomic_write_bytes(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def output_errors(path: Path) -> Iterator[None]:
-    """Turns an OSError from writing to `path` into an OutputError that says what to do."""
+def output_errors(path: Path, *, setting: str = "run.folder") -> Iterator[None]:
+    """Turns an OSError from writing to `path` into an OutputError that says what to do: give another `setting`."""
     try:
         yield
     except OSError as error:
-        raise OutputError(f"{path}: cannot write: {error.strerror}; free space, or give another run.folder") from error
+        raise OutputError(f"{path}: cannot write: {error.strerror}; free space, or give another {setting}") from error

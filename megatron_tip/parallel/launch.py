@@ -27,6 +27,7 @@ _ON_RECORD = "_is_on_record"
 _SECONDS_TO_END = 10
 _HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
 _CONTINUES = "the run is saved, the same command continues it"
+_BEGINS_ANEW = "no step is done yet, the same command begins it anew"
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,12 @@ class Outcome:
 
 
 def start_workers(
-    command: Sequence[str], num_workers: int, *, threads: int = 0, grace_seconds: float = _SECONDS_TO_END
+    command: Sequence[str],
+    num_workers: int,
+    *,
+    threads: int = 0,
+    grace_seconds: float = _SECONDS_TO_END,
+    is_saved: Callable[[], bool] = lambda: True,
 ) -> Outcome:
     """Runs `command` in `num_workers` processes on this machine and returns when all have ended.
 
@@ -49,6 +55,7 @@ def start_workers(
     Args:
         threads: CPU threads of all workers together; 0: as many as this process may use.
         grace_seconds: until workers that were told to end are killed.
+        is_saved: asked once workers have stopped as told: whether there is anything that the same command continues.
 
     Raises:
         ConfigError: MASTER_PORT is set and not free.
@@ -79,11 +86,12 @@ def start_workers(
             exit_codes = _end(context, grace_seconds) if context is not None else []
             message = f"ended by {interruption.sigval.name}; all workers are ended"
             if STOPPED_EXIT_CODE in exit_codes:
-                message += f"; {_CONTINUES}"
+                message += f"; {_CONTINUES if is_saved() else _BEGINS_ANEW}"
             return Outcome(128 + interruption.sigval, message)
         assert result is not None, "a wait without a timeout returns a result"
         del store
-        return _outcome_of({rank: failure.exitcode for rank, failure in result.failures.items()}, context.error_files)
+        exit_codes = {rank: failure.exitcode for rank, failure in result.failures.items()}
+        return _outcome_of(exit_codes, context.error_files, is_saved)
 
 
 def run_worker(work: Callable[[], None], *, threads: int = 0) -> None:
@@ -221,12 +229,13 @@ def _end(context, grace_seconds: float) -> list[int | None]:
     return [process.poll() for process in processes]
 
 
-def _outcome_of(exit_codes: Mapping[int, int], error_files: Mapping[int, str]) -> Outcome:
+def _outcome_of(exit_codes: Mapping[int, int], error_files: Mapping[int, str], is_saved: Callable[[], bool]) -> Outcome:
     """Of workers that nobody told the launcher to end. `exit_codes`: of those that failed."""
     if not exit_codes:
         return Outcome(0)
     if STOPPED_EXIT_CODE in exit_codes.values():
-        return Outcome(STOPPED_EXIT_CODE, f"the workers were told to stop; {_CONTINUES}")
+        what_is_left = _CONTINUES if is_saved() else _BEGINS_ANEW
+        return Outcome(STOPPED_EXIT_CODE, f"the workers were told to stop; {what_is_left}")
     return Outcome(1, _first_failure(exit_codes, error_files))
 
 

@@ -193,6 +193,33 @@ def test_signal_leaves_no_process(config_path, environ, stand_in, tmp_path, numb
     assert not any(is_alive(pid) for pid in pids)
 
 
+STOPS = """
+from megatron_tip.parallel.stop import StopRequested, StopSignals
+with StopSignals() as stop:
+    (Path({folder!r}) / (name + "_hears")).write_text("")
+    while not stop.received:
+        time.sleep(0.01)
+    raise StopRequested(stop.received)
+"""
+
+
+@pytest.mark.parametrize("has_checkpoint", [False, True], ids=["before_the_first_step", "behind_step_2"])
+def test_a_run_is_called_saved_when_it_has_a_checkpoint(config_path, environ, stand_in, tmp_path, has_checkpoint):
+    stand_in(STOPS.format(folder=str(tmp_path)))
+    command = subprocess.Popen(
+        [*COMMAND, "train", config_path, "--nproc", "1"], env=environ, stderr=subprocess.PIPE, text=True
+    )
+    wait_until(lambda: (tmp_path / "rank_0_hears").exists())
+    if has_checkpoint:
+        CheckpointFiles(tmp_path / "run" / "checkpoints").step_folder(2).mkdir(parents=True)
+    command.send_signal(signal.SIGINT)
+    _, stderr = command.communicate()
+    told = "the run is saved, the same command continues it"
+    if not has_checkpoint:
+        told = "no step is done yet, the same command begins it anew"
+    assert stderr == f"error: ended by SIGINT; all workers are ended; {told}\n"
+
+
 ALL_REDUCE = """
 import torch, torch.distributed as dist
 from megatron_tip.parallel.distributed import destroy_distributed, init_distributed

@@ -56,9 +56,9 @@ def write_report_page(paths: Sequence[Path], target: Path, *, max_bytes: int = M
             f"report: expected a page of at most {max_bytes / 1e6:.1f} MB, got {smallest / 1e6:.1f} MB without any "
             "view; allow more (--max-megabytes) or give fewer runs"
         )
-    with output_errors(target):
+    with output_errors(target, setting="--output"):
         target.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write_text(target, page)
+    atomic_write_text(target, page, setting="--output")
     return smallest
 
 

@@ -41,9 +41,13 @@ def test_slurm_is_told_with_its_partitions():
 
 
 def test_a_slurm_that_does_not_answer_is_a_note(slurm: Path):
-    write_program(slurm / "sinfo", "echo 'no controller' >&2; exit 1")
-    (finding,) = [finding for finding in examine(None, world_size=None) if "does not answer" in finding.text]
-    assert finding.state == "note"
+    for script, why in {
+        "echo 'sinfo: error: no controller' >&2; exit 1": "sinfo: error: no controller",
+        "exit 3": "sinfo ended with exit code 3",
+    }.items():
+        write_program(slurm / "sinfo", script)
+        (finding,) = [finding for finding in doctor._slurm(None) if "does not answer" in finding.text]
+        assert (finding.state, finding.text) == ("note", f"SLURM is installed and does not answer: {why}")
 
 
 def missing(models: Path, world_size: int | None = None, **sections: Any) -> list[str]:

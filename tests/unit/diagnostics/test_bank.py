@@ -88,6 +88,16 @@ def test_scores_come_back_and_belong_to_their_bank(tmp_path):
         read_scores(bank.scores_path("start"), bank)
 
 
+def test_scores_that_are_not_there_are_answered_with_those_that_are(tmp_path):
+    bank = make_bank(tmp_path / "bank")
+    with pytest.raises(InputError, match="got 'ende'; there: none;"):
+        read_scores(bank.scores_path("ende"), bank)
+    for name in ("start", "end"):
+        write_scores(bank.scores_path(name), make_scores(bank))
+    with pytest.raises(InputError, match="expected the name of scores in the bank, got 'ende'; there: end, start;"):
+        read_scores(bank.scores_path("ende"), bank)
+
+
 @pytest.mark.parametrize("key", ["sha256", "tokenizer", "vocab_size", "source", "num_tokens"])
 def test_a_manifest_without_a_key_is_refused_by_name(tmp_path, key):
     make_bank(tmp_path / "bank")

@@ -83,6 +83,18 @@ def test_figures_are_drawn_and_gaps_are_named(page):
     expect(page.locator("#any-figure .gap")).to_contain_text(NAME)
 
 
+def test_toolbars_are_seen_on_hover_alone_and_never_cover_data(page):
+    drawings = page.locator(".drawing.js-plotly-plot")
+    assert drawings.count() > 10
+    page.mouse.move(0, 0)
+    for drawing in drawings.all():
+        expect(drawing.locator(".modebar-group").first).to_have_css("opacity", "0")
+        bar, data = (drawing.locator(part).first.bounding_box() for part in (".modebar", ".nsewdrag"))
+        assert bar["y"] + bar["height"] <= data["y"]
+    drawings.first.hover()
+    expect(drawings.first.locator(".modebar-group").first).to_have_css("opacity", "1")
+
+
 def test_timeline_is_drawn_and_its_gap_is_named(page):
     (figure,) = page.locator("#timeline-figures figure").all()
     expect(figure.locator("figcaption")).to_contain_text("whole")

@@ -17,7 +17,7 @@ from megatron_tip.diagnostics.report_page.run_data import differing_keys, read_r
 from megatron_tip.diagnostics.report_page.timeline import read_timeline
 from megatron_tip.diagnostics.report_page.tokens import LADDER, Blocks, Detail, RunPacker, quadrants
 from megatron_tip.diagnostics.report_page.visible_text import visible
-from megatron_tip.errors import InputError
+from megatron_tip.errors import InputError, OutputError
 from megatron_tip.observability.token_table import (
     SCHEMA,
     STATISTICS,
@@ -236,6 +236,15 @@ def test_an_estimate_from_a_sample_is_near(tmp_path):
     for detail in LADDER:
         packer.pack(blocks := Blocks(), detail)
         assert packer.estimate(detail) == pytest.approx(blocks.num_characters, rel=0.05)
+
+
+def test_a_page_that_cannot_be_written_asks_for_another_output(tmp_path):
+    write_run(tmp_path / "run", steps=1)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    for target in (tmp_path / "file" / "x.html", tmp_path / "folder"):
+        with pytest.raises(OutputError, match=r"cannot write: .*; free space, or give another --output$"):
+            write_report_page([tmp_path / "run"], target)
 
 
 def test_what_cannot_be_read_is_named_or_refused(tmp_path):

@@ -42,7 +42,7 @@ function frame(parent, title, unit) {
 function drawOrSay(place, traces, layout, nothing) {
   if (traces.length) {
     place.drawing.classList.remove("empty");
-    const height = traces.length > 4 && layout.barmode === undefined ? 330 : 280; // room for the legend
+    const height = traces.length > 4 && layout.barmode === undefined ? 350 : 300; // room for the legend
     return Plotly.react(place.drawing, traces, baseLayout({ height, ...layout }), PLOT_OPTIONS);
   }
   Plotly.purge(place.drawing);

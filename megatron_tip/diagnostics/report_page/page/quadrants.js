@@ -72,7 +72,7 @@ function planeLayout(view, ranges) {
   }
   return {
     hovermode: "closest",
-    height: 340,
+    height: 360,
     shapes,
     annotations,
     xaxis: { title: { text: "student's entropy H(p), nats", standoff: 4 }, range: ranges.x },

@@ -32,8 +32,8 @@ function baseLayout(more = {}) {
     paper_bgcolor: "rgba(0,0,0,0)",
     plot_bgcolor: "rgba(0,0,0,0)",
     font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: colour("text") },
-    margin: { l: 48, r: 12, t: 8, b: 36 },
-    height: 280,
+    margin: { l: 48, r: 12, t: 30, b: 36 }, // above the data: the toolbar, 28 pixels
+    height: 300,
     hovermode: "x unified",
     hoverlabel: { bgcolor: colour("surface"), bordercolor: colour("line"), font: { color: colour("text") } },
     legend: { orientation: "h", x: 0, y: -0.26, yanchor: "top", font: { size: 11 } },
@@ -46,4 +46,4 @@ function baseLayout(more = {}) {
   };
 }
 
-const PLOT_OPTIONS = { displaylogo: false, responsive: true, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
+const PLOT_OPTIONS = { displayModeBar: "hover", displaylogo: false, responsive: true, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };

@@ -34,7 +34,7 @@ function timelineFigures(runs) {
         barmode: "overlay",
         bargap: 0.35,
         hovermode: "closest",
-        height: Math.max(280, 120 + 32 * steps.length),
+        height: Math.max(300, 140 + 32 * steps.length),
         xaxis: { title: { text: "seconds", standoff: 4 }, rangemode: "tozero" },
         yaxis: { type: "category", categoryorder: "array", categoryarray: steps, autorange: "reversed", showgrid: false },
       };
