@@ -192,10 +192,9 @@ tip_finish() {
     tip_log "stopped with a checkpoint; submit the same command again to go on"
   elif ((${SLURM_RESTART_COUNT:-0} >= TIP_MAX_RESTARTS)); then
     tip_log "not requeued: restarted $SLURM_RESTART_COUNT times already (TIP_MAX_RESTARTS)"
-  elif scontrol requeue "$job"; then
-    tip_log "requeued: the run goes on from its last checkpoint"
   else
-    tip_log "not requeued (see above); submit the same command again to go on"
+    tip_log "requeued: the run goes on from its last checkpoint" # SLURM may end this script within the next line
+    scontrol requeue "$job" || tip_log "but it was not (see above); submit the same command again to go on"
   fi
   exit "$code"
 }

@@ -104,16 +104,13 @@ class FakeSGLang:
             number, self._number = self._number, self._number + 1
             self._at_once += 1
             self.most_at_once = max(self.most_at_once, self._at_once)
-        try:
-            time.sleep(self.seconds_per_request)
-            chunks = self.chunks(body, number)
-            if body.get("stream"):
-                send_stream(handler, self.misbehave(number, body, chunks))
-            else:
-                send_json(handler, self.whole(body))
-        finally:
-            with self._lock:
-                self._at_once -= 1
+        time.sleep(self.seconds_per_request)
+        with self._lock:
+            self._at_once -= 1  # before the answer: who has it may ask again before this thread goes on
+        if body.get("stream"):
+            send_stream(handler, self.misbehave(number, body, self.chunks(body, number)))
+        else:
+            send_json(handler, self.whole(body))
 
     def chunks(self, body: dict[str, Any], number: int) -> list[Any]:
         """Two chunks: the ids 3, 4, ... of the asked number, in two halves."""

@@ -101,10 +101,13 @@ def test_a_run_goes_on_by_itself_after_a_requeue_and_after_a_time_limit(cluster:
     cluster.run("scontrol", "update", nodes, "State=DRAIN", "Reason=test")
     hours, minutes, _ = map(int, job.fact("RunTime").split(":"))
     cluster.run("scontrol", "update", f"JobId={job.name}", f"TimeLimit={60 * hours + minutes + 2}")
-    job.wait_for_log("requeued: the run goes on from its last checkpoint", timeout_seconds=150)
-    job.wait_for("PENDING")
-    cluster.run("scontrol", "update", f"JobId={job.name}", "TimeLimit=20")
-    cluster.run("scontrol", "update", nodes, "State=RESUME")
+    try:
+        job.wait_for_log("requeued: the run goes on from its last checkpoint", timeout_seconds=150)
+        wait_until(lambda: job.fact("Restarts") == "2")
+        job.wait_for("PENDING")
+        cluster.run("scontrol", "update", f"JobId={job.name}", "TimeLimit=20")
+    finally:  # also for the tests that come next
+        cluster.run("scontrol", "update", nodes, "State=RESUME")
     saved = CheckpointFiles(folder / "checkpoints").steps()[-1]
     assert saved - metrics_of(folder)[-1]["step"] in (0, 1), "nothing was lost"
     assert "SIGUSR1: the workers write a checkpoint and end" in job.log()
