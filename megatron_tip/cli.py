@@ -299,14 +299,9 @@ def _train(config: Config, *, fresh: bool) -> None:
     with lean_imports():
         from megatron_tip.training.loop import train as train_loop  # imports torch and Megatron: in the workers alone
 
-    if not config.diagnostics.every_steps:
-        train_loop(config, fresh=fresh)
-        return
-    from megatron_tip.diagnostics.gauge import make_gauge
-    from megatron_tip.diagnostics.session import open_bank
-    from megatron_tip.training.plan import plan_run
-
-    open_bank(config, plan_run(config, int(os.environ["WORLD_SIZE"])))  # refused before the first collective
+    make_gauge = None
+    if config.diagnostics.every_steps:
+        from megatron_tip.diagnostics.gauge import make_gauge
     train_loop(config, fresh=fresh, make_gauge=make_gauge)
 
 

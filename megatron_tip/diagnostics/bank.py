@@ -97,7 +97,7 @@ def write_bank(folder: Path, contexts: Sequence[Rollout], manifest: dict[str, An
         raise InputError(f"{folder}: expected responses with at least one token, got none; a bank needs contexts")
     table = pa.Table.from_pylist([asdict(context) for context in contexts], schema=_SCHEMA)
     with new_folder(folder) as partial:
-        sha256 = write_table(partial / _CONTEXTS, table, {"format": FORMAT})
+        sha256 = write_table(partial / _CONTEXTS, table, {"format": FORMAT}, setting="diagnostics.bank")
         manifest = {"format": FORMAT, **manifest, "sha256": sha256}
         manifest |= {"num_contexts": len(contexts), "num_tokens": sum(context.num_generated for context in contexts)}
         write_json(partial / _MANIFEST, manifest)

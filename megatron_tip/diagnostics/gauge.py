@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import torch.distributed as dist
 
+from megatron_tip.config import Config
 from megatron_tip.diagnostics.bank import ContextBank, warn_of_strangers
 from megatron_tip.diagnostics.fingerprint import model_fingerprint
 from megatron_tip.diagnostics.parquet import read_table, write_table
@@ -58,7 +59,8 @@ class BankGauge:
         if step == 0:
             self._before = values
             if dist.get_rank() == 0:
-                write_table(self._path, pa.table({"forward_kl": values}), {"format": FORMAT, **self._about})
+                table, about = pa.table({"forward_kl": values}), {"format": FORMAT, **self._about}
+                write_table(self._path, table, about, setting="run.folder")
         metrics = {"diagnostics/forward_kl": float(values.mean())}
         if self._before is not None:
             gain, before = float((self._before - values).mean()), float(self._before.mean())
@@ -93,10 +95,20 @@ def _read_start(path: Path, about: Mapping[str, Any]) -> list[float]:
     return table.column("forward_kl").to_pylist()
 
 
-def make_gauge(run: TrainingRun, plan: RunPlan) -> BankGauge:
-    """The gauge that the run's configuration asks for. Collective over the world."""
-    start = RunFolder(run.config.run.folder).diagnostics / "start.parquet"
-    teacher = model_fingerprint(run.config.teacher.path, plan.teacher)
-    bank = open_bank(run.config, plan)
-    warn_of_strangers(bank, student=model_fingerprint(run.config.model.path, plan.student), teacher=teacher)
-    return BankGauge(run, bank, start, teacher=teacher)
+def make_gauge(config: Config, plan: RunPlan) -> Callable[[TrainingRun], BankGauge]:
+    """Opens the bank that the configuration names; what it returns builds the gauge, collective over the world.
+
+    Raises:
+        ConfigError, InputError: as of `open_bank`; before any collective.
+    """
+    bank, start = open_bank(config, plan), RunFolder(config.run.folder).diagnostics / "start.parquet"
+    student, teacher = (
+        model_fingerprint(path, model)
+        for path, model in ((config.model.path, plan.student), (config.teacher.path, plan.teacher))
+    )
+
+    def build(run: TrainingRun) -> BankGauge:
+        warn_of_strangers(bank, student=student, teacher=teacher)
+        return BankGauge(run, bank, start, teacher=teacher)
+
+    return build

@@ -159,10 +159,11 @@ def check_arms(config: Config, subject: Subject, file: ArmsFile) -> None:
         make_selector(config_of(config, arm))
     settings = comparable_settings(config, subject)
     file.check(settings)
+    digest = settings_digest(settings)
     for seed in range(1, config.diagnostics.seeds + 1):
         split_of(config, subject.bank, seed)
         path = subject.bank.scores_path(f"full_seed{seed}")
-        if path.exists() and about_in(path).get("settings", settings_digest(settings)) != settings_digest(settings):
+        if path.exists() and about_in(path).get("settings", digest) != digest:
             raise InputError(
                 f"{path}: expected no scores of an intervention with other settings than this one's, got some; copy "
                 "the bank for this one (diagnostics.bank), or remove them"

@@ -16,7 +16,7 @@ from megatron_tip.observability.run_folder import atomic_write_bytes, output_err
 _KEY = b"megatron_tip"
 
 
-def write_table(path: Path, table: pa.Table, about: Mapping[str, Any]) -> str:
+def write_table(path: Path, table: pa.Table, about: Mapping[str, Any], *, setting: str) -> str:
     """Writes `table` with its description `about`; returns the SHA-256 of the file. Makes the folder.
 
     Raises:
@@ -25,9 +25,9 @@ def write_table(path: Path, table: pa.Table, about: Mapping[str, Any]) -> str:
     buffer = io.BytesIO()
     described = table.replace_schema_metadata({_KEY: json.dumps(about).encode()})
     parquet.write_table(described, buffer, compression="zstd", write_page_checksum=True)
-    with output_errors(path):
+    with output_errors(path, setting=setting):
         path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write_bytes(path, buffer.getvalue())
+    atomic_write_bytes(path, buffer.getvalue(), setting=setting)
     return hashlib.sha256(buffer.getvalue()).hexdigest()
 
 
@@ -59,12 +59,7 @@ def read_table(
             f"{path}: expected a whole Parquet file, got a truncated or damaged one ({str(error).splitlines()[0]}); "
             "make it again"
         ) from error
-    about = _description(path, table)
-    if about.get("format") != format_name:
-        raise InputError(
-            f"{path}: expected a table of the format {format_name!r}, got {about.get('format')!r}; make it with this "
-            "version"
-        )
+    about = _description(path, table.schema, format_name)
     lacking = [f"column {name}" for name in columns if name not in table.column_names]
     lacking += [f"metadata {key}" for key in keys if key not in about]
     if lacking:
@@ -74,8 +69,19 @@ def read_table(
     return table, about
 
 
-def _description(path: Path, table: pa.Table) -> dict[str, Any]:
-    content = (table.schema.metadata or {}).get(_KEY, b"{}")
+def read_about(path: Path, *, format_name: str) -> dict[str, Any]:
+    """The description alone, from the end of the file; errors of `read_table`."""
+    try:
+        schema = parquet.read_schema(path)
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(
+            f"{path}: expected a whole Parquet file, cannot read it ({str(error).splitlines()[0]}); make it again"
+        ) from error
+    return _description(path, schema, format_name)
+
+
+def _description(path: Path, schema: pa.Schema, format_name: str) -> dict[str, Any]:
+    content = (schema.metadata or {}).get(_KEY, b"{}")
     try:
         about = json.loads(content)
     except ValueError:
@@ -84,5 +90,10 @@ def _description(path: Path, table: pa.Table) -> dict[str, Any]:
         raise InputError(
             f"{path}: expected a JSON object in the file's metadata {_KEY.decode()!r}, got {content[:60]!r}; make it "
             "again"
+        )
+    if about.get("format") != format_name:
+        raise InputError(
+            f"{path}: expected a table of the format {format_name!r}, got {about.get('format')!r}; make it with this "
+            "version"
         )
     return about

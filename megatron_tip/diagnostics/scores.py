@@ -12,7 +12,7 @@ import pyarrow as pa
 import torch
 
 from megatron_tip.diagnostics.bank import ContextBank
-from megatron_tip.diagnostics.parquet import read_table, write_table
+from megatron_tip.diagnostics.parquet import read_about, read_table, write_table
 from megatron_tip.errors import InputError
 from megatron_tip.records import TokenIndex, TokenStatistics
 
@@ -101,12 +101,12 @@ def write_scores(path: Path, scores: Scores) -> None:
     table = pa.table(
         {"context": scores.context, "prompt": scores.prompt, "position": scores.position, **scores.columns}
     )
-    write_table(path, table, {**scores.about, "format": FORMAT})
+    write_table(path, table, {**scores.about, "format": FORMAT}, setting="diagnostics.bank")
 
 
 def about_in(path: Path) -> dict[str, Any]:
-    """What the scores in `path` say about themselves; errors of `read_scores`, but for the bank."""
-    return read_table(path, format_name=FORMAT, columns=_PLACE, keys=_ABOUT)[1]
+    """What the scores in `path` say about themselves; reads no column. Raises InputError for a file of another kind."""
+    return read_about(path, format_name=FORMAT)
 
 
 def read_scores(path: Path, bank: ContextBank) -> Scores:

@@ -44,8 +44,9 @@ from megatron_tip.training.weight_sync import update_engine
 
 logger = logging.getLogger(__name__)
 
-MakeGauge = Callable[[TrainingRun, RunPlan], Gauge]
-"""Builds what else is measured, at the student's start."""
+MakeGauge = Callable[[Config, RunPlan], Callable[[TrainingRun], Gauge]]
+"""Checks from files alone what else is measured, before the first collective; what it returns builds it, at the
+student's start."""
 
 AGREEMENT = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
 """By the coarser dtype of both models, the reverse KL in nats below which a student has nothing to learn: most likely
@@ -71,13 +72,14 @@ def train(config: Config, *, fresh: bool = False, make_gauge: MakeGauge | None =
     files = CheckpointFiles(folder.checkpoints)
     if not fresh:
         check_same_run(config)
+    build_gauge = make_gauge(config, plan) if make_gauge else None
     worker = init_distributed(timeout_seconds=collective_timeout_seconds(config.fault))
     if rank == 0 and fresh:
         folder.clear()
     display = ProgressDisplay(config.training.steps, enabled=rank == 0)
     observers = RunObservers(config, plan, folder, worker)
     timer = PhaseTimer(worker.device, on_enter=display.show_phase, on_exit=observers.on_phase)
-    run, progress, recorded = run_to_continue(config, plan, worker, timer, folder, files, make_gauge)
+    run, progress, recorded = run_to_continue(config, plan, worker, timer, folder, files, build_gauge)
     if rank == 0:
         folder.write_config(config)
     watchdog = HangWatchdog(
@@ -99,11 +101,11 @@ def run_to_continue(
     timer: PhaseTimer,
     folder: RunFolder,
     files: CheckpointFiles,
-    make_gauge: MakeGauge | None,
+    build_gauge: Callable[[TrainingRun], Gauge] | None,
 ) -> tuple[TrainingRun, RunProgress, RecorderState | None]:
     """The run with where it stood in its newest whole checkpoint; without one, a new run in a folder that is cleared.
 
-    The gauge is made at the student's start. Collective over the world. Errors as of `newest_whole`, `build_run` and
+    The gauge is built at the student's start. Collective over the world. Errors as of `newest_whole`, `build_run` and
     `restore`.
     """
     step = newest_whole(files, worker.device)
@@ -112,8 +114,8 @@ def run_to_continue(
     dist.barrier()
     start = time.monotonic()
     run = build_run(config, plan, worker, timer, num_threads=config.run.threads or available_threads())
-    if make_gauge:
-        run = replace(run, gauge=make_gauge(run, plan))
+    if build_gauge:
+        run = replace(run, gauge=build_gauge(run))
     age = time.time() - psutil.Process().create_time()
     logger.info("models and engine are there after %.1f s, %.1f s into this process", time.monotonic() - start, age)
     if step is None:

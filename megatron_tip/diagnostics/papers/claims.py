@@ -12,7 +12,6 @@ from megatron_tip.diagnostics.arms import ArmResult
 from megatron_tip.diagnostics.papers.arm_tables import pooled_gain
 from megatron_tip.diagnostics.papers.evidence import Evidence
 from megatron_tip.diagnostics.statistics.bootstrap import Interval
-from megatron_tip.diagnostics.statistics.comparisons import support_gap
 from megatron_tip.diagnostics.statistics.seeds import seed_interval
 from megatron_tip.diagnostics.statistics.tokens import selected_rows
 
@@ -97,12 +96,11 @@ def claims(evidence: Evidence) -> pd.DataFrame:
 
 def token_claims(evidence: Evidence) -> Iterator[Claim]:
     """Those about the gain of tokens under a common update."""
-    _, resamples = evidence.untrained
     for size in evidence.support_sizes:
         text = f"D^L predicts the gain better than D^I, K = {size}"
         yield Claim(text, "TA-OPD table 9", evidence.decomposition(size).gap)
     for size in evidence.support_sizes:
-        gap = support_gap(evidence.table(size), "compatibility", resamples)
+        gap = evidence.support_gap(size, "compatibility")
         text = f"within Q3, tokens with high C gain more than those with low C, K = {size}"
         yield Claim(text, "TA-OPD tables 1, 6", gap.bootstrap)
         yield Claim(f"{text}; matched on prompt, H, D, position", "TA-OPD table 1", gap.matched)
@@ -127,7 +125,7 @@ def arm_claims(evidence: Evidence) -> Iterator[Claim]:
     """
     compared = _Compared(evidence)
     budgets = {
-        (rule, name): dict.fromkeys(evidence.nearest_ratio(ratio) for ratio in papers) for rule, name, papers in TABLE_2
+        (rule, name): dict.fromkeys(evidence.tried_ratio(ratio) for ratio in papers) for rule, name, papers in TABLE_2
     }
     for ratio in sorted({ratio for tried in budgets.values() for ratio in tried}):
         for (rule, name), tried in budgets.items():
@@ -137,7 +135,7 @@ def arm_claims(evidence: Evidence) -> Iterator[Claim]:
     text = "teachability gains more at 3 % than at 10 %"
     yield compared.claim(text, "TA-OPD table 10", (BEST, 0.03), (BEST, 0.1))
     for text, source, rule, other, paper in OTHERS:
-        ratio = evidence.nearest_ratio(paper)
+        ratio = evidence.tried_ratio(paper)
         below = (other, 1.0 if other == "full" else ratio)
         yield compared.claim(f"{text}, at {100 * ratio:g} %", source, (rule, ratio), below)
 

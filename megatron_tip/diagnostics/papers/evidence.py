@@ -7,11 +7,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+
 from megatron_tip.diagnostics.arms import ArmResult, ArmsFile, settings_digest
 from megatron_tip.diagnostics.bank import ContextBank, read_bank, strangers
 from megatron_tip.diagnostics.gain import Gain, gain_between
 from megatron_tip.diagnostics.scores import Scores, read_scores
 from megatron_tip.diagnostics.statistics.bootstrap import PromptResamples
+from megatron_tip.diagnostics.statistics.comparisons import SupportGap, support_gap
 from megatron_tip.diagnostics.statistics.regression import Decomposition, decompose
 from megatron_tip.diagnostics.statistics.tokens import TokenTable, mean_gain, token_table
 from megatron_tip.errors import InputError
@@ -33,6 +36,7 @@ class Evidence:
     seed: int = 1
     _tables: dict[int, TokenTable] = field(default_factory=dict)
     _decompositions: dict[int, Decomposition] = field(default_factory=dict)
+    _support_gaps: dict[tuple[int, str], SupportGap] = field(default_factory=dict)
 
     @staticmethod
     def read(
@@ -59,9 +63,13 @@ class Evidence:
         return Evidence(bank, before, gains, done, resamples, seed)
 
     @cached_property
+    def _mean_gain(self) -> tuple[Scores, np.ndarray]:
+        return mean_gain(list(self.gains.values()))
+
+    @cached_property
     def untrained(self) -> tuple[Scores, PromptResamples]:
         """The start's scores of the tokens that count, and the resamples of their prompts."""
-        scores, _ = mean_gain(list(self.gains.values()))
+        scores, _ = self._mean_gain
         return scores, PromptResamples.draw(scores.prompt, resamples=self.resamples, seed=self.seed)
 
     @property
@@ -85,7 +93,7 @@ class Evidence:
         budgets = [result.arm.retention_ratio for result in self.arms if result.arm.rule != "full"]
         return budgets[0] if budgets else 0.05
 
-    def nearest_ratio(self, ratio: float) -> float:
+    def tried_ratio(self, ratio: float) -> float:
         """The paper's budget `ratio` where it was tried, or without arms; else the study's own."""
         tried = {result.arm.retention_ratio for result in self.arms}
         return ratio if not tried or ratio in tried else self.main_ratio
@@ -93,12 +101,11 @@ class Evidence:
     @property
     def main_ratios(self) -> list[float]:
         """The budgets of the tables that have few: the study's own, and the paper's 3 and 5 % where they were tried."""
-        return sorted({self.main_ratio, self.nearest_ratio(0.03), self.nearest_ratio(0.05)})
+        return sorted({self.main_ratio, self.tried_ratio(0.03), self.tried_ratio(0.05)})
 
     def table(self, support_size: int) -> TokenTable:
         if support_size not in self._tables:
-            scores, gain = mean_gain(list(self.gains.values()))
-            self._tables[support_size] = token_table(scores, gain, support_size)
+            self._tables[support_size] = token_table(*self._mean_gain, support_size)
         return self._tables[support_size]
 
     def decomposition(self, support_size: int) -> Decomposition:
@@ -106,6 +113,13 @@ class Evidence:
             _, resamples = self.untrained
             self._decompositions[support_size] = decompose(self.table(support_size).frame, resamples)
         return self._decompositions[support_size]
+
+    def support_gap(self, support_size: int, proxy: str) -> SupportGap:
+        key = support_size, proxy
+        if key not in self._support_gaps:
+            _, resamples = self.untrained
+            self._support_gaps[key] = support_gap(self.table(support_size), proxy, resamples)
+        return self._support_gaps[key]
 
     def caveats(self) -> list[str]:
         """What a reader of the numbers must know, a sentence each: who did not write the contexts, what is missing."""
@@ -119,7 +133,7 @@ class Evidence:
         sizes = {result.arm.support_size for result in self.arms}
         if self.arms and (missing := [str(size) for size in self.support_sizes if size not in sizes]):
             found.append(f"no arm was tried at K = {', '.join(missing)}")
-        if missing := [f"{100 * ratio:g} %" for ratio in (0.03, 0.05, 0.1) if self.nearest_ratio(ratio) != ratio]:
+        if missing := [f"{100 * ratio:g} %" for ratio in (0.03, 0.05, 0.1) if self.tried_ratio(ratio) != ratio]:
             found.append(
                 f"no arm was tried at {', '.join(missing)}: the papers' claims there are tested at the main budget"
             )

@@ -100,5 +100,5 @@ def save(drawn: Figure, data: pd.DataFrame, path: Path, *, index: bool = False) 
     """Writes the picture as `path` (.png) and its data beside it (.csv)."""
     buffer = io.BytesIO()
     drawn.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
-    atomic_write_bytes(path, buffer.getvalue())
-    atomic_write_text(path.with_suffix(".csv"), data.to_csv(index=index, float_format="%.6g"))
+    atomic_write_bytes(path, buffer.getvalue(), setting="--out")
+    atomic_write_text(path.with_suffix(".csv"), data.to_csv(index=index, float_format="%.6g"), setting="--out")

@@ -52,11 +52,10 @@ def _gap(gain: Gain, proxy: str, support_size: int, evidence: Evidence) -> dict[
 
 def proxies(evidence: Evidence) -> pd.DataFrame:
     """Table 6: the same gap by every support proxy and K."""
-    _, resamples = evidence.untrained
     rows = []
     for size in evidence.support_sizes:
         for proxy in PROXIES:
-            found = support_gap(evidence.table(size), proxy, resamples)
+            found = evidence.support_gap(size, proxy)
             matched = {
                 "matched_gap": found.matched.estimate,
                 "matched_low": found.matched.low,

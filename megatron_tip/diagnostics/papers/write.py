@@ -25,7 +25,7 @@ def write_all(evidence: Evidence, folder: Path) -> dict[str, pd.DataFrame]:
     Raises:
         InputError: no checkpoint after the start was scored. OutputError: the folder cannot be written to.
     """
-    with output_errors(folder):
+    with output_errors(folder, setting="--out"):
         folder.mkdir(parents=True, exist_ok=True)
     tables = {
         "gains": token_tables.gains(evidence),
@@ -44,8 +44,9 @@ def write_all(evidence: Evidence, folder: Path) -> dict[str, pd.DataFrame]:
         arm_figures.budget_sweep(arms, size, folder / "budget_sweep.png")
         arm_figures.support_sizes(arms, evidence.main_ratio, folder / "support_sizes.png")
     for name, table in tables.items():
-        atomic_write_text(folder / f"table_{name}.csv", table.to_csv(index=False, float_format="%.6g"))
-    atomic_write_text(folder / "facts.md", facts(evidence))
+        csv = table.to_csv(index=False, float_format="%.6g")
+        atomic_write_text(folder / f"table_{name}.csv", csv, setting="--out")
+    atomic_write_text(folder / "facts.md", facts(evidence), setting="--out")
     return tables
 
 
@@ -91,7 +92,7 @@ def facts(evidence: Evidence) -> str:
         lines.append(
             f"- Arms: {len(evidence.arms)}, mainly at K = {first.arm.support_size} and {100 * evidence.main_ratio:g} % "
             f"of the tokens; {len(first.trained_contexts)} contexts trained on and {len(first.contexts)} measured on "
-            f"in each; {seconds / 60:.1f} minutes of CPU, which two busy cores give in {seconds / 120:.1f}."
+            f"in each; {seconds / 60:.1f} minutes of CPU."
         )
     lines += [f"- Mind: {sentence}." for sentence in evidence.caveats()]
     lacking = [
@@ -120,11 +121,11 @@ def fill_page(page: Path, blocks: dict[str, str], figures: Path) -> None:
         lambda found: found[1] + blocks.get(found[2], found[0][len(found[1]) : -len(found[3])]) + found[3], text
     )
     target = page.with_suffix("")
-    with output_errors(target):
+    with output_errors(target, setting="--page"):
         target.mkdir(exist_ok=True)
         for path in sorted([*figures.glob("*.png"), *figures.glob("*.csv")]):
             shutil.copyfile(path, target / path.name)
-    atomic_write_text(page, filled)
+    atomic_write_text(page, filled, setting="--page")
 
 
 def markdown(table: pd.DataFrame) -> str:
