@@ -14,13 +14,13 @@ from megatron_tip.commands.diagnose import diagnose
 from megatron_tip.commands.outcome import errors_reported as _errors_reported
 from megatron_tip.commands.outcome import fail as _fail
 from megatron_tip.config import Config
-from megatron_tip.config_io import dump_config, load_config, reference
+from megatron_tip.config.io import dump_config, load_config, reference
+from megatron_tip.cpu.lean_imports import lean_imports
 from megatron_tip.errors import InputError
 from megatron_tip.observability.logs import configure_logging
 from megatron_tip.observability.run_folder import RunFolder
 from megatron_tip.parallel.environment import is_restarted, is_worker
 from megatron_tip.parallel.launch import run_worker, start_workers
-from megatron_tip.parallel.lean_imports import lean_imports
 from megatron_tip.training.checkpoints.files import CheckpointFiles
 from megatron_tip.training.checkpoints.same_run import check_same_run
 
@@ -178,7 +178,7 @@ def report(
 
     It opens from the disk and loads nothing.
     """
-    from megatron_tip.diagnostics.report_page import write_report_page
+    from megatron_tip.report.page import write_report_page
 
     with _errors_reported():
         target = output or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
@@ -275,7 +275,7 @@ def doctor(
 
 
 def _dry_run(config: Config, world_size: int, gpu_memory: float, *, shows_config: bool = True) -> None:
-    from megatron_tip.training.dry_run import dry_run  # imports torch and transformers, not Megatron
+    from megatron_tip.planning.dry_run import dry_run  # imports torch and transformers, not Megatron
 
     sys.stderr.write(dry_run(config, world_size, gpu_memory_gib=gpu_memory).report(gpu_memory) + "\n")
     if shows_config:
@@ -283,7 +283,7 @@ def _dry_run(config: Config, world_size: int, gpu_memory: float, *, shows_config
 
 
 def _check(config: Config, num_workers: int, *, fresh: bool) -> None:
-    from megatron_tip.training.plan import plan_run  # imports torch and transformers, not Megatron
+    from megatron_tip.planning.plan import plan_run  # imports torch and transformers, not Megatron
 
     plan = plan_run(config, num_workers)
     if config.diagnostics.every_steps:
@@ -306,7 +306,7 @@ def _train(config: Config, *, fresh: bool) -> None:
 
 
 def _default_num_workers(config: Config) -> int:
-    from megatron_tip.training.plan import default_num_workers  # a wrong key is reported before torch's seconds
+    from megatron_tip.planning.plan import default_num_workers  # a wrong key is reported before torch's seconds
 
     return default_num_workers(config)
 

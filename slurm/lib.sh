@@ -130,7 +130,7 @@ tip_stop_servers() {
 tip_setting() {
   local name=$1
   shift
-  "$TIP_PYTHON" -c 'import sys; from megatron_tip.config_io import load_config
+  "$TIP_PYTHON" -c 'import sys; from megatron_tip.config.io import load_config
 config = load_config(sys.argv[2], sys.argv[3:])
 section, key = sys.argv[1].split(".")
 print(getattr(getattr(config, section), key))' "$name" "$@"

@@ -34,20 +34,20 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
 from megatron_tip.config import HeldoutConfig, PromptsConfig
-from megatron_tip.conversion.model_folder import new_folder
 from megatron_tip.conversion.safetensors_io import HfCheckpoint
 from megatron_tip.conversion.weight_map import hf_shapes
-from megatron_tip.onednn import use_onednn
+from megatron_tip.cpu.onednn import use_onednn
+from megatron_tip.files import new_folder
+from megatron_tip.prompts.source import load_prompts
 from megatron_tip.records import Prompt
-from megatron_tip.rollout.embedded_engine import EmbeddedEngine
+from megatron_tip.rollout.embedded.engine import EmbeddedEngine
 from megatron_tip.rollout.engine import RolloutEngine, SamplingParams
-from megatron_tip.rollout.prompts import load_prompts
 from megatron_tip.rollout.sglang.client import SGLangClient
 from megatron_tip.rollout.sglang.engine import EngineSettings, SGLangEngine, new_run_id
 from megatron_tip.rollout.sglang.pool import PooledServer, PoolSettings, ServerPool
 from megatron_tip.rollout.sglang.server import ServerSettings, SGLangServer
-from megatron_tip.rollout.weights.broadcast import BroadcastTransport
-from megatron_tip.rollout.weights.folder import FolderTransport
+from megatron_tip.rollout.sglang.weights.broadcast import BroadcastTransport
+from megatron_tip.rollout.sglang.weights.folder import FolderTransport
 
 TEACHER = Path(".cache/quickstart/SmolLM2-135M-Instruct")
 DROPPED_LAYERS = range(20, 26)

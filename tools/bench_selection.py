@@ -21,7 +21,7 @@ from typing import Annotated, Literal
 import torch
 import typer
 
-from megatron_tip.observability.metrics import read_metrics
+from megatron_tip.observability.metrics_file import read_metrics
 from megatron_tip.records import TokenIndex, TokenStatistics
 from megatron_tip.selection import Selector
 from megatron_tip.selection.budget import BatchBudget, TieOrder

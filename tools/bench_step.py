@@ -146,7 +146,7 @@ def main(
 
 def write_questions(work: Work, heldout_prompts: int) -> None:
     """Different questions, those to train on first."""
-    from megatron_tip.rollout.reasoning_tasks import generate_questions
+    from megatron_tip.prompts.reasoning_tasks import generate_questions
 
     num_training = work.steps * work.prompts_per_step
     wanted = num_training + heldout_prompts

@@ -21,16 +21,17 @@ from rich.table import Table
 from workers import run_in_workers
 
 from megatron_tip.config import Config
-from megatron_tip.config_io import load_config
-from megatron_tip.observability.run_folder import RunFolder, atomic_write_bytes
+from megatron_tip.config.io import load_config
+from megatron_tip.files import atomic_write_bytes
+from megatron_tip.observability.run_folder import RunFolder
 from megatron_tip.observability.timing import PhaseTimer
 from megatron_tip.parallel.distributed import destroy_distributed, init_distributed
 from megatron_tip.parallel.environment import available_threads
+from megatron_tip.planning.plan import plan_run
 from megatron_tip.records import TokenIndex
 from megatron_tip.rollout.storage import read_rollouts, rollout_file
 from megatron_tip.selection import RuleComparison, compare_rules
 from megatron_tip.selection.metrics import QUADRANTS
-from megatron_tip.training.plan import plan_run
 from megatron_tip.training.scoring import ask_teacher, score_tokens
 from megatron_tip.training.setup import build_run
 

@@ -24,8 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_tip.config import Config
-from megatron_tip.config_io import load_config
-from megatron_tip.observability.metrics import MEASURED
+from megatron_tip.config.io import load_config
+from megatron_tip.observability.metrics_file import MEASURED
 from megatron_tip.observability.run_folder import RunFolder
 from megatron_tip.training.checkpoints.files import CheckpointFiles
 

@@ -34,7 +34,7 @@ def run_in_workers(check: Callable[[], Any], work: Callable[[], None], num_worke
 
 def check_conversion(source, target: Path, tp_size: int, pp_size: int) -> None:
     """Refuses what a look at `source`, a ModelFolder, shows to be impossible, and a `target` that exists."""
-    from megatron_tip.conversion.model_folder import require_new
+    from megatron_tip.files import require_new
     from megatron_tip.models.layout import check_layout
 
     check_layout(source.architecture, tp_size=tp_size, pp_size=pp_size, owner="model")

@@ -11,7 +11,7 @@ import typer
 
 from megatron_tip.commands.outcome import errors_reported, fail
 from megatron_tip.config import Config
-from megatron_tip.config_io import load_config
+from megatron_tip.config.io import load_config
 from megatron_tip.errors import InputError
 from megatron_tip.observability.logs import configure_logging
 from megatron_tip.parallel.environment import is_worker
@@ -185,7 +185,7 @@ def _in_workers(
     if is_worker(os.environ):
         run_worker(in_worker, threads=config.run.threads)
         return
-    from megatron_tip.training.plan import default_num_workers
+    from megatron_tip.planning.plan import default_num_workers
 
     num_workers = nproc or default_num_workers(config)
     prepare(num_workers)
@@ -196,10 +196,10 @@ def _in_workers(
 
 
 def _plan_new_bank(config: Config, num_workers: int):
-    from megatron_tip.conversion.model_folder import require_new
     from megatron_tip.diagnostics.freeze import bank_config
     from megatron_tip.diagnostics.session import bank_folder
-    from megatron_tip.training.plan import plan_run
+    from megatron_tip.files import require_new
+    from megatron_tip.planning.plan import plan_run
 
     require_new(bank_folder(config))
     return plan_run(bank_config(config), num_workers)
@@ -221,10 +221,10 @@ def _examine_arms(config: Config, num_workers: int, *, checkpoint: Path | None):
 
 
 def _bank_of_rollouts(config: Config, rollouts: Path):
-    from megatron_tip.conversion.model_folder import require_new
     from megatron_tip.diagnostics.freeze import bank_of_rollouts
     from megatron_tip.diagnostics.session import bank_folder
-    from megatron_tip.training.plan import default_num_workers, plan_run
+    from megatron_tip.files import require_new
+    from megatron_tip.planning.plan import default_num_workers, plan_run
 
     require_new(bank_folder(config))
     return bank_of_rollouts(config, plan_run(config, default_num_workers(config)), bank_folder(config), rollouts)

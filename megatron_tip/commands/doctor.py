@@ -198,8 +198,8 @@ def _run(config: Config, world_size: int | None) -> Iterator[Finding]:
     import torch
 
     from megatron_tip.models.transformer_engine import has_transformer_engine
-    from megatron_tip.training.dry_run import dry_run
-    from megatron_tip.training.plan import default_num_workers, plan_run
+    from megatron_tip.planning.dry_run import dry_run
+    from megatron_tip.planning.plan import default_num_workers, plan_run
 
     on_gpu = torch.cuda.is_available()
     dtype = config.model.dtype if config.model.dtype != "auto" else "bfloat16" if on_gpu else "float32"

@@ -20,7 +20,7 @@ from pathlib import Path
 import httpx
 
 from megatron_tip.config import Config
-from megatron_tip.config_io import load_config
+from megatron_tip.config.io import load_config
 from megatron_tip.errors import EngineError, MegatronTipError
 
 
@@ -46,8 +46,8 @@ def student_to_serve(config: Config) -> Path:
         return config.model.path
     import torch  # late: the scripts' other needs are met without its seconds
 
-    from megatron_tip.conversion.model_folder import new_folder
     from megatron_tip.conversion.safetensors_io import HfCheckpoint
+    from megatron_tip.files import new_folder
 
     name = config.rollout.dtype if config.rollout.dtype != "auto" else config.model.dtype
     target = config.run.folder.absolute() / "servers" / "model"

@@ -13,10 +13,11 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megatron_tip.conversion.architecture import ModelArchitecture
-from megatron_tip.conversion.model_folder import ModelFolder, new_folder
+from megatron_tip.conversion.model_folder import ModelFolder
 from megatron_tip.conversion.safetensors_io import HfCheckpoint, write_safetensors
 from megatron_tip.conversion.weight_map import WeightMap, checkpoint_name, hf_shapes, output_head, weight_maps
 from megatron_tip.errors import OutputError, WeightsError
+from megatron_tip.files import new_folder
 from megatron_tip.parallel.collectives import broadcast_json
 from megatron_tip.parallel.groups import ModelGroups
 

@@ -11,10 +11,10 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 from transformers.utils.import_utils import is_gguf_available
 
 from megatron_tip.conversion.architecture import ModelArchitecture
-from megatron_tip.conversion.model_folder import new_folder, write_json
 from megatron_tip.conversion.safetensors_io import write_safetensors
 from megatron_tip.conversion.weight_map import hf_shapes
 from megatron_tip.errors import OptionalDependencyError, WeightsError
+from megatron_tip.files import new_folder, write_json
 
 
 def convert_gguf(source: Path, target: Path, *, dtype: torch.dtype = torch.float32, overwrite: bool = False) -> None:

@@ -28,8 +28,9 @@ from megatron.core.models.gpt import GPTModel
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_tip.conversion.background_save import InProcessSave
-from megatron_tip.conversion.model_folder import ModelFolder, new_folder, read_json, write_json
+from megatron_tip.conversion.model_folder import ModelFolder, read_json
 from megatron_tip.errors import OutputError, WeightsError
+from megatron_tip.files import new_folder, write_json
 from megatron_tip.parallel.collectives import broadcast_json
 from megatron_tip.parallel.groups import ModelGroups
 

@@ -1,17 +1,16 @@
 """Folders that hold a model: what they say about it, and how new ones come into being whole or not at all."""
 
 import json
-import os
 import shutil
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_tip.conversion.architecture import ModelArchitecture, config_without_layers
-from megatron_tip.errors import OutputError, WeightsError
+from megatron_tip.errors import WeightsError
+from megatron_tip.files import write_json
 
 
 class ModelFolder:
@@ -68,64 +67,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise WeightsError(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes `content` to `path`, indented."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def require_new(target: Path) -> None:
-    """Refuses a folder that exists: raises OutputError."""
-    if target.exists():
-        raise OutputError(f"{target}: expected a new folder, but it exists; give another one or move it away")
-
-
-@contextmanager
-def new_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A folder beside `target` to write into; it becomes `target` when the block ends, and is gone if it fails.
-
-    Raises:
-        OutputError: the folder cannot be made or moved, anything in the block cannot be written, or `target` exists
-            and `overwrite` is not set.
-    """
-    partial, replaced = (target.with_name(f".{target.name}.{kind}") for kind in ("partial", "replaced"))
-    if not overwrite:
-        require_new(target)
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        for path in [*partial.rglob("*"), partial]:
-            _sync(path)
-        _put_in_place(partial, target, replaced)
-        _sync(target.parent)
-    except OutputError:
-        raise
-    except OSError as error:
-        raise OutputError(f"{target}: cannot be written: {error}; free space, or give another folder") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _put_in_place(partial: Path, target: Path, replaced: Path) -> None:
-    """Renames `partial` to `target`; a folder that was there is removed once the new one is in its place."""
-    if not target.exists():
-        partial.rename(target)
-        return
-    shutil.rmtree(replaced, ignore_errors=True)
-    target.rename(replaced)
-    try:
-        partial.rename(target)
-    except OSError:
-        replaced.rename(target)
-        raise
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

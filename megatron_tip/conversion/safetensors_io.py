@@ -11,9 +11,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_tip.conversion.architecture import ModelArchitecture, kept_layers
-from megatron_tip.conversion.model_folder import ModelFolder, read_json, write_json
+from megatron_tip.conversion.model_folder import ModelFolder, read_json
 from megatron_tip.conversion.weight_map import hf_shapes
 from megatron_tip.errors import WeightsError
+from megatron_tip.files import write_json
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"

@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from megatron_tip.conversion.model_folder import new_folder, write_json
 from megatron_tip.diagnostics.parquet import read_table, write_table
 from megatron_tip.errors import ConfigError, InputError
+from megatron_tip.files import new_folder, write_json
 from megatron_tip.records import Rollout
 from megatron_tip.rollout.storage import rollout_of
 

@@ -10,14 +10,14 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_tip.config import Config
-from megatron_tip.config_io import load_config
+from megatron_tip.config.io import load_config
 from megatron_tip.diagnostics.bank import GENERATED, ContextBank, write_bank
 from megatron_tip.diagnostics.fingerprint import model_fingerprint, tokenizer_fingerprint
 from megatron_tip.errors import ConfigError, InputError
 from megatron_tip.observability.run_folder import RunFolder
+from megatron_tip.planning.plan import RunPlan
 from megatron_tip.records import Prompt, Rollout
 from megatron_tip.rollout.storage import read_rollouts
-from megatron_tip.training.plan import RunPlan
 from megatron_tip.training.rollouts import generate_rollouts
 from megatron_tip.training.run import TrainingRun
 from megatron_tip.training.weight_sync import update_engine

@@ -13,13 +13,13 @@ import torch.distributed as dist
 from megatron_tip.config import Config
 from megatron_tip.diagnostics.bank import ContextBank, warn_of_strangers
 from megatron_tip.diagnostics.fingerprint import model_fingerprint
+from megatron_tip.diagnostics.measure import FrozenContexts, forward_kl, freeze
 from megatron_tip.diagnostics.parquet import read_table, write_table
-from megatron_tip.diagnostics.score import FrozenContexts, forward_kl, freeze
 from megatron_tip.diagnostics.session import open_bank
 from megatron_tip.errors import InputError
 from megatron_tip.observability.run_folder import RunFolder
 from megatron_tip.parallel.collectives import broadcast_json
-from megatron_tip.training.plan import RunPlan
+from megatron_tip.planning.plan import RunPlan
 from megatron_tip.training.run import TrainingRun
 
 FORMAT = "megatron_tip start on bank 1"

@@ -21,17 +21,17 @@ from torch import Tensor
 from megatron_tip.config import Config
 from megatron_tip.diagnostics.arms import Arm, ArmResult, ArmsFile, planned_arms, settings_digest
 from megatron_tip.diagnostics.bank import ContextBank, warn_of_strangers
-from megatron_tip.diagnostics.score import FrozenContexts, forward_kl, freeze, score_contexts, score_supports
+from megatron_tip.diagnostics.measure import FrozenContexts, forward_kl, freeze, score_contexts, score_supports
 from megatron_tip.diagnostics.scores import about_in, scores_of, write_scores
 from megatron_tip.diagnostics.session import Subject
 from megatron_tip.diagnostics.snapshot import StudentStart
 from megatron_tip.errors import InputError, NotFiniteError
 from megatron_tip.parallel.collectives import broadcast_json
+from megatron_tip.planning.plan import make_selector
 from megatron_tip.records import TokenStatistics
-from megatron_tip.training.metrics import supervision_metrics
-from megatron_tip.training.plan import make_selector
 from megatron_tip.training.run import TrainingRun
 from megatron_tip.training.step import train_on_scored
+from megatron_tip.training.step_metrics import supervision_metrics
 
 logger = logging.getLogger(__name__)
 

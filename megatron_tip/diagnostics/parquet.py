@@ -11,7 +11,7 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from megatron_tip.errors import InputError
-from megatron_tip.observability.run_folder import atomic_write_bytes, output_errors
+from megatron_tip.files import atomic_write_bytes, output_errors
 
 _KEY = b"megatron_tip"
 

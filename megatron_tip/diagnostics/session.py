@@ -17,8 +17,8 @@ from megatron_tip.observability.run_folder import RunFolder
 from megatron_tip.observability.timing import PhaseTimer
 from megatron_tip.parallel.distributed import destroy_distributed, init_distributed
 from megatron_tip.parallel.environment import available_threads
+from megatron_tip.planning.plan import RunPlan, plan_run
 from megatron_tip.training.checkpoints.files import SHARDS_NAME, CheckpointFiles
-from megatron_tip.training.plan import RunPlan, plan_run
 from megatron_tip.training.run import TrainingRun
 from megatron_tip.training.setup import build_run
 

@@ -15,7 +15,7 @@ from megatron_tip.evaluation.child_process import run_logged
 from megatron_tip.evaluation.code_execution import execute, program_of
 from megatron_tip.evaluation.offline_data import OfflineData
 from megatron_tip.evaluation.presets import Preset
-from megatron_tip.observability.run_folder import atomic_write_text
+from megatron_tip.files import atomic_write_text
 
 TASK_PREFIX = "megatron_tip_"
 _STOP = ["</s>", "<|im_end|>", "<|eot_id|>"]

@@ -15,7 +15,8 @@ from typing import Any
 from megatron_tip.errors import InputError
 from megatron_tip.evaluation.harness import Score
 from megatron_tip.evaluation.presets import Preset
-from megatron_tip.observability.run_folder import RunFolder, output_errors
+from megatron_tip.files import output_errors
+from megatron_tip.observability.run_folder import RunFolder
 
 
 def result_of(

@@ -18,11 +18,11 @@ from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from torch import Tensor
 
 from megatron_tip.conversion.architecture import ModelArchitecture, RopeScaling
+from megatron_tip.cpu.onednn import use_onednn
 from megatron_tip.errors import ConfigError
 from megatron_tip.models.layers import RecomputedLayer, local_block
 from megatron_tip.models.layout import check_layout
 from megatron_tip.models.transformer_engine import has_transformer_engine, transformer_engine_block
-from megatron_tip.onednn import use_onednn
 from megatron_tip.parallel.groups import ModelGroups
 
 TransformerImpl = Literal["auto", "local", "transformer_engine"]
@@ -68,7 +68,7 @@ def prepare_megatron() -> None:
     and, where there is no CUDA device, the CPU in its place, with oneDNN's matrix products.
     """
     if not torch.cuda.is_available():
-        from megatron_tip.parallel import cuda_on_cpu
+        from megatron_tip.cpu import cuda_on_cpu
 
         cuda_on_cpu.install()
         use_onednn()

@@ -10,19 +10,18 @@
 """
 
 import json
-import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_tip.config import Config
-from megatron_tip.config_io import dump_config
-from megatron_tip.errors import ConfigError, OutputError
+from megatron_tip.config.io import dump_config
+from megatron_tip.errors import ConfigError
+from megatron_tip.files import atomic_write_text, finite_json
 
 
 @dataclass(frozen=True)
@@ -143,45 +142,3 @@ class RunFolder:
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Marks the run as finished; call it last."""
         atomic_write_text(self.summary, json.dumps(finite_json(summary), indent=2, allow_nan=False) + "\n")
-
-
-def finite_json(value: Any) -> Any:
-    """Returns `value` with None in the place of floats that are not finite: JSON has no NaN."""
-    if isinstance(value, Mapping):
-        return {name: finite_json(item) for name, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def atomic_write_text(path: Path, text: str, *, setting: str = "run.folder") -> None:
-    """Writes UTF-8 `text` to `path`; see `atomic_write_bytes`."""
-    atomic_write_bytes(path, text.encode(), setting=setting)
-
-
-def atomic_write_bytes(path: Path, content: bytes, *, setting: str = "run.folder") -> None:
-    """Writes `content` beside `path`, syncs it and renames it: whoever reads `path` finds the old or the new whole.
-
-    Args:
-        setting: what the user gave `path` by; errors name it.
-
-    Raises:
-        OutputError: the disk is full, or the folder cannot be written to; `path` is as it was.
-    """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with output_errors(path, setting=setting):
-        try:
-            with beside.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
-
-
-@contextmanager
-def output_errors(path: Path, *, setting: str = "run.folder") -> Iterator[None]:
-    """Turns an OSError from writing to `path` into an OutputError that says what to do: give another `setting`."""
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(f"{path}: cannot write: {error.strerror}; free space, or give another {setting}") from error

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
-from megatron_tip.observability.run_folder import output_errors
+from megatron_tip.files import output_errors
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,8 @@ from typing import Protocol
 
 from megatron_tip.config import Config, TrackingConfig
 from megatron_tip.errors import OptionalDependencyError, OutputError
-from megatron_tip.observability.run_folder import RunFolder, atomic_write_bytes, atomic_write_text
+from megatron_tip.files import atomic_write_bytes, atomic_write_text
+from megatron_tip.observability.run_folder import RunFolder
 from megatron_tip.observability.token_table import token_table_file
 from megatron_tip.observability.token_view import TokenView, page_html, quadrant_png
 from megatron_tip.parallel.environment import is_restarted

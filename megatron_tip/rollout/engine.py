@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
-import numpy as np
 from torch import Tensor
 
 from megatron_tip.records import Prompt, Rollout
+from megatron_tip.seeds import derive_seed
 
 FINISH_REASONS = ("stop", "length", "turns")
 
@@ -37,12 +37,6 @@ class SamplingParams:
     def for_heldout(self, step: int) -> SamplingParams:
         """The same parameters for the held-out prompts after `step` steps: one sample, the same seed at every step."""
         return replace(self, samples_per_prompt=1, seed=derive_seed(self.seed, 2), batch_name=f"heldout_{step:06d}")
-
-
-def derive_seed(*parts: int) -> int:
-    """An unsigned 32-bit seed that follows from `parts`; other parts, an unrelated seed."""
-    words = [len(parts), *(part % 2**64 for part in parts)]  # numpy fills up with zeros: the length tells them apart
-    return int(np.random.SeedSequence(words).generate_state(1)[0])
 
 
 class RolloutEngine(Protocol):

@@ -11,10 +11,11 @@ from transformers import PreTrainedTokenizerBase
 from megatron_tip.config import RolloutConfig
 from megatron_tip.errors import EngineError, WeightsLostError
 from megatron_tip.records import Prompt, Rollout
-from megatron_tip.rollout.engine import RolloutEngine, SamplingParams, ServedEngine, derive_seed
+from megatron_tip.rollout.engine import RolloutEngine, SamplingParams, ServedEngine
 from megatron_tip.rollout.environments.environment import Environment, EnvironmentFactory, Observation
 from megatron_tip.rollout.environments.registry import load_environment
-from megatron_tip.rollout.turn_template import TurnTemplate
+from megatron_tip.rollout.environments.turn_template import TurnTemplate
+from megatron_tip.seeds import derive_seed
 
 
 class MultiTurnEngine:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tip.errors import InputError
-from megatron_tip.observability.run_folder import atomic_write_text, output_errors
+from megatron_tip.files import atomic_write_text, output_errors
 from megatron_tip.records import Prompt, Rollout
 from megatron_tip.rollout.engine import FINISH_REASONS
 

@@ -3,9 +3,9 @@
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_tip.models.teacher import Teacher
 from megatron_tip.parallel.collectives import broadcast_json
 from megatron_tip.records import Rollout, TokenStatistics, TopKTokenStatistics
+from megatron_tip.teachers.megatron import Teacher
 from megatron_tip.training.rollouts import generate_rollouts
 from megatron_tip.training.run import TrainingRun
 from megatron_tip.training.scoring import ask_teacher, score_tokens

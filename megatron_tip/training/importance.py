@@ -6,8 +6,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from megatron_tip.batching.step_batch import StepBatch
 from megatron_tip.records import TokenSelection, TokenStatistics
-from megatron_tip.rollout.step_batch import StepBatch
 
 
 def log_ratios(batch: StepBatch, replica: int, statistics: TokenStatistics) -> Tensor:

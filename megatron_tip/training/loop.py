@@ -19,7 +19,6 @@ from megatron_tip.conversion.megatron_checkpoint import save_megatron_checkpoint
 from megatron_tip.errors import EngineError, PeerError, TooManySkips
 from megatron_tip.observability.memory import peak_rss_bytes
 from megatron_tip.observability.progress import ProgressDisplay
-from megatron_tip.observability.report import write_report
 from megatron_tip.observability.run_folder import RunFolder, Sample
 from megatron_tip.observability.timing import PhaseTimer
 from megatron_tip.parallel.distributed import Worker, destroy_distributed, init_distributed
@@ -27,6 +26,8 @@ from megatron_tip.parallel.environment import available_threads
 from megatron_tip.parallel.launch import end_worker_with, failures_on_record
 from megatron_tip.parallel.stop import StopRequested
 from megatron_tip.parallel.watchdog import HangWatchdog
+from megatron_tip.planning.plan import RunPlan, plan_run
+from megatron_tip.report.picture import write_report
 from megatron_tip.rollout.engine import ServedEngine
 from megatron_tip.training.checkpoints.files import CheckpointFiles
 from megatron_tip.training.checkpoints.progress import Heldout, RunProgress
@@ -35,7 +36,6 @@ from megatron_tip.training.checkpoints.same_run import check_same_run
 from megatron_tip.training.checkpoints.writer import Checkpointer
 from megatron_tip.training.heldout import heldout_metric, measure_heldout
 from megatron_tip.training.observers import RunObservers
-from megatron_tip.training.plan import RunPlan, plan_run
 from megatron_tip.training.recorder import RecorderState, RunRecorder
 from megatron_tip.training.run import Gauge, TrainingRun
 from megatron_tip.training.setup import build_run, coarser_dtype

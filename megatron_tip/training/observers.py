@@ -14,7 +14,7 @@ from megatron_tip.observability.token_view import TokenView
 from megatron_tip.observability.trace import TraceWriter, join_traces
 from megatron_tip.observability.trackers import Trackers, make_trackers
 from megatron_tip.parallel.distributed import Worker
-from megatron_tip.training.plan import RunPlan
+from megatron_tip.planning.plan import RunPlan
 from megatron_tip.training.throughput import Throughput, peak_tflops_of
 
 logger = logging.getLogger(__name__)

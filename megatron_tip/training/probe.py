@@ -4,8 +4,8 @@ import numpy as np
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_tip.batching.step_batch import StepBatch
 from megatron_tip.records import Rollout
-from megatron_tip.rollout.step_batch import StepBatch
 from megatron_tip.training.run import TrainingRun
 from megatron_tip.vocab_parallel import vocab_parallel_logprobs
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Self
 
-from megatron_tip.observability.metrics import MetricsWriter
+from megatron_tip.observability.metrics_file import MetricsWriter
 from megatron_tip.observability.progress import ProgressDisplay
 from megatron_tip.observability.run_folder import RunFolder
 from megatron_tip.observability.token_view import TokenView

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from megatron_tip.errors import WeightsLostError
 from megatron_tip.observability.run_folder import RunFolder
 from megatron_tip.records import Prompt, Rollout
-from megatron_tip.rollout.broadcast import broadcast_rollouts
 from megatron_tip.rollout.engine import SamplingParams
 from megatron_tip.rollout.storage import write_rollouts
+from megatron_tip.rollout.transfer import broadcast_rollouts
+from megatron_tip.teachers.served import tell_teachers, with_teachers
 from megatron_tip.training.run import TrainingRun
-from megatron_tip.training.served_teacher import tell_teachers, with_teachers
 from megatron_tip.training.weight_sync import sync_engine
 
 logger = logging.getLogger(__name__)

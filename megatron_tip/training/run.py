@@ -5,19 +5,19 @@ from dataclasses import dataclass, field
 
 import torch
 
+from megatron_tip.batching.step_batch import StepBatch
 from megatron_tip.config import Config
 from megatron_tip.conversion.architecture import ModelArchitecture
 from megatron_tip.models.student import Student
-from megatron_tip.models.teacher import Teacher
 from megatron_tip.observability.timing import PhaseTimer
 from megatron_tip.parallel.stop import StopSignals
+from megatron_tip.prompts.source import PromptSource
 from megatron_tip.records import Rollout
 from megatron_tip.rollout.ahead import AheadGenerator
 from megatron_tip.rollout.engine import RolloutEngine, SamplingParams
-from megatron_tip.rollout.prompts import PromptSource
-from megatron_tip.rollout.step_batch import StepBatch
 from megatron_tip.selection import Calibration, Selector
-from megatron_tip.training.served_teacher import ServedTeacher
+from megatron_tip.teachers.megatron import Teacher
+from megatron_tip.teachers.served import ServedTeacher
 from megatron_tip.training.token_views import TokenViews
 
 

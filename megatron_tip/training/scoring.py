@@ -2,12 +2,12 @@
 
 from torch import Tensor
 
+from megatron_tip.batching.step_batch import StepBatch
 from megatron_tip.errors import NotFiniteError
-from megatron_tip.models.teacher import Teacher
 from megatron_tip.records import MicroBatch, TeacherRows, TeacherTopK, TokenStatistics
-from megatron_tip.rollout.step_batch import StepBatch
+from megatron_tip.teachers.megatron import Teacher
+from megatron_tip.teachers.served import served_statistics
 from megatron_tip.training.run import TrainingRun
-from megatron_tip.training.served_teacher import served_statistics
 from megatron_tip.vocab_parallel import token_statistics
 
 

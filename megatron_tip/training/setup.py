@@ -9,21 +9,21 @@ from megatron_tip.conversion.safetensors_io import HfCheckpoint
 from megatron_tip.errors import InputError
 from megatron_tip.models.gpt import build_gpt
 from megatron_tip.models.student import Student, build_student
-from megatron_tip.models.teacher import Teacher
 from megatron_tip.observability.timing import PhaseTimer
 from megatron_tip.parallel.distributed import Worker
 from megatron_tip.parallel.groups import ModelGroups, build_groups
+from megatron_tip.planning.plan import RunPlan
+from megatron_tip.prompts.source import PromptSource, load_prompts
 from megatron_tip.rollout.ahead import AheadGenerator
-from megatron_tip.rollout.embedded_engine import EmbeddedEngine
+from megatron_tip.rollout.embedded.engine import EmbeddedEngine
 from megatron_tip.rollout.engine import RolloutEngine, SamplingParams
 from megatron_tip.rollout.multi_turn import with_environment
-from megatron_tip.rollout.prompts import PromptSource, load_prompts
 from megatron_tip.rollout.replay_engine import ReplayEngine
 from megatron_tip.rollout.sglang.setup import build_sglang_engine
-from megatron_tip.rollout.sglang.teacher_setup import build_server_teacher
-from megatron_tip.training.plan import RunPlan
+from megatron_tip.teachers.megatron import Teacher
+from megatron_tip.teachers.served import ServedTeacher
+from megatron_tip.teachers.setup import build_server_teacher
 from megatron_tip.training.run import TrainingRun
-from megatron_tip.training.served_teacher import ServedTeacher
 from megatron_tip.training.token_views import TokenViews
 from megatron_tip.vocab_parallel import padded_vocab_size
 

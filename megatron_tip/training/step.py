@@ -9,20 +9,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_tip.batching.step_batch import StepBatch
 from megatron_tip.errors import NotFiniteError, TrainingError
-from megatron_tip.models.teacher import Teacher
 from megatron_tip.observability.run_folder import RunFolder
 from megatron_tip.parallel.collectives import broadcast_json
 from megatron_tip.records import MicroBatch, TeacherRows, TeacherTopK, TokenSelection, TokenStatistics
-from megatron_tip.rollout.step_batch import StepBatch
 from megatron_tip.rollout.storage import write_rollouts
 from megatron_tip.selection import Calibration
+from megatron_tip.teachers.megatron import Teacher
+from megatron_tip.teachers.served import known_rows, served_loss
 from megatron_tip.training.importance import log_ratios, with_importance
-from megatron_tip.training.metrics import rollout_metrics, supervision_metrics
 from megatron_tip.training.rollouts import generate_rollouts, start_next_batch
 from megatron_tip.training.run import TrainingRun
 from megatron_tip.training.scoring import ask_teacher, score_tokens
-from megatron_tip.training.served_teacher import known_rows, served_loss
+from megatron_tip.training.step_metrics import rollout_metrics, supervision_metrics
 from megatron_tip.training.supervision import MicroBatchRows, SelectedRows, SelectedWhileTraining, Supervise
 from megatron_tip.vocab_parallel import divergence_loss
 

@@ -7,11 +7,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_tip.models.teacher import Teacher
+from megatron_tip.batching.micro_batches import token_index
+from megatron_tip.batching.step_batch import StepBatch
 from megatron_tip.records import MicroBatch, TeacherRows, TokenIndex, TokenSelection, TokenStatistics
-from megatron_tip.rollout.batching import token_index
-from megatron_tip.rollout.step_batch import StepBatch
 from megatron_tip.selection import Calibration, agreement, batch_totals, select_micro_batch
+from megatron_tip.teachers.megatron import Teacher
 from megatron_tip.training.run import TrainingRun
 from megatron_tip.training.scoring import micro_batch_statistics
 

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from megatron_tip.batching.step_batch import StepBatch
 from megatron_tip.config import Config
 from megatron_tip.observability.token_view import TokenView, ViewedResponse
 from megatron_tip.parallel.collectives import broadcast_json
 from megatron_tip.parallel.groups import ModelGroups
 from megatron_tip.records import Rollout, TokenIndex, TokenSelection, TokenStatistics
-from megatron_tip.rollout.step_batch import StepBatch
 from megatron_tip.selection.metrics import QUADRANT_DIVERGENCES
 from megatron_tip.training.view_table import view_table
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_tip.onednn import is_for_onednn, onednn_linear
+from megatron_tip.cpu.onednn import is_for_onednn, onednn_linear
 
 # Rows of the head whose product is made at a time where it cannot be made in the memory that it is to lie in.
 _HEAD_SLICE = 2048

@@ -3,7 +3,7 @@ import torch.distributed as dist
 
 from megatron_tip.errors import PeerError
 from megatron_tip.records import Rollout
-from megatron_tip.rollout.broadcast import broadcast_rollouts
+from megatron_tip.rollout.transfer import broadcast_rollouts
 from tests.helpers.distributed import run_workers
 
 ROLLOUTS = [

@@ -17,7 +17,7 @@ from megatron.core import dist_checkpointing
 from megatron_tip.config import Config
 from megatron_tip.conversion import background_save
 from megatron_tip.errors import CheckpointError, EngineError, MegatronTipError
-from megatron_tip.observability.metrics import MEASURED
+from megatron_tip.observability.metrics_file import MEASURED
 from megatron_tip.observability.progress import ProgressDisplay
 from megatron_tip.observability.run_folder import RunFolder
 from megatron_tip.parallel.watchdog import HangWatchdog

@@ -14,7 +14,7 @@ from megatron_tip.diagnostics.arms import Arm, ArmResult
 from megatron_tip.diagnostics.bank import ContextBank
 from megatron_tip.diagnostics.gauge import BankGauge
 from megatron_tip.diagnostics.intervene import prepare_seed, run_arm, split_of
-from megatron_tip.diagnostics.score import freeze, score_contexts
+from megatron_tip.diagnostics.measure import freeze, score_contexts
 from megatron_tip.diagnostics.snapshot import StudentStart
 from megatron_tip.errors import InputError
 from megatron_tip.records import Rollout

@@ -13,7 +13,7 @@ from megatron_tip.config import Config
 from megatron_tip.conversion.bridge import export_hf
 from megatron_tip.errors import EngineError, PeerError
 from megatron_tip.records import Rollout, TopKTokenStatistics
-from megatron_tip.rollout.sglang.teacher import generated_positions
+from megatron_tip.teachers.server_scorer import generated_positions
 from megatron_tip.training.scoring import ask_teacher
 from megatron_tip.training.step import select_then_train, train_step
 from tests.helpers import reference

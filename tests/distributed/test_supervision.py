@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_tip.batching.step_batch import StepBatch
 from megatron_tip.records import TokenIndex, TokenSelection
-from megatron_tip.rollout.step_batch import StepBatch
 from megatron_tip.training.supervision import SelectedRows
 from tests.helpers.distributed import run_workers
 from tests.helpers.training import make_rollouts

@@ -13,8 +13,8 @@ from megatron.core.tensor_parallel.random import initialize_rng_tracker
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_tip.cpu import cuda_on_cpu
 from megatron_tip.models.hidden_states import masked_rows
-from megatron_tip.parallel import cuda_on_cpu
 from megatron_tip.vocab_parallel import divergence_loss
 from tests.helpers import reference
 from tests.helpers.distributed import run_workers

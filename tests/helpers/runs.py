@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from megatron_tip.config import Config
-from megatron_tip.observability.metrics import MEASURED
+from megatron_tip.observability.metrics_file import MEASURED
 from megatron_tip.training.loop import train
 
 

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from megatron_tip.config import Config
 from megatron_tip.observability.timing import PhaseTimer
 from megatron_tip.parallel.distributed import Worker
+from megatron_tip.planning.plan import plan_run
 from megatron_tip.records import Prompt, Rollout
-from megatron_tip.training.plan import plan_run
 from megatron_tip.training.run import TrainingRun
 from megatron_tip.training.setup import build_run
 from tests.helpers.tiny import make_llama

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_tip import __version__
-from megatron_tip.config_io import load_config
+from megatron_tip.config.io import load_config
 from megatron_tip.training.checkpoints.files import CheckpointFiles, write_state
 from megatron_tip.training.checkpoints.same_run import defining_settings
 from tests.helpers.processes import is_alive, wait_until

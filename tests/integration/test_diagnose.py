@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from megatron_tip.config_io import load_config
+from megatron_tip.config.io import load_config
 from megatron_tip.diagnostics.arms import ArmsFile
 from megatron_tip.diagnostics.bank import read_bank
 from megatron_tip.diagnostics.scores import read_scores

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_tip.config import Config
-from megatron_tip.config_io import dump_config
+from megatron_tip.config.io import dump_config
 from megatron_tip.training.checkpoints.files import CheckpointFiles
 from tests.helpers.processes import wait_until
 from tests.helpers.runs import Workers, assert_same_run, metrics_of, run_to_end

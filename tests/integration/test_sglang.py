@@ -22,8 +22,8 @@ from megatron_tip.rollout.sglang.client import ServerKeys, SGLangClient, Timeout
 from megatron_tip.rollout.sglang.engine import EngineSettings, SGLangEngine, new_run_id
 from megatron_tip.rollout.sglang.pool import PooledServer, PoolSettings, ServerPool
 from megatron_tip.rollout.sglang.server import ServerSettings, SGLangServer
-from megatron_tip.rollout.weights.broadcast import BroadcastTransport
-from megatron_tip.rollout.weights.folder import FolderTransport
+from megatron_tip.rollout.sglang.weights.broadcast import BroadcastTransport
+from megatron_tip.rollout.sglang.weights.folder import FolderTransport
 from tests.helpers.processes import is_alive, wait_until
 from tests.helpers.tiny import make_llama
 

@@ -13,8 +13,8 @@ import torch
 
 from megatron_tip.rollout.sglang.client import ServerKeys, SGLangClient
 from megatron_tip.rollout.sglang.server import ServerSettings, SGLangServer
-from megatron_tip.rollout.sglang.teacher import ScoringSettings, ServerTeacher, generated_positions
 from megatron_tip.rollout.storage import read_rollouts
+from megatron_tip.teachers.server_scorer import ScoringSettings, ServerTeacher, generated_positions
 from tests.helpers.fake_teacher import scored_by
 from tests.helpers.tiny import make_llama
 from tests.helpers.training import make_rollouts

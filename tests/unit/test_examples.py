@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tip.config_io import load_config
+from megatron_tip.config.io import load_config
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("**/*.toml"))
 

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from megatron_tip.diagnostics.papers.frames import errors, in_order, rows
-from megatron_tip.observability.run_folder import atomic_write_bytes, atomic_write_text
+from megatron_tip.files import atomic_write_bytes, atomic_write_text
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's; each line also has a marker and a dash of its own."""

@@ -14,7 +14,7 @@ from megatron_tip.diagnostics.papers.evidence import Evidence
 from megatron_tip.diagnostics.papers.frames import rows
 from megatron_tip.diagnostics.papers.token_figures import FIGURES
 from megatron_tip.errors import InputError
-from megatron_tip.observability.run_folder import atomic_write_text, output_errors
+from megatron_tip.files import atomic_write_text, output_errors
 
 _MARK = re.compile(r"(<!-- begin (\w+) -->\n).*?(<!-- end \2 -->)", re.DOTALL)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from megatron_tip.rollout.sampling import sample_from_probabilities
+from megatron_tip.rollout.embedded.sampling import sample_from_probabilities
 
 
 def decode_attention(

@@ -14,13 +14,13 @@ from pathlib import Path
 from torch import Tensor
 
 from megatron_tip.errors import EngineError, ServerError, ServersLostError, WeightsLostError
-from megatron_tip.observability.run_folder import output_errors
+from megatron_tip.files import output_errors
 from megatron_tip.records import Prompt, Rollout
 from megatron_tip.rollout.engine import SamplingParams
 from megatron_tip.rollout.sglang.answers import checked_logprobs
 from megatron_tip.rollout.sglang.jobs import BatchRun, Progress, SetAside
 from megatron_tip.rollout.sglang.pool import PooledServer, ServerPool
-from megatron_tip.rollout.weights.transport import WeightTransport
+from megatron_tip.rollout.sglang.weights.transport import WeightTransport
 
 logger = logging.getLogger(__name__)
 

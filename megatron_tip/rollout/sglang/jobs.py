@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 
 from megatron_tip.errors import EngineError, ServerAnswerError, ServerError, ServerRefusedError
 from megatron_tip.records import Prompt, Rollout
-from megatron_tip.rollout.engine import FINISH_REASONS, SamplingParams, derive_seed
+from megatron_tip.rollout.engine import FINISH_REASONS, SamplingParams
 from megatron_tip.rollout.sglang.answers import Generation
 from megatron_tip.rollout.sglang.client import SGLangClient
 from megatron_tip.rollout.sglang.pool import PooledServer, ServerPool
+from megatron_tip.seeds import derive_seed
 
 logger = logging.getLogger(__name__)
 

@@ -29,7 +29,7 @@ def register_cpu_hooks() -> None:
     """
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType  # pyright: ignore[reportMissingImports]
 
-    from megatron_tip.onednn import use_onednn
+    from megatron_tip.cpu.onednn import use_onednn
     from megatron_tip.rollout.sglang import cpu_hooks as hooks
 
     use_onednn()

@@ -11,16 +11,17 @@ from typing import Literal
 import torch
 
 from megatron_tip.config import Config
-from megatron_tip.conversion.model_folder import ModelFolder, new_folder
+from megatron_tip.conversion.model_folder import ModelFolder
 from megatron_tip.errors import ConfigError
-from megatron_tip.rollout.engine import derive_seed
+from megatron_tip.files import new_folder
 from megatron_tip.rollout.sglang.client import ServerKeys, SGLangClient, Timeouts
 from megatron_tip.rollout.sglang.engine import EngineSettings, SGLangEngine, new_run_id
 from megatron_tip.rollout.sglang.pool import PooledServer, PoolSettings, ServerPool
 from megatron_tip.rollout.sglang.server import ServerSettings, SGLangServer, new_keys, require_sglang
-from megatron_tip.rollout.weights.broadcast import BroadcastTransport
-from megatron_tip.rollout.weights.folder import FolderTransport
-from megatron_tip.rollout.weights.transport import WeightTransport
+from megatron_tip.rollout.sglang.weights.broadcast import BroadcastTransport
+from megatron_tip.rollout.sglang.weights.folder import FolderTransport
+from megatron_tip.rollout.sglang.weights.transport import WeightTransport
+from megatron_tip.seeds import derive_seed
 
 
 def check_sglang(config: Config, *, elsewhere: bool = False) -> None:

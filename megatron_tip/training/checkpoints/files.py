@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tip.errors import CheckpointError
-from megatron_tip.observability.run_folder import output_errors
+from megatron_tip.files import output_errors
 
 FORMAT = "megatron_tip checkpoint 1"
 MANIFEST_NAME = "manifest.json"

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tip.conversion.model_folder import new_folder
 from megatron_tip.errors import OutputError
+from megatron_tip.files import new_folder
 
 
 def names(folder: Path) -> list[str]:

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_tip.conversion.model_folder import new_folder
 from megatron_tip.conversion.safetensors_io import INDEX_NAME, SINGLE_NAME, HfCheckpoint, write_safetensors
 from megatron_tip.conversion.weight_map import hf_shapes
 from megatron_tip.errors import OutputError, WeightsError
+from megatron_tip.files import new_folder
 from tests.helpers.disk import little_space
 from tests.helpers.models import hf_logits, write_tiny_model
 

@@ -4,7 +4,7 @@ import pytest
 
 from megatron_tip.diagnostics.session import resolve_checkpoint
 from megatron_tip.errors import ConfigError
-from megatron_tip.training.plan import plan_run
+from megatron_tip.planning.plan import plan_run
 from tests.helpers.training import Layout, make_config, make_models
 
 

@@ -7,9 +7,10 @@ import os
 
 import pytest
 
-from megatron_tip.config_io import load_config
+from megatron_tip.config.io import load_config
 from megatron_tip.errors import ConfigError, OutputError
-from megatron_tip.observability.run_folder import RunFolder, Sample, atomic_write_text
+from megatron_tip.files import atomic_write_text
+from megatron_tip.observability.run_folder import RunFolder, Sample
 from tests.unit.test_config_io import MINIMAL
 
 

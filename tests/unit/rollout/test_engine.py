@@ -1,4 +1,5 @@
-from megatron_tip.rollout.engine import SamplingParams, derive_seed
+from megatron_tip.rollout.engine import SamplingParams
+from megatron_tip.seeds import derive_seed
 
 SAMPLING = SamplingParams(
     max_response_tokens=8, temperature=1.0, top_p=1.0, samples_per_prompt=2, stop_token_ids=(2,), seed=-3

@@ -8,11 +8,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from megatron_tip.config import RolloutConfig
 from megatron_tip.errors import ConfigError, EngineError, WeightsLostError
 from megatron_tip.records import Prompt, Rollout
-from megatron_tip.rollout.embedded_engine import EmbeddedEngine
+from megatron_tip.rollout.embedded.engine import EmbeddedEngine
 from megatron_tip.rollout.engine import SamplingParams
 from megatron_tip.rollout.environments.environment import Observation
+from megatron_tip.rollout.environments.turn_template import TurnTemplate
 from megatron_tip.rollout.multi_turn import MultiTurnEngine, check_environment, with_environment
-from megatron_tip.rollout.turn_template import TurnTemplate
 from tests.helpers.tiny_tokenizer import make_tiny_tokenizer
 
 TOKENIZER = make_tiny_tokenizer()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_tip.config_io import load_config
+from megatron_tip.config.io import load_config
 from megatron_tip.errors import InputError
 from megatron_tip.observability.token_table import read_token_table
 from megatron_tip.records import Rollout, TokenSelection

@@ -13,7 +13,7 @@ from megatron_tip.rollout.sglang.client import SGLangClient
 from megatron_tip.rollout.sglang.engine import EngineSettings, SGLangEngine
 from megatron_tip.rollout.sglang.jobs import ProgressClock
 from megatron_tip.rollout.sglang.pool import PooledServer, PoolSettings, ServerPool
-from megatron_tip.rollout.weights.broadcast import BroadcastTransport
+from megatron_tip.rollout.sglang.weights.broadcast import BroadcastTransport
 from tests.helpers.fake_sglang import VOCAB_SIZE, FakeSGLang, StatusError
 from tests.helpers.sglang_engine import (
     FAST,

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from megatron_tip.config import Config
-from megatron_tip.config_io import dump_config
+from megatron_tip.config.io import dump_config
 from megatron_tip.errors import ConfigError
 from megatron_tip.rollout.sglang.client import ServerKeys
 from megatron_tip.rollout.sglang.server import (

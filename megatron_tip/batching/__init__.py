@@ -1,0 +1,1 @@
+"""Rollouts as micro-batches over data-parallel replicas."""

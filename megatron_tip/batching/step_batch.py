@@ -1,0 +1,126 @@
+"""A step's rollouts, laid out in micro-batches over the student's data-parallel replicas."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+
+import torch
+from torch import Tensor
+
+from megatron_tip.batching.micro_batches import (
+    MicroBatchPlan,
+    build_micro_batch,
+    num_kept_tokens,
+    plan_micro_batches,
+    token_index,
+)
+from megatron_tip.records import MicroBatch, Rollout, TokenIndex
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """Which replica runs which rollouts together; known whole on every rank, since token ids are small.
+
+    `plan`: replica -> micro-batch -> places in `rollouts`. `num_kept_tokens`: how many leading tokens of each rollout
+    go through the model. `sequence_multiple`: padded lengths are a multiple of it. The stages of a step share what is
+    built of it: each micro-batch and each token index is made once.
+    """
+
+    rollouts: Sequence[Rollout]
+    plan: MicroBatchPlan
+    num_kept_tokens: list[int]
+    max_tokens: int
+    pad_token_id: int
+    sequence_multiple: int
+    device: torch.device
+    _built: dict[tuple[int, int], MicroBatch] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _indices: dict[int, TokenIndex] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @classmethod
+    def over(
+        cls,
+        rollouts: Sequence[Rollout],
+        *,
+        dp_size: int,
+        max_tokens: int,
+        pad_token_id: int,
+        sequence_multiple: int,
+        device: torch.device,
+    ) -> "StepBatch":
+        """All tokens of `rollouts`, balanced over `dp_size` replicas; a pure function, equal on every rank."""
+        lengths = num_kept_tokens(rollouts, [len(rollout.response_ids) - 1 for rollout in rollouts])
+        plan = plan_micro_batches(lengths, dp_size, max_tokens, sequence_multiple=sequence_multiple)
+        return cls(rollouts, plan, lengths, max_tokens, pad_token_id, sequence_multiple, device)
+
+    def micro_batch(self, replica: int, index: int) -> MicroBatch:
+        if (replica, index) not in self._built:
+            built = build_micro_batch(
+                self.rollouts,
+                self.plan[replica][index],
+                self.pad_token_id,
+                sequence_multiple=self.sequence_multiple,
+                num_kept_tokens=self.num_kept_tokens,
+            )
+            on_device = {f.name: getattr(built, f.name).to(self.device) for f in fields(built)}
+            self._built[replica, index] = MicroBatch(**on_device)
+        return self._built[replica, index]
+
+    def micro_batches(self, replica: int) -> list[MicroBatch]:
+        return [self.micro_batch(replica, index) for index in range(len(self.plan[replica]))]
+
+    def num_rows(self) -> list[list[int]]:
+        """Valid tokens by replica and micro-batch."""
+        return [[sum(map(self._num_rows, places)) for places in replica] for replica in self.plan]
+
+    def num_valid(self) -> int:
+        """Valid tokens of the whole batch."""
+        return sum(map(sum, self.num_rows()))
+
+    def num_model_tokens(self) -> int:
+        """Tokens of the whole batch that go through the model, padding not counted."""
+        return sum(self.num_kept_tokens[place] for replica in self.plan for places in replica for place in places)
+
+    def num_padded_tokens(self) -> list[int]:
+        """Tokens that go through the model on each replica, padding counted."""
+        return [sum(map(self._num_padded, replica)) for replica in self.plan]
+
+    def num_micro_batches(self) -> int:
+        """Micro-batches of the whole batch, those without a sequence too."""
+        return sum(map(len, self.plan))
+
+    def token_index(self, replica: int) -> TokenIndex:
+        """Where each row of the replica stands in the whole batch."""
+        if replica not in self._indices:
+            self._indices[replica] = token_index(self.micro_batches(replica))
+        return self._indices[replica]
+
+    def cut_behind(self, last_selected: Sequence[int]) -> "StepBatch":
+        """The batch without what cannot influence the loss, laid out anew over the same replicas.
+
+        Attention is causal: tokens behind a rollout's last selected position change neither loss nor gradient. They
+        are cut off, rollouts with nothing selected are dropped, and what is left is balanced over the replicas again,
+        in fewer micro-batches. A pure function, equal on every rank.
+
+        Args:
+            last_selected: by place in `rollouts`, the last selected position of the response; -1: none.
+        """
+        lengths = num_kept_tokens(self.rollouts, last_selected)
+        plan = plan_micro_batches(lengths, len(self.plan), self.max_tokens, sequence_multiple=self.sequence_multiple)
+        return replace(self, plan=plan, num_kept_tokens=lengths)
+
+    def replica_of(self) -> Tensor:
+        """`[rollouts]` int64: the replica that has each rollout; -1 for those that were dropped."""
+        replicas = torch.full((len(self.rollouts),), -1, dtype=torch.int64)
+        for replica, micro_batches in enumerate(self.plan):
+            for places in micro_batches:
+                replicas[places] = replica
+        return replicas.to(self.device)
+
+    def _num_padded(self, places: Sequence[int]) -> int:
+        """Tokens of one micro-batch as `build_micro_batch` pads it; one sequence of padding without places."""
+        width = max((self.num_kept_tokens[place] for place in places), default=1)
+        return max(1, len(places)) * -(-width // self.sequence_multiple) * self.sequence_multiple
+
+    def _num_rows(self, place: int) -> int:
+        """Generated labels of the rollout: its kept token k predicts token k + 1, from the last prompt token on."""
+        rollout = self.rollouts[place]
+        return rollout.num_generated_before(max(0, self.num_kept_tokens[place] + 1 - len(rollout.prompt_ids)))

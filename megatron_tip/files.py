@@ -1,0 +1,117 @@
+"""Files and folders that come into being whole or not at all: written beside their place, synced, renamed."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from megatron_tip.errors import OutputError
+
+
+def finite_json(value: Any) -> Any:
+    """Returns `value` with None in the place of floats that are not finite: JSON has no NaN."""
+    if isinstance(value, Mapping):
+        return {name: finite_json(item) for name, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def atomic_write_text(path: Path, text: str, *, setting: str = "run.folder") -> None:
+    """Writes UTF-8 `text` to `path`; see `atomic_write_bytes`."""
+    atomic_write_bytes(path, text.encode(), setting=setting)
+
+
+def atomic_write_bytes(path: Path, content: bytes, *, setting: str = "run.folder") -> None:
+    """Writes `content` beside `path`, syncs it and renames it: whoever reads `path` finds the old or the new whole.
+
+    Args:
+        setting: what the user gave `path` by; errors name it.
+
+    Raises:
+        OutputError: the disk is full, or the folder cannot be written to; `path` is as it was.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with output_errors(path, setting=setting):
+        try:
+            with beside.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def output_errors(path: Path, *, setting: str = "run.folder") -> Iterator[None]:
+    """Turns an OSError from writing to `path` into an OutputError that says what to do: give another `setting`."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{path}: cannot write: {error.strerror}; free space, or give another {setting}") from error
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes `content` to `path`, indented."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def require_new(target: Path) -> None:
+    """Refuses a folder that exists: raises OutputError."""
+    if target.exists():
+        raise OutputError(f"{target}: expected a new folder, but it exists; give another one or move it away")
+
+
+@contextmanager
+def new_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A folder beside `target` to write into; it becomes `target` when the block ends, and is gone if it fails.
+
+    Raises:
+        OutputError: the folder cannot be made or moved, anything in the block cannot be written, or `target` exists
+            and `overwrite` is not set.
+    """
+    partial, replaced = (target.with_name(f".{target.name}.{kind}") for kind in ("partial", "replaced"))
+    if not overwrite:
+        require_new(target)
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        for path in [*partial.rglob("*"), partial]:
+            _sync(path)
+        _put_in_place(partial, target, replaced)
+        _sync(target.parent)
+    except OutputError:
+        raise
+    except OSError as error:
+        raise OutputError(f"{target}: cannot be written: {error}; free space, or give another folder") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _put_in_place(partial: Path, target: Path, replaced: Path) -> None:
+    """Renames `partial` to `target`; a folder that was there is removed once the new one is in its place."""
+    if not target.exists():
+        partial.rename(target)
+        return
+    shutil.rmtree(replaced, ignore_errors=True)
+    target.rename(replaced)
+    try:
+        partial.rename(target)
+    except OSError:
+        replaced.rename(target)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

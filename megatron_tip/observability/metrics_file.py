@@ -1,0 +1,94 @@
+"""metrics.jsonl: one JSON object a step, on the disk before the next step begins."""
+
+import errno
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from megatron_tip.errors import InputError
+from megatron_tip.files import atomic_write_bytes, finite_json, output_errors
+
+logger = logging.getLogger(__name__)
+
+MEASURED = ("time/", "memory/", "perf/", "gpu/", "host/")
+"""Beginnings of the names of metrics that are measured of the machine: two runs of the same numbers differ in them."""
+
+
+class MetricsWriter:
+    """Appends steps to a JSON-lines file. Only rank 0 makes one.
+
+    Keys are `area/name_unit`. A value that is not finite is written as null.
+    """
+
+    def __init__(self, path: Path, *, keep_until_step: int | None = None) -> None:
+        """Starts the file anew, or cuts what an interrupted run left behind `keep_until_step`.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        self._path = path
+        atomic_write_bytes(path, b"" if keep_until_step is None else b"".join(_lines_until(path, keep_until_step)))
+        with output_errors(path):
+            self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Appends one line and syncs it.
+
+        Raises:
+            OutputError: the disk is full; the file then ends with the line before.
+        """
+        line = (json.dumps(finite_json({"step": step, **metrics}), allow_nan=False) + "\n").encode()
+        with output_errors(self._path):
+            end = os.fstat(self._file).st_size
+            try:
+                written = os.write(self._file, line)
+                if written < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(self._file)
+            except OSError:
+                os.ftruncate(self._file, end)
+                raise
+
+    def close(self) -> None:
+        os.close(self._file)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _lines_until(path: Path, step: int) -> Iterator[bytes]:
+    """The lines of steps up to `step`; a line that is broken ends them."""
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
+        try:
+            if json.loads(line)["step"] > step or not line.endswith(b"\n"):
+                return
+        except ValueError:
+            return
+        yield line
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Returns the steps of a metrics.jsonl in order; a last line that was cut off is left out.
+
+    Raises:
+        InputError: the file cannot be read, or a line before the last is broken.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise InputError(f"{path}: expected a run's metrics, got: {error.strerror}") from None
+    steps = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            steps.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise InputError(f"{path}, line {number}: expected a JSON object, got {error}") from None
+            logger.warning("%s: the last line is cut off and left out", path)
+    return steps

@@ -1,0 +1,1 @@
+"""The prompts of a run: read, rendered, tokenised, drawn by step."""

@@ -1,0 +1,128 @@
+"""The page itself: what the runs' folders hold, the scripts that draw it, and the plotting library, in one file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from plotly.offline import get_plotlyjs
+
+from megatron_tip import __version__
+from megatron_tip.errors import InputError
+from megatron_tip.files import atomic_write_text, output_errors
+from megatron_tip.report.overview import config_rows, evaluation_rows, overview_rows, sample_rows
+from megatron_tip.report.packing import packed, packed_json
+from megatron_tip.report.run_data import RunData, read_runs
+from megatron_tip.report.tokens import LADDER, Blocks, Detail, RunPacker
+from megatron_tip.report.visible_text import visible
+
+MAX_BYTES = 10 * 10**6
+SCRIPTS = tuple(
+    f"{name}.js"
+    for name in ("decode", "theme", "figures", "timeline", "quadrants", "candidates", "inspector", "keys", "main")
+)
+MOST_RUNS = 6
+"""Colours and dashes that can be told apart."""
+
+
+def write_report_page(paths: Sequence[Path], target: Path, *, max_bytes: int = MAX_BYTES) -> int:
+    """Writes one HTML file about the runs in folders `paths` to `target`; returns its bytes.
+
+    The token inspector is given less detail, and then views are left out, until the page has at most `max_bytes`; the
+    page says so.
+
+    Raises:
+        InputError: no run, more than can be told apart, a folder that is none of a run, or a page that cannot be as
+            small as asked. OutputError: the file cannot be written.
+    """
+    if not 1 <= len(paths) <= MOST_RUNS:
+        raise InputError(f"report: expected 1 to {MOST_RUNS} run folders, got {len(paths)}; give fewer")
+    runs = read_runs(paths)
+    render = _renderer(runs)
+    page, smallest = "", 0
+    packers = [RunPacker(run.tables) for run in runs]
+    curves = [_curves(run) for run in runs]
+    room = max_bytes - len(render(curves, []).encode())
+    for manifests, blocks in _packings(packers, room):
+        page = render([{**one, **views} for one, views in zip(curves, manifests, strict=True)], blocks)
+        smallest = len(page.encode())
+        if smallest <= max_bytes:
+            break
+    else:
+        raise InputError(
+            f"report: expected a page of at most {max_bytes / 1e6:.1f} MB, got {smallest / 1e6:.1f} MB without any "
+            "view; allow more (--max-megabytes) or give fewer runs"
+        )
+    with output_errors(target, setting="--output"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(target, page, setting="--output")
+    return smallest
+
+
+def _packings(packers: Sequence[RunPacker], room: int) -> Iterator[tuple[list[dict[str, Any]], list[str]]]:
+    """Yields each run's manifest and all blocks, each time smaller: less detail, then every second view, then none.
+
+    What a sample of the responses tells to be larger than `room` characters is not tried.
+    """
+    for detail in LADDER:
+        if sum(packer.estimate(detail) for packer in packers) <= room:
+            yield _packing(packers, detail, 1)
+    every, most = 2, max(len(packer.tables) for packer in packers)
+    while every < 2 * most:
+        yield _packing(packers, LADDER[-1], every)
+        every *= 2
+    yield _packing(packers, LADDER[-1], 0)
+
+
+def _packing(packers: Sequence[RunPacker], detail: Detail, every_view: int) -> tuple[list[dict[str, Any]], list[str]]:
+    blocks = Blocks()
+    return [packer.pack(blocks, detail, every_view=every_view) for packer in packers], blocks.blocks
+
+
+def _curves(run: RunData) -> dict[str, Any]:
+    """What the page's figures draw of a run besides its views."""
+    return {
+        "name": visible(run.name),
+        "steps": run.steps,
+        "stride": run.stride,
+        "metrics": run.metrics,
+        "timeline": [
+            {**step, "phases": [[visible(name), *numbers] for name, *numbers in step["phases"]]}
+            for step in run.timeline
+        ],
+    }
+
+
+def _renderer(runs: Sequence[RunData]) -> Any:
+    """Returns what makes a page of manifests and blocks; what is the same at every attempt is made once."""
+    folder = files("megatron_tip.report") / "page"
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(lambda name: (folder / name).read_text(encoding="utf-8")),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["visible"] = lambda value: visible(str(value))
+    template = environment.get_template("report.html.jinja")
+    fixed = {
+        "names": [run.name for run in runs],
+        "version": __version__,
+        "style": (folder / "report.css").read_text(encoding="utf-8"),
+        "script": "\n".join((folder / name).read_text(encoding="utf-8") for name in SCRIPTS),
+        "library": packed(get_plotlyjs().encode(), level=9),
+        "overview": overview_rows(runs),
+        "config": config_rows(runs),
+        "evaluations": evaluation_rows(runs),
+        "samples": sample_rows(runs),
+        "notes": [(run.name, note) for run in runs for note in run.notes],
+        "has_views": any(run.tables for run in runs),
+    }
+
+    def render(manifests: list[dict[str, Any]], blocks: list[str]) -> str:
+        return template.render(**fixed, data=packed_json({"runs": manifests}), blocks=blocks)
+
+    return render

@@ -1,0 +1,156 @@
+"""What a run's folder holds, read for the report. Nothing of it needs the run to be finished."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_tip.errors import InputError
+from megatron_tip.observability.metrics_file import read_metrics
+from megatron_tip.observability.run_folder import RunFolder
+from megatron_tip.observability.token_table import TokenTable, read_token_table
+from megatron_tip.report.timeline import read_timeline
+
+MAX_STEPS = 1000
+"""Points of a curve, more than a figure has pixels; of a longer run, each is the mean of several steps."""
+
+Config = Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class RunData:
+    """One run. `metrics`: by name, one value a point, None where it was not recorded. `steps`: of the points, each the
+    last of the `stride` steps that it is the mean of. `config`: as written by the run, "" where the file is missing.
+    `timeline`: `timeline.read_timeline`. `notes`: what could not be read, to be shown.
+    """
+
+    name: str
+    config: Config
+    steps: list[int]
+    stride: int
+    metrics: dict[str, list[float | None]]
+    summary: Mapping[str, Any] | None
+    samples: list[dict[str, str]]
+    evaluations: list[dict[str, Any]]
+    tables: list[TokenTable]
+    timeline: list[dict[str, Any]]
+    notes: list[str]
+
+
+def read_run(path: Path, name: str) -> RunData:
+    """Returns the run in folder `path`.
+
+    Raises:
+        InputError: the folder has no metrics.jsonl, or one that is broken before its last line.
+    """
+    folder = RunFolder(path)
+    if not folder.metrics.exists():
+        raise InputError(
+            f"{path}: expected the folder of a run, with its metrics.jsonl, got {_what_is_there(path)}; give the "
+            "run.folder of a run that has taken at least one step"
+        )
+    notes: list[str] = []
+    steps, stride, metrics = thinned(read_metrics(folder.metrics))
+    return RunData(
+        name=name,
+        config=_config(folder.config, notes),
+        steps=steps,
+        stride=stride,
+        metrics=metrics,
+        summary=_summary(folder.summary, notes),
+        samples=list(_json_lines(folder.samples, notes)),
+        evaluations=list(_json_lines(folder.evaluations, notes)),
+        tables=list(_tables(folder.views, notes)),
+        timeline=read_timeline(folder.trace),
+        notes=notes,
+    )
+
+
+def read_runs(paths: Sequence[Path]) -> list[RunData]:
+    """Returns the runs in folders `paths`, each under its folder's name, numbered where two are alike.
+
+    Raises:
+        InputError: as `read_run`.
+    """
+    names: list[str] = []
+    for path in paths:
+        own = path.resolve().name
+        count = sum(name == own or name.startswith(f"{own} (") for name in names)
+        names.append(f"{own} ({count + 1})" if count else own)
+    return [read_run(path, name) for path, name in zip(paths, names, strict=True)]
+
+
+def thinned(
+    records: Sequence[Mapping[str, Any]], max_steps: int = MAX_STEPS
+) -> tuple[list[int], int, dict[str, list[float | None]]]:
+    """Returns steps, stride and columns of the metrics' lines: at most `max_steps` points, each the mean of `stride`
+    lines that follow one another, as far as they have the metric; None where none of them has.
+    """
+    stride = max(1, -(-len(records) // max_steps))
+    names = dict.fromkeys(name for record in records for name in record if name != "step")
+    groups = [records[start : start + stride] for start in range(0, len(records), stride)]
+    columns: dict[str, list[float | None]] = {name: [] for name in names}
+    for group in groups:
+        for name, column in columns.items():
+            found = [value for record in group if isinstance(value := record.get(name), int | float)]
+            column.append(float(f"{sum(found) / len(found):.4g}") if found else None)
+    return [int(group[-1]["step"]) for group in groups], stride, columns
+
+
+def differing_keys(runs: Sequence[RunData]) -> list[tuple[str, list[Any]]]:
+    """Returns ("section.key", value of each run) where the runs' configurations differ; None: the run lacks the key."""
+    flat = [{f"{s}.{key}": v for s, keys in run.config.items() for key, v in keys.items()} for run in runs]
+    names = dict.fromkeys(name for keys in flat for name in keys if name != "run.folder")
+    rows = [(name, [keys.get(name) for keys in flat]) for name in names]
+    return [(name, values) for name, values in rows if any(value != values[0] for value in values)]
+
+
+def _what_is_there(path: Path) -> str:
+    if not path.exists():
+        return "no such folder"
+    return f"a folder with {sorted(child.name for child in path.iterdir())[:8]}" if path.is_dir() else "a file"
+
+
+def _config(path: Path, notes: list[str]) -> Config:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        notes.append(f"{path.name} cannot be read: {error}")
+        return {}
+
+
+def _summary(path: Path, notes: list[str]) -> Mapping[str, Any] | None:
+    if not path.exists():
+        notes.append("the run has no summary.json: it is not finished, or was ended")
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        notes.append(f"{path.name} cannot be read: {error}")
+        return None
+
+
+def _json_lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
+    """The objects of a file, which may be missing; a broken line is noted and left out."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if isinstance(record, dict):
+            yield record
+        else:
+            notes.append(f"{path.name}, line {number} is broken and left out")
+
+
+def _tables(folder: Path, notes: list[str]) -> Iterator[TokenTable]:
+    for path in sorted(folder.glob("step_*.parquet")):
+        try:
+            yield read_token_table(path)
+        except InputError as error:
+            notes.append(str(error).replace(str(folder), folder.name))

@@ -1,0 +1,193 @@
+"""The rollout engine inside the trainer's first process: transformers' own `generate` on a copy of the student."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessorList, PretrainedConfig
+from transformers.initialization import no_init_weights
+
+from megatron_tip.errors import EngineError
+from megatron_tip.records import Prompt, Rollout
+from megatron_tip.rollout.embedded.grouped_attention import register_grouped_attention
+from megatron_tip.rollout.embedded.sampling import TokenSampler
+from megatron_tip.rollout.engine import SamplingParams
+from megatron_tip.seeds import derive_seed
+
+
+class EmbeddedEngine:
+    """Generates with a transformers model whose weights arrive through `update_weights`, the first ones too.
+
+    A rollout follows from the weights, the prompt, its place in the list and the sampling parameters. `batch_size`
+    enters by rounding alone, the state of any global random generator not at all.
+
+    Args:
+        hf_config: of the student as it is trained, that is with its dropped layers left out.
+        dtype: of the engine's weights and activations; `rollout_logprobs` are computed in float32.
+        batch_size: sequences that are generated together.
+        num_threads: CPU threads while generating; restored behind it.
+        vocab_size: ids from here on, which the teacher does not know, are never sampled; None: all may be.
+    """
+
+    def __init__(
+        self,
+        hf_config: PretrainedConfig,
+        *,
+        dtype: torch.dtype = torch.float32,
+        batch_size: int = 64,
+        num_threads: int = 1,
+        device: torch.device | str = "cpu",
+        vocab_size: int | None = None,
+    ) -> None:
+        self._vocab_size = vocab_size
+        self._model = _build_model(hf_config, dtype, device)
+        self._device = torch.device(device)
+        self._batch_size = batch_size
+        self._num_threads = num_threads
+        self._weight_version: int | None = None
+
+    def health(self) -> None:
+        """Raises EngineError while the model does not hold one complete set of weights."""
+        if self._weight_version is None:
+            raise EngineError(
+                "embedded engine: expected complete weights, got none or only a part; call update_weights first and, "
+                "if it failed, once more"
+            )
+
+    def update_weights(self, weights: Iterable[tuple[str, Tensor]], weight_version: int) -> None:
+        """Copies `weights` into the model in place. A tied output head may be missing from the stream.
+
+        Raises:
+            EngineError: a tensor is missing, unknown or of another shape; the engine then refuses to generate until
+                an update succeeds.
+        """
+        self._weight_version = None
+        parameters = dict(self._model.named_parameters(remove_duplicate=False))
+        missing = dict(self._model.named_parameters())
+        refused: list[str] = []
+        for name, tensor in weights:
+            parameter = parameters.get(name)
+            if parameter is None:
+                refused.append(f"{name}: no such parameter")
+            elif parameter.shape != tensor.shape:
+                refused.append(f"{name}: expected shape {tuple(parameter.shape)}, got {tuple(tensor.shape)}")
+            else:
+                parameter.copy_(tensor)
+                missing.pop(name, None)
+        refused += [f"{name}: missing" for name in missing]
+        if refused:
+            raise EngineError(
+                f"embedded engine: weights of version {weight_version} do not fit its {type(self._model).__name__}: "
+                f"{'; '.join(refused[:8])}{f' and {len(refused) - 8} more' if len(refused) > 8 else ''}"
+            )
+        self._weight_version = weight_version
+
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
+        """Returns `samples_per_prompt` rollouts a prompt, prompt-major.
+
+        Raises:
+            EngineError: no complete weights, or NaN among them; a prompt and its response would not fit into the
+                model's positions.
+        """
+        self.health()
+        self._check_lengths(prompts, sampling)
+        # Neighbours in length share a batch: less padding.
+        jobs = [(place, sample) for place in range(len(prompts)) for sample in range(sampling.samples_per_prompt)]
+        jobs.sort(key=lambda job: len(prompts[job[0]].prompt_ids))
+        rollouts: dict[tuple[int, int], Rollout] = {}
+        with torch.inference_mode(), _threads(self._num_threads):
+            for first in range(0, len(jobs), self._batch_size):
+                batch = jobs[first : first + self._batch_size]
+                rollouts.update(zip(batch, self._generate_batch(prompts, batch, sampling), strict=True))
+        return [rollouts[job] for job in sorted(rollouts)]
+
+    def _check_lengths(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> None:
+        longest = max((len(prompt.prompt_ids) for prompt in prompts), default=0)
+        limit = self._model.config.max_position_embeddings
+        if longest + sampling.max_response_tokens > limit:
+            raise EngineError(
+                f"embedded engine: expected prompt + response <= {limit} tokens (max_position_embeddings), got "
+                f"{longest} + {sampling.max_response_tokens}; lower prompts.max_prompt_tokens or "
+                "rollout.max_response_tokens"
+            )
+
+    def _generate_batch(
+        self, prompts: Sequence[Prompt], jobs: Sequence[tuple[int, int]], sampling: SamplingParams
+    ) -> Iterator[Rollout]:
+        input_ids, attention_mask = self._left_padded([prompts[place].prompt_ids for place, _ in jobs])
+        sampler = TokenSampler(
+            [derive_seed(sampling.seed, place, sample) for place, sample in jobs],
+            sampling.max_response_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            device=self._device,
+            vocab_size=self._vocab_size,
+        )
+        sequences = self._model.generate(
+            input_ids,
+            attention_mask=attention_mask,
+            logits_processor=LogitsProcessorList([sampler]),
+            generation_config=GenerationConfig(
+                do_sample=False,  # the sampler draws
+                max_new_tokens=sampling.max_response_tokens,
+                eos_token_id=list(sampling.stop_token_ids) or None,
+                pad_token_id=0,
+            ),
+        )
+        responses = sequences[:, input_ids.shape[1] :].tolist()
+        logprobs = sampler.sampled_logprobs()
+        if not logprobs.isfinite().all():
+            raise EngineError(
+                f"embedded engine: the weights of version {self._weight_version} give logits that are NaN"
+            )
+        for (place, sample), response, response_logprobs in zip(jobs, responses, logprobs.tolist(), strict=True):
+            length = _length_to_stop(response, sampling.stop_token_ids)
+            assert self._weight_version is not None, "health() has passed"
+            yield Rollout(
+                prompt_index=prompts[place].index,
+                sample_index=sample,
+                prompt_ids=prompts[place].prompt_ids,
+                response_ids=tuple(response[:length]),
+                rollout_logprobs=tuple(response_logprobs[:length]),
+                finish_reason="stop" if response[length - 1] in sampling.stop_token_ids else "length",
+                weight_version=self._weight_version,
+            )
+
+    def _left_padded(self, prompt_ids: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
+        width = max(len(ids) for ids in prompt_ids)
+        padding = [width - len(ids) for ids in prompt_ids]
+        input_ids = torch.tensor([[0] * pad + list(ids) for pad, ids in zip(padding, prompt_ids, strict=True)])
+        attention_mask = torch.arange(width) >= torch.tensor(padding)[:, None]
+        return input_ids.to(self._device), attention_mask.long().to(self._device)
+
+
+def _build_model(hf_config: PretrainedConfig, dtype: torch.dtype, device: torch.device | str) -> Any:
+    """A frozen transformers model (their types do not hold) of uninitialised weights; no random number is drawn."""
+    attention = register_grouped_attention()
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, attn_implementation=attention)
+    model.tie_weights()
+    model.generation_config = GenerationConfig()  # no default of the checkpoint's creeps into sampling
+    # Behind the prompt the head gets a slice, [b, 1, h], that is not contiguous; for bfloat16 on a CPU torch would
+    # multiply it by b copies of the head's weight.
+    model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _length_to_stop(response: Sequence[int], stop_token_ids: Sequence[int]) -> int:
+    """Tokens up to the first stop id, with it; all of them when there is none."""
+    return next((place + 1 for place, token in enumerate(response) if token in stop_token_ids), len(response))
+
+
+@contextmanager
+def _threads(num_threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

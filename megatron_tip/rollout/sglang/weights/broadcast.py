@@ -1,0 +1,287 @@
+"""Weights by broadcast, in a process group that the trainer's first process shares with the servers' ranks."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import socket
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from ipaddress import ip_address
+from urllib.parse import urlsplit
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import TCPStore
+from torch.distributed.distributed_c10d import GroupName, PrefixStore, _new_process_group_helper, _world
+
+from megatron_tip.errors import ServerError, ServerMismatchError, ServerRefusedError
+from megatron_tip.rollout.sglang.client import SGLangClient
+from megatron_tip.rollout.sglang.pool import PooledServer
+from megatron_tip.rollout.sglang.weights.buckets import WeightBucket, weight_buckets
+from megatron_tip.rollout.sglang.weights.transport import start_on_all, that_report, those_that_did, without_heartbeats
+
+logger = logging.getLogger(__name__)
+
+
+class WeightGroup:
+    """The process group of this process (rank 0) and all ranks of `servers`; made once, used until one fails."""
+
+    def __init__(
+        self,
+        servers: Sequence[PooledServer],
+        executor: ThreadPoolExecutor,
+        *,
+        name: str,
+        backend: str,
+        host: str,
+        timeout_seconds: float,
+    ) -> None:
+        """Collective with the servers.
+
+        Raises:
+            ServerError: a server did not join in time.
+        """
+        self.members = [(server, server.incarnation) for server in servers]
+        self.name = name
+        self._executor = executor
+        self._group: dist.ProcessGroup | None = None
+        world_size = 1 + sum(server.tp_size for server in servers)
+        timeout = datetime.timedelta(seconds=timeout_seconds)
+        store, port = _listening_store(host, world_size, timeout)
+        calls, offset = {}, 1
+        for server in servers:
+            body = {
+                "master_address": host,
+                "master_port": port,
+                "rank_offset": offset,
+                "world_size": world_size,
+                "group_name": name,
+                "backend": backend,
+            }
+            calls |= start_on_all(executor, [server], _endpoint("init_weights_update_group", body))
+            offset += server.tp_size
+        self._join(store, world_size, backend, timeout)
+        if len(those_that_did(calls)) < len(servers):
+            self.close()
+            raise ServerError("weight sync: a server refused to join the process group")
+
+    def _join(self, store: TCPStore, world_size: int, backend: str, timeout: datetime.timedelta) -> None:
+        """As rank 0; blocks until all have joined."""
+        try:
+            # Not new_group: the servers are not of the trainer's world. SGLang makes its side by the same steps.
+            self._group, _ = _new_process_group_helper(
+                world_size,
+                0,
+                [],
+                backend,
+                PrefixStore(self.name, store),
+                group_name=GroupName(self.name),
+                timeout=timeout,
+            )
+            _world.pg_group_ranks[self._group] = {rank: rank for rank in range(world_size)}
+        except (RuntimeError, ValueError) as error:
+            raise ServerError(f"weight sync: the servers did not join the process group: {error}") from error
+
+    def is_of(self, servers: Sequence[PooledServer]) -> bool:
+        return self.members == [(server, server.incarnation) for server in servers]
+
+    def broadcast(self, bucket: WeightBucket) -> None:
+        """Sends one bucket to all servers, which load it.
+
+        Raises:
+            ServerError: one of them failed or refused it; all of them may hold a part of it.
+        """
+        body = {
+            "names": bucket.names,
+            "dtypes": bucket.dtypes,
+            "shapes": bucket.shapes,
+            "group_name": self.name,
+            "load_format": "flattened_bucket",
+            "flush_cache": False,
+        }
+        servers = [server for server, _ in self.members]
+        calls = start_on_all(self._executor, servers, _endpoint("update_weights_from_distributed", body))
+        try:
+            dist.broadcast(bucket.data, src=0, group=self._group)
+        except RuntimeError as error:
+            raise ServerError(f"weight sync: the broadcast broke off: {error}") from error
+        if len(those_that_did(calls)) < len(servers):
+            raise ServerError("weight sync: a server did not load a bucket")
+
+    def close(self, *, tell_servers: bool = True) -> None:
+        """Leaves the group, which ends what the servers still wait for in it."""
+        group, self._group = self._group, None
+        if group is None:
+            return
+        with suppress(RuntimeError, ValueError):
+            dist.destroy_process_group(group)
+        del group
+        if tell_servers:
+            servers = [
+                server for server, incarnation in self.members if server.is_up and server.incarnation == incarnation
+            ]
+            calls = start_on_all(
+                self._executor, servers, _endpoint("destroy_weights_update_group", {"group_name": self.name})
+            )
+            for call in calls.values():
+                with suppress(ServerError):
+                    call.result()
+
+
+class BroadcastTransport:
+    """Weights in buckets of `bucket_bytes`, by NCCL on GPUs and by gloo on CPUs.
+
+    Args:
+        run_id: tells this run's process groups from another's.
+        host: under which the servers reach this machine; None: loopback where all of them are on it.
+        timeout_seconds: of one bucket, and of the servers' joining.
+    """
+
+    def __init__(
+        self,
+        *,
+        run_id: str,
+        bucket_bytes: int,
+        backend: str,
+        device: torch.device | str,
+        timeout_seconds: float,
+        host: str | None = None,
+    ) -> None:
+        self.num_bytes = 0
+        self._run_id = run_id
+        self._bucket_bytes = bucket_bytes
+        self._backend = backend
+        self._device = device
+        self._timeout_seconds = timeout_seconds
+        self._host = host
+        self._group: WeightGroup | None = None
+        self._num_groups = 0
+        self._executor = ThreadPoolExecutor(64, thread_name_prefix="weight-sync")
+
+    def check(self, server: PooledServer) -> None:
+        """Refuses several pipeline stages or replicas: SGLang takes broadcasts in its tensor-parallel ranks alone."""
+        if server.num_replicas > 1:
+            raise ServerMismatchError(
+                f'{server.url}: expected a server of pp_size 1 and dp_size 1 with sync.transport = "broadcast", got '
+                f'{server.num_replicas} stages or replicas; set sync.transport = "folder"'
+            )
+
+    def send(
+        self, servers: Sequence[PooledServer], weights: Iterable[tuple[str, Tensor]], version: str
+    ) -> list[PooledServer]:
+        """Broadcasts to all servers that open a session; when one fails on the way, none counts as updated."""
+        self.num_bytes = 0
+        with without_heartbeats(servers):
+            ready = those_that_did(start_on_all(self._executor, servers, lambda client: _open_session(client, version)))
+            if not ready:
+                return []
+            try:
+                group = self._group_of(ready)
+                for bucket in weight_buckets(weights, self._bucket_bytes, self._device):
+                    self.num_bytes += bucket.data.numel()
+                    group.broadcast(bucket)
+            except ServerError as error:
+                logger.warning("%s; it starts anew with the servers that are left", error)
+                self._leave_group()
+                return []
+            except BaseException:
+                self._leave_group()
+                raise
+            done = those_that_did(start_on_all(self._executor, ready, lambda client: _close_session(client, version)))
+            return that_report(done, version)
+
+    def refresh(self, server: PooledServer) -> str | None:
+        """None: nothing of the last broadcast is kept; `server` gets weights with the next sync."""
+        return None
+
+    def close(self) -> None:
+        self._leave_group()
+        self._executor.shutdown(wait=False)
+
+    def _group_of(self, servers: Sequence[PooledServer]) -> WeightGroup:
+        if self._group is None or not self._group.is_of(servers):
+            self._leave_group()
+            self._num_groups += 1
+            self._group = WeightGroup(
+                servers,
+                self._executor,
+                name=f"{self._run_id}-{self._num_groups}",
+                backend=self._backend,
+                host=self._host or own_address([server.url for server in servers]),
+                timeout_seconds=self._timeout_seconds,
+            )
+        return self._group
+
+    def _leave_group(self) -> None:
+        if self._group is not None:
+            self._group.close()
+            self._group = None
+
+
+def _listening_store(host: str, world_size: int, timeout: datetime.timedelta) -> tuple[TCPStore, int]:
+    """The rendezvous of a process group on a free port of `host` alone, and the port: by itself it listens on all
+    addresses of the machine.
+    """
+    listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    port = listener.getsockname()[1]
+    store = TCPStore(
+        host,
+        port,
+        world_size,
+        is_master=True,
+        timeout=timeout,
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )
+    return store, port
+
+
+def _open_session(client: SGLangClient, version: str) -> None:
+    """Stops sampling and opens the server for weights; until they are complete it says that they are not."""
+    client.pause("abort")
+    client.flush_cache()
+    client.weights_endpoint(
+        "update_weight_version", {"new_version": f"{version} incomplete", "abort_all_requests": True}
+    )
+    try:
+        client.weights_endpoint("begin_weight_update")
+    except ServerRefusedError:  # a session that an earlier failure left open
+        client.weights_endpoint("end_weight_update")
+        client.weights_endpoint("begin_weight_update")
+
+
+def _close_session(client: SGLangClient, version: str) -> None:
+    client.weights_endpoint("end_weight_update")
+    client.flush_cache()
+    client.weights_endpoint("update_weight_version", {"new_version": version, "abort_all_requests": False})
+    client.resume()
+
+
+def _endpoint(name: str, body: dict[str, object]):
+    return lambda client: client.weights_endpoint(name, body)
+
+
+def own_address(urls: Sequence[str]) -> str:
+    """The address of this machine that the servers at `urls` reach: that of the way to the first on another machine;
+    loopback where there is none.
+
+    A machine's own name will not do: it is often an address of loopback.
+
+    Raises:
+        ServerError: there is no way to one of them.
+    """
+    for url in urls:
+        parts = urlsplit(url)
+        try:
+            family, *_, destination = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_DGRAM)[0]
+            with socket.socket(family, socket.SOCK_DGRAM) as way:
+                way.connect(destination)  # a datagram socket: chooses the way, sends nothing
+                address = str(way.getsockname()[0])
+        except OSError as error:
+            raise ServerError(f"weight sync: no way to {url}: {error}") from error
+        if not ip_address(address).is_loopback:
+            return address
+    return "127.0.0.1"

@@ -1,0 +1,114 @@
+"""A step's numbers, summed over the replicas and equal on every rank."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_tip.batching.step_batch import StepBatch
+from megatron_tip.parallel.collectives import broadcast_json
+from megatron_tip.parallel.groups import ModelGroups
+from megatron_tip.records import Rollout, TokenSelection, TokenStatistics
+
+MEANS = {
+    "train/student_entropy": "student_entropy",
+    "train/teacher_entropy": "teacher_entropy",
+    "train/reverse_kl": "reverse_kl",
+    "train/topk_reverse_kl": "topk_reverse_kl",
+    "train/forward_kl": "forward_kl",
+    "train/support_divergence": "support_divergence",
+    "train/compatibility": "compatibility",
+}
+"""Metric -> the statistic whose mean over all valid tokens of the batch it is."""
+
+
+def rollout_metrics(rollouts: Sequence[Rollout], *, weight_version: int, ahead: int = 0) -> dict[str, float]:
+    """Counts and lengths of a step's rollouts; stale are those that are not of the last `1 + ahead` weight versions.
+
+    Lengths are of what the student generated. A truncated rollout is one without an end of its own.
+    """
+    ages = [weight_version - rollout.weight_version for rollout in rollouts]
+    lengths = [rollout.num_generated for rollout in rollouts]
+    count = max(1, len(rollouts))
+    return {
+        "rollout/num_rollouts": float(len(rollouts)),
+        "rollout/num_empty": float(lengths.count(0)),
+        "rollout/num_stale": float(sum(not 0 <= age <= ahead for age in ages)),
+        "rollout/staleness_steps": sum(ages) / count,
+        "rollout/response_tokens": float(sum(lengths)),
+        "rollout/response_tokens_mean": sum(lengths) / count,
+        "rollout/truncated_ratio": sum(rollout.finish_reason != "stop" for rollout in rollouts) / count,
+        "rollout/turns_mean": sum(len(rollout.environment_spans) + 1 for rollout in rollouts) / count,
+        "rollout/environment_tokens": float(sum(len(rollout.response_ids) for rollout in rollouts) - sum(lengths)),
+    }
+
+
+def supervision_metrics(
+    groups: ModelGroups,
+    *,
+    scored: StepBatch,
+    trained: StepBatch,
+    statistics: TokenStatistics | None,
+    selection: TokenSelection | None,
+    ratios: Tensor | None,
+    loss: float,
+    pass_seconds: float,
+    device: torch.device,
+) -> dict[str, float]:
+    """Loss, means over valid tokens and token counts of the whole batch, equal on every rank.
+
+    Args:
+        scored, trained: the batch before and after the cut behind the selection.
+        pass_seconds: what this rank's training pass took, forward and backward.
+        statistics, selection: this replica's, on the last stage; None elsewhere, `statistics` also where no rule asked.
+        ratios: `[n]`, student over engine, as `importance.log_ratios` gives it; None: not comparable.
+        loss: this replica's part.
+
+    Collectives: one all-reduce over dp on the last stage, then `broadcast_json` over the world.
+    """
+    metrics: dict[str, float] = {}
+    if selection is not None:
+        sums = {
+            "train/loss": loss,
+            "rows": float(selection.selection_mask.shape[0]),
+        }
+        if statistics is not None:
+            found = {name: getattr(statistics, field, None) for name, field in MEANS.items()}
+            sums |= {name: value.double().sum().item() for name, value in found.items() if value is not None}
+            if ratios is not None:
+                sums["rollout/logprob_gap"] = ratios.double().abs().sum().item()
+                sums["rollout/importance_ratio"] = ratios.double().exp().sum().item()
+        totals = torch.tensor(list(sums.values()), dtype=torch.float64, device=device)
+        dist.all_reduce(totals, group=groups.dp_group)
+        metrics = dict(zip(sums, totals.tolist(), strict=True))
+        rows = metrics.pop("rows")
+        means = (*MEANS, "rollout/logprob_gap", "rollout/importance_ratio")
+        metrics |= {name: metrics[name] / rows for name in means if name in metrics}
+        metrics |= saved_metrics(scored, trained, pass_seconds)
+        metrics |= {
+            "selection/num_valid": float(selection.num_valid),
+            "selection/num_selected": float(selection.num_selected),
+            "selection/retention_ratio": selection.retention_ratio,
+            **selection.metrics,
+        }
+    reporter = groups.grid.rank_at(tp=0, dp=0, pp=groups.grid.pp_size - 1)
+    return broadcast_json(metrics, source=reporter, device=device)
+
+
+def saved_metrics(scored: StepBatch, trained: StepBatch, pass_seconds: float) -> dict[str, float]:
+    """What the cut behind the selection took off the training pass.
+
+    `train/saved_token_share`: of the tokens of the uncut batch. `perf/saved_train_seconds`: an estimate, as if the pass
+    took time in proportion to the padded tokens of the replica that has most of them.
+    """
+    tokens, uncut = trained.num_model_tokens(), scored.num_model_tokens()
+    slowdown = max(scored.num_padded_tokens()) / max(trained.num_padded_tokens())
+    return {
+        "train/num_model_tokens": float(tokens),
+        "train/num_model_tokens_uncut": float(uncut),
+        "train/num_micro_batches": float(trained.num_micro_batches()),
+        "train/num_micro_batches_uncut": float(scored.num_micro_batches()),
+        "train/saved_token_share": 1 - tokens / uncut,
+        "perf/saved_train_seconds": pass_seconds * (slowdown - 1),
+    }

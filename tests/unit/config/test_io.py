@@ -1,0 +1,158 @@
+"""Configurations in and out: overrides, messages, round trip, reference."""
+
+import pytest
+
+from megatron_tip.config import Config
+from megatron_tip.config.io import dump_config, load_config, reference
+from megatron_tip.errors import ConfigError
+
+MINIMAL = """
+[run]
+folder = "runs/a"
+[model]
+path = "models/student"
+[teacher]
+path = "models/teacher"
+[prompts]
+path = "prompts.jsonl"
+[training]
+steps = 3
+"""
+
+
+@pytest.fixture
+def minimal(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def message_of(path, overrides=()):
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    return str(caught.value)
+
+
+def test_defaults_fill_what_the_file_leaves_out(minimal):
+    config = load_config(minimal)
+    assert config.training.steps == 3
+    assert config.selection.retention_ratio == 0.05
+    assert str(config.model.path) == "models/student"
+
+
+@pytest.mark.parametrize(
+    "override,section,key,value",
+    [
+        ("model.dtype=bfloat16", "model", "dtype", "bfloat16"),
+        ('model.dtype="bfloat16"', "model", "dtype", "bfloat16"),
+        ("model.drop_layers=[20, 21]", "model", "drop_layers", (20, 21)),
+        ("optimizer.lr=1e-4", "optimizer", "lr", 1e-4),
+        ("optimizer.lr=1", "optimizer", "lr", 1.0),
+        ("prompts.shuffle=false", "prompts", "shuffle", False),
+        ("prompts.system_prompt=", "prompts", "system_prompt", ""),
+        ("prompts.system_prompt=answer = yes", "prompts", "system_prompt", "answer = yes"),
+        ("prompts.system_prompt=1\nother = 2", "prompts", "system_prompt", "1\nother = 2"),
+    ],
+)
+def test_override_is_toml_or_else_text(minimal, override, section, key, value):
+    got = getattr(getattr(load_config(minimal, [override]), section), key)
+    assert got == value
+    assert type(got) is type(value)
+
+
+def test_later_override_wins_and_may_open_a_section(minimal):
+    assert load_config(minimal, ["loss.temperature=2.0", "loss.temperature=3.0"]).loss.temperature == 3.0
+
+
+@pytest.mark.parametrize("override", ["steps=3", "training.steps", "a.b.c=1", ".steps=1", "training.=1", "=", ""])
+def test_malformed_override_is_refused(minimal, override):
+    assert "section.key=value" in message_of(minimal, [override])
+
+
+@pytest.mark.parametrize(
+    "override,expected_text",
+    [
+        ("model.tensor_paralel_size=3", "model.tensor_paralel_size (on the command line): unknown key"),
+        ("model.tensor_paralel_size=3", "did you mean model.tensor_parallel_size?"),
+        ("training.lr=0.1", "did you mean optimizer.lr?"),
+        ("optimzer.lr=0.1", "optimzer: unknown section; did you mean optimizer?"),
+        ("training.zzzzzzzz=1", "see `megatron-tip train --help`"),
+        ("training.steps=many", 'training.steps (on the command line): expected integer >= 1, got "many" (text)'),
+        ("training.steps=0", "expected integer >= 1, got 0 (integer)"),
+        ("training.steps=3.0", "expected integer >= 1, got 3.0 (number)"),
+        ("training.steps=true", "expected integer >= 1, got true (boolean)"),
+        ('training.steps="3"', 'expected integer >= 1, got "3" (text)'),
+        ("prompts.shuffle=1", "expected boolean, got 1 (integer)"),
+        ("model.dtype=fp8", 'expected "auto" | "float32" | "bfloat16", got "fp8" (text)'),
+        ("model.drop_layers=[1, x]", "expected list of integers"),
+        ('model.drop_layers=[1, "x"]', "model.drop_layers (on the command line), element 1: expected list of integers"),
+        ("selection.retention_ratio=1.5", "expected number > 0 and <= 1, got 1.5 (number)"),
+        ("selection.support_size=100000", "expected integer >= 1 and <= 1024, got 100000"),
+        ("run.folder=", "run.folder: expected a folder of the run's own, got an empty text"),
+        ("optimizer.lr=nan", "optimizer.lr (on the command line): expected number > 0, got NaN"),
+        ("optimizer.lr=inf", "expected number > 0, got Infinity"),
+        ("rollout.engine=replay", 'rollout.replay_folder: expected a folder with rollout.engine = "replay", got none'),
+    ],
+)
+def test_message_names_key_expectation_and_value(minimal, override, expected_text):
+    message = message_of(minimal, [override])
+    assert message.startswith(f"{minimal}: ")
+    assert expected_text in message
+
+
+def test_all_errors_are_listed_together(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text(MINIMAL.replace("steps = 3", "step = 3") + "[loss]\ntemperature = -1\n")
+    assert set(message_of(path).splitlines()[1:]) == {
+        "  loss.temperature: expected number > 0, got -1 (integer)",
+        "  training.steps: expected integer >= 1, got nothing",
+        "  training.step: unknown key; did you mean training.steps?",
+    }
+
+
+def test_missing_section_and_value_in_the_place_of_a_section(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text('model = 3\n[run]\nfolder = "a"\n')
+    message = message_of(path)
+    assert "model: expected section [model], got 3 (integer)" in message
+    assert "training: expected section [training], got nothing" in message
+    assert "model: expected a section [model], got 3 (integer)" in message_of(path, ["model.path=a"])
+
+
+@pytest.mark.parametrize(
+    "content,expected_text",
+    [
+        (b"[run\n", "syntax error"),
+        (b"\xff\xfe", "UTF-8"),
+        (None, "No such file"),
+    ],
+)
+def test_file_that_is_no_toml_is_refused(tmp_path, content, expected_text):
+    path = tmp_path / "run.toml"
+    if content is not None:
+        path.write_bytes(content)
+    message = message_of(path)
+    assert str(path) in message
+    assert expected_text in message
+
+
+def test_directory_in_the_place_of_the_file_is_refused(tmp_path):
+    assert "cannot read" in message_of(tmp_path)
+
+
+def test_dump_round_trips(minimal, tmp_path):
+    config = load_config(minimal, ["model.drop_layers=[3, 4]", "optimizer.lr=3e-7", 'prompts.system_prompt=é\n"x"'])
+    dumped = tmp_path / "dumped.toml"
+    dumped.write_text(dump_config(config))
+    assert load_config(dumped) == config
+    assert "retention_ratio = 0.05" in dumped.read_text()
+
+
+def test_reference_describes_every_key():
+    text = reference()
+    for name, field in Config.model_fields.items():
+        assert f"[{name}]" in text
+        for key, value in field.annotation.model_fields.items():
+            assert f"  {key}: " in text
+            assert value.description, f"{name}.{key} has no description"
+    assert "  retention_ratio: number > 0 and <= 1, default 0.05" in text

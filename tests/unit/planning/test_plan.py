@@ -1,0 +1,101 @@
+"""What a run will be is checked from files alone, and refused by name."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from megatron_tip.errors import MegatronTipError
+from megatron_tip.planning.plan import plan_run
+from tests.helpers.tiny import make_llama, make_tokenizer
+from tests.helpers.training import Layout, make_config, make_models
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.mark.parametrize(
+    "sections,world_size,expected_text",
+    [
+        (
+            {"teacher": {"tensor_parallel_size": 5}},
+            5,
+            "teacher.tensor_parallel_size: expected a divisor of its 12 attention",
+        ),
+        (
+            {"model": {"pipeline_parallel_size": 4}},
+            4,
+            "model.pipeline_parallel_size: expected a divisor of its 6 layers",
+        ),
+        ({"model": {"tensor_parallel_size": 2}}, 3, "student: expected a world size that is a multiple of tp 2 x pp 1"),
+        ({"model": {"drop_layers": (6,)}}, 1, "drop_layers: expected different layers among 0..5"),
+        ({"model": {"path": Path("nowhere")}}, 1, "nowhere/config.json: no such file"),
+        (
+            {"model": {"sequence_parallel": True}},
+            1,
+            "model.sequence_parallel: expected model.tensor_parallel_size above 1",
+        ),
+        ({"selection": {"rule": "tip_sof_or"}}, 1, "the nearest name is 'tip_soft_or'"),
+        (
+            {"selection": {"rule": "tip_soft_or", "retention_ratio": 0.01, "minimum_per_rollout": 0}},
+            1,
+            "selection.retention_ratio: expected at least one token of the longest response, got floor(0.01 x 64) = 0",
+        ),
+        ({"selection": {"scope": "rollout", "thresholds": "last_step"}}, 1, "thresholds 'last_step': expected scope"),
+        ({"selection": {"rule": "full"}}, 1, "rule 'full' keeps every row: set retention_ratio = 1"),
+        ({"rollout": {"max_response_tokens": 4090}}, 1, "expected at most the student's max_position_embeddings 4096"),
+        (
+            {"optimizer": {"warmup_steps": 4}},
+            1,
+            "optimizer.warmup_steps: expected fewer than training.steps = 4, got 4",
+        ),
+        ({"loss": {"divergence": "sampled_token", "temperature": 2.0}}, 1, "expected rollout.temperature = loss.temp"),
+        (
+            {"rollout": {"engine": "replay", "replay_folder": Path("no")}},
+            1,
+            "rollout.replay_folder: expected an existing",
+        ),
+        ({"optimizer": {"min_lr": 1.0}}, 1, "optimizer.min_lr: expected at most optimizer.lr = 0.001, got 1.0"),
+    ],
+)
+def test_what_cannot_run_is_refused(models: Path, sections, world_size: int, expected_text: str):
+    with pytest.raises(MegatronTipError) as caught:
+        plan_run(make_config(models, Layout(1), **sections), world_size)
+    assert expected_text in str(caught.value)
+
+
+def test_another_tokenizer_is_refused_with_an_example(models: Path, tmp_path: Path):
+    folder = tmp_path / "models"
+    shutil.copytree(models, folder)
+    make_tokenizer(folder / "teacher", vocab_size=280)
+    with pytest.raises(MegatronTipError, match=r"expected the student's tokenizer .* entries differ, for example '"):
+        plan_run(make_config(folder, Layout(1)), 1)
+
+
+def test_a_tokenizer_larger_than_the_embeddings_is_refused(models: Path, tmp_path: Path):
+    folder = tmp_path / "models"
+    shutil.copytree(models, folder)
+    for name in ("student", "teacher"):
+        tokenizer = json.loads((folder / name / "tokenizer.json").read_text())
+        tokenizer["model"]["vocab"]["a token beyond the embeddings"] = 400
+        (folder / name / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(
+        MegatronTipError,
+        match=r"expected embeddings of 401 rows or more .* largest id is 400, got 307",
+    ):
+        plan_run(make_config(folder, Layout(1)), 1)
+
+
+def test_models_of_one_tokenizer_and_other_paddings_share_the_smaller_vocabulary(models: Path, tmp_path: Path):
+    folder = tmp_path / "models"
+    shutil.copytree(models, folder)
+    make_llama(folder / "teacher", seed=3, vocab_size=320)
+    plan = plan_run(make_config(folder, Layout(4, student=(4, 1), teacher=(1, 1))), 4)
+    assert plan.vocab_size == 307
+    assert plan.padded_vocab_size == 320
+    assert plan.student_grid.dp_size == 1
+    assert plan.teacher_grid.dp_size == 4
+    assert plan.stop_token_ids == (2,)

@@ -1,0 +1,210 @@
+import json
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from megatron_tip.config import HeldoutConfig, PromptsConfig
+from megatron_tip.errors import ConfigError, InputError, OptionalDependencyError
+from megatron_tip.prompts.reasoning_tasks import generate_questions
+from megatron_tip.prompts.source import PromptSource, load_prompts
+from megatron_tip.seeds import derive_seed
+from tests.helpers.tiny_tokenizer import make_tiny_tokenizer
+
+BOS = 1
+
+
+def write_lines(folder: Path, *lines: str) -> Path:
+    path = folder / "prompts.jsonl"
+    path.write_text("".join(line + "\n" for line in lines))
+    return path
+
+
+def write_texts(folder: Path, *texts: str) -> Path:
+    return write_lines(folder, *(json.dumps({"prompt": text}) for text in texts))
+
+
+def load(heldout: int = 0, prompts_per_step: int = 3, steps: int = 2, seed: int = 5, **options) -> PromptSource:
+    return load_prompts(
+        PromptsConfig(**options),
+        HeldoutConfig(num_prompts=heldout),
+        make_tiny_tokenizer(),
+        prompts_per_step=prompts_per_step,
+        steps=steps,
+        seed=seed,
+    )
+
+
+def test_a_text_is_a_user_message_and_has_one_begin_token(tmp_path):
+    source = load(path=write_texts(tmp_path, "2 + 2 ="), system_prompt="be brief")
+    [prompt] = source.training
+    assert prompt.text == "<|bos|>system: be brief\nuser: 2 + 2 =\nassistant: "
+    assert prompt.prompt_ids.count(BOS) == 1
+    assert prompt.prompt_ids[0] == BOS
+    assert make_tiny_tokenizer().decode(prompt.prompt_ids) == prompt.text
+
+
+def test_messages_are_rendered_and_keep_their_own_system_message(tmp_path):
+    messages = [{"role": "system", "content": "own"}, {"role": "user", "content": "hi"}]
+    path = write_lines(tmp_path, json.dumps({"chat": messages, "other": 1}))
+    [prompt] = load(path=path, field="chat", system_prompt="given", apply_chat_template=False).training
+    assert prompt.text == "<|bos|>system: own\nuser: hi\nassistant: "
+
+
+@pytest.mark.parametrize("text", ["2 + 2 =", "<|bos|>2 + 2 ="])
+def test_a_plain_text_has_one_begin_token_too(tmp_path, text):
+    [prompt] = load(path=write_texts(tmp_path, text), apply_chat_template=False).training
+    assert prompt.text == text
+    assert make_tiny_tokenizer().decode(prompt.prompt_ids) == "<|bos|>2 + 2 ="
+
+
+def test_a_parquet_column_of_texts_or_of_messages(tmp_path):
+    messages = [[{"role": "user", "content": "hi"}], [{"role": "user", "content": "fox"}]]
+    pq.write_table(pa.table({"text": ["hi", "fox"], "chat": messages, "id": [1, 2]}), tmp_path / "p.parquet")
+    expected = ["<|bos|>user: hi\nassistant: ", "<|bos|>user: fox\nassistant: "]
+    for field in ("text", "chat"):
+        prompts = load(path=tmp_path / "p.parquet", field=field).training
+        assert [prompt.text for prompt in prompts] == expected
+        assert [prompt.index for prompt in prompts] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("", "line 2: expected a JSON object, got an empty line"),
+        ("  ", "line 2: expected a JSON object, got an empty line"),
+        ('{"prompt": "a', "line 2: expected a JSON object, got a broken line"),
+        ('["prompt"]', "line 2: expected a JSON object, got list"),
+        ('{"text": "a"}', r"line 2: no field 'prompt', only \['text'\]"),
+        ('{"prompt": 3}', "line 2: expected 'prompt' to be a text or a list of messages .* got 3"),
+        ('{"prompt": ""}', "line 2: expected 'prompt' to be a text .* got ''"),
+        ('{"prompt": []}', "line 2: expected 'prompt' to be a text"),
+        ('{"prompt": [{"role": "user"}]}', "line 2: expected 'prompt' to be a text"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, line, message):
+    path = write_lines(tmp_path, '{"prompt": "good"}', line, '{"prompt": "good"}')
+    with pytest.raises(InputError, match=message) as caught:
+        load(path=path)
+    assert str(path) in str(caught.value)
+
+
+def test_bytes_that_are_no_text_are_named(tmp_path):
+    (tmp_path / "p.jsonl").write_bytes(b'{"prompt": "a"}\n{"prompt": "\xff\xfe"}\n')
+    with pytest.raises(InputError, match="line 2: expected a JSON object, got a broken line"):
+        load(path=tmp_path / "p.jsonl")
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path):
+    with pytest.raises(InputError, match=r"no file .*nowhere\.jsonl"):
+        load(path=tmp_path / "nowhere.jsonl")
+    with pytest.raises(InputError, match=r"expected a \.jsonl or \.parquet file, got .*p\.csv"):
+        load(path=tmp_path / "p.csv")
+    with pytest.raises(InputError, match="got an empty file"):
+        load(path=write_lines(tmp_path))
+    path = tmp_path / "p.parquet"
+    pq.write_table(pa.table({"prompt": ["a", "b"]}), path)
+    with pytest.raises(InputError, match=r"no column 'text', only \['prompt'\]"):
+        load(path=path, field="text")
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(InputError, match=r"p\.parquet: not a readable Parquet file"):
+        load(path=path)
+    pq.write_table(pa.table({"prompt": ["a", None]}), path)
+    with pytest.raises(InputError, match="row 2: expected 'prompt' to be a text"):
+        load(path=path)
+
+
+def test_long_prompts_are_skipped_and_counted(tmp_path):
+    path = write_texts(tmp_path, "fox", "lazy dog " * 50, "dog")
+    source = load(path=path, max_prompt_tokens=40)
+    assert source.num_skipped == 1
+    assert [prompt.index for prompt in source.training] == [0, 2], "an index is the place in the source"
+    with pytest.raises(InputError, match="all 3 prompts are longer than 2 tokens, the shortest has"):
+        load(path=path, max_prompt_tokens=2)
+
+
+def test_the_last_of_a_file_are_held_out_and_their_texts_not_trained_on(tmp_path):
+    source = load(path=write_texts(tmp_path, "a", "d", "b", "c", "d"), heldout=2, apply_chat_template=False)
+    assert [prompt.text for prompt in source.heldout] == ["c", "d"]
+    assert [prompt.text for prompt in source.training] == ["a", "b"]
+    assert source.num_duplicates == 1
+    with pytest.raises(InputError, match="none is left for training"):
+        load(path=write_texts(tmp_path, "a", "b"), heldout=2)
+    with pytest.raises(InputError, match="at least 3 held-out prompts"):
+        load(path=write_texts(tmp_path, "a", "b"), heldout=3)
+
+
+def test_steps_go_through_every_prompt_once_an_epoch_in_an_order_of_its_own(tmp_path):
+    path = write_texts(tmp_path, *(f"{i}" for i in range(20)))
+    source = load(path=path, prompts_per_step=8)
+    drawn = [prompt.index for step in range(1, 6) for prompt in source.batch(step)]
+    assert sorted(drawn[:20]) == sorted(drawn[20:]) == list(range(20))
+    assert drawn[:20] != drawn[20:]
+    assert drawn[:20] != list(range(20))
+    again = load(path=path, prompts_per_step=8)
+    assert again.batch(3) == source.batch(3), "a step does not depend on the steps before it"
+    assert load(path=path, prompts_per_step=8, seed=6).batch(1) != source.batch(1)
+    in_order = load(path=path, prompts_per_step=8, shuffle=False)
+    assert [prompt.index for prompt in in_order.batch(3)] == [16, 17, 18, 19, 0, 1, 2, 3]
+
+
+def test_a_step_may_take_more_prompts_than_there_are(tmp_path):
+    source = load(path=write_texts(tmp_path, "a", "b"), prompts_per_step=5)
+    assert sorted(prompt.index for prompt in source.batch(1)[:4]) == [0, 0, 1, 1]
+
+
+def test_reasoning_gym_draws_from_tasks_in_turn_and_holds_out_other_questions():
+    options = {"source": "reasoning_gym", "tasks": ("basic_arithmetic", "leg_counting")}
+    source = load(heldout=4, **options)
+    assert len(source.training) == 6, "as many as two steps of three need"
+    assert ["Calculate" in p.text or "Evaluate" in p.text for p in source.training] == [True, False] * 3
+    assert load(heldout=4, **options).training == source.training
+    assert load(heldout=4, seed=6, **options).training != source.training
+    assert len({p.text for p in source.heldout}) == 4
+    assert len(load(num_prompts=9, **options).training) == 9
+
+
+def test_held_out_questions_are_never_training_questions():
+    # coin_flip has few different questions, so the other seed repeats some of the training ones
+    source = load(heldout=30, source="reasoning_gym", tasks=("coin_flip",), num_prompts=60, apply_chat_template=False)
+    trained, held_out = ({prompt.text for prompt in prompts} for prompts in (source.training, source.heldout))
+    assert trained & set(generate_questions(("coin_flip",), 240, derive_seed(5, 2))), "the case must hold a repetition"
+    assert len(held_out) == 30
+    assert not trained & held_out
+
+
+def test_unknown_tasks_are_named():
+    with pytest.raises(ConfigError, match=r"got \['no_such_task'\]; known: .*'basic_arithmetic'"):
+        load(source="reasoning_gym", tasks=("basic_arithmetic", "no_such_task"))
+
+
+def test_without_reasoning_gym_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    with pytest.raises(OptionalDependencyError, match=r"megatron_tip\[tasks\]"):
+        load(source="reasoning_gym", tasks=("basic_arithmetic",))
+
+
+def test_chat_needs_a_template_and_a_plain_text_has_no_system_message(tmp_path):
+    path = write_texts(tmp_path, "a")
+    with pytest.raises(ConfigError, match=r"line 1 is a plain text and prompts\.apply_chat_template is false"):
+        load(path=path, apply_chat_template=False, system_prompt="s")
+    tokenizer = make_tiny_tokenizer(chat_template="")
+    with pytest.raises(ConfigError, match="line 1 needs a chat template and the tokenizer has none"):
+        load_prompts(
+            PromptsConfig(path=path), HeldoutConfig(num_prompts=0), tokenizer, prompts_per_step=1, steps=1, seed=1
+        )
+
+
+def test_a_template_that_refuses_is_named(tmp_path):
+    tokenizer = make_tiny_tokenizer(chat_template="{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(InputError, match=r"line 1: the tokenizer's chat template refuses .*roles must alternate"):
+        load_prompts(
+            PromptsConfig(path=write_texts(tmp_path, "a")),
+            HeldoutConfig(num_prompts=0),
+            tokenizer,
+            prompts_per_step=1,
+            steps=1,
+            seed=1,
+        )
