@@ -8,24 +8,35 @@ import torch
 import torch.distributed as dist
 
 
-def broadcast_json(value: Any, *, source: int, device: torch.device, group: dist.ProcessGroup | None = None) -> Any:
-    """`value` of global rank `source`, on every rank, through JSON: numbers, strings, lists and dicts.
+def broadcast_bytes(
+    content: bytes, *, source: int, device: torch.device | str, group: dist.ProcessGroup | None = None
+) -> bytes:
+    """Returns the `content` of global rank `source` on every rank; what other ranks pass is ignored.
 
-    Collectives: two broadcasts (length, bytes) over `group`, or over the world without one. What other ranks pass as
-    `value` is ignored.
+    Collectives: two broadcasts (length, bytes) over `group`, or over the world without one.
     """
     is_source = dist.get_rank() == source
-    payload = json.dumps(value).encode() if is_source else b""
-    length = torch.tensor([len(payload)], dtype=torch.int64, device=device)
+    length = torch.tensor([len(content)], dtype=torch.int64, device=device)
     dist.broadcast(length, src=source, group=group)
     data = torch.empty(int(length), dtype=torch.uint8, device=device)
-    if is_source:
-        data.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
+    if is_source and content:
+        data.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
     dist.broadcast(data, src=source, group=group)
-    return json.loads(data.cpu().numpy().tobytes())
+    return content if is_source else data.cpu().numpy().tobytes()
 
 
-def gather_json(value: Any, *, device: torch.device, group: dist.ProcessGroup | None = None) -> list[Any]:
+def broadcast_json(
+    value: Any, *, source: int, device: torch.device | str, group: dist.ProcessGroup | None = None
+) -> Any:
+    """Returns the `value` of global rank `source` on every rank, through JSON: numbers, strings, lists and dicts.
+
+    Collectives: those of `broadcast_bytes`. What other ranks pass as `value` is ignored.
+    """
+    content = json.dumps(value).encode() if dist.get_rank() == source else b""
+    return json.loads(broadcast_bytes(content, source=source, device=device, group=group))
+
+
+def gather_json(value: Any, *, device: torch.device | str, group: dist.ProcessGroup | None = None) -> list[Any]:
     """Every rank's `value`, on every rank in rank order, through JSON.
 
     Collectives: two all-gathers (lengths, bytes padded to the longest) over `group`, or over the world without one.

@@ -143,7 +143,8 @@ def _put_on_record(error: Exception) -> None:
         return
     vars(error)[_ON_RECORD] = True
     get_error_handler().record_exception(error)
-    if not os.environ.get(_LAUNCHER_PID):
+    is_another_ranks = hasattr(error, "met_on_rank")  # which shows it itself: see `together`
+    if not os.environ.get(_LAUNCHER_PID) and not is_another_ranks:
         _report(error)
 
 

@@ -1,0 +1,123 @@
+"""How ranks fail together: what one of them meets is raised on all, so that none is left waiting in a collective."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from megatron_tip import errors
+from megatron_tip.errors import MegatronTipError, PeerError
+from megatron_tip.parallel.collectives import broadcast_bytes, gather_json
+from megatron_tip.parallel.stop import StopRequested
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_RETURNED, _RAISED = b"\0", b"\1"
+
+
+def run_on(
+    rank: int,
+    action: Callable[[], T],
+    *,
+    device: torch.device | str,
+    group: dist.ProcessGroup | None = None,
+    encode: Callable[[T], bytes] = lambda value: json.dumps(value).encode(),
+    decode: Callable[[bytes], Any] = json.loads,
+) -> T:
+    """Runs `action` on one rank and returns its result on every rank of `group`, or raises its failure on every rank.
+
+    Args:
+        rank: the global rank that runs `action`; on the others it is never called.
+        device: where the travelling bytes lie; what the group's backend carries.
+        group: `None` means the world.
+        encode, decode: how the result travels; by default as JSON. On `rank` itself it does not travel.
+
+    Collectives: two broadcasts (length, bytes).
+
+    Raises:
+        What `action` raises: on `rank` itself as it is, on the others the same class with the same message if it is a
+        StopRequested or one of `errors`; otherwise a PeerError, since another rank cannot have the same traceback.
+    """
+    if dist.get_rank() != rank:
+        content = broadcast_bytes(b"", source=rank, device=device, group=group)
+        if content[:1] == _RAISED:
+            raise _failure_of(rank, *json.loads(content[1:]))
+        return decode(content[1:])
+    try:
+        value = action()
+        content = _RETURNED + encode(value)
+    except BaseException as error:  # Ctrl-C too: the other ranks wait in the broadcast
+        broadcast_bytes(_RAISED + json.dumps(_described(error)).encode(), source=rank, device=device, group=group)
+        raise
+    broadcast_bytes(content, source=rank, device=device, group=group)
+    return value
+
+
+def raise_together(
+    failure: BaseException | None, *, device: torch.device | str, group: dist.ProcessGroup | None = None
+) -> None:
+    """Returns if no rank of `group` met a failure; otherwise raises one of the failures, the same on all ranks.
+
+    A failure that is not one of `errors` comes first: it is a fault of the program. Among equals the lowest rank's is
+    raised. A rank whose own failure is another one logs it.
+
+    Args:
+        failure: what this rank met, if anything.
+        device: where the travelling values lie.
+        group: `None` means the world.
+
+    Collectives: one all-reduce of an integer; after a failure two all-gathers more.
+
+    Raises:
+        As of `run_on`.
+    """
+    met = torch.tensor(failure is not None, dtype=torch.int32, device=device)
+    dist.all_reduce(met, op=dist.ReduceOp.MAX, group=group)
+    if not met:
+        return
+    told = gather_json(_described(failure) if failure is not None else None, device=device, group=group)
+    place = min((i for i, one in enumerate(told) if one), key=lambda i: (_class_of(told[i][0]) is not None, i))
+    rank = dist.get_global_rank(group, place) if group is not None else place
+    if failure is not None:
+        if dist.get_rank() == rank:
+            raise failure
+        logger.error("%s: %s", type(failure).__name__, failure)
+    raise _failure_of(rank, *told[place]) from failure
+
+
+def _described(error: BaseException) -> tuple[str, str]:
+    """Returns the class and the message of `error`, from which `_failure_of` makes it again.
+
+    Of a class that `errors` does not have, but a class above it, that one counts.
+    """
+    names = [kind.__name__ for kind in type(error).__mro__]
+    return next((name for name in names if _class_of(name)), names[0]), str(error)
+
+
+def _class_of(name: str) -> type[BaseException] | None:
+    """Returns the class of that name if it can be raised on any rank, `None` otherwise."""
+    if name == StopRequested.__name__:
+        return StopRequested
+    found = getattr(errors, name, None)
+    is_ours = isinstance(found, type) and issubclass(found, MegatronTipError) and found is not MegatronTipError
+    return found if is_ours else None
+
+
+def _failure_of(rank: int, name: str, message: str) -> BaseException:
+    """Returns what rank `rank` met, for another rank to raise."""
+    kind = _class_of(name)
+    if kind is StopRequested:
+        return StopRequested(signal.Signals[message])
+    if kind is None:
+        return PeerError(f"rank {rank} failed with {name}: {message}; its own message says where")
+    failure = kind(message)
+    failure.met_on_rank = rank  # type: ignore[attr-defined]  # `launch` shows it once, from the rank that met it
+    return failure
