@@ -61,7 +61,14 @@ class TooManySkips(TrainingError):  # noqa: N818  (what happened, and not an err
 
 
 class PeerError(MegatronTipError, RuntimeError):
-    """Another rank failed and this one ends with it; the other rank's own error says why and is the one to show."""
+    """Another rank failed and this one ends with it; the other rank's own error says why and is the one to show.
+
+    `cause`: the class of the other rank's error, where it is known.
+    """
+
+    def __init__(self, message: str, *, cause: str = "") -> None:
+        super().__init__(message)
+        self.cause = cause
 
 
 class OptionalDependencyError(MegatronTipError, ImportError):
