@@ -1,0 +1,9 @@
+from contextlib import ExitStack
+
+import pytest
+
+
+@pytest.fixture
+def stack():
+    with ExitStack() as one:
+        yield one
