@@ -1,9 +1,0 @@
-from contextlib import ExitStack
-
-import pytest
-
-
-@pytest.fixture
-def stack():
-    with ExitStack() as one:
-        yield one
