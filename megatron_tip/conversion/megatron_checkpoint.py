@@ -4,17 +4,13 @@
     config.json         the model, as Hugging Face describes it; tokenizer files beside it
     weights/            megatron.core.dist_checkpointing, readable in any tp x pp
 
-Loading runs no code from the checkpoint. The tensors are read with torch's `weights_only`; objects (which Transformer
-Engine layers add for fp8) are written for Megatron's sake and never read; and the index, a pickle, is checked first to
-name nothing but the record types of torch's own format.
+Loading runs no code from the checkpoint: see `tensor_load`. Objects, which Transformer Engine's layers add for fp8, are
+written for Megatron's sake and never read.
 """
 
 from __future__ import annotations
 
-import pickle
 from contextlib import ExitStack
-from dataclasses import is_dataclass
-from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,13 +18,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.models.gpt import GPTModel
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_tip.conversion.background_save import InProcessSave
 from megatron_tip.conversion.model_folder import ModelFolder, read_json
+from megatron_tip.conversion.tensor_load import INDEX_NAME, load_tensors, read_index, reason_of
 from megatron_tip.errors import OutputError, WeightsError
 from megatron_tip.files import new_folder, write_json
 from megatron_tip.parallel.collectives import broadcast_json
@@ -53,7 +49,7 @@ class MegatronCheckpoint(ModelFolder):
         if manifest.get("format") != FORMAT:
             raise WeightsError(f"{self.folder / MANIFEST_NAME}: expected the format {FORMAT!r}, got {manifest}")
         self.weights = self.folder / WEIGHTS_NAME
-        check_index(self.weights / ".metadata")
+        read_index(self.weights / INDEX_NAME)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -105,7 +101,7 @@ def load_megatron_checkpoint(model: GPTModel, checkpoint: MegatronCheckpoint, gr
 def load_shards(model: GPTModel, weights: Path, groups: ModelGroups) -> None:
     """Fills this rank's shards from a folder of Megatron's shards of any layout, also of a run's checkpoint.
 
-    Collective over the world. Whoever calls it has checked the index (`check_index`). The padded vocabulary may differ
+    Collective over the world. The padded vocabulary may differ
     from the one that was saved; padding rows become zero.
 
     Raises:
@@ -113,10 +109,7 @@ def load_shards(model: GPTModel, weights: Path, groups: ModelGroups) -> None:
     """
     sharded = model.sharded_state_dict(metadata={"dp_cp_group": groups.collection.dp_cp})
     tensors = {key: value for key, value in sharded.items() if not isinstance(value, ShardedObject)}
-    try:
-        loaded: Any = dist_checkpointing.load({"model": tensors}, str(weights))
-    except (CheckpointException, CheckpointingException, OSError, RuntimeError) as error:
-        raise WeightsError(f"{weights}: cannot be loaded: {reason_of(error)}") from error
+    loaded = load_tensors({"model": tensors}, weights)
     missing, unexpected = model.load_state_dict(loaded["model"], strict=False)
     missing = [key for key in missing if not key.endswith("_extra_state")]
     assert not missing, f"parameters that Megatron does not shard: {missing}"
@@ -138,45 +131,3 @@ def _agreed(value: Any, failure: str | None, device: torch.device) -> Any:
     if failure is not None:
         raise OutputError(failure)
     return value
-
-
-def reason_of(error: BaseException) -> str:
-    """The first rank's error of torch's collective one, in one line."""
-    failures = getattr(error, "failures", None)
-    if failures:
-        error = next(iter(failures.values()))[0]
-    return f"{type(error).__name__}: {error}".splitlines()[0]
-
-
-def check_index(path: Path) -> None:
-    """Raises WeightsError unless the pickle at `path` names nothing but the records of torch's format."""
-    try:
-        with path.open("rb") as file:
-            _IndexUnpickler(file).load()
-    except FileNotFoundError:
-        raise WeightsError(f"{path}: no such file; the checkpoint is incomplete") from None
-    except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ValueError, TypeError) as error:
-        raise WeightsError(f"{path}: not the index of a checkpoint: {error}") from error
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    """Knows the record types of torch's distributed checkpoints, and nothing that could do anything."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module in _INDEX_MODULES:
-            found = super().find_class(module, name)
-            is_record = isinstance(found, type) and found.__module__ == module
-            if is_record and (is_dataclass(found) or issubclass(found, Enum)):
-                return found
-            if isinstance(found, torch.dtype) or found in (torch.Size, torch.serialization._get_layout):
-                return found
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in it; do not load checkpoints you do not trust")
-
-
-_INDEX_MODULES = (
-    "torch",
-    "torch.serialization",
-    "torch.distributed.checkpoint.filesystem",
-    "torch.distributed.checkpoint.metadata",
-    "torch.distributed.checkpoint.planner",
-)

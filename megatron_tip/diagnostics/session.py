@@ -7,9 +7,10 @@ from pathlib import Path
 
 from megatron_tip.config import Config
 from megatron_tip.conversion.bridge import load_hf
-from megatron_tip.conversion.megatron_checkpoint import MANIFEST_NAME, MegatronCheckpoint, check_index, load_shards
+from megatron_tip.conversion.megatron_checkpoint import MANIFEST_NAME, MegatronCheckpoint, load_shards
 from megatron_tip.conversion.model_folder import ModelFolder
 from megatron_tip.conversion.safetensors_io import HfCheckpoint
+from megatron_tip.conversion.tensor_load import INDEX_NAME, read_index
 from megatron_tip.diagnostics.bank import ContextBank, check_bank, read_bank
 from megatron_tip.diagnostics.fingerprint import model_fingerprint, tokenizer_fingerprint
 from megatron_tip.errors import ConfigError
@@ -110,7 +111,7 @@ def resolve_checkpoint(path: Path, plan: RunPlan) -> Path:
     last = [CheckpointFiles(folder.checkpoints).step_folder(steps[-1])] if steps else []
     for found in (path, folder.checkpoint, folder.hf, *last):
         if (found / SHARDS_NAME).is_dir():
-            check_index(found / SHARDS_NAME / ".metadata")
+            read_index(found / SHARDS_NAME / INDEX_NAME)
             return found
         if (description := _description(found)) is not None:
             if differences := plan.student.architecture.differences(description.architecture):

@@ -10,15 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_tip.conversion.megatron_checkpoint import check_index, reason_of
-from megatron_tip.errors import CheckpointError
+from megatron_tip.conversion.tensor_load import load_tensors
+from megatron_tip.errors import CheckpointError, WeightsError
 from megatron_tip.models.student import Student
 from megatron_tip.training.checkpoints.distributed_optimizer_state import mend_gathering
 
@@ -63,10 +60,9 @@ def load_state(student: Student, shards: Path, *, with_random_states: bool) -> N
     if with_random_states:
         state["random"] = _sharded_random_states()
     try:
-        check_index(shards / ".metadata")
-        loaded: Any = dist_checkpointing.load(state, str(shards))
-    except (CheckpointException, CheckpointingException, OSError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{shards}: cannot be loaded: {reason_of(error)}") from error
+        loaded = load_tensors(state, shards)
+    except WeightsError as error:
+        raise CheckpointError(str(error)) from error
     missing, unexpected = student.model.load_state_dict(loaded["model"], strict=False)
     missing = [key for key in missing if not key.endswith("_extra_state")]
     assert not missing, f"parameters that Megatron does not shard: {missing}"

@@ -17,7 +17,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyPara
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_tip.conversion.background_save import InProcessSave
-from megatron_tip.conversion.megatron_checkpoint import reason_of
+from megatron_tip.conversion.tensor_load import reason_of
 from megatron_tip.errors import OutputError
 from megatron_tip.parallel.collectives import agree_on_maxima, broadcast_json, gather_json
 from megatron_tip.parallel.stop import StopRequested, StopSignals
