@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+
 from megatron_tip.errors import WeightsError
+
+MAX_SIZE = 10**9
+MAX_LAYERS = 10_000
+"""Sizes beyond these are mistakes; they are refused before anything is made of them."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """What a Hugging Face class adds to the common decoder: rotary GPT with RMSNorm, grouped queries and SwiGLU."""
+    """What a Hugging Face class adds to the common decoder: rotary GPT with RMSNorm, grouped queries and SwiGLU.
+
+    `name`: the `model_type` of its config.json. `config_class`: how transformers reads that file.
+    """
 
     name: str
+    config_class: type[PretrainedConfig]
     qkv_bias: bool = False
     qk_norm: bool = False
 
 
 FAMILIES = {
-    "LlamaForCausalLM": Family("llama"),
-    "Qwen2ForCausalLM": Family("qwen2", qkv_bias=True),
-    "Qwen3ForCausalLM": Family("qwen3", qk_norm=True),
+    "LlamaForCausalLM": Family("llama", LlamaConfig),
+    "Qwen2ForCausalLM": Family("qwen2", Qwen2Config, qkv_bias=True),
+    "Qwen3ForCausalLM": Family("qwen3", Qwen3Config, qk_norm=True),
 }
 
 
@@ -74,24 +85,31 @@ class ModelArchitecture:
             WeightsError: an architecture, or a feature of one, that is not supported, or a size that is missing.
         """
         family = _family(config, where)
-        _refuse_unsupported_features(config, where)
-        heads = _size(config, "num_attention_heads", where)
-        hidden_size = _size(config, "hidden_size", where)
-        rope = _rope_parameters(config)
+        sizes = {key: _size(config, key, where) for key in _SIZES}
+        read = _as_transformers_reads(config, family, where)
+        _refuse_unsupported_features(config, read, where)
+        heads = sizes["num_attention_heads"]
+        query_groups = read.num_key_value_heads
+        head_dim = getattr(read, "head_dim", None) or sizes["hidden_size"] // heads
+        if heads % query_groups:
+            raise WeightsError(
+                f"{where}: expected num_attention_heads to be a multiple of num_key_value_heads, got {heads} and "
+                f"{query_groups}"
+            )
         return cls(
             family=family.name,
-            num_layers=_size(config, "num_hidden_layers", where),
-            hidden_size=hidden_size,
-            ffn_hidden_size=_size(config, "intermediate_size", where),
+            num_layers=sizes["num_hidden_layers"],
+            hidden_size=sizes["hidden_size"],
+            ffn_hidden_size=sizes["intermediate_size"],
             num_attention_heads=heads,
-            num_query_groups=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or hidden_size // heads,
-            vocab_size=_size(config, "vocab_size", where),
-            max_position_embeddings=_size(config, "max_position_embeddings", where),
-            norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-            rope_theta=float(rope.get("rope_theta", 10000.0)),
-            rope_scaling=_rope_scaling(rope, where),
-            tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+            num_query_groups=query_groups,
+            head_dim=head_dim,
+            vocab_size=sizes["vocab_size"],
+            max_position_embeddings=sizes["max_position_embeddings"],
+            norm_eps=float(read.rms_norm_eps),
+            rope_theta=float(read.rope_parameters["rope_theta"]),
+            rope_scaling=_rope_scaling(read.rope_parameters, where),
+            tied_embeddings=bool(read.tie_word_embeddings),
             qkv_bias=family.qkv_bias,
             qk_norm=family.qk_norm,
         )
@@ -125,68 +143,118 @@ def config_without_layers(config: dict[str, Any], drop_layers: Collection[int]) 
     return changed
 
 
+_SIZES = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "vocab_size",
+    "max_position_embeddings",
+)
+
+
 def _family(config: dict[str, Any], where: str) -> Family:
-    names = config.get("architectures") or ["(none named)"]
+    names = config.get("architectures")
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+        raise WeightsError(
+            f"{where}: expected architectures to be a list with one of {', '.join(sorted(FAMILIES))}, got {names!r:.80}"
+        )
     if names[0] not in FAMILIES:
         raise WeightsError(
             f"{where}: architecture {names[0]} is not supported; supported are {', '.join(sorted(FAMILIES))}"
         )
-    return FAMILIES[names[0]]
+    family = FAMILIES[names[0]]
+    if config.get("model_type") != family.name:
+        raise WeightsError(
+            f"{where}: expected model_type {family.name!r} for {names[0]}, got {config.get('model_type')!r:.80}; "
+            "engines and other tools choose the model by it"
+        )
+    return family
 
 
 def _size(config: dict[str, Any], key: str, where: str) -> int:
-    value = config.get(key)
-    if not isinstance(value, int) or value < 1:
-        raise WeightsError(f"{where}: expected {key} to be a positive whole number, got {value!r}")
+    value, most = config.get(key), MAX_LAYERS if key == "num_hidden_layers" else MAX_SIZE
+    if type(value) is not int or not 1 <= value <= most:
+        raise WeightsError(f"{where}: expected {key} to be a whole number from 1 to {most}, got {value!r:.80}")
     return value
 
 
-def _refuse_unsupported_features(config: dict[str, Any], where: str) -> None:
-    def refuse(key: str, expected: str) -> None:
-        raise WeightsError(
-            f"{where}: expected {expected}, got {key} = {config.get(key)!r}; such models are not supported"
-        )
+def _as_transformers_reads(config: dict[str, Any], family: Family, where: str) -> PretrainedConfig:
+    """Returns the configuration as transformers reads it: its defaults, and every spelling of the rotary parameters.
 
-    if config.get("hidden_act", "silu") != "silu":
+    Raises:
+        WeightsError: transformers refuses it, or it describes the rotary embeddings twice.
+    """
+    own, added = config.get("rope_parameters"), config.get("rope_scaling")
+    if own and added and own != added:
+        raise WeightsError(
+            f"{where}: expected rope_parameters or rope_scaling, got both; transformers reads rope_scaling alone and "
+            "drops the rope_theta within rope_parameters: put everything into rope_parameters"
+        )
+    for key in ("rope_parameters", "rope_scaling"):
+        if not isinstance(config.get(key) or {}, dict):
+            raise WeightsError(f"{where}: expected {key} to be an object, got {config[key]!r:.80}")
+    length, outer = (added or own or {}).get(_ORIGINAL), config.get(_ORIGINAL)
+    if outer is not None and outer != length:
+        raise WeightsError(
+            f"{where}: expected {_ORIGINAL} within the rotary parameters alone, got {length!r:.80} there and "
+            f"{outer!r:.80} beside them; which of them counts depends on how transformers loads the model"
+        )
+    values = {key: value for key, value in config.items() if key not in _NEVER_READ}
+    try:
+        return family.config_class.from_dict(copy.deepcopy(values))  # which writes into what it is given
+    except Exception as error:  # of its own, of huggingface_hub's validation, or of Python
+        reason = " ".join(str(error).split())
+        raise WeightsError(f"{where}: transformers refuses it: {type(error).__name__}: {reason:.300}") from error
+
+
+_ORIGINAL = "original_max_position_embeddings"
+_NEVER_READ = ("auto_map", "quantization_config")
+"""Names of code in the folder; and what is refused by name."""
+
+
+def _refuse_unsupported_features(config: dict[str, Any], read: PretrainedConfig, where: str) -> None:
+    def refuse(key: str, expected: str) -> None:
+        got = getattr(read, key, config.get(key))
+        raise WeightsError(f"{where}: expected {expected}, got {key} = {got!r:.80}; such models are not supported")
+
+    if read.hidden_act != "silu":
         refuse("hidden_act", "the activation silu")
     for key in ("attention_bias", "mlp_bias"):
-        if config.get(key):
+        if getattr(read, key, False):
             refuse(key, "no bias in the output and feed-forward projections")
     if config.get("quantization_config"):
         refuse("quantization_config", "plain weights; dequantise them first")
-    if _uses_sliding_window(config):
+    if any(kind != "full_attention" for kind in getattr(read, "layer_types", None) or ()):
         refuse("sliding_window", "full attention in every layer")
-
-
-def _uses_sliding_window(config: dict[str, Any]) -> bool:
-    layer_types = config.get("layer_types")
-    if layer_types:
-        return any(kind != "full_attention" for kind in layer_types)
-    limited = config.get("use_sliding_window") and config.get("sliding_window") is not None
-    return bool(limited) and config.get("max_window_layers", 28) < config["num_hidden_layers"]
-
-
-def _rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
-    """`rope_parameters`, as transformers 5 writes them; older checkpoints have `rope_theta` and `rope_scaling`."""
-    if config.get("rope_parameters"):
-        return config["rope_parameters"]
-    parameters = dict(config.get("rope_scaling") or {})
-    if "rope_theta" in config:
-        parameters["rope_theta"] = config["rope_theta"]
-    return parameters
+    for key, least in (("num_key_value_heads", 1), ("head_dim", 2)):
+        value = getattr(read, key, None)
+        if value is not None and (type(value) is not int or value < least):
+            refuse(key, f"a whole number of at least {least}")
+    if not isinstance(read.rms_norm_eps, int | float) or not 0 <= read.rms_norm_eps < 1:
+        refuse("rms_norm_eps", "a small number")
+    theta = read.rope_parameters.get("rope_theta")
+    if not isinstance(theta, int | float) or not 0 < theta < float("inf"):
+        raise WeightsError(f"{where}: expected rope_theta to be a positive number, got {theta!r:.80}")
 
 
 def _rope_scaling(rope: dict[str, Any], where: str) -> RopeScaling | None:
-    kind = rope.get("rope_type") or rope.get("type") or "default"
+    kind = rope.get("rope_type")
+    if any(isinstance(value, dict) for value in rope.values()):
+        raise WeightsError(f"{where}: expected one set of rotary parameters for all layers, got {rope}")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise WeightsError(f"{where}: partial rotary embeddings are not supported, got {rope}")
     if kind == "default":
         return None
     if kind not in _ROPE_PARAMETERS:
-        raise WeightsError(f"{where}: rope scaling {kind!r} is not supported; supported are default, linear and llama3")
-    missing = [key for key in _ROPE_PARAMETERS[kind] if not isinstance(rope.get(key), int | float)]
-    if missing:
-        raise WeightsError(f"{where}: expected a number for {missing[0]} of the rope scaling {kind!r}, got {rope}")
+        raise WeightsError(
+            f"{where}: rope scaling {kind!r:.80} is not supported; supported are default, linear and llama3"
+        )
+    wrong = [key for key in _ROPE_PARAMETERS[kind] if not isinstance(rope.get(key), int | float) or rope[key] <= 0]
+    if wrong:
+        raise WeightsError(
+            f"{where}: expected a positive number for {wrong[0]} of the rope scaling {kind!r}, got {rope}"
+        )
     return RopeScaling(kind, **{key: rope[key] for key in _ROPE_PARAMETERS[kind]})
 
 

@@ -49,6 +49,7 @@ def _config(architecture: str, shape: tuple[int, ...], **others: Any) -> dict[st
     layers, hidden, feed_forward, heads, groups, vocabulary, positions = shape
     return {
         "architectures": [architecture],
+        "model_type": architecture.removesuffix("ForCausalLM").lower(),
         "num_hidden_layers": layers,
         "hidden_size": hidden,
         "intermediate_size": feed_forward,

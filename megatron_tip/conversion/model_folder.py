@@ -36,9 +36,24 @@ class ModelFolder:
         config = {key: value for key, value in self.config.items() if key != "torch_dtype"}  # the name before "dtype"
         config["dtype"] = str(dtype).removeprefix("torch.")
         write_json(target / "config.json", config)
-        for pattern in _DESCRIBING_FILES:
-            for path in sorted(self.folder.glob(pattern)):
-                shutil.copyfile(path, target / path.name)
+        for path in self.describing_files():
+            copy = target / path.relative_to(self.folder)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
+
+    def describing_files(self) -> list[Path]:
+        """Returns the files besides config.json and the weights that make the folder usable: tokenizer, templates.
+
+        Raises:
+            WeightsError: one of them cannot be read; an export at the end of a run would fail over it.
+        """
+        found = [path for pattern in _DESCRIBING_FILES for path in sorted(self.folder.glob(pattern)) if path.is_file()]
+        for path in found:
+            try:
+                path.open("rb").close()
+            except OSError as error:
+                raise WeightsError(f"{path}: cannot be read ({error.strerror}); the model's export needs it") from error
+        return found
 
 
 _DESCRIBING_FILES = (
@@ -48,6 +63,7 @@ _DESCRIBING_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template*",
+    "additional_chat_templates/*.jinja",
     "generation_config.json",
 )
 
@@ -62,7 +78,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise WeightsError(f"{path}: no such file; expected a model's folder with a {path.name}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise WeightsError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
         raise WeightsError(f"{path}: expected a JSON object, got {type(content).__name__}")

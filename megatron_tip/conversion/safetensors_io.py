@@ -1,6 +1,7 @@
 """Weights in safetensors files: reading parts of tensors, writing a model as a stream of tensors."""
 
 import json
+import logging
 import re
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
@@ -16,11 +17,15 @@ from megatron_tip.conversion.weight_map import hf_shapes
 from megatron_tip.errors import WeightsError
 from megatron_tip.files import write_json
 
+logger = logging.getLogger(__name__)
+
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 MAX_FILE_BYTES = 5_000_000_000
 
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_EMBEDDINGS, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_ROWS_COMPARED = 16_384
 _LAYER = re.compile(r"^(model\.layers\.)(\d+)\.")
 
 
@@ -42,11 +47,12 @@ class HfCheckpoint(ModelFolder):
         self._kept_layers = kept_layers(self._full_architecture.num_layers, drop_layers)
         self._files = _tensor_files(self.folder)
         self._check(self._full_architecture)
+        self.describing_files()  # needed at the end of a run: what cannot be read is said at its start
 
     @property
     def dtype(self) -> torch.dtype:
         """The type of the word embeddings, and as a rule of all weights."""
-        header = self._slice("model.embed_tokens.weight")
+        header = self._slice(_EMBEDDINGS)
         return next(dtype for dtype, name in _DTYPE_NAMES.items() if name == header.get_dtype())
 
     def read(self, name: str) -> Tensor:
@@ -77,7 +83,7 @@ class HfCheckpoint(ModelFolder):
             raise WeightsError(
                 f"{self.folder}: expected a tensor {missing[0]}, found none ({len(missing)} are missing)"
             )
-        ignored = {"lm_head.weight"} if architecture.tied_embeddings else set()
+        ignored = {_HEAD} if architecture.tied_embeddings else set()
         unknown = sorted(
             name for name in self._files.keys() - expected.keys() - ignored if not name.endswith("rotary_emb.inv_freq")
         )
@@ -93,6 +99,26 @@ class HfCheckpoint(ModelFolder):
                     f"{self.folder}: expected {name} of shape {shape} in {' or '.join(_DTYPE_NAMES.values())}, "
                     f"got {tuple(header.get_shape())} in {header.get_dtype()}"
                 )
+        if architecture.tied_embeddings and _HEAD in self._files:
+            self._check_tied_head()
+
+    def _check_tied_head(self) -> None:
+        """Refuses a stored LM head that is not the embeddings although config.json calls both tied.
+
+        Raises:
+            WeightsError: they differ; transformers then uses the head that is stored, and an export would lose it.
+        """
+        embeddings, head = (_open(self._files[name]).get_slice(name) for name in (_EMBEDDINGS, _HEAD))
+        equal = list(embeddings.get_shape()) == list(head.get_shape())
+        num_rows = embeddings.get_shape()[0]
+        for start in range(0, num_rows, _ROWS_COMPARED):
+            rows = slice(start, min(start + _ROWS_COMPARED, num_rows))
+            equal = equal and torch.equal(embeddings[rows], head[rows])
+        if not equal:
+            raise WeightsError(
+                f"{self.folder}: expected {_HEAD} to be the word embeddings, as config.json has tie_word_embeddings, "
+                "got another one; set tie_word_embeddings to false if the head is right, or remove it from the weights"
+            )
 
 
 def write_safetensors(
@@ -164,13 +190,23 @@ def _num_bytes(shape: tuple[int, ...], itemsize: int) -> int:
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:
-    """Each tensor's name and the file that holds it; every file's header has been read."""
-    index = folder / INDEX_NAME
+    """Returns each tensor's name and the file that holds it; every file's header has been read.
+
+    Where a single file lies beside an index, the single file counts, as it does for transformers.
+    """
+    index, single = folder / INDEX_NAME, folder / SINGLE_NAME
+    if single.exists():
+        if index.exists():
+            logger.warning(
+                "%s: holds %s and %s; the weights are those of %s, as transformers reads the folder",
+                *(folder, SINGLE_NAME, INDEX_NAME, SINGLE_NAME),
+            )
+        return _names_in(single)
     if not index.exists():
-        return _names_in(folder / SINGLE_NAME)
+        return _names_in(single)  # which says that there are none
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise WeightsError(f"{index}: expected a weight_map from tensor names to file names, got {weight_map!r}")
+        raise WeightsError(f"{index}: expected a weight_map from tensor names to file names, got {weight_map!r:.200}")
     tensors: dict[str, Path] = {}
     for file_name in sorted(set(weight_map.values())):
         if Path(file_name).name != file_name:

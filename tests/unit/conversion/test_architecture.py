@@ -11,6 +11,7 @@ from megatron_tip.errors import WeightsError
 
 LLAMA_31: dict[str, Any] = {  # as published, before transformers 5
     "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
     "attention_bias": False,
     "hidden_act": "silu",
     "hidden_size": 4096,
@@ -33,6 +34,8 @@ LLAMA_31: dict[str, Any] = {  # as published, before transformers 5
     "torch_dtype": "bfloat16",
     "vocab_size": 128256,
 }
+
+QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
 
 
 def test_llama_3_1_as_published() -> None:
@@ -89,8 +92,32 @@ def test_the_older_name_of_the_scaling_type() -> None:
 @pytest.mark.parametrize(
     "change,message",
     [
+        ({"architectures": "LlamaForCausalLM"}, "architectures to be a list.*'LlamaForCausalLM'"),
+        ({"model_type": None}, "expected model_type 'llama'.*None"),
+        ({"model_type": "mistral"}, "expected model_type 'llama'.*mistral"),
+        ({"num_hidden_layers": 10**9}, "from 1 to 10000"),
+        ({"num_hidden_layers": True}, "from 1 to 10000.*True"),
+        ({"head_dim": "8"}, "transformers refuses it.*head_dim"),
+        ({"num_key_value_heads": 5}, "multiple of num_key_value_heads"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads"),
+        ({"rope_theta": None}, "rope_theta to be a positive number, got None"),
+        ({"rope_theta": "1e4"}, "rope_theta"),
+        ({"rope_theta": -1.0}, "rope_theta"),
+        ({"rope_scaling": "linear"}, "rope_scaling to be an object, got 'linear'"),
+        ({"rope_parameters": [1]}, "rope_parameters or rope_scaling, got both"),
+        (
+            {
+                "rope_scaling": None,
+                "rope_parameters": {"full_attention": {"rope_type": "default"}},
+                "layer_types": ["full_attention"] * 32,
+            },
+            "rope",
+        ),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, "got both"),
+        ({"partial_rotary_factor": 0.5}, "partial rotary"),
+        ({"rms_norm_eps": None}, "rms_norm_eps"),
         ({"architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM.*LlamaForCausalLM, Qwen2ForCausalLM, Qwen3"),
-        ({"architectures": None}, "supported are"),
+        ({"architectures": None}, "architectures to be a list.*None"),
         ({"hidden_act": "gelu"}, "silu.*gelu"),
         ({"attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
@@ -98,8 +125,8 @@ def test_the_older_name_of_the_scaling_type() -> None:
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn.*default, linear and llama3"),
         ({"rope_scaling": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial rotary"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
-        ({"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 16}, "full attention"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "full attention"),
+        (QWEN2 | {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 16}, "full attention"),
+        ({"layer_types": ["full_attention", "sliding_attention"] * 16}, "full attention"),
         ({"hidden_size": None}, "hidden_size"),
         ({"num_hidden_layers": "32"}, "num_hidden_layers.*'32'"),
     ],
@@ -110,7 +137,7 @@ def test_refused(change: dict[str, Any], message: str) -> None:
 
 
 def test_sliding_window_that_no_layer_uses_is_no_obstacle() -> None:
-    config = LLAMA_31 | {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 16}
+    config = LLAMA_31 | QWEN2 | {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 16}
     assert ModelArchitecture.from_config(config, "x").num_layers == 32
 
 

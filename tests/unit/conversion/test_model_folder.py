@@ -1,63 +1,49 @@
-"""New folders appear whole or not at all."""
+"""What a model's folder says about the model, and what an export takes from it."""
 
+import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from megatron_tip.errors import OutputError
-from megatron_tip.files import new_folder
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+from megatron_tip.conversion.model_folder import ModelFolder, read_json
+from megatron_tip.errors import WeightsError
+from tests.helpers.models import write_tiny_model
 
 
-def test_appears_when_the_block_ends(tmp_path: Path) -> None:
-    with new_folder(tmp_path / "deep" / "new") as folder:
-        (folder / "file").write_text("text")
-        assert not (tmp_path / "deep" / "new").exists()
-    assert (tmp_path / "deep" / "new" / "file").read_text() == "text"
-    assert names(tmp_path / "deep") == ["new"]
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_tiny_model(tmp_path / "model", "llama_untied")
 
 
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_a_failing_block_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
-    def fail(folder: Path) -> None:
-        (folder / "file").write_text("text")
-        raise error
-
-    with pytest.raises(error), new_folder(tmp_path / "new") as folder:
-        fail(folder)
-    assert names(tmp_path) == []
-
-
-def test_an_existing_folder_is_kept_unless_told_otherwise(tmp_path: Path) -> None:
-    target = tmp_path / "new"
+def test_an_export_takes_templates_and_passes_over_folders(folder: Path, tmp_path: Path) -> None:
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "tokenizer_backup").mkdir()
+    (folder / "tokenizer_backup" / "tokenizer.json").write_text("old")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "rag.jinja").write_text("R")
+    target = tmp_path / "export"
     target.mkdir()
-    (target / "old").write_text("")
-    with pytest.raises(OutputError, match="it exists"), new_folder(target):
-        pass
-    with pytest.raises(RuntimeError), new_folder(target, overwrite=True):
-        raise RuntimeError
-    assert names(target) == ["old"]
-    with new_folder(target, overwrite=True) as folder:
-        (folder / "file").write_text("")
-    assert names(target) == ["file"]
-    assert names(tmp_path) == ["new"]
+    ModelFolder(folder).write_description(target, torch.bfloat16)
+    assert json.loads((target / "config.json").read_text())["dtype"] == "bfloat16"
+    assert (target / "additional_chat_templates" / "rag.jinja").read_text() == "R"
+    assert sorted(path.name for path in target.iterdir()) == sorted(
+        ["additional_chat_templates", "config.json", "generation_config.json", "tokenizer.json"]
+    )
 
 
-def test_leftovers_of_a_killed_process_are_in_nobodys_way(tmp_path: Path) -> None:
-    for kind in ("partial", "replaced"):
-        (tmp_path / f".new.{kind}").mkdir()
-        (tmp_path / f".new.{kind}" / "old").write_text("")
-    (tmp_path / "new").mkdir()
-    with new_folder(tmp_path / "new", overwrite=True) as folder:
-        (folder / "file").write_text("")
-    assert names(tmp_path / "new") == ["file"]
-    assert names(tmp_path) == ["new"]
+def test_a_file_that_an_export_could_not_take_is_named_when_the_folder_is_opened(folder: Path) -> None:
+    (folder / "tokenizer.json").symlink_to(folder / "tokenizer.json")  # a loop: the user may be root
+    (folder / "vocab.json").symlink_to("gone")
+    assert ModelFolder(folder).describing_files() == [folder / "generation_config.json"]
 
 
-def test_a_place_that_cannot_be_written_to(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="cannot be written"), new_folder(tmp_path / "file" / "new"):
-        pass
+@pytest.mark.parametrize(
+    "content,reason",
+    [("[" * 200_000, "cannot be read as JSON"), ("[1]", "expected a JSON object, got list"), ("{", "cannot be read")],
+)
+def test_json_that_is_no_object(tmp_path: Path, content: str, reason: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(content)
+    with pytest.raises(WeightsError, match=f"config.json: {reason}"):
+        read_json(path)

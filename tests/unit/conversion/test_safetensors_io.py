@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from megatron_tip.conversion.safetensors_io import INDEX_NAME, SINGLE_NAME, HfCheckpoint, write_safetensors
 from megatron_tip.conversion.weight_map import hf_shapes
@@ -190,3 +191,31 @@ def test_full_disk_leaves_nothing(single: Path, tmp_path: Path) -> None:
     ):
         write_safetensors(folder, stream, shapes, torch.float32)
     assert [path.name for path in tmp_path.iterdir()] == ["single"]
+
+
+def test_a_single_file_counts_before_an_index(sharded: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As for transformers; also where the files that the index names are gone."""
+    tensors: dict[str, torch.Tensor] = {}
+    for path in sharded.glob("*.safetensors"):
+        tensors |= load_file(path)
+    tensors[GATE] = torch.ones_like(tensors[GATE])
+    save_file(tensors, sharded / SINGLE_NAME, metadata={"format": "pt"})
+    assert torch.equal(HfCheckpoint(sharded).read(GATE), tensors[GATE])
+    assert "the weights are those of model.safetensors" in caplog.text
+    theirs = AutoModelForCausalLM.from_pretrained(sharded).state_dict()[GATE]
+    assert torch.equal(theirs, tensors[GATE])
+    for path in sharded.glob("model-*.safetensors"):
+        path.unlink()
+    assert torch.equal(HfCheckpoint(sharded).read(GATE), tensors[GATE])
+
+
+def test_a_head_that_is_stored_beside_tied_embeddings(single: Path) -> None:
+    tensors = load_file(single / SINGLE_NAME)
+    embeddings = tensors["model.embed_tokens.weight"]
+    save_file(tensors | {"lm_head.weight": embeddings.clone()}, single / SINGLE_NAME, metadata={"format": "pt"})
+    assert HfCheckpoint(single).architecture.tied_embeddings
+    other = embeddings.clone()
+    other[-1, -1] += 1
+    save_file(tensors | {"lm_head.weight": other}, single / SINGLE_NAME, metadata={"format": "pt"})
+    with pytest.raises(WeightsError, match=r"expected lm_head\.weight to be the word embeddings.*got another one"):
+        HfCheckpoint(single)

@@ -10,6 +10,7 @@ from megatron_tip.training.throughput import Throughput, peak_tflops_of
 TINY = ModelArchitecture.from_config(
     {
         "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
         "num_hidden_layers": 2,
         "hidden_size": 8,
         "intermediate_size": 16,
