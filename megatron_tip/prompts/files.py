@@ -56,7 +56,7 @@ def _read_jsonl(path: Path, field: str) -> Iterator[tuple[str, Any]]:
                 raise InputError(f"{where}: expected a JSON object, got an empty line; remove it")
             try:
                 record = json.loads(line)
-            except ValueError as error:  # also a line that is not UTF-8
+            except (ValueError, RecursionError) as error:  # also a line that is not UTF-8
                 raise InputError(f"{where}: expected a JSON object, got a broken line ({error})") from error
             if not isinstance(record, dict):
                 raise InputError(f"{where}: expected a JSON object, got {type(record).__name__}")
@@ -80,14 +80,33 @@ def _read_parquet(path: Path, field: str) -> Iterator[tuple[str, Any]]:
 
 def _checked(where: str, field: str, value: Any) -> RawPrompt:
     if isinstance(value, str) and value:
+        _check_text(where, value)
         return value
     if isinstance(value, list) and value and all(_is_message(message) for message in value):
+        for message in value:
+            _check_text(where, message["role"] + message["content"])
+        if value[-1]["role"] == "assistant":
+            raise InputError(
+                f"{where}: expected messages that the student is to answer, got some that end with the assistant's own "
+                "answer; remove that message: it would become part of the prompt"
+            )
         # A Parquet column has every key in every message.
         return [{key: item for key, item in message.items() if item is not None} for message in value]
     raise InputError(
         f"{where}: expected {field!r} to be a text or a list of messages with the texts 'role' and 'content', got "
         f"{value!r:.200}"
     )
+
+
+def _check_text(where: str, text: str) -> None:
+    """Raises InputError for half a surrogate pair, which JSON can hold and no tokenizer can read."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{where}: expected Unicode text, got half a surrogate pair (\\u{ord(text[error.start]):04x}) at character "
+            f"{error.start}; write the whole character, or remove it"
+        ) from None
 
 
 def _is_message(value: Any) -> bool:

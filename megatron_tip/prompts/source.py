@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
 
-import jinja2
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from megatron_tip.config import HeldoutConfig, PromptsConfig
-from megatron_tip.errors import ConfigError, InputError
+from megatron_tip.errors import InputError
 from megatron_tip.prompts.files import RawPrompt, read_prompt_file, read_text_field
 from megatron_tip.prompts.reasoning_tasks import generate_questions
+from megatron_tip.prompts.renderer import PromptRenderer
 from megatron_tip.records import Prompt
 from megatron_tip.seeds import derive_seed
 
@@ -26,6 +23,8 @@ logger = logging.getLogger(__name__)
 class PromptSource:
     """The training prompts in the order of their source, which of them a step takes, and the held-out ones.
 
+    `digest`: a checksum of what the prompts are made from, by which a run recognises its own when it is continued. It
+    is not of the rendered texts: a chat template may write today's date.
     `num_skipped`: prompts longer than the limit, left out of both. `num_duplicates`: training prompts left out
     because their text is a held-out one's.
     """
@@ -39,11 +38,13 @@ class PromptSource:
         seed: int,
         shuffle: bool,
         num_skipped: int = 0,
+        digest: str = "",
     ) -> None:
         heldout_texts = {prompt.text for prompt in heldout}
         self.training = tuple(prompt for prompt in training if prompt.text not in heldout_texts)
         self.heldout = tuple(heldout)
         self.num_skipped = num_skipped
+        self.digest = digest
         self.num_duplicates = len(training) - len(self.training)
         self._prompts_per_step = prompts_per_step
         self._seed = seed
@@ -64,12 +65,6 @@ class PromptSource:
         places = range((step - 1) * self._prompts_per_step, step * self._prompts_per_step)
         orders = {epoch: self._order(epoch) for epoch in {place // size for place in places}}
         return [self.training[orders[place // size][place % size]] for place in places]
-
-    @cached_property
-    def digest(self) -> str:
-        """A checksum of all prompts in their order, by which a run knows its own again."""
-        ids = [[prompt.prompt_ids for prompt in prompts] for prompts in (self.training, self.heldout)]
-        return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
 
     def _order(self, epoch: int) -> Sequence[int]:
         if not self._shuffle:
@@ -96,34 +91,53 @@ def load_prompts(
         ConfigError: a tokenizer without chat template where one is needed; an unknown task.
         OptionalDependencyError: reasoning-gym is needed and not installed.
     """
-    renderer = _Renderer(prompts, tokenizer)
+    renderer = PromptRenderer(prompts, tokenizer)
     if prompts.source == "file":
-        assert prompts.path is not None, "the configuration holds a path with source = file"
-        usable = renderer.prompts(read_prompt_file(prompts.path, prompts.field), first_index=0)
-        if prompts.teacher_field:
-            teachers = read_text_field(prompts.path, prompts.teacher_field)
-            usable = [replace(prompt, teacher=teachers[prompt.index]) for prompt in usable]
-        if len(usable) < heldout.num_prompts:
-            raise InputError(
-                f"{prompts.path}: expected at least {heldout.num_prompts} held-out prompts and one for training, got "
-                f"{len(usable)} of at most {prompts.max_prompt_tokens} tokens; lower heldout.num_prompts"
-            )
-        num_training = len(usable) - heldout.num_prompts
-        training, held_out = usable[:num_training], usable[num_training:]
+        training, held_out = _from_file(prompts, heldout.num_prompts, renderer)
     else:
         num_training = prompts.num_prompts or prompts_per_step * steps
         training = renderer.prompts(_questions(prompts, num_training, derive_seed(seed, 1)), first_index=0)
         held_out = _other_questions(prompts, heldout.num_prompts, seed, training, num_training, renderer)
-    if renderer.num_skipped:
-        logger.warning("skipped %d prompts longer than %d tokens", renderer.num_skipped, prompts.max_prompt_tokens)
-    return PromptSource(
+    source = PromptSource(
         training,
         held_out,
         prompts_per_step=prompts_per_step,
         seed=seed,
         shuffle=prompts.shuffle,
         num_skipped=renderer.num_skipped,
+        digest=renderer.digest(),
     )
+    logger.info(
+        "prompts: %d to train on, %d of them distinct; %d held out; left out: %d longer than %d tokens, %d equal to "
+        "held-out ones",
+        *(len(source.training), len({prompt.text for prompt in source.training}), len(source.heldout)),
+        *(source.num_skipped, prompts.max_prompt_tokens, source.num_duplicates),
+    )
+    return source
+
+
+def _from_file(
+    prompts: PromptsConfig, num_held_out: int, renderer: PromptRenderer
+) -> tuple[list[Prompt], list[Prompt]]:
+    """Returns the training prompts of a file, and as many held-out ones: the last whose texts differ."""
+    assert prompts.path is not None, "the configuration holds a path with source = file"
+    usable = renderer.prompts(read_prompt_file(prompts.path, prompts.field), first_index=0)
+    if prompts.teacher_field:
+        teachers = read_text_field(prompts.path, prompts.teacher_field)
+        renderer.note(*teachers)
+        usable = [replace(prompt, teacher=teachers[prompt.index]) for prompt in usable]
+    held_out: dict[str, Prompt] = {}
+    for prompt in reversed(usable):
+        if len(held_out) == num_held_out:
+            break
+        held_out.setdefault(prompt.text, prompt)
+    if len(held_out) < num_held_out:
+        raise InputError(
+            f"{prompts.path}: expected at least {num_held_out} held-out prompts and one for training, got "
+            f"{len(held_out)} different ones of at most {prompts.max_prompt_tokens} tokens; lower heldout.num_prompts"
+        )
+    chosen = {prompt.index for prompt in held_out.values()}
+    return [prompt for prompt in usable if prompt.index not in chosen], list(held_out.values())[::-1]
 
 
 def _questions(prompts: PromptsConfig, number: int, seed: int) -> list[tuple[str, RawPrompt]]:
@@ -137,7 +151,7 @@ def _other_questions(
     seed: int,
     training: Sequence[Prompt],
     first_index: int,
-    renderer: _Renderer,
+    renderer: PromptRenderer,
 ) -> list[Prompt]:
     """`number` prompts of another seed with different texts, none of them a training prompt's."""
     seen = {prompt.text for prompt in training}
@@ -154,69 +168,3 @@ def _other_questions(
             f"among {len(candidates)}; lower it, lower prompts.num_prompts or name more prompts.tasks"
         )
     return found
-
-
-class _Renderer:
-    """Turns texts and chat messages into tokenised prompts and counts those that are too long."""
-
-    def __init__(self, config: PromptsConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._config = config
-        self._tokenizer = tokenizer
-        self.num_skipped = 0
-
-    def prompts(self, raw_prompts: Sequence[tuple[str, RawPrompt]], first_index: int) -> list[Prompt]:
-        """The prompts within the limit; each keeps the index of its place in `raw_prompts`, plus `first_index`."""
-        texts = [self._render(where, raw) for where, raw in raw_prompts]
-        all_ids = self._tokenise([text for text, _ in texts], [is_chat for _, is_chat in texts])
-        usable = []
-        for place, ((text, _), ids) in enumerate(zip(texts, all_ids, strict=True)):
-            if not ids:
-                raise InputError(f"{raw_prompts[place][0]}: the tokenizer makes no token of {text!r}")
-            if len(ids) > self._config.max_prompt_tokens:
-                self.num_skipped += 1
-            else:
-                usable.append(Prompt(first_index + place, text, tuple(ids)))
-        if not usable:
-            raise InputError(
-                f"prompts.max_prompt_tokens: all {len(texts)} prompts are longer than {self._config.max_prompt_tokens} "
-                f"tokens, the shortest has {min(map(len, all_ids))}; raise it"
-            )
-        return usable
-
-    def _render(self, where: str, raw: RawPrompt) -> tuple[str, bool]:
-        """The text that the model sees, and whether the chat template wrote it."""
-        if isinstance(raw, str) and not self._config.apply_chat_template:
-            if self._config.system_prompt:
-                raise ConfigError(
-                    f"prompts.system_prompt: {where} is a plain text and prompts.apply_chat_template is false, so "
-                    "there is no place for a system message; set one of the two"
-                )
-            return raw, False
-        if not self._tokenizer.chat_template:
-            raise ConfigError(
-                f"prompts: {where} needs a chat template and the tokenizer has none; use plain texts with "
-                "prompts.apply_chat_template = false"
-            )
-        messages = [{"role": "user", "content": raw}] if isinstance(raw, str) else raw
-        if self._config.system_prompt and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": self._config.system_prompt}, *messages]
-        try:
-            text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except jinja2.TemplateError as error:
-            raise InputError(f"{where}: the tokenizer's chat template refuses these messages: {error}") from error
-        assert isinstance(text, str), "tokenize=False gives a text"
-        return text, True
-
-    def _tokenise(self, texts: Sequence[str], is_chat: Sequence[bool]) -> list[list[int]]:
-        """Ids of each text. A template writes the special tokens itself; a plain text gets them from the tokenizer."""
-        bos = self._tokenizer.bos_token
-        has_special_tokens = [
-            chat or (isinstance(bos, str) and text.startswith(bos)) for text, chat in zip(texts, is_chat, strict=True)
-        ]
-        ids: list[list[int]] = [[] for _ in texts]
-        for complete in set(has_special_tokens):
-            places = [place for place, has in enumerate(has_special_tokens) if has == complete]
-            batch = self._tokenizer([texts[place] for place in places], add_special_tokens=not complete)["input_ids"]
-            for place, one in zip(places, batch, strict=True):
-                ids[place] = one
-        return ids

@@ -5,6 +5,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from megatron_tip.config import HeldoutConfig, PromptsConfig
 from megatron_tip.errors import ConfigError, InputError, OptionalDependencyError
@@ -26,11 +27,13 @@ def write_texts(folder: Path, *texts: str) -> Path:
     return write_lines(folder, *(json.dumps({"prompt": text}) for text in texts))
 
 
-def load(heldout: int = 0, prompts_per_step: int = 3, steps: int = 2, seed: int = 5, **options) -> PromptSource:
+def load(
+    heldout: int = 0, prompts_per_step: int = 3, steps: int = 2, seed: int = 5, tokenizer=None, **options
+) -> PromptSource:
     return load_prompts(
         PromptsConfig(**options),
         HeldoutConfig(num_prompts=heldout),
-        make_tiny_tokenizer(),
+        tokenizer or make_tiny_tokenizer(),
         prompts_per_step=prompts_per_step,
         steps=steps,
         seed=seed,
@@ -208,3 +211,83 @@ def test_a_template_that_refuses_is_named(tmp_path):
             steps=1,
             seed=1,
         )
+
+
+CHAT = '{"prompt": [{"role": "user", "content": "q"}, {"role": "%s", "content": "%s"}]}'
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        (CHAT % ("assistant", "the answer"), "line 2: expected messages that the student is to answer"),
+        (
+            r'{"prompt": "a\ud83d b"}',
+            r"line 2: expected Unicode text, got half a surrogate pair \(.ud83d\) at character 1",
+        ),
+        (CHAT % ("user", r"\ude00"), "line 2: expected Unicode text"),
+        ("[" * 200_000, "line 2: expected a JSON object, got a broken line"),
+    ],
+)
+def test_what_would_spoil_a_prompt_is_refused_by_its_line(tmp_path, line, message):
+    path = write_lines(tmp_path, '{"prompt": "good"}', line)
+    with pytest.raises(InputError, match=message):
+        load(path=path)
+
+
+def test_a_tokenizer_that_appends_the_end_of_sequence(tmp_path, caplog):
+    """Without its end: the student would write after it. With an end that the text itself has, the text is refused."""
+    tokenizer = make_tiny_tokenizer()
+    eos, bos = tokenizer.eos_token, tokenizer.bos_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos} $A {eos}", special_tokens=[(bos, tokenizer.bos_token_id), (eos, tokenizer.eos_token_id)]
+    )
+    source = load(path=write_texts(tmp_path, "fox", "dog"), apply_chat_template=False, tokenizer=tokenizer)
+    assert [tokenizer.decode(prompt.prompt_ids) for prompt in source.training] == ["<|bos|>fox", "<|bos|>dog"]
+    assert caplog.text.count("the tokenizer appends") == 1
+    with pytest.raises(InputError, match="line 1: expected a prompt that the student continues"):
+        load(path=write_texts(tmp_path, f"fox{eos}"), apply_chat_template=False, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize(
+    "template, reason",
+    [
+        ("{{ messages[-1].content }}", "the tokenizer's chat template drops it \\('be brief'\\)"),
+        ("{{ 'tools: ' + messages[0].get('tools') }}", "refuses these messages: TypeError"),
+        ("{{ raise_exception('no') }}", "refuses these messages: TemplateError: no"),
+        ({"rag": "R", "tool_use": "T"}, "refuses these messages: ValueError: .*no default"),
+    ],
+)
+def test_a_template_that_loses_the_system_message_or_fails(tmp_path, template, reason):
+    tokenizer = make_tiny_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(InputError, match=f"line 1: .*{reason}"):
+        load(path=write_texts(tmp_path, "q"), system_prompt="be brief", tokenizer=tokenizer)
+
+
+def test_a_file_that_repeats_its_prompts(tmp_path, caplog):
+    """Held-out prompts are different ones, and none of them is trained on."""
+    caplog.set_level("INFO")
+    source = load(path=write_texts(tmp_path, *"abcd" * 25), heldout=2, apply_chat_template=False)
+    assert [prompt.text for prompt in source.heldout] == ["c", "d"]
+    assert {prompt.text for prompt in source.training} == {"a", "b"}
+    assert len(source.training) == 50
+    assert "50 to train on, 2 of them distinct; 2 held out; left out: 0 longer than" in caplog.text
+    assert "48 equal to held-out ones" in caplog.text
+    with pytest.raises(InputError, match="5 held-out prompts and one for training, got 4 different ones"):
+        load(path=write_texts(tmp_path, *"abcd" * 25), heldout=5, apply_chat_template=False)
+
+
+def test_the_digest_is_of_what_the_file_holds_and_not_of_the_day(tmp_path):
+    tokenizer = make_tiny_tokenizer()
+    digests = []
+    for day in ("Monday", "Tuesday"):
+        tokenizer.chat_template = "{{ strftime_now('" + day + "') }} {{ messages[-1].content }}"  # as the clock would
+        source = load(path=write_texts(tmp_path, "a", "b"), tokenizer=tokenizer)
+        digests.append((source.training[0].text, source.digest))
+    assert digests[0][0] != digests[1][0]
+    assert digests[0][1] != digests[1][1], "another template is another run"
+    tokenizer.chat_template = "{{ strftime_now('%f') }} {{ messages[-1].content }}"  # microseconds: new at each call
+    first, second = (load(path=write_texts(tmp_path, "a", "b"), tokenizer=tokenizer) for _ in range(2))
+    assert first.training[0].text != second.training[0].text
+    assert first.digest == second.digest
+    assert load(path=write_texts(tmp_path, "a", "c"), tokenizer=tokenizer).digest != first.digest
