@@ -1,13 +1,21 @@
 """This process's place in the world: rank, device, default process group."""
 
 import datetime
+import logging
 import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from megatron_tip.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+_FIRST_WORD_SECONDS, _NEXT_WORD_SECONDS = 5.0, 30.0
 
 
 @dataclass(frozen=True)
@@ -37,17 +45,51 @@ def init_distributed(*, timeout_seconds: float = 1800.0) -> Worker:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = _device(local_rank)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     try:
-        dist.init_process_group(
-            backend, rank=rank, world_size=world_size, timeout=datetime.timedelta(seconds=timeout_seconds)
-        )
-    except dist.DistNetworkError as error:
-        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        with _waiting_is_logged(rank, world_size, address) if local_rank == 0 else nullcontext():
+            dist.init_process_group(
+                backend, rank=rank, world_size=world_size, timeout=datetime.timedelta(seconds=timeout_seconds)
+            )
+    except dist.DistStoreError as error:
         raise ConfigError(
-            f"MASTER_ADDR:MASTER_PORT = {address}: expected a free port on rank 0 that all ranks reach, got: "
-            f"{str(error).splitlines()[0]}; set MASTER_PORT to another port"
+            f"WORLD_SIZE = {world_size}: expected all {world_size} ranks at MASTER_ADDR:MASTER_PORT = {address} in "
+            f"time, got: {str(error).splitlines()[0]}; start them all, or unset RANK and WORLD_SIZE"
+        ) from error
+    except dist.DistNetworkError as error:
+        expected, remedy = "a free port on rank 0 that all ranks reach", "set MASTER_PORT to another port"
+        if rank:
+            expected, remedy = "rank 0 there", "start all ranks, or unset RANK and WORLD_SIZE"
+        raise ConfigError(
+            f"MASTER_ADDR:MASTER_PORT = {address}: expected {expected}, got: {str(error).splitlines()[0]}; {remedy}"
         ) from error
     return Worker(rank, world_size, local_rank, device)
+
+
+@contextmanager
+def _waiting_is_logged(rank: int, world_size: int, address: str) -> Iterator[None]:
+    """Logs whom this process waits for while the block lasts: after a few seconds, and again and again.
+
+    RANK and WORLD_SIZE that an earlier job left in the environment make a process wait for ranks that nobody starts.
+    """
+    others = f"the other {world_size - 1} ranks to connect to it" if rank == 0 else "rank 0"
+    over = threading.Event()
+
+    def log() -> None:
+        pause, waited = _FIRST_WORD_SECONDS, 0.0
+        while not over.wait(pause):
+            waited, pause = waited + pause, _NEXT_WORD_SECONDS
+            logger.warning(
+                "rank %d of %d has waited %.0f s for %s at MASTER_ADDR:MASTER_PORT = %s; if nobody starts them, unset "
+                "RANK and WORLD_SIZE",
+                *(rank, world_size, waited, others, address),
+            )
+
+    threading.Thread(target=log, daemon=True, name="waiting").start()
+    try:
+        yield
+    finally:
+        over.set()
 
 
 def destroy_distributed() -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megatron_tip.errors import ConfigError
+from megatron_tip.parallel import distributed
 from megatron_tip.parallel.distributed import init_distributed
 
 
@@ -32,3 +33,19 @@ def test_more_workers_than_gpus_are_refused(place, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ConfigError, match="one worker a GPU, 2 on this machine, got local rank 2"):
         init_distributed()
+
+
+@pytest.mark.parametrize("rank,whom", [("0", "the other 1 ranks to connect to it"), ("1", "rank 0")])
+def test_a_worker_says_whom_it_waits_for(place, monkeypatch, caplog, rank, whom):
+    """RANK and WORLD_SIZE that another job left behind: nobody else comes."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = str(unused.getsockname()[1])
+    for name, value in {"RANK": rank, "WORLD_SIZE": "2", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed, "_FIRST_WORD_SECONDS", 0.2)
+    monkeypatch.setattr(distributed, "_NEXT_WORD_SECONDS", 0.2)
+    with pytest.raises(ConfigError, match="expected (all 2 ranks|rank 0 there).*unset RANK and WORLD_SIZE"):
+        init_distributed(timeout_seconds=3)
+    assert f"rank {rank} of 2 has waited 0 s for {whom} at MASTER_ADDR:MASTER_PORT = 127.0.0.1:{port}" in caplog.text
+    assert caplog.text.count("unset RANK and WORLD_SIZE") > 2
