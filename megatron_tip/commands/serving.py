@@ -25,15 +25,31 @@ from megatron_tip.errors import EngineError, MegatronTipError
 
 
 def write_keys(path: Path) -> None:
-    """Writes new random passwords to `path`, as sglang.keys_file reads them; keeps a file that is there."""
+    """Writes new random passwords to `path`, as sglang.keys_file reads them; keeps a whole file that exists.
+
+    A crash leaves no half-written file: the file is written beside and renamed, readable by its owner alone.
+    """
+    if _are_keys(path):
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     keys = {"api": secrets.token_urlsafe(32), "admin": secrets.token_urlsafe(32)}
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        return
-    with os.fdopen(descriptor, "w") as file:
-        json.dump(keys, file)
+        with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            json.dump(keys, file)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _are_keys(path: Path) -> bool:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and all(isinstance(content.get(name), str) for name in ("api", "admin"))
 
 
 def student_to_serve(config: Config) -> Path:

@@ -66,9 +66,9 @@ def _lines_until(path: Path, step: int) -> Iterator[bytes]:
     """The lines of steps up to `step`; a line that is broken ends them."""
     for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
         try:
-            if json.loads(line)["step"] > step or not line.endswith(b"\n"):
+            if _step(json.loads(line))["step"] > step or not line.endswith(b"\n"):
                 return
-        except ValueError:
+        except (ValueError, RecursionError):
             return
         yield line
 
@@ -86,9 +86,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     steps = []
     for number, line in enumerate(lines, start=1):
         try:
-            steps.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            steps.append(_step(json.loads(line)))
+        except (ValueError, RecursionError) as error:
             if number < len(lines):
-                raise InputError(f"{path}, line {number}: expected a JSON object, got {error}") from None
+                raise InputError(f"{path}, line {number}: expected a JSON object with a step, got {error}") from None
             logger.warning("%s: the last line is cut off and left out", path)
     return steps
+
+
+def _step(record: Any) -> dict[str, Any]:
+    """Returns `record` if it is the metrics of a step; raises ValueError otherwise."""
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        raise ValueError(f"{record!r:.80}")
+    return record

@@ -117,10 +117,11 @@ def _what_is_there(path: Path) -> str:
 
 def _config(path: Path, notes: list[str]) -> Config:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         notes.append(f"{path.name} cannot be read: {error}")
         return {}
+    return {section: keys for section, keys in content.items() if isinstance(keys, dict)}
 
 
 def _summary(path: Path, notes: list[str]) -> Mapping[str, Any] | None:
@@ -128,10 +129,17 @@ def _summary(path: Path, notes: list[str]) -> Mapping[str, Any] | None:
         notes.append("the run has no summary.json: it is not finished, or was ended")
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        notes.append(f"{path.name} cannot be read: {error}")
-        return None
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict) and all(isinstance(content.get(name, {}), dict) for name in _SECTIONS):
+            return content
+        reason: object = f"expected an object with objects for {', '.join(_SECTIONS)}"
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error
+    notes.append(f"{path.name} cannot be read: {reason}")
+    return None
+
+
+_SECTIONS = ("world", "tokens", "seconds", "heldout_reverse_kl")
 
 
 def _json_lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
@@ -140,9 +148,9 @@ def _json_lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             record = None
-        if isinstance(record, dict):
+        if isinstance(record, dict) and isinstance(record.get("protocol") or {}, dict):
             yield record
         else:
             notes.append(f"{path.name}, line {number} is broken and left out")

@@ -45,7 +45,7 @@ def test_a_worker_says_whom_it_waits_for(place, monkeypatch, caplog, rank, whom)
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(distributed, "_FIRST_WORD_SECONDS", 0.2)
     monkeypatch.setattr(distributed, "_NEXT_WORD_SECONDS", 0.2)
-    with pytest.raises(ConfigError, match="expected (all 2 ranks|rank 0 there).*unset RANK and WORLD_SIZE"):
+    with pytest.raises(ConfigError, match=r"expected (all 2 ranks|rank 0 there).*unset RANK and WORLD_SIZE"):
         init_distributed(timeout_seconds=3)
     assert f"rank {rank} of 2 has waited 0 s for {whom} at MASTER_ADDR:MASTER_PORT = 127.0.0.1:{port}" in caplog.text
     assert caplog.text.count("unset RANK and WORLD_SIZE") > 2

@@ -267,3 +267,22 @@ def test_what_cannot_be_read_is_named_or_refused(tmp_path):
     notes = "\n".join(run.notes)
     for expected in ("views/step_000001.parquet: expected a token table", "no summary.json", "samples.jsonl, line 2"):
         assert expected in notes
+
+
+@pytest.mark.parametrize(
+    "name, content, note",
+    [
+        ("summary.json", '{"world": 3}', "summary.json cannot be read: expected an object with objects for world"),
+        ("summary.json", "[1]", "summary.json cannot be read"),
+        ("eval.jsonl", '{"benchmark": "gsm8k", "protocol": "greedy"}\n', "eval.jsonl, line 1 is broken and left out"),
+        ("eval.jsonl", "3\n", "eval.jsonl, line 1 is broken and left out"),
+        ("config.toml", "a = " + "[" * 20_000, "config.toml cannot be read"),
+        ("config.toml", "selection = 3\n", ""),
+    ],
+)
+def test_files_of_another_shape_are_noted_and_left_out(tmp_path, name, content, note):
+    write_run(tmp_path / "run", steps=2)
+    (tmp_path / "run" / name).write_text(content)
+    write_report_page([tmp_path / "run"], tmp_path / "report.html")
+    [run] = read_runs([tmp_path / "run"])
+    assert note in "\n".join(run.notes)
