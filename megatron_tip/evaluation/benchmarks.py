@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from megatron_tip.errors import InputError
 from megatron_tip.evaluation import evalscope, harness
+from megatron_tip.evaluation.code_execution import check_user
 from megatron_tip.evaluation.context import context_of, fitted
 from megatron_tip.evaluation.harness import Model, Score
 from megatron_tip.evaluation.offline_data import find_data
@@ -39,6 +40,7 @@ class Request:
     data: Path | None
     limit: int | None
     allow_code_execution: bool
+    allow_code_execution_as_root: bool = False
 
 
 def run_benchmarks(request: Request, run: Path) -> list[dict[str, Any]]:
@@ -58,6 +60,8 @@ def run_benchmarks(request: Request, run: Path) -> list[dict[str, Any]]:
                 f"{preset.name}: runs programs that the model writes, on this machine as this user: allow it with "
                 "--allow-code-execution, best in a container, or leave the benchmark out"
             )
+    if any(preset.executes_code for preset in request.presets):
+        check_user(allow_root=request.allow_code_execution_as_root)
     context = context_of(request.model)
     request = replace(request, presets=[fitted(preset, context) for preset in request.presets])
     prepare = _prepare_harness if request.backend == "lm-eval" else _prepare_evalscope

@@ -8,6 +8,7 @@ tests, could also look for what tells that it has passed: use a container for mo
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import secrets
@@ -17,8 +18,11 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_tip.errors import InputError
 from megatron_tip.evaluation.child_process import end_session
-from megatron_tip.evaluation.limited_process import TIMED_OUT
+from megatron_tip.evaluation.limited_process import TIMED_OUT, can_give_up_root
+
+logger = logging.getLogger(__name__)
 
 _LAUNCHER = Path(__file__).with_name("limited_process.py")
 _BLOCK = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
@@ -30,13 +34,15 @@ _OUTPUT_BYTES = 2000
 @dataclass(frozen=True)
 class Limits:
     """Of one program: CPU and wall-clock seconds, address space, the largest file that it may write, its output among
-    them, and how many processes and threads its user may have for it to start another; that does not hold for root.
+    them, what all its files may take, and how many processes and threads its user may have for it to start another;
+    the last does not hold for root, whose programs are ended once they have more than 16 descendants.
     """
 
     cpu_seconds: int = 10
     wall_seconds: float = 20.0
     memory_bytes: int = 1 << 30
     file_bytes: int = 1 << 20
+    folder_bytes: int = 16 << 20
     processes: int = 0
 
 
@@ -68,7 +74,10 @@ def execute(program: str, limits: Limits | None = None) -> Execution:
         asked.seek(0)
         if os.geteuid() == 0:  # the program then runs as nobody
             Path(folder).chmod(0o777)
-        numbers = (limits.cpu_seconds, limits.wall_seconds, limits.memory_bytes, limits.file_bytes, limits.processes)
+        numbers = (
+            *(limits.cpu_seconds, limits.wall_seconds, limits.memory_bytes, limits.file_bytes, limits.processes),
+            limits.folder_bytes,
+        )
         process = subprocess.Popen(
             [sys.executable, "-I", "-B", str(_LAUNCHER), str(status.fileno()), *map(str, numbers)],
             cwd=folder,
@@ -91,6 +100,26 @@ def execute(program: str, limits: Limits | None = None) -> Execution:
         text = output.read().decode(errors="replace")
     outcome = "timeout" if code == TIMED_OUT else "passed" if code == 0 and rest == end else "failed"
     return Execution(outcome, first == "network: cut off", text)
+
+
+def check_user(*, allow_root: bool) -> None:
+    """Refuses to run programs as root, and says loudly what running them means.
+
+    Raises:
+        InputError: they would run as root: this process is root's, and the user nobody cannot read the interpreter.
+    """
+    if os.geteuid() == 0 and not can_give_up_root():
+        if not allow_root:
+            raise InputError(
+                "--allow-code-execution: expected a user other than root, or a Python interpreter that the user nobody "
+                f"can read, got root and {sys.executable}; what a model wrote would run as root: use another user, a "
+                "container, or say --allow-code-execution-as-root"
+            )
+        logger.warning("programs that the model wrote run as ROOT on this machine, without a sandbox")
+    logger.warning(
+        "programs that the model wrote run on this machine under limits that are no sandbox: they can read what this "
+        "user can, and a hostile one can forge that it passed"
+    )
 
 
 def program_of(answer: str, question: dict[str, str]) -> str:

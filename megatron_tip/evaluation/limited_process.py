@@ -1,12 +1,15 @@
 """Runs one Python program under limits. Started as a program by `code_execution`; needs the standard library alone.
 
-    python -I limited_process.py STATUS_FD CPU_SECONDS WALL_SECONDS MEMORY_BYTES FILE_BYTES PROCESSES < ASKED
+    python -I limited_process.py STATUS_FD CPU_SECONDS WALL_SECONDS MEMORY_BYTES FILE_BYTES PROCESSES FOLDER_BYTES
+        < ASKED
 
 ASKED is JSON: `program`, the source, and `end`, what tells that the program came to its end. A watcher stays outside
 the limits; its child takes them, cuts the network off where the kernel lets it, gives up root where the interpreter's
 files can be read without, and runs the program. STATUS_FD, a file, gets "network: cut off" or "network: reachable" as
 its first line and, from a program that came to its end, `end`. Once the program has ended, or its time is over, the
 watcher ends all that descends from it, also what left its session: orphans become the watcher's children (Linux).
+The watcher also ends a program with too many descendants, which no limit of the kernel's keeps root from, and one that
+has filled its folder.
 
 Exit code: 0, the program's was 0; TIMED_OUT, it had no time left; else 1.
 """
@@ -23,18 +26,19 @@ TIMED_OUT = 2
 _NEW_USER, _NEW_NETWORK = 0x10000000, 0x40000000
 _PARENT_DEATH_SIGNAL, _CHILD_SUBREAPER = 1, 36
 _NOBODY = 65534
+_LOOK_SECONDS, _MOST_DESCENDANTS = 0.1, 16
 
 
 def main() -> None:
     status, cpu_seconds = int(sys.argv[1]), int(sys.argv[2])
     wall_seconds = float(sys.argv[3])
-    memory_bytes, file_bytes, processes = map(int, sys.argv[4:7])
+    memory_bytes, file_bytes, processes, folder_bytes = map(int, sys.argv[4:8])
     asked = json.load(sys.stdin)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # the program cannot read what was asked
     _adopt_orphans()
     worker = os.fork()
     if worker:
-        _watch(worker, wall_seconds)
+        _watch(worker, wall_seconds, folder_bytes)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     is_cut_off = _cut_network_off()
     resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds + 1))
@@ -42,7 +46,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
     resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if os.geteuid() == 0 and _can_give_up_root():
+    if os.geteuid() == 0 and can_give_up_root():
         os.setgroups([])
         os.setgid(_NOBODY)
         os.setuid(_NOBODY)
@@ -52,16 +56,21 @@ def main() -> None:
     os.write(status, asked["end"].encode())
 
 
-def _watch(worker: int, wall_seconds: float) -> None:
+def _watch(worker: int, wall_seconds: float, folder_bytes: int) -> None:
     """Waits for `worker` and ends all that is left of it; leaves this process."""
     code = TIMED_OUT
-    until = time.monotonic() + wall_seconds
-    while time.monotonic() < until:
+    until, look_again = time.monotonic() + wall_seconds, 0.0
+    while (now := time.monotonic()) < until:
         pid, state = os.waitpid(worker, os.WNOHANG)
         if pid:
             ended = os.waitstatus_to_exitcode(state)
             code = TIMED_OUT if ended == -signal.SIGXCPU else int(ended != 0)
             break
+        if now >= look_again:
+            look_again = now + _LOOK_SECONDS
+            if _num_descendants() > _MOST_DESCENDANTS or _folder_bytes() > folder_bytes:
+                code = 1
+                break
         time.sleep(0.01)
     _end_with_descendants(code)
 
@@ -78,16 +87,38 @@ def _end_with_descendants(code: int) -> None:
 
 
 def _children() -> list[int]:
-    found = []
+    return [pid for pid, parent in _parents().items() if parent == os.getpid()]
+
+
+def _num_descendants() -> int:
+    parents, found = _parents(), {os.getpid()}
+    while more := {pid for pid, parent in parents.items() if parent in found} - found:
+        found |= more
+    return len(found) - 1
+
+
+def _parents() -> dict[int, int]:
+    """Returns the parent of every process."""
+    found = {}
     for name in filter(str.isdigit, os.listdir("/proc") if os.path.isdir("/proc") else ()):
         try:
             with open(f"/proc/{name}/stat", encoding="ascii", errors="replace") as file:
-                fields = file.read().rpartition(")")[2].split()
+                found[int(name)] = int(file.read().rpartition(")")[2].split()[1])
         except OSError:  # it has just ended
             continue
-        if int(fields[1]) == os.getpid():
-            found.append(int(name))
     return found
+
+
+def _folder_bytes() -> int:
+    """Returns what the files in the current folder, which is the program's own, take on the disk."""
+    total = 0
+    for folder, _, names in os.walk("."):
+        for name in names:
+            try:
+                total += os.lstat(os.path.join(folder, name)).st_blocks * 512
+            except OSError:  # it has just gone
+                continue
+    return total
 
 
 def _adopt_orphans() -> None:
@@ -111,8 +142,8 @@ def _cut_network_off() -> bool:
         return False
 
 
-def _can_give_up_root() -> bool:
-    """Whether nobody can read the standard library."""
+def can_give_up_root() -> bool:
+    """Tells whether the user nobody can read the standard library; for root to ask."""
     os.seteuid(_NOBODY)
     try:
         return os.access(os.__file__, os.R_OK, effective_ids=True)

@@ -73,6 +73,7 @@ def request_of(tmp_path):
         data=None,
         limit=None,
         allow_code_execution=False,
+        allow_code_execution_as_root=True,
     )
     return request, run
 

@@ -11,7 +11,9 @@ import time
 import psutil
 import pytest
 
-from megatron_tip.evaluation.code_execution import Limits, execute, program_of
+from megatron_tip.errors import InputError
+from megatron_tip.evaluation import code_execution
+from megatron_tip.evaluation.code_execution import Limits, check_user, execute, program_of
 
 SHORT = Limits(cpu_seconds=1, wall_seconds=8.0, memory_bytes=1 << 28, file_bytes=1 << 16)
 QUESTION = {
@@ -144,3 +146,47 @@ def test_the_program_ends_with_the_evaluation(tmp_path):
         evaluation.wait()
     gone, left = psutil.wait_procs(family, timeout=10)
     assert (len(gone), left) == (2, [])
+
+
+def test_a_program_that_fills_the_disk_with_many_files_is_ended():
+    program = """
+import itertools, time
+for number in itertools.count():
+    with open(f"file_{number}", "wb") as file:
+        file.write(bytes(1 << 18))
+    time.sleep(0.01)
+"""
+    started = time.monotonic()
+    found = execute(program, Limits(wall_seconds=60.0, folder_bytes=4 << 20))
+    assert found.outcome == "failed"
+    assert time.monotonic() - started < 40
+
+
+def test_a_program_that_forks_without_end_is_ended():
+    program = """
+import os, time
+while True:
+    if not os.fork():
+        time.sleep(100)
+    time.sleep(0.005)
+"""
+    started = time.monotonic()
+    found = execute(program, Limits(wall_seconds=60.0, processes=500))
+    assert found.outcome == "failed"
+    assert time.monotonic() - started < 40
+
+
+@pytest.mark.parametrize(
+    "is_root, can_be_nobody, is_refused", [(True, False, True), (True, True, False), (False, False, False)]
+)
+def test_programs_run_as_root_only_when_that_is_asked_for(monkeypatch, caplog, is_root, can_be_nobody, is_refused):
+    monkeypatch.setattr(os, "geteuid", lambda: 0 if is_root else 1000)
+    monkeypatch.setattr(code_execution, "can_give_up_root", lambda: can_be_nobody)
+    if is_refused:
+        with pytest.raises(InputError, match=r"expected a user other than root.*--allow-code-execution-as-root"):
+            check_user(allow_root=False)
+    else:
+        check_user(allow_root=False)
+    check_user(allow_root=True)
+    assert "can forge that it passed" in caplog.text
+    assert ("run as ROOT" in caplog.text) == is_refused
