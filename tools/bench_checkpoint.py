@@ -87,7 +87,7 @@ def measure(config_path: Path, overrides: list[str], folder: Path, num_steps: in
 
 
 def saving_of(run: RunFolder) -> Saving:
-    """Returns the times charged to each step: ending the second-last step's save and beginning the last step's."""
+    """Returns the measured times. Step n is charged for ending step n - 2's save and beginning step n - 1's."""
     lines = [json.loads(line) for line in run.metrics.read_text().splitlines()][1:]
     saves = [line["time/save_seconds"] for line in lines if "time/save_seconds" in line]
     steps = [sum((line[key] for key in line if key.startswith("time/") and "save" not in key), 0.0) for line in lines]

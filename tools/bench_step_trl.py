@@ -80,7 +80,7 @@ def main(task_path: Path, result_path: Path) -> None:
 
 
 def config_of(task: dict[str, Any]) -> DistillationConfig:
-    """Returns the settings for the same work as ours; the rest stay TRL's own, except for what would only slow it down."""
+    """Returns the settings for the same work as ours; the rest are TRL's, except what would only slow it down."""
     optimizer = task["optimizer"]
     return DistillationConfig(
         output_dir=task["output"],

@@ -39,7 +39,7 @@ Call = Callable[[], Tensor | None]
 
 
 def make_work(task: dict[str, Any], rank: int) -> Work:
-    """Returns inputs with logits of standard deviation 3; teacher and student correlate by 0.9, as related models do."""
+    """Returns inputs with logits of standard deviation 3; teacher and student correlate by 0.9, like related models."""
     n, dim, vocab_size = task["rows"], task["hidden"], task["vocab"]
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(n, dim, generator=generator)
