@@ -1,6 +1,6 @@
 """The run configuration: typed, frozen, read from TOML; an unknown key or a wrong type is an error.
 
-The text under each field is its reference: `megatron-tip train --help` prints it. Units are in the names.
+`megatron-tip train --help` prints the text under each field. Names contain units.
 """
 
 from pathlib import Path
@@ -44,9 +44,9 @@ class RunConfig(Section):
     """The run as a whole."""
 
     folder: Path
-    """Where the run leaves its files; created if missing."""
+    """Folder for the run's files; created if missing."""
     seed: int = 1
-    """Every random choice of the run follows from it: sampling, random selection, prompt order."""
+    """Seed of every random choice of the run: sampling, random selection, prompt order."""
     threads: int = Field(default=0, ge=0)
     """CPU threads of all workers together; 0: as many as this process may use."""
 

@@ -102,7 +102,7 @@ def test_a_run_goes_on_by_itself_after_a_requeue_and_after_a_time_limit(cluster:
     hours, minutes, _ = map(int, job.fact("RunTime").split(":"))
     cluster.run("scontrol", "update", f"JobId={job.name}", f"TimeLimit={60 * hours + minutes + 2}")
     try:
-        job.wait_for_log("requeued: the run goes on from its last checkpoint", timeout_seconds=150)
+        job.wait_for_log("requeued: the run continues from its last checkpoint", timeout_seconds=150)
         wait_until(lambda: job.fact("Restarts") == "2")
         job.wait_for("PENDING")
         cluster.run("scontrol", "update", f"JobId={job.name}", "TimeLimit=20")
