@@ -267,6 +267,20 @@ def test_the_sampled_token_is_that_of_a_teacher_at_hand():
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-5)
 
 
+def test_a_student_without_a_teacher_has_the_logprobs_of_its_labels():
+    """No ids of a teacher are asked for, as by the probe of the weight sync."""
+    case = Case(chunk_rows=4)
+    got = student_statistics(
+        (case.hidden, case.head),
+        ShardedVocabulary(case.vocab_size, chunk_rows=case.chunk_rows),
+        teacher_support_ids=torch.empty(case.n, 0, dtype=torch.int64),
+        labels=case.labels,
+    )
+    expected = case.student_logits.log_softmax(-1).gather(1, case.labels[:, None]).squeeze(1)
+    torch.testing.assert_close(got.label_logprobs.double(), expected, rtol=1e-6, atol=1e-6)
+    assert got.support_ids.shape == got.teacher_support_logprobs.shape == (case.n, 0)
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
