@@ -65,15 +65,10 @@ def ours_loss(work: Work) -> Call:
     from megatron_tip.vocab_parallel import divergence_loss
 
     _set_block_bytes(work.options)
+    models = work.models
 
     def call() -> Tensor:
-        loss = divergence_loss(
-            *work.models,
-            divergence=work.divergence,
-            tp_group=work.tp_group,
-            chunk_rows=work.options.get("chunk_rows"),
-            compiled=work.options.get("compiled", False),
-        )
+        loss = divergence_loss(models[:2], models[2:], work.vocabulary, divergence=work.divergence)
         loss.backward()
         return loss.detach()
 
@@ -85,17 +80,11 @@ def ours_scoring(work: Work) -> Call:
     from megatron_tip.vocab_parallel import token_statistics
 
     _set_block_bytes(work.options)
-    labels = torch.zeros(len(work.student_hidden), dtype=torch.int64)
+    models, labels = work.models, torch.zeros(len(work.student_hidden), dtype=torch.int64)
 
     def call() -> Tensor:
-        statistics = token_statistics(
-            *work.models,
-            labels=labels,
-            with_jsd=work.divergence == "jsd",
-            tp_group=work.tp_group,
-            chunk_rows=work.options.get("chunk_rows"),
-            compiled=work.options.get("compiled", False),
-        )
+        with_jsd = work.divergence == "jsd"
+        statistics = token_statistics(models[:2], models[2:], work.vocabulary, labels=labels, with_jsd=with_jsd)
         return getattr(statistics, work.divergence)
 
     return call
@@ -113,16 +102,8 @@ def ours_selected(work: Work) -> Call:
         scores = score()
         assert scores is not None, "scoring returns scores"
         rows = scores.topk(budget).indices
-        divergence_loss(
-            hidden[rows],
-            head,
-            teacher_hidden[rows],
-            teacher_head,
-            divergence=work.divergence,
-            tp_group=work.tp_group,
-            chunk_rows=work.options.get("chunk_rows"),
-            compiled=work.options.get("compiled", False),
-        ).backward()
+        student, teacher = (hidden[rows], head), (teacher_hidden[rows], teacher_head)
+        divergence_loss(student, teacher, work.vocabulary, divergence=work.divergence).backward()
 
     return call
 

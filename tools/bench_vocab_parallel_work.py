@@ -34,6 +34,14 @@ class Work:
     def models(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.student_hidden, self.student_head, self.teacher_hidden, self.teacher_head
 
+    @property
+    def vocabulary(self) -> Any:
+        """`ShardedVocabulary` of the case; the peers' interpreter lacks the package that has it."""
+        from megatron_tip.vocab_parallel import ShardedVocabulary
+
+        chunk_rows, compiled = self.options.get("chunk_rows"), self.options.get("compiled", False)
+        return ShardedVocabulary(tp_group=self.tp_group, chunk_rows=chunk_rows, compiled=compiled)
+
 
 Call = Callable[[], Tensor | None]
 

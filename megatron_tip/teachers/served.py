@@ -15,6 +15,7 @@ from megatron_tip.parallel.collectives import broadcast_json
 from megatron_tip.parallel.groups import ModelGroups
 from megatron_tip.records import Prompt, Rollout, TeacherTopK, TokenStatistics, TopKTokenStatistics
 from megatron_tip.teachers.server_scorer import ServerTeacher
+from megatron_tip.vocab_parallel import HiddenAndHead, ShardedVocabulary
 from megatron_tip.vocab_parallel.topk_divergence import topk_divergence_loss
 from megatron_tip.vocab_parallel.topk_statistics import (
     StudentStatistics,
@@ -35,8 +36,6 @@ class ServedTeacher:
 
     One rank of each of the student's replicas asks about that replica's rollouts: the first of its last stage's tp
     group, which tells the others. `scorer`: on those ranks; None elsewhere. `support_size`: K.
-    `vocab_size`: ids shared with the student. `chunk_rows`: rows of logits alive at once; None: chosen.
-    `compiled`: through torch.compile.
     """
 
     scorer: ServerTeacher | None
@@ -44,9 +43,6 @@ class ServedTeacher:
     device: torch.device
     support_size: int
     asks_student_support: bool
-    vocab_size: int
-    chunk_rows: int | None
-    compiled: bool
 
     def topk_rows(self, batch: StepBatch) -> TeacherTopK | None:
         """What the teachers say of this rank's replica, in the order of its rows; None off the last stage.
@@ -127,7 +123,11 @@ def _in_row_order(batch: StepBatch, replica: int) -> list[Rollout]:
 
 
 def served_statistics(
-    student: Student, teacher: ServedTeacher, batch: StepBatch, teacher_rows: TeacherTopK | None
+    student: Student,
+    teacher: ServedTeacher,
+    batch: StepBatch,
+    teacher_rows: TeacherTopK | None,
+    vocabulary: ShardedVocabulary,
 ) -> TopKTokenStatistics | None:
     """Statistics of every valid token of this rank's replica, in the order of its rows; None off the last stage.
 
@@ -143,14 +143,10 @@ def served_statistics(
         mask = micro_batches[index].loss_mask
         found.append(
             student_statistics(
-                student.rows(hidden_states, mask),
-                student.output_head,
-                parts[index].support_ids,
-                micro_batches[index].labels[mask],
-                vocab_size=teacher.vocab_size,
-                tp_group=groups.tp_group,
-                chunk_rows=teacher.chunk_rows,
-                compiled=teacher.compiled,
+                (student.rows(hidden_states, mask), student.output_head),
+                vocabulary,
+                teacher_support_ids=parts[index].support_ids,
+                labels=micro_batches[index].labels[mask],
             )
         )
 
@@ -164,30 +160,25 @@ def served_statistics(
 
 
 def served_loss(
-    student: Student,
-    teacher: ServedTeacher,
-    hidden: Tensor,
+    student: HiddenAndHead,
+    vocabulary: ShardedVocabulary,
     teacher_rows: TeacherTopK,
     row_weights: Tensor,
     labels: Tensor,
     *,
     divergence: str,
 ) -> Tensor:
-    """The loss of selected rows: float32 scalar, equal on all tp ranks. Arguments as of `topk_divergence_loss`."""
+    """Returns the loss of selected rows: float32 scalar, equal on all tp ranks. See `topk_divergence_loss`."""
     ids, logprobs = known_ids(teacher_rows)
     return topk_divergence_loss(
-        hidden,
-        student.output_head,
+        student,
+        vocabulary,
         divergence=divergence,
         teacher_ids=ids,
         teacher_id_logprobs=logprobs,
         labels=labels,
         teacher_label_logprobs=teacher_rows.label_logprobs,
         row_weights=row_weights,
-        vocab_size=teacher.vocab_size,
-        tp_group=student.groups.tp_group,
-        chunk_rows=teacher.chunk_rows,
-        compiled=teacher.compiled,
     )
 
 

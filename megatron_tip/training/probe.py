@@ -1,5 +1,7 @@
 """A sequence whose logprobs tell whether an engine holds the student's weights."""
 
+from __future__ import annotations
+
 import numpy as np
 import torch.distributed as dist
 from torch import Tensor
@@ -7,22 +9,23 @@ from torch import Tensor
 from megatron_tip.batching.step_batch import StepBatch
 from megatron_tip.records import Rollout
 from megatron_tip.training.run import TrainingRun
-from megatron_tip.vocab_parallel import vocab_parallel_logprobs
+from megatron_tip.vocab_parallel import ShardedVocabulary
+from megatron_tip.vocab_parallel.topk_statistics import student_statistics
 
 PROBE_LENGTH = 48
 PROBE_SEED = 20_240_506
 
 
 def probe_ids(vocab_size: int) -> tuple[int, ...]:
-    """The probe: ids from all over the vocabulary, always the same; unlikely ones move most when weights are wrong."""
+    """Returns the probe, always the same: ids from all over the vocabulary, for rare ones show wrong weights best."""
     return tuple(np.random.default_rng(PROBE_SEED).integers(vocab_size, size=PROBE_LENGTH).tolist())
 
 
 def probe_logprobs(run: TrainingRun) -> list[float]:
-    """The student's own logprobs of the probe after its first id, at temperature 1; on the first rank of the world.
+    """Returns the student's own logprobs of the probe after its first id, at temperature 1; on the first rank alone.
 
-    Collective over data-parallel replica 0: one forward pass of one sequence, and one broadcast of a float64 an id
-    over the replica. Others, replicas and ranks, get an empty list; other replicas need not call it.
+    Collective over data-parallel replica 0: one forward pass of one sequence, and one broadcast of a float64
+    per id over the replica. Others, replicas and ranks, get an empty list; other replicas need not call it.
     """
     groups = run.student.groups
     if groups.dp_rank != 0:
@@ -41,11 +44,15 @@ def probe_logprobs(run: TrainingRun) -> list[float]:
     found: list[Tensor] = []
 
     def score(index: int, hidden_states: Tensor) -> None:
-        micro_batch, head = micro_batches[index], run.student.output_head
-        logits = run.student.rows(hidden_states, micro_batch.loss_mask) @ head.t()
-        labels = micro_batch.labels[micro_batch.loss_mask]
-        size = run.architecture.vocab_size
-        found.append(vocab_parallel_logprobs(logits, labels, vocab_size=size, tp_group=groups.tp_group))
+        mask = micro_batches[index].loss_mask
+        labels = micro_batches[index].labels[mask]
+        statistics = student_statistics(
+            (run.student.rows(hidden_states, mask), run.student.output_head),
+            ShardedVocabulary(run.architecture.vocab_size, tp_group=groups.tp_group),
+            teacher_support_ids=labels.new_empty(len(labels), 0),
+            labels=labels,
+        )
+        found.append(statistics.label_logprobs)
 
     run.student.forward(micro_batches, score)
     values = found[0].double() if found else micro_batches[0].input_ids.new_zeros(len(ids) - 1).double()

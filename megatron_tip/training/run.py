@@ -19,6 +19,7 @@ from megatron_tip.selection import Calibration, Selector
 from megatron_tip.teachers.megatron import Teacher
 from megatron_tip.teachers.served import ServedTeacher
 from megatron_tip.training.token_views import TokenViews
+from megatron_tip.vocab_parallel import ShardedVocabulary
 
 
 @dataclass
@@ -36,7 +37,8 @@ Gauge = Callable[[int], dict[str, float]]
 class TrainingRun:
     """What every rank of a run has.
 
-    `architecture`: the student's, after dropped layers. `vocab_size`: the entries that student and teacher share.
+    `architecture`: the student's, after dropped layers. `vocabulary`: the entries that student and teacher
+    share, at the temperature of the loss.
     `prompts`, `engine`: in the first process only; None elsewhere. `ahead`: there as well, with rollout.ahead = 1.
     `stop`: what may end the run before its last step. `gauge`: the context bank, where the run is measured on one.
     """
@@ -46,7 +48,7 @@ class TrainingRun:
     student: Student
     teacher: Teacher | ServedTeacher
     architecture: ModelArchitecture
-    vocab_size: int
+    vocabulary: ShardedVocabulary
     selector: Selector
     sampling: SamplingParams
     pad_token_id: int

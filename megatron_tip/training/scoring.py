@@ -31,7 +31,7 @@ def score_tokens(
     groups, teacher = run.student.groups, run.teacher
     if not isinstance(teacher, Teacher):
         assert not isinstance(teacher_rows, Tensor), "servers give log-probabilities"
-        return served_statistics(run.student, teacher, batch, teacher_rows)
+        return served_statistics(run.student, teacher, batch, teacher_rows, run.vocabulary)
     assert not isinstance(teacher_rows, TeacherTopK), "the teacher at hand gives hidden states"
     micro_batches = batch.micro_batches(groups.dp_rank)
     teacher_parts = teacher_rows.split(batch.num_rows()[groups.dp_rank]) if teacher_rows is not None else ()
@@ -68,19 +68,12 @@ def micro_batch_statistics(
         support_size: K; None: the configuration's.
         with_support: with the ids of both models' supports and their logprobs.
     """
-    config = run.config
     return token_statistics(
-        run.student.rows(hidden_states, micro_batch.loss_mask),
-        run.student.output_head,
-        teacher_hidden,
-        teacher.head,
+        (run.student.rows(hidden_states, micro_batch.loss_mask), run.student.output_head),
+        (teacher_hidden, teacher.head),
+        run.vocabulary,
         labels=micro_batch.labels[micro_batch.loss_mask],
-        support_size=support_size or config.selection.support_size,
-        vocab_size=run.vocab_size,
-        temperature=config.loss.temperature,
-        tp_group=run.student.groups.tp_group,
-        chunk_rows=config.loss.chunk_rows or None,
-        compiled=config.loss.compile,
+        support_size=support_size or run.config.selection.support_size,
         with_jsd="jsd" in run.selector.required_statistics,
         with_support=with_support,
     )

@@ -25,7 +25,7 @@ from megatron_tip.teachers.served import ServedTeacher
 from megatron_tip.teachers.setup import build_server_teacher
 from megatron_tip.training.run import TrainingRun
 from megatron_tip.training.token_views import TokenViews
-from megatron_tip.vocab_parallel import padded_vocab_size
+from megatron_tip.vocab_parallel import ShardedVocabulary, padded_vocab_size
 
 
 def build_run(
@@ -49,7 +49,13 @@ def build_run(
         if plan.teacher is None
         else _teacher(config, plan, plan.teacher, teacher_groups, student_groups, worker.device),
         architecture=plan.student.architecture,
-        vocab_size=plan.vocab_size,
+        vocabulary=ShardedVocabulary(
+            vocab_size=plan.vocab_size,
+            temperature=config.loss.temperature,
+            tp_group=student_groups.tp_group,
+            chunk_rows=config.loss.chunk_rows or None,
+            compiled=config.loss.compile,
+        ),
         selector=plan.selector,
         sampling=SamplingParams(
             max_response_tokens=config.rollout.max_response_tokens,
@@ -103,9 +109,6 @@ def _served_teacher(config: Config, plan: RunPlan, groups: ModelGroups, device: 
         device=device,
         support_size=min(config.selection.support_size, plan.vocab_size),
         asks_student_support=config.teacher.student_support == "ask",
-        vocab_size=plan.vocab_size,
-        chunk_rows=config.loss.chunk_rows or None,
-        compiled=config.loss.compile,
     )
 
 

@@ -263,24 +263,18 @@ def accumulate_gradients(run: TrainingRun, micro_batches: Sequence[MicroBatch], 
 
 def row_loss(run: TrainingRun, hidden: Tensor, rows: MicroBatchRows, labels: Tensor) -> Tensor:
     """The loss of supervised rows, summed with their weights: float32 scalar, equal on all tp ranks."""
-    loss, teacher, student = run.config.loss, run.teacher, run.student
+    loss, teacher, student = run.config.loss, run.teacher, (hidden, run.student.output_head)
     if isinstance(rows.teacher_rows, TeacherTopK):
-        assert not isinstance(teacher, Teacher), "servers give log-probabilities"
-        divergence = loss.divergence
-        return served_loss(student, teacher, hidden, rows.teacher_rows, rows.row_weights, labels, divergence=divergence)
+        return served_loss(
+            student, run.vocabulary, rows.teacher_rows, rows.row_weights, labels, divergence=loss.divergence
+        )
     assert isinstance(teacher, Teacher), "hidden states come from the teacher at hand"
     return divergence_loss(
-        hidden,
-        student.output_head,
-        rows.teacher_rows,
-        teacher.head,
+        student,
+        (rows.teacher_rows, teacher.head),
+        run.vocabulary,
         divergence=loss.divergence,
         row_weights=rows.row_weights,
         labels=labels,
-        vocab_size=run.vocab_size,
-        temperature=loss.temperature,
         jsd_beta=loss.jsd_beta,
-        tp_group=student.groups.tp_group,
-        chunk_rows=loss.chunk_rows or None,
-        compiled=loss.compile,
     )
