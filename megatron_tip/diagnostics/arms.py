@@ -12,9 +12,9 @@ from typing import Any
 from megatron_tip.config import Config
 from megatron_tip.errors import ConfigError, InputError
 from megatron_tip.files import atomic_write_text, output_errors
-from megatron_tip.records import STATISTICS
 from megatron_tip.selection import RULES
 from megatron_tip.selection.rules import load_rule
+from megatron_tip.statistics import STATISTICS
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from megatron_tip.observability.token_table import VALUES, TokenTable, ViewedRollout
-from megatron_tip.records import STATISTICS
 from megatron_tip.report.packing import coarse, coarse_shares, packed, packed_json, planes, thousandths
 from megatron_tip.report.visible_text import visible
+from megatron_tip.statistics import STATISTICS
 
 SELECTED, VALID, QUADRANT_SHIFT = 1, 2, 2
 SAMPLED, ELSEWHERE = 0, 255
@@ -159,17 +159,14 @@ def _pack_table(
     detail: Detail,
 ) -> dict[str, Any]:
     """`scales`: of the statistics that the table has."""
-    facts, tokens = table.facts, table.tokens
+    facts = table.facts
     names = list(scales)
     if detail.coarse:  # the candidates tell what the sampled token's probabilities are
         names = [name for name in names if not name.endswith("logprobs")]
     points = np.array(facts.points or np.empty((0, 3)), dtype=float)
-    owners = tokens.column("rollout").to_numpy()
     responses = []
     for viewed in rollouts:
-        (rows,) = np.nonzero(owners == viewed.rollout)
-        part = tokens.slice(int(rows[0]), len(rows)) if len(rows) else tokens.slice(0, 0)
-        described, block = _pack_response(part, names, table, packer, detail)
+        described, block = _pack_response(table.tokens_of(viewed), names, table, packer, detail)
         title = f"prompt {viewed.prompt_index}, sample {viewed.sample_index}"
         prompt = visible(viewed.prompt)
         described |= {"title": title, "prompt": prompt, "finish": viewed.finish_reason, "block": blocks.add(block)}

@@ -10,11 +10,11 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from megatron_tip.records import STATISTICS
 from megatron_tip.selection.batch import Batch
 from megatron_tip.selection.budget import Threshold
 from megatron_tip.selection.order_statistics import Quantiles
 from megatron_tip.selection.replicas import Replicas
+from megatron_tip.statistics import STATISTICS
 
 _DESCRIBED = tuple(name for name, statistic in STATISTICS.items() if statistic.described)
 QUADRANT_DIVERGENCES = ("reverse_kl", "support_divergence", "forward_kl")

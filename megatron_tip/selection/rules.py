@@ -13,9 +13,9 @@ from typing import Any, Literal
 from torch import Tensor
 
 from megatron_tip.errors import ConfigError
-from megatron_tip.records import STATISTICS
 from megatron_tip.selection import scores
 from megatron_tip.selection.normalise import ABOVE_MEDIAN, CLIPPED_MIN_MAX, MIN_MAX, RAW, ROBUST, Normaliser
+from megatron_tip.statistics import STATISTICS
 
 Take = Literal["all", "top", "bottom", "sample"]
 Scope = Literal["batch", "rollout", "micro_batch"]

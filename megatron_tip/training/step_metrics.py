@@ -11,7 +11,8 @@ from torch import Tensor
 from megatron_tip.batching.step_batch import StepBatch
 from megatron_tip.parallel.collectives import broadcast_json
 from megatron_tip.parallel.groups import ModelGroups
-from megatron_tip.records import STATISTICS, Rollout, TokenSelection, TokenStatistics
+from megatron_tip.records import Rollout, TokenSelection, TokenStatistics
+from megatron_tip.statistics import STATISTICS
 
 MEANS = {f"train/{name}": name for name, statistic in STATISTICS.items() if statistic.logged}
 """Metric -> the statistic whose mean over all valid tokens of the batch it is."""

@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_tip.errors import InputError
-from megatron_tip.records import STATISTICS, TokenStatistics
+from megatron_tip.records import TokenStatistics
+from megatron_tip.statistics import STATISTICS
 from megatron_tip.vocab_parallel import kernels
 from megatron_tip.vocab_parallel.chunks import RowBlocks, row_ranges
 from megatron_tip.vocab_parallel.collectives import all_reduce_sum

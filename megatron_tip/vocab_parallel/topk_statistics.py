@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_tip.errors import InputError
-from megatron_tip.records import STATISTICS, TeacherTopK, TopKTokenStatistics
+from megatron_tip.records import TeacherTopK, TopKTokenStatistics
+from megatron_tip.statistics import STATISTICS
 from megatron_tip.vocab_parallel import kernels
 from megatron_tip.vocab_parallel.chunks import LogitBuffer, RowBlocks, row_ranges
 from megatron_tip.vocab_parallel.inputs import Inputs, checked_inputs

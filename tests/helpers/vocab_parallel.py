@@ -1,7 +1,7 @@
 """Inputs of the vocabulary-parallel functions that are the same on every rank, their shards, and the layouts."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.distributed as dist
@@ -11,6 +11,9 @@ from torch.distributed import ProcessGroup
 from megatron_tip.records import TokenStatistics
 from megatron_tip.vocab_parallel import padded_vocab_size, token_statistics
 from tests.helpers import reference
+
+GIVEN = [field for field in fields(TokenStatistics) if field.name != "topk_reverse_kl"]
+"""What `token_statistics` can give; the other is of a teacher without a distribution."""
 
 
 @dataclass(frozen=True)
