@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from megatron_tip.observability.token_table import (
+    TokenTable,
     TokenTableFacts,
     ViewedRollout,
     encode_token_table,
@@ -142,7 +143,7 @@ def _table(
     for name, values in supports.items():
         flat = values.reshape(-1).astype(np.int32 if name.endswith("ids") else np.float16)
         columns[name] = pa.ListArray.from_arrays(offsets, pa.array(flat))
-    return encode_token_table(facts, columns)
+    return encode_token_table(TokenTable.of_columns(facts, columns))
 
 
 def _supports(random: np.random.Generator, n: int, support_size: int, vocab_size: int) -> dict[str, np.ndarray]:

@@ -10,7 +10,7 @@ from megatron_tip.errors import OutputError
 from megatron_tip.observability.memory import PhaseMemory
 from megatron_tip.observability.monitor import Monitor
 from megatron_tip.observability.run_folder import RunFolder
-from megatron_tip.observability.token_view import TokenView
+from megatron_tip.observability.token_table import TokenTable
 from megatron_tip.observability.trace import TraceWriter, join_traces
 from megatron_tip.observability.trackers import Trackers, make_trackers
 from megatron_tip.parallel.distributed import Worker
@@ -63,7 +63,7 @@ class RunObservers:
             extended |= self._monitor.step_metrics()
         return extended
 
-    def log(self, step: int, metrics: Mapping[str, float], view: TokenView | None) -> None:
+    def log(self, step: int, metrics: Mapping[str, float], view: TokenTable | None) -> None:
         """Tells the trackers what was recorded."""
         self._trackers.log_metrics(step, metrics)
         if view is not None:

@@ -8,7 +8,7 @@ from typing import Self
 from megatron_tip.observability.metrics_file import MetricsWriter
 from megatron_tip.observability.progress import ProgressDisplay
 from megatron_tip.observability.run_folder import RunFolder
-from megatron_tip.observability.token_view import TokenView
+from megatron_tip.observability.token_table import TokenTable
 from megatron_tip.training.observers import RunObservers
 
 
@@ -47,7 +47,7 @@ class RunRecorder:
         self._display = display
         self._stack = contextlib.ExitStack()
 
-    def record(self, step: int, metrics: Mapping[str, float], view: TokenView | None = None) -> None:
+    def record(self, step: int, metrics: Mapping[str, float], view: TokenTable | None = None) -> None:
         """Takes the metrics of `step`; step 0 is what was measured before the first. Collective over the world."""
         metrics = self._observers.extended(step, metrics)
         state = self.state

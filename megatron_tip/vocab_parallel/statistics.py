@@ -7,6 +7,7 @@ from torch import Tensor
 
 from megatron_tip.errors import InputError
 from megatron_tip.records import TokenStatistics
+from megatron_tip.statistics import STATISTICS
 from megatron_tip.vocab_parallel import kernels
 from megatron_tip.vocab_parallel.chunks import Chunk
 from megatron_tip.vocab_parallel.collectives import all_reduce_sum
@@ -15,6 +16,9 @@ from megatron_tip.vocab_parallel.row_functions import jsd_of_normalised
 from megatron_tip.vocab_parallel.softmax_normaliser import SoftmaxNormaliser
 from megatron_tip.vocab_parallel.topk import exchange_topk
 from megatron_tip.vocab_parallel.vocabulary import ShardedVocabulary
+
+FULL_STATISTICS = frozenset(name for name, statistic in STATISTICS.items() if statistic.needs != "top_k_alone")
+"""What a teacher gives whose whole distribution is known."""
 
 
 @torch.no_grad()

@@ -13,6 +13,9 @@ from megatron_tip.records import TokenStatistics
 from megatron_tip.vocab_parallel import HiddenAndHead, ShardedVocabulary, padded_vocab_size, token_statistics
 from tests.helpers import reference
 
+GIVEN = [field for field in fields(TokenStatistics) if field.name != "topk_reverse_kl"]
+"""What `token_statistics` can give; the other is of a teacher without a distribution."""
+
 
 @dataclass(frozen=True)
 class Case:

@@ -16,7 +16,7 @@ from megatron_tip.diagnostics.scores import Scores, read_scores
 from megatron_tip.diagnostics.statistics.bootstrap import PromptResamples
 from megatron_tip.diagnostics.statistics.comparisons import SupportGap, support_gap
 from megatron_tip.diagnostics.statistics.regression import Decomposition, decompose
-from megatron_tip.diagnostics.statistics.tokens import TokenTable, mean_gain, token_table
+from megatron_tip.diagnostics.statistics.tokens import BankTokens, bank_tokens, mean_gain
 from megatron_tip.errors import InputError
 
 
@@ -34,7 +34,7 @@ class Evidence:
     arms: list[ArmResult]
     resamples: int = 1000
     seed: int = 1
-    _tables: dict[int, TokenTable] = field(default_factory=dict)
+    _tables: dict[int, BankTokens] = field(default_factory=dict)
     _decompositions: dict[int, Decomposition] = field(default_factory=dict)
     _support_gaps: dict[tuple[int, str], SupportGap] = field(default_factory=dict)
 
@@ -103,9 +103,9 @@ class Evidence:
         """The budgets of the tables that have few: the study's own, and the paper's 3 and 5 % where they were tried."""
         return sorted({self.main_ratio, self.tried_ratio(0.03), self.tried_ratio(0.05)})
 
-    def table(self, support_size: int) -> TokenTable:
+    def table(self, support_size: int) -> BankTokens:
         if support_size not in self._tables:
-            self._tables[support_size] = token_table(*self._mean_gain, support_size)
+            self._tables[support_size] = bank_tokens(*self._mean_gain, support_size)
         return self._tables[support_size]
 
     def decomposition(self, support_size: int) -> Decomposition:

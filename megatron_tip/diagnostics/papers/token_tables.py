@@ -7,7 +7,7 @@ from megatron_tip.diagnostics.papers.evidence import Evidence
 from megatron_tip.diagnostics.statistics.bootstrap import Interval, PromptResamples
 from megatron_tip.diagnostics.statistics.comparisons import bucket_curve, support_gap
 from megatron_tip.diagnostics.statistics.regression import residual_gain
-from megatron_tip.diagnostics.statistics.tokens import PROXIES, mean_gain, selected_rows, token_table
+from megatron_tip.diagnostics.statistics.tokens import PROXIES, bank_tokens, mean_gain, selected_rows
 from megatron_tip.selection import RULES, compare_rules
 
 CURVES = ("d_l", "d_i", "c", "d", "h")
@@ -46,7 +46,7 @@ def robustness(evidence: Evidence) -> pd.DataFrame:
 
 def _gap(gain: Gain, proxy: str, support_size: int, evidence: Evidence) -> dict[str, float]:
     resamples = PromptResamples.draw(gain.before.prompt, resamples=evidence.resamples, seed=evidence.seed)
-    found = support_gap(token_table(gain.before, gain.tokens, support_size), proxy, resamples)
+    found = support_gap(bank_tokens(gain.before, gain.tokens, support_size), proxy, resamples)
     return {"q3_tokens": found.num_tokens, **bounds(found.bootstrap, "gap"), "matched_gap": found.matched.estimate}
 
 

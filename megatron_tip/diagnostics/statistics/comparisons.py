@@ -9,7 +9,7 @@ import pandas as pd
 from scipy.spatial import KDTree
 
 from megatron_tip.diagnostics.statistics.bootstrap import Interval, PromptResamples
-from megatron_tip.diagnostics.statistics.tokens import TokenTable
+from megatron_tip.diagnostics.statistics.tokens import BankTokens
 
 MATCHED_ON = ("h", "d", "position")
 
@@ -27,7 +27,7 @@ class SupportGap:
     num_tokens: int
 
 
-def support_gap(table: TokenTable, proxy: str, resamples: PromptResamples) -> SupportGap:
+def support_gap(table: BankTokens, proxy: str, resamples: PromptResamples) -> SupportGap:
     """The gap by one support proxy, a column of the table; unknown where all of Q3 has one value."""
     in_q3 = table.quadrant("q3")
     values, gain = table.column(proxy), table.column("gain")

@@ -52,7 +52,7 @@ class Decomposition:
 
 
 def decompose(frame: pd.DataFrame, resamples: PromptResamples) -> Decomposition:
-    """Both regressions on the columns of a `TokenTable`."""
+    """Both regressions on the columns of a `BankTokens`."""
     table = frame.assign(h_d=frame["h"] * frame["d"])
     gain = table["gain"].to_numpy()
     baseline, of_baseline = fit(table, BASELINE, gain, resamples)

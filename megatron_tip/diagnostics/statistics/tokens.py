@@ -20,7 +20,7 @@ from megatron_tip.selection.replicas import Replicas
 from megatron_tip.selection.rules import RULES
 
 PROXIES = ("compatibility", "cbc", "jaccard", "overlap", "shared_mass")
-"""Proxies of support: C; CBC (see `token_table`); Jaccard and overlap share of S_S and S_T; shared teacher mass."""
+"""Proxies of support: C; CBC (see `bank_tokens`); Jaccard and overlap share of S_S and S_T; shared teacher mass."""
 
 _SIGNALS = {"h": "entropy", "d": "divergence", "c": "compatibility", "d_l": "teachability", "d_i": "incompatible"}
 """Column of a table -> the rule of TA-OPD whose score it is."""
@@ -29,7 +29,7 @@ _AXES = ("student_entropy", "reverse_kl")
 
 
 @dataclass(frozen=True)
-class TokenTable:
+class BankTokens:
     """`frame`: one row a token. `medians`: of H and of the divergence that cut the quadrants."""
 
     frame: pd.DataFrame
@@ -44,7 +44,7 @@ class TokenTable:
         return self.frame[name].to_numpy(dtype=np.float64)
 
 
-def token_table(scores: Scores, gain: np.ndarray, support_size: int) -> TokenTable:
+def bank_tokens(scores: Scores, gain: np.ndarray, support_size: int) -> BankTokens:
     """The start's scores of tokens with their `gain` `[tokens]`, statistics of supports at K.
 
     h, d, c are H, D, C under Norm_B over these tokens, and d_l = d c, d_i = d (1 - c), by the rules' own functions.
@@ -73,7 +73,7 @@ def token_table(scores: Scores, gain: np.ndarray, support_size: int) -> TokenTab
             "quadrant": quadrant,
         }
     )
-    return TokenTable(frame, medians, support_size)
+    return BankTokens(frame, medians, support_size)
 
 
 def _signals(scores: Scores, support_size: int) -> tuple[dict[str, np.ndarray], np.ndarray, tuple[float, float]]:

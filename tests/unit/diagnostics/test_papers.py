@@ -17,7 +17,7 @@ from megatron_tip.diagnostics.papers.evidence import Evidence
 from megatron_tip.diagnostics.papers.write import facts, fill_page, markdown, page_blocks, write_all
 from megatron_tip.diagnostics.scores import Scores, write_scores
 from megatron_tip.diagnostics.statistics.bootstrap import Interval
-from megatron_tip.diagnostics.statistics.tokens import token_table
+from megatron_tip.diagnostics.statistics.tokens import bank_tokens
 from megatron_tip.errors import InputError
 from tests.helpers.diagnostics import MANIFEST, make_bank, make_contexts, make_scores, with_gain
 
@@ -51,7 +51,7 @@ def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
     bank = make_bank(folder / "bank", num_contexts=80)
     start = make_scores(bank)
-    table = token_table(start, np.zeros(len(start)), 16)
+    table = bank_tokens(start, np.zeros(len(start)), 16)
     noise = 0.02 * np.random.default_rng(1).normal(size=len(start))
     after = with_gain(start, 0.4 * table.column("d_l") + noise, trained_contexts=[0, 1])
     write_scores(bank.scores_path("start"), start)
