@@ -3,6 +3,8 @@
 Every message says where, what was expected, what came, and what to do about it.
 """
 
+from __future__ import annotations
+
 
 class MegatronTipError(Exception):
     """Base of every error that this package raises on purpose."""

@@ -7,6 +7,8 @@ its next step. Prints what a step takes but for saving, what training waits for 
 seconds from the start of the command to the first step, anew and continued, with the loading of the models apart.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import re

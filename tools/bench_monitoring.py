@@ -5,6 +5,8 @@
 Prints seconds a sample and a step, and both as a share of a run whose steps take --step-seconds (the quickstart's).
 """
 
+from __future__ import annotations
+
 import time
 from typing import Annotated
 

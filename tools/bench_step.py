@@ -14,6 +14,8 @@ the first. Memory is the peak of the resident sets of a run's processes together
 they share count in each. The held-out reverse KL is that of the saved student, by tools/heldout_reverse_kl.py.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import statistics

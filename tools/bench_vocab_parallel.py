@@ -16,6 +16,8 @@ error, in the Euclidean norm, of the value and of both gradients, against float6
 scoring, that of every row's divergence.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import statistics

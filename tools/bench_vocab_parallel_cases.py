@@ -6,6 +6,8 @@ A case is a function of `Work` that returns a call to measure: forward and backw
 cases run in one process a rank.
 """
 
+from __future__ import annotations
+
 import ctypes
 import gc
 import json

@@ -6,6 +6,8 @@ The student is the run's own before its first step, which is the one that wrote 
 step give its weights with --student.
 """
 
+from __future__ import annotations
+
 import io
 from dataclasses import dataclass
 from pathlib import Path

@@ -6,6 +6,8 @@ Prints the mean over the response tokens, in nats. It shares no code with the pa
 and holds both models' logits whole: for small models.
 """
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 from typing import Annotated, Any

@@ -8,6 +8,8 @@ Exit code 1 if anything was lost. The run should take some seconds a step at mos
 checkpoint.every_steps=2. With --tiny both models are replaced by a random one with the tokenizer of model.path.
 """
 
+from __future__ import annotations
+
 import argparse
 import atexit
 import json

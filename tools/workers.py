@@ -1,5 +1,7 @@
 """What the conversion commands share: workers that hold one model's shards between them."""
 
+from __future__ import annotations
+
 import os
 import sys
 from collections.abc import Callable

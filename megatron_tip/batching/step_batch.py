@@ -1,5 +1,7 @@
 """A step's rollouts, laid out in micro-batches over the student's data-parallel replicas."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 
@@ -45,7 +47,7 @@ class StepBatch:
         pad_token_id: int,
         sequence_multiple: int,
         device: torch.device,
-    ) -> "StepBatch":
+    ) -> StepBatch:
         """All tokens of `rollouts`, balanced over `dp_size` replicas; a pure function, equal on every rank."""
         lengths = num_kept_tokens(rollouts, [len(rollout.response_ids) - 1 for rollout in rollouts])
         plan = plan_micro_batches(lengths, dp_size, max_tokens, sequence_multiple=sequence_multiple)
@@ -93,7 +95,7 @@ class StepBatch:
             self._indices[replica] = token_index(self.micro_batches(replica))
         return self._indices[replica]
 
-    def cut_behind(self, last_selected: Sequence[int]) -> "StepBatch":
+    def cut_behind(self, last_selected: Sequence[int]) -> StepBatch:
         """The batch without what cannot influence the loss, laid out anew over the same replicas.
 
         Attention is causal: tokens behind a rollout's last selected position change neither loss nor gradient. They

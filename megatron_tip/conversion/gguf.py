@@ -1,5 +1,7 @@
 """A GGUF file, which carries quantised weights and tokenizer in one, made into a Hugging Face directory."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 from typing import Any

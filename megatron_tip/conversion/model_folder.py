@@ -1,5 +1,7 @@
 """Folders that hold a model: what they say about it, and how new ones come into being whole or not at all."""
 
+from __future__ import annotations
+
 import json
 import shutil
 from collections.abc import Collection

@@ -1,5 +1,7 @@
 """Parameters and floating-point operations of an architecture, counted from its shape."""
 
+from __future__ import annotations
+
 from megatron_tip.conversion.architecture import ModelArchitecture
 
 

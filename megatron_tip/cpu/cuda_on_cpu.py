@@ -4,6 +4,8 @@ Megatron-Core names the CUDA device outright: `torch.cuda.current_device()`, `de
 on "torch.cuda.FloatTensor". A TorchFunctionMode maps those requests to the CPU; nothing of Megatron-Core is edited.
 """
 
+from __future__ import annotations
+
 from typing import Any
 
 import torch

@@ -1,5 +1,7 @@
 """Megatron-Core without what it imports for nobody here: a good part of a worker's start."""
 
+from __future__ import annotations
+
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

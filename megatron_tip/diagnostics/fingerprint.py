@@ -1,5 +1,7 @@
 """By what a bank knows models and tokenizers again."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 from collections.abc import Iterator

@@ -1,5 +1,7 @@
 """Makes a context bank: from rollouts that a run left, or from answers of the student to the run's prompts."""
 
+from __future__ import annotations
+
 import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence

@@ -1,5 +1,7 @@
 """The fixed-context gain between two checkpoints: how much closer to the teacher the second one is, on one text."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 import numpy as np

@@ -1,5 +1,7 @@
 """Tables on disk: Parquet with zstd, written whole or not at all, a JSON description in the file's own metadata."""
 
+from __future__ import annotations
+
 import hashlib
 import io
 import json

@@ -1,5 +1,7 @@
 """Models for work on a bank, as a run would hold them: the same layouts and kernels; an engine only where asked."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -1,5 +1,7 @@
 """The student's start, kept in memory, so that many trainings can begin from it without building anything anew."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 
 import torch

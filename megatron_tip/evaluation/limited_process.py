@@ -11,6 +11,8 @@ watcher ends all that descends from it, also what left its session: orphans beco
 Exit code: 0, the program's was 0; TIMED_OUT, it had no time left; else 1.
 """
 
+from __future__ import annotations
+
 import ctypes
 import json
 import os

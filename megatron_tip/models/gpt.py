@@ -1,5 +1,7 @@
 """One pipeline stage of a Megatron-Core GPT model, from a Hugging Face architecture."""
 
+from __future__ import annotations
+
 from typing import Any, Literal
 
 import torch

@@ -3,6 +3,8 @@
 Shape letters: `s` sequence, `b` micro-batch, `h` hidden, `n` valid tokens of a micro-batch.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass
 

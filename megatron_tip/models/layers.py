@@ -1,5 +1,7 @@
 """Layers that need nothing but torch: Megatron's own linear layers with torch's norm, attention and recomputation."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import torch

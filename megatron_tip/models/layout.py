@@ -1,5 +1,7 @@
 """Which layouts a model can take. Free of Megatron, so that a configuration is checked before its seconds of import."""
 
+from __future__ import annotations
+
 import math
 
 from megatron_tip.conversion.architecture import ModelArchitecture

@@ -1,5 +1,7 @@
 """Micro-batches through a model's pipeline, on Megatron's own schedules."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any

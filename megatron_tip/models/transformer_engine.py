@@ -1,5 +1,7 @@
 """The one place that knows whether Transformer Engine is there, and its layers."""
 
+from __future__ import annotations
+
 from typing import Any
 
 from megatron.core.models.gpt import gpt_layer_specs

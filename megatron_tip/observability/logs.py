@@ -1,5 +1,7 @@
 """Logging of a worker: its rank in every line, INFO from rank 0, warnings from all."""
 
+from __future__ import annotations
+
 import logging
 import sys
 import warnings

@@ -1,5 +1,7 @@
 """Memory of this process."""
 
+from __future__ import annotations
+
 import resource
 import sys
 from pathlib import Path

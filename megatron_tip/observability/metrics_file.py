@@ -1,5 +1,7 @@
 """metrics.jsonl: one JSON object a step, on the disk before the next step begins."""
 
+from __future__ import annotations
+
 import errno
 import json
 import logging

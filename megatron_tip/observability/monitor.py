@@ -1,5 +1,7 @@
 """GPU and host of every worker, sampled in a thread and reduced over the workers once a step."""
 
+from __future__ import annotations
+
 import logging
 import threading
 from collections.abc import Callable, Mapping

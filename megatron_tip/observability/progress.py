@@ -1,5 +1,7 @@
 """How far the run is: a bar and a live line on a terminal, one log line a step elsewhere."""
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Mapping
 from typing import Self

@@ -9,6 +9,8 @@
 `summary.json` is written last: its presence says that the run finished.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import shutil
@@ -40,7 +42,7 @@ class RunFolder:
     path: Path
 
     @classmethod
-    def create(cls, path: Path) -> "RunFolder":
+    def create(cls, path: Path) -> RunFolder:
         """Returns the folder, created with its parents. Safe to call again; leaves what an unfinished run wrote.
 
         Raises:

@@ -1,5 +1,7 @@
 """Where the time of a step goes."""
 
+from __future__ import annotations
+
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager

@@ -1,5 +1,7 @@
 """What a selection looks like to a person: responses with the selected tokens coloured, tokens by quadrant."""
 
+from __future__ import annotations
+
 import html
 import io
 from dataclasses import dataclass

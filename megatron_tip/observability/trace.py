@@ -1,5 +1,7 @@
 """trace.json: a time line of every worker's phases, for Perfetto (ui.perfetto.dev) or chrome://tracing."""
 
+from __future__ import annotations
+
 import json
 import logging
 import time

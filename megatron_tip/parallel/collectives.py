@@ -1,5 +1,7 @@
 """Small facts that one rank knows and every rank needs."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Sequence
 from typing import Any

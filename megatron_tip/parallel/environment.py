@@ -3,6 +3,8 @@
 Free of torch: the thread counts must be set before torch is imported.
 """
 
+from __future__ import annotations
+
 import os
 import re
 import subprocess

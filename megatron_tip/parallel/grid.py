@@ -1,5 +1,7 @@
 """Where the ranks of a world stand in one model's layout. Free of Megatron, so that a layout is checked at once."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +21,7 @@ class ModelGrid:
     dp_size: int
 
     @classmethod
-    def over(cls, world_size: int, *, tp_size: int, pp_size: int, owner: str) -> "ModelGrid":
+    def over(cls, world_size: int, *, tp_size: int, pp_size: int, owner: str) -> ModelGrid:
         """The grid of `world_size` ranks; the data-parallel size is what remains.
 
         Raises:

@@ -3,6 +3,8 @@
 Nothing here touches `megatron.core.parallel_state`; models, schedules and the optimizer get the groups handed in.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 import torch

@@ -4,6 +4,8 @@ The workers are started through torch's own launcher: each in a session of its o
 alone and ending a worker ends whatever it started. torch is imported late: a wrong configuration is refused before it.
 """
 
+from __future__ import annotations
+
 import json
 import logging
 import os

@@ -1,5 +1,7 @@
 """Signals that tell a run to stop: heard by every rank, obeyed between steps or in the middle of a rollout."""
 
+from __future__ import annotations
+
 import os
 import signal
 import threading

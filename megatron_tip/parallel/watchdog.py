@@ -1,5 +1,7 @@
 """Ends a run that hangs, with the stacks of all ranks."""
 
+from __future__ import annotations
+
 import faulthandler
 import threading
 import time

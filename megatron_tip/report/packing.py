@@ -1,5 +1,7 @@
 """Numbers and text as the page carries them: bytes, deflated, in base64, which no HTML parser stumbles over."""
 
+from __future__ import annotations
+
 import base64
 import json
 import zlib

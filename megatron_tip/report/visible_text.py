@@ -1,5 +1,7 @@
 """Text of a model as a person can see it: what has no shape of its own is given one."""
 
+from __future__ import annotations
+
 from unicodedata import category
 
 NEWLINE = "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}\n"

@@ -1,5 +1,7 @@
 """A sequence whose logprobs tell whether an engine holds the student's weights."""
 
+from __future__ import annotations
+
 import numpy as np
 import torch.distributed as dist
 from torch import Tensor

@@ -1,5 +1,7 @@
 """A sample of a step's tokens for a person to look at, brought from the last stage to the first process."""
 
+from __future__ import annotations
+
 import base64
 from collections.abc import Sequence
 from dataclasses import dataclass, field

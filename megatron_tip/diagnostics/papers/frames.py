@@ -1,5 +1,7 @@
 """Rows of tables, with types that pandas itself leaves open."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import numpy as np

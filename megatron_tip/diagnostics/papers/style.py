@@ -1,5 +1,7 @@
 """How the figures look: one column of print wide or two, safe for colour-blind readers and in grey."""
 
+from __future__ import annotations
+
 import io
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

@@ -1,5 +1,7 @@
 """What a handful of seeds says of a mean: trainings are few, and differ by more than the prompts that measure them."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 import numpy as np

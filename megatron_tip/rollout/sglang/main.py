@@ -6,6 +6,8 @@ The input stays open: when it ends, because whoever started the server closed it
 with all its processes. Standard library alone at the top: SGLang's other processes import this file as well.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import signal

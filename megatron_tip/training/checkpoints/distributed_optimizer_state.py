@@ -1,5 +1,7 @@
 """The distributed optimizer's state put together over the data-parallel ranks, for its checkpoints."""
 
+from __future__ import annotations
+
 from functools import partial
 from typing import Any
 

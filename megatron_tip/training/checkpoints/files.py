@@ -7,6 +7,8 @@
 A folder that a crash leaves has another name (`.step_000020.partial`) and is removed by the next run. Free of torch.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os

@@ -1,5 +1,7 @@
 """Where a run stands between two steps, beside weights and optimizer."""
 
+from __future__ import annotations
+
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -36,7 +38,7 @@ class RunProgress:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "RunProgress":
+    def from_json(cls, values: dict[str, Any]) -> RunProgress:
         before = values["before"]
         heldout = before and Heldout(before["reverse_kl"], [rollout_of(rollout) for rollout in before["rollouts"]])
         return cls(**{**values, "before": heldout})

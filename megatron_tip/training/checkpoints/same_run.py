@@ -1,5 +1,7 @@
 """Whether a configuration still describes the run that its folder holds. Free of torch."""
 
+from __future__ import annotations
+
 from typing import Any
 
 from megatron_tip.config import Config
