@@ -1,5 +1,7 @@
 """The command `megatron-tip`."""
 
+from __future__ import annotations
+
 import os
 import sys
 from pathlib import Path

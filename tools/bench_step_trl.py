@@ -3,6 +3,8 @@
 python tools/bench_step_trl.py TASK.json RESULT.json
 """
 
+from __future__ import annotations
+
 import json
 import sys
 import time

@@ -1,5 +1,7 @@
 """How a command ends: what was wrong as a message, and the exit code."""
 
+from __future__ import annotations
+
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager

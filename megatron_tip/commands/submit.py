@@ -1,5 +1,7 @@
 """`megatron-tip submit`: a checked configuration to SLURM in one command."""
 
+from __future__ import annotations
+
 import os
 import shlex
 import shutil

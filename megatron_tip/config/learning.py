@@ -1,5 +1,7 @@
 """Which tokens are trained, and how."""
 
+from __future__ import annotations
+
 from typing import Literal
 
 from pydantic import Field

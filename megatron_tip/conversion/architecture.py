@@ -1,4 +1,4 @@
-"""What a model is, read from its Hugging Face config.json and checked against what we can build."""
+"""A model's architecture, read from its Hugging Face config.json and checked against what we can build."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_tip.errors import WeightsError
 
 @dataclass(frozen=True)
 class Family:
-    """What a Hugging Face class adds to the common decoder: rotary GPT with RMSNorm, grouped queries and SwiGLU."""
+    """The features that a Hugging Face class adds to a rotary GPT with RMSNorm, grouped queries and SwiGLU."""
 
     name: str
     qkv_bias: bool = False
@@ -28,7 +28,7 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are stretched beyond the pretraining length.
+    """Scaling of rotary frequencies beyond the pretraining length.
 
     `kind` "linear" divides them by `factor`; "llama3" divides the long wavelengths by `factor`, keeps the short ones
     and blends in between (`low_freq_factor`, `high_freq_factor`, `original_max_position_embeddings`).
@@ -43,7 +43,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelArchitecture:
-    """The shape of a model; everything that `build_gpt` and the weight map need to know."""
+    """The shape of a model: everything that `build_gpt` and the weight map need."""
 
     family: str
     num_layers: int
@@ -62,16 +62,16 @@ class ModelArchitecture:
     qk_norm: bool
 
     def differences(self, got: ModelArchitecture) -> list[str]:
-        """What is not the same in `got`, as "num_layers: expected 24, got 29"; none where all is."""
+        """Returns the fields that differ in `got`, as "num_layers: expected 24, got 29"."""
         pairs = [(name, getattr(self, name), getattr(got, name)) for name in self.__dataclass_fields__]
         return [f"{name}: expected {own!r}, got {other!r}" for name, own, other in pairs if own != other]
 
     @classmethod
     def from_config(cls, config: dict[str, Any], where: str) -> ModelArchitecture:
-        """The architecture of a config.json's content; `where` names it in errors.
+        """Returns the architecture of a config.json's content; `where` names it in errors.
 
         Raises:
-            WeightsError: an architecture, or a feature of one, that is not supported, or a size that is missing.
+            WeightsError: the architecture or one of its features is not supported, or a size is missing.
         """
         family = _family(config, where)
         _refuse_unsupported_features(config, where)
@@ -97,15 +97,15 @@ class ModelArchitecture:
         )
 
     def with_dropped_layers(self, drop_layers: Collection[int]) -> ModelArchitecture:
-        """The same model without some layers; those that stay are renumbered from 0."""
+        """Returns the same model without some layers; the remaining ones are renumbered from 0."""
         return dataclasses.replace(self, num_layers=len(kept_layers(self.num_layers, drop_layers)))
 
 
 def kept_layers(num_layers: int, drop_layers: Collection[int]) -> list[int]:
-    """The layers that stay, by their number in the checkpoint, in order.
+    """Returns the numbers of the layers that stay, as counted in the checkpoint, in order.
 
     Raises:
-        WeightsError: a layer that the model does not have, one named twice, or none left.
+        WeightsError: a dropped layer does not exist or is named twice, or no layer would be left.
     """
     unknown = sorted(layer for layer in drop_layers if not 0 <= layer < num_layers)
     if unknown or len(set(drop_layers)) != len(drop_layers) or len(drop_layers) >= num_layers:
@@ -117,7 +117,7 @@ def kept_layers(num_layers: int, drop_layers: Collection[int]) -> list[int]:
 
 
 def config_without_layers(config: dict[str, Any], drop_layers: Collection[int]) -> dict[str, Any]:
-    """A copy of a config.json's content that describes the model without some layers."""
+    """Returns a copy of a config.json's content that describes the model without some layers."""
     kept = kept_layers(config["num_hidden_layers"], drop_layers)
     changed = {**config, "num_hidden_layers": len(kept)}
     if config.get("layer_types"):
@@ -167,7 +167,7 @@ def _uses_sliding_window(config: dict[str, Any]) -> bool:
 
 
 def _rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
-    """`rope_parameters`, as transformers 5 writes them; older checkpoints have `rope_theta` and `rope_scaling`."""
+    """Returns `rope_parameters` (transformers 5), or the same from an older `rope_theta` and `rope_scaling`."""
     if config.get("rope_parameters"):
         return config["rope_parameters"]
     parameters = dict(config.get("rope_scaling") or {})

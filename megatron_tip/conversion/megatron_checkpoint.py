@@ -1,12 +1,12 @@
-"""Megatron's sharded checkpoints of a model's weights, with what is needed to know the model again.
+"""Megatron's sharded checkpoints of a model's weights, with a description of the model.
 
     megatron_tip.json   format, versions, the layout that wrote it
     config.json         the model, as Hugging Face describes it; tokenizer files beside it
     weights/            megatron.core.dist_checkpointing, readable in any tp x pp
 
-Loading runs no code from the checkpoint. The tensors are read with torch's `weights_only`; objects (which Transformer
-Engine layers add for fp8) are written for Megatron's sake and never read; and the index, a pickle, is checked first to
-name nothing but the record types of torch's own format.
+Loading runs no code from the checkpoint. Tensors are read with torch's `weights_only`. Objects (which Transformer
+Engine layers add for fp8) are written because Megatron does so, and never read. The index, a pickle, is first checked
+to name only the record types of torch's own format.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ class MegatronCheckpoint(ModelFolder):
     """A folder that `save_megatron_checkpoint` wrote."""
 
     def __init__(self, folder: str | Path) -> None:
-        """Reads the folder's description; the weights are not touched.
+        """Reads the folder's description, not its weights.
 
         Raises:
-            WeightsError: it is no such folder, or of another format, or its index is not what it should be.
+            WeightsError: it is not such a folder, has another format, or its index is not what it should be.
         """
         super().__init__(folder)
         manifest = read_json(self.folder / MANIFEST_NAME)
@@ -66,7 +66,7 @@ def save_megatron_checkpoint(
 ) -> None:
     """Writes the model's weights, sharded as they are, and the config and tokenizer of `source` as a new folder.
 
-    Collective over the world: every rank calls it, and on all machines `target` must be the same shared folder.
+    Collective over the world. `target` must be the same shared folder on all machines.
 
     Raises:
         OutputError: `target` cannot be written, or exists and `overwrite` is not set; on every rank.
@@ -103,13 +103,13 @@ def load_megatron_checkpoint(model: GPTModel, checkpoint: MegatronCheckpoint, gr
 
 
 def load_shards(model: GPTModel, weights: Path, groups: ModelGroups) -> None:
-    """Fills this rank's shards from a folder of Megatron's shards of any layout, also of a run's checkpoint.
+    """Fills this rank's shards from a folder of Megatron's shards of any layout, a run's checkpoint included.
 
-    Collective over the world. Whoever calls it has checked the index (`check_index`). The padded vocabulary may differ
-    from the one that was saved; padding rows become zero.
+    Collective over the world. The caller has checked the index (`check_index`). The padded vocabulary may differ from
+    the saved one; padding rows become zero.
 
     Raises:
-        WeightsError: weights are missing, truncated or of another shape; on every rank.
+        WeightsError: on every rank; weights are missing, truncated or of another shape.
     """
     sharded = model.sharded_state_dict(metadata={"dp_cp_group": groups.collection.dp_cp})
     tensors = {key: value for key, value in sharded.items() if not isinstance(value, ShardedObject)}
@@ -119,8 +119,8 @@ def load_shards(model: GPTModel, weights: Path, groups: ModelGroups) -> None:
         raise WeightsError(f"{weights}: cannot be loaded: {reason_of(error)}") from error
     missing, unexpected = model.load_state_dict(loaded["model"], strict=False)
     missing = [key for key in missing if not key.endswith("_extra_state")]
-    assert not missing, f"parameters that Megatron does not shard: {missing}"
-    assert not unexpected, f"shards that are no parameters: {unexpected}"
+    assert not missing, f"parameters missing from Megatron's shards: {missing}"
+    assert not unexpected, f"shards that are not parameters: {unexpected}"
 
 
 def _manifest(groups: ModelGroups) -> dict[str, Any]:
@@ -133,7 +133,7 @@ def _manifest(groups: ModelGroups) -> dict[str, Any]:
 
 
 def _agreed(value: Any, failure: str | None, device: torch.device) -> Any:
-    """Rank 0's `value` on every rank, or rank 0's failure raised on every rank."""
+    """Returns rank 0's `value` on every rank, or raises rank 0's failure on every rank."""
     value, failure = broadcast_json([value, failure], source=0, device=device)
     if failure is not None:
         raise OutputError(failure)
@@ -141,7 +141,7 @@ def _agreed(value: Any, failure: str | None, device: torch.device) -> Any:
 
 
 def reason_of(error: BaseException) -> str:
-    """The first rank's error of torch's collective one, in one line."""
+    """Returns the first rank's error within torch's collective one, in one line."""
     failures = getattr(error, "failures", None)
     if failures:
         error = next(iter(failures.values()))[0]
@@ -149,7 +149,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def check_index(path: Path) -> None:
-    """Raises WeightsError unless the pickle at `path` names nothing but the records of torch's format."""
+    """Raises WeightsError unless the pickle at `path` names only the record types of torch's format."""
     try:
         with path.open("rb") as file:
             _IndexUnpickler(file).load()
@@ -160,7 +160,7 @@ def check_index(path: Path) -> None:
 
 
 class _IndexUnpickler(pickle.Unpickler):
-    """Knows the record types of torch's distributed checkpoints, and nothing that could do anything."""
+    """An unpickler that admits only the record types of torch's distributed checkpoints, which run no code."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module in _INDEX_MODULES:
@@ -170,7 +170,7 @@ class _IndexUnpickler(pickle.Unpickler):
                 return found
             if isinstance(found, torch.dtype) or found in (torch.Size, torch.serialization._get_layout):
                 return found
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in it; do not load checkpoints you do not trust")
+        raise pickle.UnpicklingError(f"{module}.{name} does not belong in it; do not load checkpoints you do not trust")
 
 
 _INDEX_MODULES = (

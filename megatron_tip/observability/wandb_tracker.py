@@ -1,5 +1,7 @@
 """Weights & Biases: the only file that imports wandb."""
 
+from __future__ import annotations
+
 import io
 import logging
 import os

@@ -1,5 +1,7 @@
 """A configuration checked for another machine: no weights, no GPUs, no prompts needed."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from pathlib import Path
 

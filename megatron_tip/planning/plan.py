@@ -1,5 +1,7 @@
 """What a run will be, found and checked from files alone: before any process group or weight exists."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Reads prompts from JSONL and Parquet files; an error names the file and the line or row."""
+"""Prompts from JSONL and Parquet files; errors name the file and the line or row."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ import pyarrow.parquet as pq
 
 from megatron_tip.errors import InputError
 
-# A text, or chat messages with the texts "role" and "content"; other keys are the chat template's.
+# A text, or chat messages with the texts "role" and "content"; other keys are for the chat template.
 RawPrompt = str | list[dict[str, Any]]
 
 
 def read_prompt_file(path: Path, field: str) -> list[tuple[str, RawPrompt]]:
-    """`(where, prompt)` of every line or row of a .jsonl or .parquet file, in its order; `where` is for messages.
+    """Returns `(where, prompt)` for every line or row of a .jsonl or .parquet file, in order; `where` is for errors.
 
     Raises:
-        InputError: no such file, another suffix, no prompt in it, a line that is empty or not a JSON object, a broken
-            Parquet file, a missing field or column, a value that is neither text nor chat messages.
+        InputError: the file is missing, has another suffix, holds no prompt, has a line that is empty or not a JSON
+            object, is a broken Parquet file, lacks the field or column, or has a value that is neither text nor chat
+            messages.
     """
     found = [(where, _checked(where, field, value)) for where, value in _read(path, field)]
     if not found:
@@ -30,7 +31,7 @@ def read_prompt_file(path: Path, field: str) -> list[tuple[str, RawPrompt]]:
 
 
 def read_text_field(path: Path, field: str) -> list[str]:
-    """The texts of another field of the same file, in its order; errors as of `read_prompt_file`."""
+    """Returns the texts of another field of the same file, in order; raises the errors of `read_prompt_file`."""
     texts = []
     for where, value in _read(path, field):
         if not isinstance(value, str):
@@ -56,7 +57,7 @@ def _read_jsonl(path: Path, field: str) -> Iterator[tuple[str, Any]]:
                 raise InputError(f"{where}: expected a JSON object, got an empty line; remove it")
             try:
                 record = json.loads(line)
-            except ValueError as error:  # also a line that is not UTF-8
+            except ValueError as error:  # includes a line that is not UTF-8
                 raise InputError(f"{where}: expected a JSON object, got a broken line ({error})") from error
             if not isinstance(record, dict):
                 raise InputError(f"{where}: expected a JSON object, got {type(record).__name__}")

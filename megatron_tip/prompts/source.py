@@ -1,4 +1,4 @@
-"""The prompts of a run: rendered, tokenised once, split into training and held-out, drawn by step."""
+"""The prompts of a run: rendered and tokenised once, split into training and held-out, drawn by step."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ logger = logging.getLogger(__name__)
 
 
 class PromptSource:
-    """The training prompts in the order of their source, which of them a step takes, and the held-out ones.
+    """The training prompts in source order, the choice of each step's prompts, and the held-out prompts.
 
-    `num_skipped`: prompts longer than the limit, left out of both. `num_duplicates`: training prompts left out
-    because their text is a held-out one's.
+    `num_skipped`: prompts left out of both for being too long. `num_duplicates`: training prompts left out because a
+    held-out prompt has the same text.
     """
 
     def __init__(
@@ -55,9 +55,9 @@ class PromptSource:
             )
 
     def batch(self, step: int) -> list[Prompt]:
-        """The prompts of training step `step`, counted from 1: a pure function of the seed and the step.
+        """Returns the prompts of training step `step`, counted from 1: a pure function of the seed and the step.
 
-        Each epoch goes through all training prompts once, in an order of its own; a step may reach into the next.
+        Each epoch goes through all training prompts once, in its own order; a step may reach into the next epoch.
         """
         assert step >= 1, f"steps are counted from 1, got {step}"
         size = len(self.training)
@@ -67,7 +67,7 @@ class PromptSource:
 
     @cached_property
     def digest(self) -> str:
-        """A checksum of all prompts in their order, by which a run knows its own again."""
+        """A checksum of all prompts in order, by which a continued run recognises its prompts."""
         ids = [[prompt.prompt_ids for prompt in prompts] for prompts in (self.training, self.heldout)]
         return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
 
@@ -86,14 +86,14 @@ def load_prompts(
     steps: int,
     seed: int,
 ) -> PromptSource:
-    """The run's prompts; reads files and tokenises, no collective.
+    """Returns the run's prompts. Reads files and tokenises; no collective.
 
-    Held-out prompts are the last of a file, or reasoning-gym's under another seed; no training prompt has the text of
-    one. `steps` counts only where prompts are generated and `prompts.num_prompts` is 0.
+    Held-out prompts are the last of a file, or reasoning-gym's under another seed; no training prompt has the same text
+    as one. `steps` matters only if prompts are generated and `prompts.num_prompts` is 0.
 
     Raises:
-        InputError: an unreadable file, a prompt that is not text or chat messages, too few prompts.
-        ConfigError: a tokenizer without chat template where one is needed; an unknown task.
+        InputError: a file is unreadable, a prompt is neither text nor chat messages, or there are too few prompts.
+        ConfigError: a needed chat template is missing, or a task is unknown.
         OptionalDependencyError: reasoning-gym is needed and not installed.
     """
     renderer = _Renderer(prompts, tokenizer)
@@ -139,7 +139,7 @@ def _other_questions(
     first_index: int,
     renderer: _Renderer,
 ) -> list[Prompt]:
-    """`number` prompts of another seed with different texts, none of them a training prompt's."""
+    """Returns `number` prompts from another seed with different texts, none of them a training prompt's."""
     seen = {prompt.text for prompt in training}
     found: list[Prompt] = []
     # reasoning-gym seeds question i with seed + i: a neighbouring seed would repeat the training questions.
@@ -157,7 +157,7 @@ def _other_questions(
 
 
 class _Renderer:
-    """Turns texts and chat messages into tokenised prompts and counts those that are too long."""
+    """A renderer of texts and chat messages into tokenised prompts; it counts those that are too long."""
 
     def __init__(self, config: PromptsConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         self._config = config
@@ -165,13 +165,13 @@ class _Renderer:
         self.num_skipped = 0
 
     def prompts(self, raw_prompts: Sequence[tuple[str, RawPrompt]], first_index: int) -> list[Prompt]:
-        """The prompts within the limit; each keeps the index of its place in `raw_prompts`, plus `first_index`."""
+        """Returns the prompts within the limit; their index is their place in `raw_prompts` plus `first_index`."""
         texts = [self._render(where, raw) for where, raw in raw_prompts]
         all_ids = self._tokenise([text for text, _ in texts], [is_chat for _, is_chat in texts])
         usable = []
         for place, ((text, _), ids) in enumerate(zip(texts, all_ids, strict=True)):
             if not ids:
-                raise InputError(f"{raw_prompts[place][0]}: the tokenizer makes no token of {text!r}")
+                raise InputError(f"{raw_prompts[place][0]}: the tokenizer gives no token for {text!r}")
             if len(ids) > self._config.max_prompt_tokens:
                 self.num_skipped += 1
             else:
@@ -184,7 +184,7 @@ class _Renderer:
         return usable
 
     def _render(self, where: str, raw: RawPrompt) -> tuple[str, bool]:
-        """The text that the model sees, and whether the chat template wrote it."""
+        """Returns the text that the model sees, and whether the chat template wrote it."""
         if isinstance(raw, str) and not self._config.apply_chat_template:
             if self._config.system_prompt:
                 raise ConfigError(
@@ -208,7 +208,7 @@ class _Renderer:
         return text, True
 
     def _tokenise(self, texts: Sequence[str], is_chat: Sequence[bool]) -> list[list[int]]:
-        """Ids of each text. A template writes the special tokens itself; a plain text gets them from the tokenizer."""
+        """Returns the ids of each text. Templates write special tokens themselves; the tokenizer adds the others."""
         bos = self._tokenizer.bos_token
         has_special_tokens = [
             chat or (isinstance(bos, str) and text.startswith(bos)) for text, chat in zip(texts, is_chat, strict=True)

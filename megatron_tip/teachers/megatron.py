@@ -1,5 +1,7 @@
 """The frozen teacher: scores micro-batches in its own layout and hands its hidden states to the student's ranks."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 import torch

@@ -1,5 +1,7 @@
 """KL(student || teacher) on prompts that are never trained on, over the student's own responses."""
 
+from __future__ import annotations
+
 import torch.distributed as dist
 from torch import Tensor
 

@@ -1,5 +1,7 @@
 """The run from its first file to its last."""
 
+from __future__ import annotations
+
 import logging
 import math
 import os

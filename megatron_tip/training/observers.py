@@ -1,5 +1,7 @@
 """What looks on while a run goes: monitoring, throughput, trackers, the time line."""
 
+from __future__ import annotations
+
 import contextlib
 import logging
 from collections.abc import Mapping, MutableMapping

@@ -1,5 +1,7 @@
 """What a run writes down while it goes: metrics, progress, and the totals for its summary."""
 
+from __future__ import annotations
+
 import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field

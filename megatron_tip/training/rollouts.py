@@ -1,5 +1,7 @@
 """Where a step's rollouts come from: the engine in the first process, for all ranks."""
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Sequence
 

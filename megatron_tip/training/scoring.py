@@ -1,5 +1,7 @@
 """What the teacher says of the valid tokens, and their statistics."""
 
+from __future__ import annotations
+
 from torch import Tensor
 
 from megatron_tip.batching.step_batch import StepBatch

@@ -1,5 +1,7 @@
 """From a checked plan to a run that can take its first step."""
 
+from __future__ import annotations
+
 import torch
 from transformers import AutoConfig
 

@@ -1,5 +1,7 @@
 """One training step as named stages: rollout, teacher, score, select, train."""
 
+from __future__ import annotations
+
 import logging
 import math
 from collections.abc import Sequence

@@ -1,5 +1,7 @@
 """Tokens a second of each phase, and the share of the devices' peak that the model's own operations make up."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass
 

@@ -1,5 +1,7 @@
 """New weights to whoever generates, and the proof that they arrived."""
 
+from __future__ import annotations
+
 import logging
 from typing import Any
 

@@ -325,7 +325,7 @@ def newest_of_damaged(folder: Path) -> list[Any]:
     for path in files.step_folder(2).rglob("*.distcp") if dist.get_rank() == 0 else ():
         path.unlink()
     dist.barrier()
-    with pytest.raises(CheckpointError, match=r"none of the checkpoints of steps \[2\] is whole") as caught:
+    with pytest.raises(CheckpointError, match=r"none of the checkpoints of steps \[2\] is intact") as caught:
         newest_whole(files, cpu)
     return [*found, str(caught.value), newest_whole(CheckpointFiles(folder / "nothing"), cpu)]
 

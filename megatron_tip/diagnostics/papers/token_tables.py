@@ -1,5 +1,7 @@
 """TA-OPD's tables about tokens: quadrants, support gaps (1, 6), regressions (9), exact top-N (8), buckets."""
 
+from __future__ import annotations
+
 import pandas as pd
 
 from megatron_tip.diagnostics.gain import Gain
@@ -14,12 +16,12 @@ CURVES = ("d_l", "d_i", "c", "d", "h")
 
 
 def bounds(found: Interval, name: str = "gain") -> dict[str, float]:
-    """Columns of an interval."""
+    """Returns an interval as columns."""
     return {name: found.estimate, "low": found.low, "high": found.high}
 
 
 def quadrants(evidence: Evidence) -> pd.DataFrame:
-    """By quadrant: tokens and their share, the gain, means of D^L, D^I and C; n = 0 where one is empty."""
+    """Returns, by quadrant, tokens and their share, the gain, means of D^L, D^I and C; n = 0 if it is empty."""
     table, (_, resamples) = evidence.table(evidence.main_support_size), evidence.untrained
     rows = []
     for name in ("q1", "q2", "q3", "q4"):
@@ -34,7 +36,7 @@ def quadrants(evidence: Evidence) -> pd.DataFrame:
 
 
 def robustness(evidence: Evidence) -> pd.DataFrame:
-    """Table 1: the gap between high and low C within Q3, by checkpoint and K."""
+    """Returns table 1: the gap between high and low C within Q3, by checkpoint and K."""
     return pd.DataFrame(
         [
             {"checkpoint": name, "k": size, **_gap(gain, "compatibility", size, evidence)}
@@ -51,7 +53,7 @@ def _gap(gain: Gain, proxy: str, support_size: int, evidence: Evidence) -> dict[
 
 
 def proxies(evidence: Evidence) -> pd.DataFrame:
-    """Table 6: the same gap by every support proxy and K."""
+    """Returns table 6: the same gap by every support proxy and K."""
     rows = []
     for size in evidence.support_sizes:
         for proxy in PROXIES:
@@ -68,7 +70,7 @@ def proxies(evidence: Evidence) -> pd.DataFrame:
 
 
 def regressions(evidence: Evidence) -> pd.DataFrame:
-    """Table 9: coefficients of D^L and D^I, their gap, and what the decomposition adds to R²."""
+    """Returns table 9: coefficients of D^L and D^I, their gap, and what the decomposition adds to R²."""
     rows = []
     for size in evidence.support_sizes:
         found = evidence.decomposition(size)
@@ -91,7 +93,7 @@ def regressions(evidence: Evidence) -> pd.DataFrame:
 
 
 def coefficients(evidence: Evidence) -> pd.DataFrame:
-    """All coefficients of both regressions, with intervals."""
+    """Returns all coefficients of both regressions, with intervals."""
     rows = []
     for size in evidence.support_sizes:
         found = evidence.decomposition(size)
@@ -104,7 +106,7 @@ def coefficients(evidence: Evidence) -> pd.DataFrame:
 
 
 def top_n(evidence: Evidence) -> pd.DataFrame:
-    """Table 8: the mean gain of the tokens that each rule ranks highest, under the common update of all tokens."""
+    """Returns table 8: the mean gain of each rule's highest-ranked tokens, under the common update of all tokens."""
     size = evidence.main_support_size
     table, (scores, resamples) = evidence.table(size), evidence.untrained
     rows = []
@@ -122,7 +124,7 @@ def top_n(evidence: Evidence) -> pd.DataFrame:
 
 
 def buckets(evidence: Evidence) -> pd.DataFrame:
-    """The gain by tenth of D^L, D^I, C, D and H; also what is left of it without H, position and teacher entropy."""
+    """Returns the gain by tenth of D^L, D^I, C, D and H, as it is and without H, position and teacher entropy."""
     table, (_, resamples) = evidence.table(evidence.main_support_size), evidence.untrained
     outcomes = {"gain": table.column("gain"), "residual": residual_gain(table.frame)}
     parts = [
@@ -134,7 +136,7 @@ def buckets(evidence: Evidence) -> pd.DataFrame:
 
 
 def overlaps(evidence: Evidence) -> pd.DataFrame:
-    """Jaccard overlap of what the rules keep of the whole bank at the main budget, rule by rule."""
+    """Returns the Jaccard overlap of the tokens that the rules keep of the whole bank at the main budget."""
     statistics = evidence.start.statistics(evidence.main_support_size)
     index, ratio = evidence.start.token_index(), evidence.main_ratio
     found = compare_rules(statistics, index, retention_ratio=ratio, seed=evidence.seed)
@@ -142,7 +144,7 @@ def overlaps(evidence: Evidence) -> pd.DataFrame:
 
 
 def gains(evidence: Evidence) -> pd.DataFrame:
-    """The gain of each checkpoint over the start, absolute and relative; and the mean of all on their common tokens."""
+    """Returns each checkpoint's gain over the start, absolute and relative, and their mean on common tokens."""
     rows = []
     for name, gain in evidence.gains.items():
         rows.append({"checkpoint": name, **gain_row(gain, resamples=evidence.resamples, seed=evidence.seed)})
@@ -162,7 +164,7 @@ def gains(evidence: Evidence) -> pd.DataFrame:
 
 
 def gain_row(gain: Gain, *, resamples: int, seed: int) -> dict[str, float]:
-    """Tokens, KL before, gain with its interval, relative gain."""
+    """Returns tokens, KL before, gain with its interval, relative gain."""
     found = PromptResamples.draw(gain.before.prompt, resamples=resamples, seed=seed).mean(gain.tokens)
     before = float(gain.before.columns["forward_kl"].mean())
     return {"tokens": len(gain.before), "kl_before": before, **bounds(found), "relative": gain.relative}

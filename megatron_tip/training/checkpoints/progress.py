@@ -1,4 +1,6 @@
-"""Where a run stands between two steps, beside weights and optimizer."""
+"""The state of a run between two steps, apart from weights and optimizer."""
+
+from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -9,7 +11,7 @@ from megatron_tip.rollout.codec import rollout_from_record
 
 @dataclass(frozen=True)
 class Heldout:
-    """A held-out measurement: mean reverse KL in nats a token (NaN: none), and the responses that samples show."""
+    """A held-out measurement: mean reverse KL in nats per token (NaN: none), and the responses for the samples."""
 
     reverse_kl: float
     rollouts: list[Rollout]
@@ -17,14 +19,14 @@ class Heldout:
 
 @dataclass
 class RunProgress:
-    """What the loop knows; equal on every rank.
+    """The state of the training loop, the same on every rank.
 
-    `step`: steps taken. `unrecorded`: metrics of the last one, until they are in metrics.jsonl with the measurements
-    that belong to them. `skipped_in_a_row`: steps without an update since the last, their loss or gradient not being
-    finite. `before`: the measurement before the first step, once it is made.
+    `step`: steps taken. `unrecorded`: metrics of the last step, until they are in metrics.jsonl with the measurements
+    that belong to them. `skipped_in_a_row`: steps since the last update whose loss or gradient was not finite.
+    `before`: the measurement before the first step, once it exists.
 
-    Prompts and their order, rollouts and selections are no state: they follow from seed, step and weights. A step that
-    was not finished is made again.
+    Prompts and their order, rollouts and selections are not part of it: they follow from seed, step and weights. An
+    unfinished step is repeated.
     """
 
     step: int = 0
@@ -36,7 +38,7 @@ class RunProgress:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "RunProgress":
+    def from_json(cls, values: dict[str, Any]) -> RunProgress:
         before = values["before"]
         heldout = before and Heldout(before["reverse_kl"], [rollout_from_record(one) for one in before["rollouts"]])
         return cls(**{**values, "before": heldout})

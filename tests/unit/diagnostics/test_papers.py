@@ -168,9 +168,9 @@ def test_tables_and_claims_are_at_the_studys_own_budget_and_k(written, tmp_path)
     assert "| rule | K = 8 | K = 32 |" in blocks["support_sizes"]
     assert blocks["selectors"].count("| ta_opd_teachability | 0.100 |") == 1
     assert set(pd.read_csv(tmp_path / "out" / "support_sizes.csv")["k"]) == {8, 32}
-    assert "Mind: no arm was tried at K = 16." in facts(found)
-    assert "Mind: not every arm recorded selection/kept_student_entropy_mean, selection" in facts(found)
-    assert "Mind: no arm was tried at 3 %, 5 %: the papers' claims" in facts(found)
+    assert "Note: no arm was tried at K = 16." in facts(found)
+    assert "Note: not every arm recorded selection/kept_student_entropy_mean, selection" in facts(found)
+    assert "Note: no arm was tried at 3 %, 5 %: the papers' claims" in facts(found)
 
 
 def test_a_start_that_did_not_write_the_contexts_is_told_in_the_facts(written):
@@ -180,8 +180,8 @@ def test_a_start_that_did_not_write_the_contexts_is_told_in_the_facts(written):
         {**first.start.about, "student": "another"},
     )
     stranger = Evidence(first.bank, start, first.gains, [])
-    assert "Mind: the start (fingerprint another) is not known as the student" in facts(stranger)
-    assert "Mind: the start" not in facts(first)
+    assert "Note: the start (fingerprint another) is not known as the student" in facts(stranger)
+    assert "Note: the start" not in facts(first)
 
 
 def test_the_data_of_both_panels_lie_beside_the_picture(written):

@@ -199,7 +199,10 @@ def test_workers_that_were_told_to_stop_give_their_exit_code(start):
 def test_workers_that_stopped_before_anything_was_saved_promise_no_more(start):
     body = "from megatron_tip.parallel.stop import StopRequested\nraise StopRequested(signal.SIGUSR1)"
     outcome = start(body, num_workers=1, is_saved=lambda: False)
-    assert outcome.message == "the workers were told to stop; no step is done yet, the same command begins it anew"
+    assert (
+        outcome.message
+        == "the workers were told to stop; no step is done yet, the same command starts it from the beginning"
+    )
 
 
 def test_an_error_from_another_thread_ends_the_worker_and_is_told(start):
