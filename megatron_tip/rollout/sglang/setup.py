@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,6 +15,7 @@ from megatron_tip.config import Config
 from megatron_tip.conversion.model_folder import ModelFolder
 from megatron_tip.errors import ConfigError
 from megatron_tip.files import new_folder
+from megatron_tip.rollout.engine import EngineNeeds
 from megatron_tip.rollout.sglang.client import ServerKeys, SGLangClient, Timeouts
 from megatron_tip.rollout.sglang.engine import EngineSettings, SGLangEngine, new_run_id
 from megatron_tip.rollout.sglang.pool import PooledServer, PoolSettings, ServerPool
@@ -63,6 +65,18 @@ def check_sglang(config: Config, *, elsewhere: bool = False) -> None:
         require_sglang()
 
 
+def check_served(config: Config, vocab_sizes: Sequence[int], *, elsewhere: bool = False) -> None:
+    """Refuses what rollouts by servers cannot be; see `EngineKind.check`. Raises as `check_sglang`."""
+    check_sglang(config, elsewhere=elsewhere)
+    student, teacher = vocab_sizes
+    if student > teacher:
+        raise ConfigError(
+            f'rollout.engine = "sglang": expected a student whose vocabulary is not larger than the teacher\'s, got '
+            f"{student} and {teacher} entries; a server would sample ids that the teacher does not know: use the "
+            "embedded engine"
+        )
+
+
 def read_keys(path: Path | None) -> ServerKeys:
     """The passwords in `path`; none without a path.
 
@@ -81,24 +95,21 @@ def read_keys(path: Path | None) -> ServerKeys:
     return ServerKeys(**content)
 
 
-def build_sglang_engine(
-    config: Config, student: ModelFolder, *, dtype: torch.dtype, weights_dtype: torch.dtype, device: torch.device
-) -> SGLangEngine:
-    """The engine with its servers started, healthy and checked; they have no weights yet. For the first process.
+def build_sglang_engine(needs: EngineNeeds) -> SGLangEngine:
+    """Returns the engine with its servers started, healthy and checked; they have no weights yet.
 
-    Args:
-        dtype: of the servers' weights. weights_dtype: of the student's parameters, which travel.
-        device: of the first process; servers of our own are on the same kind.
+    Servers of our own are on the kind of device of the first process.
 
     Raises:
         ServerError, ServerMismatchError: a server does not start, does not answer, or serves another model.
         OutputError: the run's folder cannot be written.
     """
+    config, student, device = needs.config, needs.student, needs.device
     rollout, sglang = config.rollout, config.sglang
     run_id = new_run_id()
     connect = _connector(config, student)
     pool = ServerPool(
-        _servers(config, student, dtype, connect, on_gpu=device.type == "cuda"),
+        _servers(config, student, needs.dtype, connect, on_gpu=device.type == "cuda"),
         PoolSettings(
             concurrency=sglang.concurrency,
             heartbeat=sglang.heartbeat_seconds,
@@ -114,7 +125,7 @@ def build_sglang_engine(
         set_aside_path=config.run.folder / "set_aside.jsonl",
         drop_wrong_version=rollout.on_wrong_version == "drop",
     )
-    return SGLangEngine(pool, _transport(config, student, run_id, weights_dtype, device), settings)
+    return SGLangEngine(pool, _transport(config, student, run_id, needs.weights_dtype, device), settings)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """Where a run stands between two steps, beside weights and optimizer."""
 
+from __future__ import annotations
+
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -32,11 +34,17 @@ class RunProgress:
     skipped_in_a_row: int = 0
     before: Heldout | None = None
 
+    def take_step(self, metrics: dict[str, float], *, is_skipped: bool) -> None:
+        """Counts a step that was taken; its metrics are still to be recorded."""
+        self.step += 1
+        self.unrecorded = metrics
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if is_skipped else 0
+
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "RunProgress":
+    def from_json(cls, values: dict[str, Any]) -> RunProgress:
         before = values["before"]
         heldout = before and Heldout(before["reverse_kl"], [rollout_of(rollout) for rollout in before["rollouts"]])
         return cls(**{**values, "before": heldout})
