@@ -68,26 +68,22 @@ def train(config: Config, *, fresh: bool = False, make_gauge: MakeGauge | None =
         check_same_run(config)
     build_gauge = make_gauge(config, plan) if make_gauge else None
     worker = init_distributed(timeout_seconds=collective_timeout_seconds(config.fault))
-    if rank == 0 and fresh:
-        folder.clear()
     recorder = RunRecorder(config, folder, worker, Throughput.of_run(config, plan, worker))
     timer = PhaseTimer(worker.device, on_enter=recorder.display.show_phase, on_exit=recorder.phase_ended)
-    files = CheckpointFiles(folder.checkpoints)
-    run, progress, recorder.state = run_to_continue(config, plan, worker, timer, folder, files, build_gauge)
-    if rank == 0:
-        folder.write_config(config)
+    run, progress, recorder.state = run_to_continue(config, plan, worker, timer, folder, build_gauge, fresh=fresh)
     seconds = config.fault.step_timeout_seconds
     with (
         run.stop,  # a signal ends the run between steps or while it generates; it does not interrupt the final writes
-        left_together(),  # around what closes the trackers
+        left_together(),  # outside of the recorder, which closes the trackers
         recorder,
     ):
         with (
             recorder.display,
             HangWatchdog(folder.stacks, rank, timeout_seconds=seconds, on_hang=end_worker_with) as watchdog,
             closing(run),
-            failures_on_record(),  # innermost: the launcher reads a failure before the clean-up around it
+            failures_on_record(),  # innermost: the launcher learns of a failure before the clean-up begins
         ):
+            files = CheckpointFiles(folder.checkpoints)
             checkpointer = Checkpointer(run, recorder, files, run.stop, resumed_step=progress.step)
             before, after = run_steps(run, recorder, checkpointer, watchdog, progress)
         finish_run(run, plan, folder, recorder, before, after)
@@ -100,14 +96,21 @@ def run_to_continue(
     worker: Worker,
     timer: PhaseTimer,
     folder: RunFolder,
-    files: CheckpointFiles,
     build_gauge: Callable[[TrainingRun], Gauge] | None,
+    *,
+    fresh: bool,
 ) -> tuple[TrainingRun, RunProgress, RecorderState]:
     """Returns the run with where it stood in its newest whole checkpoint; without one, a new run in a cleared folder.
 
     The gauge is built at the student's start. Collective over the world. Errors as of `newest_whole`, `build_run` and
     `restore`.
+
+    Args:
+        fresh: whether to remove what is in the folder first.
     """
+    files = CheckpointFiles(folder.checkpoints)
+    if worker.rank == 0 and fresh:
+        folder.clear()
     step = newest_whole(files, worker.device)
     if worker.rank == 0 and step is None:
         folder.clear()
@@ -118,10 +121,12 @@ def run_to_continue(
         run = replace(run, gauge=build_gauge(run))
     age = time.time() - psutil.Process().create_time()
     logger.info("models and engine are there after %.1f s, %.1f s into this process", time.monotonic() - start, age)
-    if step is None:
-        return run, RunProgress(), RecorderState()
-    progress, recorded = restore(run, files, step)
-    logger.info("continuing after step %d", step)
+    progress, recorded = RunProgress(), RecorderState()
+    if step is not None:
+        progress, recorded = restore(run, files, step)
+        logger.info("continuing after step %d", step)
+    if worker.rank == 0:
+        folder.write_config(config)
     return run, progress, recorded
 
 
