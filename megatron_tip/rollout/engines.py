@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from megatron_tip.config import Config
 from megatron_tip.rollout.ahead import AheadEngine
@@ -15,37 +14,23 @@ from megatron_tip.rollout.replay_engine import build_replay_engine, check_replay
 from megatron_tip.rollout.sglang.setup import build_sglang_engine, check_served
 
 
-class CheckEngine(Protocol):
-    """Refuses, from files alone and before anything starts, what the engine cannot do."""
-
-    def __call__(self, config: Config, vocab_sizes: Sequence[int], *, elsewhere: bool = False) -> None:
-        """Returns if the run can have this engine.
-
-        Args:
-            vocab_sizes: of student and teacher.
-            elsewhere: the run will be on another machine: what only that one has is not looked for here.
-
-        Raises:
-            MegatronTipError: what a user can mend.
-        """
-        ...
-
-
 def check_nothing(config: Config, vocab_sizes: Sequence[int], *, elsewhere: bool = False) -> None:
-    """Returns: there is nothing that the engine cannot do."""
+    """Refuses nothing."""
 
 
 @dataclass(frozen=True)
 class EngineKind:
     """What is known of an engine by its name, on every rank.
 
-    `build`: makes it, in the first process. `generates`: False where it gives back whole rollouts of an earlier run: of
-    whatever weights those were, with their turns, and new weights change nothing. `verifies_weights`: it has
-    `input_logprobs`, by which a sync can be checked.
+    `build`: makes it, in the first process. `check`: refuses, from files alone and before anything starts, what it
+    cannot do; gets the configuration, the vocabulary sizes of student and teacher, and whether the run will be
+    `elsewhere`, so that what only that machine has is not looked for here. `generates`: False where it gives back whole
+    rollouts of an earlier run: of whatever weights those were, with their turns, and new weights change nothing.
+    `verifies_weights`: it has `input_logprobs`, by which a sync can be checked.
     """
 
     build: Callable[[EngineNeeds], RolloutEngine]
-    check: CheckEngine = check_nothing
+    check: Callable[..., None] = check_nothing
     generates: bool = True
     verifies_weights: bool = False
 

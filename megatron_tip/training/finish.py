@@ -76,14 +76,8 @@ def samples_of(plan: RunPlan, before: Heldout, after: Heldout) -> list[Sample]:
     """Returns the first held-out prompts with the student's responses before and after."""
     old_rollouts = {rollout.prompt_index: rollout for rollout in before.rollouts}  # some may have been set aside
     texts = [
-        [_decoded(plan, ids) for ids in (old.prompt_ids, old.response_ids, new.response_ids)]
+        [str(plan.tokenizer.decode(list(ids))) for ids in (old.prompt_ids, old.response_ids, new.response_ids)]
         for new in after.rollouts
         if (old := old_rollouts.get(new.prompt_index))
     ]
     return [Sample(*text) for text in texts]
-
-
-def _decoded(plan: RunPlan, ids: tuple[int, ...]) -> str:
-    text = plan.tokenizer.decode(list(ids))
-    assert isinstance(text, str), "one sequence gives one text"
-    return text

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -107,9 +107,14 @@ def build_sglang_engine(needs: EngineNeeds) -> SGLangEngine:
     config, student, device = needs.config, needs.student, needs.device
     rollout, sglang = config.rollout, config.sglang
     run_id = new_run_id()
-    connect = _connector(config, student)
+    keys = read_keys(sglang.keys_file) if rollout.server_urls else new_keys(sglang.host)
+    connect = _connector(config, student, keys)
+    servers = [PooledServer(connect, url=url) for url in rollout.server_urls]
+    if not servers:
+        own = _own_servers(config, student, needs.dtype, keys, on_gpu=device.type == "cuda")
+        servers = [PooledServer(connect, process=SGLangServer(server)) for server in own]
     pool = ServerPool(
-        _servers(config, student, needs.dtype, connect, on_gpu=device.type == "cuda"),
+        servers,
         PoolSettings(
             concurrency=sglang.concurrency,
             heartbeat=sglang.heartbeat_seconds,
@@ -128,44 +133,17 @@ def build_sglang_engine(needs: EngineNeeds) -> SGLangEngine:
     return SGLangEngine(pool, _transport(config, student, run_id, needs.weights_dtype, device), settings)
 
 
-@dataclass(frozen=True)
-class _Connector:
-    """Makes clients of the run's servers, all with the same `keys`."""
-
-    vocab_size: int
-    keys: ServerKeys
-    timeouts: Timeouts
-    max_connections: int
-
-    def __call__(self, url: str) -> SGLangClient:
-        return SGLangClient(
-            url,
-            vocab_size=self.vocab_size,
-            keys=self.keys,
-            timeouts=self.timeouts,
-            max_connections=self.max_connections,
-        )
-
-
-def _connector(config: Config, student: ModelFolder) -> _Connector:
-    sglang, given = config.sglang, config.rollout.server_urls
-    num_at_once = sglang.concurrency * (len(given) if sglang.router_url else 1)
-    return _Connector(
+def _connector(config: Config, student: ModelFolder, keys: ServerKeys) -> Callable[[str], SGLangClient]:
+    """Returns what makes clients of the run's servers, all with the same `keys`, from a URL."""
+    sglang = config.sglang
+    num_at_once = sglang.concurrency * (len(config.rollout.server_urls) if sglang.router_url else 1)
+    return partial(
+        SGLangClient,
         vocab_size=student.architecture.vocab_size,
-        keys=read_keys(sglang.keys_file) if given else new_keys(sglang.host),
+        keys=keys,
         timeouts=Timeouts(silence=sglang.silence_seconds, control=config.sync.timeout_seconds),
         max_connections=num_at_once + 16,  # heartbeats and weight calls besides
     )
-
-
-def _servers(
-    config: Config, student: ModelFolder, dtype: torch.dtype, connect: _Connector, *, on_gpu: bool
-) -> list[PooledServer]:
-    """The given servers, or those that are to be started."""
-    if config.rollout.server_urls:
-        return [PooledServer(connect, url=url) for url in config.rollout.server_urls]
-    own = _own_servers(config, student, dtype, connect.keys, on_gpu=on_gpu)
-    return [PooledServer(connect, process=SGLangServer(settings)) for settings in own]
 
 
 def _own_servers(
