@@ -14,29 +14,15 @@ import torch
 from megatron_tip.diagnostics.bank import ContextBank
 from megatron_tip.diagnostics.parquet import read_about, read_table, write_table
 from megatron_tip.errors import InputError
-from megatron_tip.records import TokenIndex, TokenStatistics
+from megatron_tip.records import STATISTICS, TokenIndex, TokenStatistics
 
 FORMAT = "megatron_tip bank scores 1"
 
-WHOLE = (
-    "student_entropy",
-    "teacher_entropy",
-    "reverse_kl",
-    "forward_kl",
-    "student_logprobs",
-    "teacher_logprobs",
-)
-"""Statistics over the full vocabulary, the same for every K."""
+_SCORED = {name: statistic for name, statistic in STATISTICS.items() if statistic.in_scores}
+WHOLE = tuple(name for name, statistic in _SCORED.items() if statistic.over != "support")
+"""Statistics that are the same for every K."""
 
-SUPPORT = (
-    "support_divergence",
-    "compatibility",
-    "compatibility_lower_bound",
-    "support_overlap",
-    "support_jaccard",
-    "shared_teacher_mass",
-    "student_mass_on_teacher_support",
-)
+SUPPORT = tuple(name for name, statistic in _SCORED.items() if statistic.over == "support")
 """Statistics of the top-K supports; the column of K = 16 is called "compatibility_k16"."""
 
 _PLACE = ("context", "prompt", "position")

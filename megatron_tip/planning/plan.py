@@ -21,9 +21,10 @@ from megatron_tip.prompts.files import read_prompt_file
 from megatron_tip.prompts.reasoning_tasks import check_tasks
 from megatron_tip.rollout.engines import engine_kind
 from megatron_tip.rollout.multi_turn import check_environment
-from megatron_tip.selection import STATISTICS, Selector, rollout_budget
+from megatron_tip.selection import Selector, rollout_budget
 from megatron_tip.teachers.setup import check_teacher, teacher_limits
 from megatron_tip.vocab_parallel import padded_vocab_size
+from megatron_tip.vocab_parallel.statistics import FULL_STATISTICS
 
 
 @dataclass(frozen=True)
@@ -303,5 +304,5 @@ def make_selector(config: Config) -> Selector:
             f"selection.retention_ratio: expected at least one token of the longest response, got floor("
             f"{selection.retention_ratio} x {longest}) = 0 for every rollout; raise it or selection.minimum_per_rollout"
         )
-    selector.check_available(STATISTICS, "the teacher in this process")
+    selector.check_available(FULL_STATISTICS, "the teacher in this process")
     return selector

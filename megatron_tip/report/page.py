@@ -16,7 +16,7 @@ from megatron_tip.files import atomic_write_text, output_errors
 from megatron_tip.report.overview import config_rows, evaluation_rows, overview_rows, sample_rows
 from megatron_tip.report.packing import packed, packed_json
 from megatron_tip.report.run_data import RunData, read_runs
-from megatron_tip.report.tokens import LADDER, Blocks, Detail, RunPacker
+from megatron_tip.report.tokens import LADDER, Blocks, Detail, RunPacker, statistic_labels
 from megatron_tip.report.visible_text import visible
 
 MAX_BYTES = 10 * 10**6
@@ -122,7 +122,9 @@ def _renderer(runs: Sequence[RunData]) -> Any:
         "has_views": any(run.tables for run in runs),
     }
 
+    labels = statistic_labels()
+
     def render(manifests: list[dict[str, Any]], blocks: list[str]) -> str:
-        return template.render(**fixed, data=packed_json({"runs": manifests}), blocks=blocks)
+        return template.render(**fixed, data=packed_json({"runs": manifests, "labels": labels}), blocks=blocks)
 
     return render

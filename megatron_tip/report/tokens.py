@@ -18,7 +18,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from megatron_tip.observability.token_table import STATISTICS, TokenTable, ViewedRollout
+from megatron_tip.observability.token_table import VALUES, TokenTable, ViewedRollout
+from megatron_tip.records import STATISTICS
 from megatron_tip.report.packing import coarse, coarse_shares, packed, packed_json, planes, thousandths
 from megatron_tip.report.visible_text import visible
 
@@ -107,6 +108,16 @@ class RunPacker:
         return np.searchsorted(self._ids, ids)
 
 
+def statistic_labels() -> dict[str, dict[str, str]]:
+    """Returns what the page calls the rule's score and each statistic of views, but for those of the sampled token."""
+    labels = {"score": {"symbol": "Score", "meaning": "what the rule ranks by", "unit": ""}}
+    for name, one in STATISTICS.items():
+        if one.in_views and one.over != "label":
+            meaning = f"{one.meaning}, nats" if one.unit == "nats" else one.meaning
+            labels[name] = {"symbol": one.symbol, "meaning": meaning, "unit": one.unit}
+    return labels
+
+
 def quadrants(entropy: np.ndarray, divergence: np.ndarray, medians: tuple[float, float] | None) -> np.ndarray:
     """Returns 1 to 4 for TIP's quadrants, 0 where they are not known. High is above the batch's median."""
     if medians is None:
@@ -130,7 +141,7 @@ def _vocabulary(tables: Sequence[TokenTable]) -> dict[int, str]:
 def _scales(tokens: pa.Table) -> dict[str, float]:
     """Returns, of each statistic that is there, the size that few of its values exceed."""
     scales = {}
-    for name in STATISTICS:
+    for name in VALUES:
         if tokens.column(name).null_count < tokens.num_rows:
             sign = -1.0 if name.endswith("logprobs") else 1.0
             values = sign * tokens.column(name).to_numpy(zero_copy_only=False).astype(float)

@@ -1,5 +1,7 @@
 """A step's numbers, summed over the replicas and equal on every rank."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 import torch
@@ -9,17 +11,9 @@ from torch import Tensor
 from megatron_tip.batching.step_batch import StepBatch
 from megatron_tip.parallel.collectives import broadcast_json
 from megatron_tip.parallel.groups import ModelGroups
-from megatron_tip.records import Rollout, TokenSelection, TokenStatistics
+from megatron_tip.records import STATISTICS, Rollout, TokenSelection, TokenStatistics
 
-MEANS = {
-    "train/student_entropy": "student_entropy",
-    "train/teacher_entropy": "teacher_entropy",
-    "train/reverse_kl": "reverse_kl",
-    "train/topk_reverse_kl": "topk_reverse_kl",
-    "train/forward_kl": "forward_kl",
-    "train/support_divergence": "support_divergence",
-    "train/compatibility": "compatibility",
-}
+MEANS = {f"train/{name}": name for name, statistic in STATISTICS.items() if statistic.logged}
 """Metric -> the statistic whose mean over all valid tokens of the batch it is."""
 
 
@@ -74,7 +68,7 @@ def supervision_metrics(
             "rows": float(selection.selection_mask.shape[0]),
         }
         if statistics is not None:
-            found = {name: getattr(statistics, field, None) for name, field in MEANS.items()}
+            found = {name: getattr(statistics, field) for name, field in MEANS.items()}
             sums |= {name: value.double().sum().item() for name, value in found.items() if value is not None}
             if ratios is not None:
                 sums["rollout/logprob_gap"] = ratios.double().abs().sum().item()

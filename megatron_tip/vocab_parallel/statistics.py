@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_tip.errors import InputError
-from megatron_tip.records import TokenStatistics
+from megatron_tip.records import STATISTICS, TokenStatistics
 from megatron_tip.vocab_parallel import kernels
 from megatron_tip.vocab_parallel.chunks import RowBlocks, row_ranges
 from megatron_tip.vocab_parallel.collectives import all_reduce_sum
@@ -16,6 +16,9 @@ from megatron_tip.vocab_parallel.normalisation import Normaliser
 from megatron_tip.vocab_parallel.partition import VocabPartition
 from megatron_tip.vocab_parallel.row_functions import jsd_of_normalised
 from megatron_tip.vocab_parallel.topk import exchange_topk
+
+FULL_STATISTICS = frozenset(name for name, statistic in STATISTICS.items() if statistic.needs != "top_k_alone")
+"""What a teacher gives whose whole distribution is known."""
 
 
 @torch.no_grad()

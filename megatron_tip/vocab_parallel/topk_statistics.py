@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_tip.errors import InputError
-from megatron_tip.records import TeacherTopK, TopKTokenStatistics
+from megatron_tip.records import STATISTICS, TeacherTopK, TopKTokenStatistics
 from megatron_tip.vocab_parallel import kernels
 from megatron_tip.vocab_parallel.chunks import LogitBuffer, RowBlocks, row_ranges
 from megatron_tip.vocab_parallel.inputs import Inputs, checked_inputs
@@ -20,19 +20,9 @@ from megatron_tip.vocab_parallel.topk import exchange_topk
 from megatron_tip.vocab_parallel.topk_divergence import NO_ID, teacher_log_tail
 
 TOPK_STATISTICS = frozenset(
-    {
-        "student_entropy",
-        "support_divergence",
-        "compatibility_lower_bound",
-        "support_overlap",
-        "support_jaccard",
-        "shared_teacher_mass",
-        "student_mass_on_teacher_support",
-        "student_logprobs",
-        "teacher_logprobs",
-    }
+    name for name, statistic in STATISTICS.items() if statistic.needs in ("nothing", "top_k", "top_k_alone")
 )
-"""Fields of TokenStatistics that a teacher's top-K gives; "compatibility" needs it asked about the student's too."""
+"""What a teacher's top-K gives; `needs="student_top_k"` needs the teacher to be asked about the student's too."""
 
 # Stands for ln q where q counts as zero: finite, so that no 0 x inf arises, and gone after exp.
 _NOTHING = -1e4

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_tip.records import Rollout
-from megatron_tip.rollout.storage import rollout_of
+from megatron_tip.rollout.codec import rollout_from_record
 
 
 @dataclass(frozen=True)
@@ -46,5 +46,5 @@ class RunProgress:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> RunProgress:
         before = values["before"]
-        heldout = before and Heldout(before["reverse_kl"], [rollout_of(rollout) for rollout in before["rollouts"]])
+        heldout = before and Heldout(before["reverse_kl"], [rollout_from_record(one) for one in before["rollouts"]])
         return cls(**{**values, "before": heldout})
