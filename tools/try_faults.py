@@ -246,7 +246,7 @@ def try_fault(name: str, trial: Trial) -> Row:
     recorded = trial.recorded()
     if (code := trial.end(trial.start())) != 0:
         sys.exit(f"{name}: the run does not continue (exit code {code}):\n{trial.log[-1]}")
-    found = re.search(r"continuing \w+ step (\d+)", trial.log[-1])
+    found = re.search(r"continuing after step (\d+)", trial.log[-1])
     again = max(0, recorded - int(found[1] if found else 0))
     return Row(strike.__doc__ or name, exit_code, seconds, message, again, differences(trial))
 

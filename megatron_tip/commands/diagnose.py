@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -51,9 +52,8 @@ def bank(config_path: ConfigPath, overrides: Overrides = None, nproc: Nproc = No
         def work(plan) -> None:
             from megatron_tip.diagnostics.freeze import bank_config, generated_bank
             from megatron_tip.diagnostics.session import bank_folder, built_run
-            from megatron_tip.training.loop import engine_closed
 
-            with built_run(bank_config(config), plan, generates=True) as run, engine_closed(run):
+            with built_run(bank_config(config), plan, generates=True) as run, closing(run):
                 made = generated_bank(run, plan, bank_folder(config))
                 if made is not None:
                     _say_bank(made)

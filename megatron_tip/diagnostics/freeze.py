@@ -19,6 +19,7 @@ from megatron_tip.errors import ConfigError, InputError
 from megatron_tip.observability.run_folder import RunFolder
 from megatron_tip.planning.plan import RunPlan
 from megatron_tip.records import Prompt, Rollout
+from megatron_tip.rollout.engines import engine_kind
 from megatron_tip.rollout.storage import read_rollouts
 from megatron_tip.training.rollouts import generate_rollouts
 from megatron_tip.training.run import TrainingRun
@@ -73,7 +74,7 @@ def generated_bank(run: TrainingRun, plan: RunPlan, folder: Path) -> ContextBank
     config = run.config
     update_engine(run, weight_version=0, first=True)
     wanted = math.ceil(config.diagnostics.num_contexts / config.rollout.samples_per_prompt)
-    prompts = distinct(run.prompts.batch(1) if run.prompts else [])[:wanted]
+    prompts = distinct(run.source.prompts.batch(1) if run.source else [])[:wanted]
     rollouts = generate_rollouts(run, prompts, run.sampling.for_step(0), weight_version=0)
     if dist.get_rank():
         return None
@@ -148,7 +149,7 @@ def _origin_of_rollouts(config: Config, source: Path) -> dict[str, Any]:
     except ConfigError as error:
         logger.warning("the origin of the rollouts in %s is not known: %s", source, error)
         run = None
-    if run is None or run.rollout.engine == "replay":
+    if run is None or not engine_kind(run).generates:
         return {"student": None, "sampling": None, "seed": None}
     cut = {"max_response_tokens": min(config.rollout.max_response_tokens, run.rollout.max_response_tokens)}
     return {

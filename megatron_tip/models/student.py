@@ -41,6 +41,11 @@ class Student:
         """`[V_padded / tp, H]`: this rank's shard of the LM head; on the last stage only."""
         return output_head_weight(self.model)
 
+    @property
+    def sequence_multiple(self) -> int:
+        """Divisor of the padded lengths that the model takes: sequence parallelism splits them over the tp ranks."""
+        return self.groups.grid.tp_size if get_model_config(self.model).sequence_parallel else 1
+
     def rows(self, hidden_states: Tensor, mask: Tensor) -> Tensor:
         """Returns the last stage's output where `mask` `[b, s]` holds, `[n, H]`."""
         sequence_parallel = get_model_config(self.model).sequence_parallel

@@ -14,13 +14,13 @@ from megatron_tip.observability.trackers import check_trackers
 from megatron_tip.parallel.grid import ModelGrid
 from megatron_tip.planning.memory_estimate import MemoryEstimate, estimate_memory, has_servers_beside
 from megatron_tip.planning.plan import (
-    check_served,
     check_settings,
     check_vocabulary,
     make_selector,
     plan_grids,
     plan_run,
 )
+from megatron_tip.rollout.engines import engine_kind
 from megatron_tip.teachers.setup import check_teacher
 
 
@@ -75,7 +75,7 @@ def dry_run(config: Config, world_size: int, *, gpu_memory_gib: float) -> DryRun
     check_teacher(config, make_selector(config), elsewhere=True)
     if notes:
         notes += _check_tokenizers(config, models)
-    check_served(config, (student.vocab_size, teacher.vocab_size), elsewhere=True)
+    engine_kind(config).check(config, (student.vocab_size, teacher.vocab_size), elsewhere=True)
     missing = [path for path in (config.prompts.path, config.rollout.replay_folder) if path and not path.exists()]
     notes += [f"{path} is not on this machine" for path in missing]
     if not notes:

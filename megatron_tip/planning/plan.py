@@ -21,9 +21,8 @@ from megatron_tip.observability.trackers import check_trackers
 from megatron_tip.parallel.grid import ModelGrid
 from megatron_tip.prompts.files import read_prompt_file
 from megatron_tip.prompts.reasoning_tasks import check_tasks
+from megatron_tip.rollout.engines import engine_kind
 from megatron_tip.rollout.multi_turn import check_environment
-from megatron_tip.rollout.replay_engine import ReplayEngine
-from megatron_tip.rollout.sglang.setup import check_sglang
 from megatron_tip.selection import Selector, rollout_budget
 from megatron_tip.teachers.setup import check_teacher, teacher_limits
 from megatron_tip.vocab_parallel import padded_vocab_size
@@ -74,7 +73,7 @@ def plan_run(config: Config, world_size: int) -> RunPlan:
     sizes = (student.architecture.vocab_size, teacher_vocab_size)
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     check_vocabulary(max(vocabulary.values()), sizes)
-    check_served(config, sizes)
+    engine_kind(config).check(config, sizes)
     stop_token_ids = stop_ids(config.model.path, tokenizer)
     check_environment(config.rollout, tokenizer, stop_token_ids)
     return RunPlan(
@@ -182,7 +181,7 @@ def check_settings(config: Config, positions: Mapping[str, int]) -> None:
             f"got {rollout.temperature}, {temperature} and {rollout.top_p}; its mean is the reverse KL only over "
             "tokens drawn from the student's own distribution"
         )
-    if config.loss.divergence == "sampled_token" and rollout.engine == "replay":
+    if config.loss.divergence == "sampled_token" and not engine_kind(config).generates:
         raise ConfigError(
             'loss.divergence = "sampled_token": expected an engine that generates, got rollout.engine = "replay"; its '
             "gradient is that of the reverse KL only over tokens drawn from the student as it is"
@@ -200,7 +199,7 @@ def check_inputs(config: Config) -> None:
     """Refuses prompts, rollouts and layers that are not there or cannot be used. Reads the prompt file.
 
     Raises:
-        ConfigError, InputError, EngineError: the prompts; the rollouts to replay.
+        ConfigError, InputError: a path; the prompts.
         OptionalDependencyError: reasoning-gym or Transformer Engine are asked for and not installed.
     """
     prompts, replay = config.prompts, config.rollout.replay_folder
@@ -211,13 +210,6 @@ def check_inputs(config: Config) -> None:
         check_tasks(prompts.tasks)
     elif prompts.path is not None:
         read_prompt_file(prompts.path, prompts.field)
-    if config.rollout.engine == "replay" and replay is not None:
-        if replay.resolve().is_relative_to(config.run.folder.resolve()):
-            raise ConfigError(
-                f"rollout.replay_folder: expected a folder of another run, got {replay} within run.folder, where this "
-                "run's own rollouts go; give another run.folder"
-            )
-        ReplayEngine(replay).health()
     for owner, model in (("model", config.model), ("teacher", config.teacher)):
         if model.transformer_impl == "transformer_engine" and not find_spec("transformer_engine"):
             raise OptionalDependencyError(
@@ -264,24 +256,6 @@ def check_vocabulary(largest: int, sizes: Sequence[int]) -> None:
             f"vocabulary: expected embeddings of {largest + 1} rows or more in both models, as the tokenizer's largest "
             f"id is {largest}, got {sizes[0]} in the student and {sizes[1]} in the teacher; one of them does not "
             "belong to this tokenizer"
-        )
-
-
-def check_served(config: Config, sizes: Sequence[int], *, elsewhere: bool = False) -> None:
-    """Refuses what rollouts by servers cannot be; nothing with another engine.
-
-    Args:
-        sizes: of the vocabularies of student and teacher.
-        elsewhere: as of `check_sglang`.
-    """
-    if config.rollout.engine != "sglang":
-        return
-    check_sglang(config, elsewhere=elsewhere)
-    if sizes[0] > sizes[1]:
-        raise ConfigError(
-            f'rollout.engine = "sglang": expected a student whose vocabulary is not larger than the teacher\'s, got '
-            f"{sizes[0]} and {sizes[1]} entries; a server would sample ids that the teacher does not know: use the "
-            "embedded engine"
         )
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from megatron_tip.parallel.collectives import broadcast_json
 from megatron_tip.records import Rollout, TokenStatistics, TopKTokenStatistics
 from megatron_tip.teachers.megatron import Teacher
-from megatron_tip.training.rollouts import generate_rollouts
+from megatron_tip.training.rollouts import heldout_rollouts
 from megatron_tip.training.run import TrainingRun
 from megatron_tip.training.scoring import ask_teacher, score_tokens
 
@@ -21,8 +21,7 @@ def measure_heldout(run: TrainingRun, step: int) -> tuple[float, list[Rollout]]:
     Equal on every rank. The sampling seed is the same at every call, so that two calls differ by the student alone.
     NaN where no response has a token. Collective over the world.
     """
-    prompts = run.prompts.heldout if run.prompts else []
-    rollouts = generate_rollouts(run, prompts, run.sampling.for_heldout(step), weight_version=step)
+    rollouts = heldout_rollouts(run, step)
     batch = run.batch_of(rollouts)
     if not batch.num_valid():
         return float("nan"), rollouts

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from transformers import AutoConfig
 
 from megatron_tip.config import Config, split_teacher_url
 from megatron_tip.conversion.bridge import load_hf, load_output_head
@@ -16,16 +15,12 @@ from megatron_tip.parallel.distributed import Worker
 from megatron_tip.parallel.groups import ModelGroups, build_groups
 from megatron_tip.planning.plan import RunPlan
 from megatron_tip.prompts.source import PromptSource, load_prompts
-from megatron_tip.rollout.ahead import AheadGenerator
-from megatron_tip.rollout.embedded.engine import EmbeddedEngine
-from megatron_tip.rollout.engine import RolloutEngine, SamplingParams
-from megatron_tip.rollout.multi_turn import with_environment
-from megatron_tip.rollout.replay_engine import ReplayEngine
-from megatron_tip.rollout.sglang.setup import build_sglang_engine
+from megatron_tip.rollout.engine import EngineNeeds, SamplingParams
+from megatron_tip.rollout.engines import build_engine
 from megatron_tip.teachers.megatron import Teacher
 from megatron_tip.teachers.served import ServedTeacher
 from megatron_tip.teachers.setup import build_server_teacher
-from megatron_tip.training.run import TrainingRun
+from megatron_tip.training.run import RolloutSource, TrainingRun
 from megatron_tip.training.token_views import TokenViews
 from megatron_tip.vocab_parallel import ShardedVocabulary, padded_vocab_size
 
@@ -33,16 +28,16 @@ from megatron_tip.vocab_parallel import ShardedVocabulary, padded_vocab_size
 def build_run(
     config: Config, plan: RunPlan, worker: Worker, timer: PhaseTimer, *, num_threads: int, generates: bool = True
 ) -> TrainingRun:
-    """Builds models, optimizer, prompts and engine. Collective over the world.
+    """Returns models, optimizer, prompts and engine of a run. Collective over the world.
 
     Args:
-        generates: False: without prompts and engine, for work on rollouts that are there.
+        generates: False: without prompts and engine, for work on rollouts that exist already.
         num_threads: CPU threads of all workers of this machine together, which the embedded engine may use while the
             others wait for it.
     """
     student_groups = build_groups(plan.student_grid)
     teacher_groups = build_groups(plan.teacher_grid) if plan.teacher_grid != plan.student_grid else student_groups
-    engine = _multi_turn_engine(config, plan, worker, num_threads) if worker.rank == 0 and generates else None
+    source = _source(config, plan, worker.device, num_threads) if worker.rank == 0 and generates else None
     return TrainingRun(
         config=config,
         device=worker.device,
@@ -68,10 +63,8 @@ def build_run(
             seed=config.run.seed,
         ),
         pad_token_id=plan.pad_token_id,
-        prompts=_prompts(config, plan) if worker.rank == 0 and generates else None,
-        engine=engine,
+        source=source,
         timer=timer,
-        ahead=AheadGenerator(engine) if engine is not None and config.rollout.ahead else None,
         views=TokenViews(config, plan.tokenizer, student_groups),
     )
 
@@ -144,6 +137,24 @@ def _teacher(
     return Teacher(model, groups, student_groups, architecture.hidden_size, output_head)
 
 
+def _source(config: Config, plan: RunPlan, device: torch.device, num_threads: int) -> RolloutSource:
+    name = config.rollout.dtype if config.rollout.dtype != "auto" else config.model.dtype
+    engine = build_engine(
+        EngineNeeds(
+            config=config,
+            student=plan.student,
+            vocab_size=plan.vocab_size,
+            tokenizer=plan.tokenizer,
+            stop_token_ids=plan.stop_token_ids,
+            device=device,
+            num_threads=num_threads,
+            dtype=resolve_dtype(name),
+            weights_dtype=resolve_dtype(config.model.dtype),
+        )
+    )
+    return RolloutSource(_prompts(config, plan), engine)
+
+
 def _prompts(config: Config, plan: RunPlan) -> PromptSource:
     source = load_prompts(
         config.prompts,
@@ -162,33 +173,3 @@ def _prompts(config: Config, plan: RunPlan) -> PromptSource:
                     f"({', '.join(known)}), got {prompt.teacher!r}"
                 )
     return source
-
-
-def _multi_turn_engine(config: Config, plan: RunPlan, worker: Worker, num_threads: int) -> RolloutEngine:
-    engine = _engine(config, plan, worker, num_threads)
-    return with_environment(engine, config.rollout, plan.tokenizer, plan.stop_token_ids)
-
-
-def _engine(config: Config, plan: RunPlan, worker: Worker, num_threads: int) -> RolloutEngine:
-    if config.rollout.engine == "replay":
-        assert config.rollout.replay_folder is not None, "checked by the configuration"
-        replay = ReplayEngine(config.rollout.replay_folder)
-        replay.health()
-        return replay
-    name = config.rollout.dtype if config.rollout.dtype != "auto" else config.model.dtype
-    if config.rollout.engine == "sglang":
-        return build_sglang_engine(
-            config,
-            plan.student,
-            dtype=resolve_dtype(name),
-            weights_dtype=resolve_dtype(config.model.dtype),
-            device=worker.device,
-        )
-    return EmbeddedEngine(
-        AutoConfig.for_model(**plan.student.config),
-        dtype=resolve_dtype(name),
-        device=worker.device,
-        batch_size=config.rollout.batch_size,
-        num_threads=num_threads,
-        vocab_size=plan.vocab_size,
-    )

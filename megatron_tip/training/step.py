@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -13,22 +12,19 @@ from torch import Tensor
 
 from megatron_tip.batching.step_batch import StepBatch
 from megatron_tip.errors import NotFiniteError, TrainingError
-from megatron_tip.observability.run_folder import RunFolder
 from megatron_tip.parallel.collectives import broadcast_json
 from megatron_tip.records import MicroBatch, TeacherRows, TeacherTopK, TokenSelection, TokenStatistics
-from megatron_tip.rollout.storage import write_rollouts
+from megatron_tip.rollout.engines import engine_kind
 from megatron_tip.selection import Calibration
 from megatron_tip.teachers.megatron import Teacher
 from megatron_tip.teachers.served import known_rows, served_loss
 from megatron_tip.training.importance import log_ratios, with_importance
-from megatron_tip.training.rollouts import generate_rollouts, start_next_batch
+from megatron_tip.training.rollouts import keep_skipped, training_rollouts
 from megatron_tip.training.run import TrainingRun
 from megatron_tip.training.scoring import ask_teacher, score_tokens
 from megatron_tip.training.step_metrics import rollout_metrics, supervision_metrics
 from megatron_tip.training.supervision import MicroBatchRows, SelectedRows, SelectedWhileTraining, Supervise
 from megatron_tip.vocab_parallel import divergence_loss
-
-logger = logging.getLogger(__name__)
 
 SKIPPED_NOT_FINITE = "train/skipped_not_finite"
 """The metric, 1, of a step that updated nothing because its loss or gradient was not finite."""
@@ -64,11 +60,9 @@ def train_step(run: TrainingRun, step: int) -> dict[str, float]:
         StopRequested: the run was told to stop while it generated; nothing was updated.
     """
     with run.timer.phase("rollout"):
-        prompts = run.prompts.batch(step) if run.prompts else []
-        rollouts = generate_rollouts(run, prompts, run.sampling.for_step(step), weight_version=step - 1)
-        start_next_batch(run, step)
+        rollouts = training_rollouts(run, step)
     metrics = rollout_metrics(rollouts, weight_version=step - 1, ahead=run.config.rollout.ahead)
-    if metrics["rollout/num_stale"] and run.config.rollout.engine != "replay":
+    if metrics["rollout/num_stale"] and engine_kind(run.config).generates:
         versions = sorted({rollout.weight_version for rollout in rollouts})
         raise TrainingError(
             f"step {step}: expected rollouts of weight version {step - 1}, got versions {versions} among "
@@ -80,9 +74,7 @@ def train_step(run: TrainingRun, step: int) -> dict[str, float]:
     try:
         metrics |= learn(run, batch, step)
     except NotFiniteError as error:
-        if run.engine is not None:
-            logger.warning("step %d is skipped, its rollouts are in skipped/: %s", step, error)
-            write_rollouts(RunFolder(run.config.run.folder).skipped, f"step_{step:06d}", rollouts, prompts)
+        keep_skipped(run, step, rollouts, error)
         metrics |= {SKIPPED_NOT_FINITE: 1.0}
     return metrics
 

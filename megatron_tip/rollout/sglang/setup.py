@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +15,7 @@ from megatron_tip.config import Config
 from megatron_tip.conversion.model_folder import ModelFolder
 from megatron_tip.errors import ConfigError
 from megatron_tip.files import new_folder
+from megatron_tip.rollout.engine import EngineNeeds
 from megatron_tip.rollout.sglang.client import ServerKeys, SGLangClient, Timeouts
 from megatron_tip.rollout.sglang.engine import EngineSettings, SGLangEngine, new_run_id
 from megatron_tip.rollout.sglang.pool import PooledServer, PoolSettings, ServerPool
@@ -63,6 +65,18 @@ def check_sglang(config: Config, *, elsewhere: bool = False) -> None:
         require_sglang()
 
 
+def check_served(config: Config, vocab_sizes: Sequence[int], *, elsewhere: bool = False) -> None:
+    """Refuses what rollouts by servers cannot be; see `EngineKind.check`. Raises as `check_sglang`."""
+    check_sglang(config, elsewhere=elsewhere)
+    student, teacher = vocab_sizes
+    if student > teacher:
+        raise ConfigError(
+            f'rollout.engine = "sglang": expected a student whose vocabulary is not larger than the teacher\'s, got '
+            f"{student} and {teacher} entries; a server would sample ids that the teacher does not know: use the "
+            "embedded engine"
+        )
+
+
 def read_keys(path: Path | None) -> ServerKeys:
     """The passwords in `path`; none without a path.
 
@@ -81,24 +95,26 @@ def read_keys(path: Path | None) -> ServerKeys:
     return ServerKeys(**content)
 
 
-def build_sglang_engine(
-    config: Config, student: ModelFolder, *, dtype: torch.dtype, weights_dtype: torch.dtype, device: torch.device
-) -> SGLangEngine:
-    """The engine with its servers started, healthy and checked; they have no weights yet. For the first process.
+def build_sglang_engine(needs: EngineNeeds) -> SGLangEngine:
+    """Returns the engine with its servers started, healthy and checked; they have no weights yet.
 
-    Args:
-        dtype: of the servers' weights. weights_dtype: of the student's parameters, which travel.
-        device: of the first process; servers of our own are on the same kind.
+    Servers of our own are on the kind of device of the first process.
 
     Raises:
         ServerError, ServerMismatchError: a server does not start, does not answer, or serves another model.
         OutputError: the run's folder cannot be written.
     """
+    config, student, device = needs.config, needs.student, needs.device
     rollout, sglang = config.rollout, config.sglang
     run_id = new_run_id()
-    connect = _connector(config, student)
+    keys = read_keys(sglang.keys_file) if rollout.server_urls else new_keys(sglang.host)
+    connect = _connector(config, student, keys)
+    servers = [PooledServer(connect, url=url) for url in rollout.server_urls]
+    if not servers:
+        own = _own_servers(config, student, needs.dtype, keys, on_gpu=device.type == "cuda")
+        servers = [PooledServer(connect, process=SGLangServer(server)) for server in own]
     pool = ServerPool(
-        _servers(config, student, dtype, connect, on_gpu=device.type == "cuda"),
+        servers,
         PoolSettings(
             concurrency=sglang.concurrency,
             heartbeat=sglang.heartbeat_seconds,
@@ -114,47 +130,20 @@ def build_sglang_engine(
         set_aside_path=config.run.folder / "set_aside.jsonl",
         drop_wrong_version=rollout.on_wrong_version == "drop",
     )
-    return SGLangEngine(pool, _transport(config, student, run_id, weights_dtype, device), settings)
+    return SGLangEngine(pool, _transport(config, student, run_id, needs.weights_dtype, device), settings)
 
 
-@dataclass(frozen=True)
-class _Connector:
-    """Makes clients of the run's servers, all with the same `keys`."""
-
-    vocab_size: int
-    keys: ServerKeys
-    timeouts: Timeouts
-    max_connections: int
-
-    def __call__(self, url: str) -> SGLangClient:
-        return SGLangClient(
-            url,
-            vocab_size=self.vocab_size,
-            keys=self.keys,
-            timeouts=self.timeouts,
-            max_connections=self.max_connections,
-        )
-
-
-def _connector(config: Config, student: ModelFolder) -> _Connector:
-    sglang, given = config.sglang, config.rollout.server_urls
-    num_at_once = sglang.concurrency * (len(given) if sglang.router_url else 1)
-    return _Connector(
+def _connector(config: Config, student: ModelFolder, keys: ServerKeys) -> Callable[[str], SGLangClient]:
+    """Returns what makes clients of the run's servers, all with the same `keys`, from a URL."""
+    sglang = config.sglang
+    num_at_once = sglang.concurrency * (len(config.rollout.server_urls) if sglang.router_url else 1)
+    return partial(
+        SGLangClient,
         vocab_size=student.architecture.vocab_size,
-        keys=read_keys(sglang.keys_file) if given else new_keys(sglang.host),
+        keys=keys,
         timeouts=Timeouts(silence=sglang.silence_seconds, control=config.sync.timeout_seconds),
         max_connections=num_at_once + 16,  # heartbeats and weight calls besides
     )
-
-
-def _servers(
-    config: Config, student: ModelFolder, dtype: torch.dtype, connect: _Connector, *, on_gpu: bool
-) -> list[PooledServer]:
-    """The given servers, or those that are to be started."""
-    if config.rollout.server_urls:
-        return [PooledServer(connect, url=url) for url in config.rollout.server_urls]
-    own = _own_servers(config, student, dtype, connect.keys, on_gpu=on_gpu)
-    return [PooledServer(connect, process=SGLangServer(settings)) for settings in own]
 
 
 def _own_servers(

@@ -34,6 +34,12 @@ class RunProgress:
     skipped_in_a_row: int = 0
     before: Heldout | None = None
 
+    def take_step(self, metrics: dict[str, float], *, is_skipped: bool) -> None:
+        """Counts a step that was taken; its metrics are still to be recorded."""
+        self.step += 1
+        self.unrecorded = metrics
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if is_skipped else 0
+
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 

@@ -28,7 +28,7 @@ def identity_of(run: TrainingRun) -> dict[str, Any]:
         "settings": defining_settings(run.config),
         "layout": {"tp": grid.tp_size, "pp": grid.pp_size, "dp": grid.dp_size},
         "workers": f"{grid.world_size} {run.device.type}",
-        "prompts": run.prompts.digest if run.prompts else "",
+        "prompts": run.source.prompts.digest if run.source else "",
     }
 
 

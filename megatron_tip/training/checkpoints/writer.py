@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
@@ -19,8 +19,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_tip.conversion.background_save import InProcessSave
 from megatron_tip.conversion.megatron_checkpoint import reason_of
 from megatron_tip.errors import OutputError
-from megatron_tip.parallel.collectives import agree_on_maxima, broadcast_json, gather_json
+from megatron_tip.parallel.collectives import agree_on_maxima, gather_json
 from megatron_tip.parallel.stop import StopRequested, StopSignals
+from megatron_tip.parallel.together import run_on
 from megatron_tip.training.checkpoints.files import (
     SHARDS_NAME,
     STATE_NAME,
@@ -35,6 +36,8 @@ from megatron_tip.training.recorder import RunRecorder
 from megatron_tip.training.run import TrainingRun
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -126,7 +129,7 @@ class Checkpointer:
             return
         self.finish()
         with self._run.timer.phase("save"):
-            partial = Path(self._agreed(lambda: str(self._files.begin(progress.step))))
+            partial = Path(self._on_writer(lambda: str(self._files.begin(progress.step))))
             request = dist_checkpointing.save(
                 sharded_state(self._run.student),
                 str(partial / SHARDS_NAME),
@@ -141,7 +144,7 @@ class Checkpointer:
                 "seconds": self._run.timer.total_seconds(),
                 **identity_of(self._run),
             }
-            self._agreed(lambda: write_state(partial, values))
+            self._on_writer(lambda: write_state(partial, values))
             self._pending = _Pending(progress.step, partial, request)
             self._pending.start()
         self._saved_step = progress.step
@@ -168,7 +171,7 @@ class Checkpointer:
                 if failure:
                     raise _not_written(pending, failure)
                 checksums |= part
-            self._agreed(lambda: self._commit(pending, checksums))
+            self._on_writer(lambda: self._commit(pending, checksums))
 
     def _commit(self, pending: _Pending, checksums: dict[str, Any]) -> None:
         shards = pending.partial / SHARDS_NAME
@@ -186,18 +189,16 @@ class Checkpointer:
         strategy = InProcessSave(copies=self._settings.in_background)
         return FullyParallelSaveStrategyWrapper(strategy, groups.dp_group) if groups.grid.dp_size > 1 else strategy
 
-    def _agreed(self, write: Callable[[], Any]) -> Any:
-        """Returns rank 0's result of `write` on every rank, or raises its failure to write on every rank."""
-        value = failure = None
-        if self._writes:
+    def _on_writer(self, write: Callable[[], T]) -> T:
+        """Returns, on every rank, what `write` does on rank 0; raises its OSError as OutputError, on every rank."""
+
+        def act() -> T:
             try:
-                value = write()
+                return write()
             except OSError as error:
-                failure = str(error)
-        value, failure = broadcast_json([value, failure], source=0, device=self._run.device)
-        if failure is not None:
-            raise OutputError(failure)
-        return value
+                raise OutputError(str(error)) from error
+
+        return run_on(0, act, device=self._run.device)
 
 
 def _not_written(pending: _Pending, reason: str) -> OutputError:

@@ -236,7 +236,7 @@ def test_workers_end_when_the_launcher_is_killed(tmp_path):
 def test_a_failure_is_told_although_its_worker_is_ended_over_its_clean_up(start):
     outcome = start(
         """
-from megatron_tip.errors import EngineError, PeerError
+from megatron_tip.errors import EngineError
 from megatron_tip.parallel.launch import failures_on_record
 try:
     with failures_on_record():
@@ -244,7 +244,9 @@ try:
             raise EngineError("all servers are gone")
         while not (folder / "told").exists():
             time.sleep(0.01)
-        raise PeerError("rollouts: the first process failed", cause="EngineError")
+        failure = EngineError("all servers are gone")
+        failure.met_on_rank = 0
+        raise failure
 finally:
     if rank == 0:
         (folder / "told").touch()
