@@ -163,11 +163,10 @@ class TopKTokenStatistics(TokenStatistics):
     """The statistics of a teacher that gives top-K log-probabilities alone.
 
     `topk_reverse_kl`: `[n]`, KL(p || q) after all ids whose q is not known were put into one: a lower bound of the
-    reverse KL. `teacher`: what they were made of.
+    reverse KL.
     """
 
     topk_reverse_kl: Tensor | None = None
-    teacher: TeacherTopK | None = None
 
 
 @dataclass(frozen=True)
@@ -204,10 +203,6 @@ class TeacherTopK:
         """`function` of each tensor."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return TeacherTopK(**{name: None if value is None else function(value) for name, value in values.items()})  # type: ignore[arg-type]
-
-
-TeacherRows = Tensor | TeacherTopK
-"""What a teacher says of n rows: `[n, H]` hidden states, or of a teacher behind servers log-probabilities."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -16,8 +17,7 @@ from megatron_tip.records import Rollout
 from megatron_tip.rollout.ahead import AheadGenerator
 from megatron_tip.rollout.engine import RolloutEngine, SamplingParams
 from megatron_tip.selection import Calibration, Selector
-from megatron_tip.teachers.megatron import Teacher
-from megatron_tip.teachers.served import ServedTeacher
+from megatron_tip.teachers.teacher import Teacher
 from megatron_tip.training.token_views import TokenViews
 
 
@@ -44,7 +44,7 @@ class TrainingRun:
     config: Config
     device: torch.device
     student: Student
-    teacher: Teacher | ServedTeacher
+    teacher: Teacher[Any]
     architecture: ModelArchitecture
     vocab_size: int
     selector: Selector

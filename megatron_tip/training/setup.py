@@ -4,8 +4,7 @@ import torch
 from transformers import AutoConfig
 
 from megatron_tip.config import Config, split_teacher_url
-from megatron_tip.conversion.bridge import load_hf, load_output_head
-from megatron_tip.conversion.safetensors_io import HfCheckpoint
+from megatron_tip.conversion.bridge import load_hf
 from megatron_tip.errors import InputError
 from megatron_tip.models.gpt import build_gpt
 from megatron_tip.models.student import Student, build_student
@@ -20,12 +19,10 @@ from megatron_tip.rollout.engine import RolloutEngine, SamplingParams
 from megatron_tip.rollout.multi_turn import with_environment
 from megatron_tip.rollout.replay_engine import ReplayEngine
 from megatron_tip.rollout.sglang.setup import build_sglang_engine
-from megatron_tip.teachers.megatron import Teacher
-from megatron_tip.teachers.served import ServedTeacher
-from megatron_tip.teachers.setup import build_server_teacher
+from megatron_tip.teachers.setup import build_teacher
+from megatron_tip.teachers.teacher import TeacherSite
 from megatron_tip.training.run import TrainingRun
 from megatron_tip.training.token_views import TokenViews
-from megatron_tip.vocab_parallel import padded_vocab_size
 
 
 def build_run(
@@ -40,14 +37,22 @@ def build_run(
     """
     student_groups = build_groups(plan.student_grid)
     teacher_groups = build_groups(plan.teacher_grid) if plan.teacher_grid != plan.student_grid else student_groups
+    teacher_site = TeacherSite(
+        checkpoint=plan.teacher,
+        groups=teacher_groups,
+        student_groups=student_groups,
+        vocab_size=plan.vocab_size,
+        padded_vocab_size=plan.padded_vocab_size,
+        required_statistics=plan.selector.required_statistics,
+        dtype=resolve_dtype(config.teacher.dtype),
+        device=worker.device,
+    )
     engine = _multi_turn_engine(config, plan, worker, num_threads) if worker.rank == 0 and generates else None
     return TrainingRun(
         config=config,
         device=worker.device,
         student=_student(config, plan, student_groups),
-        teacher=_served_teacher(config, plan, student_groups, worker.device)
-        if plan.teacher is None
-        else _teacher(config, plan, plan.teacher, teacher_groups, student_groups, worker.device),
+        teacher=build_teacher(config, teacher_site),
         architecture=plan.student.architecture,
         vocab_size=plan.vocab_size,
         selector=plan.selector,
@@ -93,50 +98,6 @@ def _student(config: Config, plan: RunPlan, groups: ModelGroups) -> Student:
     )
     load_hf(model, plan.student, groups)
     return build_student(model, groups, config.optimizer, num_steps=config.training.steps)
-
-
-def _served_teacher(config: Config, plan: RunPlan, groups: ModelGroups, device: torch.device) -> ServedTeacher:
-    asks = groups.is_last_stage and groups.tp_rank == 0
-    return ServedTeacher(
-        scorer=build_server_teacher(config, vocab_size=plan.vocab_size) if asks else None,
-        groups=groups,
-        device=device,
-        support_size=min(config.selection.support_size, plan.vocab_size),
-        asks_student_support=config.teacher.student_support == "ask",
-        vocab_size=plan.vocab_size,
-        chunk_rows=config.loss.chunk_rows or None,
-        compiled=config.loss.compile,
-    )
-
-
-def _teacher(
-    config: Config,
-    plan: RunPlan,
-    checkpoint: HfCheckpoint,
-    groups: ModelGroups,
-    student_groups: ModelGroups,
-    device: torch.device,
-) -> Teacher:
-    architecture, dtype = checkpoint.architecture, resolve_dtype(config.teacher.dtype)
-    model = build_gpt(
-        architecture,
-        groups,
-        padded_vocab_size=padded_vocab_size(architecture.vocab_size, groups.grid.tp_size),
-        dtype=dtype,
-        transformer_impl=config.teacher.transformer_impl,
-        trainable=False,
-    )
-    load_hf(model, checkpoint, groups)
-    output_head = None
-    if student_groups.is_last_stage:
-        output_head = load_output_head(
-            checkpoint,
-            tp_rank=student_groups.tp_rank,
-            tp_size=student_groups.grid.tp_size,
-            padded_vocab_size=plan.padded_vocab_size,
-            dtype=dtype,
-        ).to(device)
-    return Teacher(model, groups, student_groups, architecture.hidden_size, output_head)
 
 
 def _prompts(config: Config, plan: RunPlan) -> PromptSource:

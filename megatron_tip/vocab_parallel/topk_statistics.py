@@ -147,7 +147,6 @@ def combined_statistics(student: StudentStatistics, teacher: TeacherTopK) -> Top
         teacher_support_ids=teacher.support_ids,
         teacher_support_logprobs=teacher.support_logprobs,
         topk_reverse_kl=_topk_reverse_kl(p, q, ids != NO_ID),
-        teacher=teacher,
     )
 
 
