@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from megatron_tip.errors import EngineError, ServerMismatchError
-from megatron_tip.rollout.sglang import teacher as server_teacher
 from megatron_tip.rollout.sglang.client import SGLangClient, Timeouts
+from megatron_tip.teachers import server_scorer as server_teacher
 from megatron_tip.teachers.server_scorer import ScoringSettings, ServerTeacher, generated_positions
 from tests.helpers.fake_teacher import FakeTeacher, scored_by
 from tests.helpers.tiny import make_llama
