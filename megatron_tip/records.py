@@ -7,7 +7,9 @@ Shape letters: `b` sequences of a micro-batch, `s` positions, `n` valid tokens (
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from itertools import accumulate
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -170,7 +172,29 @@ class TopKTokenStatistics(TokenStatistics):
 
 
 @dataclass(frozen=True)
-class TeacherTopK:
+class TeacherRows:
+    """What a teacher says of n rows: tensors `[n, ...]`, None for what it does not say. A kind of teacher adds them."""
+
+    def __len__(self) -> int:
+        return len(getattr(self, fields(self)[0].name))
+
+    def __getitem__(self, rows: Tensor) -> Self:
+        """Returns those rows, in their order."""
+        return self.map(lambda values: values[rows])
+
+    def split(self, num_rows: list[int]) -> list[Self]:
+        """Returns consecutive parts of so many rows each."""
+        ends = list(accumulate(num_rows))
+        return [self.map(lambda values, a=end - n, b=end: values[a:b]) for end, n in zip(ends, num_rows, strict=True)]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """Returns `function` of each tensor."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: function(value) for name, value in values.items() if value is not None})
+
+
+@dataclass(frozen=True)
+class TeacherTopK(TeacherRows):
     """What a teacher behind a server says of n rows: natural log of its probabilities at temperature 1.
 
     `label_logprobs`: `[n]` float32. `support_ids`, `support_logprobs`: `[n, K]` int64 and float32, its top-K by
@@ -183,26 +207,6 @@ class TeacherTopK:
     support_logprobs: Tensor
     student_support_ids: Tensor | None = None
     student_support_logprobs: Tensor | None = None
-
-    def __len__(self) -> int:
-        return self.label_logprobs.shape[0]
-
-    def __getitem__(self, rows: Tensor) -> TeacherTopK:
-        """Those rows, in their order."""
-        return self.map(lambda values: values[rows])
-
-    def split(self, num_rows: list[int]) -> list[TeacherTopK]:
-        """Consecutive parts of so many rows each."""
-        starts = [sum(num_rows[:part]) for part in range(len(num_rows))]
-        return [
-            self.map(lambda values, a=start, b=start + length: values[a:b])
-            for start, length in zip(starts, num_rows, strict=True)
-        ]
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> TeacherTopK:
-        """`function` of each tensor."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return TeacherTopK(**{name: None if value is None else function(value) for name, value in values.items()})  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

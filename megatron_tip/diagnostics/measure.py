@@ -10,8 +10,8 @@ from torch import Tensor
 from megatron_tip.batching.step_batch import StepBatch
 from megatron_tip.diagnostics.scores import column_names
 from megatron_tip.errors import NotFiniteError
-from megatron_tip.records import Rollout, TokenStatistics
-from megatron_tip.teachers.teacher import TeacherRows, score_micro_batches
+from megatron_tip.records import Rollout, TeacherRows, TokenStatistics
+from megatron_tip.teachers.teacher import score_micro_batches
 from megatron_tip.training.run import TrainingRun
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,28 +15,16 @@ from megatron_tip.models.hidden_states import exchange, masked_rows, plan_transf
 from megatron_tip.models.pipeline import run_forward
 from megatron_tip.models.student import Student
 from megatron_tip.parallel.groups import ModelGroups
-from megatron_tip.records import TokenStatistics
+from megatron_tip.records import TeacherRows, TokenStatistics
 from megatron_tip.teachers.teacher import Teacher, TeacherSite, score_micro_batches
 from megatron_tip.vocab_parallel import divergence_loss, padded_vocab_size, token_statistics
 
 
 @dataclass(frozen=True)
-class HiddenRows:
+class HiddenRows(TeacherRows):
     """The teacher's last hidden states of n rows: `states` `[n, H]`."""
 
     states: Tensor
-
-    def __len__(self) -> int:
-        return len(self.states)
-
-    def __getitem__(self, rows: Tensor) -> HiddenRows:
-        return HiddenRows(self.states[rows])
-
-    def split(self, num_rows: list[int]) -> Sequence[HiddenRows]:
-        return [HiddenRows(part) for part in self.states.split(num_rows)]
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> HiddenRows:
-        return HiddenRows(function(self.states))
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Generic, Protocol, Self, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,29 +15,9 @@ from megatron_tip.conversion.safetensors_io import HfCheckpoint
 from megatron_tip.errors import NotFiniteError
 from megatron_tip.models.student import Student
 from megatron_tip.parallel.groups import ModelGroups
-from megatron_tip.records import TokenStatistics
+from megatron_tip.records import TeacherRows, TokenStatistics
 
 T = TypeVar("T")
-
-
-class TeacherRows(Protocol):
-    """What a teacher says of n rows: tensors of n rows each."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, rows: Tensor, /) -> Self:
-        """Returns those rows, in their order."""
-        ...
-
-    def split(self, num_rows: list[int], /) -> Sequence[Self]:
-        """Returns consecutive parts of so many rows each."""
-        ...
-
-    def map(self, function: Callable[[Tensor], Tensor], /) -> Self:
-        """Returns `function` of each tensor, in the same order on every rank."""
-        ...
-
-
 Rows = TypeVar("Rows", bound=TeacherRows)
 
 

@@ -18,10 +18,10 @@ from megatron_tip.models.student import Student
 from megatron_tip.observability.run_folder import RunFolder
 from megatron_tip.parallel.groups import ModelGroups
 from megatron_tip.parallel.together import raise_together, run_on
-from megatron_tip.records import Prompt, Rollout, TokenSelection
+from megatron_tip.records import Prompt, Rollout, TeacherRows, TokenSelection
 from megatron_tip.rollout.storage import write_rollouts
 from megatron_tip.selection import Calibration
-from megatron_tip.teachers.teacher import Teacher, TeacherRows
+from megatron_tip.teachers.teacher import Teacher
 from megatron_tip.training.importance import comparable_ratios, with_importance
 from megatron_tip.training.rollouts import generate_rollouts, start_next_batch
 from megatron_tip.training.run import TrainingRun

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from megatron_tip.batching.micro_batches import token_index
 from megatron_tip.batching.step_batch import StepBatch
-from megatron_tip.records import MicroBatch, TokenIndex, TokenSelection, TokenStatistics
+from megatron_tip.records import MicroBatch, TeacherRows, TokenIndex, TokenSelection, TokenStatistics
 from megatron_tip.selection import Calibration, agreement, batch_totals, select_micro_batch
-from megatron_tip.teachers.teacher import TeacherRows
 from megatron_tip.training.run import TrainingRun
 
 
