@@ -7,11 +7,11 @@ Shape letters: `b` sequences of a micro-batch, `s` positions, `n` valid tokens (
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from itertools import accumulate
+from typing import Self
 
 from torch import Tensor
-
-from megatron_tip.statistics import TokenStatistics
 
 
 @dataclass(frozen=True)
@@ -109,15 +109,30 @@ class TokenIndex:
         return self.rollout_index * num_positions + self.position
 
 
-@dataclass(frozen=True, kw_only=True)
-class TopKTokenStatistics(TokenStatistics):
-    """The statistics of a teacher that gives top-K log-probabilities alone. `teacher`: what they were made of."""
+@dataclass(frozen=True)
+class TeacherRows:
+    """What a teacher says of n rows: tensors `[n, ...]`, None for what it does not say. A kind of teacher adds them."""
 
-    teacher: TeacherTopK | None = None
+    def __len__(self) -> int:
+        return len(getattr(self, fields(self)[0].name))
+
+    def __getitem__(self, rows: Tensor) -> Self:
+        """Returns those rows, in their order."""
+        return self.map(lambda values: values[rows])
+
+    def split(self, num_rows: list[int]) -> list[Self]:
+        """Returns consecutive parts of so many rows each."""
+        ends = list(accumulate(num_rows))
+        return [self.map(lambda values, a=end - n, b=end: values[a:b]) for end, n in zip(ends, num_rows, strict=True)]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """Returns `function` of each tensor."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: function(value) for name, value in values.items() if value is not None})
 
 
 @dataclass(frozen=True)
-class TeacherTopK:
+class TeacherTopK(TeacherRows):
     """What a teacher behind a server says of n rows: natural log of its probabilities at temperature 1.
 
     `label_logprobs`: `[n]` float32. `support_ids`, `support_logprobs`: `[n, K]` int64 and float32, its top-K by
@@ -130,30 +145,6 @@ class TeacherTopK:
     support_logprobs: Tensor
     student_support_ids: Tensor | None = None
     student_support_logprobs: Tensor | None = None
-
-    def __len__(self) -> int:
-        return self.label_logprobs.shape[0]
-
-    def __getitem__(self, rows: Tensor) -> TeacherTopK:
-        """Those rows, in their order."""
-        return self.map(lambda values: values[rows])
-
-    def split(self, num_rows: list[int]) -> list[TeacherTopK]:
-        """Consecutive parts of so many rows each."""
-        starts = [sum(num_rows[:part]) for part in range(len(num_rows))]
-        return [
-            self.map(lambda values, a=start, b=start + length: values[a:b])
-            for start, length in zip(starts, num_rows, strict=True)
-        ]
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> TeacherTopK:
-        """`function` of each tensor."""
-        values = {one.name: getattr(self, one.name) for one in fields(self)}
-        return TeacherTopK(**{name: None if value is None else function(value) for name, value in values.items()})  # type: ignore[arg-type]
-
-
-TeacherRows = Tensor | TeacherTopK
-"""What a teacher says of n rows: `[n, H]` hidden states, or of a teacher behind servers log-probabilities."""
 
 
 @dataclass(frozen=True)

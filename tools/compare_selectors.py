@@ -34,7 +34,6 @@ from megatron_tip.records import TokenIndex
 from megatron_tip.rollout.storage import read_rollouts, rollout_file
 from megatron_tip.selection import RuleComparison, compare_rules
 from megatron_tip.selection.metrics import QUADRANTS
-from megatron_tip.training.scoring import ask_teacher, score_tokens
 from megatron_tip.training.setup import build_run
 
 Scope = Literal["batch", "rollout"]
@@ -91,7 +90,7 @@ def compare(
     run = build_run(config, plan, worker, PhaseTimer(worker.device), num_threads=available_threads())
     rollouts = read_rollouts(source)
     batch = run.batch_of(rollouts)
-    statistics = score_tokens(run, batch, ask_teacher(run, batch))
+    statistics, _ = run.teacher.score(run.student, batch, run.teacher.ask(batch))
     assert statistics is not None, "a single process is its own last stage"
     index = batch.token_index(0)
     comparison = compare_rules(statistics, index, retention_ratio=retention_ratio, scope=scope, seed=config.run.seed)

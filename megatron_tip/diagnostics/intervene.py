@@ -28,10 +28,11 @@ from megatron_tip.diagnostics.snapshot import StudentStart
 from megatron_tip.errors import InputError, NotFiniteError
 from megatron_tip.parallel.collectives import broadcast_json
 from megatron_tip.planning.plan import make_selector
-from megatron_tip.records import TokenStatistics
+from megatron_tip.statistics import TokenStatistics
 from megatron_tip.training.run import TrainingRun
-from megatron_tip.training.step import train_on_scored
+from megatron_tip.training.step import select_then_train
 from megatron_tip.training.step_metrics import supervision_metrics
+from megatron_tip.training.supervision import Scored
 
 logger = logging.getLogger(__name__)
 
@@ -219,18 +220,8 @@ def train_arm_step(
     run: TrainingRun, frozen: FrozenContexts, statistics: TokenStatistics | None, step: int
 ) -> dict[str, float]:
     """Takes one optimizer step on the selected tokens of frozen contexts; returns metrics, the same on every rank."""
-    trained = train_on_scored(run, frozen.batch, frozen.teacher_rows, statistics, None, step)
-    metrics = supervision_metrics(
-        run.student.groups,
-        scored=frozen.batch,
-        trained=trained.batch,
-        statistics=statistics,
-        selection=trained.selection,
-        ratios=None,
-        loss=trained.loss,
-        pass_seconds=0.0,
-        device=run.device,
-    )
+    trained = select_then_train(run, Scored(frozen.batch, frozen.teacher_rows, statistics, None), step)
+    metrics = supervision_metrics(run.student.groups, trained, pass_seconds=0.0)
     return metrics | run.student.apply_gradients(step)
 
 

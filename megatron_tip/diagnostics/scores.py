@@ -14,8 +14,8 @@ import torch
 from megatron_tip.diagnostics.bank import ContextBank
 from megatron_tip.diagnostics.parquet import read_about, read_table, write_table
 from megatron_tip.errors import InputError
-from megatron_tip.records import TokenIndex, TokenStatistics
-from megatron_tip.statistics import STATISTICS
+from megatron_tip.records import TokenIndex
+from megatron_tip.statistics import STATISTICS, TokenStatistics
 
 FORMAT = "megatron_tip bank scores 1"
 

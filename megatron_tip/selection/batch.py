@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from megatron_tip.errors import InputError, NotFiniteError, TrainingError
-from megatron_tip.records import TokenIndex, TokenStatistics
+from megatron_tip.records import TokenIndex
 from megatron_tip.selection.replicas import Replicas
+from megatron_tip.statistics import TokenStatistics
 
 MAX_KEY_BITS = 62
 _ALWAYS_COMPUTED = frozenset(field.name for field in fields(TokenStatistics) if field.default is MISSING)

@@ -9,13 +9,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tip.errors import ConfigError
-from megatron_tip.records import TokenIndex, TokenStatistics
+from megatron_tip.records import TokenIndex
 from megatron_tip.selection.batch import read_batch, read_values
 from megatron_tip.selection.metrics import quadrant_axes, quadrant_rows
 from megatron_tip.selection.order_statistics import quantiles
 from megatron_tip.selection.replicas import Replicas
 from megatron_tip.selection.rules import RULES, Scope
 from megatron_tip.selection.selector import Selector
+from megatron_tip.statistics import TokenStatistics
 
 
 @dataclass(frozen=True)

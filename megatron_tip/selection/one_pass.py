@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tip.errors import InputError, TrainingError
-from megatron_tip.records import TokenIndex, TokenSelection, TokenStatistics
+from megatron_tip.records import TokenIndex, TokenSelection
 from megatron_tip.selection.batch import Batch, read_batch, read_values
 from megatron_tip.selection.budget import BatchBudget, batch_budget
 from megatron_tip.selection.calibration import BatchTotals, Calibration
@@ -22,6 +22,7 @@ from megatron_tip.selection.ranking import Draws, NormalisedInputs, Ranking, Str
 from megatron_tip.selection.replicas import Replicas
 from megatron_tip.selection.sampling import inclusion_probabilities
 from megatron_tip.selection.settings import SelectionSettings
+from megatron_tip.statistics import TokenStatistics
 
 
 def batch_totals(

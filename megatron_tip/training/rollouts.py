@@ -11,7 +11,7 @@ from megatron_tip.records import Prompt, Rollout
 from megatron_tip.rollout.engine import SamplingParams
 from megatron_tip.rollout.storage import write_rollouts
 from megatron_tip.rollout.transfer import broadcast_rollouts
-from megatron_tip.teachers.served import tell_teachers, with_teachers
+from megatron_tip.teachers.names import tell_teachers, with_teachers
 from megatron_tip.training.run import TrainingRun
 from megatron_tip.training.weight_sync import sync_engine
 

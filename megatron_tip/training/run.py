@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,8 +19,7 @@ from megatron_tip.prompts.source import PromptSource
 from megatron_tip.records import Rollout
 from megatron_tip.rollout.engine import RolloutEngine, SamplingParams
 from megatron_tip.selection import Calibration, Selector
-from megatron_tip.teachers.megatron import Teacher
-from megatron_tip.teachers.served import ServedTeacher
+from megatron_tip.teachers.teacher import Teacher
 from megatron_tip.training.token_views import TokenViews
 from megatron_tip.vocab_parallel import ShardedVocabulary
 
@@ -59,7 +58,7 @@ class TrainingRun:
     config: Config
     device: torch.device
     student: Student
-    teacher: Teacher | ServedTeacher
+    teacher: Teacher[Any]
     architecture: ModelArchitecture
     vocabulary: ShardedVocabulary
     selector: Selector

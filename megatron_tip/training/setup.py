@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from megatron_tip.config import Config, split_teacher_url
-from megatron_tip.conversion.bridge import load_hf, load_output_head
-from megatron_tip.conversion.safetensors_io import HfCheckpoint
+from megatron_tip.conversion.bridge import load_hf
 from megatron_tip.errors import InputError
 from megatron_tip.models.gpt import build_gpt
 from megatron_tip.models.student import Student, build_student
@@ -17,12 +16,11 @@ from megatron_tip.planning.plan import RunPlan
 from megatron_tip.prompts.source import PromptSource, load_prompts
 from megatron_tip.rollout.engine import EngineNeeds, SamplingParams
 from megatron_tip.rollout.engines import build_engine
-from megatron_tip.teachers.megatron import Teacher
-from megatron_tip.teachers.served import ServedTeacher
-from megatron_tip.teachers.setup import build_server_teacher
+from megatron_tip.teachers.setup import build_teacher
+from megatron_tip.teachers.teacher import TeacherSite
 from megatron_tip.training.run import RolloutSource, TrainingRun
 from megatron_tip.training.token_views import TokenViews
-from megatron_tip.vocab_parallel import ShardedVocabulary, padded_vocab_size
+from megatron_tip.vocab_parallel import ShardedVocabulary
 
 
 def build_run(
@@ -37,22 +35,31 @@ def build_run(
     """
     student_groups = build_groups(plan.student_grid)
     teacher_groups = build_groups(plan.teacher_grid) if plan.teacher_grid != plan.student_grid else student_groups
+    vocabulary = ShardedVocabulary(
+        vocab_size=plan.vocab_size,
+        temperature=config.loss.temperature,
+        tp_group=student_groups.tp_group,
+        chunk_rows=config.loss.chunk_rows or None,
+        compiled=config.loss.compile,
+    )
     source = _source(config, plan, worker.device, num_threads) if worker.rank == 0 and generates else None
+    teacher_site = TeacherSite(
+        checkpoint=plan.teacher,
+        groups=teacher_groups,
+        student_groups=student_groups,
+        vocabulary=vocabulary,
+        padded_vocab_size=plan.padded_vocab_size,
+        required_statistics=plan.selector.required_statistics,
+        dtype=resolve_dtype(config.teacher.dtype),
+        device=worker.device,
+    )
     return TrainingRun(
         config=config,
         device=worker.device,
         student=_student(config, plan, student_groups),
-        teacher=_served_teacher(config, plan, student_groups, worker.device)
-        if plan.teacher is None
-        else _teacher(config, plan, plan.teacher, teacher_groups, student_groups, worker.device),
+        teacher=build_teacher(config, teacher_site),
         architecture=plan.student.architecture,
-        vocabulary=ShardedVocabulary(
-            vocab_size=plan.vocab_size,
-            temperature=config.loss.temperature,
-            tp_group=student_groups.tp_group,
-            chunk_rows=config.loss.chunk_rows or None,
-            compiled=config.loss.compile,
-        ),
+        vocabulary=vocabulary,
         selector=plan.selector,
         sampling=SamplingParams(
             max_response_tokens=config.rollout.max_response_tokens,
@@ -94,47 +101,6 @@ def _student(config: Config, plan: RunPlan, groups: ModelGroups) -> Student:
     )
     load_hf(model, plan.student, groups)
     return build_student(model, groups, config.optimizer, num_steps=config.training.steps)
-
-
-def _served_teacher(config: Config, plan: RunPlan, groups: ModelGroups, device: torch.device) -> ServedTeacher:
-    asks = groups.is_last_stage and groups.tp_rank == 0
-    return ServedTeacher(
-        scorer=build_server_teacher(config, vocab_size=plan.vocab_size) if asks else None,
-        groups=groups,
-        device=device,
-        support_size=min(config.selection.support_size, plan.vocab_size),
-        asks_student_support=config.teacher.student_support == "ask",
-    )
-
-
-def _teacher(
-    config: Config,
-    plan: RunPlan,
-    checkpoint: HfCheckpoint,
-    groups: ModelGroups,
-    student_groups: ModelGroups,
-    device: torch.device,
-) -> Teacher:
-    architecture, dtype = checkpoint.architecture, resolve_dtype(config.teacher.dtype)
-    model = build_gpt(
-        architecture,
-        groups,
-        padded_vocab_size=padded_vocab_size(architecture.vocab_size, groups.grid.tp_size),
-        dtype=dtype,
-        transformer_impl=config.teacher.transformer_impl,
-        trainable=False,
-    )
-    load_hf(model, checkpoint, groups)
-    output_head = None
-    if student_groups.is_last_stage:
-        output_head = load_output_head(
-            checkpoint,
-            tp_rank=student_groups.tp_rank,
-            tp_size=student_groups.grid.tp_size,
-            padded_vocab_size=plan.padded_vocab_size,
-            dtype=dtype,
-        ).to(device)
-    return Teacher(model, groups, student_groups, architecture.hidden_size, output_head)
 
 
 def _source(config: Config, plan: RunPlan, device: torch.device, num_threads: int) -> RolloutSource:

@@ -12,7 +12,8 @@ from megatron_tip.config import Config
 from megatron_tip.observability.token_table import TokenTable, decode_token_table, encode_token_table
 from megatron_tip.parallel.groups import ModelGroups
 from megatron_tip.parallel.together import run_on
-from megatron_tip.records import TokenSelection, TokenStatistics
+from megatron_tip.records import TokenSelection
+from megatron_tip.statistics import TokenStatistics
 from megatron_tip.training.view_table import view_table
 
 

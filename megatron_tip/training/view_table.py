@@ -12,9 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_tip.config import Config
 from megatron_tip.observability.token_table import VALUES, TokenTable, TokenTableFacts, ViewedRollout
-from megatron_tip.records import Rollout, TokenIndex, TokenSelection, TokenStatistics
+from megatron_tip.records import Rollout, TokenIndex, TokenSelection
 from megatron_tip.selection.metrics import QUADRANT_DIVERGENCES
-from megatron_tip.statistics import STATISTICS
+from megatron_tip.statistics import STATISTICS, TokenStatistics
 
 _MOST_PARTS = 6  # tokens that one character can be cut into: 4 bytes, and some slack
 _CUT = "\N{REPLACEMENT CHARACTER}"

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from megatron_tip.errors import InputError
-from megatron_tip.records import TokenStatistics
-from megatron_tip.statistics import STATISTICS
+from megatron_tip.statistics import STATISTICS, TokenStatistics
 from megatron_tip.vocab_parallel import kernels
 from megatron_tip.vocab_parallel.chunks import Chunk
 from megatron_tip.vocab_parallel.collectives import all_reduce_sum

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from megatron_tip.errors import InputError
-from megatron_tip.records import TeacherTopK, TopKTokenStatistics
-from megatron_tip.statistics import STATISTICS
+from megatron_tip.records import TeacherTopK
+from megatron_tip.statistics import STATISTICS, TokenStatistics
 from megatron_tip.vocab_parallel import kernels
 from megatron_tip.vocab_parallel.chunks import Chunk
 from megatron_tip.vocab_parallel.inputs import HiddenAndHead, checked_inputs
@@ -77,7 +77,7 @@ def student_statistics(
     return result
 
 
-def combined_statistics(student: StudentStatistics, teacher: TeacherTopK) -> TopKTokenStatistics:
+def combined_statistics(student: StudentStatistics, teacher: TeacherTopK) -> TokenStatistics:
     """The statistics of both; pure arithmetic on `[n, K]`, no collective.
 
     Where the teacher was not asked about the student's top-K, C is None, and in D its mass there counts as zero, as it
@@ -96,7 +96,7 @@ def combined_statistics(student: StudentStatistics, teacher: TeacherTopK) -> Top
         supports["compatibility"] = None
     ids, q = known_ids(teacher)
     p = torch.cat([student.teacher_support_logprobs, student.support_logprobs], 1)[:, : ids.shape[1]]
-    return TopKTokenStatistics(
+    return TokenStatistics(
         student_entropy=student.entropy,
         teacher_entropy=None,
         reverse_kl=None,
@@ -109,7 +109,6 @@ def combined_statistics(student: StudentStatistics, teacher: TeacherTopK) -> Top
         teacher_support_ids=teacher.support_ids,
         teacher_support_logprobs=teacher.support_logprobs,
         topk_reverse_kl=_topk_reverse_kl(p, q, ids != NO_ID),
-        teacher=teacher,
     )
 
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from megatron_tip.config import Config
 from megatron_tip.conversion.bridge import export_hf
 from megatron_tip.records import Rollout
-from megatron_tip.training.step import select_then_train, select_while_training, train_step
+from megatron_tip.training.step import score, select_then_train, select_while_training, train_step
 from megatron_tip.training.weight_sync import update_engine
 from tests.helpers.distributed import run_workers
 from tests.helpers.tiny import make_qwen
@@ -45,9 +45,11 @@ def selected_and_gradients(config: Config, rollouts: list[Rollout]) -> tuple[lis
     run = build_tiny_run(config, rollouts)
     groups = run.student.groups
     batch = run.batch_of(rollouts)
-    teacher_rows = run.teacher.hidden_rows(batch)
-    one_pass = run.selector.selects_in_one_pass(None)
-    trained = (select_while_training if one_pass else select_then_train)(run, batch, teacher_rows, 1)
+    teacher_rows = run.teacher.ask(batch)
+    if run.selector.selects_in_one_pass(None):
+        trained = select_while_training(run, batch, teacher_rows, 1)
+    else:
+        trained = select_then_train(run, score(run, batch, teacher_rows, 1), 1)
     loss, weights = trained.loss, []
     if trained.selection is not None and groups.tp_rank == 0:
         index = batch.token_index(groups.dp_rank)

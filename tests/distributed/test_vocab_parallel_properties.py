@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed import ProcessGroup
 
-from megatron_tip.records import TokenStatistics
+from megatron_tip.statistics import TokenStatistics
 from megatron_tip.vocab_parallel import ShardedVocabulary, divergence_loss, token_statistics
 from tests.helpers.distributed import run_workers
 from tests.helpers.vocab_parallel import GIVEN, Case, called, on_every_layout, shard, statistics

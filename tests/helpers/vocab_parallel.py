@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_tip.records import TokenStatistics
+from megatron_tip.statistics import TokenStatistics
 from megatron_tip.vocab_parallel import HiddenAndHead, ShardedVocabulary, padded_vocab_size, token_statistics
 from tests.helpers import reference
 

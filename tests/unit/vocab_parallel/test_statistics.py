@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_tip.records import TokenStatistics
+from megatron_tip.statistics import TokenStatistics
 from megatron_tip.vocab_parallel import token_statistics
 from tests.helpers import reference
 from tests.helpers.vocab_parallel import GIVEN, called
