@@ -3,6 +3,8 @@
 The text under each field is its reference: `megatron-tip train --help` prints it. Units are in the names.
 """
 
+from __future__ import annotations
+
 from pathlib import Path
 
 from pydantic import Field, model_validator
@@ -10,7 +12,7 @@ from pydantic import Field, model_validator
 from megatron_tip.config.data import HeldoutConfig, PromptsConfig
 from megatron_tip.config.diagnostics import DiagnosticsConfig
 from megatron_tip.config.learning import LossConfig, OptimizerConfig, SelectionConfig, TrainingConfig
-from megatron_tip.config.models import ModelConfig, TeacherConfig, split_teacher_url
+from megatron_tip.config.models import ModelConfig, TeacherConfig
 from megatron_tip.config.operation import CheckpointConfig, FaultConfig, MonitoringConfig, OutputConfig, TrackingConfig
 from megatron_tip.config.rollout import RolloutConfig, SGLangConfig, SyncConfig
 from megatron_tip.config.section import Section
@@ -36,7 +38,6 @@ __all__ = [
     "TeacherConfig",
     "TrackingConfig",
     "TrainingConfig",
-    "split_teacher_url",
 ]
 
 
@@ -51,7 +52,7 @@ class RunConfig(Section):
     """CPU threads of all workers together; 0: as many as this process may use."""
 
     @model_validator(mode="after")
-    def _folder_is_named(self) -> "RunConfig":
+    def _folder_is_named(self) -> RunConfig:
         if self.folder == Path():  # what an unset variable of a script leaves of run.folder=$RUN
             raise ValueError(
                 "run.folder: expected a folder of the run's own, got an empty text or the current directory; name it"
@@ -80,3 +81,8 @@ class Config(Section):
     tracking: TrackingConfig = TrackingConfig()
     monitoring: MonitoringConfig = MonitoringConfig()
     diagnostics: DiagnosticsConfig = DiagnosticsConfig()
+
+    @property
+    def longest_sequence(self) -> int:
+        """Most tokens that a prompt and its response may have together."""
+        return self.prompts.max_prompt_tokens + self.rollout.max_response_tokens

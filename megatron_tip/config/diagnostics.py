@@ -1,5 +1,7 @@
 """The fixed-context diagnostic: its bank, and what is tried on it."""
 
+from __future__ import annotations
+
 from pathlib import Path
 
 from pydantic import Field, model_validator
@@ -31,7 +33,7 @@ class DiagnosticsConfig(Section):
     """For `diagnose intervene`: how often everything is repeated, with other contexts to train on and to measure on."""
 
     @model_validator(mode="after")
-    def _values_are_usable(self) -> "DiagnosticsConfig":
+    def _values_are_usable(self) -> DiagnosticsConfig:
         if self.every_steps and self.bank is None:
             raise ValueError("diagnostics.bank: expected a folder with diagnostics.every_steps, got none")
         if (

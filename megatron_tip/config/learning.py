@@ -1,6 +1,8 @@
 """Which tokens are trained, on what and how."""
 
-from typing import Literal
+from __future__ import annotations
+
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -30,6 +32,10 @@ class SelectionConfig(Section):
     """Divide the loss by the number of selected tokens, by that of valid ones, or weight sampled tokens by 1 / p."""
     compare: bool = True
     """Log how far the other rules would have agreed with this one, as far as the statistics allow."""
+
+    def settings(self) -> dict[str, Any]:
+        """Returns the arguments of `selection.Selector` but for its seed, which is the run's. It calls "auto" None."""
+        return {name: None if value == "auto" else value for name, value in self if name != "support_size"}
 
 
 class LossConfig(Section):

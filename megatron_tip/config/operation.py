@@ -1,5 +1,7 @@
 """How a run lasts, what it leaves and what it reports."""
 
+from __future__ import annotations
+
 from typing import Literal
 
 from pydantic import Field

@@ -18,6 +18,7 @@ from megatron_tip.observability.timing import PhaseTimer
 from megatron_tip.parallel.distributed import destroy_distributed, init_distributed
 from megatron_tip.parallel.environment import available_threads
 from megatron_tip.planning.plan import RunPlan, plan_run
+from megatron_tip.planning.settings import check_whole_teacher
 from megatron_tip.training.checkpoints.files import SHARDS_NAME, CheckpointFiles
 from megatron_tip.training.run import TrainingRun
 from megatron_tip.training.setup import build_run
@@ -66,11 +67,7 @@ def open_bank(config: Config, plan: RunPlan) -> ContextBank:
         ConfigError: none is named, or tokenizer or vocabulary are others; the teacher is behind servers, which do not
             tell its whole distribution. InputError: the bank is damaged.
     """
-    if config.teacher.kind != "megatron":
-        raise ConfigError(
-            f'diagnostics: expected teacher.kind = "megatron", got {config.teacher.kind!r}; KL(teacher || student) '
-            "needs the whole distribution of the teacher"
-        )
+    check_whole_teacher(config)
     bank = read_bank(bank_folder(config))
     check_bank(bank, tokenizer=tokenizer_fingerprint(plan.tokenizer), vocab_size=plan.vocab_size)
     return bank

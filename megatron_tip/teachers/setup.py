@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_tip.config import Config, split_teacher_url
+from megatron_tip.config import Config
 from megatron_tip.conversion.model_folder import read_json
 from megatron_tip.errors import ConfigError
 from megatron_tip.rollout.sglang.client import SGLangClient, Timeouts
@@ -15,11 +15,8 @@ from megatron_tip.vocab_parallel.topk_divergence import TOPK_DIVERGENCES
 from megatron_tip.vocab_parallel.topk_statistics import TOPK_STATISTICS
 
 
-def check_teacher(config: Config, selector: Selector, *, elsewhere: bool = False) -> None:
-    """Refuses what the run's kind of teacher cannot do: losses, rules and temperatures by name. Reads files alone.
-
-    Args:
-        elsewhere: the run will be on another machine: its passwords are not looked for here.
+def check_teacher(config: Config, selector: Selector) -> None:
+    """Refuses what the run's kind of teacher cannot do: losses, rules and temperatures by name. Reads no files.
 
     Raises:
         ConfigError: a loss or a rule that needs the teacher's whole distribution from one behind servers, a
@@ -49,16 +46,14 @@ def check_teacher(config: Config, selector: Selector, *, elsewhere: bool = False
     source = f'a teacher behind servers with teacher.student_support = "{teacher.student_support}"'
     selector.check_available(TOPK_STATISTICS | asked, source)
     _check_routes(config)
-    if not elsewhere:
-        read_keys(teacher.keys_file)
 
 
 def _check_routes(config: Config) -> None:
-    pairs = [split_teacher_url(url) for url in config.teacher.urls]
-    bad = [url for _, url in pairs if not url.startswith(("http://", "https://"))]
+    routes = config.teacher.routes
+    bad = [url for _, url in routes if not url.startswith(("http://", "https://"))]
     if bad:
         raise ConfigError(f'teacher.urls: expected "http://host:port" or "name=http://host:port", got {bad[0]!r}')
-    named, field = any(name for name, _ in pairs), config.prompts.teacher_field
+    named, field = any(name for name, _ in routes), config.prompts.teacher_field
     if named != bool(field):
         raise ConfigError(
             f"prompts.teacher_field: expected the field that names each prompt's teacher where teacher.urls has names, "
@@ -69,7 +64,7 @@ def _check_routes(config: Config) -> None:
 
 
 def teacher_limits(folder: Path) -> tuple[int, int]:
-    """Vocabulary and positions of the model that `folder`'s config.json describes; of any architecture, no weights.
+    """Returns vocabulary and positions from `folder`'s config.json, which may be of any architecture; no weights.
 
     Raises:
         WeightsError: no config.json that can be read.
@@ -91,9 +86,10 @@ def build_server_teacher(config: Config, *, vocab_size: int) -> ServerTeacher:
         ServerMismatchError, ServerError: a server that is something else or does not answer.
     """
     teacher = config.teacher
-    keys, timeouts = read_keys(teacher.keys_file), Timeouts(silence=teacher.timeout_seconds)
+    keys = read_keys(teacher.keys_file, setting="teacher.keys_file")
+    timeouts = Timeouts(silence=teacher.timeout_seconds)
     routes: dict[str, list[SGLangClient]] = {}
-    for name, url in map(split_teacher_url, teacher.urls):
+    for name, url in teacher.routes:
         client = SGLangClient(url, vocab_size=vocab_size, keys=keys, timeouts=timeouts)
         routes.setdefault(name, []).append(client)
     settings = ScoringSettings(

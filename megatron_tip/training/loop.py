@@ -26,6 +26,7 @@ from megatron_tip.parallel.environment import available_threads
 from megatron_tip.parallel.launch import end_worker_with, failures_on_record
 from megatron_tip.parallel.stop import StopRequested
 from megatron_tip.parallel.watchdog import HangWatchdog
+from megatron_tip.planning.dtypes import Dtypes
 from megatron_tip.planning.plan import RunPlan, plan_run
 from megatron_tip.report.picture import write_report
 from megatron_tip.rollout.engine import ServedEngine
@@ -38,7 +39,7 @@ from megatron_tip.training.heldout import heldout_metric, measure_heldout
 from megatron_tip.training.observers import RunObservers
 from megatron_tip.training.recorder import RecorderState, RunRecorder
 from megatron_tip.training.run import Gauge, TrainingRun
-from megatron_tip.training.setup import build_run, coarser_dtype
+from megatron_tip.training.setup import build_run
 from megatron_tip.training.step import SKIPPED_NOT_FINITE, train_step
 from megatron_tip.training.weight_sync import update_engine
 
@@ -250,7 +251,7 @@ def record_step(run: TrainingRun, recorder: RunRecorder, progress: RunProgress) 
     progress.unrecorded = None
     if step == 0:
         progress.before = heldout
-        if heldout.reverse_kl < AGREEMENT[coarser_dtype(run.config)]:
+        if heldout.reverse_kl < AGREEMENT[Dtypes.of(run.config).coarser]:
             logger.warning(
                 "student and teacher agree everywhere (held-out reverse KL %.1e): is teacher.path right?",
                 heldout.reverse_kl,

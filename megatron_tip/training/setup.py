@@ -3,7 +3,7 @@
 import torch
 from transformers import AutoConfig
 
-from megatron_tip.config import Config, split_teacher_url
+from megatron_tip.config import Config
 from megatron_tip.conversion.bridge import load_hf, load_output_head
 from megatron_tip.conversion.safetensors_io import HfCheckpoint
 from megatron_tip.errors import InputError
@@ -12,6 +12,7 @@ from megatron_tip.models.student import Student, build_student
 from megatron_tip.observability.timing import PhaseTimer
 from megatron_tip.parallel.distributed import Worker
 from megatron_tip.parallel.groups import ModelGroups, build_groups
+from megatron_tip.planning.dtypes import Dtypes
 from megatron_tip.planning.plan import RunPlan
 from megatron_tip.prompts.source import PromptSource, load_prompts
 from megatron_tip.rollout.ahead import AheadGenerator
@@ -68,25 +69,12 @@ def build_run(
     )
 
 
-def resolve_dtype(name: str) -> torch.dtype:
-    """What "auto" means here: bfloat16 on a GPU, float32 on a CPU."""
-    if name == "auto":
-        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-
-
-def coarser_dtype(config: Config) -> torch.dtype:
-    """The lower precision of student and teacher."""
-    dtypes = {resolve_dtype(config.model.dtype), resolve_dtype(config.teacher.dtype)}
-    return torch.bfloat16 if torch.bfloat16 in dtypes else torch.float32
-
-
 def _student(config: Config, plan: RunPlan, groups: ModelGroups) -> Student:
     model = build_gpt(
         plan.student.architecture,
         groups,
         padded_vocab_size=plan.padded_vocab_size,
-        dtype=resolve_dtype(config.model.dtype),
+        dtype=Dtypes.of(config).student,
         transformer_impl=config.model.transformer_impl,
         sequence_parallel=config.model.sequence_parallel,
         recompute_activations=config.model.recompute_activations,
@@ -117,7 +105,7 @@ def _teacher(
     student_groups: ModelGroups,
     device: torch.device,
 ) -> Teacher:
-    architecture, dtype = checkpoint.architecture, resolve_dtype(config.teacher.dtype)
+    architecture, dtype = checkpoint.architecture, Dtypes.of(config).teacher
     model = build_gpt(
         architecture,
         groups,
@@ -149,7 +137,7 @@ def _prompts(config: Config, plan: RunPlan) -> PromptSource:
         seed=config.run.seed,
     )
     if config.prompts.teacher_field:
-        known = sorted({split_teacher_url(url)[0] for url in config.teacher.urls})
+        known = sorted({name for name, _ in config.teacher.routes})
         for prompt in (*source.training, *source.heldout):
             if prompt.teacher not in known:
                 raise InputError(
@@ -170,18 +158,18 @@ def _engine(config: Config, plan: RunPlan, worker: Worker, num_threads: int) -> 
         replay = ReplayEngine(config.rollout.replay_folder)
         replay.health()
         return replay
-    name = config.rollout.dtype if config.rollout.dtype != "auto" else config.model.dtype
+    dtypes = Dtypes.of(config)
     if config.rollout.engine == "sglang":
         return build_sglang_engine(
             config,
             plan.student,
-            dtype=resolve_dtype(name),
-            weights_dtype=resolve_dtype(config.model.dtype),
+            dtype=dtypes.engine,
+            weights_dtype=dtypes.student,
             device=worker.device,
         )
     return EmbeddedEngine(
         AutoConfig.for_model(**plan.student.config),
-        dtype=resolve_dtype(name),
+        dtype=dtypes.engine,
         device=worker.device,
         batch_size=config.rollout.batch_size,
         num_threads=num_threads,

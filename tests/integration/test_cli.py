@@ -14,7 +14,7 @@ from megatron_tip.training.checkpoints.files import CheckpointFiles, write_state
 from megatron_tip.training.checkpoints.same_run import defining_settings
 from tests.helpers.processes import is_alive, wait_until
 from tests.helpers.training import make_models
-from tests.unit.test_config_io import MINIMAL
+from tests.unit.config.test_io import MINIMAL
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "megatron_tip.cli"]
@@ -22,7 +22,7 @@ STAND_IN = """
 import os, sys, time, types
 from pathlib import Path
 
-def train(config, fresh=False):
+def train(config, fresh=False, make_gauge=None):
     folder = Path({folder!r})
     name = "rank_" + os.environ["RANK"]
     (folder / (name + ".partial")).write_text(str(os.getpid()))

@@ -11,7 +11,7 @@ from megatron_tip.config.io import load_config
 from megatron_tip.errors import ConfigError, OutputError
 from megatron_tip.files import atomic_write_text
 from megatron_tip.observability.run_folder import RunFolder, Sample
-from tests.unit.test_config_io import MINIMAL
+from tests.unit.config.test_io import MINIMAL
 
 
 def disk_full(*_):

@@ -34,13 +34,13 @@ def test_every_pair_of_the_papers_has_a_recipe():
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipe_runs_on_eight_nodes_of_eight(path: Path):
     result = checked(load_config(path))
-    assert result.student_grid.world_size == result.teacher_grid.world_size == 64
+    assert result.outline.student_grid.world_size == result.outline.teacher_grid.world_size == 64
     assert 5 * 2**30 < result.memory.total_bytes < 80 * 2**30
     assert "64 workers: student tp" in result.report(80.0)
 
 
 def test_quickstart_runs_on_three_workers():
-    assert checked(load_config(EXAMPLES / "quickstart_cpu" / "quickstart.toml"), 3).student_grid.tp_size == 3
+    assert checked(load_config(EXAMPLES / "quickstart_cpu" / "quickstart.toml"), 3).outline.student_grid.tp_size == 3
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_what_is_here_is_checked_whole(models: Path):
     result = checked(make_config(models, Layout(4, student=(2, 1))), 4)
-    assert (result.notes, result.student_grid.dp_size) == ((), 2)
+    assert (result.notes, result.outline.student_grid.dp_size) == ((), 2)
 
 
 def test_a_folder_with_a_config_alone_tells_its_shape(models: Path, tmp_path: Path):
