@@ -124,7 +124,7 @@ def intervene(
     """Train with every rule from one start at the same budgets and measure the gain on held-out contexts of the bank.
 
     Arms take training.steps steps of rollout.prompts_per_step contexts and are measured on heldout.num_prompts others;
-    they are written to run.folder as they end, and the same command continues behind the last one.
+    they are written to run.folder as they end, and the same command continues after the last one.
     """
     config = load_config(config_path, overrides or [])
 

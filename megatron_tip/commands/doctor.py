@@ -99,12 +99,16 @@ class _Package:
     needed: Callable[[Config], bool] = lambda config: False
 
 
+def _extra(name: str) -> str:
+    return f'pip install "megatron_tip[{name}]"'
+
+
 _PACKAGES = (
     _Package(
         "transformer-engine",
         "transformer_engine",
         "faster layers on GPUs; without it torch's own",
-        'pip install "megatron_tip[transformer-engine]"',
+        _extra("transformer-engine"),
         lambda config: "transformer_engine" in (config.model.transformer_impl, config.teacher.transformer_impl),
     ),
     _Package(
@@ -120,29 +124,25 @@ _PACKAGES = (
         "sglang",
         "sglang",
         "rollouts by servers",
-        'pip install "megatron_tip[sglang]"',
-        lambda config: config.rollout.engine == "sglang" and not getattr(config.rollout, "server_urls", ()),
+        _extra("sglang"),
+        lambda config: config.rollout.engine == "sglang" and not config.rollout.server_urls,
     ),
     _Package(
-        "wandb",
-        "wandb",
-        "Weights & Biases",
-        'pip install "megatron_tip[tracking]"',
-        lambda config: config.tracking.wandb != "disabled",
+        "wandb", "wandb", "Weights & Biases", _extra("tracking"), lambda config: config.tracking.wandb != "disabled"
     ),
     _Package(
         "tensorboardX",
         "tensorboardX",
         "TensorBoard's event files",
-        'pip install "megatron_tip[tracking]"',
+        _extra("tracking"),
         lambda config: config.tracking.tensorboard,
     ),
-    _Package("nvidia-ml-py", "pynvml", "GPU figures in the metrics", 'pip install "megatron_tip[monitoring]"'),
+    _Package("nvidia-ml-py", "pynvml", "GPU figures in the metrics", _extra("monitoring")),
     _Package(
         "reasoning-gym",
         "reasoning_gym",
         "generated prompts",
-        'pip install "megatron_tip[tasks]"',
+        _extra("tasks"),
         lambda config: config.prompts.source == "reasoning_gym",
     ),
 )

@@ -26,7 +26,7 @@ from megatron_tip.training.setup import build_run
 
 @dataclass(frozen=True)
 class Subject:
-    """What is examined: found and checked from files alone, alike on every rank, before any process group is there.
+    """What is examined: found and checked from files alone, the same on every rank, before any process group exists.
 
     `checkpoint`: the folder of the student's weights; None: the student as a run begins. `student`, `teacher`: their
     fingerprints.
@@ -40,7 +40,7 @@ class Subject:
 
 
 def examine(config: Config, world_size: int, *, checkpoint: Path | None = None) -> Subject:
-    """The configuration's models and bank, and the checkpoint that `checkpoint` means (see `resolve_checkpoint`).
+    """Returns the configuration's models and bank, and the weights that `checkpoint` means (see `resolve_checkpoint`).
 
     Raises:
         ConfigError, WeightsError, InputError: as of `plan_run`, `open_bank` and `resolve_checkpoint`.
@@ -61,7 +61,7 @@ def bank_folder(config: Config) -> Path:
 
 
 def open_bank(config: Config, plan: RunPlan) -> ContextBank:
-    """The configuration's bank, which belongs to the plan's models.
+    """Returns the configuration's bank, which belongs to the plan's models.
 
     Raises:
         ConfigError: none is named, or tokenizer or vocabulary are others; the teacher is behind servers, which do not
@@ -77,7 +77,7 @@ def open_bank(config: Config, plan: RunPlan) -> ContextBank:
 def built_run(
     config: Config, plan: RunPlan, *, checkpoint: Path | None = None, generates: bool = False
 ) -> Iterator[TrainingRun]:
-    """Student and teacher of this rank, with the weights in `checkpoint`, of any layout. Collective over the world.
+    """Yields this rank's student and teacher, with the weights in `checkpoint`, of any layout. Collective (world).
 
     Args:
         checkpoint: a folder of `resolve_checkpoint`; None: the student as a run begins.
@@ -93,7 +93,7 @@ def built_run(
 
 
 def resolve_checkpoint(path: Path, plan: RunPlan) -> Path:
-    """The folder with weights that `path` means, checked as far as all ranks can by themselves.
+    """Returns the folder with weights that `path` means, checked as far as all ranks can by themselves.
 
     Args:
         path: a Hugging Face directory, a Megatron checkpoint of this package, a step's folder in a run's checkpoints/,

@@ -26,8 +26,8 @@ def check_teacher(config: Config, selector: Selector) -> None:
     if teacher.kind == "megatron":
         if loss.divergence == "topk_reverse_kl":
             raise ConfigError(
-                'loss.divergence = "topk_reverse_kl": expected teacher.kind = "sglang"; the teacher at hand gives its '
-                'whole distribution: use "reverse_kl"'
+                'loss.divergence = "topk_reverse_kl": expected teacher.kind = "sglang"; a teacher in the trainer\'s '
+                'own processes gives its whole distribution: use "reverse_kl"'
             )
         if config.prompts.teacher_field:
             raise ConfigError('prompts.teacher_field: expected several teachers with teacher.kind = "sglang", got one')
@@ -80,7 +80,7 @@ def teacher_limits(folder: Path) -> tuple[int, int]:
 
 
 def build_server_teacher(config: Config, *, vocab_size: int) -> ServerTeacher:
-    """The teacher with its servers checked. `vocab_size`: ids that it shares with the student.
+    """Returns the teacher with its servers checked. `vocab_size`: ids that it shares with the student.
 
     Raises:
         ServerMismatchError, ServerError: a server that is something else or does not answer.

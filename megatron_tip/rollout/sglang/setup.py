@@ -72,7 +72,7 @@ def read_keys(path: Path | None, *, setting: str = "sglang.keys_file") -> Server
 def build_sglang_engine(
     config: Config, student: ModelFolder, *, dtype: torch.dtype, weights_dtype: torch.dtype, device: torch.device
 ) -> SGLangEngine:
-    """The engine with its servers started, healthy and checked; they have no weights yet. For the first process.
+    """Returns the engine, its servers started, healthy and checked; they have no weights yet. For the first process.
 
     Args:
         dtype: of the servers' weights. weights_dtype: of the student's parameters, which travel.

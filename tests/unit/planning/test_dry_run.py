@@ -8,6 +8,7 @@ import pytest
 from megatron_tip.config import Config
 from megatron_tip.config.io import load_config
 from megatron_tip.errors import ConfigError
+from megatron_tip.planning import machine
 from megatron_tip.planning.dry_run import DryRun, dry_run
 from tests.helpers.training import Layout, make_config, make_models
 
@@ -77,7 +78,8 @@ def test_a_world_that_does_not_divide_is_refused():
         checked(recipe(), 63)
 
 
-def test_what_could_not_be_seen_is_told():
+def test_what_could_not_be_seen_is_told(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(machine, "require_sglang", lambda: None)
     notes = checked(recipe()).notes
     assert [note.split(" is not on this machine")[0] for note in notes] == [
         "models/Qwen3-1.7B",
@@ -134,6 +136,19 @@ def test_a_teacher_behind_servers_takes_nothing():
     alone = parts(recipe(*SERVED_TEACHER))
     assert not any(name.startswith("teacher") for name in alone)
     assert alone["student: weights"] == parts(recipe())["student: weights"]
+
+
+def test_the_embedded_engine_holds_weights_of_the_students_type():
+    name = "embedded engine, first GPU: weights and cache"
+    bfloat16, float32 = (parts(recipe("rollout.engine=embedded", f"model.dtype={it}")) for it in ("auto", "float32"))
+    assert float32[name] == pytest.approx(2 * bfloat16[name])
+
+
+def test_dropped_layers_are_dropped_from_a_known_shape():
+    dropped = parts(recipe("model.drop_layers=[0,1,2,3,4,5,6,7,8,9,10,11,12,13]"))  # of 28
+    matrix = 151936 * 2048  # bfloat16, over tp 2
+    whole = parts(recipe())["student: weights"]
+    assert dropped["student: weights"] - matrix == pytest.approx((whole - matrix) / 2, rel=1e-3)
 
 
 def test_weights_are_those_of_the_published_parameters():
