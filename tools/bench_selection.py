@@ -22,13 +22,13 @@ from typing import Annotated, Literal
 
 import torch
 import typer
+from simulated_replicas import SimulatedReplica, run_simulated
 
 from megatron_tip.observability.metrics_file import read_metrics
 from megatron_tip.records import TokenIndex
 from megatron_tip.selection import Selector
 from megatron_tip.selection.budget import BatchBudget, TieOrder
 from megatron_tip.selection.order_statistics import quantiles
-from megatron_tip.selection.simulated import SimulatedReplica, run_simulated
 from megatron_tip.statistics import TokenStatistics
 
 RATIO = 0.05

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from megatron_tip.config.data import HeldoutConfig, PromptsConfig
 from megatron_tip.config.diagnostics import DiagnosticsConfig
 from megatron_tip.config.learning import LossConfig, OptimizerConfig, SelectionConfig, TrainingConfig
-from megatron_tip.config.models import ModelConfig, TeacherConfig, split_teacher_url
+from megatron_tip.config.models import ModelConfig, TeacherConfig
 from megatron_tip.config.operation import CheckpointConfig, FaultConfig, MonitoringConfig, OutputConfig, TrackingConfig
 from megatron_tip.config.rollout import RolloutConfig, SGLangConfig, SyncConfig
 from megatron_tip.config.section import Section
@@ -38,7 +38,6 @@ __all__ = [
     "TeacherConfig",
     "TrackingConfig",
     "TrainingConfig",
-    "split_teacher_url",
 ]
 
 
@@ -82,3 +81,8 @@ class Config(Section):
     tracking: TrackingConfig = TrackingConfig()
     monitoring: MonitoringConfig = MonitoringConfig()
     diagnostics: DiagnosticsConfig = DiagnosticsConfig()
+
+    @property
+    def longest_sequence(self) -> int:
+        """Most tokens that a prompt and its response may have together."""
+        return self.prompts.max_prompt_tokens + self.rollout.max_response_tokens

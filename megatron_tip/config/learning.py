@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -33,6 +33,10 @@ class SelectionConfig(Section):
     """Divide the loss by the number of selected or of valid tokens, or weight sampled tokens by 1 / p."""
     compare: bool = True
     """Log how far the other rules agree with this one, as far as the statistics allow."""
+
+    def settings(self) -> dict[str, Any]:
+        """Returns the arguments of `selection.Selector` but for its seed, which is the run's. It calls "auto" None."""
+        return {name: None if value == "auto" else value for name, value in self if name != "support_size"}
 
 
 class LossConfig(Section):

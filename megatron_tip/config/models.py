@@ -10,12 +10,6 @@ from pydantic import Field, model_validator
 from megatron_tip.config.section import Section
 
 
-def split_teacher_url(text: str) -> tuple[str, str]:
-    """Returns the teacher's name ("" for a single teacher) and the URL of one of its servers."""
-    name, equals, url = text.partition("=")
-    return (name, url) if equals and "/" not in name else ("", text)
-
-
 class ModelConfig(Section):
     """The student: it is trained and generates."""
 
@@ -75,7 +69,17 @@ class TeacherConfig(Section):
         if (self.kind == "sglang") != bool(self.urls):
             got = ", ".join(self.urls) or "none"
             raise ValueError(f'teacher.urls: expected URLs with teacher.kind = "sglang" and only then, got {got}')
-        names = [name for name, _ in map(split_teacher_url, self.urls)]
-        if "" in names and len(set(names)) > 1:
+        names = {name for name, _ in self.routes}
+        if "" in names and len(names) > 1:
             raise ValueError('teacher.urls: expected all of them as "name=http://host:port", or none')
         return self
+
+    @property
+    def routes(self) -> tuple[tuple[str, str], ...]:
+        """Each URL with the name of the teacher that it leads to; "" for a single teacher."""
+        return tuple(map(_split, self.urls))
+
+
+def _split(text: str) -> tuple[str, str]:
+    name, equals, url = text.partition("=")
+    return (name, url) if equals and "/" not in name else ("", text)

@@ -7,11 +7,12 @@ names a vocabulary that models share: equal names mean equal ids for every token
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_tip.conversion.architecture import ModelArchitecture
+from megatron_tip.conversion.architecture import ModelArchitecture, config_without_layers
 from megatron_tip.errors import ConfigError
 
 
@@ -122,15 +123,19 @@ KNOWN_MODELS = {
 }
 
 
-def known_model(path: Path, *, owner: str) -> KnownModel:
+def known_model(path: Path, *, owner: str, drop_layers: Collection[int] = ()) -> KnownModel:
     """Returns the known model after which a missing folder is named; "-Base" and "-Instruct" may be appended.
+
+    `drop_layers`: those to leave out, as of `ModelFolder`.
 
     Raises:
         ConfigError: the folder has no known name. `owner` is "model" or "teacher".
+        WeightsError: layers that the model does not have.
     """
     for name in (path.name, path.name.removesuffix("-Base"), path.name.removesuffix("-Instruct")):
         if name in KNOWN_MODELS:
-            return KNOWN_MODELS[name]
+            known = KNOWN_MODELS[name]
+            return replace(known, config=config_without_layers(known.config, drop_layers)) if drop_layers else known
     close = difflib.get_close_matches(path.name, KNOWN_MODELS, n=1, cutoff=0.0)[0]
     raise ConfigError(
         f"{owner}.path: expected a folder with a config.json, or the name of a known model to be checked without "

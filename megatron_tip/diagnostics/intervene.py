@@ -27,7 +27,7 @@ from megatron_tip.diagnostics.session import Subject
 from megatron_tip.diagnostics.snapshot import StudentStart
 from megatron_tip.errors import InputError, NotFiniteError
 from megatron_tip.parallel.collectives import broadcast_json
-from megatron_tip.planning.plan import make_selector
+from megatron_tip.planning.settings import make_selector
 from megatron_tip.statistics import TokenStatistics
 from megatron_tip.training.run import TrainingRun
 from megatron_tip.training.step import select_then_train

@@ -20,7 +20,7 @@ from megatron_tip.observability.timing import PhaseTimer
 from megatron_tip.parallel.distributed import destroy_distributed, init_distributed
 from megatron_tip.parallel.environment import available_threads
 from megatron_tip.planning.plan import RunPlan, plan_run
-from megatron_tip.teachers.setup import known_statistics
+from megatron_tip.planning.settings import check_whole_teacher
 from megatron_tip.training.checkpoints.files import SHARDS_NAME, CheckpointFiles
 from megatron_tip.training.run import TrainingRun
 from megatron_tip.training.setup import build_run
@@ -71,11 +71,7 @@ def open_bank(config: Config, plan: RunPlan) -> ContextBank:
         ConfigError: no bank is named, its tokenizer or vocabulary differ, or the teacher is served and does not give
             its whole distribution. InputError: the bank is damaged.
     """
-    if "forward_kl" not in known_statistics(config):
-        raise ConfigError(
-            f'diagnostics: expected teacher.kind = "megatron", got {config.teacher.kind!r}; KL(teacher || student) '
-            "needs the whole distribution of the teacher"
-        )
+    check_whole_teacher(config)
     bank = read_bank(bank_folder(config))
     check_bank(bank, tokenizer=tokenizer_fingerprint(plan.tokenizer), vocab_size=plan.vocab_size)
     return bank

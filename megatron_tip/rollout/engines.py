@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megatron_tip.config import Config
+from megatron_tip.machine import Machine
 from megatron_tip.rollout.ahead import AheadEngine
 from megatron_tip.rollout.embedded.engine import build_embedded_engine
 from megatron_tip.rollout.engine import EngineNeeds, RolloutEngine
@@ -14,7 +15,7 @@ from megatron_tip.rollout.replay_engine import build_replay_engine, check_replay
 from megatron_tip.rollout.sglang.setup import build_sglang_engine, check_served
 
 
-def check_nothing(config: Config, vocab_sizes: Sequence[int], *, elsewhere: bool = False) -> None:
+def check_nothing(config: Config, vocab_sizes: Sequence[int], machine: Machine) -> None:
     """Refuses nothing."""
 
 
@@ -23,14 +24,14 @@ class EngineKind:
     """What is known of an engine by its name, on every rank.
 
     `build`: makes it, in the first process. `check`: refuses, from files alone and before anything starts, what it
-    cannot do; gets the configuration, the vocabulary sizes of student and teacher, and whether the run will be
-    `elsewhere`, so that what only that machine has is not looked for here. `generates`: False where it gives back whole
-    rollouts of an earlier run: of whatever weights those were, with their turns, and new weights change nothing.
+    cannot do; gets the configuration, the vocabulary sizes of student and teacher, and the machine. `generates`: False
+    if it gives back whole rollouts of an earlier run: of whatever weights those were, with their turns, and new weights
+    change nothing.
     `verifies_weights`: it has `input_logprobs`, by which a sync can be checked.
     """
 
     build: Callable[[EngineNeeds], RolloutEngine]
-    check: Callable[..., None] = check_nothing
+    check: Callable[[Config, Sequence[int], Machine], None] = check_nothing
     generates: bool = True
     verifies_weights: bool = False
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megatron_tip.config import Config
 from megatron_tip.errors import ConfigError, EngineError
+from megatron_tip.machine import Machine
 from megatron_tip.records import Prompt, Rollout
 from megatron_tip.rollout.engine import EngineNeeds, RolloutEngine, SamplingParams
 from megatron_tip.rollout.storage import read_rollouts, rollout_file
@@ -72,22 +73,21 @@ class ReplayEngine(RolloutEngine):
         return rollouts
 
 
-def check_replay(config: Config, vocab_sizes: Sequence[int], *, elsewhere: bool = False) -> None:
-    """Refuses rollouts to replay that are not there or are the run's own; see `EngineKind.check`.
+def check_replay(config: Config, vocab_sizes: Sequence[int], machine: Machine) -> None:
+    """Refuses rollouts to replay that do not exist or are the run's own; see `EngineKind.check`.
 
     Raises:
-        ConfigError: the folder is within the run's own. EngineError: there are no rollouts in it.
+        ConfigError: the folder is missing, or within the run's own. EngineError: there are no rollouts in it.
     """
     folder = config.rollout.replay_folder
     assert folder is not None, "checked by the configuration"
-    if elsewhere:
-        return
     if folder.resolve().is_relative_to(config.run.folder.resolve()):
         raise ConfigError(
             f"rollout.replay_folder: expected a folder of another run, got {folder} within run.folder, where this "
             "run's own rollouts go; give another run.folder"
         )
-    ReplayEngine(folder).health()
+    if machine.has(folder, "rollout.replay_folder"):
+        ReplayEngine(folder).health()
 
 
 def build_replay_engine(needs: EngineNeeds) -> ReplayEngine:

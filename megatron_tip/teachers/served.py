@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tip.batching.step_batch import StepBatch
-from megatron_tip.config import Config, LossConfig, split_teacher_url
+from megatron_tip.config import Config, LossConfig
 from megatron_tip.models.student import Student
 from megatron_tip.parallel.groups import ModelGroups
 from megatron_tip.parallel.together import raise_together
@@ -173,9 +173,10 @@ def build(config: Config, site: TeacherSite) -> ServedTeacher:
 
 def _scorer(config: Config, vocab_size: int) -> ServerTeacher:
     teacher = config.teacher
-    keys, timeouts = read_keys(teacher.keys_file), Timeouts(silence=teacher.timeout_seconds)
+    keys = read_keys(teacher.keys_file, setting="teacher.keys_file")
+    timeouts = Timeouts(silence=teacher.timeout_seconds)
     routes: dict[str, list[SGLangClient]] = {}
-    for name, url in map(split_teacher_url, teacher.urls):
+    for name, url in teacher.routes:
         client = SGLangClient(url, vocab_size=vocab_size, keys=keys, timeouts=timeouts)
         routes.setdefault(name, []).append(client)
     settings = ScoringSettings(

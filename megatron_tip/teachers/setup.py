@@ -8,9 +8,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_tip.config import Config, split_teacher_url
+from megatron_tip.config import Config
 from megatron_tip.conversion.model_folder import read_json
 from megatron_tip.errors import ConfigError
+from megatron_tip.machine import Machine
 from megatron_tip.rollout.sglang.setup import read_keys
 from megatron_tip.selection import Selector
 from megatron_tip.vocab_parallel.statistics import FULL_STATISTICS
@@ -32,20 +33,17 @@ def build_teacher(config: Config, site: TeacherSite) -> Teacher[Any]:
     return import_module(TEACHER_KINDS[config.teacher.kind].module).build(config, site)
 
 
-def check_teacher(config: Config, selector: Selector, *, elsewhere: bool = False) -> None:
+def check_teacher(config: Config, selector: Selector, machine: Machine) -> None:
     """Refuses what the run's kind of teacher cannot do: losses, rules and temperatures by name. Reads files alone.
-
-    Args:
-        elsewhere: the run will be on another machine: its passwords are not looked for here.
 
     Raises:
         ConfigError: a loss or a rule that needs the teacher's whole distribution from one behind servers, a
             temperature other than 1 there, several teachers without a field that chooses; or the reverse.
     """
-    TEACHER_KINDS[config.teacher.kind].check(config, selector, elsewhere)
+    TEACHER_KINDS[config.teacher.kind].check(config, selector, machine)
 
 
-def _check_in_trainer(config: Config, selector: Selector, elsewhere: bool) -> None:
+def _check_in_trainer(config: Config, selector: Selector, machine: Machine) -> None:
     if config.loss.divergence == "topk_reverse_kl":
         raise ConfigError(
             'loss.divergence = "topk_reverse_kl": expected teacher.kind = "sglang"; a teacher in the trainer\'s own '
@@ -55,7 +53,7 @@ def _check_in_trainer(config: Config, selector: Selector, elsewhere: bool) -> No
         raise ConfigError('prompts.teacher_field: expected several teachers with teacher.kind = "sglang", got one')
 
 
-def _check_served(config: Config, selector: Selector, elsewhere: bool) -> None:
+def _check_served(config: Config, selector: Selector, machine: Machine) -> None:
     teacher, loss = config.teacher, config.loss
     if loss.temperature != 1.0:
         raise ConfigError(
@@ -70,16 +68,16 @@ def _check_served(config: Config, selector: Selector, elsewhere: bool) -> None:
     source = f'a teacher behind servers with teacher.student_support = "{teacher.student_support}"'
     selector.check_available(known_statistics(config), source)
     _check_routes(config)
-    if not elsewhere:
-        read_keys(teacher.keys_file)
+    if teacher.keys_file is not None and machine.has(teacher.keys_file, "teacher.keys_file"):
+        read_keys(teacher.keys_file, setting="teacher.keys_file")
 
 
 def _check_routes(config: Config) -> None:
-    pairs = [split_teacher_url(url) for url in config.teacher.urls]
-    bad = [url for _, url in pairs if not url.startswith(("http://", "https://"))]
+    routes = config.teacher.routes
+    bad = [url for _, url in routes if not url.startswith(("http://", "https://"))]
     if bad:
         raise ConfigError(f'teacher.urls: expected "http://host:port" or "name=http://host:port", got {bad[0]!r}')
-    named, field = any(name for name, _ in pairs), config.prompts.teacher_field
+    named, field = any(name for name, _ in routes), config.prompts.teacher_field
     if named != bool(field):
         raise ConfigError(
             f"prompts.teacher_field: expected the field that names each prompt's teacher where teacher.urls has names, "
@@ -90,7 +88,7 @@ def _check_routes(config: Config) -> None:
 
 
 def teacher_limits(folder: Path) -> tuple[int, int]:
-    """Vocabulary and positions of the model that `folder`'s config.json describes; of any architecture, no weights.
+    """Returns vocabulary and positions from `folder`'s config.json, which may be of any architecture; no weights.
 
     Raises:
         WeightsError: no config.json that can be read.
@@ -117,11 +115,12 @@ def _known_of_servers(config: Config) -> frozenset[str]:
 class TeacherKind:
     """One kind of teacher.
 
-    `check`: refuses, from the configuration, the run's selector and files alone, what it cannot do. `known_statistics`:
-    the fields of TokenStatistics that it makes known. `module`: has its class and `build(config, site)`.
+    `check`: refuses what it cannot do, from the configuration, the run's selector and files of the machine.
+    `known_statistics`: the fields of TokenStatistics that it makes known. `module`: has its class and
+    `build(config, site)`.
     """
 
-    check: Callable[[Config, Selector, bool], None]
+    check: Callable[[Config, Selector, Machine], None]
     known_statistics: Callable[[Config], frozenset[str]]
     module: str
 

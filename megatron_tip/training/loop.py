@@ -22,6 +22,7 @@ from megatron_tip.parallel.environment import available_threads
 from megatron_tip.parallel.launch import end_worker_with, failures_on_record
 from megatron_tip.parallel.stop import StopRequested
 from megatron_tip.parallel.watchdog import HangWatchdog
+from megatron_tip.planning.dtypes import Dtypes
 from megatron_tip.planning.plan import RunPlan, plan_run
 from megatron_tip.training.checkpoints.files import CheckpointFiles
 from megatron_tip.training.checkpoints.progress import Heldout, RunProgress
@@ -32,7 +33,7 @@ from megatron_tip.training.finish import finish_run
 from megatron_tip.training.heldout import heldout_metric, measure_heldout
 from megatron_tip.training.recorder import RecorderState, RunRecorder
 from megatron_tip.training.run import Gauge, RolloutSource, TrainingRun
-from megatron_tip.training.setup import build_run, coarser_dtype
+from megatron_tip.training.setup import build_run
 from megatron_tip.training.step import SKIPPED_NOT_FINITE, train_step
 from megatron_tip.training.throughput import Throughput
 from megatron_tip.training.weight_sync import update_engine
@@ -226,7 +227,7 @@ def record_step(run: TrainingRun, recorder: RunRecorder, progress: RunProgress) 
     progress.unrecorded = None
     if step == 0:
         progress.before = heldout
-        if heldout.reverse_kl < AGREEMENT[coarser_dtype(run.config)]:
+        if heldout.reverse_kl < AGREEMENT[Dtypes.of(run.config).coarser]:
             logger.warning(
                 "student and teacher agree everywhere (held-out reverse KL %.1e): is teacher.path right?",
                 heldout.reverse_kl,

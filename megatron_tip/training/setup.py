@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_tip.config import Config, split_teacher_url
+from megatron_tip.config import Config
 from megatron_tip.conversion.bridge import load_hf
 from megatron_tip.errors import InputError
 from megatron_tip.models.gpt import build_gpt
@@ -12,6 +12,7 @@ from megatron_tip.models.student import Student, build_student
 from megatron_tip.observability.timing import PhaseTimer
 from megatron_tip.parallel.distributed import Worker
 from megatron_tip.parallel.groups import ModelGroups, build_groups
+from megatron_tip.planning.dtypes import Dtypes
 from megatron_tip.planning.plan import RunPlan
 from megatron_tip.prompts.source import PromptSource, load_prompts
 from megatron_tip.rollout.engine import EngineNeeds, SamplingParams
@@ -50,7 +51,7 @@ def build_run(
         vocabulary=vocabulary,
         padded_vocab_size=plan.padded_vocab_size,
         required_statistics=plan.selector.required_statistics,
-        dtype=resolve_dtype(config.teacher.dtype),
+        dtype=Dtypes.of(config).teacher,
         device=worker.device,
     )
     return TrainingRun(
@@ -76,25 +77,12 @@ def build_run(
     )
 
 
-def resolve_dtype(name: str) -> torch.dtype:
-    """What "auto" means here: bfloat16 on a GPU, float32 on a CPU."""
-    if name == "auto":
-        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-
-
-def coarser_dtype(config: Config) -> torch.dtype:
-    """The lower precision of student and teacher."""
-    dtypes = {resolve_dtype(config.model.dtype), resolve_dtype(config.teacher.dtype)}
-    return torch.bfloat16 if torch.bfloat16 in dtypes else torch.float32
-
-
 def _student(config: Config, plan: RunPlan, groups: ModelGroups) -> Student:
     model = build_gpt(
         plan.student.architecture,
         groups,
         padded_vocab_size=plan.padded_vocab_size,
-        dtype=resolve_dtype(config.model.dtype),
+        dtype=Dtypes.of(config).student,
         transformer_impl=config.model.transformer_impl,
         sequence_parallel=config.model.sequence_parallel,
         recompute_activations=config.model.recompute_activations,
@@ -104,7 +92,7 @@ def _student(config: Config, plan: RunPlan, groups: ModelGroups) -> Student:
 
 
 def _source(config: Config, plan: RunPlan, device: torch.device, num_threads: int) -> RolloutSource:
-    name = config.rollout.dtype if config.rollout.dtype != "auto" else config.model.dtype
+    dtypes = Dtypes.of(config)
     engine = build_engine(
         EngineNeeds(
             config=config,
@@ -114,8 +102,8 @@ def _source(config: Config, plan: RunPlan, device: torch.device, num_threads: in
             stop_token_ids=plan.stop_token_ids,
             device=device,
             num_threads=num_threads,
-            dtype=resolve_dtype(name),
-            weights_dtype=resolve_dtype(config.model.dtype),
+            dtype=dtypes.engine,
+            weights_dtype=dtypes.student,
         )
     )
     return RolloutSource(_prompts(config, plan), engine)
@@ -131,7 +119,7 @@ def _prompts(config: Config, plan: RunPlan) -> PromptSource:
         seed=config.run.seed,
     )
     if config.prompts.teacher_field:
-        known = sorted({split_teacher_url(url)[0] for url in config.teacher.urls})
+        known = sorted({name for name, _ in config.teacher.routes})
         for prompt in (*source.training, *source.heldout):
             if prompt.teacher not in known:
                 raise InputError(

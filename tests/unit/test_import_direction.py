@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = "megatron_tip"
 LAYERS = [
     {PACKAGE, "errors"},
-    {"files", "seeds", "statistics", "records", "cpu"},
+    {"files", "seeds", "machine", "statistics", "records", "cpu"},
     {"config"},
     {"parallel", "observability"},
     {"vocab_parallel"},

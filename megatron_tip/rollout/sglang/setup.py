@@ -15,6 +15,7 @@ from megatron_tip.config import Config
 from megatron_tip.conversion.model_folder import ModelFolder
 from megatron_tip.errors import ConfigError
 from megatron_tip.files import new_folder
+from megatron_tip.machine import Machine
 from megatron_tip.rollout.engine import EngineNeeds
 from megatron_tip.rollout.sglang.client import ServerKeys, SGLangClient, Timeouts
 from megatron_tip.rollout.sglang.engine import EngineSettings, SGLangEngine, new_run_id
@@ -26,16 +27,8 @@ from megatron_tip.rollout.sglang.weights.transport import WeightTransport
 from megatron_tip.seeds import derive_seed
 
 
-def check_sglang(config: Config, *, elsewhere: bool = False) -> None:
-    """Refuses, before anything starts, what SGLang servers cannot do. Reads files, starts nothing.
-
-    Args:
-        elsewhere: the run will be on another machine: neither its passwords nor its SGLang are looked for here.
-
-    Raises:
-        ConfigError: settings that do not fit together, unreadable passwords.
-        OptionalDependencyError: servers of our own, and SGLang is not installed.
-    """
+def check_sglang(config: Config) -> None:
+    """Raises ConfigError for settings of SGLang servers that do not fit together. Reads no files."""
     rollout, sglang = config.rollout, config.sglang
     if rollout.top_p != 1.0:
         raise ConfigError(
@@ -47,8 +40,6 @@ def check_sglang(config: Config, *, elsewhere: bool = False) -> None:
             "sglang.router_url: expected rollout.server_urls as well, got none; weights go to the servers themselves"
         )
     if rollout.server_urls:
-        if not elsewhere:
-            read_keys(sglang.keys_file)
         urls = [*rollout.server_urls, *filter(None, [sglang.router_url])]
         bad = [url for url in urls if not url.startswith(("http://", "https://"))]
         if bad:
@@ -61,13 +52,22 @@ def check_sglang(config: Config, *, elsewhere: bool = False) -> None:
             f"sglang.gpus: expected {needed} for rollout.servers = {rollout.servers} of tensor_parallel_size "
             f"{sglang.tensor_parallel_size}, got {len(sglang.gpus)}"
         )
-    if not elsewhere:
-        require_sglang()
 
 
-def check_served(config: Config, vocab_sizes: Sequence[int], *, elsewhere: bool = False) -> None:
-    """Refuses what rollouts by servers cannot be; see `EngineKind.check`. Raises as `check_sglang`."""
-    check_sglang(config, elsewhere=elsewhere)
+def check_served(config: Config, vocab_sizes: Sequence[int], machine: Machine) -> None:
+    """Refuses what rollouts by servers cannot be; see `EngineKind.check`.
+
+    Raises:
+        ConfigError: settings that do not fit together, or unreadable passwords.
+        OptionalDependencyError: servers of our own, and SGLang is not installed.
+    """
+    check_sglang(config)
+    keys_file = config.sglang.keys_file
+    if not config.rollout.server_urls:
+        with machine.lacks_packages():
+            require_sglang()
+    elif keys_file is not None and machine.has(keys_file, "sglang.keys_file"):
+        read_keys(keys_file)
     student, teacher = vocab_sizes
     if student > teacher:
         raise ConfigError(
@@ -77,8 +77,8 @@ def check_served(config: Config, vocab_sizes: Sequence[int], *, elsewhere: bool 
         )
 
 
-def read_keys(path: Path | None) -> ServerKeys:
-    """The passwords in `path`; none without a path.
+def read_keys(path: Path | None, *, setting: str = "sglang.keys_file") -> ServerKeys:
+    """Returns the passwords in `path`, which `setting` names; none without a path.
 
     Raises:
         ConfigError: it cannot be read, or holds something else. The message shows nothing of its content.
@@ -88,10 +88,10 @@ def read_keys(path: Path | None) -> ServerKeys:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"sglang.keys_file: cannot read {path}: {type(error).__name__}") from None
+        raise ConfigError(f"{setting}: cannot read {path}: {type(error).__name__}") from None
     valid = isinstance(content, dict) and content.keys() <= {"api", "admin"}
     if not valid or not all(isinstance(value, str) for value in content.values()):
-        raise ConfigError(f'sglang.keys_file: expected {{"api": "...", "admin": "..."}} in {path}, got something else')
+        raise ConfigError(f'{setting}: expected {{"api": "...", "admin": "..."}} in {path}, got something else')
     return ServerKeys(**content)
 
 
@@ -154,7 +154,6 @@ def _own_servers(
     description = config.run.folder / "servers" / "model"
     with new_folder(description, overwrite=True) as folder:
         student.write_description(folder, dtype)
-    longest = config.prompts.max_prompt_tokens + rollout.max_response_tokens
     batch = max(rollout.prompts_per_step * rollout.samples_per_prompt, config.heldout.num_prompts)
     name: Literal["float32", "bfloat16"] = "float32" if dtype == torch.float32 else "bfloat16"
     size = sglang.tensor_parallel_size
@@ -169,7 +168,7 @@ def _own_servers(
             threads=sglang.threads,
             gpus=sglang.gpus[index * size : (index + 1) * size],
             max_total_tokens=sglang.max_total_tokens
-            or (0 if on_gpu else min(batch, sglang.concurrency) * longest + 256),
+            or (0 if on_gpu else min(batch, sglang.concurrency) * config.longest_sequence + 256),
             memory_fraction=sglang.memory_fraction or (0.0 if on_gpu else 0.5),
             dummy_weights=True,
             seed=derive_seed(config.run.seed, 3, index) % 2**31,

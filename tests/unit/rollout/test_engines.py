@@ -4,7 +4,8 @@ from typing import get_args
 import pytest
 
 from megatron_tip.config import RolloutConfig
-from megatron_tip.errors import ConfigError, EngineError
+from megatron_tip.errors import ConfigError
+from megatron_tip.machine import Machine
 from megatron_tip.records import Prompt, Rollout
 from megatron_tip.rollout.ahead import AheadEngine
 from megatron_tip.rollout.engine import EngineNeeds, RolloutEngine, SamplingParams
@@ -56,7 +57,7 @@ def test_every_engine_of_the_configuration_has_a_row():
 def test_a_new_engine_is_a_class_and_a_row(tmp_path, monkeypatch):
     monkeypatch.setitem(ENGINES, "toy", EngineKind(lambda needs: ToyEngine()))
     needs = needs_of(tmp_path, engine="toy")
-    engine_kind(needs.config).check(needs.config, (300, 300))
+    engine_kind(needs.config).check(needs.config, (300, 300), Machine())
     engine = build_engine(needs)
     assert isinstance(engine, ToyEngine)
     engine.start_next([], SamplingParams(1, 1.0, 1.0, 1, (2,), 0))
@@ -87,19 +88,19 @@ def test_what_is_replayed_has_its_turns_already(tmp_path):
 def test_rollouts_to_replay_are_looked_for_where_the_run_will_be(tmp_path):
     folder = replayed(tmp_path)
     check = ENGINES["replay"].check
-    check(config_of(tmp_path, engine="replay", replay_folder=folder), (300, 300))
+    check(config_of(tmp_path, engine="replay", replay_folder=folder), (300, 300), Machine())
     nothing = config_of(tmp_path, engine="replay", replay_folder=tmp_path / "nothing")
-    with pytest.raises(EngineError, match=r"found no \.jsonl file"):
-        check(nothing, (300, 300))
-    check(nothing, (300, 300), elsewhere=True)
+    with pytest.raises(ConfigError, match=r"rollout\.replay_folder: expected an existing path"):
+        check(nothing, (300, 300), Machine())
+    check(nothing, (300, 300), Machine(is_elsewhere=True))
     own = config_of(tmp_path, engine="replay", replay_folder=replayed(tmp_path / "run"))
     with pytest.raises(ConfigError, match="expected a folder of another run"):
-        check(own, (300, 300))
+        check(own, (300, 300), Machine())
 
 
 def test_servers_must_not_sample_what_the_teacher_does_not_know(tmp_path):
     config = config_of(tmp_path, engine="sglang", server_urls=("http://a:1",), top_p=1.0)
     config.sglang = SimpleNamespace(router_url="", keys_file=None)
-    ENGINES["sglang"].check(config, (300, 307))
+    ENGINES["sglang"].check(config, (300, 307), Machine())
     with pytest.raises(ConfigError, match="got 307 and 300 entries"):
-        ENGINES["sglang"].check(config, (307, 300))
+        ENGINES["sglang"].check(config, (307, 300), Machine())
