@@ -1,7 +1,5 @@
 """The command `megatron-tip`. Each of its commands is a file of `commands`: arguments, help and what it does."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

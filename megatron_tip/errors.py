@@ -3,8 +3,6 @@
 Every message says where, what was expected, what was found, and what to do about it.
 """
 
-from __future__ import annotations
-
 
 class MegatronTipError(Exception):
     """Base of every error that this package raises on purpose."""
@@ -63,14 +61,7 @@ class TooManySkips(TrainingError):  # noqa: N818  (it names what happened)
 
 
 class PeerError(MegatronTipError, RuntimeError):
-    """A failure of another rank, with which this one ends; the other rank's own error says why and is the one to show.
-
-    `cause`: the class of the other rank's error, if known.
-    """
-
-    def __init__(self, message: str, *, cause: str = "") -> None:
-        super().__init__(message)
-        self.cause = cause
+    """A failure of another rank, with which this one ends; the other rank's own error says why and is the one to show."""
 
 
 class OptionalDependencyError(MegatronTipError, ImportError):

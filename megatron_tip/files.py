@@ -1,7 +1,5 @@
 """Atomic writing of files and folders: written next to their place, synced, renamed."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -1,7 +1,5 @@
 """The machine that a run is checked on. What it lacks is an error for a run here and a note for a run elsewhere."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path

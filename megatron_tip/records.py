@@ -4,8 +4,6 @@ Shape letters: `b` sequences of a micro-batch, `s` positions, `n` valid tokens (
 `K` support size. Rows run over micro-batches, then sequences, then positions; a row is one position of `loss_mask`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate

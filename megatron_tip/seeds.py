@@ -1,7 +1,5 @@
 """Seeds derived from one another."""
 
-from __future__ import annotations
-
 import numpy as np
 
 

@@ -3,8 +3,6 @@
 torch is not imported: the report reads the declarations and must not wait for it.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Literal
 
@@ -38,7 +36,7 @@ class Statistic:
     described: bool = False
 
     @property
-    def metadata(self) -> dict[str, Statistic]:
+    def metadata(self) -> "dict[str, Statistic]":
         """What the field of TokenStatistics carries."""
         return {"statistic": self}
 
@@ -54,55 +52,55 @@ class TokenStatistics:
     """
 
     # fmt: off
-    student_entropy: Tensor = field(metadata=Statistic(
+    student_entropy: "Tensor" = field(metadata=Statistic(
         "H(p)", "student's entropy", "-Σ p ln p", "vocabulary", "nothing", logged=True, described=True).metadata)
-    teacher_entropy: Tensor | None = field(metadata=Statistic(
+    teacher_entropy: "Tensor | None" = field(metadata=Statistic(
         "H(q)", "teacher's entropy", "-Σ q ln q", "vocabulary", "distribution", logged=True).metadata)
-    reverse_kl: Tensor | None = field(metadata=Statistic(
+    reverse_kl: "Tensor | None" = field(metadata=Statistic(
         "KL(p‖q)", "reverse KL", "Σ p ln(p / q), TIP Eq. 3", "vocabulary", "distribution",
         logged=True, described=True).metadata)
-    topk_reverse_kl: Tensor | None = field(default=None, metadata=Statistic(
+    topk_reverse_kl: "Tensor | None" = field(default=None, metadata=Statistic(
         "KL(p‖q)≥", "reverse KL over known ids", "all ids whose q is not known as one: at most KL(p‖q)",
         "vocabulary", "top_k_alone", in_scores=False, logged=True).metadata)
-    forward_kl: Tensor | None = field(metadata=Statistic(
+    forward_kl: "Tensor | None" = field(metadata=Statistic(
         "KL(q‖p)", "forward KL", "Σ q ln(q / p)", "vocabulary", "distribution", logged=True).metadata)
-    support_divergence: Tensor = field(metadata=Statistic(
+    support_divergence: "Tensor" = field(metadata=Statistic(
         "D", "divergence on both supports", "KL(q‖p), both renormalised on the union, Eq. 9", "support", "top_k",
         logged=True, described=True).metadata)
-    compatibility: Tensor | None = field(metadata=Statistic(
+    compatibility: "Tensor | None" = field(metadata=Statistic(
         "C", "teacher's mass on the student's top-K", "Σ q over S_S, Eq. 10", "support", "student_top_k", "share",
         logged=True, described=True).metadata)
-    compatibility_lower_bound: Tensor = field(metadata=Statistic(
+    compatibility_lower_bound: "Tensor" = field(metadata=Statistic(
         "Ĉ", "teacher's mass on both top-K", "Σ q over the intersection, Eq. 17", "support", "top_k", "share").metadata)
-    support_overlap: Tensor = field(metadata=Statistic(
+    support_overlap: "Tensor" = field(metadata=Statistic(
         "O", "ids in both top-K", "", "support", "top_k", "ids", in_views=False).metadata)
-    support_jaccard: Tensor = field(metadata=Statistic(
+    support_jaccard: "Tensor" = field(metadata=Statistic(
         "J", "overlap of both top-K", "O / size of the union", "support", "top_k", "share",
         in_views=False).metadata)
-    shared_teacher_mass: Tensor = field(metadata=Statistic(
+    shared_teacher_mass: "Tensor" = field(metadata=Statistic(
         "Ĉ / q(S_T)", "shared part of the teacher's top-K mass", "Ĉ over Σ q over S_T", "support", "top_k", "share",
         in_views=False).metadata)
-    student_mass_on_teacher_support: Tensor = field(metadata=Statistic(
+    student_mass_on_teacher_support: "Tensor" = field(metadata=Statistic(
         "p(S_T)", "student's mass on the teacher's top-K", "Σ p over S_T", "support", "top_k", "share",
         in_views=False).metadata)
-    student_logprobs: Tensor | None = field(default=None, metadata=Statistic(
+    student_logprobs: "Tensor | None" = field(default=None, metadata=Statistic(
         "ln p", "student's logprob of the sampled token", "ln p(y)", "label", "nothing").metadata)
-    teacher_logprobs: Tensor | None = field(default=None, metadata=Statistic(
+    teacher_logprobs: "Tensor | None" = field(default=None, metadata=Statistic(
         "ln q", "teacher's logprob of the sampled token", "ln q(y)", "label", "top_k").metadata)
-    jsd: Tensor | None = field(default=None, metadata=Statistic(
+    jsd: "Tensor | None" = field(default=None, metadata=Statistic(
         "JSD", "Jensen-Shannon divergence", "β = 1/2", "vocabulary", "distribution",
         in_views=False, in_scores=False).metadata)
     # fmt: on
-    student_support_ids: Tensor | None = None  # [n, K] int64, descending logprob
-    student_support_logprobs: Tensor | None = None  # [n, K] student's own
-    teacher_support_ids: Tensor | None = None
-    teacher_support_logprobs: Tensor | None = None
+    student_support_ids: "Tensor | None" = None  # [n, K] int64, descending logprob
+    student_support_logprobs: "Tensor | None" = None  # [n, K] student's own
+    teacher_support_ids: "Tensor | None" = None
+    teacher_support_logprobs: "Tensor | None" = None
 
     def __len__(self) -> int:
         return self.student_entropy.shape[0]
 
     @staticmethod
-    def unknown(num_rows: int, device: torch.device) -> TokenStatistics:
+    def unknown(num_rows: int, device: "torch.device") -> "TokenStatistics":
         """Returns NaN for `num_rows` rows of which a teacher's distribution told nothing; no supports."""
         import torch
 
@@ -110,7 +108,7 @@ class TokenStatistics:
         return TokenStatistics(**{name: nothing for name, one in STATISTICS.items() if one.needs != "top_k_alone"})
 
     @staticmethod
-    def concatenate(parts: list[TokenStatistics]) -> TokenStatistics:
+    def concatenate(parts: "list[TokenStatistics]") -> "TokenStatistics":
         """Returns the rows of `parts` one after another; a field that any part lacks is `None`."""
 
         import torch

@@ -8,8 +8,6 @@ seconds from the start of the command to the first step, for a fresh and for a c
 listed separately.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import re

@@ -6,8 +6,6 @@ Prints the seconds per sample and per step, and both as a share of a run whose s
 quickstart's).
 """
 
-from __future__ import annotations
-
 import time
 from typing import Annotated
 

@@ -7,8 +7,6 @@ is installed, it also prints how long the page takes to open and to react to a r
 numbers (tools/synthetic_runs.py), which compress worse than a language model's.
 """
 
-from __future__ import annotations
-
 import resource
 import shutil
 import subprocess

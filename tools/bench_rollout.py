@@ -14,8 +14,6 @@ Memory: resident bytes of this process, which contains the student and the embed
 processes together; pages that processes share are counted in each.
 """
 
-from __future__ import annotations
-
 import json
 import statistics
 import tempfile

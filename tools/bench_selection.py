@@ -8,8 +8,6 @@ Each replica is a thread with its own shard. "local" is the processor time that 
 caches, so these are upper bounds.
 """
 
-from __future__ import annotations
-
 import statistics
 import subprocess
 import sys

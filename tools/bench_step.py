@@ -15,8 +15,6 @@ pages that processes share are counted in each. tools/heldout_reverse_kl.py meas
 saved student.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import statistics

@@ -3,8 +3,6 @@
 python tools/bench_step_trl.py TASK.json RESULT.json
 """
 
-from __future__ import annotations
-
 import json
 import sys
 import time

@@ -16,8 +16,6 @@ in the Euclidean norm, of the value and of both gradients, compared with float64
 scoring, the error of every row's divergence.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import statistics

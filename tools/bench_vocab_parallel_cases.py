@@ -6,8 +6,6 @@ A case is a function of `Work` that returns a call to measure: forward and backw
 Sharded cases run in one process per rank.
 """
 
-from __future__ import annotations
-
 import ctypes
 import gc
 import json

@@ -1,7 +1,5 @@
 """The cases of tools/bench_vocab_parallel.py from other packages, called as a user calls them, and the plain ones."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """The inputs of the cases of tools/bench_vocab_parallel.py."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -6,8 +6,6 @@ The student is that of the run before its first step, which wrote step 1's rollo
 that step's weights with --student.
 """
 
-from __future__ import annotations
-
 import io
 from dataclasses import dataclass
 from pathlib import Path

@@ -5,8 +5,6 @@
 The checkpoint can be read in any layout; --tp and --pp only divide the work and the memory among processes.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

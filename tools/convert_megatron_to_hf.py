@@ -5,8 +5,6 @@
 Reads a checkpoint of any layout; --tp and --pp only divide the work and the memory among processes.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

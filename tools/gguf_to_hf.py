@@ -3,8 +3,6 @@
 python tools/gguf_to_hf.py MODEL.gguf HF_FOLDER [--dtype bfloat16]
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Annotated, Literal

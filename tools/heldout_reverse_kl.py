@@ -6,8 +6,6 @@ Prints the mean over the response tokens, in nats. It shares no code with the pa
 measurements. It is for small models: it holds the full logits of both.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Annotated, Any

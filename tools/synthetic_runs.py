@@ -1,7 +1,5 @@
 """Synthetic run folders for `bench_report.py` and the report's tests: random numbers in real files."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

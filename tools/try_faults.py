@@ -9,8 +9,6 @@ have eight steps or more and save often: checkpoint.every_steps=2. --tiny replac
 tokenizer of model.path.
 """
 
-from __future__ import annotations
-
 import argparse
 import atexit
 import json

@@ -1,7 +1,5 @@
 """Workers for the conversion commands; together they hold the shards of one model."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Callable

@@ -3,8 +3,6 @@
 Planning needs lengths only, so every rank computes the same plan without a collective. Shape letters as in `records`.
 """
 
-from __future__ import annotations
-
 import heapq
 from collections.abc import Sequence
 

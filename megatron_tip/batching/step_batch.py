@@ -1,7 +1,5 @@
 """A step's rollouts, laid out in micro-batches over the student's data-parallel replicas."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 
@@ -47,7 +45,7 @@ class StepBatch:
         pad_token_id: int,
         sequence_multiple: int,
         device: torch.device,
-    ) -> StepBatch:
+    ) -> "StepBatch":
         """Returns a batch of all tokens of `rollouts`, balanced over `dp_size` replicas; the same on every rank."""
         lengths = num_kept_tokens(rollouts, [len(rollout.response_ids) - 1 for rollout in rollouts])
         plan = plan_micro_batches(lengths, dp_size, max_tokens, sequence_multiple=sequence_multiple)
@@ -95,7 +93,7 @@ class StepBatch:
             self._indices[replica] = token_index(self.micro_batches(replica))
         return self._indices[replica]
 
-    def cut_behind(self, last_selected: Sequence[int]) -> StepBatch:
+    def cut_behind(self, last_selected: Sequence[int]) -> "StepBatch":
         """Returns the batch without what cannot influence the loss, redistributed over the same replicas.
 
         Attention is causal: tokens after a rollout's last selected position change neither loss nor gradient. They are

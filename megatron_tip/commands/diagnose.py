@@ -1,7 +1,5 @@
 """`megatron-tip diagnose`: the fixed-context diagnostic as commands. torch is imported late, in the workers."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """`megatron-tip doctor`: what is installed here, what a run would use, what is missing and how to mend it."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import importlib.util
 import os

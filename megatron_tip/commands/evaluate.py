@@ -1,7 +1,5 @@
 """`megatron-tip eval`: benchmarks of a run's student."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Annotated

@@ -1,7 +1,5 @@
 """How a command ends: what was wrong as a message, and the exit code."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager

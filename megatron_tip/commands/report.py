@@ -1,7 +1,5 @@
 """`megatron-tip report`: the page about one or more runs."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

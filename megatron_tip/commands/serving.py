@@ -9,8 +9,6 @@ Passwords are written to a file that its owner alone can read, and to the standa
 command line, an environment or a log: servers log warnings alone, as at the level below they print their arguments.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import secrets

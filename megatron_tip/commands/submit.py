@@ -1,7 +1,5 @@
 """`megatron-tip submit`: a checked configuration to SLURM in one command."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import shutil

@@ -1,7 +1,5 @@
 """`megatron-tip train`: starts a run's workers, joins them, or checks the run alone. torch is imported late."""
 
-from __future__ import annotations
-
 import os
 import sys
 from pathlib import Path

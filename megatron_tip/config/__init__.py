@@ -3,8 +3,6 @@
 `megatron-tip train --help` prints the text under each field. Names contain units.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from pydantic import Field, model_validator
@@ -52,7 +50,7 @@ class RunConfig(Section):
     """CPU threads of all workers together; 0: as many as this process may use."""
 
     @model_validator(mode="after")
-    def _folder_is_named(self) -> RunConfig:
+    def _folder_is_named(self) -> "RunConfig":
         if self.folder == Path():  # what an unset variable of a script leaves of run.folder=$RUN
             raise ValueError(
                 "run.folder: expected a folder of the run's own, got an empty text or the current directory; name it"

@@ -1,7 +1,5 @@
 """Prompts to train on and to measure on."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Literal
 
@@ -35,7 +33,7 @@ class PromptsConfig(Section):
     """Draw prompts in a seeded random order that changes each epoch; false: in the order of the file."""
 
     @model_validator(mode="after")
-    def _source_is_complete(self) -> PromptsConfig:
+    def _source_is_complete(self) -> "PromptsConfig":
         if self.source == "file" and self.path is None:
             raise ValueError('prompts.path: expected a .jsonl or .parquet file with prompts.source = "file", got none')
         if self.source == "reasoning_gym" and not self.tasks:

@@ -1,7 +1,5 @@
 """The fixed-context diagnostic: its bank, and what is measured on it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from pydantic import Field, model_validator
@@ -33,7 +31,7 @@ class DiagnosticsConfig(Section):
     """For `diagnose intervene`: number of repeats, each with other contexts to train on and to measure on."""
 
     @model_validator(mode="after")
-    def _values_are_usable(self) -> DiagnosticsConfig:
+    def _values_are_usable(self) -> "DiagnosticsConfig":
         if self.every_steps and self.bank is None:
             raise ValueError("diagnostics.bank: expected a folder with diagnostics.every_steps, got none")
         if (

@@ -1,7 +1,5 @@
 """Configurations in and out: TOML and command-line overrides to `Config`, back to TOML, and the printed reference."""
 
-from __future__ import annotations
-
 import difflib
 import json
 import textwrap

@@ -1,7 +1,5 @@
 """Which tokens are trained, and how."""
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 from pydantic import Field

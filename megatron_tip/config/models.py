@@ -1,7 +1,5 @@
 """Student and teacher."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Literal
 
@@ -65,7 +63,7 @@ class TeacherConfig(Section):
     """With kind = "sglang": passwords of the servers, as in sglang.keys_file; "admin" is not needed."""
 
     @model_validator(mode="after")
-    def _servers_are_given(self) -> TeacherConfig:
+    def _servers_are_given(self) -> "TeacherConfig":
         if (self.kind == "sglang") != bool(self.urls):
             got = ", ".join(self.urls) or "none"
             raise ValueError(f'teacher.urls: expected URLs with teacher.kind = "sglang" and only then, got {got}')

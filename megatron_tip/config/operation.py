@@ -1,7 +1,5 @@
 """Checkpoints, faults, outputs, tracking and monitoring of a run."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from pydantic import Field

@@ -1,7 +1,5 @@
 """How the student generates, and how its weights reach the servers."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Literal
 
@@ -52,7 +50,7 @@ class RolloutConfig(Section):
     """With engine = "sglang": what to do with a response whose weights are not those of the last sync."""
 
     @model_validator(mode="after")
-    def _ahead_has_servers(self) -> RolloutConfig:
+    def _ahead_has_servers(self) -> "RolloutConfig":
         if self.ahead and self.engine != "sglang":
             raise ValueError(
                 f'rollout.ahead: expected 0 with rollout.engine = "{self.engine}", got {self.ahead}; servers alone '
@@ -61,7 +59,7 @@ class RolloutConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _replay_is_complete(self) -> RolloutConfig:
+    def _replay_is_complete(self) -> "RolloutConfig":
         if self.engine == "replay" and self.replay_folder is None:
             raise ValueError('rollout.replay_folder: expected a folder with rollout.engine = "replay", got none')
         if self.engine != "replay" and self.replay_folder is not None:

@@ -1,7 +1,5 @@
 """The base of every section of the run configuration."""
 
-from __future__ import annotations
-
 from pydantic import BaseModel, ConfigDict
 
 MAX_SUPPORT_SIZE = 1024

@@ -1,7 +1,5 @@
 """A model's architecture, read from its Hugging Face config.json and checked against what we can build."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -61,13 +59,13 @@ class ModelArchitecture:
     qkv_bias: bool
     qk_norm: bool
 
-    def differences(self, got: ModelArchitecture) -> list[str]:
+    def differences(self, got: "ModelArchitecture") -> list[str]:
         """Returns the fields that differ in `got`, as "num_layers: expected 24, got 29"."""
         pairs = [(name, getattr(self, name), getattr(got, name)) for name in self.__dataclass_fields__]
         return [f"{name}: expected {own!r}, got {other!r}" for name, own, other in pairs if own != other]
 
     @classmethod
-    def from_config(cls, config: dict[str, Any], where: str) -> ModelArchitecture:
+    def from_config(cls, config: dict[str, Any], where: str) -> "ModelArchitecture":
         """Returns the architecture of a config.json's content; `where` names it in errors.
 
         Raises:
@@ -96,7 +94,7 @@ class ModelArchitecture:
             qk_norm=family.qk_norm,
         )
 
-    def with_dropped_layers(self, drop_layers: Collection[int]) -> ModelArchitecture:
+    def with_dropped_layers(self, drop_layers: Collection[int]) -> "ModelArchitecture":
         """Returns the same model without some layers; the remaining ones are renumbered from 0."""
         return dataclasses.replace(self, num_layers=len(kept_layers(self.num_layers, drop_layers)))
 

@@ -5,8 +5,6 @@ use its plan as it is. But it forks writer processes out of a process that runs 
 behind; and when a save fails, only rank 0 learns why, and the others hang if rank 0 cannot write the metadata.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Transfer of weights between a Hugging Face directory and a model's shards, one parameter at a time."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from pathlib import Path

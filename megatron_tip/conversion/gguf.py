@@ -1,7 +1,5 @@
 """Conversion of a GGUF file, which holds quantised weights and a tokenizer, into a Hugging Face directory."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ Each entry holds the values of its Hugging Face config.json, under that file's o
 names a vocabulary that models share: equal names mean equal ids for every token.
 """
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Collection
 from dataclasses import dataclass, replace

@@ -9,8 +9,6 @@ Engine layers add for fp8) are written because Megatron does so, and never read.
 to name only the record types of torch's own format.
 """
 
-from __future__ import annotations
-
 import pickle
 from contextlib import ExitStack
 from dataclasses import is_dataclass

@@ -1,7 +1,5 @@
 """Folders that hold a model: its description, config.json and tokenizer."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Collection

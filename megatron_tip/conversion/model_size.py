@@ -1,7 +1,5 @@
 """Counts of an architecture's parameters and floating-point operations, from its shape."""
 
-from __future__ import annotations
-
 from megatron_tip.conversion.architecture import ModelArchitecture
 
 

@@ -1,7 +1,5 @@
 """Weights in safetensors files: reading parts of tensors, writing a model as a stream of tensors."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Collection, Iterable, Iterator

@@ -5,8 +5,6 @@ Megatron's names are those of its checkpoints, where the norm before a projectio
 names of local layers to them.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from megatron_tip.conversion.architecture import ModelArchitecture

@@ -5,8 +5,6 @@ Imported only on machines without a CUDA device. Megatron-Core names that device
 TorchFunctionMode maps these requests to the CPU; Megatron-Core itself is not patched.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

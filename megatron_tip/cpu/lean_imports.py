@@ -1,7 +1,5 @@
 """A faster import of Megatron-Core, which takes a good part of a worker's start-up time."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -4,8 +4,6 @@ torch uses MKL for them, which takes about twice as long on AMD processors. oneD
 same float32 arithmetic.
 """
 
-from __future__ import annotations
-
 import functools
 import os
 import warnings

@@ -1,7 +1,5 @@
 """The arms of an intervention: which there are, and what became of each, one JSON line an arm."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

@@ -7,8 +7,6 @@
 TA-OPD section 3 and appendix C.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import re

@@ -1,7 +1,5 @@
 """Fingerprints by which a bank recognises models and tokenizers."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator

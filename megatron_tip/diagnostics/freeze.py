@@ -1,7 +1,5 @@
 """Creation of a context bank, from a run's rollouts or from the student's answers to the run's prompts."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """The fixed-context gain between two checkpoints: how much closer to the teacher the second is on the same text."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

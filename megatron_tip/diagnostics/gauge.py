@@ -1,7 +1,5 @@
 """A gauge of the running student on a bank: its gain since the start, as metrics."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any

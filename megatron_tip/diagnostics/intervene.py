@@ -4,8 +4,6 @@ TA-OPD tables 2, 7, 8 and 10. Selection and loss are the training step's own. Co
 them once, and so does the start, whose statistics all steps of an arm select by.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Sequence

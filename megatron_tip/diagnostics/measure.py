@@ -1,7 +1,5 @@
 """Scores the student, as it is, on contexts: distributed like a training step, with the same kernels."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Tables on disk: Parquet with zstd, written atomically, with a JSON description in the file's metadata."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

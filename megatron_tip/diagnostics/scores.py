@@ -1,7 +1,5 @@
 """What a checkpoint makes of a bank: one row a position, written as Parquet beside the bank."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +68,7 @@ class Scores:
     def token_index(self) -> TokenIndex:
         return TokenIndex(torch.from_numpy(self.context), torch.from_numpy(self.position))
 
-    def without_contexts(self, contexts: Sequence[int]) -> Scores:
+    def without_contexts(self, contexts: Sequence[int]) -> "Scores":
         """The rows of all other contexts."""
         kept = ~np.isin(self.context, np.asarray(contexts, dtype=np.int64))
         columns = {name: values[kept] for name, values in self.columns.items()}

@@ -1,7 +1,5 @@
 """Models for work on a bank, built as a run would: the same layouts and kernels; an engine only on request."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """A snapshot of the student's start in memory, from which many trainings can begin without rebuilding anything."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

@@ -1,7 +1,5 @@
 """Evaluation on several benchmarks with several seeds, one line per benchmark in the run's folder."""
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Callable, Sequence

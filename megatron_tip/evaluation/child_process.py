@@ -1,7 +1,5 @@
 """Child programs of an evaluation, which end with it."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

@@ -6,8 +6,6 @@ process with the tests, could find and forge the sign that it has passed. Use a 
 trust.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

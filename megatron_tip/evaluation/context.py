@@ -1,7 +1,5 @@
 """A model's context length, and presets that fit into it."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Mapping

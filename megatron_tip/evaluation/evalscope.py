@@ -1,7 +1,5 @@
 """EvalScope, run as a program in its own environment: the same presets with its own data, prompts and scoring."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import subprocess

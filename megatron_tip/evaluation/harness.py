@@ -1,7 +1,5 @@
 """lm-evaluation-harness, run as a program in its own environment and never imported here."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import subprocess

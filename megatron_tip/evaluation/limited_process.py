@@ -10,8 +10,6 @@ all of its descendants, including those that left its session: orphans become th
 0, the program's was 0; TIMED_OUT, its time was up; else 1.
 """
 
-from __future__ import annotations
-
 import ctypes
 import json
 import os

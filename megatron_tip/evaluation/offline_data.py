@@ -1,7 +1,5 @@
 """Benchmark questions from a folder, for machines without access to the hub."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The benchmarks by name, each with its full protocol: data, prompt, sampling, scoring."""
 
-from __future__ import annotations
-
 import difflib
 from dataclasses import dataclass, replace
 

@@ -1,7 +1,5 @@
 """eval.jsonl in a run's folder: one line per benchmark, with mean and standard deviation over seeds."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import json

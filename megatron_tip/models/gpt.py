@@ -1,7 +1,5 @@
 """One pipeline stage of a Megatron-Core GPT model, built from a Hugging Face architecture."""
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 import torch

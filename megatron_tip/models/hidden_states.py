@@ -3,8 +3,6 @@
 Shape letters: `s` sequence, `b` micro-batch, `h` hidden, `n` valid tokens of a micro-batch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Layers that need only torch: Megatron's own linear layers with torch's norm, attention and recomputation."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """A check of a model's parallel layout. Free of Megatron, whose import takes seconds."""
 
-from __future__ import annotations
-
 import math
 
 from megatron_tip.conversion.architecture import ModelArchitecture

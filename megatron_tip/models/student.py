@@ -1,7 +1,5 @@
 """The student under training: a GPT stage in Megatron's data-parallel wrapper, its head, and its optimizer."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

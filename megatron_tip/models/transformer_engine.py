@@ -1,7 +1,5 @@
 """Transformer Engine's layers, and the only check whether it is installed."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from megatron.core.models.gpt import gpt_layer_specs

@@ -1,7 +1,5 @@
 """A GPU's memory, load, power, temperature, throttling and NVLink errors: the only file that imports pynvml."""
 
-from __future__ import annotations
-
 from typing import Any
 
 try:
@@ -29,7 +27,7 @@ class GpuReader:
         self._throttle_mask = sum(getattr(pynvml, f"nvmlClocksThrottleReason{name}", 0) for name in _THROTTLE_REASONS)
 
     @classmethod
-    def open(cls, uuid: str) -> GpuReader | None:
+    def open(cls, uuid: str) -> "GpuReader | None":
         """Returns the reader of the GPU with that UUID; None if NVML, its driver or the GPU is missing."""
         if pynvml is None:
             return None

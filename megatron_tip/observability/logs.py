@@ -1,7 +1,5 @@
 """Logging of a worker: its rank in every line, INFO from rank 0, warnings from all ranks."""
 
-from __future__ import annotations
-
 import logging
 import sys
 import warnings

@@ -1,7 +1,5 @@
 """GPU and host monitoring of every worker, sampled in a thread and reduced over the workers once per step."""
 
-from __future__ import annotations
-
 import logging
 import threading
 from collections.abc import Callable, Mapping

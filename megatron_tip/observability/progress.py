@@ -1,7 +1,5 @@
 """Progress of the run: a bar and a live line on a terminal, else one log line per step."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from typing import Self

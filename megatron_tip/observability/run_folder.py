@@ -9,8 +9,6 @@
 `summary.json` is written last: its presence says that the run finished.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -42,7 +40,7 @@ class RunFolder:
     path: Path
 
     @classmethod
-    def create(cls, path: Path) -> RunFolder:
+    def create(cls, path: Path) -> "RunFolder":
         """Creates the folder with its parents. Safe to call again; keeps what an unfinished run wrote.
 
         Raises:

@@ -1,7 +1,5 @@
 """TensorBoard event files: the only file that imports tensorboardX."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Mapping
 from pathlib import Path

@@ -4,8 +4,6 @@ One row per token of each viewed response, the environment's tokens too. As byte
 are JSON in the metadata, so that a file is whole by itself and readable by any Parquet reader.
 """
 
-from __future__ import annotations
-
 import io
 import json
 from collections.abc import Mapping, Sequence
@@ -80,7 +78,7 @@ class TokenTable:
     tokens: pa.Table
 
     @staticmethod
-    def of_columns(facts: TokenTableFacts, columns: Mapping[str, Sequence[Any] | pa.Array]) -> TokenTable:
+    def of_columns(facts: TokenTableFacts, columns: Mapping[str, Sequence[Any] | pa.Array]) -> "TokenTable":
         """Returns the table of `columns`: those of SCHEMA, of one length, a missing one being null everywhere."""
         num_rows = len(columns["token_id"])
         arrays = [

@@ -1,7 +1,5 @@
 """How a view is shown to a person: responses with the selected tokens coloured, tokens by quadrant."""
 
-from __future__ import annotations
-
 import html
 import io
 

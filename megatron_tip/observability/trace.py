@@ -1,7 +1,5 @@
 """trace.json: a timeline of every worker's phases, for Perfetto (ui.perfetto.dev) or chrome://tracing."""
 
-from __future__ import annotations
-
 import json
 import logging
 import time

@@ -1,7 +1,5 @@
 """Where a run's numbers go besides its own files, and why a failure there never reaches the training."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import logging

@@ -1,7 +1,5 @@
 """Weights & Biases: the only file that imports wandb."""
 
-from __future__ import annotations
-
 import io
 import logging
 import os

@@ -1,7 +1,5 @@
 """Collectives for small values that one rank knows and every rank needs."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """This process's place in the world: rank, device, default process group."""
 
-from __future__ import annotations
-
 import datetime
 import os
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Free of torch: the thread counts must be set before torch is imported.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

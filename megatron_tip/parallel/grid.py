@@ -1,7 +1,5 @@
 """The ranks of a world in one model's layout. Free of Megatron, so that a layout can be checked at once."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +19,7 @@ class ModelGrid:
     dp_size: int
 
     @classmethod
-    def over(cls, world_size: int, *, tp_size: int, pp_size: int, owner: str) -> ModelGrid:
+    def over(cls, world_size: int, *, tp_size: int, pp_size: int, owner: str) -> "ModelGrid":
         """Returns the grid of `world_size` ranks; the data-parallel size follows.
 
         Raises:

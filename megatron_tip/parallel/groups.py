@@ -3,8 +3,6 @@
 Nothing here uses `megatron.core.parallel_state`: models, schedules and the optimizer are passed their groups.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

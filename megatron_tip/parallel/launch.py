@@ -4,8 +4,6 @@ The workers are started through torch's own launcher, each in its own session: C
 ending a worker ends whatever it started. torch is imported late, so that a wrong configuration is refused first.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

@@ -1,7 +1,5 @@
 """Stop signals: every rank receives them, and obeys between steps or during a rollout."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading

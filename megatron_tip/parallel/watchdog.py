@@ -1,7 +1,5 @@
 """A watchdog that ends a hanging run and writes the stacks of all ranks."""
 
-from __future__ import annotations
-
 import faulthandler
 import threading
 import time

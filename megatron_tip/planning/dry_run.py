@@ -1,7 +1,5 @@
 """A configuration checked for another machine: no weights, no GPUs, no prompts needed."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from megatron_tip.config import Config

@@ -1,7 +1,5 @@
 """The types of weights and activations that a configuration comes to, its "auto" resolved."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +16,7 @@ class Dtypes:
     engine: torch.dtype
 
     @classmethod
-    def of(cls, config: Config, *, on_gpu: bool | None = None) -> Dtypes:
+    def of(cls, config: Config, *, on_gpu: bool | None = None) -> "Dtypes":
         """Returns those of a run on GPUs or on CPUs; by default on what this machine has."""
         on_gpu = torch.cuda.is_available() if on_gpu is None else on_gpu
         auto = "bfloat16" if on_gpu else "float32"

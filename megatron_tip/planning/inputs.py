@@ -1,7 +1,5 @@
 """Packages and files that a configuration needs, whatever its engine and its teacher: there, and usable."""
 
-from __future__ import annotations
-
 import math
 from importlib.util import find_spec
 

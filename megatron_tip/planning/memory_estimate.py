@@ -4,8 +4,6 @@ Counted from shapes: weights, gradients, optimizer, activations, the teacher's r
 counted: CUDA's context, NCCL's buffers, fragmentation; leave them a tenth.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from megatron_tip.config import Config

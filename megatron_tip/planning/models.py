@@ -1,7 +1,5 @@
 """The two models of a run, with weights or by their shapes alone, and what their tokenizers share."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

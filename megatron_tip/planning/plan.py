@@ -1,7 +1,5 @@
 """What a run will be, found and checked from files alone: before any process group or weight exists."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase

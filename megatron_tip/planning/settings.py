@@ -1,7 +1,5 @@
 """Settings that must fit together and the models; no file is read."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from megatron_tip.config import Config

@@ -1,7 +1,5 @@
 """Prompts from JSONL and Parquet files; errors name the file and the line or row."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

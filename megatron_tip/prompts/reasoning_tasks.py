@@ -1,7 +1,5 @@
 """Questions from reasoning-gym, which only this file imports."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

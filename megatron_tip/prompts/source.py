@@ -1,7 +1,5 @@
 """The prompts of a run: rendered and tokenised once, split into training and held-out, drawn by step."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging
@@ -137,7 +135,7 @@ def _other_questions(
     seed: int,
     training: Sequence[Prompt],
     first_index: int,
-    renderer: _Renderer,
+    renderer: "_Renderer",
 ) -> list[Prompt]:
     """Returns `number` prompts from another seed with different texts, none of them a training prompt's."""
     seen = {prompt.text for prompt in training}

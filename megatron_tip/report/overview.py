@@ -1,7 +1,5 @@
 """The page's tables: the runs in numbers, differences of their configurations, benchmarks, samples."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Encoding of numbers and text in the page: bytes, deflated, in base64, which is safe in HTML."""
 
-from __future__ import annotations
-
 import base64
 import json
 import zlib

@@ -1,7 +1,5 @@
 """The report page: the runs' data, the scripts that draw it, and the plotting library, in one file."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path

@@ -1,7 +1,5 @@
 """report.png: how a run went, drawn from its metrics.jsonl."""
 
-from __future__ import annotations
-
 import io
 import itertools
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The content of a run's folder, read for the report. The run need not be finished."""
 
-from __future__ import annotations
-
 import json
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence

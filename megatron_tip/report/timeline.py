@@ -1,7 +1,5 @@
 """A timeline of a run's phases in its first and last steps, from what `monitoring.trace` recorded on rank 0."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path

@@ -8,8 +8,6 @@ ten-thousandths; and 3 bytes of vocabulary for each that is neither the sampled 
 the student's k-th candidate (k, from 1). A coarse block has 1 byte where 2 are said (`packing.coarse`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any

@@ -1,7 +1,5 @@
 """A model's text made visible: characters that have no shape are given one."""
 
-from __future__ import annotations
-
 from unicodedata import category
 
 NEWLINE = "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}\n"

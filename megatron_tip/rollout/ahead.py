@@ -1,7 +1,5 @@
 """Generation of the next batch while this one is trained on."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for

@@ -1,7 +1,5 @@
 """Rollouts outside of Python: as an Arrow table, as its bytes, and as JSON records; one schema for all."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from itertools import chain, pairwise

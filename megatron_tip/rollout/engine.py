@@ -1,7 +1,5 @@
 """What the training loop asks of a rollout engine, and what an engine is built from."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -34,11 +32,11 @@ class SamplingParams:
     seed: int
     batch_name: str = ""
 
-    def for_step(self, step: int) -> SamplingParams:
+    def for_step(self, step: int) -> "SamplingParams":
         """Returns the same parameters for training step `step` (counted from 1), with a seed of its own."""
         return replace(self, seed=derive_seed(self.seed, 1, step), batch_name=f"step_{step:06d}")
 
-    def for_heldout(self, step: int) -> SamplingParams:
+    def for_heldout(self, step: int) -> "SamplingParams":
         """Returns those for the held-out prompts after `step` steps: one sample, the same seed at every step."""
         return replace(self, samples_per_prompt=1, seed=derive_seed(self.seed, 2), batch_name=f"heldout_{step:06d}")
 

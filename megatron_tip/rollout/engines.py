@@ -1,7 +1,5 @@
 """The table of rollout engines. A new engine is a file with its class, a row here, and its name in `RolloutConfig`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Rollouts of several turns, with an environment that answers between them, on top of any rollout engine."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -63,7 +61,7 @@ class MultiTurnEngine(EngineWrapper):
                     self._advance(episode, part)
         return [episode.rollout() for episode in batch.episodes]
 
-    def _begin(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> _Batch:
+    def _begin(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> "_Batch":
         """The episodes of a batch after their first turn."""
         by_index = {prompt.index: prompt for prompt in prompts}
         longest = max((len(prompt.prompt_ids) for prompt in prompts), default=0) + sampling.max_response_tokens
@@ -77,7 +75,7 @@ class MultiTurnEngine(EngineWrapper):
         return batch
 
     def _continuations(
-        self, batch: _Batch, active: Sequence[_Episode], sampling: SamplingParams
+        self, batch: "_Batch", active: "Sequence[_Episode]", sampling: SamplingParams
     ) -> list[Rollout | None]:
         """What the engine writes behind each of the `active` episodes; None where it left one out.
 
@@ -107,7 +105,7 @@ class MultiTurnEngine(EngineWrapper):
             )
         return found
 
-    def _advance(self, episode: _Episode, part: Rollout) -> None:
+    def _advance(self, episode: "_Episode", part: Rollout) -> None:
         """Takes what the student wrote and, where that ends a turn, the environment's answer."""
         episode.append_generated(part)
         if episode.finish_reason or not episode.turn_is_complete:
@@ -120,7 +118,7 @@ class MultiTurnEngine(EngineWrapper):
         else:
             episode.append_observation(self._template.observation_ids(observation.text))
 
-    def _step(self, episode: _Episode) -> Observation:
+    def _step(self, episode: "_Episode") -> Observation:
         text = self._template.turn_text(episode.turn_ids()[:-1])
         try:
             observation = episode.environment.step(text)
@@ -143,7 +141,7 @@ class _Batch:
 
     name: str
     longest: int
-    episodes: list[_Episode] = field(default_factory=list)
+    episodes: "list[_Episode]" = field(default_factory=list)
     num_calls: int = 0
 
 

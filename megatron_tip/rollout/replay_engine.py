@@ -1,7 +1,5 @@
 """The rollout engine that gives back what an earlier run wrote: the same tokens under any layout or loss."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 

@@ -4,8 +4,6 @@ JSONL and not Parquet: a line can be read by eye, by jq and by any later tool; a
 and Python's shortest decimal form gives every float back bit for bit.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

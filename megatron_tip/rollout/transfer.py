@@ -1,7 +1,5 @@
 """The way of rollouts from the first process, where the engine lives, to all others."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,7 +1,5 @@
 """Token selection: which response tokens of a rollout batch are supervised, exact on any layout. Needs torch alone."""
 
-from __future__ import annotations
-
 from megatron_tip.selection.budget import rollout_budget
 from megatron_tip.selection.calibration import BatchTotals, Calibration
 from megatron_tip.selection.comparison import RuleComparison, compare_rules

@@ -1,7 +1,5 @@
 """The rollout batch as one replica sees it: its own rows, and what all replicas must know before they select."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass, fields
 

@@ -1,7 +1,5 @@
 """Budgets: how many rows are kept, and exactly which ones, ties included."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -148,7 +146,7 @@ class RolloutBudget:
     budgets: Tensor
 
     @staticmethod
-    def of(index: TokenIndex, retention_ratio: float, minimum: int) -> RolloutBudget:
+    def of(index: TokenIndex, retention_ratio: float, minimum: int) -> "RolloutBudget":
         """Returns the budgets of this replica's rollouts; `num_selected` counts only this replica."""
         _, place, lengths = torch.unique(index.rollout_index, return_inverse=True, return_counts=True)
         budgets = [rollout_budget(retention_ratio, length, minimum) for length in lengths.tolist()]

@@ -1,7 +1,5 @@
 """Order statistics that one step's exact selection passes on to a selection that cannot see its whole batch."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from megatron_tip.selection.budget import Threshold
@@ -29,7 +27,7 @@ class Calibration:
     tie_share: float
 
     @staticmethod
-    def of(quantiles: Quantiles, threshold: Threshold) -> Calibration:
+    def of(quantiles: Quantiles, threshold: Threshold) -> "Calibration":
         rows = tuple((name, probability, value) for (name, probability), value in sorted(quantiles.items()))
         return Calibration(rows, threshold.score, threshold.num_tied / threshold.num_equal)
 

@@ -1,7 +1,5 @@
 """A comparison of all rules on one batch: what each would keep, and how far they agree."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

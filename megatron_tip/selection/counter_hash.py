@@ -1,7 +1,5 @@
 """Randomness without a generator: a hash of (seed, step, rollout, position), independent of the layout."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """The one division of the loss: its denominator, and each row's weight."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

@@ -3,8 +3,6 @@
 Every figure is made of sums over rows, so that one all-reduce serves them all.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping, Sequence
 
 import torch

@@ -4,8 +4,6 @@ Minimum and maximum are the quantiles 0 and 1, so normalisers need only quantile
 transcendental functions, so results are the same on every layout and in numpy.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ Either the budget is a share of each micro-batch (scope "micro_batch"), or an ea
 replace this one's (scope "batch" with a `Calibration`): the budget is then met on average, not exactly.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.distributed as dist
 from torch import Tensor

@@ -6,8 +6,6 @@ keys that can still be the wanted one, and one all-reduce adds the counts of all
 passes.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass

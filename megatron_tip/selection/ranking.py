@@ -1,7 +1,5 @@
 """Rankings: the scores that a budget ranks by, from a rule and the batch's quantiles."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from enum import IntEnum
 

@@ -1,7 +1,5 @@
 """The data-parallel replicas that select together. Only this file of the folder communicates."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch.distributed as dist

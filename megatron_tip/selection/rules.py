@@ -1,7 +1,5 @@
 """The selection rules by name: each row names one published combination of score, normalisers and budget scope."""
 
-from __future__ import annotations
-
 import difflib
 import importlib
 import inspect
@@ -55,7 +53,7 @@ class Rule:
         """Pairs of a statistic and a probability."""
         return frozenset((item.statistic, p) for item in self.inputs for p in item.normaliser.probabilities)
 
-    def with_normaliser(self, normaliser: Normaliser) -> Rule:
+    def with_normaliser(self, normaliser: Normaliser) -> "Rule":
         """Returns the rule with every input normalised so, except for the cuts of quadrants, which stay cuts."""
         inputs = (i if i.normaliser is ABOVE_MEDIAN else replace(i, normaliser=normaliser) for i in self.inputs)
         return replace(self, inputs=tuple(inputs))

@@ -5,8 +5,6 @@ with probability proportional to the remaining weights. The race score is the re
 so the first arrivals have the highest scores.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

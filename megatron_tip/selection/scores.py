@@ -4,8 +4,6 @@ Letters of the papers: `h` student entropy, `d` divergence, `c` compatibility, e
 `h_high` and `d_high` are 1 above the batch median, else 0. TIP is arXiv:2604.14084, TA-OPD arXiv:2605.26844.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 
 

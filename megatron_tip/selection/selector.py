@@ -1,7 +1,5 @@
 """The selector: from the statistics of a rollout batch to the rows that are supervised, equal on every layout."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch.distributed as dist

@@ -1,7 +1,5 @@
 """A frozen teacher in the trainer's own processes: it hands its hidden states to the student's ranks."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

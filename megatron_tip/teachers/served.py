@@ -1,7 +1,5 @@
 """A teacher behind servers as the ranks of a run see it: who asks, who is told, and what is made of the answers."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypeVar

@@ -1,7 +1,5 @@
 """Kinds of teachers by `teacher.kind`: what each one can do, checked before anything starts, and how it is built."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -27,7 +25,7 @@ def known_statistics(config: Config) -> frozenset[str]:
     return TEACHER_KINDS[config.teacher.kind].known_statistics(config)
 
 
-def build_teacher(config: Config, site: TeacherSite) -> Teacher[Any]:
+def build_teacher(config: Config, site: "TeacherSite") -> "Teacher[Any]":
     """Returns the teacher of the run. Collective over the world; raises as the `build` of its kind."""
     # Imported here: Megatron-Core takes seconds, and neither a dry run nor a submission needs it.
     return import_module(TEACHER_KINDS[config.teacher.kind].module).build(config, site)

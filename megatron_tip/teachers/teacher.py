@@ -1,7 +1,5 @@
 """What a run asks of a teacher, whatever kind it is: what it says of rollouts, statistics of that, and the loss."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass

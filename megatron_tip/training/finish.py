@@ -1,7 +1,5 @@
 """What a run leaves when it has taken its last step: models, samples, report, summary."""
 
-from __future__ import annotations
-
 import logging
 import math
 from typing import Any

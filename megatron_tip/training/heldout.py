@@ -1,7 +1,5 @@
 """KL(student || teacher) on prompts that are never trained on, over the student's own responses."""
 
-from __future__ import annotations
-
 import torch.distributed as dist
 
 from megatron_tip.parallel.collectives import broadcast_json
@@ -31,8 +29,3 @@ def measure_heldout(run: TrainingRun, step: int) -> tuple[float, list[Rollout]]:
         total = value.item()
     reporter = groups.grid.rank_at(tp=0, dp=0, pp=groups.grid.pp_size - 1)
     return broadcast_json(total, source=reporter, device=run.device) / batch.num_valid(), rollouts
-
-
-def heldout_metric(run: TrainingRun) -> str:
-    """Returns the name of what `measure_heldout` measures."""
-    return run.teacher.heldout_metric

@@ -1,7 +1,5 @@
 """How far the engine's distribution is from the student's, and the weights that make up for it."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from itertools import accumulate
 

@@ -1,7 +1,5 @@
 """The run from its first file to its last."""
 
-from __future__ import annotations
-
 import logging
 import os
 import time
@@ -30,7 +28,7 @@ from megatron_tip.training.checkpoints.resume import newest_whole, restore
 from megatron_tip.training.checkpoints.same_run import check_same_run
 from megatron_tip.training.checkpoints.writer import Checkpointer
 from megatron_tip.training.finish import finish_run
-from megatron_tip.training.heldout import heldout_metric, measure_heldout
+from megatron_tip.training.heldout import measure_heldout
 from megatron_tip.training.recorder import RecorderState, RunRecorder
 from megatron_tip.training.run import Gauge, RolloutSource, TrainingRun
 from megatron_tip.training.setup import build_run
@@ -219,7 +217,7 @@ def record_step(run: TrainingRun, recorder: RunRecorder, progress: RunProgress) 
         with run.timer.phase("heldout"):
             reverse_kl, rollouts = measure_heldout(run, step)
         heldout = Heldout(reverse_kl, rollouts[: run.config.heldout.num_samples])
-        metrics = metrics | {heldout_metric(run): reverse_kl}
+        metrics = metrics | {run.teacher.heldout_metric: reverse_kl}
     if run.gauge is not None:
         with run.timer.phase("diagnose"):
             metrics = metrics | run.gauge(step)

@@ -1,7 +1,5 @@
 """A sequence whose logprobs tell whether an engine holds the student's weights."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 import torch.distributed as dist

@@ -1,7 +1,5 @@
 """What a run measures of itself, writes down and shows while it goes: metrics, trackers, time lines, totals."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 from collections.abc import Mapping

@@ -1,9 +1,8 @@
 """Where a step's rollouts come from: the engine in the first process, for all ranks."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 from megatron_tip.errors import WeightsLostError
 from megatron_tip.observability.run_folder import RunFolder
@@ -11,7 +10,6 @@ from megatron_tip.records import Prompt, Rollout
 from megatron_tip.rollout.engine import SamplingParams
 from megatron_tip.rollout.storage import write_rollouts
 from megatron_tip.rollout.transfer import broadcast_rollouts
-from megatron_tip.teachers.names import tell_teachers, with_teachers
 from megatron_tip.training.run import TrainingRun
 from megatron_tip.training.weight_sync import sync_engine
 
@@ -64,14 +62,14 @@ def generate_rollouts(
         except WeightsLostError as error:
             logger.warning("step of weights %d: %s; syncing them again", weight_version, error)
             return None
-        rollouts = with_teachers(rollouts, prompts) if run.config.prompts.teacher_field else rollouts
+        rollouts = _with_teachers(rollouts, prompts) if run.config.prompts.teacher_field else rollouts
         if run.config.output.save_rollouts:
             write_rollouts(RunFolder(run.config.run.folder).rollouts, sampling.batch_name, rollouts, prompts)
         return rollouts
 
     while (rollouts := broadcast_rollouts(generate, device=run.device)) is None:
         sync_engine(run, weight_version=weight_version)
-    return tell_teachers(rollouts, device=run.device) if run.config.prompts.teacher_field else rollouts
+    return rollouts
 
 
 def keep_skipped(run: TrainingRun, step: int, rollouts: Sequence[Rollout], reason: Exception) -> None:
@@ -80,3 +78,9 @@ def keep_skipped(run: TrainingRun, step: int, rollouts: Sequence[Rollout], reaso
         logger.warning("step %d is skipped, its rollouts are in skipped/: %s", step, reason)
         folder, name = RunFolder(run.config.run.folder).skipped, run.sampling.for_step(step).batch_name
         write_rollouts(folder, name, rollouts, run.source.prompts.batch(step))
+
+
+def _with_teachers(rollouts: Sequence[Rollout], prompts: Sequence[Prompt]) -> list[Rollout]:
+    """Returns `rollouts` with the names of their prompts' teachers."""
+    names = {prompt.index: prompt.teacher for prompt in prompts}
+    return [replace(rollout, teacher=names.get(rollout.prompt_index) or rollout.teacher) for rollout in rollouts]

@@ -1,7 +1,5 @@
 """Everything that a training run holds between steps."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar

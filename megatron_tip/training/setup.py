@@ -1,7 +1,5 @@
 """From a checked plan to a run that can take its first step."""
 
-from __future__ import annotations
-
 import torch
 
 from megatron_tip.config import Config

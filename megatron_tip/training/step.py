@@ -1,7 +1,5 @@
 """One training step as named stages: generate, ask, score, select, train."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import asdict

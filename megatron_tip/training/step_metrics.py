@@ -1,7 +1,5 @@
 """A step's numbers, summed over the replicas and equal on every rank."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

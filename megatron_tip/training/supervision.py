@@ -1,7 +1,5 @@
 """Which rows of each micro-batch are trained on: known before the training pass, or chosen while it runs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -69,13 +67,13 @@ class SelectedRows:
     row_weights: Tensor
 
     @classmethod
-    def of(cls, selection: TokenSelection, index: TokenIndex, teacher_rows: TeacherRows) -> SelectedRows:
+    def of(cls, selection: TokenSelection, index: TokenIndex, teacher_rows: TeacherRows) -> "SelectedRows":
         """The selected ones of this replica's scored rows."""
         mask = selection.selection_mask
         kept = TokenIndex(index.rollout_index[mask], index.position[mask])
         return cls(kept, teacher_rows[mask], selection.row_weights[mask])
 
-    def sent_to(self, destination: Tensor, dp_group: dist.ProcessGroup) -> SelectedRows:
+    def sent_to(self, destination: Tensor, dp_group: dist.ProcessGroup) -> "SelectedRows":
         """Returns the rows that all replicas, this one too, send to this one.
 
         Args:

@@ -1,7 +1,5 @@
 """Tokens per second of each phase, and the share of the devices' peak that the model's own operations make up."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -31,7 +29,7 @@ class Throughput:
     peak_tflops: float
 
     @classmethod
-    def of_run(cls, config: Config, plan: RunPlan, worker: Worker) -> Throughput:
+    def of_run(cls, config: Config, plan: RunPlan, worker: Worker) -> "Throughput":
         """Returns that of a planned run on the devices of its workers."""
         return cls(
             plan.student.architecture,

@@ -1,7 +1,5 @@
 """A sample of a step's tokens for a person to look at, brought from the last stage to the first process."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 import torch.distributed as dist

@@ -1,7 +1,5 @@
 """What a view is made of: each token of some responses with its statistics, score and both models' top-K."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """New weights to whoever generates, and the proof that they arrived."""
 
-from __future__ import annotations
-
 import logging
 from functools import partial
 

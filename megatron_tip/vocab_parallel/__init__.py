@@ -3,8 +3,6 @@
 The distributions are given as hidden states and LM head shards; their logits exist only for a chunk of rows at a time.
 """
 
-from __future__ import annotations
-
 from megatron_tip.vocab_parallel.divergence import DIVERGENCES, divergence_loss
 from megatron_tip.vocab_parallel.inputs import HiddenAndHead
 from megatron_tip.vocab_parallel.partition import VocabPartition, padded_vocab_size

@@ -1,7 +1,5 @@
 """Rows in chunks, whose logits exist one chunk at a time in the same memory, and chunks in blocks that fit a cache."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

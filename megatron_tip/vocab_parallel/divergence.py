@@ -1,7 +1,5 @@
 """Divergences between student p and teacher q, both given as hidden states and head shards, as losses."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from megatron_tip.errors import InputError

@@ -1,7 +1,5 @@
 """What the functions of this package accept: one or two models' hidden states and head shards that fit together."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -29,7 +27,7 @@ class Model:
     head: Tensor
 
     @classmethod
-    def checked(cls, name: str, hidden: Tensor, head: Tensor) -> Model:
+    def checked(cls, name: str, hidden: Tensor, head: Tensor) -> "Model":
         """Returns the model; raises InputError for tensors that do not fit each other."""
         if hidden.dim() != 2 or head.dim() != 2 or hidden.shape[1] != head.shape[1]:
             raise InputError(

@@ -5,8 +5,6 @@ rank's *frame*: x = z - maximum over its ids, e = exp(x), d = x_s - x_t. softmax
 ranks together. Scratch tensors are memory of a block's shape, or None to allocate it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

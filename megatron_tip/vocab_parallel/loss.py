@@ -1,7 +1,5 @@
 """The weighted sum of a divergence over rows, with its gradients made in the forward pass."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

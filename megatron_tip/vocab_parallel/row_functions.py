@@ -3,8 +3,6 @@
 Each overwrites the chunk's logits and returns `RowValues`. p is the student's distribution, q the teacher's.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Brings together the sums that each rank made in the frame of its own maximum."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -22,7 +20,7 @@ class SoftmaxNormaliser:
     log_sum: Tensor  # [c, m]
 
     @classmethod
-    def of(cls, maxima: Tensor, sums: Tensor) -> SoftmaxNormaliser:
+    def of(cls, maxima: Tensor, sums: Tensor) -> "SoftmaxNormaliser":
         """From every rank's `[tp, c, m]` maxima and sums of exp(z - maximum)."""
         top = maxima.amax(0)
         log_sum = (sums * (maxima - top).exp()).sum(0).log()

@@ -1,7 +1,5 @@
 """Per-token statistics of student p and teacher q, both given as hidden states and head shards."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -4,8 +4,6 @@ p is the student's distribution, q the teacher's. U is a row's set of ids whose 
 bucket, the tail, whose mass is what U leaves.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Per-token statistics of student p and a teacher q of whom only some log-probabilities are known."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -44,7 +42,7 @@ class StudentStatistics:
     teacher_support_logprobs: Tensor
 
     @staticmethod
-    def concatenate(parts: list[StudentStatistics]) -> StudentStatistics:
+    def concatenate(parts: "list[StudentStatistics]") -> "StudentStatistics":
         """The rows of `parts` one after another."""
         names = [field.name for field in fields(StudentStatistics)]
         return StudentStatistics(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})

@@ -1,7 +1,5 @@
 """The vocabulary that distributions are over, as the calls of this package take it."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Figures about live interventions: all rules at one budget, the budget sweep, the support sizes."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """TA-OPD's tables about live interventions: selectors (2), Q3 masks (7), budget sweep (10), support sizes."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 

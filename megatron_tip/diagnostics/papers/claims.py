@@ -1,7 +1,5 @@
 """The papers' claims that a bank can test, each with the finding and the verdict."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The data behind the tables: a bank, its start, the checkpoints after it, and the arms of an intervention."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -40,7 +38,7 @@ class Evidence:
     @staticmethod
     def read(
         folder: Path, *, start: str, after: Sequence[str], arms: Path | None, resamples: int, seed: int
-    ) -> Evidence:
+    ) -> "Evidence":
         """Reads the evidence from files.
 
         Args:

@@ -1,7 +1,5 @@
 """Rows of tables, with the types that pandas leaves open."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

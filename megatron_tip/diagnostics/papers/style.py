@@ -1,7 +1,5 @@
 """The figures' common style: one or two print columns wide, readable for colour-blind readers and in grey."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

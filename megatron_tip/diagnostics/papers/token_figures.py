@@ -1,7 +1,5 @@
 """Figures about tokens: D^L and D^I over the entropy-KL plane, gain over both, coefficients, gaps, buckets, overlap."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """TA-OPD's tables about tokens: quadrants, support gaps (1, 6), regressions (9), exact top-N (8), buckets."""
 
-from __future__ import annotations
-
 import pandas as pd
 
 from megatron_tip.diagnostics.gain import Gain

@@ -1,7 +1,5 @@
 """Output of a bank's tables and figures into a folder, and of their numbers into a Markdown page."""
 
-from __future__ import annotations
-
 import re
 import shutil
 from pathlib import Path

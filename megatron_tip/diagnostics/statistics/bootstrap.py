@@ -4,8 +4,6 @@ Tokens of one prompt are not independent, so intervals that resample tokens are 
 from sums within prompts, so a resample costs one row of a small matrix product, not a pass over the tokens.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,7 +28,7 @@ class Interval:
         return self.low > 0 or self.high < 0
 
     @staticmethod
-    def unknown() -> Interval:
+    def unknown() -> "Interval":
         return Interval(float("nan"), float("nan"), float("nan"))
 
 
@@ -46,7 +44,7 @@ class PromptResamples:
     place: np.ndarray
 
     @staticmethod
-    def draw(prompts: np.ndarray, *, resamples: int = 1000, seed: int = 1) -> PromptResamples:
+    def draw(prompts: np.ndarray, *, resamples: int = 1000, seed: int = 1) -> "PromptResamples":
         """Draws as many prompts as exist, with replacement, `resamples` times; a pure function of its arguments.
 
         Args:

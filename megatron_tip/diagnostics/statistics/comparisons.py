@@ -1,7 +1,5 @@
 """Gaps and curves: high against low support within Q3, matched by prompt; gain by bucket."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Regression of the gain on pre-update signals: standardised least squares, as in TA-OPD appendix F."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Intervals over a handful of seeds: trainings are few, and vary more than the prompts that measure them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """A bank's tokens with the quantities that the papers compare: gain, H, D, C, D^L, D^I, support proxies, quadrants."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The rollout engine inside the trainer's first process: transformers' own `generate` on a copy of the student."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any

@@ -1,7 +1,5 @@
 """Attention for decoding with grouped queries, without copying keys and values for every query head."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """Sampling of the next token, with its logprob, from our own random numbers; the global generator is not used."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """A calculator that a student calls in its text; it computes and never runs code."""
 
-from __future__ import annotations
-
 import ast
 import math
 import operator

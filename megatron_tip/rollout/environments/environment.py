@@ -1,7 +1,5 @@
 """The interface of an environment for multi-turn rollouts."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol

@@ -1,7 +1,5 @@
 """A registry of environments by their configured names."""
 
-from __future__ import annotations
-
 import difflib
 import importlib
 from typing import Any

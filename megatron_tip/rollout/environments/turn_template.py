@@ -1,7 +1,5 @@
 """The chat template's delimiters around an observation, between two turns of the student, as token ids."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,7 +23,7 @@ class TurnTemplate:
     after: tuple[int, ...]
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase, role: str, stop_token_ids: Sequence[int]) -> TurnTemplate:
+    def of(cls, tokenizer: PreTrainedTokenizerBase, role: str, stop_token_ids: Sequence[int]) -> "TurnTemplate":
         """Derives the delimiters by rendering a conversation in which an observation of `role` follows a turn.
 
         The stop id that the student samples replaces the template's end of turn.

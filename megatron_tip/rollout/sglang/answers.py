@@ -1,7 +1,5 @@
 """SGLang's answers, typed and checked: nothing from the network is used before it has passed through here."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """A client of one SGLang server over HTTP: checks, generation, scoring and weight endpoints."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -292,7 +290,7 @@ class SGLangClient:
     def _control(self, path: str, body: Mapping[str, Any]) -> bytes:
         return self._request("POST", path, body, timeout_seconds=self.timeouts.control, retries=0, admin=True)
 
-    def _get(self, kind: type[AnswerT], path: str) -> AnswerT:
+    def _get(self, kind: "type[AnswerT]", path: str) -> "AnswerT":
         return parse(kind, self._request("GET", path), f"{self.url}{path}")
 
     def _request(

@@ -4,8 +4,6 @@
 torch and numpy; SGLang itself is not imported.
 """
 
-from __future__ import annotations
-
 import secrets
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """The rollout engine on SGLang servers: generation over a pool, weights by a transport, faults survived."""
 
-from __future__ import annotations
-
 import json
 import logging
 import secrets

@@ -7,8 +7,6 @@ ends with all of its processes. Imports only the standard library at the top: SG
 as well.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """The servers of a run: which are up, what weights they hold, who takes the next request; dead ones come back."""
 
-from __future__ import annotations
-
 import logging
 import threading
 import time

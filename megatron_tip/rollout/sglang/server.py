@@ -1,7 +1,5 @@
 """SGLang servers of our own: start, wait until healthy, and end."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os

@@ -1,7 +1,5 @@
 """From a configuration to an SGLang engine: servers of our own or given ones, and the way of the weights to them."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Sequence

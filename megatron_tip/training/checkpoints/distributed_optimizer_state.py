@@ -1,7 +1,5 @@
 """The distributed optimizer's state, gathered over the data-parallel ranks for checkpoints."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

@@ -7,8 +7,6 @@
 A folder left by a crash has another name (`.step_000020.partial`) and is removed by the next run. Free of torch.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """The state of a run between two steps, apart from weights and optimizer."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -44,7 +42,7 @@ class RunProgress:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> RunProgress:
+    def from_json(cls, values: dict[str, Any]) -> "RunProgress":
         before = values["before"]
         heldout = before and Heldout(before["reverse_kl"], [rollout_from_record(one) for one in before["rollouts"]])
         return cls(**{**values, "before": heldout})

@@ -1,7 +1,5 @@
 """Resuming a run: the choice of its checkpoint, and restoring it."""
 
-from __future__ import annotations
-
 import logging
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A check that a configuration still describes the run in its folder. Free of torch."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from megatron_tip.config import Config

@@ -1,7 +1,5 @@
 """The complete state of a student as Megatron's sharded state, readable in any layout."""
 
-from __future__ import annotations
-
 import json
 import random
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Saving of a run between two steps, while it continues."""
 
-from __future__ import annotations
-
 import logging
 import threading
 import time

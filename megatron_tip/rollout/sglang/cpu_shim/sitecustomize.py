@@ -18,8 +18,6 @@ It also announces a plugin to SGLang, which finds plugins as entry points of ins
 `cpu_hooks.py`, make decoding on a CPU faster and have it follow the requests' seeds.
 """
 
-from __future__ import annotations
-
 import importlib.abc
 import importlib.machinery
 import importlib.metadata

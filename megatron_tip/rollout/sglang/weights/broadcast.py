@@ -1,7 +1,5 @@
 """Weight transfer by broadcast, in a process group that the trainer's first process shares with the servers' ranks."""
 
-from __future__ import annotations
-
 import datetime
 import logging
 import socket

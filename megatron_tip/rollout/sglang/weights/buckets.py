@@ -1,7 +1,5 @@
 """A stream of tensors cut into buckets of bytes, so that a sync holds one bucket, never the whole model."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 

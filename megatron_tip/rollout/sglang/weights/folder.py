@@ -1,7 +1,5 @@
 """Weight transfer through a folder that trainer and servers share: safetensors, written atomically."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """The protocol of all weight transports, and calls to many servers at once."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
