@@ -61,7 +61,7 @@ class TooManySkips(TrainingError):  # noqa: N818  (it names what happened)
 
 
 class PeerError(MegatronTipError, RuntimeError):
-    """A failure of another rank, with which this one ends; the other rank's own error says why and is the one to show."""
+    """A failure of another rank, with which this one ends; that rank's own error says why and is the one to show."""
 
 
 class OptionalDependencyError(MegatronTipError, ImportError):

@@ -11,7 +11,7 @@ class Machine:
     """This machine, for a run that starts on it or elsewhere. `notes`: what it lacks and the run may find elsewhere."""
 
     def __init__(self, *, is_elsewhere: bool = False) -> None:
-        """`is_elsewhere`: whether the run will start on another machine."""
+        """Takes this machine. `is_elsewhere`: whether the run will start on another one."""
         self.is_elsewhere = is_elsewhere
         self.notes: list[str] = []
 
