@@ -1,4 +1,4 @@
-# Each target makes .venv itself; stamp files keep anything from being installed or converted twice.
+# Each target creates .venv itself; stamp files prevent installing or converting anything twice.
 PYTHON ?= python3.11
 
 VENV := .venv
@@ -10,7 +10,7 @@ SMOLLM2 := .cache/quickstart/SmolLM2-135M-Instruct
 RUN ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 STUDY ?= runs/fixed_context_study
 
-# They are meant for the CPU, also on a machine with a GPU.
+# These run on the CPU, even on a machine with a GPU.
 quickstart quickstart-sglang study test: export CUDA_VISIBLE_DEVICES :=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -26,7 +26,7 @@ quickstart-sglang: $(INSTALLED) $(SGLANG) $(SMOLLM2)/.converted
 test: $(INSTALLED) $(SGLANG) $(SMOLLM2)/.converted
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
 
-# Bank and scores are files that are made once; the arms go on behind the last one that ended.
+# Bank and scores are created once; an interrupted `intervene` continues after its last finished arm.
 DIAGNOSE = $(BIN)/megatron-tip diagnose
 STUDIED = examples/fixed_context_study/study.toml run.folder=$(STUDY)/arms diagnostics.bank=$(STUDY)/bank
 
@@ -60,8 +60,8 @@ $(INSTALLED): requirements/torch.txt requirements/cpu.txt requirements/no-deps.t
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
-# SGLang for the CPU in the same environment: its pins of transformers, tokenizers and torch are ours. pip's warnings of
-# missing CUDA packages do not matter here; see megatron_tip/rollout/sglang/cpu_shim.
+# SGLang for the CPU in the same environment: it pins the same transformers, tokenizers and torch as we do. Ignore pip's
+# warnings about missing CUDA packages; see megatron_tip/rollout/sglang/cpu_shim.
 sglang-cpu: $(SGLANG)
 
 $(SGLANG): requirements/sglang-cpu.txt requirements/sglang-cpu-no-deps.txt $(INSTALLED)
@@ -69,7 +69,7 @@ $(SGLANG): requirements/sglang-cpu.txt requirements/sglang-cpu-no-deps.txt $(INS
 	$(BIN)/pip install --quiet --no-deps -r requirements/sglang-cpu-no-deps.txt
 	touch $@
 
-# lm-evaluation-harness in an environment of its own: megatron-tip eval --python .venv-eval/bin/python
+# lm-evaluation-harness in a separate environment: megatron-tip eval --python .venv-eval/bin/python
 eval: $(EVAL)
 
 $(EVAL): requirements/eval.txt requirements/torch.txt

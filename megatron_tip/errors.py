@@ -1,6 +1,6 @@
-"""Errors that a user can cause and mend. Broken invariants of our own are plain `assert`s.
+"""Errors that a user can cause and fix. Broken invariants of our own are plain `assert`s.
 
-Every message says where, what was expected, what came, and what to do about it.
+Every message says where, what was expected, what was found, and what to do about it.
 """
 
 
@@ -9,7 +9,7 @@ class MegatronTipError(Exception):
 
 
 class ConfigError(MegatronTipError, ValueError):
-    """A configuration, or a combination of it with the models or the world size, that cannot run."""
+    """A configuration that cannot run, by itself or with these models or this world size."""
 
 
 class InputError(MegatronTipError, ValueError):
@@ -29,7 +29,7 @@ class ServerError(EngineError):
 
 
 class ServerRefusedError(ServerError):
-    """A server that understood a request and refused it (HTTP 4xx): the request is at fault, elsewhere as well."""
+    """A server that understood a request and refused it (HTTP 4xx): other servers would refuse it too."""
 
 
 class ServerAnswerError(ServerError):
@@ -37,15 +37,15 @@ class ServerAnswerError(ServerError):
 
 
 class ServerMismatchError(EngineError):
-    """A server that is not SGLang, or that serves another model or vocabulary; waiting does not mend it."""
+    """A server that is not SGLang, or that serves another model or vocabulary; waiting does not help."""
 
 
 class WeightsLostError(EngineError):
-    """No server that is up holds the student's weights any more; a sync mends it and generation goes on."""
+    """No running server holds the student's weights any more; generation continues after a sync."""
 
 
 class ServersLostError(EngineError):
-    """No server was left, or came back within the limit; a run that meets it can be resumed from its checkpoint."""
+    """No server was left, and none came back within the limit; the run can be resumed from its checkpoint."""
 
 
 class TrainingError(MegatronTipError, RuntimeError):
@@ -56,36 +56,29 @@ class NotFiniteError(InputError, TrainingError):
     """NaN or infinity where a step needs numbers; training skips the step."""
 
 
-class TooManySkips(TrainingError):  # noqa: N818  (what happened, and not an error of one step)
-    """Several steps in a row were not finite; the run is saved and ends."""
+class TooManySkips(TrainingError):  # noqa: N818  (it names what happened)
+    """Several steps in a row that were not finite; the run saves and ends."""
 
 
 class PeerError(MegatronTipError, RuntimeError):
-    """Another rank failed and this one ends with it; the other rank's own error says why and is the one to show.
-
-    `cause`: the class of the other rank's error, where it is known.
-    """
-
-    def __init__(self, message: str, *, cause: str = "") -> None:
-        super().__init__(message)
-        self.cause = cause
+    """A failure of another rank, with which this one ends; that rank's own error says why and is the one to show."""
 
 
 class OptionalDependencyError(MegatronTipError, ImportError):
-    """An optional package that is not installed; the message names the extra that brings it."""
+    """An optional package that is not installed; the message names the extra to install."""
 
 
 class CheckpointError(MegatronTipError, RuntimeError):
-    """A run that cannot continue: no checkpoint of it is whole, or another run wrote them."""
+    """A run that cannot continue: none of its checkpoints is intact, or another run wrote them."""
 
 
 class HangError(MegatronTipError, RuntimeError):
-    """No step was finished for too long; the stacks of all ranks say where they stood."""
+    """No step was finished for too long; the stacks of all ranks show where they were."""
 
 
 class EvaluationError(MegatronTipError, RuntimeError):
-    """A benchmark that could not be run to its end."""
+    """A benchmark that could not be completed."""
 
 
 class OutputError(MegatronTipError, OSError):
-    """A file of the run that cannot be written: a full disk, a folder that was taken away."""
+    """A file of the run that cannot be written: the disk is full, or the folder has been removed."""

@@ -1,6 +1,4 @@
-"""Files and folders that come into being whole or not at all: written beside their place, synced, renamed."""
-
-from __future__ import annotations
+"""Atomic writing of files and folders: written next to their place, synced, renamed."""
 
 import json
 import math
@@ -15,7 +13,7 @@ from megatron_tip.errors import OutputError
 
 
 def finite_json(value: Any) -> Any:
-    """Returns `value` with None in the place of floats that are not finite: JSON has no NaN."""
+    """Returns `value` with None in place of floats that are not finite: JSON has no NaN."""
     if isinstance(value, Mapping):
         return {name: finite_json(item) for name, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -27,13 +25,13 @@ def atomic_write_text(path: Path, text: str, *, setting: str = "run.folder") -> 
 
 
 def atomic_write_bytes(path: Path, content: bytes, *, setting: str = "run.folder") -> None:
-    """Writes `content` beside `path`, syncs it and renames it: whoever reads `path` finds the old or the new whole.
+    """Writes `content` beside `path`, syncs and renames it: readers of `path` find the old or the new content whole.
 
     Args:
-        setting: what the user gave `path` by; errors name it.
+        setting: the setting that gave `path`, for errors.
 
     Raises:
-        OutputError: the disk is full, or the folder cannot be written to; `path` is as it was.
+        OutputError: the disk is full, or the folder is not writable; `path` is unchanged.
     """
     beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with output_errors(path, setting=setting):
@@ -49,7 +47,7 @@ def atomic_write_bytes(path: Path, content: bytes, *, setting: str = "run.folder
 
 @contextmanager
 def output_errors(path: Path, *, setting: str = "run.folder") -> Iterator[None]:
-    """Turns an OSError from writing to `path` into an OutputError that says what to do: give another `setting`."""
+    """Turns an OSError from writing to `path` into an OutputError that advises another `setting`."""
     try:
         yield
     except OSError as error:
@@ -62,18 +60,18 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def require_new(target: Path) -> None:
-    """Refuses a folder that exists: raises OutputError."""
+    """Raises OutputError if the folder exists."""
     if target.exists():
         raise OutputError(f"{target}: expected a new folder, but it exists; give another one or move it away")
 
 
 @contextmanager
 def new_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A folder beside `target` to write into; it becomes `target` when the block ends, and is gone if it fails.
+    """Yields a folder beside `target` to write into; it becomes `target` after the block, or is removed if that fails.
 
     Raises:
-        OutputError: the folder cannot be made or moved, anything in the block cannot be written, or `target` exists
-            and `overwrite` is not set.
+        OutputError: the folder cannot be created or moved, the block fails to write, or `target` exists and `overwrite`
+            is not set.
     """
     partial, replaced = (target.with_name(f".{target.name}.{kind}") for kind in ("partial", "replaced"))
     if not overwrite:
@@ -95,7 +93,7 @@ def new_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 def _put_in_place(partial: Path, target: Path, replaced: Path) -> None:
-    """Renames `partial` to `target`; a folder that was there is removed once the new one is in its place."""
+    """Renames `partial` to `target`; removes an earlier folder once the new one is in place."""
     if not target.exists():
         partial.rename(target)
         return

@@ -4,12 +4,11 @@ Shape letters: `b` sequences of a micro-batch, `s` positions, `n` valid tokens (
 `K` support size. Rows run over micro-batches, then sequences, then positions; a row is one position of `loss_mask`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from itertools import accumulate
+from typing import Self
 
-import torch
 from torch import Tensor
 
 
@@ -109,69 +108,29 @@ class TokenIndex:
 
 
 @dataclass(frozen=True)
-class TokenStatistics:
-    """Per-row scalars of student p and teacher q, `[n]` float32, no gradient, equal on all tp ranks.
-
-    Entropies and divergences in nats over the full vocabulary, except `support_divergence`. S_S and S_T are the top-K
-    sets of student and teacher (ties: lower id first). `None` means "not asked for", or "cannot be known": what needs
-    the whole distribution of a teacher that gives top-K log-probabilities alone. Equations: TA-OPD (arXiv:2605.26844)
-    unless TIP is named.
-    """
-
-    student_entropy: Tensor
-    teacher_entropy: Tensor | None
-    reverse_kl: Tensor | None  # KL(p || q), TIP Eq. 3
-    forward_kl: Tensor | None  # KL(q || p)
-    support_divergence: Tensor  # D: KL(q || p), both renormalised on the union of S_S and S_T, Eq. 9
-    compatibility: Tensor | None  # C: teacher mass on S_S, Eq. 10
-    compatibility_lower_bound: Tensor  # teacher mass on the intersection of S_S and S_T, Eq. 17
-    support_overlap: Tensor  # number of ids in both sets
-    support_jaccard: Tensor  # overlap / size of the union
-    shared_teacher_mass: Tensor  # compatibility_lower_bound / teacher mass on S_T
-    student_mass_on_teacher_support: Tensor  # sum of p over S_T
-    student_logprobs: Tensor | None = None  # of the label
-    teacher_logprobs: Tensor | None = None
-    jsd: Tensor | None = None  # beta = 1/2
-    student_support_ids: Tensor | None = None  # [n, K] int64, descending logprob
-    student_support_logprobs: Tensor | None = None  # [n, K] student's own
-    teacher_support_ids: Tensor | None = None
-    teacher_support_logprobs: Tensor | None = None
+class TeacherRows:
+    """What a teacher says of n rows: tensors `[n, ...]`, None for what it does not say. A kind of teacher adds them."""
 
     def __len__(self) -> int:
-        return self.student_entropy.shape[0]
+        return len(getattr(self, fields(self)[0].name))
 
-    @staticmethod
-    def unknown(num_rows: int, device: torch.device) -> TokenStatistics:
-        """NaN for `num_rows` rows of which no statistic can be told; no supports."""
-        names = [field.name for field in fields(TokenStatistics) if "support_ids" not in field.name]
-        scalars = [name for name in names if not name.endswith("support_logprobs")]
-        return TokenStatistics(**{name: torch.full((num_rows,), float("nan"), device=device) for name in scalars})
+    def __getitem__(self, rows: Tensor) -> Self:
+        """Returns those rows, in their order."""
+        return self.map(lambda values: values[rows])
 
-    @staticmethod
-    def concatenate(parts: list[TokenStatistics]) -> TokenStatistics:
-        """The rows of `parts` one after another; a field that any part lacks is `None`."""
+    def split(self, num_rows: list[int]) -> list[Self]:
+        """Returns consecutive parts of so many rows each."""
+        ends = list(accumulate(num_rows))
+        return [self.map(lambda values, a=end - n, b=end: values[a:b]) for end, n in zip(ends, num_rows, strict=True)]
 
-        def joined(name: str) -> Tensor | None:
-            values = [getattr(part, name) for part in parts]
-            return None if any(value is None for value in values) else torch.cat(values)
-
-        return TokenStatistics(**{field.name: joined(field.name) for field in fields(TokenStatistics)})  # type: ignore[arg-type]
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """Returns `function` of each tensor."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: function(value) for name, value in values.items() if value is not None})
 
 
 @dataclass(frozen=True)
-class TopKTokenStatistics(TokenStatistics):
-    """The statistics of a teacher that gives top-K log-probabilities alone.
-
-    `topk_reverse_kl`: `[n]`, KL(p || q) after all ids whose q is not known were put into one: a lower bound of the
-    reverse KL. `teacher`: what they were made of.
-    """
-
-    topk_reverse_kl: Tensor | None = None
-    teacher: TeacherTopK | None = None
-
-
-@dataclass(frozen=True)
-class TeacherTopK:
+class TeacherTopK(TeacherRows):
     """What a teacher behind a server says of n rows: natural log of its probabilities at temperature 1.
 
     `label_logprobs`: `[n]` float32. `support_ids`, `support_logprobs`: `[n, K]` int64 and float32, its top-K by
@@ -184,30 +143,6 @@ class TeacherTopK:
     support_logprobs: Tensor
     student_support_ids: Tensor | None = None
     student_support_logprobs: Tensor | None = None
-
-    def __len__(self) -> int:
-        return self.label_logprobs.shape[0]
-
-    def __getitem__(self, rows: Tensor) -> TeacherTopK:
-        """Those rows, in their order."""
-        return self.map(lambda values: values[rows])
-
-    def split(self, num_rows: list[int]) -> list[TeacherTopK]:
-        """Consecutive parts of so many rows each."""
-        starts = [sum(num_rows[:part]) for part in range(len(num_rows))]
-        return [
-            self.map(lambda values, a=start, b=start + length: values[a:b])
-            for start, length in zip(starts, num_rows, strict=True)
-        ]
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> TeacherTopK:
-        """`function` of each tensor."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return TeacherTopK(**{name: None if value is None else function(value) for name, value in values.items()})  # type: ignore[arg-type]
-
-
-TeacherRows = Tensor | TeacherTopK
-"""What a teacher says of n rows: `[n, H]` hidden states, or of a teacher behind servers log-probabilities."""
 
 
 @dataclass(frozen=True)

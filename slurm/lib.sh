@@ -1,8 +1,8 @@
 # shellcheck shell=bash
-# What all scripts of this folder share; sourced, not run. Functions are tip_*, values TIP_* (site.sh).
-# They use: TIP_ROOT, the repository, set by the script that sources this.
+# Functions for all scripts in this folder; source this file, do not run it. Functions are tip_*, values TIP_* (site.sh).
+# The script that sources it must set TIP_ROOT, the repository.
 
-# The code with which `megatron-tip train` says: stopped by a signal, checkpoint written, run me again.
+# Exit code of `megatron-tip train` that means: stopped by a signal, checkpoint written, run me again.
 TIP_EXIT_RESUMABLE=75
 
 tip_log() {
@@ -14,8 +14,8 @@ tip_fail() {
   exit 2
 }
 
-# Reads the site's values and sets the environment of every task. From here on a warning before the time limit is
-# remembered; until the workers are there nobody else hears of it.
+# Reads the site's values and sets the environment of every task. From here on the script remembers a warning before the
+# time limit; until the workers exist, nothing else receives it.
 TIP_WARNED=
 tip_setup() {
   trap 'TIP_WARNED=1' USR1
@@ -33,10 +33,10 @@ tip_setup() {
   export PYTHONUNBUFFERED=1
   tip_network
   tip_log "job ${SLURM_JOB_ID:-none}, restart ${SLURM_RESTART_COUNT:-0}, nodes ${SLURM_JOB_NODELIST:-none}," \
-    "$TIP_TASKS_PER_NODE tasks a node${TIP_CONTAINER_IMAGE:+, container $TIP_CONTAINER_IMAGE}"
+    "$TIP_TASKS_PER_NODE tasks per node${TIP_CONTAINER_IMAGE:+, container $TIP_CONTAINER_IMAGE}"
 }
 
-# Exports the network settings; what the caller has exported already holds.
+# Exports the network settings; a value that the caller has already exported takes precedence.
 tip_network() {
   export NCCL_DEBUG=${NCCL_DEBUG:-$TIP_NCCL_DEBUG}
   if [[ -n $TIP_NCCL_IB_HCA ]]; then export NCCL_IB_HCA=${NCCL_IB_HCA:-$TIP_NCCL_IB_HCA}; fi
@@ -45,13 +45,13 @@ tip_network() {
     export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$TIP_SOCKET_IFNAME}
     export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$TIP_SOCKET_IFNAME}
   fi
-  # A collective that a dead peer will never join raises instead of waiting for its timeout.
+  # A collective that a dead peer will never join raises an error instead of waiting for its timeout.
   export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
-  # Megatron overlaps tensor-parallel communication with computation only if kernels start in the order of their launch.
+  # Megatron overlaps tensor-parallel communication with computation only if kernels start in launch order.
   export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 }
 
-# tip_address NODE: where the other nodes reach it. NodeAddr need not be the node's name.
+# tip_address NODE: the address at which other nodes reach it. NodeAddr may differ from the node's name.
 tip_address() {
   local address
   address=$(scontrol show node "$1" | grep -oE 'NodeAddr=[^ ]+' | head -n 1)
@@ -59,7 +59,7 @@ tip_address() {
   printf '%s\n' "${address#NodeAddr=}"
 }
 
-# tip_srun_arguments NODES TASKS_PER_NODE [NODELIST]: the arguments of srun, one a line.
+# tip_srun_arguments NODES TASKS_PER_NODE [NODELIST]: prints the arguments of srun, one per line.
 tip_srun_arguments() {
   local nodes=$1 tasks=$2 nodelist=${3:-}
   printf '%s\n' --kill-on-bad-exit=1 --nodes="$nodes" --ntasks="$((nodes * tasks))" --ntasks-per-node="$tasks" --label
@@ -68,7 +68,7 @@ tip_srun_arguments() {
   fi
   if [[ -n $nodelist ]]; then printf '%s\n' --nodelist="$nodelist"; fi
   if [[ -n $TIP_CONTAINER_IMAGE ]]; then
-    # Root is not remapped: files of the run belong to the user. The working directory is the one outside.
+    # Root is not remapped, so that the run's files belong to the user. The working directory is the same as outside.
     printf '%s\n' --container-image="$TIP_CONTAINER_IMAGE" --no-container-mount-home --no-container-remap-root \
       --container-mounts="$TIP_ROOT:$TIP_ROOT${TIP_CONTAINER_MOUNTS:+,$TIP_CONTAINER_MOUNTS}" --container-workdir="$PWD"
   fi
@@ -86,8 +86,8 @@ tip_train() {
 }
 
 # tip_serve NODELIST PER_NODE MODEL MEMORY_FRACTION KEYS_FILE: starts SGLang servers of MODEL, PER_NODE on each node, and
-# puts their URLs into TIP_URLS. A server reads its arguments and passwords from its standard input and ends with it.
-# tip_wait_for_servers then waits until all of them answer.
+# puts their URLs into TIP_URLS. A server reads its arguments and passwords from its standard input, and exits when that
+# closes. tip_wait_for_servers then waits until all of them answer.
 TIP_SERVER_INPUTS=()
 TIP_URLS=()
 TIP_ALL_URLS=()
@@ -101,7 +101,7 @@ tip_serve() {
       port=$((TIP_SGLANG_PORT + index))
       gpus=$(seq -s, $((index * TIP_SGLANG_TP)) $(((index + 1) * TIP_SGLANG_TP - 1)))
       mapfile -t arguments < <(tip_srun_arguments 1 1 "$node")
-      # --overlap: beside the trainer's step, where they share nodes. env: behind SLURM, which sets the variable itself.
+      # --overlap: servers and the trainer's step may share nodes. env: takes effect after SLURM sets the variable itself.
       exec {input}> >(exec srun "${arguments[@]}" --overlap \
         env "CUDA_VISIBLE_DEVICES=$gpus" "$TIP_PYTHON" -m megatron_tip.rollout.sglang.main)
       "$TIP_PYTHON" -m megatron_tip.commands.serving arguments "$model" "$address" "$port" "$TIP_SGLANG_TP" "$memory" \
@@ -126,7 +126,7 @@ tip_stop_servers() {
   TIP_SERVER_INPUTS=()
 }
 
-# tip_setting SECTION.KEY CONFIG [section.key=value ...]: one value of the configuration.
+# tip_setting SECTION.KEY CONFIG [section.key=value ...]: prints one value of the configuration.
 tip_setting() {
   local name=$1
   shift
@@ -136,28 +136,28 @@ section, key = sys.argv[1].split(".")
 print(getattr(getattr(config, section), key))' "$name" "$@"
 }
 
-# tip_list URL...: a TOML list.
+# tip_list URL...: prints a TOML list.
 tip_list() {
   local joined
   printf -v joined '"%s",' "$@"
   printf '[%s]\n' "${joined%,}"
 }
 
-# tip_run COMMAND...: runs it and returns its exit code. SIGUSR1 (the warning before a time limit, from
-# --signal=B:USR1@...) and SIGTERM go on to it, and srun sends them on to every task. TIP_WARNED says that SIGUSR1 came;
-# if it came before, nothing is run any more.
+# tip_run COMMAND...: runs the command and returns its exit code. It forwards SIGUSR1 (the warning before a time limit,
+# from --signal=B:USR1@...) and SIGTERM to the command, and srun forwards them to every task. TIP_WARNED records that
+# SIGUSR1 came; if it came earlier, the command is not run.
 tip_run() {
   local code=0 child
   if [[ -n $TIP_WARNED ]]; then return "$TIP_EXIT_RESUMABLE"; fi
   "$@" &
   child=$!
-  # shellcheck disable=SC2064  # the child of now
+  # shellcheck disable=SC2064  # expand now: this child
   trap "TIP_WARNED=1; tip_forward USR1 $child" USR1
   # shellcheck disable=SC2064
   trap "tip_forward TERM $child" TERM
-  if [[ -n $TIP_WARNED ]]; then tip_forward USR1 "$child"; fi # it came between the two lines above
+  if [[ -n $TIP_WARNED ]]; then tip_forward USR1 "$child"; fi # the signal came between starting the child and the trap
   wait "$child" || code=$?
-  # A trap ends `wait` early, with the child still there.
+  # A trap ends `wait` early, while the child is still running.
   while kill -0 "$child" 2>/dev/null; do
     code=0
     wait "$child" || code=$?
@@ -172,11 +172,12 @@ tip_forward() {
   kill -s "$1" "$2" 2>/dev/null || true
 }
 
-# tip_finish CODE: ends the script, and sends the job back to the queue where the time limit's warning ended a run that
-# can go on by itself. Not after scancel: who cancels a job does not want it back. SLURM itself requeues after
-# pre-emption (PreemptMode=REQUEUE) and node failure. A warning that comes while the workers still start ends them by the
-# signal itself, and srun ends by SIGTERM or SIGKILL who leaves a moment after the first: nothing is lost, and the job
-# goes back as well. A task of an array is named as such: the last one's own number means the whole array.
+# tip_finish CODE: ends the script, and requeues the job if the warning before the time limit ended a run that can
+# continue. It does not requeue after scancel: a user who cancels a job does not want it back. SLURM itself requeues after
+# pre-emption (PreemptMode=REQUEUE) and node failure. A warning that comes while the workers are still starting ends them
+# by the signal itself, and srun ends the remaining ones by SIGTERM or SIGKILL a moment after the first: nothing is lost,
+# and the job is requeued as well. A task of an array needs its array name: the last task's own number means the whole
+# array.
 tip_finish() {
   local code=$1 job=$SLURM_JOB_ID
   if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
@@ -189,12 +190,12 @@ tip_finish() {
   elif ((code != TIP_EXIT_RESUMABLE)); then
     tip_log "failed with exit code $code; the first error is above"
   elif [[ -z $TIP_WARNED ]]; then
-    tip_log "stopped with a checkpoint; submit the same command again to go on"
+    tip_log "stopped with a checkpoint; submit the same command again to continue"
   elif ((${SLURM_RESTART_COUNT:-0} >= TIP_MAX_RESTARTS)); then
     tip_log "not requeued: restarted $SLURM_RESTART_COUNT times already (TIP_MAX_RESTARTS)"
   else
-    tip_log "requeued: the run goes on from its last checkpoint" # SLURM may end this script within the next line
-    scontrol requeue "$job" || tip_log "but it was not (see above); submit the same command again to go on"
+    tip_log "requeued: the run continues from its last checkpoint" # SLURM may end this script during the next line
+    scontrol requeue "$job" || tip_log "but the requeue failed (see above); submit the same command again to continue"
   fi
   exit "$code"
 }

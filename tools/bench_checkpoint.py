@@ -1,10 +1,11 @@
-"""What saving a run costs and how soon it goes on after a kill.
+"""What saving a run costs, and how soon it continues after a kill.
 
     python tools/bench_checkpoint.py CONFIG.toml [--folder DIR] [--foreground] [--steps 3] [section.key=value ...]
 
-Takes a few steps with a checkpoint after each, kills the run with SIGKILL, and starts it again until it is ready for
-its next step. Prints what a step takes but for saving, what training waits for a save, a checkpoint's size, and the
-seconds from the start of the command to the first step, anew and continued, with the loading of the models apart.
+Takes a few steps with a checkpoint after each, kills the run with SIGKILL, and restarts it until it is ready for its
+next step. Prints the seconds of a step without saving, how long training waits for a save, a checkpoint's size, and the
+seconds from the start of the command to the first step, for a fresh and for a continued run. Loading the models is
+listed separately.
 """
 
 import argparse
@@ -27,7 +28,7 @@ BETWEEN_SAVES = 10
 
 @dataclass(frozen=True)
 class Saving:
-    """Medians over the steps: seconds of a step but for saving, of a save; bytes of the newest checkpoint."""
+    """Seconds of each step without saving and of each save; bytes of the newest checkpoint."""
 
     steps: list[float]
     saves: list[float]
@@ -69,7 +70,7 @@ def measure(config_path: Path, overrides: list[str], folder: Path, num_steps: in
     ready = ready_at(trial, process, begin)
     trial.wait(process, lambda: trial.recorded() == num_steps)
     trial.kill_all(process)
-    anew = Start(ready - begin, models_seconds(trial.log[-1]))
+    fresh = Start(ready - begin, models_seconds(trial.log[-1]))
     saving = saving_of(run)
     begin = time.time()
     process = trial.start()
@@ -80,13 +81,13 @@ def measure(config_path: Path, overrides: list[str], folder: Path, num_steps: in
     print("| Checkpoints are written | Step, s | Training waits for a save, s | Share of 10 steps | MB |")
     print("|---|---|---|---|---|")
     print(saving.row("in the background" if in_background else "in the foreground"))
-    print("\n| From the command to the first step | Seconds | Of these, models | Beyond |\n|---|---|---|---|")
-    print(anew.row("anew"))
+    print("\n| From the command to the first step | Seconds | Of these, models | Rest |\n|---|---|---|---|")
+    print(fresh.row("fresh start"))
     print(continued.row("continued after SIGKILL"), flush=True)
 
 
 def saving_of(run: RunFolder) -> Saving:
-    """What is charged to a step: ending the save of the step before the last, and beginning that of the last."""
+    """Returns the measured times. Step n is charged for ending step n - 2's save and beginning step n - 1's."""
     lines = [json.loads(line) for line in run.metrics.read_text().splitlines()][1:]
     saves = [line["time/save_seconds"] for line in lines if "time/save_seconds" in line]
     steps = [sum((line[key] for key in line if key.startswith("time/") and "save" not in key), 0.0) for line in lines]
@@ -96,7 +97,7 @@ def saving_of(run: RunFolder) -> Saving:
 
 
 def ready_at(trial: Trial, process: subprocess.Popen[str], begin: float) -> float:
-    """When, in time.time(), the engine of the run that was started at `begin` has its first weights."""
+    """Returns when (time.time()) the engine of the run that started at `begin` got its first weights."""
     path = trial.folder.trace / "rank_00000.jsonl"
 
     def first_sync() -> float | None:
@@ -112,8 +113,8 @@ def ready_at(trial: Trial, process: subprocess.Popen[str], begin: float) -> floa
 
 
 def models_seconds(log: str) -> float:
-    found = re.search(r"models and engine are there after (\S+) s,", log)
-    assert found, f"no word of the models in\n{log}"
+    found = re.search(r"models and engine .*after (\S+) s,", log)
+    assert found, f"the log does not mention the models:\n{log}"
     return float(found[1])
 
 
@@ -124,7 +125,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--folder", type=Path, default=Path("runs/bench_checkpoint"), help="is emptied first")
     parser.add_argument("--foreground", action="store_true", help="training waits for the disk")
-    parser.add_argument("--steps", type=int, default=3, help="with a checkpoint after each")
+    parser.add_argument("--steps", type=int, default=3, help="number of steps, with a checkpoint after each")
     arguments = parser.parse_intermixed_args()
     shutil.rmtree(arguments.folder, ignore_errors=True)
     in_background = not arguments.foreground

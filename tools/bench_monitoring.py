@@ -1,8 +1,9 @@
-"""What monitoring costs: a sample of the thread, and the two all-reduces of a step.
+"""The cost of monitoring: a sample by the thread, and the two all-reduces of a step.
 
     python tools/bench_monitoring.py [--workers 3] [--step-seconds 10.8] [--every-seconds 5]
 
-Prints seconds a sample and a step, and both as a share of a run whose steps take --step-seconds (the quickstart's).
+Prints the seconds per sample and per step, and both as a share of a run whose steps take --step-seconds (by default the
+quickstart's).
 """
 
 import time
@@ -14,7 +15,7 @@ from workers import run_in_workers
 
 def main(
     workers: Annotated[int, typer.Option(min=1, help="Workers on this machine.")] = 3,
-    step_seconds: Annotated[float, typer.Option(help="Length of a step that the cost is set against.")] = 10.8,
+    step_seconds: Annotated[float, typer.Option(help="Length of the step that the cost is compared with.")] = 10.8,
     every_seconds: Annotated[float, typer.Option(help="monitoring.every_seconds.")] = 5.0,
 ) -> None:
     """Measure the cost of monitoring."""
@@ -22,7 +23,7 @@ def main(
 
 
 def measure(step_seconds: float, every_seconds: float, calls: int = 200) -> None:
-    """One worker's part. Collective over the world; rank 0 prints."""
+    """Measures on one worker. Collective over the world; rank 0 prints."""
     import torch
     import torch.distributed as dist
 

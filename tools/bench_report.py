@@ -1,13 +1,11 @@
-"""What a report costs: three runs of 1,000 steps, 200 responses of 2,000 tokens with both models' top-16.
+"""The cost of a report: three runs of 1,000 steps, 200 responses of 2,000 tokens with both models' top-16.
 
     python tools/bench_report.py [--responses 200] [--tokens 2000] [--megabytes 10]
 
-Prints seconds and bytes of `megatron-tip report`, in a process of its own, with the interpreter's start; and, where
-Chromium is installed, how long the page takes to open and to answer what a reader does. The runs are random numbers
-(tools/synthetic_runs.py), which compress worse than a language model's.
+Prints seconds and bytes of `megatron-tip report` in a separate process, including the interpreter's start. If Chromium
+is installed, it also prints how long the page takes to open and to react to a reader's actions. The runs are random
+numbers (tools/synthetic_runs.py), which compress worse than a language model's.
 """
-
-from __future__ import annotations
 
 import resource
 import shutil
@@ -55,11 +53,11 @@ ACTIONS = """async () => {
 
 
 def main(
-    responses: Annotated[int, typer.Option(min=1, help="Viewed responses, all of one run.")] = 200,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of each.")] = 2000,
+    responses: Annotated[int, typer.Option(min=1, help="Viewed responses, all in one run.")] = 200,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens per response.")] = 2000,
     megabytes: Annotated[float, typer.Option(help="--max-megabytes of the report.")] = 10.0,
 ) -> None:
-    """Measure what a report costs."""
+    """Measure the cost of a report."""
     with tempfile.TemporaryDirectory(prefix="bench_report_") as folder:
         found = measure(Path(folder), responses, tokens, megabytes)
     for name, value in found.items():
@@ -67,7 +65,7 @@ def main(
 
 
 def measure(folder: Path, responses: int, tokens: int, megabytes: float) -> dict[str, Any]:
-    """Returns what was measured, by name with its unit."""
+    """Returns the measurements by name; each name contains its unit."""
     runs = [folder / f"run_{place}" for place in range(3)]
     for place, run in enumerate(runs):
         views = [STEPS] if place == 0 else []
@@ -81,11 +79,11 @@ def measure(folder: Path, responses: int, tokens: int, megabytes: float) -> dict
     found = {"report, seconds": round(seconds, 1), "report, CPU seconds": round(cpu_seconds, 1)}
     found |= {"report, MB": round(page.stat().st_size / 1e6, 2)}
     table = next((runs[0] / "views").iterdir()).stat().st_size
-    return found | {"table on disk, bytes a token": round(table / responses / tokens, 1)} | in_browser(page)
+    return found | {"table on disk, bytes per token": round(table / responses / tokens, 1)} | in_browser(page)
 
 
 def in_browser(page: Path) -> dict[str, Any]:
-    """Returns seconds until the page is there, and milliseconds of each action; nothing without Chromium."""
+    """Returns the seconds until the page is ready and the milliseconds of each action; nothing without Chromium."""
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
         return {"browser": "not installed"}

@@ -5,16 +5,14 @@
 
 The model is the quickstart's student (SmolLM2-135M-Instruct without layers 20 to 25, float32), the prompts are its
 arithmetic questions. Both engines answer the same prompts, `--requests` of them at once, with `--tokens` tokens each
-(no stop ids), one engine after the other, by turns; tokens a second are the median over `--repeats` turns. Each turn
-is printed to standard error as it ends. `--dtype` is of both engines' weights; the student's are float32.
+(no stop ids). The engines take turns; tokens per second are the median over `--repeats` turns. Each turn is printed to
+standard error when it ends. `--dtype` sets both engines' weights; the student's are float32.
 
-Seconds to healthy: from the start of the server's process until it generates. Sync: seconds and bytes of bringing all
+Seconds to healthy: from the start of the server's process until it generates. Sync: seconds and bytes to bring all
 weights to the engine, in place (embedded), by broadcast over gloo, and through a folder; the median over `--repeats`.
-Memory: resident bytes of this process, with student and embedded engine in it, and of the server's processes together,
-pages that they share counted in each.
+Memory: resident bytes of this process, which contains the student and the embedded engine, and of all the server's
+processes together; pages that processes share are counted in each.
 """
-
-from __future__ import annotations
 
 import json
 import statistics
@@ -56,7 +54,7 @@ BUCKET_BYTES = 134_217_728
 
 
 class Dtype(StrEnum):
-    """Types of weights that both engines know."""
+    """Weight types that both engines support."""
 
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
@@ -64,7 +62,7 @@ class Dtype(StrEnum):
 
 @dataclass
 class Measured:
-    """`tokens_per_second`, `sync_seconds`, `sync_bytes`: by engine or way. Bytes are of memory."""
+    """One run's numbers. `tokens_per_second` is by engine, `sync_seconds` and `sync_bytes` by way of syncing."""
 
     seconds_to_healthy: float
     tokens_per_second: dict[str, float]
@@ -76,14 +74,14 @@ class Measured:
 
 def main(
     requests: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 16,
-    tokens: Annotated[int, typer.Option(min=1, help="New tokens a request.")] = 64,
+    tokens: Annotated[int, typer.Option(min=1, help="New tokens per request.")] = 64,
     repeats: Annotated[int, typer.Option(min=1)] = 3,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads of either engine.")] = 2,
-    dtype: Annotated[Dtype, typer.Option(help="Of the engines' weights.")] = Dtype.FLOAT32,
-    model: Annotated[Path, typer.Option(help="The unpruned model's directory.")] = TEACHER,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of each engine.")] = 2,
+    dtype: Annotated[Dtype, typer.Option(help="Type of the engines' weights.")] = Dtype.FLOAT32,
+    model: Annotated[Path, typer.Option(help="Directory of the unpruned model.")] = TEACHER,
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
-    """Compares SGLang with the embedded engine."""
+    """Compare SGLang with the embedded engine."""
     torch.set_num_threads(threads)
     use_onednn()  # as in the trainer, whose process the embedded engine shares
     student = HfCheckpoint(model, tuple(DROPPED_LAYERS))
@@ -99,7 +97,7 @@ def main(
 
 
 def prompts_of(model: Path, number: int) -> list[Prompt]:
-    """The quickstart's questions, tokenised."""
+    """Returns the quickstart's questions, tokenised."""
     config = PromptsConfig(source="reasoning_gym", tasks=("basic_arithmetic",), max_prompt_tokens=256)
     tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
     heldout = HeldoutConfig(num_prompts=0)
@@ -116,7 +114,7 @@ def measure(
     dtype: Dtype,
     folder: Path,
 ) -> Measured:
-    """Starts both engines, syncs each way and generates by turns."""
+    """Starts both engines, syncs in every way and lets the engines generate in turn."""
     config, torch_dtype = AutoConfig.for_model(**student.config), getattr(torch, dtype.value)
     embedded = EmbeddedEngine(config, dtype=torch_dtype, batch_size=len(prompts), num_threads=threads)
     server = own_server(student, folder, threads, dtype, len(prompts) * (256 + sampling.max_response_tokens))
@@ -162,7 +160,7 @@ def own_server(student: HfCheckpoint, folder: Path, threads: int, dtype: Dtype, 
 def by_turns(
     engines: dict[str, RolloutEngine], prompts: list[Prompt], sampling: SamplingParams, repeats: int
 ) -> dict[str, float]:
-    """Median tokens a second of each engine, behind one turn that is not counted."""
+    """Returns the median tokens per second of each engine; the first turn is not counted."""
     speeds: dict[str, list[float]] = {name: [] for name in engines}
     for _ in range(repeats + 1):
         for name, engine in engines.items():
@@ -175,7 +173,7 @@ def by_turns(
 
 
 def median_sync(way: str, repeats: int, engine: RolloutEngine, weights: dict[str, Tensor]) -> float:
-    """Median seconds of a sync, behind one that is not counted."""
+    """Returns the median seconds of a sync; the first sync is not counted."""
     seconds: list[float] = []
     for _ in range(repeats + 1):
         begin = time.monotonic()
@@ -186,12 +184,12 @@ def median_sync(way: str, repeats: int, engine: RolloutEngine, weights: dict[str
 
 
 def say(line: str) -> None:
-    """Progress, beside what the tool prints at its end."""
+    """Prints progress to standard error, apart from the results."""
     Console(stderr=True).print(line, highlight=False)
 
 
 def resident_bytes(server: PooledServer | None = None) -> int:
-    """Of this process, or of all processes of `server` together."""
+    """Returns the resident bytes of this process, or of all processes of `server` together."""
     if server is None:
         return psutil.Process().memory_info().rss
     assert server.process is not None, "the server is ours"
@@ -201,7 +199,7 @@ def resident_bytes(server: PooledServer | None = None) -> int:
 
 def show(measured: Measured, requests: int, tokens: int) -> None:
     table = Table(title=f"{requests} requests at once, {tokens} new tokens each")
-    for column in ("", "tokens a second", "sync seconds", "sync MB"):
+    for column in ("", "tokens per second", "sync seconds", "sync MB"):
         table.add_column(column, justify="left" if not column else "right")
     speeds, seconds, sizes = measured.tokens_per_second, measured.sync_seconds, measured.sync_bytes
     rows = (("embedded", "in place"), ("sglang", "broadcast"), ("sglang", "folder"))
@@ -211,7 +209,7 @@ def show(measured: Measured, requests: int, tokens: int) -> None:
     console = Console()
     console.print(table)
     console.print(
-        f"first healthy after {measured.seconds_to_healthy:.1f} s; resident: trainer "
+        f"healthy after {measured.seconds_to_healthy:.1f} s; resident: trainer "
         f"{measured.trainer_bytes / 1e9:.2f} GB, server {measured.server_bytes / 1e9:.2f} GB"
     )
 

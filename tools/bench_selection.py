@@ -3,7 +3,7 @@
     python tools/bench_selection.py                      # every table
     python tools/bench_selection.py --only quickstart    # share of the quickstart's step, what its budget saves
 
-Each replica is a thread with its own shard; "local" is the processor time that one replica spends on its own shard
+Each replica is a thread with its own shard. "local" is the processor time that one replica spends on its own shard
 (median over replicas, best of the repeats), without the exchange. Threads that share a core disturb each other's
 caches, so these are upper bounds.
 """
@@ -20,13 +20,14 @@ from typing import Annotated, Literal
 
 import torch
 import typer
+from simulated_replicas import SimulatedReplica, run_simulated
 
 from megatron_tip.observability.metrics_file import read_metrics
-from megatron_tip.records import TokenIndex, TokenStatistics
+from megatron_tip.records import TokenIndex
 from megatron_tip.selection import Selector
 from megatron_tip.selection.budget import BatchBudget, TieOrder
 from megatron_tip.selection.order_statistics import quantiles
-from megatron_tip.selection.simulated import SimulatedReplica, run_simulated
+from megatron_tip.statistics import TokenStatistics
 
 RATIO = 0.05
 QUICKSTART = Path("examples/quickstart_cpu/quickstart.toml")
@@ -35,7 +36,7 @@ Part = Literal["growth", "selection", "quickstart"]
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one replica: processor milliseconds, bytes that it sends, and in how many collectives."""
+    """The cost of one replica: processor milliseconds, bytes that it sends, and the number of its collectives."""
 
     local_ms: float
     sent_bytes: int
@@ -46,7 +47,7 @@ class Cost:
 
 
 def measure(work: Callable[[SimulatedReplica], object], num_replicas: int, repeats: int) -> Cost:
-    """Returns what `work` costs a replica: the median replica of the best repeat."""
+    """Returns the cost of `work` for a replica: the median replica of the best repeat."""
 
     def timed(replica: SimulatedReplica) -> tuple[float, int, int]:
         start = time.thread_time()
@@ -109,13 +110,13 @@ def bench_selector(num_rollouts: int, num_positions: int, rule: str, compare: bo
 
 
 def main(
-    only: Annotated[Part | None, typer.Option(help="Print this part alone.")] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="The best of so many counts.")] = 3,
-    config: Annotated[Path, typer.Option(help="The run of the last table.")] = QUICKSTART,
-    steps: Annotated[int, typer.Option(min=3, help="Its optimizer steps; the first is not timed.")] = 5,
-    rollouts: Annotated[Path | None, typer.Option(help="Rollouts of such a run. Default: generated first.")] = None,
+    only: Annotated[Part | None, typer.Option(help="Print only this part.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Number of repeats; the best one counts.")] = 3,
+    config: Annotated[Path, typer.Option(help="Configuration of the run in the last table.")] = QUICKSTART,
+    steps: Annotated[int, typer.Option(min=3, help="Optimizer steps of that run; the first is not timed.")] = 5,
+    rollouts: Annotated[Path | None, typer.Option(help="Rollouts of that run. Default: generate them first.")] = None,
 ) -> None:
-    """Time and bytes of the selection, and what its budget saves."""
+    """Measure time and bytes of the selection, and what its budget saves."""
     torch.set_num_threads(1)
     tables = {
         "growth": lambda: print_growth(repeats),
@@ -128,7 +129,7 @@ def main(
 
 def print_growth(repeats: int) -> None:
     """Prints order statistics over simulated replicas: more tokens, then more replicas."""
-    print("One replica's cost: local ms, KiB sent, collectives. A gather would send 4 bytes a token instead.\n")
+    print("One replica's cost: local ms, KiB sent, collectives. A gather would send 4 bytes per token instead.\n")
     titles = " |".join(f"{title:>24s}" for title in ("0.95 quantile", "top 5 %", "top 5 %, many ties"))
     print(f"{'tokens':>10s} {'shards':>6s} {'1 pass':>8s} |{titles}")
     by_tokens = [(size, 64) for size in (10**4, 10**5, 10**6, 10**7)]
@@ -150,9 +151,9 @@ def print_selection(repeats: int) -> None:
 def print_quickstart(config: Path, steps: int, rollouts: Path | None) -> None:
     """Prints runs on the same rollouts at rho = 1 and at rho = 0.05, with and without a scoring pass.
 
-    A step is all its phases but the rollout, so that the share of the selection is what it is at most.
+    A step here is all its phases except the rollout, so the share of the selection is an upper bound.
     """
-    print(f"\n{config.stem}: seconds of a step by phase, medians of steps 2 to {steps}; tokens of the training pass.\n")
+    print(f"\n{config.stem}: seconds per step by phase, medians of steps 2 to {steps}; tokens of the training pass.\n")
     columns = ("score", "select", "train", "sum", "select/step", "mbatches", "tokens", "saved", "s saved*")
     print(f"{'':34s}" + " ".join(f"{name:>11s}" for name in columns))
     at = f"selection.retention_ratio={RATIO}"
@@ -174,7 +175,7 @@ def print_quickstart(config: Path, steps: int, rollouts: Path | None) -> None:
                 sys.exit(f"error: {' '.join(command)} ended with {done.returncode}:\n{done.stderr[-4000:]}")
             lines = [line for line in read_metrics(folder / str(number) / "metrics.jsonl") if line["step"] > 1]
             print(f"{title:34s}" + " ".join(f"{cell:>11s}" for cell in described_run(lines)), flush=True)
-    print("\n* the run's own estimate, from padded tokens; the difference of the train columns is what was measured")
+    print("\n* the run's own estimate, from padded tokens; the train columns show the measured saving")
 
 
 def described_run(lines: list[dict[str, float]]) -> list[str]:

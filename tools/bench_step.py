@@ -1,17 +1,18 @@
-"""One training step against TRL's DistillationTrainer on the same work: seconds, phases, memory, and what was learnt.
+"""One training step compared with TRL's DistillationTrainer on the same work: seconds, phases, memory, and the result.
 
     python tools/bench_step.py [--steps 10] [--trl-python /path/to/python] [--json]
 
 The work: a teacher, and the same model without some of its layers as student; reasoning-gym's basic_arithmetic, 8
-prompts x 64 new tokens a step; reverse KL over the full vocabulary on every token; float32, except in the rows that
-say bfloat16 (rollouts and teacher alone, or the student's weights and activations too); AdamW at a constant rate,
-with the same settings. Rows that say SGLang generate on a server of the run's own; one step ahead, its time beside
-training is in no phase of theirs. Each row is printed to standard error as it ends. All rows get the same prompts in
-the same order. The rows with a retention ratio supervise one token in ten, chosen by teachability.
+prompts x 64 new tokens per step; reverse KL over the full vocabulary on every token; float32, except in the rows named
+bfloat16 (rollouts and teacher alone, or also the student's weights and activations); AdamW at a constant rate, with the
+same settings. Rows named SGLang generate on a server that the run starts; with "one step ahead", generation during
+training is not part of any phase. Each row is printed to standard error when it ends. All rows get the same prompts in
+the same order. The rows named "one token in ten" choose the tokens by teachability.
 
-Each row is a run in processes of its own, one row after the other. Seconds a step are the median over the steps behind
-the first. Memory is the peak of the resident sets of a run's processes together, its launcher included; pages that
-they share count in each. The held-out reverse KL is that of the saved student, by tools/heldout_reverse_kl.py.
+Each row is a run in its own processes; rows run one after the other. Seconds per step are the median over the steps
+after the first. Memory is the peak of the resident sets of all processes of a run together, including its launcher;
+pages that processes share are counted in each. tools/heldout_reverse_kl.py measures the held-out reverse KL of the
+saved student.
 """
 
 import json
@@ -42,7 +43,7 @@ OPTIMIZER = {"lr": 1e-4, "beta1": 0.9, "beta2": 0.95, "epsilon": 1e-8, "weight_d
 
 @dataclass(frozen=True)
 class Work:
-    """What all rows do. `prompts`, `heldout`: JSONL files of questions; `student`: the pruned model's folder."""
+    """The work of all rows. `prompts`, `heldout`: JSONL files of questions; `student`: the pruned model's folder."""
 
     teacher: Path
     student: Path
@@ -55,15 +56,13 @@ class Work:
     seed: int
 
     def environment(self) -> dict[str, str]:
-        """For a process that uses all threads by itself, without the network."""
+        """Returns the environment of a process that uses all threads and no network."""
         return {**os.environ, "OMP_NUM_THREADS": str(self.threads), "HF_HUB_OFFLINE": "1"}
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A row of ours: the layout of both models, which tokens are supervised, the types that are not float32, and who
-    generates.
-    """
+    """One of our own rows: the layout of both models, which tokens are supervised, the types, and the engine."""
 
     name: str
     tp: int
@@ -97,7 +96,7 @@ BFLOAT16 = (
 
 @dataclass(frozen=True)
 class Measured:
-    """One row's numbers. `seconds`: of a step, by phase and all together under "step"."""
+    """One row's numbers. `seconds`: per step, by phase and in total ("step")."""
 
     name: str
     seconds: dict[str, float]
@@ -110,14 +109,14 @@ def main(
     model: Annotated[Path, typer.Option(help="The teacher, a Hugging Face directory.")] = Path(
         ".cache/quickstart/SmolLM2-135M-Instruct"
     ),
-    drop_layers: Annotated[str, typer.Option(help="Layers that the student lacks.")] = "20,21,22,23,24,25",
+    drop_layers: Annotated[str, typer.Option(help="Layers to remove for the student.")] = "20,21,22,23,24,25",
     steps: Annotated[int, typer.Option(min=2, help="Optimizer steps; the first is not timed.")] = 10,
-    prompts_per_step: Annotated[int, typer.Option(min=1, help="Prompts of a step.")] = 8,
-    response_tokens: Annotated[int, typer.Option(min=1, help="Most new tokens of a response.")] = 64,
+    prompts_per_step: Annotated[int, typer.Option(min=1, help="Prompts per step.")] = 8,
+    response_tokens: Annotated[int, typer.Option(min=1, help="Maximum of new tokens per response.")] = 64,
     heldout_prompts: Annotated[int, typer.Option(min=1, help="Prompts that the students are compared on.")] = 16,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads of a row, all processes together.")] = 2,
-    seed: Annotated[int, typer.Option(help="Of prompts and sampling.")] = 1,
-    only: Annotated[list[str] | None, typer.Option(help="A row whose name has this part; repeatable.")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of all processes of a row together.")] = 2,
+    seed: Annotated[int, typer.Option(help="Seed of prompts and sampling.")] = 1,
+    only: Annotated[list[str] | None, typer.Option(help="Run only rows whose name contains this; repeatable.")] = None,
     trl_python: Annotated[Path, typer.Option(help="The interpreter that may have trl.")] = Path(sys.executable),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
@@ -145,7 +144,7 @@ def main(
 
 
 def write_questions(work: Work, heldout_prompts: int) -> None:
-    """Different questions, those to train on first."""
+    """Writes different questions; the first ones are for training."""
     from megatron_tip.prompts.reasoning_tasks import generate_questions
 
     num_training = work.steps * work.prompts_per_step
@@ -157,7 +156,7 @@ def write_questions(work: Work, heldout_prompts: int) -> None:
 
 
 def write_student(work: Work, drop_layers: Sequence[int]) -> None:
-    """The teacher without some of its layers, as a Hugging Face directory."""
+    """Writes the teacher without some of its layers as a Hugging Face directory."""
     from megatron_tip.conversion.safetensors_io import HfCheckpoint, write_safetensors
     from megatron_tip.conversion.weight_map import hf_shapes
 
@@ -169,7 +168,7 @@ def write_student(work: Work, drop_layers: Sequence[int]) -> None:
 
 
 def measure_rows(work: Work, folder: Path, trl_python: Path, wanted: Sequence[str]) -> list[Measured | str]:
-    """The wanted rows, one after the other; a text where TRL is not installed."""
+    """Returns the wanted rows; a row is a text if TRL or SGLang is not installed."""
     progress = Console(stderr=True, width=WIDTH)
     before = heldout_reverse_kl(work, work.student)
     rows: list[Measured | str] = []
@@ -191,7 +190,7 @@ def measure_rows(work: Work, folder: Path, trl_python: Path, wanted: Sequence[st
 
 
 def run_ours(work: Work, folder: Path, name: str, variant: Variant, before: float) -> Measured:
-    """One run of `megatron-tip train`."""
+    """Does one run of `megatron-tip train` and returns its numbers."""
     folder.mkdir()
     config = folder / "run.toml"
     config.write_text(tomli_w.dumps(config_of(work, folder / "run", variant)))
@@ -206,7 +205,7 @@ def run_ours(work: Work, folder: Path, name: str, variant: Variant, before: floa
 
 
 def config_of(work: Work, folder: Path, variant: Variant) -> dict[str, Any]:
-    """The run's configuration, as TOML would hold it."""
+    """Returns the run's configuration as the content of a TOML file."""
     return {
         "run": {"folder": str(folder), "seed": work.seed, "threads": work.threads},
         "model": {"path": str(work.student), "dtype": variant.model_dtype, "tensor_parallel_size": variant.tp},
@@ -221,7 +220,7 @@ def config_of(work: Work, folder: Path, variant: Variant) -> dict[str, Any]:
             "ahead": variant.ahead,
         },
         "sglang": {"threads": work.threads},
-        "sync": {"tolerance": 0.25},  # bfloat16 alone puts this pruned student's probe 0.19 nats off
+        "sync": {"tolerance": 0.25},  # bfloat16 alone changes this pruned student's probe by 0.19 nats
         "selection": {"rule": variant.rule, "retention_ratio": variant.retention_ratio},
         "loss": {"divergence": "reverse_kl"},
         "optimizer": {**OPTIMIZER, "min_lr": OPTIMIZER["lr"]},
@@ -231,7 +230,7 @@ def config_of(work: Work, folder: Path, variant: Variant) -> dict[str, Any]:
 
 
 def run_trl(work: Work, folder: Path, name: str, python: Path, before: float) -> Measured:
-    """One run of TRL's trainer, in its own interpreter."""
+    """Does one run of TRL's trainer in its own interpreter and returns its numbers."""
     folder.mkdir()
     task, result = folder / "task.json", folder / "result.json"
     paths = {"teacher": work.teacher, "student": work.student, "prompts": work.prompts, "output": folder / "hf"}
@@ -253,14 +252,14 @@ def run_trl(work: Work, folder: Path, name: str, python: Path, before: float) ->
 
 
 def trl_version(python: Path) -> str | None:
-    """Of the TRL that `python` can import a DistillationTrainer from; None if it cannot."""
+    """Returns the version of TRL if `python` can import its DistillationTrainer, else None."""
     probe = "import trl; from trl import DistillationTrainer; print(trl.__version__)"
     done = subprocess.run([str(python), "-c", probe], capture_output=True, text=True, check=False)
     return done.stdout.split()[-1] if done.returncode == 0 else None
 
 
 def heldout_reverse_kl(work: Work, student: Path) -> float:
-    """Of a saved student, on its own responses to the held-out prompts."""
+    """Returns the reverse KL of a saved student on its own responses to the held-out prompts."""
     command = [sys.executable, str(TOOLS / "heldout_reverse_kl.py"), str(student), str(work.teacher), str(work.heldout)]
     options = ["--response-tokens", str(work.response_tokens), "--seed", str(work.seed)]
     done = subprocess.run([*command, *options], env=work.environment(), stdout=subprocess.PIPE, text=True, check=True)
@@ -285,7 +284,7 @@ def run(command: Sequence[str], environment: Mapping[str, str], log: Path) -> in
 
 
 def resident_bytes(pid: int) -> int:
-    """Of a process and all that it started, together."""
+    """Returns the resident bytes of a process and all its descendants together."""
     total = 0
     try:
         processes = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
@@ -307,7 +306,7 @@ def measured(
     peak_rss_bytes: int,
     heldout: dict[str, float],
 ) -> Measured:
-    """A row from its steps; the first step is left out of all times."""
+    """Returns a row from its steps; the first step is left out of all times."""
     seconds = {phase: statistics.median(step[phase] for step in phases[1:]) for phase in phases[0]}
     return Measured(
         name=name,
@@ -323,7 +322,7 @@ def described(rows: Sequence[Measured | str]) -> list[dict[str, Any]]:
 
 
 def table_of(rows: Sequence[Measured | str]) -> Table:
-    table = Table(title="Seconds a step (median), response tokens a second, peak memory, held-out reverse KL")
+    table = Table(title="Seconds per step (median), response tokens per second, peak memory, held-out reverse KL")
     table.add_column("")
     for title in ("step", *PHASES, "tokens/s", "GB", "KL before", "after"):
         table.add_column(title, justify="right")

@@ -1,4 +1,4 @@
-"""TRL's part of tools/bench_step.py, for an interpreter that has trl; needs nothing of megatron_tip.
+"""TRL's part of tools/bench_step.py, for an interpreter that has trl; does not need megatron_tip.
 
 python tools/bench_step_trl.py TASK.json RESULT.json
 """
@@ -16,7 +16,7 @@ from trl import DistillationConfig, DistillationTrainer  # pyright: ignore[repor
 
 
 class StepClock(TrainerCallback):
-    """Seconds of every step, of generation and of the teacher within it, and the response tokens."""
+    """Measures each step's seconds, those of generation and teacher within it, and its response tokens."""
 
     def __init__(self) -> None:
         self.steps: list[dict[str, Any]] = []
@@ -34,7 +34,7 @@ class StepClock(TrainerCallback):
         self.steps.append({"seconds": seconds, "phases": phases, "response_tokens": self._tokens})
 
     def timed(self, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, its time charged to `phase`."""
+        """Returns `function` with its time charged to `phase`."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
             start = time.perf_counter()
@@ -45,7 +45,7 @@ class StepClock(TrainerCallback):
         return call
 
     def counted(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """TRL's loss, which is handed the responses' mask."""
+        """Returns TRL's loss, counting the response tokens in the mask that it gets."""
 
         def call(model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
             self._tokens = int(inputs["completion_mask"].sum())
@@ -80,7 +80,7 @@ def main(task_path: Path, result_path: Path) -> None:
 
 
 def config_of(task: dict[str, Any]) -> DistillationConfig:
-    """The same work as ours; what is TRL's own choice is left to it, but for what would only slow it down."""
+    """Returns the settings for the same work as ours; the rest are TRL's, except what would only slow it down."""
     optimizer = task["optimizer"]
     return DistillationConfig(
         output_dir=task["output"],

@@ -1,19 +1,19 @@
-"""The vocabulary-parallel loss and statistics against the matrix products that they cannot avoid, TRL and Liger.
+"""The vocabulary-parallel loss and statistics, compared with the unavoidable matrix products, TRL and Liger.
 
     python tools/bench_vocab_parallel.py [--tp 2] [--divergence jsd] [--peer-python /path/to/python] [--json]
 
-Every case makes one divergence of all rows, both heads and the student's gradients included, from the same inputs, in
-processes of its own. "rho" rows score all rows first and then make the loss of that share of them. TRL and Liger are
-called as their users call them, by an interpreter that has them, on one rank.
+Every case computes one divergence of all rows, including both heads and the student's gradients, from the same inputs,
+in its own processes. "rho" cases score all rows first and then compute the loss of that share of them. TRL and Liger
+are called as their users call them, by an interpreter that has them, on one rank.
 
-Seconds are the median of all calls behind the first, of the slower rank; the cases take turns, `--rounds` times, so
-that a machine whose speed drifts disturbs all alike. On a busy machine compare CPU seconds with `--threads 1`: with
-more threads those that wait for each other spin and are counted.
+Seconds are the median of all calls after the first, on the slower rank. The cases take turns, `--rounds` times, so that
+a drift in the machine's speed affects all of them equally. On a busy machine compare CPU seconds with `--threads 1`:
+more threads spin while they wait for each other, and that is counted.
 
-Memory is the largest peak of a rank's resident set over what was resident before the call, all inputs there and all
-free memory given back. Bytes are what a rank puts into collectives, for each row. The error is the largest relative
-error, in the Euclidean norm, of the value and of both gradients, against float64 arithmetic on the same inputs; of the
-scoring, that of every row's divergence.
+Memory is the largest peak of a rank's resident set above what was resident before the call, with all inputs loaded and
+all free memory returned. Bytes are what a rank puts into collectives, per row. The error is the largest relative error,
+in the Euclidean norm, of the value and of both gradients, compared with float64 arithmetic on the same inputs; for
+scoring, the error of every row's divergence.
 """
 
 import json
@@ -38,7 +38,7 @@ RATIOS = (0.5, 0.1, 0.05)
 
 @dataclass(frozen=True)
 class Setting:
-    """The inputs of every case, as `make_work` of the cases takes them."""
+    """The inputs of every case, in the form that `make_work` takes."""
 
     rows: int
     hidden: int
@@ -63,7 +63,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Measured:
-    """One row's numbers. `peak_bytes` and `sent_bytes_per_row`: of the rank with most."""
+    """One row's numbers. `peak_bytes` and `sent_bytes_per_row`: of the rank with the most."""
 
     name: str
     seconds: float
@@ -78,16 +78,16 @@ def main(
     rows: Annotated[int, typer.Option(min=1, help="Tokens.")] = 2048,
     hidden: Annotated[int, typer.Option(min=1, help="H of both models.")] = 576,
     vocab: Annotated[int, typer.Option(min=1, help="Vocabulary, a multiple of --tp.")] = 49_152,
-    tp: Annotated[int, typer.Option(min=1, help="Ranks over which the heads are sharded.")] = 1,
+    tp: Annotated[int, typer.Option(min=1, help="Ranks that share the heads.")] = 1,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of all ranks together.")] = 2,
-    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of hidden states and heads.")] = "float32",
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Type of hidden states and heads.")] = "float32",
     divergence: Annotated[Literal["reverse_kl", "forward_kl", "jsd"], typer.Option()] = "reverse_kl",
-    chunk_rows: Annotated[list[int] | None, typer.Option(help="Also our loss in such chunks; repeatable.")] = None,
-    block_kib: Annotated[list[int] | None, typer.Option(help="Also our loss in such blocks; repeatable.")] = None,
-    compiled: Annotated[bool, typer.Option("--compiled", help="Also ours through torch.compile.")] = False,
-    rounds: Annotated[int, typer.Option(min=1, help="Processes of each case.")] = 3,
-    calls: Annotated[int, typer.Option(min=1, help="Timed calls of each process.")] = 2,
-    only: Annotated[list[str] | None, typer.Option(help="A case whose name has this part; repeatable.")] = None,
+    chunk_rows: Annotated[list[int] | None, typer.Option(help="Also test our loss in such chunks; repeatable.")] = None,
+    block_kib: Annotated[list[int] | None, typer.Option(help="Also test our loss in such blocks; repeatable.")] = None,
+    compiled: Annotated[bool, typer.Option("--compiled", help="Also test ours with torch.compile.")] = False,
+    rounds: Annotated[int, typer.Option(min=1, help="Number of processes per case.")] = 3,
+    calls: Annotated[int, typer.Option(min=1, help="Timed calls per process.")] = 2,
+    only: Annotated[list[str] | None, typer.Option(help="Run only cases whose name contains this; repeatable.")] = None,
     with_errors: Annotated[bool, typer.Option("--errors/--no-errors", help="Compare with float64.")] = True,
     peer_python: Annotated[Path, typer.Option(help="The interpreter that may have trl and liger_kernel.")] = Path(
         sys.executable
@@ -139,7 +139,7 @@ def materialised_cases() -> list[Case]:
 
 
 def peer_cases(python: str) -> tuple[list[Case], list[str]]:
-    """Those that `python` has the packages for, and the names of the packages that it lacks."""
+    """Returns the cases for which `python` has the packages, and the names of the packages that it lacks."""
     cases: list[Case] = []
     missing = []
     trl, liger = version_of("trl", python), version_of("liger-kernel", python)
@@ -150,7 +150,7 @@ def peer_cases(python: str) -> tuple[list[Case], list[str]]:
         missing.append(f"TRL: not installed for {python}")
     if liger:
         cases += [Case(f"Liger {liger}, {rows} rows", "liger", {"chunk_rows": rows}, python) for rows in (128, 1024)]
-        # Its compiled function is a new one in every call, which torch.compile compiles anew until it knows it.
+        # Each call creates a new compiled function; torch.compile recompiles it until it recognises it.
         options = {"chunk_rows": 1024, "compiled": True, "warm_up_calls": 3}
         cases.append(Case(f"Liger {liger}, 1024 rows, compiled", "liger", options, python))
     else:
@@ -165,7 +165,7 @@ def version_of(package: str, python: str) -> str | None:
 
 
 def measure_cases(cases: Sequence[Case], setting: Setting, folder: Path, rounds: int) -> list[Measured]:
-    """All cases in turn, `rounds` times."""
+    """Runs all cases in turn, `rounds` times, and returns their rows."""
     progress = Console(stderr=True)
     results: dict[str, list[list[dict[str, Any]]]] = {case.name: [] for case in cases}
     for number in range(rounds):
@@ -178,7 +178,7 @@ def measure_cases(cases: Sequence[Case], setting: Setting, folder: Path, rounds:
 
 
 def run(case: Case, setting: Setting, folder: Path) -> Iterator[dict[str, Any]]:
-    """Each rank's result of one start of a case; nothing for the reference, which leaves its file."""
+    """Runs a case once and returns each rank's result; nothing for the reference, which writes a file."""
     place = Path(tempfile.mkdtemp(dir=folder))
     task = place / "task.json"
     task.write_text(json.dumps({**asdict(setting), "case": case.function, "options": case.options}))
@@ -202,7 +202,7 @@ def run(case: Case, setting: Setting, folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def measured(name: str, ranks_by_round: Sequence[Sequence[dict[str, Any]]], rows: int) -> Measured:
-    """A row from the results of every round and rank."""
+    """Returns a row from the results of every round and rank."""
     everything = [result for ranks in ranks_by_round for result in ranks]
 
     def slowest(key: str) -> float:
@@ -222,14 +222,14 @@ def measured(name: str, ranks_by_round: Sequence[Sequence[dict[str, Any]]], rows
 
 
 def table_of(measured: Sequence[Measured], missing: Sequence[str], setting: Setting) -> Table:
-    """The floor is the fastest of the bare products as torch's matrix product makes them."""
+    """Returns the table of all rows. The floor is the fastest of the bare products with torch's matrix product."""
     title = (
         f"{setting.divergence}, {setting.rows} rows, H {setting.hidden}, V {setting.vocab}, {setting.dtype}, "
-        f"tp {setting.tp}, {setting.threads} threads a rank"
+        f"tp {setting.tp}, {setting.threads} threads per rank"
     )
     table = Table(title=title)
     table.add_column("")
-    for heading in ("seconds", "x floor", "CPU s", "x floor", "peak MB", "bytes sent a row", "error"):
+    for heading in ("seconds", "x floor", "CPU s", "x floor", "peak MB", "bytes sent per row", "error"):
         table.add_column(heading, justify="right")
     products = [row for row in measured if row.name.startswith("four products")]
     floor = min((row.seconds for row in products), default=float("nan"))

@@ -1,9 +1,9 @@
-"""One case of tools/bench_vocab_parallel.py, in a process of its own; needs torch, and the package that it measures.
+"""One case of tools/bench_vocab_parallel.py in its own process; needs torch and the package that it measures.
 
     python tools/bench_vocab_parallel_cases.py TASK.json RANK RESULT.json
 
-A case is a function of `Work` that returns a call to measure: forward and backward of one loss, head included. Sharded
-cases run in one process a rank.
+A case is a function of `Work` that returns a call to measure: forward and backward of one loss, including the head.
+Sharded cases run in one process per rank.
 """
 
 import ctypes
@@ -24,7 +24,7 @@ from torch import Tensor
 
 
 def products(work: Work) -> Call:
-    """The four matrix products that a loss with gradients cannot avoid, in memory that is there already."""
+    """Returns the four matrix products that a loss with gradients cannot avoid, in preallocated memory."""
     hidden, head, teacher_hidden, teacher_head = (tensor.detach() for tensor in work.models)
     memory = [hidden.new_empty(work.options["chunk_rows"], head.shape[0]) for _ in range(2)]
     grad_hidden, grad_head = torch.zeros_like(hidden), torch.zeros_like(head)
@@ -42,7 +42,7 @@ def products(work: Work) -> Call:
 
 
 def our_products(work: Work) -> Call:
-    """The same products as our loss makes them."""
+    """Returns the same products as our loss computes them."""
     from megatron_tip.vocab_parallel.products import add_head_gradient, hidden_gradient, logits_into
 
     hidden, head, teacher_hidden, teacher_head = (tensor.detach() for tensor in work.models)
@@ -65,15 +65,10 @@ def ours_loss(work: Work) -> Call:
     from megatron_tip.vocab_parallel import divergence_loss
 
     _set_block_bytes(work.options)
+    models = work.models
 
     def call() -> Tensor:
-        loss = divergence_loss(
-            *work.models,
-            divergence=work.divergence,
-            tp_group=work.tp_group,
-            chunk_rows=work.options.get("chunk_rows"),
-            compiled=work.options.get("compiled", False),
-        )
+        loss = divergence_loss(models[:2], models[2:], work.vocabulary, divergence=work.divergence)
         loss.backward()
         return loss.detach()
 
@@ -81,28 +76,22 @@ def ours_loss(work: Work) -> Call:
 
 
 def ours_scoring(work: Work) -> Call:
-    """The statistics of all rows; of them the divergence that the loss is made of is looked at."""
+    """Returns the statistics of all rows; the result of the call is the divergence that the loss uses."""
     from megatron_tip.vocab_parallel import token_statistics
 
     _set_block_bytes(work.options)
-    labels = torch.zeros(len(work.student_hidden), dtype=torch.int64)
+    models, labels = work.models, torch.zeros(len(work.student_hidden), dtype=torch.int64)
 
     def call() -> Tensor:
-        statistics = token_statistics(
-            *work.models,
-            labels=labels,
-            with_jsd=work.divergence == "jsd",
-            tp_group=work.tp_group,
-            chunk_rows=work.options.get("chunk_rows"),
-            compiled=work.options.get("compiled", False),
-        )
+        with_jsd = work.divergence == "jsd"
+        statistics = token_statistics(models[:2], models[2:], work.vocabulary, labels=labels, with_jsd=with_jsd)
         return getattr(statistics, work.divergence)
 
     return call
 
 
 def ours_selected(work: Work) -> Call:
-    """Scoring of all rows, then the loss of the share of them with the largest divergence."""
+    """Returns scoring of all rows, followed by the loss of the share of them with the largest divergence."""
     from megatron_tip.vocab_parallel import divergence_loss
 
     score = ours_scoring(work)
@@ -113,16 +102,8 @@ def ours_selected(work: Work) -> Call:
         scores = score()
         assert scores is not None, "scoring returns scores"
         rows = scores.topk(budget).indices
-        divergence_loss(
-            hidden[rows],
-            head,
-            teacher_hidden[rows],
-            teacher_head,
-            divergence=work.divergence,
-            tp_group=work.tp_group,
-            chunk_rows=work.options.get("chunk_rows"),
-            compiled=work.options.get("compiled", False),
-        ).backward()
+        student, teacher = (hidden[rows], head), (teacher_hidden[rows], teacher_head)
+        divergence_loss(student, teacher, work.vocabulary, divergence=work.divergence).backward()
 
     return call
 
@@ -152,7 +133,7 @@ CASES: dict[str, Callable[[Work], Call]] = {
 
 
 def reference(work: Work) -> dict[str, Tensor]:
-    """The divergence of each row and both gradients of their sum, in float64."""
+    """Returns the divergence of each row and both gradients of their sum, in float64."""
     head, teacher_head = work.student_head.detach().double(), work.teacher_head.double()
     grad_head, values, grads = torch.zeros_like(head), [], []
     for student, teacher in zip(work.student_hidden.detach().split(128), work.teacher_hidden.split(128), strict=True):
@@ -177,7 +158,7 @@ def reference(work: Work) -> dict[str, Tensor]:
 def errors_of(
     work: Work, result: Tensor | None, expected: dict[str, Tensor], rank: int, *, is_mean: bool
 ) -> dict[str, float]:
-    """Relative errors of `result`, a loss with its gradients or each row's divergence, in the Euclidean norm."""
+    """Returns the relative errors, in the Euclidean norm, of `result`: a loss with gradients, or row divergences."""
     if result is None:
         return {}
     if result.dim():
@@ -199,8 +180,8 @@ def _error(actual: Tensor, wanted: Tensor) -> float:
 
 
 def measure(call: Call, work: Work, num_calls: int) -> tuple[dict[str, Any], Tensor | None]:
-    """Seconds of each call behind the first, peak bytes above what was resident before, bytes sent; the last result."""
-    for _ in range(work.options.get("warm_up_calls", 1)):  # compiles, and makes what a library keeps
+    """Returns each call's seconds after warm-up, peak bytes above the earlier resident set, bytes sent, last result."""
+    for _ in range(work.options.get("warm_up_calls", 1)):  # compiles, and creates what a library caches
         call()
     sent, seconds, cpu_seconds, peak, result = _count_bytes_sent(), [], [], 0, None
     for _ in range(num_calls):
@@ -220,7 +201,7 @@ def measure(call: Call, work: Work, num_calls: int) -> tuple[dict[str, Any], Ten
 
 
 def _count_bytes_sent() -> list[int]:
-    """A list that every later all-reduce and all-gather adds the size of its message to."""
+    """Returns a list to which every later all-reduce and all-gather adds the size of its message."""
     sent: list[int] = []
     for name, message_place in (("all_reduce", 0), ("all_gather", 1)):
         original = getattr(dist, name)
@@ -234,7 +215,7 @@ def _count_bytes_sent() -> list[int]:
 
 
 def _resident_bytes_after_cleaning() -> int:
-    """Memory that is free goes back to the system, and the peak counts anew from what is resident then."""
+    """Returns free memory to the system, resets the peak, and returns the resident bytes after that."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")

@@ -1,4 +1,4 @@
-"""The cases of tools/bench_vocab_parallel.py that others wrote, as a user calls them, and the plain ones."""
+"""The cases of tools/bench_vocab_parallel.py from other packages, called as a user calls them, and the plain ones."""
 
 import math
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 def _divergence_of_logits(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
-    """The sum over rows of the generalised JSD, as `log_softmax` and `kl_div` write it."""
+    """Returns the sum over rows of the generalised JSD, written with `log_softmax` and `kl_div`."""
     log_p, log_q = student.float().log_softmax(-1), teacher.float().log_softmax(-1)
     if beta in (0.0, 1.0):
         towards, measured = (log_p, log_q) if beta == 0 else (log_q, log_p)
@@ -23,12 +23,12 @@ def _divergence_of_logits(student: Tensor, teacher: Tensor, beta: float) -> Tens
 
 
 def plain(work: Work) -> Call:
-    """`log_softmax` and `kl_div` of all logits at once."""
+    """Returns `log_softmax` and `kl_div` of all logits at once."""
     return _of_logits(work, lambda s, t: _divergence_of_logits(s, t, BETAS[work.divergence]))
 
 
 def trl_jsd(work: Work) -> Call:
-    """TRL's generalised JSD, which is handed logits."""
+    """Returns TRL's generalised JSD, which takes logits."""
     from trl.experimental.gkd import GKDTrainer  # pyright: ignore[reportMissingImports]  (of another environment)
 
     beta = BETAS[work.divergence]
@@ -49,7 +49,7 @@ def _of_logits(work: Work, loss_of: Callable[[Tensor, Tensor], Tensor]) -> Call:
 
 
 def checkpointed(work: Work) -> Call:
-    """The plain loss in chunks, each recomputed in the backward pass."""
+    """Returns the plain loss in chunks, each recomputed in the backward pass."""
     hidden, head, teacher_hidden, teacher_head = work.models
     beta, chunk_rows = BETAS[work.divergence], work.options["chunk_rows"]
 
@@ -67,7 +67,7 @@ def checkpointed(work: Work) -> Call:
 
 
 def trl_chunked(work: Work) -> Call:
-    """What TRL's DistillationTrainer calls, on hidden states."""
+    """Returns the function that TRL's DistillationTrainer calls, on hidden states."""
     from trl.kernels.chunked_divergence import (  # pyright: ignore[reportMissingImports]
         ChunkedDivergenceFunction,
     )
@@ -85,7 +85,7 @@ def trl_chunked(work: Work) -> Call:
 
 
 def liger(work: Work) -> Call:
-    """Liger's fused linear JSD, which returns the mean over rows; only its distillation part."""
+    """Returns Liger's fused linear JSD, only its distillation part; its value is the mean over rows."""
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss  # pyright: ignore[reportMissingImports]
 
     hidden, head, teacher_hidden, teacher_head = work.models

@@ -10,13 +10,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-# The generalised JSD's beta, as TRL and Liger have it too.
+# The generalised JSD's beta, as in TRL and Liger.
 BETAS = {"reverse_kl": 1.0, "forward_kl": 0.0, "jsd": 0.5}
 
 
 @dataclass(frozen=True)
 class Work:
-    """Inputs of every case, equal in every process but for the shards of the heads.
+    """Inputs of every case, equal in every process except for the shards of the heads.
 
     `student_hidden`, `teacher_hidden`: `[n, H]`; `student_head`, `teacher_head`: `[V / tp, H]`. The student's require
     their gradients. `tp_group`: None for one process.
@@ -34,12 +34,20 @@ class Work:
     def models(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.student_hidden, self.student_head, self.teacher_hidden, self.teacher_head
 
+    @property
+    def vocabulary(self) -> Any:
+        """`ShardedVocabulary` of the case; the peers' interpreter lacks the package that has it."""
+        from megatron_tip.vocab_parallel import ShardedVocabulary
+
+        chunk_rows, compiled = self.options.get("chunk_rows"), self.options.get("compiled", False)
+        return ShardedVocabulary(tp_group=self.tp_group, chunk_rows=chunk_rows, compiled=compiled)
+
 
 Call = Callable[[], Tensor | None]
 
 
 def make_work(task: dict[str, Any], rank: int) -> Work:
-    """Logits of standard deviation 3; the teacher's correlate with the student's by 0.9, as a related model's do."""
+    """Returns inputs with logits of standard deviation 3; teacher and student correlate by 0.9, like related models."""
     n, dim, vocab_size = task["rows"], task["hidden"], task["vocab"]
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(n, dim, generator=generator)

@@ -1,9 +1,9 @@
-"""All selection rules side by side on the rollouts of a run: tables, a picture, what each keeps of a few responses.
+"""All selection rules side by side on a run's rollouts: tables, a picture, and what each keeps of a few responses.
 
     python tools/compare_selectors.py runs/quickstart
 
-The student is the run's own before its first step, which is the one that wrote step 1's rollouts; for those of a later
-step give its weights with --student.
+The student is that of the run before its first step, which wrote step 1's rollouts. For rollouts of a later step, give
+that step's weights with --student.
 """
 
 import io
@@ -32,7 +32,6 @@ from megatron_tip.records import TokenIndex
 from megatron_tip.rollout.storage import read_rollouts, rollout_file
 from megatron_tip.selection import RuleComparison, compare_rules
 from megatron_tip.selection.metrics import QUADRANTS
-from megatron_tip.training.scoring import ask_teacher, score_tokens
 from megatron_tip.training.setup import build_run
 
 Scope = Literal["batch", "rollout"]
@@ -51,7 +50,7 @@ def main(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
     rollouts: Annotated[Path | None, typer.Option(help="Another file of rollouts. Default: step 1 of the run.")] = None,
     student: Annotated[Path | None, typer.Option(help="Hugging Face directory of the student that wrote them.")] = None,
-    retention_ratio: Annotated[float | None, typer.Option(help="Budget. Default: the run's.")] = None,
+    retention_ratio: Annotated[float | None, typer.Option(help="Budget. Default: that of the run.")] = None,
     scope: Annotated[Scope, typer.Option(help="What the budget is a share of, for every rule.")] = "batch",
     responses: Annotated[int, typer.Option(min=0, help="Responses whose kept tokens are shown.")] = 3,
     picture: Annotated[Path | None, typer.Option(help="Default: selectors.png in the run's folder.")] = None,
@@ -71,7 +70,7 @@ def main(
 
 
 def config_of(folder: RunFolder, student: Path | None) -> Config:
-    """The run's configuration in one process, without anything that generates."""
+    """Returns the run's configuration for a single process, without an engine that generates."""
     overrides = [f"{model}.{kind}_parallel_size=1" for model in ("model", "teacher") for kind in ("tensor", "pipeline")]
     overrides += ["model.sequence_parallel=false", "rollout.engine=replay", "heldout.num_prompts=0"]
     overrides += [f"rollout.replay_folder={folder.rollouts}", f"run.folder={folder.path / 'nothing_is_written'}"]
@@ -83,13 +82,13 @@ def config_of(folder: RunFolder, student: Path | None) -> Config:
 def compare(
     config: Config, source: Path, retention_ratio: float, scope: Scope
 ) -> tuple[RuleComparison, TokenIndex, dict[int, list[str]]]:
-    """Scores the rollouts; returns the comparison, where its rows stand, and each response's tokens as text."""
+    """Scores the rollouts; returns the comparison, the place of its rows, and each response's tokens as text."""
     worker = init_distributed()
     plan = plan_run(config, worker.world_size)
     run = build_run(config, plan, worker, PhaseTimer(worker.device), num_threads=available_threads())
     rollouts = read_rollouts(source)
     batch = run.batch_of(rollouts)
-    statistics = score_tokens(run, batch, ask_teacher(run, batch))
+    statistics, _ = run.teacher.score(run.student, batch, run.teacher.ask(batch))
     assert statistics is not None, "a single process is its own last stage"
     index = batch.token_index(0)
     comparison = compare_rules(statistics, index, retention_ratio=retention_ratio, scope=scope, seed=config.run.seed)
@@ -105,7 +104,7 @@ def compare(
 def kept_tokens(
     comparison: RuleComparison, index: TokenIndex, texts: dict[int, list[str]], count: int
 ) -> list[KeptTokens]:
-    """Of the first `count` responses that are not empty."""
+    """Returns what each rule keeps of the first `count` non-empty responses."""
     responses = []
     for place, tokens in list(texts.items())[:count]:
         rows = (index.rollout_index == place).nonzero().flatten()
@@ -138,7 +137,7 @@ def print_tables(comparison: RuleComparison, responses: list[KeptTokens]) -> Non
 
 
 def write_picture(comparison: RuleComparison, responses: list[KeptTokens], path: Path) -> None:
-    """Overlaps and quadrants on top, below them each response: a row a rule, a column a token, dark where kept."""
+    """Draws overlaps and quadrants on top, then each response: a row per rule, a column per token, dark if kept."""
     num_rules = len(comparison.names)
     heights = [0.26 * num_rules, *[0.2 * num_rules] * len(responses)]
     figure = Figure(figsize=(16, 2 + sum(heights)), layout="constrained")

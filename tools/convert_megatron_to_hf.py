@@ -1,8 +1,8 @@
-"""Megatron checkpoint -> Hugging Face directory that transformers and SGLang load.
+"""Megatron checkpoint -> Hugging Face directory for transformers and SGLang.
 
     python tools/convert_megatron_to_hf.py MEGATRON_FOLDER HF_FOLDER [--tp 2 --pp 2] [--dtype bfloat16]
 
-Reads a checkpoint of any layout; --tp and --pp only share the work, and the memory, among processes.
+Reads a checkpoint of any layout; --tp and --pp only divide the work and the memory among processes.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ def main(
     target: Annotated[Path, typer.Argument(help="Folder to create.")],
     tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel size.")] = 1,
     pp: Annotated[int, typer.Option(min=1, help="Pipeline-parallel size.")] = 1,
-    dtype: Annotated[Dtype, typer.Option(help="Type of the weights; auto: as they are.")] = "auto",
+    dtype: Annotated[Dtype, typer.Option(help="Type of the weights; auto: unchanged.")] = "auto",
 ) -> None:
     """Convert a Megatron checkpoint into a Hugging Face directory."""
     run_in_workers(
@@ -28,14 +28,14 @@ def main(
 
 
 def open_folder(source: Path):
-    """The checkpoint's description."""
+    """Returns the checkpoint's description."""
     from megatron_tip.conversion.model_folder import ModelFolder
 
     return ModelFolder(source)
 
 
 def convert(source: Path, target: Path, tp_size: int, pp_size: int, dtype: Dtype) -> None:
-    """One worker's part. Collective over the world."""
+    """Converts one worker's part. Collective over the world."""
     from megatron_tip.conversion.bridge import save_hf
     from megatron_tip.conversion.megatron_checkpoint import MegatronCheckpoint, load_megatron_checkpoint
     from megatron_tip.parallel.distributed import destroy_distributed

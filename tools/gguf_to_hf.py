@@ -16,7 +16,7 @@ def main(
     source: Annotated[Path, typer.Argument(help="GGUF file.")],
     target: Annotated[Path, typer.Argument(help="Folder to create.")],
     dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Type of the weights.")] = "float32",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
 ) -> None:
     """Convert a GGUF file into a Hugging Face directory."""
     import torch

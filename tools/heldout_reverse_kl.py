@@ -1,9 +1,9 @@
-"""KL(student || teacher) of two Hugging Face directories, on the student's own responses, by transformers alone.
+"""KL(student || teacher) of two Hugging Face directories on the student's own responses, using only transformers.
 
     python tools/heldout_reverse_kl.py STUDENT TEACHER PROMPTS.jsonl [--response-tokens 64] [--seed 1]
 
-Prints the mean over the response tokens, in nats. It shares no code with the package, whose own measurements it checks,
-and holds both models' logits whole: for small models.
+Prints the mean over the response tokens, in nats. It shares no code with the package, because it checks the package's
+measurements. It is for small models: it holds the full logits of both.
 """
 
 import json
@@ -19,8 +19,8 @@ def main(
     student: Annotated[Path, typer.Argument(help="Hugging Face directory.")],
     teacher: Annotated[Path, typer.Argument(help="Hugging Face directory with the same tokenizer.")],
     prompts: Annotated[Path, typer.Argument(help='JSONL file of {"prompt": user message}.')],
-    response_tokens: Annotated[int, typer.Option(min=1, help="Most new tokens of a response.")] = 64,
-    seed: Annotated[int, typer.Option(help="Of sampling.")] = 1,
+    response_tokens: Annotated[int, typer.Option(min=1, help="Maximum of new tokens per response.")] = 64,
+    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 1,
 ) -> None:
     """Measure KL(student || teacher) on the student's own responses."""
     questions = [json.loads(line)["prompt"] for line in prompts.read_text().splitlines()]
@@ -29,7 +29,7 @@ def main(
 
 @torch.inference_mode()
 def reverse_kl(student: Path, teacher: Path, questions: list[str], response_tokens: int, seed: int) -> float:
-    """Mean KL(student || teacher) in nats a response token, over the full vocabulary, at temperature 1."""
+    """Returns the mean KL(student || teacher), nats per response token, over the full vocabulary, at temperature 1."""
     tokenizer = AutoTokenizer.from_pretrained(student, padding_side="left")
     messages = [[{"role": "user", "content": question}] for question in questions]
     inputs: Any = tokenizer.apply_chat_template(
@@ -40,7 +40,7 @@ def reverse_kl(student: Path, teacher: Path, questions: list[str], response_toke
     sequences = model.generate(**inputs, do_sample=True, top_k=0, top_p=1.0, max_new_tokens=response_tokens)
     responses = sequences[:, inputs["input_ids"].shape[1] :]
     is_end = responses == tokenizer.eos_token_id
-    valid = is_end.cumsum(1) - is_end.long() == 0  # up to the first end, with it
+    valid = is_end.cumsum(1) - is_end.long() == 0  # up to and including the first end
     mask = torch.cat([inputs["attention_mask"], valid.long()], 1)
     log_p = response_logprobs(model, sequences, mask, responses.shape[1])
     log_q = response_logprobs(load(teacher), sequences, mask, responses.shape[1])
@@ -52,7 +52,7 @@ def load(folder: Path) -> Any:
 
 
 def response_logprobs(model: Any, sequences: torch.Tensor, mask: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    """`[b, num_tokens, V]`: of the tokens at the end of each sequence, which is padded on the left."""
+    """Returns `[b, num_tokens, V]` logprobs at the end of each sequence, which is padded on the left."""
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     logits = model(sequences, attention_mask=mask, position_ids=positions, logits_to_keep=num_tokens + 1).logits
     return logits[:, :-1].log_softmax(-1)

@@ -6,8 +6,6 @@ Per checkout: files and lines of `megatron_tip/`, functions that take the whole 
 teachers and engines, functions with more than 8 parameters, and the records with the most fields.
 """
 
-from __future__ import annotations
-
 import ast
 import sys
 from collections.abc import Iterator

@@ -1,6 +1,4 @@
-"""Run folders that no run left, for `bench_report.py` and the report's tests: random numbers in the real files."""
-
-from __future__ import annotations
+"""Synthetic run folders for `bench_report.py` and the report's tests: random numbers in real files."""
 
 import json
 from collections.abc import Sequence
@@ -11,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from megatron_tip.observability.token_table import (
+    TokenTable,
     TokenTableFacts,
     ViewedRollout,
     encode_token_table,
@@ -39,8 +38,9 @@ def write_run(
     """Writes a finished run to `folder`.
 
     Args:
-        without: beginnings of the names of metrics that the run lacks. view_steps: steps that have a token table of
-            `responses` responses of `tokens` tokens. texts: of some token ids; others have words.
+        without: name prefixes of metrics that the run lacks.
+        view_steps: steps that have a token table of `responses` responses of `tokens` tokens.
+        texts: the texts of some token ids; the others have words.
     """
     random = np.random.default_rng(seed)
     (folder / "views").mkdir(parents=True)
@@ -107,7 +107,7 @@ def _table(
     support_size: int,
     texts: dict[int, str],
 ) -> bytes:
-    """A token table; every statistic follows from candidates that are drawn, or is drawn itself."""
+    """Returns a token table; every statistic is random or computed from random candidates."""
     n = responses * tokens
     supports = _supports(random, n, support_size, vocab_size)
     statistics = _statistics(random, supports)
@@ -141,12 +141,12 @@ def _table(
     for name, values in supports.items():
         flat = values.reshape(-1).astype(np.int32 if name.endswith("ids") else np.float16)
         columns[name] = pa.ListArray.from_arrays(offsets, pa.array(flat))
-    return encode_token_table(facts, columns)
+    return encode_token_table(TokenTable.of_columns(facts, columns))
 
 
 def _supports(random: np.random.Generator, n: int, support_size: int, vocab_size: int) -> dict[str, np.ndarray]:
-    """`[n, support_size]` ids and logprobs of both models; the sampled token is the student's first."""
-    # Most positions are nearly certain, as a language model's are.
+    """Returns `[n, support_size]` ids and logprobs of both models; the sampled token is the student's first."""
+    # Most positions are nearly certain, as in a language model.
     sharpness = np.where(random.uniform(size=(n, 1)) < 0.25, 1.5, random.gamma(4.0, 4.0, size=(n, 1)))
     student = _normalised(np.sort(random.normal(size=(n, support_size)) * sharpness, axis=1)[:, ::-1])
     teacher = _normalised(np.sort(student + random.normal(scale=0.3, size=student.shape), axis=1)[:, ::-1])
@@ -162,7 +162,7 @@ def _supports(random: np.random.Generator, n: int, support_size: int, vocab_size
 
 
 def _statistics(random: np.random.Generator, supports: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """`[n]` each."""
+    """Returns the statistics, `[n]` each."""
     student, teacher = supports["student_support_logprobs"], supports["teacher_support_logprobs"]
     entropy = -(np.exp(student) * student).sum(1)
     divergence = random.gamma(0.7, 1.0, size=len(entropy)) * (0.01 + entropy)
@@ -179,6 +179,6 @@ def _statistics(random: np.random.Generator, supports: dict[str, np.ndarray]) ->
 
 
 def _normalised(logits: np.ndarray) -> np.ndarray:
-    """Logprobs of candidates that hold 98 % of the mass together."""
+    """Returns logprobs of candidates that together have 98 % of the mass."""
     largest = logits[:, :1]
     return logits - largest - np.log(np.exp(logits - largest).sum(1, keepdims=True)) - 0.02

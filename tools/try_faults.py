@@ -1,11 +1,12 @@
-"""Strikes a run with one fault after the other and shows what each of them cost.
+"""Applies one fault after the other to a run and shows the cost of each.
 
     python tools/try_faults.py CONFIG.toml [--tiny] [--folder DIR] [--only NAME ...] [section.key=value ...]
 
-The run is made once undisturbed; then, for each fault, anew: struck in the middle, started again by the same command,
-and compared with the undisturbed one, metrics (without times) and final weights, bit for bit. Prints a Markdown table.
-Exit code 1 if anything was lost. The run should take some seconds a step at most, eight steps or more, and save often:
-checkpoint.every_steps=2. With --tiny both models are replaced by a random one with the tokenizer of model.path.
+First the run is done undisturbed. Then, for each fault, it is done again, disturbed in the middle, restarted with the
+same command, and compared with the undisturbed run, bit for bit: metrics (without times), samples and final weights.
+Prints a Markdown table. Exit code 1 if anything was lost. A step should take a few seconds at most, and the run should
+have eight steps or more and save often: checkpoint.every_steps=2. --tiny replaces both models by a random one with the
+tokenizer of model.path.
 """
 
 import argparse
@@ -32,7 +33,7 @@ from megatron_tip.training.checkpoints.files import CheckpointFiles
 
 @dataclass
 class Trial:
-    """One run that a fault strikes. `config`: of the undisturbed one, but for the folder."""
+    """One run that a fault disturbs. Its configuration is that of the undisturbed run, except for the folder."""
 
     config_path: Path
     overrides: Sequence[str]
@@ -54,13 +55,13 @@ class Trial:
         return process.returncode
 
     def to_step(self, step: int, *more: str, **options) -> subprocess.Popen[str]:
-        """The run, started, with `step` in its metrics."""
+        """Starts the run and returns once `step` is in its metrics."""
         process = self.start(*more, **options)
         self.wait(process, lambda: self.recorded() >= step)
         return process
 
     def to_save(self, step: int) -> subprocess.Popen[str]:
-        """The run, started, with a save of `step` or a later one under way."""
+        """Starts the run and returns during a save of `step` or a later one."""
         process = self.to_step(step)
         self.wait(process, lambda: any(self.folder.checkpoints.glob(".step_*.partial")))
         return process
@@ -68,7 +69,7 @@ class Trial:
     def wait(self, process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
         while not condition():
             if process.poll() is not None:
-                sys.exit(f"the run ended before its time:\n{process.communicate()[1]}")
+                sys.exit(f"the run ended too early:\n{process.communicate()[1]}")
             time.sleep(0.002)
 
     def recorded(self) -> int:
@@ -76,7 +77,7 @@ class Trial:
         return json.loads(lines[-1])["step"] if lines else -1
 
     def workers(self, launcher: subprocess.Popen[str]) -> list[int]:
-        """The process ids of the launcher's workers, by rank."""
+        """Returns the process ids of the launcher's workers, by rank."""
         children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
         ranks = {int(_environ(pid)["RANK"]): int(pid) for pid in children if "RANK" in _environ(pid)}
         return [ranks[rank] for rank in sorted(ranks)]
@@ -219,7 +220,7 @@ FAULTS: dict[str, Callable[[Trial], int]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """What a fault cost. `message`: the command's last word. `again`: steps taken twice. `lost`: what differs."""
+    """The cost of a fault. `message`: the command's last message. `again`: steps repeated. `lost`: what differs."""
 
     fault: str
     exit_code: int
@@ -234,7 +235,7 @@ class Row:
 
 
 def try_fault(name: str, trial: Trial) -> Row:
-    """Strikes `trial` with the fault `name`, continues it to its end and compares."""
+    """Applies the fault `name` to `trial`, continues the run to its end and compares it."""
     strike = FAULTS[name]
     start = time.monotonic()
     exit_code = strike(trial)
@@ -243,13 +244,13 @@ def try_fault(name: str, trial: Trial) -> Row:
     recorded = trial.recorded()
     if (code := trial.end(trial.start())) != 0:
         sys.exit(f"{name}: the run does not continue (exit code {code}):\n{trial.log[-1]}")
-    found = re.search(r"continuing behind step (\d+)", trial.log[-1])
+    found = re.search(r"continuing after step (\d+)", trial.log[-1])
     again = max(0, recorded - int(found[1] if found else 0))
     return Row(strike.__doc__ or name, exit_code, seconds, message, again, differences(trial))
 
 
 def differences(trial: Trial) -> list[str]:
-    """What of the struck run's numbers is not that of the undisturbed one."""
+    """Returns which results of the disturbed run differ from those of the undisturbed one."""
     found = []
     for name, read in (("metrics", _metrics), ("weights", _weights), ("samples", _samples)):
         if read(trial.folder) != read(trial.undisturbed):
@@ -259,7 +260,7 @@ def differences(trial: Trial) -> list[str]:
 
 def _metrics(folder: RunFolder) -> list[dict[str, float]]:
     lines = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
-    # A replayed batch keeps the weight version that it was made with.
+    # A replayed batch keeps the weight version that generated it.
     return [{key: line[key] for key in line if not key.startswith((*MEASURED, "rollout/num_stale"))} for line in lines]
 
 
@@ -272,13 +273,13 @@ def _samples(folder: RunFolder) -> str:
 
 
 def _message(log: str) -> str:
-    """The command's own last word; "" if it had none."""
+    """Returns the command's last error message, or "" if there was none."""
     lines = [line for line in log.splitlines() if line.startswith("error: ")]
     return re.sub(r"/\S*/", "", lines[-1].removeprefix("error: ")) if lines else ""
 
 
 def try_faults(config_path: Path, overrides: Sequence[str], folder: Path, names: Sequence[str]) -> list[Row]:
-    """One row a fault, each in a folder of its own below `folder`. Prints each as it comes."""
+    """Returns one row per fault, each run in its own folder below `folder`. Prints each row when it is ready."""
     config: Config = load_config(config_path, overrides)
     undisturbed = RunFolder(folder / "undisturbed")
     steps = config.training.steps
@@ -295,7 +296,7 @@ def try_faults(config_path: Path, overrides: Sequence[str], folder: Path, names:
 
 def tiny_model(source: Path, target: Path) -> None:
     """Writes a random Llama of four layers with the tokenizer and the vocabulary of `source`."""
-    import torch  # late, with transformers: a wrong command line is refused before their seconds
+    import torch  # late, like transformers: a wrong command line is refused without waiting for these imports
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     tokenizer = AutoTokenizer.from_pretrained(source)
@@ -317,7 +318,7 @@ def tiny_model(source: Path, target: Path) -> None:
 
 
 def end_with_the_run() -> None:
-    """Lets SIGTERM end this process as Ctrl-C does: no run that it started stays behind."""
+    """Lets SIGTERM end this process as Ctrl-C does, so that no run that it started is left running."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
@@ -327,7 +328,7 @@ def main() -> None:
     parser.add_argument("config", type=Path, metavar="CONFIG.toml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--folder", type=Path, default=Path("runs/faults"), help="is emptied first")
-    parser.add_argument("--tiny", action="store_true", help="with a random model in the place of both")
+    parser.add_argument("--tiny", action="store_true", help="replace both models by a random one")
     parser.add_argument("--only", nargs="+", choices=FAULTS, default=list(FAULTS))
     arguments = parser.parse_intermixed_args()
     overrides, folder = arguments.overrides, arguments.folder

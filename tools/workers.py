@@ -1,4 +1,4 @@
-"""What the conversion commands share: workers that hold one model's shards between them."""
+"""Workers for the conversion commands; together they hold the shards of one model."""
 
 import os
 import sys
@@ -16,8 +16,8 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 def run_in_workers(check: Callable[[], Any], work: Callable[[], None], num_workers: int) -> None:
     """Runs `work` in each of `num_workers` processes: starts them here, or joins those of torchrun or srun.
 
-    A worker that is started here runs this very command again, and so comes to this line itself. `check` comes before
-    any worker is started. Ends the process with a message where either fails.
+    A worker that is started here runs the same command again, and so reaches this function itself. `check` runs before
+    any worker starts. If either fails, the process ends with a message.
     """
     if is_worker(os.environ):
         run_worker(work)
@@ -33,7 +33,7 @@ def run_in_workers(check: Callable[[], Any], work: Callable[[], None], num_worke
 
 
 def check_conversion(source, target: Path, tp_size: int, pp_size: int) -> None:
-    """Refuses what a look at `source`, a ModelFolder, shows to be impossible, and a `target` that exists."""
+    """Refuses a layout that `source`, a ModelFolder, rules out, and a `target` that exists."""
     from megatron_tip.files import require_new
     from megatron_tip.models.layout import check_layout
 
@@ -42,7 +42,7 @@ def check_conversion(source, target: Path, tp_size: int, pp_size: int) -> None:
 
 
 def empty_model(source, tp_size: int, pp_size: int, dtype: Dtype):
-    """A model without weights for `source`, a ModelFolder, and this worker's groups. Collective over the world."""
+    """Returns a model without weights for `source`, a ModelFolder, and the groups. Collective over the world."""
     import torch
 
     from megatron_tip.models.gpt import build_gpt

@@ -1,9 +1,7 @@
-"""From a step's rollouts to micro-batches: who gets which sequences, padded how, and which rows they make.
+"""Micro-batches from a step's rollouts: who gets which sequences, how they are padded, and which rows they make.
 
-Planning knows lengths alone, so every rank computes the same plan without a collective. Shape letters as in `records`.
+Planning needs lengths only, so every rank computes the same plan without a collective. Shape letters as in `records`.
 """
-
-from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
@@ -20,17 +18,16 @@ MicroBatchPlan = list[list[list[int]]]
 def plan_micro_batches(
     lengths: Sequence[int], dp_size: int, max_tokens: int, *, sequence_multiple: int = 1
 ) -> MicroBatchPlan:
-    """Which sequences go through the model together on which data-parallel replica: a pure function of its arguments.
+    """Returns the sequences of each micro-batch on each data-parallel replica; a pure function.
 
-    Replicas are balanced by tokens (longest sequence first, to the replica with the fewest so far); within a replica
-    neighbours in length share a micro-batch. Each place with a length above 0 appears exactly once; a length of 0
-    drops the sequence. A replica without any sequence gets one empty micro-batch, so that it takes part in every
-    collective.
+    Replicas are balanced by tokens (longest sequence first, to the replica with the fewest so far). Within a replica,
+    sequences of similar length share a micro-batch. Each place with a length above 0 appears exactly once; a length of
+    0 drops the sequence. A replica without sequences gets one empty micro-batch, so that it joins every collective.
 
     Args:
-        lengths: tokens of each sequence that go through the model.
-        max_tokens: most padded tokens of a micro-batch; a longer sequence makes one of its own.
-        sequence_multiple: sequences are padded to a multiple of it, as `build_micro_batch` will.
+        lengths: tokens per sequence that go through the model.
+        max_tokens: upper limit of a micro-batch's padded tokens; a longer sequence gets its own micro-batch.
+        sequence_multiple: sequences are padded to a multiple of it, as in `build_micro_batch`.
     """
     if dp_size < 1 or max_tokens < 1:
         raise InputError(f"plan_micro_batches: expected dp_size and max_tokens >= 1, got {dp_size} and {max_tokens}")
@@ -58,14 +55,14 @@ def _pack(longest_first: list[int], padded: list[int], max_tokens: int) -> list[
 
 
 def num_kept_tokens(rollouts: Sequence[Rollout], last_selected: Sequence[int]) -> list[int]:
-    """How many tokens of each sequence still matter to the loss after selection, for planning and building anew.
+    """Returns how many tokens of each sequence still matter to the loss after selection.
 
-    Attention is causal, so nothing behind the last selected position reaches the loss: loss and gradients are those
-    of the whole sequences.
+    Attention is causal, so nothing after the last selected position reaches the loss: loss and gradients equal those of
+    the whole sequences.
 
     Args:
-        last_selected: for each rollout the 0-based place in the response of its last selected token, over all
-            replicas; -1 where nothing is selected (the sequence is dropped: 0 tokens).
+        last_selected: for each rollout, the 0-based place in the response of its last selected token, over all
+            replicas; -1 if nothing is selected (the sequence is dropped: 0 tokens).
     """
     # Response token j is scored at position len(prompt) + j - 1, the last one that must go through the model.
     return [
@@ -82,16 +79,15 @@ def build_micro_batch(
     sequence_multiple: int = 1,
     num_kept_tokens: Sequence[int] | None = None,
 ) -> MicroBatch:
-    """The micro-batch of `rollouts[i] for i in indices`, `[b, s]` int64 and bool on the CPU.
+    """Returns the micro-batch of `rollouts[i] for i in indices`, `[b, s]` int64 and bool on the CPU.
 
-    An empty response makes a sequence without valid token; a token that an environment wrote is read, never a valid
-    label. Without `indices`: one sequence of padding, no valid
-    token, rollout index -1.
+    An empty response gives a sequence without valid tokens. Tokens that an environment wrote are read, but are never
+    valid labels. Without `indices`: one sequence of padding, no valid token, rollout index -1.
 
     Args:
         sequence_multiple: `s` is a multiple of it (the tensor-parallel size under sequence parallelism).
-        num_kept_tokens: for every rollout of the step, how many of its tokens go through the model; all without it.
-            The label of the last one kept is the token that was cut off behind it.
+        num_kept_tokens: for every rollout of the step, how many of its tokens go through the model; None: all. The
+            label of the last kept token is the first token cut off.
     """
     kept = [rollouts[i].num_tokens if num_kept_tokens is None else num_kept_tokens[i] for i in indices]
     width = _round_up(max(kept, default=1), sequence_multiple)
@@ -122,7 +118,7 @@ def build_micro_batch(
 
 
 def token_index(micro_batches: Sequence[MicroBatch]) -> TokenIndex:
-    """Where the rows of `micro_batches` stand in the rollout batch, in the order of the rows.
+    """Returns where the rows of `micro_batches` stand in the rollout batch, in the order of the rows.
 
     Raises:
         InputError: a loss_mask that reaches beyond its response_mask.
@@ -133,7 +129,7 @@ def token_index(micro_batches: Sequence[MicroBatch]) -> TokenIndex:
         check_masks_nest(micro_batch)
         mask = micro_batch.loss_mask
         rollout_index.append(micro_batch.rollout_indices[:, None].expand_as(mask)[mask])
-        # A response begins with a generated token, whatever an environment wrote behind it.
+        # A response begins with a generated token; an environment may only write after it.
         first = micro_batch.response_mask.int().argmax(dim=1, keepdim=True)
         position.append((micro_batch.position_ids - first)[mask])
     return TokenIndex(torch.cat(rollout_index), torch.cat(position))

@@ -18,11 +18,11 @@ from megatron_tip.records import MicroBatch, Rollout, TokenIndex
 
 @dataclass(frozen=True)
 class StepBatch:
-    """Which replica runs which rollouts together; known whole on every rank, since token ids are small.
+    """The assignment of a step's rollouts to replicas and micro-batches; every rank holds it all: token ids are small.
 
     `plan`: replica -> micro-batch -> places in `rollouts`. `num_kept_tokens`: how many leading tokens of each rollout
-    go through the model. `sequence_multiple`: padded lengths are a multiple of it. The stages of a step share what is
-    built of it: each micro-batch and each token index is made once.
+    go through the model. `sequence_multiple`: padded lengths are a multiple of it. Micro-batches and token indices are
+    built once and shared by the stages of a step.
     """
 
     rollouts: Sequence[Rollout]
@@ -46,7 +46,7 @@ class StepBatch:
         sequence_multiple: int,
         device: torch.device,
     ) -> "StepBatch":
-        """All tokens of `rollouts`, balanced over `dp_size` replicas; a pure function, equal on every rank."""
+        """Returns a batch of all tokens of `rollouts`, balanced over `dp_size` replicas; the same on every rank."""
         lengths = num_kept_tokens(rollouts, [len(rollout.response_ids) - 1 for rollout in rollouts])
         plan = plan_micro_batches(lengths, dp_size, max_tokens, sequence_multiple=sequence_multiple)
         return cls(rollouts, plan, lengths, max_tokens, pad_token_id, sequence_multiple, device)
@@ -68,37 +68,37 @@ class StepBatch:
         return [self.micro_batch(replica, index) for index in range(len(self.plan[replica]))]
 
     def num_rows(self) -> list[list[int]]:
-        """Valid tokens by replica and micro-batch."""
+        """Returns the number of valid tokens by replica and micro-batch."""
         return [[sum(map(self._num_rows, places)) for places in replica] for replica in self.plan]
 
     def num_valid(self) -> int:
-        """Valid tokens of the whole batch."""
+        """Returns the number of valid tokens of the whole batch."""
         return sum(map(sum, self.num_rows()))
 
     def num_model_tokens(self) -> int:
-        """Tokens of the whole batch that go through the model, padding not counted."""
+        """Returns the number of tokens of the whole batch that go through the model, without padding."""
         return sum(self.num_kept_tokens[place] for replica in self.plan for places in replica for place in places)
 
     def num_padded_tokens(self) -> list[int]:
-        """Tokens that go through the model on each replica, padding counted."""
+        """Returns the number of tokens that go through the model on each replica, with padding."""
         return [sum(map(self._num_padded, replica)) for replica in self.plan]
 
     def num_micro_batches(self) -> int:
-        """Micro-batches of the whole batch, those without a sequence too."""
+        """Returns the number of micro-batches of the whole batch, empty ones included."""
         return sum(map(len, self.plan))
 
     def token_index(self, replica: int) -> TokenIndex:
-        """Where each row of the replica stands in the whole batch."""
+        """Returns where each row of the replica stands in the whole batch."""
         if replica not in self._indices:
             self._indices[replica] = token_index(self.micro_batches(replica))
         return self._indices[replica]
 
     def cut_behind(self, last_selected: Sequence[int]) -> "StepBatch":
-        """The batch without what cannot influence the loss, laid out anew over the same replicas.
+        """Returns the batch without what cannot influence the loss, redistributed over the same replicas.
 
-        Attention is causal: tokens behind a rollout's last selected position change neither loss nor gradient. They
-        are cut off, rollouts with nothing selected are dropped, and what is left is balanced over the replicas again,
-        in fewer micro-batches. A pure function, equal on every rank.
+        Attention is causal: tokens after a rollout's last selected position change neither loss nor gradient. They are
+        cut off, rollouts with nothing selected are dropped, and the rest is balanced over the replicas again, in fewer
+        micro-batches. A pure function, the same on every rank.
 
         Args:
             last_selected: by place in `rollouts`, the last selected position of the response; -1: none.
@@ -108,7 +108,7 @@ class StepBatch:
         return replace(self, plan=plan, num_kept_tokens=lengths)
 
     def replica_of(self) -> Tensor:
-        """`[rollouts]` int64: the replica that has each rollout; -1 for those that were dropped."""
+        """Returns `[rollouts]` int64, the replica of each rollout; -1 for dropped ones."""
         replicas = torch.full((len(self.rollouts),), -1, dtype=torch.int64)
         for replica, micro_batches in enumerate(self.plan):
             for places in micro_batches:
@@ -116,11 +116,11 @@ class StepBatch:
         return replicas.to(self.device)
 
     def _num_padded(self, places: Sequence[int]) -> int:
-        """Tokens of one micro-batch as `build_micro_batch` pads it; one sequence of padding without places."""
+        """Returns one micro-batch's padded tokens, as `build_micro_batch` pads it; without places, one sequence's."""
         width = max((self.num_kept_tokens[place] for place in places), default=1)
         return max(1, len(places)) * -(-width // self.sequence_multiple) * self.sequence_multiple
 
     def _num_rows(self, place: int) -> int:
-        """Generated labels of the rollout: its kept token k predicts token k + 1, from the last prompt token on."""
+        """Returns the number of generated labels: kept token k predicts token k + 1, from the last prompt token on."""
         rollout = self.rollouts[place]
         return rollout.num_generated_before(max(0, self.num_kept_tokens[place] + 1 - len(rollout.prompt_ids)))

@@ -3,13 +3,14 @@
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from megatron_tip.commands.outcome import errors_reported, fail
+from megatron_tip.commands.outcome import end_as, errors_reported
 from megatron_tip.config import Config
 from megatron_tip.config.io import load_config
 from megatron_tip.errors import InputError
@@ -37,30 +38,30 @@ def _root() -> None:
 
 
 @diagnose.command()
+@errors_reported()
 def bank(config_path: ConfigPath, overrides: Overrides = None, nproc: Nproc = None) -> None:
     """Make a context bank in diagnostics.bank: from diagnostics.rollouts, or from the student's answers to prompts."""
-    with errors_reported():
-        config = load_config(config_path, overrides or [])
-        if config.diagnostics.rollouts is not None:  # files alone: one process does it
-            if os.environ.get("RANK", "0") == "0":
-                _say_bank(_bank_of_rollouts(config, config.diagnostics.rollouts))
-            return
+    config = load_config(config_path, overrides or [])
+    if config.diagnostics.rollouts is not None:  # files alone: one process does it
+        if os.environ.get("RANK", "0") == "0":
+            _say_bank(_bank_of_rollouts(config, config.diagnostics.rollouts))
+        return
 
-        def work(plan) -> None:
-            from megatron_tip.diagnostics.freeze import bank_config, generated_bank
-            from megatron_tip.diagnostics.session import bank_folder, built_run
-            from megatron_tip.training.loop import engine_closed
+    def work(plan) -> None:
+        from megatron_tip.diagnostics.freeze import bank_config, generated_bank
+        from megatron_tip.diagnostics.session import bank_folder, built_run
 
-            with built_run(bank_config(config), plan, generates=True) as run, engine_closed(run):
-                made = generated_bank(run, plan, bank_folder(config))
-                if made is not None:
-                    _say_bank(made)
+        with built_run(bank_config(config), plan, generates=True) as run, closing(run):
+            made = generated_bank(run, plan, bank_folder(config))
+            if made is not None:
+                _say_bank(made)
 
-        prepare = partial(_plan_new_bank, config)
-        _in_workers(["bank", str(config_path), *(overrides or [])], config, prepare, work, nproc)
+    prepare = partial(_plan_new_bank, config)
+    _in_workers(["bank", str(config_path), *(overrides or [])], config, prepare, work, nproc)
 
 
 @diagnose.command()
+@errors_reported()
 def score(
     config_path: ConfigPath,
     overrides: Overrides = None,
@@ -69,27 +70,27 @@ def score(
     nproc: Nproc = None,
 ) -> None:
     """Score a checkpoint on every position of the bank; the bank's scores/NAME.parquet is replaced."""
-    with errors_reported():
-        from megatron_tip.diagnostics.bank import check_scores_name
+    from megatron_tip.diagnostics.bank import check_scores_name
 
-        config = load_config(config_path, overrides or [])
-        check_scores_name(name)
-        if checkpoint and name == "start":
-            raise InputError('--name: expected another name than "start" with --checkpoint: gains are taken against it')
+    config = load_config(config_path, overrides or [])
+    check_scores_name(name)
+    if checkpoint and name == "start":
+        raise InputError('--name: expected another name than "start" with --checkpoint: gains are taken against it')
 
-        def work(subject) -> None:
-            from megatron_tip.diagnostics.intervene import score_checkpoint
-            from megatron_tip.diagnostics.session import built_run
+    def work(subject) -> None:
+        from megatron_tip.diagnostics.intervene import score_checkpoint
+        from megatron_tip.diagnostics.session import built_run
 
-            with built_run(config, subject.plan, checkpoint=subject.checkpoint) as run:
-                score_checkpoint(run, subject, name, is_start=checkpoint is None)
+        with built_run(config, subject.plan, checkpoint=subject.checkpoint) as run:
+            score_checkpoint(run, subject, name, is_start=checkpoint is None)
 
-        options = ["--name", name, *(["--checkpoint", str(checkpoint)] if checkpoint else [])]
-        prepare = partial(_examine, config, checkpoint=checkpoint)
-        _in_workers(["score", str(config_path), *(overrides or []), *options], config, prepare, work, nproc)
+    options = ["--name", name, *(["--checkpoint", str(checkpoint)] if checkpoint else [])]
+    prepare = partial(_examine, config, checkpoint=checkpoint)
+    _in_workers(["score", str(config_path), *(overrides or []), *options], config, prepare, work, nproc)
 
 
 @diagnose.command()
+@errors_reported()
 def gain(
     bank: Annotated[Path, typer.Argument(help="Folder of the bank.")],
     before: Annotated[str, typer.Argument(help="Name of the scores before, as `start`.")],
@@ -98,20 +99,20 @@ def gain(
     seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 1,
 ) -> None:
     """Print the gain between two checkpoints that were scored on a bank, absolute and relative."""
-    with errors_reported():
-        from megatron_tip.diagnostics.papers.evidence import Evidence
-        from megatron_tip.diagnostics.papers.token_tables import gain_row
+    from megatron_tip.diagnostics.papers.evidence import Evidence
+    from megatron_tip.diagnostics.papers.token_tables import gain_row
 
-        found = Evidence.read(bank, start=before, after=[after], arms=None, resamples=resamples, seed=seed)
-        _say_caveats(found.caveats())
-        row = gain_row(found.gains[after], resamples=resamples, seed=seed)
-        typer.echo(
-            f"{before} -> {after}: gain {row['gain']:+.5f} nats a token (95 % over prompts: {row['low']:+.5f} to "
-            f"{row['high']:+.5f}), {row['relative']:+.2%} of {row['kl_before']:.5f}, over {row['tokens']} tokens"
-        )
+    found = Evidence.read(bank, start=before, after=[after], arms=None, resamples=resamples, seed=seed)
+    _say_caveats(found.caveats())
+    row = gain_row(found.gains[after], resamples=resamples, seed=seed)
+    typer.echo(
+        f"{before} -> {after}: gain {row['gain']:+.5f} nats a token (95 % over prompts: {row['low']:+.5f} to "
+        f"{row['high']:+.5f}), {row['relative']:+.2%} of {row['kl_before']:.5f}, over {row['tokens']} tokens"
+    )
 
 
 @diagnose.command()
+@errors_reported()
 def intervene(
     config_path: ConfigPath,
     overrides: Overrides = None,
@@ -121,25 +122,25 @@ def intervene(
     """Train with every rule from one start at the same budgets and measure the gain on held-out contexts of the bank.
 
     Arms take training.steps steps of rollout.prompts_per_step contexts and are measured on heldout.num_prompts others;
-    they are written to run.folder as they end, and the same command continues behind the last one.
+    they are written to run.folder as they end, and the same command continues after the last one.
     """
-    with errors_reported():
-        config = load_config(config_path, overrides or [])
+    config = load_config(config_path, overrides or [])
 
-        def work(subject) -> None:
-            from megatron_tip.diagnostics.arms import ArmsFile
-            from megatron_tip.diagnostics.intervene import intervene as run_arms
-            from megatron_tip.diagnostics.session import built_run
+    def work(subject) -> None:
+        from megatron_tip.diagnostics.arms import ArmsFile
+        from megatron_tip.diagnostics.intervene import intervene as run_arms
+        from megatron_tip.diagnostics.session import built_run
 
-            with built_run(config, subject.plan, checkpoint=subject.checkpoint) as run:
-                run_arms(run, subject, ArmsFile(config.run.folder))
+        with built_run(config, subject.plan, checkpoint=subject.checkpoint) as run:
+            run_arms(run, subject, ArmsFile(config.run.folder))
 
-        options = ["--checkpoint", str(checkpoint)] if checkpoint else []
-        prepare = partial(_examine_arms, config, checkpoint=checkpoint)
-        _in_workers(["intervene", str(config_path), *(overrides or []), *options], config, prepare, work, nproc)
+    options = ["--checkpoint", str(checkpoint)] if checkpoint else []
+    prepare = partial(_examine_arms, config, checkpoint=checkpoint)
+    _in_workers(["intervene", str(config_path), *(overrides or []), *options], config, prepare, work, nproc)
 
 
 @diagnose.command()
+@errors_reported()
 def report(
     bank: Annotated[Path, typer.Argument(help="Folder of the bank.")],
     folder: Annotated[Path, typer.Option("--out", help="Where tables (CSV) and figures (PNG, CSV) go.")],
@@ -151,16 +152,15 @@ def report(
     seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 1,
 ) -> None:
     """Write the papers' tables and figures of a bank."""
-    with errors_reported():
-        from megatron_tip.diagnostics.papers.evidence import Evidence
-        from megatron_tip.diagnostics.papers.write import fill_page, page_blocks, write_all
+    from megatron_tip.diagnostics.papers.evidence import Evidence
+    from megatron_tip.diagnostics.papers.write import fill_page, page_blocks, write_all
 
-        found = Evidence.read(bank, start=start, after=after or [], arms=arms, resamples=resamples, seed=seed)
-        _say_caveats(found.caveats())
-        tables = write_all(found, folder)
-        if page is not None:
-            fill_page(page, page_blocks(found, tables), folder)
-        typer.echo(f"{folder}: {len(tables)} tables, {len(list(folder.glob('*.png')))} figures")
+    found = Evidence.read(bank, start=start, after=after or [], arms=arms, resamples=resamples, seed=seed)
+    _say_caveats(found.caveats())
+    tables = write_all(found, folder)
+    if page is not None:
+        fill_page(page, page_blocks(found, tables), folder)
+    typer.echo(f"{folder}: {len(tables)} tables, {len(list(folder.glob('*.png')))} figures")
 
 
 def _in_workers(
@@ -185,14 +185,12 @@ def _in_workers(
     if is_worker(os.environ):
         run_worker(in_worker, threads=config.run.threads)
         return
-    from megatron_tip.planning.plan import default_num_workers
+    from megatron_tip.planning.inputs import default_num_workers
 
     num_workers = nproc or default_num_workers(config)
     prepare(num_workers)
     command = [sys.executable, "-m", "megatron_tip.cli", "diagnose", *arguments]
-    outcome = start_workers(command, num_workers, threads=config.run.threads)
-    if outcome.exit_code:
-        fail(outcome.message, exit_code=outcome.exit_code)
+    end_as(start_workers(command, num_workers, threads=config.run.threads))
 
 
 def _plan_new_bank(config: Config, num_workers: int):
@@ -224,7 +222,8 @@ def _bank_of_rollouts(config: Config, rollouts: Path):
     from megatron_tip.diagnostics.freeze import bank_of_rollouts
     from megatron_tip.diagnostics.session import bank_folder
     from megatron_tip.files import require_new
-    from megatron_tip.planning.plan import default_num_workers, plan_run
+    from megatron_tip.planning.inputs import default_num_workers
+    from megatron_tip.planning.plan import plan_run
 
     require_new(bank_folder(config))
     return bank_of_rollouts(config, plan_run(config, default_num_workers(config)), bank_folder(config), rollouts)

@@ -10,10 +10,14 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+import typer
 
 from megatron_tip import __version__
+from megatron_tip.commands.outcome import errors_reported
 from megatron_tip.config import Config
+from megatron_tip.config.io import load_config
 from megatron_tip.errors import MegatronTipError
 
 State = Literal["ok", "note", "missing"]
@@ -31,6 +35,25 @@ class Finding:
     def line(self) -> str:
         mark = {"ok": "ok     ", "note": "note   ", "missing": "MISSING"}[self.state]
         return f"{mark}  {self.text}" + (f"\n         mend: {self.remedy}" if self.remedy else "")
+
+
+@errors_reported()
+def command(
+    config_path: Annotated[Path | None, typer.Argument(metavar="[CONFIG.toml]", help="A run to examine for.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="section.key=value")] = None,
+    world_size: Annotated[
+        int | None, typer.Option(min=1, help="Check the run for so many GPUs elsewhere; weights may be missing here.")
+    ] = None,
+) -> None:
+    """Say what is installed, what a run would use here, and what is missing, with the command that mends it.
+
+    Exit code 1 if something is missing that the run cannot do without.
+    """
+    config = load_config(config_path, overrides or []) if config_path else None
+    findings = examine(config, world_size=world_size)
+    typer.echo("\n".join(finding.line() for finding in findings))
+    if any(finding.state == "missing" for finding in findings):
+        raise SystemExit(1)
 
 
 def examine(config: Config | None, *, world_size: int | None) -> list[Finding]:
@@ -74,12 +97,16 @@ class _Package:
     needed: Callable[[Config], bool] = lambda config: False
 
 
+def _extra(name: str) -> str:
+    return f'pip install "megatron_tip[{name}]"'
+
+
 _PACKAGES = (
     _Package(
         "transformer-engine",
         "transformer_engine",
         "faster layers on GPUs; without it torch's own",
-        'pip install "megatron_tip[transformer-engine]"',
+        _extra("transformer-engine"),
         lambda config: "transformer_engine" in (config.model.transformer_impl, config.teacher.transformer_impl),
     ),
     _Package(
@@ -95,29 +122,25 @@ _PACKAGES = (
         "sglang",
         "sglang",
         "rollouts by servers",
-        'pip install "megatron_tip[sglang]"',
-        lambda config: config.rollout.engine == "sglang" and not getattr(config.rollout, "server_urls", ()),
+        _extra("sglang"),
+        lambda config: config.rollout.engine == "sglang" and not config.rollout.server_urls,
     ),
     _Package(
-        "wandb",
-        "wandb",
-        "Weights & Biases",
-        'pip install "megatron_tip[tracking]"',
-        lambda config: config.tracking.wandb != "disabled",
+        "wandb", "wandb", "Weights & Biases", _extra("tracking"), lambda config: config.tracking.wandb != "disabled"
     ),
     _Package(
         "tensorboardX",
         "tensorboardX",
         "TensorBoard's event files",
-        'pip install "megatron_tip[tracking]"',
+        _extra("tracking"),
         lambda config: config.tracking.tensorboard,
     ),
-    _Package("nvidia-ml-py", "pynvml", "GPU figures in the metrics", 'pip install "megatron_tip[monitoring]"'),
+    _Package("nvidia-ml-py", "pynvml", "GPU figures in the metrics", _extra("monitoring")),
     _Package(
         "reasoning-gym",
         "reasoning_gym",
         "generated prompts",
-        'pip install "megatron_tip[tasks]"',
+        _extra("tasks"),
         lambda config: config.prompts.source == "reasoning_gym",
     ),
 )
@@ -195,27 +218,22 @@ def _machine(config: Config | None) -> Iterator[Finding]:
 
 def _run(config: Config, world_size: int | None) -> Iterator[Finding]:
     """What the configuration would use here, and whether it can run."""
-    import torch
+    from megatron_tip.machine import Machine
+    from megatron_tip.models.gpt import resolve_transformer_impl
+    from megatron_tip.planning.dtypes import Dtypes
+    from megatron_tip.planning.inputs import default_num_workers
+    from megatron_tip.planning.plan import outline_run
 
-    from megatron_tip.models.transformer_engine import has_transformer_engine
-    from megatron_tip.planning.dry_run import dry_run
-    from megatron_tip.planning.plan import default_num_workers, plan_run
-
-    on_gpu = torch.cuda.is_available()
-    dtype = config.model.dtype if config.model.dtype != "auto" else "bfloat16" if on_gpu else "float32"
-    layers = config.model.transformer_impl
-    if layers == "auto":
-        layers = "transformer_engine" if on_gpu and has_transformer_engine() else "local"
     num_workers = world_size or default_num_workers(config)
+    dtype = str(Dtypes.of(config).student).removeprefix("torch.")
+    layers = resolve_transformer_impl(config.model.transformer_impl)
     yield Finding(
         "ok", f"the run would use: {num_workers} workers, {dtype}, {layers} layers, {config.rollout.engine} engine"
     )
+    machine = Machine(is_elsewhere=world_size is not None)
     try:
-        if world_size:
-            for note in dry_run(config, world_size, gpu_memory_gib=float("inf")).notes:
-                yield Finding("note", f"not checked here: {note}")
-        else:
-            plan_run(config, num_workers)
+        outline_run(config, num_workers, machine)
+        yield from (Finding("note", f"not checked here: {note}") for note in machine.notes)
         yield Finding("ok", "the configuration can run")
     except MegatronTipError as error:
         yield Finding("missing", f"the configuration cannot run: {error}", "see the message; megatron-tip train --help")

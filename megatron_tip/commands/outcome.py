@@ -5,21 +5,36 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
+from rich.console import Console
+
 from megatron_tip.errors import ConfigError, InputError, MegatronTipError, WeightsError
+from megatron_tip.parallel.launch import Outcome
 
 
 @contextmanager
 def errors_reported() -> Iterator[None]:
-    """What was wrong before anything started ends the command with a message: exit code 2 for the user's input."""
+    """Ends the command with a message if an error is raised before its workers start.
+
+    Exit code 2 for the user's input, 130 for Ctrl-C, 1 for all else.
+    """
     try:
         yield
     except KeyboardInterrupt:
-        fail("ended by SIGINT", exit_code=130)
+        _fail("ended by SIGINT", exit_code=130)
     except MegatronTipError as error:
-        fail(str(error), exit_code=2 if isinstance(error, ConfigError | InputError | WeightsError) else 1)
+        _fail(str(error), exit_code=2 if isinstance(error, ConfigError | InputError | WeightsError) else 1)
 
 
-def fail(message: str, *, exit_code: int) -> NoReturn:
-    """Ends the command with a message."""
+def end_as(outcome: Outcome) -> None:
+    """Ends the command with the message and the exit code of its workers; returns if they succeeded."""
+    if outcome.exit_code:
+        screen = Console(stderr=True)
+        if screen.is_terminal:  # a worker that was ended while it showed its progress bar left the cursor hidden
+            screen.show_cursor()
+            screen.line()
+        _fail(outcome.message, exit_code=outcome.exit_code)
+
+
+def _fail(message: str, *, exit_code: int) -> NoReturn:
     sys.stderr.write(f"error: {message}\n")
     raise SystemExit(exit_code)

@@ -60,16 +60,14 @@ def student_to_serve(config: Config) -> Path:
     """
     if not config.model.drop_layers:
         return config.model.path
-    import torch  # late: the scripts' other needs are met without its seconds
-
-    from megatron_tip.conversion.safetensors_io import HfCheckpoint
+    from megatron_tip.conversion.safetensors_io import HfCheckpoint  # late: the scripts' other needs do without torch
     from megatron_tip.files import new_folder
+    from megatron_tip.planning.dtypes import Dtypes
 
-    name = config.rollout.dtype if config.rollout.dtype != "auto" else config.model.dtype
     target = config.run.folder.absolute() / "servers" / "model"
     with new_folder(target, overwrite=True) as folder:
         student = HfCheckpoint(config.model.path, config.model.drop_layers)
-        student.write_description(folder, torch.float32 if name == "float32" else torch.bfloat16)
+        student.write_description(folder, Dtypes.of(config, on_gpu=True).engine)
     return target
 
 

@@ -7,8 +7,14 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
+import typer
+
+from megatron_tip.commands.outcome import errors_reported
+from megatron_tip.commands.train import check_elsewhere
 from megatron_tip.config import Config
+from megatron_tip.config.io import load_config
 from megatron_tip.errors import ConfigError
 
 _ROOT = Path(__file__).parents[2]
@@ -32,6 +38,42 @@ class Submission:
     @property
     def trainer_nodes(self) -> int:
         return self.nodes - self.rollout_nodes - self.teacher_nodes
+
+
+@errors_reported()
+def command(
+    config_path: Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="The run, as for train.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="section.key=value")] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes of the job.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="Workers a node; slurm/site.sh may say it too.")] = 8,
+    gpu_memory: Annotated[float, typer.Option(help="GiB of each GPU, for the check.")] = 80.0,
+    script: Annotated[str, typer.Option(help="train, train_disaggregated or sweep.")] = "train",
+    rollout_nodes: Annotated[int, typer.Option(min=0, help="Of all nodes, those of SGLang; train_disaggregated.")] = 0,
+    teacher_nodes: Annotated[int, typer.Option(min=0, help="Of all nodes, those of the teacher's servers.")] = 0,
+    sbatch: Annotated[
+        list[str] | None, typer.Option(help="An option of sbatch, as --sbatch=--qos=high; repeats.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, print the command, stop.")] = False,
+) -> None:
+    """Check a configuration for so many nodes and submit it to SLURM.
+
+    Site values are those of slurm/site.sh, options of the command line win.
+    """
+    config = load_config(config_path, overrides or [])
+    site = site_values(os.environ)
+    submission = Submission(
+        config_path,
+        overrides or [],
+        nodes=nodes,
+        script=script,
+        options=sbatch or [],
+        rollout_nodes=rollout_nodes,
+        teacher_nodes=teacher_nodes,
+    )
+    workers = submission.trainer_nodes * int(site["TIP_TASKS_PER_NODE"] or gpus_per_node)
+    memory = gpu_memory * (trainer_share(site) if script == "train" else 1.0)
+    check_elsewhere(as_served(config, site, script), workers, memory)
+    typer.echo(submit(submission, config, dry_run=dry_run))
 
 
 def sbatch_command(submission: Submission, config: Config) -> list[str]:

@@ -1,6 +1,6 @@
 """The run configuration: typed, frozen, read from TOML; an unknown key or a wrong type is an error.
 
-The text under each field is its reference: `megatron-tip train --help` prints it. Units are in the names.
+`megatron-tip train --help` prints the text under each field. Names contain units.
 """
 
 from pathlib import Path
@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from megatron_tip.config.data import HeldoutConfig, PromptsConfig
 from megatron_tip.config.diagnostics import DiagnosticsConfig
 from megatron_tip.config.learning import LossConfig, OptimizerConfig, SelectionConfig, TrainingConfig
-from megatron_tip.config.models import ModelConfig, TeacherConfig, split_teacher_url
+from megatron_tip.config.models import ModelConfig, TeacherConfig
 from megatron_tip.config.operation import CheckpointConfig, FaultConfig, MonitoringConfig, OutputConfig, TrackingConfig
 from megatron_tip.config.rollout import RolloutConfig, SGLangConfig, SyncConfig
 from megatron_tip.config.section import Section
@@ -36,7 +36,6 @@ __all__ = [
     "TeacherConfig",
     "TrackingConfig",
     "TrainingConfig",
-    "split_teacher_url",
 ]
 
 
@@ -44,9 +43,9 @@ class RunConfig(Section):
     """The run as a whole."""
 
     folder: Path
-    """Where the run leaves its files; created if missing."""
+    """Folder for the run's files; created if missing."""
     seed: int = 1
-    """Every random choice of the run follows from it: sampling, random selection, prompt order."""
+    """Seed of every random choice of the run: sampling, random selection, prompt order."""
     threads: int = Field(default=0, ge=0)
     """CPU threads of all workers together; 0: as many as this process may use."""
 
@@ -80,3 +79,8 @@ class Config(Section):
     tracking: TrackingConfig = TrackingConfig()
     monitoring: MonitoringConfig = MonitoringConfig()
     diagnostics: DiagnosticsConfig = DiagnosticsConfig()
+
+    @property
+    def longest_sequence(self) -> int:
+        """Most tokens that a prompt and its response may have together."""
+        return self.prompts.max_prompt_tokens + self.rollout.max_response_tokens

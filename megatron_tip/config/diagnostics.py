@@ -1,4 +1,4 @@
-"""The fixed-context diagnostic: its bank, and what is tried on it."""
+"""The fixed-context diagnostic: its bank, and what is measured on it."""
 
 from pathlib import Path
 
@@ -8,27 +8,27 @@ from megatron_tip.config.section import MAX_SUPPORT_SIZE, Section
 
 
 class DiagnosticsConfig(Section):
-    """The fixed-context diagnostic (docs/diagnostics.md): read by `megatron-tip diagnose`, and by a run that asks for
-    it with every_steps.
+    """The fixed-context diagnostic (docs/diagnostics.md): used by `megatron-tip diagnose`, and by a run that sets
+    every_steps.
     """
 
     bank: Path | None = None
-    """Folder of the context bank; `diagnose bank` makes it."""
+    """Folder of the context bank; `diagnose bank` creates it."""
     every_steps: int = Field(default=0, ge=0)
-    """Score the student of a run on the bank every so many steps, and log its gain since the start; 0: never."""
+    """Score a run's student on the bank every this many steps, and log its gain since the start; 0: never."""
     rollouts: Path | None = None
-    """For `diagnose bank`: the rollouts/ folder of a run, or one file of it, to freeze; none: answers to [prompts]."""
+    """For `diagnose bank`: a run's rollouts/ folder, or one file of it, to freeze; none: new answers to [prompts]."""
     num_contexts: int = Field(default=300, ge=1)
-    """For `diagnose bank`: responses in it, each with at most rollout.max_response_tokens tokens."""
+    """For `diagnose bank`: number of responses, each with at most rollout.max_response_tokens tokens."""
     support_sizes: tuple[int, ...] = (8, 16, 32)
-    """K of the top-K supports that a bank is scored with."""
+    """The values of K, the size of the top-K supports, with which a bank is scored."""
     rules: tuple[str, ...] = ()
-    """For `diagnose intervene`: the rules to train with; none: every published one."""
+    """For `diagnose intervene`: the rules to train with; none: all published rules."""
     retention_ratios: tuple[float, ...] = (0.03, 0.05)
-    """For `diagnose intervene`: the budgets beside selection.retention_ratio, which is always tried, and at which alone
-    other support_sizes than selection.support_size are."""
+    """For `diagnose intervene`: budgets besides selection.retention_ratio, which is always tried. support_sizes other
+    than selection.support_size are tried only at selection.retention_ratio."""
     seeds: int = Field(default=3, ge=1)
-    """For `diagnose intervene`: how often everything is repeated, with other contexts to train on and to measure on."""
+    """For `diagnose intervene`: number of repeats, each with other contexts to train on and to measure on."""
 
     @model_validator(mode="after")
     def _values_are_usable(self) -> "DiagnosticsConfig":

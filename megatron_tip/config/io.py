@@ -75,12 +75,8 @@ class _Key:
     description: str
 
 
-def _sections() -> dict[str, type[Section]]:
-    sections = {}
-    for name, field in Config.model_fields.items():
-        section: Any = field.annotation
-        sections[name] = section
-    return sections
+def _sections() -> dict[str, Any]:
+    return {name: field.annotation for name, field in Config.model_fields.items()}
 
 
 def _keys(section_name: str, section: type[Section]) -> Iterator[_Key]:

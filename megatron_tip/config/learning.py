@@ -1,6 +1,6 @@
-"""Which tokens are trained, on what and how."""
+"""Which tokens are trained, and how."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -11,43 +11,48 @@ class SelectionConfig(Section):
     """Which tokens are supervised."""
 
     rule: str = "ta_opd_teachability"
-    """A preset of megatron_tip.selection, an installed package's rule, or "package.module:function" for your own."""
+    """A preset of megatron_tip.selection, an installed package's rule, or your own as "package.module:function"."""
     retention_ratio: float = Field(default=0.05, gt=0, le=1)
-    """The share rho of valid response tokens that is kept."""
+    """Share rho of the valid response tokens that is kept."""
     scope: Literal["auto", "batch", "rollout", "micro_batch"] = "auto"
-    """Over what the budget holds; auto: what the preset's paper says. micro_batch: one pass, no scoring forward."""
+    """What the budget is a share of; auto: as in the preset's paper; micro_batch: one pass, without a scoring pass."""
     thresholds: Literal["this_step", "last_step"] = "this_step"
-    """Whose quantiles and threshold decide; last_step: one pass, the budget met on average, with scope = "batch"."""
+    """Which step's quantiles and threshold decide. last_step: one pass, the budget is met on average; needs scope =
+    "batch"."""
     normaliser: Literal["auto", "robust", "clipped_min_max", "min_max", "raw"] = "auto"
-    """How statistics are put on one scale before they are scored; auto: what the preset's paper says."""
+    """How statistics are scaled before they are scored; auto: as in the preset's paper."""
     tie_break: Literal["token_order", "random"] = "token_order"
-    """Which of equal scores are kept: the first in (prompt, rollout, position), or a seeded draw."""
+    """Which of equal scores are kept: the first by (prompt, rollout, position), or a seeded draw."""
     minimum_per_rollout: int = Field(default=1, ge=0)
-    """Tokens kept of a rollout so short that its share rounds down to less; with scope = "rollout"."""
+    """With scope = "rollout": tokens kept of a rollout so short that its share would round down to fewer."""
     support_size: int = Field(default=16, ge=1, le=MAX_SUPPORT_SIZE)
     """K of the top-K supports (TA-OPD: 16)."""
     loss_scale: Literal["selected", "valid", "importance"] = "selected"
-    """Divide the loss by the number of selected tokens, by that of valid ones, or weight sampled tokens by 1 / p."""
+    """Divide the loss by the number of selected or of valid tokens, or weight sampled tokens by 1 / p."""
     compare: bool = True
-    """Log how far the other rules would have agreed with this one, as far as the statistics allow."""
+    """Log how far the other rules agree with this one, as far as the statistics allow."""
+
+    def settings(self) -> dict[str, Any]:
+        """Returns the arguments of `selection.Selector` but for its seed, which is the run's. It calls "auto" None."""
+        return {name: None if value == "auto" else value for name, value in self if name != "support_size"}
 
 
 class LossConfig(Section):
-    """What the selected tokens are trained on."""
+    """The loss of the selected tokens."""
 
     divergence: Literal["reverse_kl", "forward_kl", "jsd", "sampled_token", "topk_reverse_kl"] = "reverse_kl"
-    """Over the full vocabulary, exact under tensor parallelism; sampled_token: log p(y) - log q(y) of the label;
-    topk_reverse_kl, of a teacher behind servers: ids whose teacher logprob is not known count as one."""
+    """Over the full vocabulary, exact under tensor parallelism. sampled_token: log p(y) - log q(y) of the label.
+    topk_reverse_kl, for a teacher behind servers: all ids with unknown teacher logprob count as one id."""
     jsd_beta: float = Field(default=0.5, ge=0, le=1)
-    """Weight of the generalised Jensen-Shannon divergence, with divergence = "jsd"."""
+    """With divergence = "jsd": beta of the generalised Jensen-Shannon divergence."""
     temperature: float = Field(default=1.0, gt=0)
-    """Divides the logits of student and teacher alike, in statistics and loss."""
+    """Divides the logits of both student and teacher, in statistics and loss."""
     chunk_rows: int = Field(default=0, ge=0)
-    """Rows of logits alive at once; 0: chosen from the shapes."""
+    """Rows of logits in memory at once; 0: chosen from the shapes."""
     compile: bool = False
-    """Put the arithmetic on logits, of statistics and loss, through torch.compile: one pass over them in place of a
-    dozen, after a minute of compiling. Meant for GPUs; no GPU has run it yet: compare a step's metrics with the plain
-    ones first."""
+    """Run the arithmetic on logits, in statistics and loss, through torch.compile: one pass over them instead of a
+    dozen, after a minute of compiling. Meant for GPUs, but no GPU has run it yet: first compare a step's metrics with
+    those without it."""
 
 
 class OptimizerConfig(Section):
@@ -58,9 +63,9 @@ class OptimizerConfig(Section):
     min_lr: float = Field(default=0.0, ge=0)
     """Learning rate at the end of the cosine."""
     warmup_steps: int = Field(default=0, ge=0)
-    """Linear warm-up."""
+    """Steps of linear warm-up."""
     weight_decay: float = Field(default=0.0, ge=0)
-    """Decoupled; not applied to norms and biases."""
+    """Decoupled weight decay; not applied to norms and biases."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay of the first moment."""
     beta2: float = Field(default=0.95, ge=0, lt=1)
@@ -70,13 +75,13 @@ class OptimizerConfig(Section):
     clip_grad: float = Field(default=1.0, ge=0)
     """Largest gradient norm over all parameters; 0: no clipping."""
     distributed: bool = False
-    """Shard the optimizer's state over the data-parallel ranks."""
+    """Shard the optimizer state over the data-parallel ranks."""
 
 
 class TrainingConfig(Section):
-    """The loop."""
+    """The training loop."""
 
     steps: int = Field(ge=1)
     """Optimizer steps."""
     max_tokens_per_micro_batch: int = Field(default=16384, ge=1)
-    """Padded tokens that go through the model together; a longer sequence makes a micro-batch of its own."""
+    """Padded tokens that go through the model together; a longer sequence gets its own micro-batch."""

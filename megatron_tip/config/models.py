@@ -8,27 +8,21 @@ from pydantic import Field, model_validator
 from megatron_tip.config.section import Section
 
 
-def split_teacher_url(text: str) -> tuple[str, str]:
-    """Name of the teacher, "" for a single one, and URL of one of its servers."""
-    name, equals, url = text.partition("=")
-    return (name, url) if equals and "/" not in name else ("", text)
-
-
 class ModelConfig(Section):
-    """The student: trained, generates."""
+    """The student: it is trained and generates."""
 
     path: Path
     """Hugging Face directory (config.json, tokenizer, safetensors)."""
     drop_layers: tuple[int, ...] = ()
-    """Decoder layers to leave out on the way in, counted from 0 in the checkpoint: prune and distil."""
+    """Decoder layers to drop when loading, counted from 0 in the checkpoint: prune and distil."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of weights and activations; auto: bfloat16 on a GPU, float32 on a CPU."""
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
-    """Megatron's layers; auto: transformer_engine on a GPU where it is installed, local elsewhere."""
+    """Implementation of Megatron's layers; auto: transformer_engine on a GPU if it is installed, otherwise local."""
     tensor_parallel_size: int = Field(default=1, ge=1)
-    """Ranks that share each layer; divides the attention heads."""
+    """Ranks that share each layer; must divide the number of attention heads."""
     pipeline_parallel_size: int = Field(default=1, ge=1)
-    """Ranks that share the stack of layers; divides the number of layers kept."""
+    """Ranks that share the stack of layers; must divide the number of layers kept."""
     sequence_parallel: bool = False
     """Shard activations between tensor-parallel regions along the sequence."""
     recompute_activations: bool = False
@@ -36,19 +30,19 @@ class ModelConfig(Section):
 
 
 class TeacherConfig(Section):
-    """The teacher: frozen, forward only. Its layout may differ from the student's; both fill the same ranks."""
+    """The teacher: frozen, forward passes only. Its layout may differ from the student's; both fill the same ranks."""
 
     kind: Literal["megatron", "sglang"] = "megatron"
-    """megatron: in the trainer's own processes; sglang: behind SGLang servers that are running at `urls`."""
+    """megatron: in the trainer's own processes; sglang: behind SGLang servers that run at `urls`."""
     path: Path
     """Hugging Face directory; its tokenizer must be the student's. With kind = "sglang" no weights are needed."""
     special_tokens: Literal["same", "may_differ"] = "same"
     """may_differ: the teacher's special tokens may have other names and meanings, as long as all text tokens are the
-    student's; it reads the student's ids as its own. TA-OPD's pair of DeepSeek-R1-Distill-Qwen and Qwen2.5 needs it."""
+    same; it reads the student's ids as its own. TA-OPD's pair of DeepSeek-R1-Distill-Qwen and Qwen2.5 needs this."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of weights and activations; auto: bfloat16 on a GPU, float32 on a CPU."""
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
-    """Megatron's layers; as for the student."""
+    """Implementation of Megatron's layers; as for the student."""
     tensor_parallel_size: int = Field(default=1, ge=1)
     """Ranks that share each layer of the teacher."""
     pipeline_parallel_size: int = Field(default=1, ge=1)
@@ -56,24 +50,34 @@ class TeacherConfig(Section):
     urls: tuple[str, ...] = ()
     """With kind = "sglang": "http://host:port" of each server; "name=http://host:port" with several teachers."""
     student_support: Literal["ask", "skip"] = "ask"
-    """With kind = "sglang": ask for logprobs of the student's top-K too, for an exact C and D; skip: lower bounds."""
+    """With kind = "sglang". ask: request logprobs of the student's top-K too, for exact C and D. skip: lower bounds."""
     window_tokens: int = Field(default=16, ge=1)
-    """With kind = "sglang": response tokens that share a request about the student's top-K."""
+    """With kind = "sglang": response tokens per request about the student's top-K."""
     max_concurrent: int = Field(default=32, ge=1)
-    """With kind = "sglang": scoring requests in flight from each replica."""
+    """With kind = "sglang": maximum of scoring requests in flight from each replica."""
     timeout_seconds: float = Field(default=120.0, gt=0)
-    """With kind = "sglang": how long a server may take for an answer; then another is asked."""
+    """With kind = "sglang": how long to wait for a server's answer before asking another server."""
     wait_seconds: float = Field(default=300.0, ge=0)
-    """With kind = "sglang": how long to go on while no server answers, before the run is saved and ends."""
+    """With kind = "sglang": how long to retry while no server answers, before the run is saved and ends."""
     keys_file: Path | None = None
-    """With kind = "sglang": passwords of the servers, as of sglang.keys_file; "admin" is not needed."""
+    """With kind = "sglang": passwords of the servers, as in sglang.keys_file; "admin" is not needed."""
 
     @model_validator(mode="after")
     def _servers_are_given(self) -> "TeacherConfig":
         if (self.kind == "sglang") != bool(self.urls):
             got = ", ".join(self.urls) or "none"
             raise ValueError(f'teacher.urls: expected URLs with teacher.kind = "sglang" and only then, got {got}')
-        names = [name for name, _ in map(split_teacher_url, self.urls)]
-        if "" in names and len(set(names)) > 1:
+        names = {name for name, _ in self.routes}
+        if "" in names and len(names) > 1:
             raise ValueError('teacher.urls: expected all of them as "name=http://host:port", or none')
         return self
+
+    @property
+    def routes(self) -> tuple[tuple[str, str], ...]:
+        """Each URL with the name of the teacher that it leads to; "" for a single teacher."""
+        return tuple(map(_split, self.urls))
+
+
+def _split(text: str) -> tuple[str, str]:
+    name, equals, url = text.partition("=")
+    return (name, url) if equals and "/" not in name else ("", text)

@@ -1,4 +1,4 @@
-"""How a run lasts, what it leaves and what it reports."""
+"""Checkpoints, faults, outputs, tracking and monitoring of a run."""
 
 from typing import Literal
 
@@ -8,33 +8,33 @@ from megatron_tip.config.section import Section
 
 
 class CheckpointConfig(Section):
-    """What an interrupted run continues from, in checkpoints/: everything that the next step depends on."""
+    """What an interrupted run continues from, in checkpoints/: everything that the next step needs."""
 
     every_steps: int = Field(default=20, ge=0)
-    """Save after so many steps; 0: not for that reason."""
+    """Save every this many steps; 0: never for this reason."""
     every_minutes: float = Field(default=0.0, ge=0)
-    """Save after the step that ends so long after the last save; 0: not for that reason."""
+    """Save after the first step that ends at least this long after the last save; 0: never for this reason."""
     keep_last: int = Field(default=2, ge=1)
-    """Checkpoints that are kept; older ones are removed once a newer one is whole."""
+    """Number of checkpoints to keep; older ones are removed once a newer one is complete."""
     keep_every_steps: int = Field(default=0, ge=0)
-    """Those of steps divisible by it are kept as well; 0: none."""
+    """Also keep the checkpoints of steps divisible by this; 0: none."""
     in_background: bool = True
-    """Copy what is saved to host memory and write it while training goes on; false: wait for the disk."""
+    """Copy the checkpoint to host memory and write it while training continues; false: wait for the disk."""
 
 
 class FaultConfig(Section):
     """What happens when something goes wrong."""
 
     step_timeout_seconds: float = Field(default=1800.0, ge=0)
-    """A rank that finishes no step for so long writes its stacks to stacks/ and ends the run; 0: waits for ever."""
+    """A rank that finishes no step for this long writes its stacks to stacks/ and ends the run; 0: wait forever."""
     grace_seconds: float = Field(default=120.0, ge=0)
-    """Told to stop, `megatron-tip train` gives its workers so long to save before it ends them."""
+    """After a stop signal, how long `megatron-tip train` lets its workers save before it ends them."""
     max_skipped_steps: int = Field(default=3, ge=1)
-    """Steps in a row whose loss or gradient is not finite are skipped; after so many the run saves and ends."""
+    """A step whose loss or gradient is not finite is skipped; after this many in a row the run saves and ends."""
 
 
 class OutputConfig(Section):
-    """What the run leaves besides metrics, samples and rollouts."""
+    """Outputs besides metrics and samples."""
 
     save_checkpoint: bool = True
     """Write Megatron's sharded checkpoint to checkpoint/ at the end."""
@@ -45,16 +45,16 @@ class OutputConfig(Section):
 
 
 class TrackingConfig(Section):
-    """Where the run's numbers go besides metrics.jsonl, which is always written. No tracker's failure ends a run."""
+    """Trackers besides metrics.jsonl, which is always written. The failure of a tracker never ends a run."""
 
     wandb: Literal["disabled", "offline", "online"] = "disabled"
-    """Weights & Biases; offline: files under wandb/ in the run's folder, which `wandb sync` uploads later."""
+    """Weights & Biases; offline: files in wandb/ of the run's folder, which `wandb sync` uploads later."""
     wandb_project: str = "megatron-tip"
     """Project of the run."""
     wandb_entity: str = ""
     """User or team; empty: the account's default."""
     wandb_name: str = ""
-    """Name of the run; empty: that of the run's folder."""
+    """Name of the run; empty: the name of the run's folder."""
     wandb_tags: tuple[str, ...] = ()
     """Tags of the run."""
     wandb_artifact: bool = False
@@ -62,22 +62,22 @@ class TrackingConfig(Section):
     tensorboard: bool = False
     """Write event files for TensorBoard to tensorboard/ in the run's folder."""
     view_every_steps: int = Field(default=0, ge=0)
-    """Every so many steps, show responses with the selected tokens coloured and the tokens' quadrants, in views/ of the
-    run's folder and in every tracker; with each token's statistics and both models' top-K for `megatron-tip report`.
-    0: never."""
+    """Every this many steps, write views to views/ of the run's folder and to every tracker: responses with the
+    selected tokens coloured, and the tokens' quadrants. For `megatron-tip report` they also contain each token's
+    statistics and both models' top-K. 0: never."""
     view_samples: int = Field(default=4, ge=1)
-    """Responses in such a view."""
+    """Responses per view."""
     view_points: int = Field(default=2000, ge=1)
-    """Tokens in such a view's scatter of quadrants."""
+    """Tokens in a view's scatter plot of quadrants."""
 
 
 class MonitoringConfig(Section):
-    """What is measured of the machine."""
+    """What is measured on the machine."""
 
     every_seconds: float = Field(default=5.0, ge=0)
-    """Sample GPU and host so often, in a thread; each step is given at least one sample. 0: no monitoring."""
+    """Interval at which a thread samples GPU and host; each step gets at least one sample. 0: no monitoring."""
     peak_tflops: float = Field(default=0.0, ge=0)
-    """Dense bfloat16 TFLOP/s of one worker's device, for model FLOPs utilisation; 0: known by the GPU's name, else
-    utilisation is left out."""
+    """Dense bfloat16 TFLOP/s of one worker's device, for model FLOPs utilisation; 0: looked up by the GPU's name, and
+    utilisation is left out if the name is unknown."""
     trace: bool = False
-    """Write trace.json, a time line of every worker's phases for Perfetto (ui.perfetto.dev)."""
+    """Write trace.json, a timeline of every worker's phases for Perfetto (ui.perfetto.dev)."""

@@ -1,4 +1,4 @@
-"""How the student generates, and how its weights get to the servers."""
+"""How the student generates, and how its weights reach the servers."""
 
 from pathlib import Path
 from typing import Literal
@@ -12,16 +12,16 @@ class RolloutConfig(Section):
     """How the student generates."""
 
     engine: Literal["embedded", "sglang", "replay"] = "embedded"
-    """embedded: transformers' own generate in the trainer's first process; sglang: SGLang servers, see [sglang] and
-    [sync]; replay: the rollouts that a run wrote."""
+    """embedded: transformers' generate in the trainer's first process; sglang: SGLang servers, see [sglang] and
+    [sync]; replay: the rollouts of an earlier run."""
     replay_folder: Path | None = None
     """With engine = "replay": the `rollouts/` folder of the earlier run."""
     prompts_per_step: int = Field(default=8, ge=1)
-    """Prompts of one training step."""
+    """Prompts per training step."""
     samples_per_prompt: int = Field(default=1, ge=1)
-    """Responses to each prompt."""
+    """Responses per prompt."""
     max_response_tokens: int = Field(default=512, ge=1)
-    """A response is cut off there; its finish_reason is "length"."""
+    """Maximum length; a longer response is cut off, with finish_reason "length"."""
     temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature."""
     top_p: float = Field(default=1.0, gt=0, le=1)
@@ -29,25 +29,25 @@ class RolloutConfig(Section):
     batch_size: int = Field(default=64, ge=1)
     """Sequences that the embedded engine generates together."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of the weights of the embedded engine or of our own servers; auto: the student's."""
+    """Weight type of the embedded engine or of our own servers; auto: the student's."""
     environment: str = ""
-    """What answers the student's turns: "calculator", or "package.module:Class"; empty: rollouts of a single turn."""
+    """What answers the student's turns: "calculator", or "package.module:Class"; empty: rollouts have a single turn."""
     max_turns: int = Field(default=8, ge=1)
-    """With an environment: turns of the student in a rollout; max_response_tokens bounds all of them together."""
+    """With an environment: the student's turns per rollout; max_response_tokens limits all of them together."""
     observation_role: Literal["tool", "user"] = "tool"
-    """With an environment: the role under which the chat template shows its answers to the student."""
+    """With an environment: the chat template's role for its answers to the student."""
     servers: int = Field(default=1, ge=1)
-    """With engine = "sglang": how many servers to start, where server_urls names none."""
+    """With engine = "sglang": how many servers to start if server_urls is empty."""
     server_urls: tuple[str, ...] = ()
     """With engine = "sglang": running servers to use instead, as "http://host:port"."""
     ahead: int = Field(default=0, ge=0, le=1)
-    """1: generate the next step's rollouts, with the weights of this step's beginning, while this step trains."""
+    """1: generate the next step's rollouts while this step trains, with the weights from the start of this step."""
     importance_cap: float = Field(default=0.0, ge=0)
-    """Weigh each token's loss by min(p_student / p_rollout, this), for rollouts of older weights; 0: no weights."""
+    """For rollouts from older weights: weight each token's loss by min(p_student / p_rollout, this); 0: no weights."""
     attempts: int = Field(default=4, ge=1)
-    """With engine = "sglang": a sample that failed so often is set aside in set_aside.jsonl, and counted."""
+    """With engine = "sglang": a sample that fails this often is set aside in set_aside.jsonl, and counted."""
     on_wrong_version: Literal["regenerate", "drop"] = "regenerate"
-    """With engine = "sglang": what to do with a response that was generated with other weights than the last sync's."""
+    """With engine = "sglang": what to do with a response whose weights are not those of the last sync."""
 
     @model_validator(mode="after")
     def _ahead_has_servers(self) -> "RolloutConfig":
@@ -70,51 +70,51 @@ class RolloutConfig(Section):
 
 
 class SGLangConfig(Section):
-    """SGLang servers; read with rollout.engine = "sglang"."""
+    """SGLang servers; used with rollout.engine = "sglang"."""
 
     host: str = "127.0.0.1"
-    """Address that our own servers listen on. Beyond loopback they get random passwords, kept in memory alone."""
+    """Address that our own servers listen on. Beyond loopback they get random passwords, kept only in memory."""
     keys_file: Path | None = None
     """Passwords of given servers: a JSON file {"api": "...", "admin": "..."}; "admin" opens the weight endpoints."""
     tensor_parallel_size: int = Field(default=1, ge=1)
     """Ranks of each of our own servers."""
     gpus: tuple[int, ...] = ()
-    """GPUs of our own servers, tensor_parallel_size each in this order; none: they see those of the first process."""
+    """GPUs of our own servers in this order, tensor_parallel_size for each; none: those of the first process."""
     threads: int = Field(default=1, ge=1)
-    """CPU threads a rank of our own servers."""
+    """CPU threads per rank of our own servers."""
     memory_fraction: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the memory for weights and cache of our own servers; 0: SGLang's choice on a GPU."""
+    """Share of the memory for weights and cache of our own servers; 0: on a GPU SGLang chooses."""
     max_total_tokens: int = Field(default=0, ge=0)
-    """Tokens in the cache of each of our own servers; 0: SGLang's choice on a GPU, what the batch needs on a CPU."""
+    """Tokens in the cache of each of our own servers; 0: on a GPU SGLang chooses, on a CPU what the batch needs."""
     arguments: tuple[str, ...] = ()
-    """Further arguments of SGLang's command line for our own servers."""
+    """Additional command-line arguments of SGLang for our own servers."""
     router_url: str = ""
-    """A running sglang-router over all of rollout.server_urls, which then chooses who generates; weights go to the
-    servers themselves all the same. Empty: the server with the fewest requests under way."""
+    """A running sglang-router over all of rollout.server_urls, which then chooses the server for each request; weights
+    still go directly to the servers. Empty: the server with the fewest requests in flight."""
     concurrency: int = Field(default=64, ge=1)
-    """Requests at one server at once."""
+    """Maximum of concurrent requests at one server."""
     heartbeat_seconds: float = Field(default=5.0, gt=0)
-    """How often each server is looked at."""
+    """Interval between health checks of each server."""
     silence_seconds: float = Field(default=60.0, gt=0)
-    """A request without a sign of life for so long is given to another server."""
+    """A request without a sign of life for this long goes to another server."""
     start_seconds: float = Field(default=600.0, gt=0)
-    """Until one of our own servers must have started."""
+    """Time limit for one of our own servers to start."""
     wait_seconds: float = Field(default=600.0, gt=0)
-    """How long to go on without any server before the run ends."""
+    """How long to wait without any server before the run ends."""
 
 
 class SyncConfig(Section):
-    """How new weights get to the servers; read with rollout.engine = "sglang"."""
+    """How new weights reach the servers; used with rollout.engine = "sglang"."""
 
     transport: Literal["broadcast", "folder"] = "broadcast"
-    """broadcast: in a process group with the servers (NCCL on GPUs, gloo on CPUs); folder: by files that they read."""
+    """broadcast: in a process group with the servers (NCCL on GPUs, gloo on CPUs); folder: as files that they read."""
     folder: Path | None = None
-    """With transport = "folder": a folder that trainer and servers share; none: weights/ in the run's folder."""
+    """With transport = "folder": folder that trainer and servers share; none: weights/ in the run's folder."""
     bucket_bytes: int = Field(default=268_435_456, ge=1)
-    """Bytes that travel together, or that a file has at most; a larger tensor goes alone."""
+    """Maximum bytes per broadcast bucket or file; a larger tensor goes alone."""
     verify: Literal["always", "first", "never"] = "first"
-    """After which syncs the servers' logprobs of a probe sequence are compared with the student's own."""
+    """After which syncs to compare the servers' logprobs of a probe sequence with the student's own."""
     tolerance: float = Field(default=0.0, ge=0)
-    """Largest mean difference of the probe's logprobs in nats; 0: 1e-4 where all is float32, 0.05 elsewhere."""
+    """Largest mean difference of the probe's logprobs in nats; 0: 1e-4 if everything is float32, else 0.05."""
     timeout_seconds: float = Field(default=120.0, gt=0)
-    """Until a bucket must have arrived; what takes longer is begun anew without the servers that failed."""
+    """Time limit for a bucket to arrive; after it the sync starts again without the servers that failed."""

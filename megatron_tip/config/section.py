@@ -3,7 +3,7 @@
 from pydantic import BaseModel, ConfigDict
 
 MAX_SUPPORT_SIZE = 1024
-"""Of the top-K supports: the ids of two are compared with each other, K x K a token."""
+"""The largest K of the top-K supports: the ids of two supports are compared with each other, K x K per token."""
 
 
 class Section(BaseModel):

@@ -1,4 +1,4 @@
-"""Hugging Face directories, Megatron-Core models and Megatron checkpoints, each from the others.
+"""Conversion between Hugging Face directories, Megatron-Core models and Megatron checkpoints.
 
-Import from the submodules: those that read and describe files need no Megatron.
+Import from the submodules: those that only read and describe files do not need Megatron.
 """

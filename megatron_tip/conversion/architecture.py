@@ -1,6 +1,4 @@
-"""What a model is, read from its Hugging Face config.json and checked against what we can build."""
-
-from __future__ import annotations
+"""A model's architecture, read from its Hugging Face config.json and checked against what we can build."""
 
 import copy
 import dataclasses
@@ -39,7 +37,7 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are stretched beyond the pretraining length.
+    """Scaling of rotary frequencies beyond the pretraining length.
 
     `kind` "linear" divides them by `factor`; "llama3" divides the long wavelengths by `factor`, keeps the short ones
     and blends in between (`low_freq_factor`, `high_freq_factor`, `original_max_position_embeddings`).
@@ -54,7 +52,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelArchitecture:
-    """The shape of a model; everything that `build_gpt` and the weight map need to know."""
+    """The shape of a model: everything that `build_gpt` and the weight map need."""
 
     family: str
     num_layers: int
@@ -72,17 +70,17 @@ class ModelArchitecture:
     qkv_bias: bool
     qk_norm: bool
 
-    def differences(self, got: ModelArchitecture) -> list[str]:
-        """What is not the same in `got`, as "num_layers: expected 24, got 29"; none where all is."""
+    def differences(self, got: "ModelArchitecture") -> list[str]:
+        """Returns the fields that differ in `got`, as "num_layers: expected 24, got 29"."""
         pairs = [(name, getattr(self, name), getattr(got, name)) for name in self.__dataclass_fields__]
         return [f"{name}: expected {own!r}, got {other!r}" for name, own, other in pairs if own != other]
 
     @classmethod
-    def from_config(cls, config: dict[str, Any], where: str) -> ModelArchitecture:
-        """The architecture of a config.json's content; `where` names it in errors.
+    def from_config(cls, config: dict[str, Any], where: str) -> "ModelArchitecture":
+        """Returns the architecture of a config.json's content; `where` names it in errors.
 
         Raises:
-            WeightsError: an architecture, or a feature of one, that is not supported, or a size that is missing.
+            WeightsError: the architecture or one of its features is not supported, or a size is missing.
         """
         family = _family(config, where)
         sizes = {key: _size(config, key, where) for key in _SIZES}
@@ -114,16 +112,16 @@ class ModelArchitecture:
             qk_norm=family.qk_norm,
         )
 
-    def with_dropped_layers(self, drop_layers: Collection[int]) -> ModelArchitecture:
-        """The same model without some layers; those that stay are renumbered from 0."""
+    def with_dropped_layers(self, drop_layers: Collection[int]) -> "ModelArchitecture":
+        """Returns the same model without some layers; the remaining ones are renumbered from 0."""
         return dataclasses.replace(self, num_layers=len(kept_layers(self.num_layers, drop_layers)))
 
 
 def kept_layers(num_layers: int, drop_layers: Collection[int]) -> list[int]:
-    """The layers that stay, by their number in the checkpoint, in order.
+    """Returns the numbers of the layers that stay, as counted in the checkpoint, in order.
 
     Raises:
-        WeightsError: a layer that the model does not have, one named twice, or none left.
+        WeightsError: a dropped layer does not exist or is named twice, or no layer would be left.
     """
     unknown = sorted(layer for layer in drop_layers if not 0 <= layer < num_layers)
     if unknown or len(set(drop_layers)) != len(drop_layers) or len(drop_layers) >= num_layers:
@@ -135,7 +133,7 @@ def kept_layers(num_layers: int, drop_layers: Collection[int]) -> list[int]:
 
 
 def config_without_layers(config: dict[str, Any], drop_layers: Collection[int]) -> dict[str, Any]:
-    """A copy of a config.json's content that describes the model without some layers."""
+    """Returns a copy of a config.json's content that describes the model without some layers."""
     kept = kept_layers(config["num_hidden_layers"], drop_layers)
     changed = {**config, "num_hidden_layers": len(kept)}
     if config.get("layer_types"):

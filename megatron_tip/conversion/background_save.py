@@ -1,12 +1,9 @@
-"""Megatron's sharded checkpoints, written by this process: at once, or by a thread while training goes on.
+"""Megatron's sharded checkpoints, written by this process: at once, or by a thread while training continues.
 
-Megatron's own strategy splits a save into a plan that all ranks make together, writing that needs no other rank, and an
-end that they make together again. Its plan is used as it is. But its writing is done in processes that are forked out
-of one that runs threads, and a manager process stays behind; and its end tells rank 0 alone why a save failed, and
-leaves the others waiting where rank 0 cannot write the metadata.
+Megatron's own strategy splits a save into a collective plan, writing that needs no other rank, and a collective end. We
+use its plan as it is. But it forks writer processes out of a process that runs threads, and leaves a manager process
+behind; and when a save fails, only rank 0 learns why, and the others hang if rank 0 cannot write the metadata.
 """
-
-from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
@@ -31,10 +28,10 @@ from torch.distributed.checkpoint.utils import _DistWrapper, _get_failure_dict
 
 
 class InProcessSave(TorchDistSaveShardedStrategy):
-    """Writes Megatron's format from this process; a strategy for `dist_checkpointing.save`.
+    """A strategy for `dist_checkpointing.save` that writes Megatron's format from this process.
 
-    With `async_sharded_save` the request's `async_fn` writes this rank's shards, from any thread. It writes copies in
-    host memory with `copies=True`; otherwise the shards must not change until then.
+    With `async_sharded_save`, the request's `async_fn` writes this rank's shards, from any thread. `copies=True`: it
+    writes copies in host memory; otherwise the shards must not change until it is done.
     """
 
     def __init__(self, *, copies: bool) -> None:
@@ -52,7 +49,7 @@ class InProcessSave(TorchDistSaveShardedStrategy):
 
 
 class _StagedWriter(FileSystemWriter):
-    """torch's writer of checkpoint files with the steps that Megatron's plan and end ask of it."""
+    """torch's writer of checkpoint files, with the methods that Megatron's plan and end call."""
 
     can_run_decentralized_global_plan = True
 
@@ -61,19 +58,19 @@ class _StagedWriter(FileSystemWriter):
         self._copies = copies
 
     def storage_meta(self) -> None:
-        """Nothing: torch's would put this machine's path into the checkpoint."""
+        """Returns nothing: torch's would put this machine's path into the checkpoint."""
 
     def prepare_decentralized_global_plan(self, local_plan: SavePlan) -> SavePlan:
-        """Each rank names its file after itself; what a central plan would give."""
+        """Returns the plan with the rank in the file's name, as a central plan would have it."""
         return replace(local_plan, storage_data=_StoragePrefix(f"__{dist.get_rank()}_"))
 
     def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
-        """Finds this rank's part of `plan` and copies it, if copies are wanted."""
+        """Resolves this rank's part of `plan`, and copies it if copies are wanted."""
         self._plan, self._staged = plan, _Staged(plan, planner, copies=self._copies)
         self._results: list[WriteResult] | WRAPPED_EXCEPTION = []
 
     def write_staged(self) -> None:
-        """Writes and syncs this rank's file and forgets it; no collective, no exception."""
+        """Writes and syncs this rank's file, then drops the data; no collective, no exception."""
         try:
             if self._plan.items:
                 self._results = super().write_data(self._plan, self._staged).value()  # pyright: ignore[reportArgumentType]
@@ -87,12 +84,12 @@ class _StagedWriter(FileSystemWriter):
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         if hasattr(metadata, "all_local_plans"):
-            del metadata.all_local_plans  # pyright: ignore[reportAttributeAccessIssue]: Megatron's own; as large again
+            del metadata.all_local_plans  # pyright: ignore[reportAttributeAccessIssue]: Megatron adds them; they double the file
         super().finish(metadata, results)
 
 
 class _Staged:
-    """Answers the one question that torch's writer asks of a planner: an item's data."""
+    """The part of a planner that torch's writer calls: an item's data."""
 
     def __init__(self, plan: SavePlan, planner: SavePlanner, *, copies: bool) -> None:
         found = {item.index: planner.resolve_data(item) for item in plan.items}
@@ -103,7 +100,7 @@ class _Staged:
 
 
 def _end_together(writer: _StagedWriter, metadata: Any, ranks: _DistWrapper) -> None:
-    """Rank 0 writes the metadata if every rank has written its file. A gather and a broadcast of small objects.
+    """Writes the metadata on rank 0 if every rank has written its file. A gather and a broadcast of small objects.
 
     Raises:
         CheckpointException: on every rank, with the failures of all.
@@ -123,7 +120,7 @@ def _end_together(writer: _StagedWriter, metadata: Any, ranks: _DistWrapper) -> 
 
 
 def system_error_behind(error: BaseException) -> BaseException:
-    """The OSError behind `error`, else `error`: on a full disk torch's writer ends in an assertion about positions."""
+    """Returns the OSError that caused `error`, else `error`: on a full disk torch's writer fails an assertion."""
     found: BaseException | None = error
     while found is not None and not isinstance(found, OSError):
         found = found.__cause__ or found.__context__

@@ -1,6 +1,4 @@
-"""Weights between a Hugging Face directory and a model's shards, one parameter at a time."""
-
-from __future__ import annotations
+"""Transfer of weights between a Hugging Face directory and a model's shards, one parameter at a time."""
 
 import re
 from collections.abc import Iterator
@@ -24,12 +22,12 @@ from megatron_tip.parallel.groups import ModelGroups
 
 @torch.no_grad()
 def load_hf(model: GPTModel, checkpoint: HfCheckpoint, groups: ModelGroups) -> None:
-    """Fills this rank's shards of `model` from `checkpoint`, reading no other rank's part. No collective.
+    """Fills this rank's shards of `model` from `checkpoint`, reading only this rank's part. No collective.
 
     Values are cast to the parameters' dtype. Padding rows of the vocabulary become zero.
 
     Raises:
-        WeightsError: a parameter that the checkpoint's architecture does not have, or of another shape.
+        WeightsError: the checkpoint's architecture lacks a parameter, or has it in another shape.
     """
     tp_rank, tp_size = groups.tp_rank, groups.grid.tp_size
     for name, parameter, weight in _local_parameters(model, checkpoint.architecture):
@@ -45,9 +43,9 @@ def load_hf(model: GPTModel, checkpoint: HfCheckpoint, groups: ModelGroups) -> N
 def load_output_head(
     checkpoint: HfCheckpoint, *, tp_rank: int, tp_size: int, padded_vocab_size: int, dtype: torch.dtype
 ) -> Tensor:
-    """The LM head's shard `[padded_vocab_size / tp_size, h]` of one rank, on the CPU; padding rows are zero.
+    """Returns the LM head's shard `[padded_vocab_size / tp_size, h]` of one rank, on the CPU; padding rows are zero.
 
-    It is the checkpoint's own head, or its embeddings where both are tied. A teacher's head is sharded over the
+    It is the checkpoint's own head, or its embeddings if the two are tied. A teacher's head is sharded over the
     student's tensor-parallel group, whatever the teacher's own layout.
     """
     num_rows = padded_vocab_size // tp_size
@@ -57,13 +55,13 @@ def load_output_head(
 
 @torch.no_grad()
 def export_hf(model: GPTModel, architecture: ModelArchitecture, groups: ModelGroups) -> Iterator[tuple[str, Tensor]]:
-    """The model's weights under their Hugging Face names, in the parameters' dtype, from the embeddings to the head.
+    """Yields the model's weights by Hugging Face name, in the parameters' dtype, from the embeddings to the head.
 
     Collective over the ranks of data-parallel replica 0 (`groups.dp_rank == 0`): all of them must call it and exhaust
     it, at the same point of the program. The first of them (tp rank 0 of the first stage) yields every tensor; the
-    others yield nothing. Other replicas must not call it. No rank ever holds more than one Megatron parameter gathered
-    over tp and one tensor made from it. A yielded tensor may share memory with the model: do not write to it, copy
-    what you keep beyond the next step. Padding rows of the vocabulary are left out, and so is a tied head.
+    others yield nothing. Other replicas must not call it. A rank holds at most one Megatron parameter gathered over tp,
+    and one tensor made from it. A yielded tensor may share memory with the model: do not write to it, and copy it to
+    keep it beyond the next step. Padding rows of the vocabulary and a tied head are left out.
     """
     assert groups.dp_rank == 0, f"export_hf is for data-parallel replica 0, called by replica {groups.dp_rank}"
     parameters = {weight.name: parameter.detach() for _, parameter, weight in _local_parameters(model, architecture)}
@@ -86,8 +84,8 @@ def save_hf(
 ) -> None:
     """Writes the model as a Hugging Face directory `target`, with the config and tokenizer of `source`.
 
-    Streams through `export_hf`: collective over data-parallel replica 0; other replicas return at once. The first
-    rank writes, beside `target`, and renames when all is on disk. `dtype`: of the files; None: the parameters'.
+    Streams through `export_hf`: collective over data-parallel replica 0; other replicas return at once. The first rank
+    writes beside `target`, and renames once everything is on disk. `dtype`: of the files; None: the parameters'.
 
     Raises:
         OutputError: `target` cannot be written, or exists and `overwrite` is not set; on every rank of the replica.
@@ -105,7 +103,7 @@ def save_hf(
                 write_safetensors(folder, stream, hf_shapes(source.architecture), written_dtype)
         except OutputError as error:
             failure = str(error)
-    for _ in stream:  # the other ranks' part, or what a failure left over: the others still send it
+    for _ in stream:  # on the other ranks; and after a failure, because the others still send the rest
         pass
     first_rank = groups.grid.rank_at(tp=0, dp=0, pp=0)
     failure = broadcast_json(failure, source=first_rank, device=parameter.device, group=groups.model_group)
@@ -116,7 +114,7 @@ def save_hf(
 def _local_parameters(
     model: GPTModel, architecture: ModelArchitecture
 ) -> Iterator[tuple[str, torch.nn.Parameter, WeightMap]]:
-    """This rank's parameters with their names and maps."""
+    """Returns this rank's parameters with their names and maps."""
     maps = {weight.name: weight for weight in [*weight_maps(architecture), output_head(architecture)]}
     for name, parameter in model.named_parameters():
         global_name = checkpoint_name(_LOCAL_LAYER.sub(lambda match: _global_layer(model, match), name))
@@ -140,7 +138,7 @@ def _stage_of(weight: WeightMap, architecture: ModelArchitecture, pp_size: int) 
 
 
 def _read_shard(checkpoint: HfCheckpoint, weight: WeightMap, *, tp_rank: int, tp_size: int, num_rows: int) -> Tensor:
-    """One rank's part of a Megatron parameter; `num_rows` of them (more than there are only in a vocabulary)."""
+    """Returns one rank's part of a Megatron parameter, padded to `num_rows` rows (only a vocabulary is padded)."""
     if weight.partition_dim is None:
         return checkpoint.read(weight.hf_names[0])
     if weight.partition_dim == 1:
@@ -157,7 +155,7 @@ def _read_shard(checkpoint: HfCheckpoint, weight: WeightMap, *, tp_rank: int, tp
 
 
 def _merge_shards(shards: Tensor, weight: WeightMap, piece: int) -> Tensor:
-    """The `piece`-th Hugging Face tensor out of all ranks' parts `[tp, ...]` of a Megatron parameter."""
+    """Returns the `piece`-th Hugging Face tensor from all ranks' parts `[tp, ...]` of a Megatron parameter."""
     if weight.partition_dim is None:
         return shards[0]
     if weight.partition_dim == 1:
@@ -175,7 +173,7 @@ def _units_per_rank(weight: WeightMap, tp_size: int) -> int:
 
 
 def _gather(shard: Tensor, weight: WeightMap, groups: ModelGroups) -> Tensor | None:
-    """All tensor-parallel ranks' parts `[tp, ...]`, on tp rank 0; None on the others."""
+    """Returns all tensor-parallel ranks' parts `[tp, ...]`, on tp rank 0; None on the others."""
     if weight.partition_dim is None or groups.grid.tp_size == 1:
         return shard[None] if groups.tp_rank == 0 else None
     shards = shard.new_empty(groups.grid.tp_size, *shard.shape) if groups.tp_rank == 0 else None
@@ -187,7 +185,7 @@ def _gather(shard: Tensor, weight: WeightMap, groups: ModelGroups) -> Tensor | N
 def _at_first_stage(
     shards: Tensor | None, weight: WeightMap, stage: int, reference: Tensor, groups: ModelGroups
 ) -> Iterator[tuple[str, Tensor]]:
-    """Merges what `stage` gathered and brings it to the first stage, which yields it. For tp rank 0 of every stage."""
+    """Merges what `stage` gathered and sends it to the first stage, which yields it. For tp rank 0 of every stage."""
     for piece, (name, shape) in enumerate(zip(weight.hf_names, weight.hf_shapes, strict=True)):
         tensor = None if shards is None else _merge_shards(shards, weight, piece)
         if tensor is not None and groups.pp_rank != 0:

@@ -1,4 +1,4 @@
-"""A GGUF file, which carries quantised weights and tokenizer in one, made into a Hugging Face directory."""
+"""Conversion of a GGUF file, which holds quantised weights and a tokenizer, into a Hugging Face directory."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ from megatron_tip.files import new_folder, write_json
 def convert_gguf(source: Path, target: Path, *, dtype: torch.dtype = torch.float32, overwrite: bool = False) -> None:
     """Writes the model and the tokenizer in the file `source` as a Hugging Face directory `target`, dequantised.
 
-    transformers reads the file, all of it at once, in float32.
+    transformers reads the whole file into memory, in float32.
 
     Raises:
         OptionalDependencyError: the package gguf is not installed.
@@ -36,7 +36,7 @@ def convert_gguf(source: Path, target: Path, *, dtype: torch.dtype = torch.float
 
 
 def _read(source: Path) -> tuple[dict[str, Any], dict[str, Tensor], PreTrainedTokenizerBase]:
-    """The config.json's content, the weights and the tokenizer."""
+    """Returns the config.json's content, the weights and the tokenizer."""
     if not is_gguf_available():
         raise OptionalDependencyError(
             "reading GGUF: the package gguf is not installed; install megatron_tip[quickstart]"
@@ -48,7 +48,7 @@ def _read(source: Path) -> tuple[dict[str, Any], dict[str, Tensor], PreTrainedTo
         tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, local_files_only=True)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-        # What AutoModelForCausalLM.from_pretrained calls too, after asking for a package that is not used then.
+        # AutoModelForCausalLM.from_pretrained calls it too, but first demands a package that it then does not use.
         state = load_gguf_checkpoint(str(source), return_tensors=True, model_to_load=model)["tensors"]
     except (OSError, ValueError, KeyError) as error:
         raise WeightsError(f"{source}: transformers cannot read it: {error}") from error

@@ -1,23 +1,22 @@
-"""The shapes of the papers' models, so that a configuration can be checked where their weights are not.
+"""The shapes of the papers' models, so that a configuration can be checked without their weights.
 
-Each entry holds what its Hugging Face config.json says, in that file's own words; `source` names it. `tokenizer` names
-a vocabulary that models share: equal names, equal ids for every token.
+Each entry holds the values of its Hugging Face config.json, under that file's own keys; `source` names it. `tokenizer`
+names a vocabulary that models share: equal names mean equal ids for every token.
 """
 
-from __future__ import annotations
-
 import difflib
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_tip.conversion.architecture import ModelArchitecture
+from megatron_tip.conversion.architecture import ModelArchitecture, config_without_layers
 from megatron_tip.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class KnownTokenizer:
-    """`largest_id`: of any token. `text_vocabulary`: tokenizers that share it differ in special tokens alone."""
+    """A published tokenizer. `text_vocabulary`: tokenizers that share it differ only in special tokens."""
 
     name: str
     largest_id: int
@@ -26,7 +25,7 @@ class KnownTokenizer:
 
 @dataclass(frozen=True)
 class KnownModel:
-    """A published model. `num_parameters`: as counted in its safetensors files, a tied head once."""
+    """A published model. `num_parameters`: counted in its safetensors files, a tied head once."""
 
     source: str
     config: dict[str, Any]
@@ -123,17 +122,21 @@ KNOWN_MODELS = {
 }
 
 
-def known_model(path: Path, *, owner: str) -> KnownModel:
-    """Returns what is known of the model that a missing folder is named after; "-Base" and "-Instruct" may be added.
+def known_model(path: Path, *, owner: str, drop_layers: Collection[int] = ()) -> KnownModel:
+    """Returns the known model after which a missing folder is named; "-Base" and "-Instruct" may be appended.
+
+    `drop_layers`: those to leave out, as of `ModelFolder`.
 
     Raises:
-        ConfigError: the folder's name is none of the known ones. `owner` is "model" or "teacher".
+        ConfigError: the folder has no known name. `owner` is "model" or "teacher".
+        WeightsError: layers that the model does not have.
     """
     for name in (path.name, path.name.removesuffix("-Base"), path.name.removesuffix("-Instruct")):
         if name in KNOWN_MODELS:
-            return KNOWN_MODELS[name]
+            known = KNOWN_MODELS[name]
+            return replace(known, config=config_without_layers(known.config, drop_layers)) if drop_layers else known
     close = difflib.get_close_matches(path.name, KNOWN_MODELS, n=1, cutoff=0.0)[0]
     raise ConfigError(
-        f"{owner}.path: expected a folder with a config.json, or one named after a known model to be checked without "
+        f"{owner}.path: expected a folder with a config.json, or the name of a known model to be checked without "
         f"it, got {path}; the nearest known name is {close}; known are {', '.join(KNOWN_MODELS)}"
     )

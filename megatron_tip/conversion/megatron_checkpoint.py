@@ -1,4 +1,4 @@
-"""Megatron's sharded checkpoints of a model's weights, with what is needed to know the model again.
+"""Megatron's sharded checkpoints of a model's weights, with a description of the model.
 
     megatron_tip.json   format, versions, the layout that wrote it
     config.json         the model, as Hugging Face describes it; tokenizer files beside it
@@ -7,8 +7,6 @@
 Loading runs no code from the checkpoint: see `tensor_load`. Objects, which Transformer Engine's layers add for fp8, are
 written for Megatron's sake and never read.
 """
-
-from __future__ import annotations
 
 from contextlib import ExitStack
 from importlib.metadata import version
@@ -39,10 +37,10 @@ class MegatronCheckpoint(ModelFolder):
     """A folder that `save_megatron_checkpoint` wrote."""
 
     def __init__(self, folder: str | Path) -> None:
-        """Reads the folder's description; the weights are not touched.
+        """Reads the folder's description, not its weights.
 
         Raises:
-            WeightsError: it is no such folder, or of another format, or its index is not what it should be.
+            WeightsError: it is not such a folder, has another format, or its index is not what it should be.
         """
         super().__init__(folder)
         manifest = read_json(self.folder / MANIFEST_NAME)
@@ -62,7 +60,7 @@ def save_megatron_checkpoint(
 ) -> None:
     """Writes the model's weights, sharded as they are, and the config and tokenizer of `source` as a new folder.
 
-    Collective over the world: every rank calls it, and on all machines `target` must be the same shared folder.
+    Collective over the world. `target` must be the same shared folder on all machines.
 
     Raises:
         OutputError: `target` cannot be written, or exists and `overwrite` is not set; on every rank.
@@ -99,21 +97,20 @@ def load_megatron_checkpoint(model: GPTModel, checkpoint: MegatronCheckpoint, gr
 
 
 def load_shards(model: GPTModel, weights: Path, groups: ModelGroups) -> None:
-    """Fills this rank's shards from a folder of Megatron's shards of any layout, also of a run's checkpoint.
+    """Fills this rank's shards from a folder of Megatron's shards of any layout, a run's checkpoint included.
 
-    Collective over the world. The padded vocabulary may differ
-    from the one that was saved; padding rows become zero.
+    Collective over the world. The padded vocabulary may differ from the saved one; padding rows become zero.
 
     Raises:
-        WeightsError: weights are missing, truncated or of another shape; on every rank.
+        WeightsError: on every rank; weights are missing, truncated or of another shape.
     """
     sharded = model.sharded_state_dict(metadata={"dp_cp_group": groups.collection.dp_cp})
     tensors = {key: value for key, value in sharded.items() if not isinstance(value, ShardedObject)}
     loaded = load_tensors({"model": tensors}, weights)
     missing, unexpected = model.load_state_dict(loaded["model"], strict=False)
     missing = [key for key in missing if not key.endswith("_extra_state")]
-    assert not missing, f"parameters that Megatron does not shard: {missing}"
-    assert not unexpected, f"shards that are no parameters: {unexpected}"
+    assert not missing, f"parameters missing from Megatron's shards: {missing}"
+    assert not unexpected, f"shards that are not parameters: {unexpected}"
 
 
 def _manifest(groups: ModelGroups) -> dict[str, Any]:
@@ -126,7 +123,7 @@ def _manifest(groups: ModelGroups) -> dict[str, Any]:
 
 
 def _agreed(value: Any, failure: str | None, device: torch.device) -> Any:
-    """Rank 0's `value` on every rank, or rank 0's failure raised on every rank."""
+    """Returns rank 0's `value` on every rank, or raises rank 0's failure on every rank."""
     value, failure = broadcast_json([value, failure], source=0, device=device)
     if failure is not None:
         raise OutputError(failure)

@@ -1,4 +1,4 @@
-"""Folders that hold a model: what they say about it, and how new ones come into being whole or not at all."""
+"""Folders that hold a model: its description, config.json and tokenizer."""
 
 import json
 import shutil
@@ -14,16 +14,16 @@ from megatron_tip.files import write_json
 
 
 class ModelFolder:
-    """A folder with a model's config.json and tokenizer, seen as if the dropped layers had never been in the model.
+    """A folder with a model's config.json and tokenizer, presented without the dropped layers.
 
-    `architecture` and `config` (the content of config.json) describe the model that is left.
+    `architecture` and `config` (the content of config.json) describe the model without them.
     """
 
     def __init__(self, folder: str | Path, drop_layers: Collection[int] = ()) -> None:
-        """Reads `folder`; `drop_layers` are counted in the folder's model.
+        """Reads `folder`; `drop_layers` count the layers of the folder's model.
 
         Raises:
-            WeightsError: there is no readable config.json, or its architecture is not supported.
+            WeightsError: config.json is missing or unreadable, or its architecture is not supported.
         """
         self.folder = Path(folder)
         config = read_json(self.folder / "config.json")
@@ -33,7 +33,7 @@ class ModelFolder:
 
     def write_description(self, target: Path, dtype: torch.dtype) -> None:
         """Writes config.json for weights of `dtype`, and copies the tokenizer's files, into the folder `target`."""
-        config = {key: value for key, value in self.config.items() if key != "torch_dtype"}  # the name before "dtype"
+        config = {key: value for key, value in self.config.items() if key != "torch_dtype"}  # the old name of "dtype"
         config["dtype"] = str(dtype).removeprefix("torch.")
         write_json(target / "config.json", config)
         for path in self.describing_files():
@@ -69,10 +69,10 @@ _DESCRIBING_FILES = (
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`.
+    """Returns the JSON object in `path`.
 
     Raises:
-        WeightsError: there is no such file, or it holds something else.
+        WeightsError: the file does not exist, or holds something else.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -1,10 +1,10 @@
-"""Parameters and floating-point operations of an architecture, counted from its shape."""
+"""Counts of an architecture's parameters and floating-point operations, from its shape."""
 
 from megatron_tip.conversion.architecture import ModelArchitecture
 
 
 def layer_parameters(architecture: ModelArchitecture) -> int:
-    """Returns the parameters of one decoder layer."""
+    """Returns the number of parameters of one decoder layer."""
     a = architecture
     query, key_value = a.num_attention_heads * a.head_dim, a.num_query_groups * a.head_dim
     attention = a.hidden_size * (query + 2 * key_value) + query * a.hidden_size
@@ -14,17 +14,17 @@ def layer_parameters(architecture: ModelArchitecture) -> int:
 
 
 def num_parameters(architecture: ModelArchitecture) -> int:
-    """Returns the parameters of the whole model; tied embeddings count once."""
+    """Returns the number of parameters of the whole model; tied embeddings count once."""
     a = architecture
     embeddings = a.vocab_size * a.hidden_size * (1 if a.tied_embeddings else 2)
     return a.num_layers * layer_parameters(a) + a.hidden_size + embeddings
 
 
 def forward_flops(architecture: ModelArchitecture, *, num_tokens: float, mean_length: float) -> float:
-    """Returns the operations of a forward pass through all layers, without embedding and output head.
+    """Returns the operations of a forward pass through all layers, without the embedding and the output head.
 
-    A multiply-add is two. Causal attention sees half of its sequence on average: 2 x 2 x heads x head_dim x length / 2
-    a token and layer, with `mean_length` in the place of each sequence's own length (equal lengths: exact).
+    A multiply-add counts as two. Causal attention sees half of its sequence on average: 2 x 2 x heads x head_dim x
+    length / 2 per token and layer, with `mean_length` in place of each sequence's own length (exact for equal lengths).
     """
     a = architecture
     dense = layer_parameters(a) - 2 * a.hidden_size

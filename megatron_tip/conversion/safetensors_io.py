@@ -30,18 +30,18 @@ _LAYER = re.compile(r"^(model\.layers\.)(\d+)\.")
 
 
 class HfCheckpoint(ModelFolder):
-    """A Hugging Face directory with its weights, seen as if the dropped layers had never been in it.
+    """A Hugging Face directory with its weights, presented without the dropped layers.
 
-    Tensor names count the layers that are left. Opening reads headers alone and checks that every tensor is there
-    with the right shape, so that a bad directory is refused by every rank alike, before anything is built.
+    Tensor names count the remaining layers. Opening reads only headers and checks that every tensor exists with the
+    right shape, so that every rank refuses a bad directory before anything is built.
     """
 
     def __init__(self, folder: str | Path, drop_layers: Collection[int] = ()) -> None:
-        """Opens `folder`; `drop_layers` are counted in the checkpoint.
+        """Opens `folder`; `drop_layers` count the checkpoint's layers.
 
         Raises:
-            WeightsError: a file that is missing or truncated, a tensor that is missing, unknown or of another shape,
-                an architecture that is not supported.
+            WeightsError: a file is missing or truncated; a tensor is missing, unknown or of another shape; the
+                architecture is not supported.
         """
         super().__init__(folder, drop_layers)
         self._kept_layers = kept_layers(self._full_architecture.num_layers, drop_layers)
@@ -51,16 +51,16 @@ class HfCheckpoint(ModelFolder):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of the word embeddings, and as a rule of all weights."""
+        """The dtype of the word embeddings, and usually of all weights."""
         header = self._slice(_EMBEDDINGS)
         return next(dtype for dtype, name in _DTYPE_NAMES.items() if name == header.get_dtype())
 
     def read(self, name: str) -> Tensor:
-        """The whole tensor, in the checkpoint's dtype, on the CPU."""
+        """Returns the whole tensor, in the checkpoint's dtype, on the CPU."""
         return self._slice(name)[:]
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows `start:stop` of a tensor; rows behind its end are zero (a padded vocabulary)."""
+        """Returns rows `start:stop` of a tensor; rows beyond its end are zero (a padded vocabulary)."""
         tensor_slice = self._slice(name)
         num_rows = tensor_slice.get_shape()[0]
         rows = tensor_slice[min(start, num_rows) : min(stop, num_rows)]
@@ -68,12 +68,12 @@ class HfCheckpoint(ModelFolder):
         return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]) if missing else rows
 
     def read_columns(self, name: str, start: int, stop: int) -> Tensor:
-        """Columns `start:stop` of a matrix."""
+        """Returns columns `start:stop` of a matrix."""
         return self._slice(name)[:, start:stop]
 
     def _slice(self, name: str) -> Any:
         source = _LAYER.sub(lambda match: f"{match[1]}{self._kept_layers[int(match[2])]}.", name)
-        # Opened anew each time: an open file stays mapped, and its pages count as this process's memory.
+        # Reopened each time: an open file stays mapped, and its pages count as this process's memory.
         return _open(self._files[source]).get_slice(source)
 
     def _check(self, architecture: ModelArchitecture) -> None:
@@ -89,8 +89,8 @@ class HfCheckpoint(ModelFolder):
         )
         if unknown:
             raise WeightsError(
-                f"{self.folder}: expected the tensors of a {architecture.family} model, found {unknown[0]} too "
-                f"({len(unknown)} are unknown); leaving it out would make another model"
+                f"{self.folder}: expected the tensors of a {architecture.family} model, also found {unknown[0]} "
+                f"({len(unknown)} are unknown); leaving it out would give a different model"
             )
         for name, shape in expected.items():
             header = _open(self._files[name]).get_slice(name)
@@ -131,8 +131,8 @@ def write_safetensors(
 ) -> None:
     """Writes `tensors` into `folder`, cast to `dtype`, one at a time; several files and an index if one is too large.
 
-    `shapes` names every tensor with its shape, in the order in which `tensors` brings them: a safetensors file begins
-    with its table of contents, so that nothing need be held back.
+    `shapes` names every tensor with its shape, in the order of `tensors`: a safetensors file begins with its table of
+    contents, and this way no tensor has to be buffered.
 
     Raises:
         OSError: the disk is full or the folder cannot be written to.
@@ -149,7 +149,7 @@ def write_safetensors(
 
 
 def _plan_files(shapes: dict[str, tuple[int, ...]], itemsize: int, max_file_bytes: int) -> dict[str, list[str]]:
-    """The names of each file's tensors; a tensor that is larger than a file gets one of its own."""
+    """Returns the names of each file's tensors; a tensor larger than a file gets its own file."""
     groups: list[list[str]] = [[]]
     room = max_file_bytes
     for name, shape in shapes.items():
@@ -174,13 +174,13 @@ def _write_file(
         header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [offset, end]}
         offset = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)  # the data that follows is aligned
+    encoded += b" " * (-len(encoded) % 8)  # aligns the data that follows
     with path.open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little"))
         file.write(encoded)
         for expected in shapes:
             name, tensor = next(stream)
-            assert (name, tuple(tensor.shape)) == (expected, shapes[name]), f"{name} came in the place of {expected}"
+            assert (name, tuple(tensor.shape)) == (expected, shapes[name]), f"expected {expected}, got {name}"
             data = tensor.to("cpu", dtype).contiguous().flatten()
             file.write(data.view(torch.uint8).numpy().data)
 

@@ -7,8 +7,6 @@ may say that only of entries that are not asked for, and the planner refuses byt
 (`common.pt`) is read with `weights_only` too.
 """
 
-from __future__ import annotations
-
 import pickle
 from dataclasses import is_dataclass
 from enum import Enum

@@ -1,11 +1,9 @@
-"""Which Hugging Face tensors make up each Megatron parameter, as data: names, shapes, and how ranks share them.
+"""A table of the Hugging Face tensors that make up each Megatron parameter: names, shapes, sharding.
 
 Megatron's names are those of its checkpoints, where the norm before a projection belongs to the projection
-(`self_attention.linear_qkv.layer_norm_weight`). Transformer Engine layers call their parameters so; `checkpoint_name`
-brings the names of local layers to it.
+(`self_attention.linear_qkv.layer_norm_weight`). Transformer Engine layers use these names; `checkpoint_name` maps the
+names of local layers to them.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass
 
@@ -14,13 +12,13 @@ from megatron_tip.conversion.architecture import ModelArchitecture
 
 @dataclass(frozen=True)
 class WeightMap:
-    """One Megatron parameter.
+    """One Megatron parameter and its Hugging Face tensors.
 
-    `hf_names`, `hf_shapes`: the tensors it is made of, in order. `partition_dim`: the dimension along which the
-    tensor-parallel ranks share it, as Megatron's own attribute of that name; None: each rank holds all of it.
-    `num_units`: along dimension 0 the tensors are cut into so many equal units each, and unit u of the first is
-    followed by unit u of the second and so on (queries, keys and values of each query group); None: one unit a rank
-    (gate and up). `layer`: the decoder layer it belongs to; None: before or behind the layers.
+    `hf_names`, `hf_shapes`: the tensors, in order. `partition_dim`: the dimension along which the tensor-parallel ranks
+    shard it, as Megatron's attribute of that name; None: each rank holds all of it. `num_units`: the tensors are cut
+    along dimension 0 into this many equal units each, and unit u of the first is followed by unit u of the second and
+    so on (queries, keys and values of each query group); None: one unit per rank (gate and up). `layer`: the decoder
+    layer it belongs to; None: before or after the layers.
     """
 
     name: str
@@ -32,7 +30,7 @@ class WeightMap:
 
 
 def checkpoint_name(name: str) -> str:
-    """Megatron's checkpoint name of a model's parameter, whether of local or of Transformer Engine layers."""
+    """Returns Megatron's checkpoint name of a parameter of local or Transformer Engine layers."""
     for local, fused in _FUSED_NORMS.items():
         name = name.replace(local, fused)
     return name
@@ -45,14 +43,14 @@ _FUSED_NORMS = {
 
 
 def output_head(architecture: ModelArchitecture) -> WeightMap:
-    """The weight that turns hidden states into logits: its own, or the word embeddings where both are tied."""
+    """Returns the weight that turns hidden states into logits: its own, or the word embeddings if they are tied."""
     name = "model.embed_tokens.weight" if architecture.tied_embeddings else "lm_head.weight"
     shape = (architecture.vocab_size, architecture.hidden_size)
     return WeightMap("output_layer.weight", (name,), (shape,), partition_dim=0)
 
 
 def weight_maps(architecture: ModelArchitecture) -> list[WeightMap]:
-    """Every parameter of the model once, from the embeddings to the head; a tied head is left out."""
+    """Returns every parameter of the model once, from the embeddings to the head, without a tied head."""
     shape = (architecture.vocab_size, architecture.hidden_size)
     embedding = WeightMap("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), (shape,), partition_dim=0)
     final_norm = WeightMap("decoder.final_layernorm.weight", ("model.norm.weight",), ((architecture.hidden_size,),))
@@ -62,7 +60,7 @@ def weight_maps(architecture: ModelArchitecture) -> list[WeightMap]:
 
 
 def hf_shapes(architecture: ModelArchitecture) -> dict[str, tuple[int, ...]]:
-    """The name and shape of every Hugging Face tensor of the model, in the order of `weight_maps`."""
+    """Returns the name and shape of every Hugging Face tensor of the model, in the order of `weight_maps`."""
     return {
         name: shape
         for weight in weight_maps(architecture)

@@ -1,1 +1,1 @@
-"""What exists only for machines without a GPU: matrix products, a stand-in for CUDA, a quicker start."""
+"""Support for machines without a GPU: fast matrix products, a stand-in for CUDA, faster imports."""

@@ -1,7 +1,8 @@
-"""Unmodified Megatron-Core on CPU tensors over gloo. Imported only where there is no CUDA device.
+"""A stand-in for CUDA that lets unmodified Megatron-Core run on CPU tensors over gloo.
 
-Megatron-Core names the CUDA device outright: `torch.cuda.current_device()`, `device="cuda"`, `Tensor.cuda()`, asserts
-on "torch.cuda.FloatTensor". A TorchFunctionMode maps those requests to the CPU; nothing of Megatron-Core is edited.
+Imported only on machines without a CUDA device. Megatron-Core names that device explicitly:
+`torch.cuda.current_device()`, `device="cuda"`, `Tensor.cuda()`, asserts on "torch.cuda.FloatTensor". A
+TorchFunctionMode maps these requests to the CPU; Megatron-Core itself is not patched.
 """
 
 from typing import Any
@@ -11,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class CudaOnCpu(TorchFunctionMode):
-    """While active, whatever asks torch for a CUDA device gets the CPU."""
+    """A mode in which every request to torch for a CUDA device gets the CPU."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -36,10 +37,10 @@ def _is_cuda(device: Any) -> bool:
 
 
 def install() -> None:
-    """Activates the mode for the rest of the process. A second call does nothing.
+    """Activates the mode for the rest of the process. Further calls do nothing.
 
     Raises:
-        RuntimeError: there is a CUDA device; mapping its requests to the CPU would be silently slow.
+        RuntimeError: the machine has a CUDA device; mapping its requests to the CPU would be silently slow.
     """
     if torch.cuda.is_available():
         raise RuntimeError("cuda_on_cpu.install: expected a machine without a CUDA device; this one has one")

@@ -1,4 +1,4 @@
-"""Megatron-Core without what it imports for nobody here: a good part of a worker's start."""
+"""A faster import of Megatron-Core, which takes a good part of a worker's start-up time."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -8,12 +8,12 @@ from typing import Any
 
 @contextmanager
 def lean_imports() -> Iterator[None]:
-    """In this block Megatron-Core may be imported for the first time, and costs less.
+    """Makes the first import of Megatron-Core cheaper within the block.
 
-    Its inference contexts import W&B wherever that is installed, in every worker, of which one at most tracks with it;
-    they are told that it is not. Without a GPU its fused kernels are not called (`models/gpt.py`), but decorating them
-    with torch.compile imports TorchInductor; they are left as they are. What this package compiles itself, it compiles
-    when it is called, and not in this block.
+    Megatron's inference contexts import W&B if it is installed, in every worker, although at most one tracks with it;
+    within the block it appears not to be installed. Without a GPU, Megatron's fused kernels are not called
+    (`models/gpt.py`), but decorating them with torch.compile imports TorchInductor; the decorator therefore does
+    nothing here. This package calls torch.compile only later, outside of the block.
     """
     import torch
 
@@ -31,5 +31,5 @@ def lean_imports() -> Iterator[None]:
 
 
 def _left_alone(function: Callable[..., Any] | None = None, **_: Any) -> Any:
-    """Stands for torch.compile, as a function and as a decorator with options."""
+    """Replaces torch.compile, both as a function and as a decorator with options."""
     return function if function is not None else lambda decorated: decorated

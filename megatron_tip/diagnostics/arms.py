@@ -1,7 +1,5 @@
 """The arms of an intervention: which there are, and what became of each, one JSON line an arm."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -14,8 +12,7 @@ from megatron_tip.errors import ConfigError, InputError
 from megatron_tip.files import atomic_write_text, output_errors
 from megatron_tip.selection import RULES
 from megatron_tip.selection.rules import load_rule
-
-_SUPPORT_FREE = frozenset({"student_entropy", "teacher_entropy", "reverse_kl", "forward_kl", "jsd"})
+from megatron_tip.statistics import STATISTICS
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,11 @@ def planned_arms(config: Config) -> list[Arm]:
     settings, selection = config.diagnostics, config.selection
     seeds, main = range(1, settings.seeds + 1), selection.retention_ratio
     rules = {name: load_rule(name) for name in settings.rules or RULES if name != "full"}
-    depending = [name for name, rule in rules.items() if rule.required_statistics - _SUPPORT_FREE]
+    depending = [
+        name
+        for name, rule in rules.items()
+        if any(STATISTICS[one].over == "support" for one in rule.required_statistics)
+    ]
     arms = [Arm("full", 1.0, selection.support_size, seed) for seed in seeds]
     for ratio in sorted({main, *settings.retention_ratios}, key=lambda ratio: abs(math.log(ratio / main))):
         arms += [Arm(name, ratio, selection.support_size, seed) for seed in seeds for name in rules]

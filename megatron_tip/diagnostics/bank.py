@@ -7,25 +7,22 @@
 TA-OPD section 3 and appendix C.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from megatron_tip.diagnostics.parquet import read_table, write_table
 from megatron_tip.errors import ConfigError, InputError
 from megatron_tip.files import new_folder, write_json
 from megatron_tip.records import Rollout
-from megatron_tip.rollout.storage import rollout_of
+from megatron_tip.rollout.codec import SCHEMA, rollouts_from_table, rollouts_to_table
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +92,7 @@ def write_bank(folder: Path, contexts: Sequence[Rollout], manifest: dict[str, An
     contexts = [context for context in contexts if context.num_generated]
     if not contexts:
         raise InputError(f"{folder}: expected responses with at least one token, got none; a bank needs contexts")
-    table = pa.Table.from_pylist([asdict(context) for context in contexts], schema=_SCHEMA)
+    table = rollouts_to_table(contexts)
     with new_folder(folder) as partial:
         sha256 = write_table(partial / _CONTEXTS, table, {"format": FORMAT}, setting="diagnostics.bank")
         manifest = {"format": FORMAT, **manifest, "sha256": sha256}
@@ -129,8 +126,8 @@ def read_bank(folder: Path) -> ContextBank:
             f"{path}: expected a manifest with {', '.join(_KEYS)}, got {', '.join(wrong)} missing or of another type; "
             "bring the file back as it was, or make the bank again"
         )
-    table, _ = read_table(folder / _CONTEXTS, format_name=FORMAT, columns=_SCHEMA.names, sha256=manifest["sha256"])
-    return ContextBank(folder, [rollout_of(record) for record in table.to_pylist()], manifest)
+    table, _ = read_table(folder / _CONTEXTS, format_name=FORMAT, columns=SCHEMA.names, sha256=manifest["sha256"])
+    return ContextBank(folder, rollouts_from_table(table), manifest)
 
 
 def check_bank(bank: ContextBank, *, tokenizer: str, vocab_size: int) -> None:
@@ -192,18 +189,3 @@ def _generated(context: Rollout) -> np.ndarray:
     for start, end in context.environment_spans:
         kept[start:end] = False
     return np.flatnonzero(kept)
-
-
-_SCHEMA = pa.schema(
-    {
-        "prompt_index": pa.int64(),
-        "sample_index": pa.int64(),
-        "prompt_ids": pa.list_(pa.int64()),
-        "response_ids": pa.list_(pa.int64()),
-        "rollout_logprobs": pa.list_(pa.float64()),
-        "finish_reason": pa.string(),
-        "weight_version": pa.int64(),
-        "environment_spans": pa.list_(pa.list_(pa.int64())),
-        "teacher": pa.string(),
-    }
-)

@@ -1,4 +1,4 @@
-"""By what a bank knows models and tokenizers again."""
+"""Fingerprints by which a bank recognises models and tokenizers."""
 
 import hashlib
 import json
@@ -14,16 +14,16 @@ _WEIGHTS = ("*.safetensors", "weights/*", "shards/*")
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A checksum of all tokens with their ids: equal for tokenizers whose ids mean the same."""
+    """Returns a checksum of all tokens with their ids: equal for tokenizers whose ids mean the same."""
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     return _digest(json.dumps(sorted(vocabulary.items()), ensure_ascii=False).encode())
 
 
 def model_fingerprint(folder: Path, description: ModelFolder | None = None) -> str:
-    """A checksum of a model's weights, from the size and three blocks of each file, not from every byte.
+    """Returns a checksum of a model's weights, from the size and three blocks of each file, not from every byte.
 
     Args:
-        folder: where the weights lie. description: the model as it is used, without its dropped layers.
+        folder: of the weights. description: the model as it is used, without its dropped layers.
     """
     parts = [json.dumps(description.config, sort_keys=True).encode()] if description else []
     for pattern in _WEIGHTS:
@@ -33,7 +33,7 @@ def model_fingerprint(folder: Path, description: ModelFolder | None = None) -> s
 
 
 def _blocks(path: Path) -> Iterator[bytes]:
-    """The file's size, its beginning (of safetensors: names and shapes), its middle and its end."""
+    """Yields the file's size, its beginning (of safetensors: names and shapes), its middle and its end."""
     size = path.stat().st_size
     yield str(size).encode()
     with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""Makes a context bank: from rollouts that a run left, or from answers of the student to the run's prompts."""
+"""Creation of a context bank, from a run's rollouts or from the student's answers to the run's prompts."""
 
 import logging
 import math
@@ -17,6 +17,7 @@ from megatron_tip.errors import ConfigError, InputError
 from megatron_tip.observability.run_folder import RunFolder
 from megatron_tip.planning.plan import RunPlan
 from megatron_tip.records import Prompt, Rollout
+from megatron_tip.rollout.engines import engine_kind
 from megatron_tip.rollout.storage import read_rollouts
 from megatron_tip.training.rollouts import generate_rollouts
 from megatron_tip.training.run import TrainingRun
@@ -25,14 +26,14 @@ from megatron_tip.training.weight_sync import update_engine
 logger = logging.getLogger(__name__)
 
 _SPARE = 1.3
-"""Prompts drawn for each that is needed: generated ones repeat themselves."""
+"""Number of prompts drawn for each one needed, because generated prompts repeat."""
 
 
 def bank_of_rollouts(config: Config, plan: RunPlan, folder: Path, source: Path) -> ContextBank:
-    """A new bank in `folder` of the first rollouts in `source`: a run's rollouts/ or one file of it.
+    """Creates a bank in `folder` of the first rollouts in `source`, a run's rollouts/ or one file of it.
 
     Raises:
-        InputError: no rollouts there, or fewer than diagnostics.num_contexts with a token.
+        InputError: `source` has no rollouts, or fewer than diagnostics.num_contexts with a token.
     """
     paths = sorted(source.glob("step_*.jsonl")) if source.is_dir() else [source]
     found = (rollout for path in paths for rollout in read_rollouts(path))
@@ -50,7 +51,7 @@ def bank_of_rollouts(config: Config, plan: RunPlan, folder: Path, source: Path) 
 
 
 def bank_config(config: Config) -> Config:
-    """`config` with as many prompts a step as a bank may need, and nothing written to a run's folder."""
+    """Returns `config` with as many prompts per step as a bank may need, and nothing written to a run's folder."""
     num_prompts = math.ceil(_SPARE * config.diagnostics.num_contexts / config.rollout.samples_per_prompt)
     return config.model_copy(
         update={
@@ -64,14 +65,14 @@ def bank_config(config: Config) -> Config:
 
 
 def generated_bank(run: TrainingRun, plan: RunPlan, folder: Path) -> ContextBank | None:
-    """A new bank in `folder` of the student's answers to distinct prompts; on rank 0, None elsewhere. Collective.
+    """Creates a bank in `folder` of the student's answers to distinct prompts; None except on rank 0. Collective.
 
-    `run` is that of `bank_config`.
+    `run` is built from `bank_config`.
     """
     config = run.config
     update_engine(run, weight_version=0, first=True)
     wanted = math.ceil(config.diagnostics.num_contexts / config.rollout.samples_per_prompt)
-    prompts = distinct(run.prompts.batch(1) if run.prompts else [])[:wanted]
+    prompts = distinct(run.source.prompts.batch(1) if run.source else [])[:wanted]
     rollouts = generate_rollouts(run, prompts, run.sampling.for_step(0), weight_version=0)
     if dist.get_rank():
         return None
@@ -83,7 +84,7 @@ def generated_bank(run: TrainingRun, plan: RunPlan, folder: Path) -> ContextBank
 
 
 def distinct(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """The first prompt of each text: contexts of one prompt are not independent of each other."""
+    """Returns the first prompt of each text: contexts of one prompt are not independent."""
     found: dict[tuple[int, ...], Prompt] = {}
     for prompt in prompts:
         found.setdefault(prompt.prompt_ids, prompt)
@@ -91,7 +92,7 @@ def distinct(prompts: Sequence[Prompt]) -> list[Prompt]:
 
 
 def cut_contexts(rollouts: Iterable[Rollout], num_contexts: int, max_tokens: int) -> list[Rollout]:
-    """The first `num_contexts` rollouts that have a token, each cut behind `max_tokens` response tokens."""
+    """Returns the first `num_contexts` rollouts that have a token, each cut after `max_tokens` response tokens."""
     contexts: list[Rollout] = []
     for rollout in _cut(rollouts, max_tokens):
         if len(contexts) == num_contexts:
@@ -103,7 +104,7 @@ def cut_contexts(rollouts: Iterable[Rollout], num_contexts: int, max_tokens: int
 def _cut(rollouts: Iterable[Rollout], max_tokens: int) -> Iterator[Rollout]:
     for rollout in rollouts:
         end = min(max_tokens, len(rollout.response_ids))
-        # a response ends with a token of the student's, not in the middle of what an environment wrote
+        # a response ends with a token of the student, not within an environment's text
         end = next((start for start, stop in rollout.environment_spans if start < end <= stop), end)
         if not end:
             continue
@@ -126,7 +127,7 @@ def _require(contexts: Sequence[Rollout], config: Config, where: str) -> None:
 
 
 def _manifest(config: Config, plan: RunPlan) -> dict[str, Any]:
-    """What holds of every bank; where its contexts came from is added by who knows."""
+    """Returns the manifest's common part; the caller adds the origin of the contexts."""
     teacher = config.teacher.path
     return {
         "teacher": {"path": str(teacher), "fingerprint": model_fingerprint(teacher, plan.teacher)},
@@ -136,17 +137,17 @@ def _manifest(config: Config, plan: RunPlan) -> dict[str, Any]:
 
 
 def _origin_of_rollouts(config: Config, source: Path) -> dict[str, Any]:
-    """Student, sampling and seed by the run's own config.toml beside its rollouts/; null where there is none.
+    """Returns student, sampling and seed from the run's own config.toml beside its rollouts/; null without one.
 
-    The student is the one that the run began with: which weights wrote the rollouts of a later step is not known.
+    The student is the one that the run began with: the weights behind a later step's rollouts are not known.
     """
     path = (source if source.is_dir() else source.parent).parent / RunFolder(Path()).config
     try:
         run = load_config(path) if path.exists() else None
     except ConfigError as error:
-        logger.warning("what wrote the rollouts in %s is not known: %s", source, error)
+        logger.warning("the origin of the rollouts in %s is not known: %s", source, error)
         run = None
-    if run is None or run.rollout.engine == "replay":
+    if run is None or not engine_kind(run).generates:
         return {"student": None, "sampling": None, "seed": None}
     cut = {"max_response_tokens": min(config.rollout.max_response_tokens, run.rollout.max_response_tokens)}
     return {

@@ -1,4 +1,4 @@
-"""The fixed-context gain between two checkpoints: how much closer to the teacher the second one is, on one text."""
+"""The fixed-context gain between two checkpoints: how much closer to the teacher the second is on the same text."""
 
 from dataclasses import dataclass
 
@@ -10,8 +10,10 @@ from megatron_tip.errors import InputError
 
 @dataclass(frozen=True)
 class Gain:
-    """`tokens`: `[tokens]` float64 nats, G_t = KL(q || p_before) - KL(q || p_after) (TA-OPD Eq. 1) of each position of
-    `before`, the rows that both have. `relative`: the mean gain over the mean KL before; NaN where that is 0.
+    """The gain of each token.
+
+    `tokens`: `[tokens]` float64 nats, G_t = KL(q || p_before) - KL(q || p_after) (TA-OPD Eq. 1), at the positions of
+    `before`, the rows that both scores share. `relative`: mean gain over mean KL before; NaN where that is 0.
     """
 
     before: Scores
@@ -24,10 +26,10 @@ class Gain:
 
 
 def gain_between(before: Scores, after: Scores) -> Gain:
-    """The gain from one checkpoint to another, on the contexts that neither says it was trained on.
+    """Returns the gain from one checkpoint to another, on the contexts that neither lists as trained on.
 
     Raises:
-        InputError: scores of different banks, teachers or temperatures; or no context is left.
+        InputError: the scores are of different banks, teachers or temperatures, or no context is left.
     """
     for key, meaning in (("bank", "bank"), ("teacher", "teacher"), ("temperature", "temperature")):
         if before.about[key] != after.about[key]:

@@ -1,6 +1,4 @@
-"""The bank during a run: the running student's gain since the start, as metrics."""
-
-from __future__ import annotations
+"""A gauge of the running student on a bank: its gain since the start, as metrics."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,20 +24,20 @@ FORMAT = "megatron_tip start on bank 1"
 
 
 class BankGauge:
-    """Scores the student on a bank after every so many steps, and after the last.
+    """A gauge that scores the student on a bank at regular steps, and after the last.
 
-    The teacher is asked once. What the start made of the bank lies in the run's diagnostics/start.parquet, so that a
-    run that is continued measures against the same start; a run that was begun without has no gain, but its KL.
+    The teacher scores the bank once. The start's scores are kept in the run's diagnostics/start.parquet, so that a
+    continued run measures against the same start; a run that began without a bank has no gain, but its KL.
     """
 
     def __init__(self, run: TrainingRun, bank: ContextBank, start: Path, *, teacher: str) -> None:
-        """Collective over the world: the start as rank 0 reads it, the teacher's forward pass over the bank.
+        """Reads the start on rank 0 and runs the teacher over the bank. Collective over the world.
 
         Args:
-            start: the file; it is there where a run is continued. teacher: its fingerprint.
+            start: the file; it exists if the run is continued. teacher: its fingerprint.
 
         Raises:
-            InputError: on every rank; the start is damaged, or was measured otherwise.
+            InputError: on every rank; the start is damaged, or was measured with other settings.
         """
         self._run, self._path = run, start
         self._about = {"bank": bank.sha256, "teacher": teacher, "temperature": run.config.loss.temperature}
@@ -47,10 +45,10 @@ class BankGauge:
         self._frozen: FrozenContexts = freeze(run, bank.contexts)
 
     def __call__(self, step: int) -> dict[str, float]:
-        """The metrics after `step` steps, equal on every rank; none where nothing is due. Collective over the world.
+        """Returns the metrics after `step` steps, the same on every rank; empty if none are due. Collective.
 
-        `diagnostics/forward_kl`: mean KL(teacher || student) over the bank, nats a token. `diagnostics/gain`: how far
-        it fell since step 0 (TA-OPD Eq. 1); `diagnostics/gain_relative`: as a share of what it was.
+        `diagnostics/forward_kl`: mean KL(teacher || student) over the bank, nats per token. `diagnostics/gain`: how far
+        it fell since step 0 (TA-OPD Eq. 1). `diagnostics/gain_relative`: the same as a share of the value at step 0.
         """
         config = self._run.config
         if step % config.diagnostics.every_steps and step != config.training.steps:
@@ -68,7 +66,7 @@ class BankGauge:
         return metrics
 
     def _agreed_start(self) -> np.ndarray | None:
-        """`[tokens]` float64, what the start made of this bank; None where it was not measured. Two broadcasts."""
+        """Returns the start's KL on this bank, `[tokens]` float64; None if not measured. Two broadcasts."""
         found: dict[str, Any] = {}
         if dist.get_rank() == 0 and self._path.exists():
             try:
@@ -82,7 +80,7 @@ class BankGauge:
 
 
 def _read_start(path: Path, about: Mapping[str, Any]) -> list[float]:
-    """What the start made of the bank; raises InputError unless it was measured with `about`."""
+    """Returns the start's KL on the bank; raises InputError unless it was measured with `about`."""
     table, measured = read_table(path, format_name=FORMAT, columns=["forward_kl"])
     changed = [
         f"{key} {value!r}, got {measured.get(key)!r}" for key, value in about.items() if measured.get(key) != value
@@ -90,16 +88,16 @@ def _read_start(path: Path, about: Mapping[str, Any]) -> list[float]:
     if changed:
         raise InputError(
             f"{path}: expected the start of this run measured with {'; '.join(changed)}; gains over it would mean "
-            "nothing: set bank, teacher and temperature back, or remove the file to go on without gains"
+            "nothing: set bank, teacher and temperature back, or remove the file to continue without gains"
         )
     return table.column("forward_kl").to_pylist()
 
 
 def make_gauge(config: Config, plan: RunPlan) -> Callable[[TrainingRun], BankGauge]:
-    """Opens the bank that the configuration names; what it returns builds the gauge, collective over the world.
+    """Opens the configured bank; returns a function that builds the gauge, collective over the world.
 
     Raises:
-        ConfigError, InputError: as of `open_bank`; before any collective.
+        ConfigError, InputError: as for `open_bank`; before any collective.
     """
     bank, start = open_bank(config, plan), RunFolder(config.run.folder).diagnostics / "start.parquet"
     student, teacher = (

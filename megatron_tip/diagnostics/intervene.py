@@ -1,10 +1,8 @@
 """Live intervention: train with each rule from the same start at the same budget, measure the gain on other contexts.
 
-TA-OPD tables 2, 7, 8 and 10. Selection and loss are the training step's own. Contexts are frozen, so the teacher is
-asked once for them, and the start's statistics, by which all steps of an arm select, are taken once.
+TA-OPD tables 2, 7, 8 and 10. Selection and loss are the training step's own. Contexts are frozen, so the teacher scores
+them once, and so does the start, whose statistics all steps of an arm select by.
 """
-
-from __future__ import annotations
 
 import logging
 import time
@@ -27,18 +25,19 @@ from megatron_tip.diagnostics.session import Subject
 from megatron_tip.diagnostics.snapshot import StudentStart
 from megatron_tip.errors import InputError, NotFiniteError
 from megatron_tip.parallel.collectives import broadcast_json
-from megatron_tip.planning.plan import make_selector
-from megatron_tip.records import TokenStatistics
+from megatron_tip.planning.settings import make_selector
+from megatron_tip.statistics import TokenStatistics
 from megatron_tip.training.run import TrainingRun
-from megatron_tip.training.step import train_on_scored
+from megatron_tip.training.step import select_then_train
 from megatron_tip.training.step_metrics import supervision_metrics
+from megatron_tip.training.supervision import Scored
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Split:
-    """Contexts of a seed: those of each training step, and held-out ones of other prompts."""
+    """A seed's contexts: those of each training step, and held-out ones of other prompts."""
 
     steps: list[list[int]]
     heldout: list[int]
@@ -50,7 +49,7 @@ class Split:
 
 @dataclass(frozen=True)
 class SeedState:
-    """What all arms of a seed share: frozen contexts, the start's statistics by step and K, its KL on `heldout`."""
+    """State shared by a seed's arms: frozen contexts, the start's statistics by step and K, its KL on `heldout`."""
 
     split: Split
     steps: list[FrozenContexts]
@@ -60,10 +59,10 @@ class SeedState:
 
 
 def split_contexts(bank: ContextBank, *, num_steps: int, per_step: int, num_heldout: int, seed: int) -> Split:
-    """A seeded split by prompt: no prompt is both trained on and measured on. A pure function.
+    """Returns a seeded split by prompt: no prompt is both trained and measured on. A pure function.
 
     Raises:
-        InputError: the bank has too few contexts, or none is to be measured on.
+        InputError: the bank has too few contexts, or `num_heldout` is 0.
     """
     if num_heldout < 1:
         raise InputError(
@@ -79,7 +78,7 @@ def split_contexts(bank: ContextBank, *, num_steps: int, per_step: int, num_held
             f"x samples_per_prompt) and {num_heldout} of other prompts to measure on (heldout.num_prompts), got "
             f"{len(bank.contexts)} contexts of {count} prompts; lower them or make a larger bank"
         )
-    # As many prompts on either side as can be: what is measured on one prompt says nothing of others.
+    # As many prompts as possible on either side: a result on one prompt says nothing about others.
     num_prompts = max(fitting, key=lambda m: (min(m / num_trained, (count - m) / num_heldout, 1.0), -m))
     trained = _in_turn(bank, prompts[:num_prompts])[:num_trained]
     heldout = _in_turn(bank, prompts[num_prompts:])[:num_heldout]
@@ -88,13 +87,13 @@ def split_contexts(bank: ContextBank, *, num_steps: int, per_step: int, num_held
 
 
 def _in_turn(bank: ContextBank, prompts: np.ndarray) -> list[int]:
-    """The contexts of `prompts`: the first of each, then the second of each, and so on."""
+    """Returns the contexts of `prompts`: the first of each, then the second of each, and so on."""
     own = (np.flatnonzero(bank.prompts == prompt).tolist() for prompt in prompts)
     return [place for round_ in zip_longest(*own) for place in round_ if place is not None]
 
 
 def split_of(config: Config, bank: ContextBank, seed: int) -> Split:
-    """The split that the configuration asks for."""
+    """Returns the configured split."""
     rollout = config.rollout
     return split_contexts(
         bank,
@@ -106,10 +105,10 @@ def split_of(config: Config, bank: ContextBank, seed: int) -> Split:
 
 
 def intervene(run: TrainingRun, subject: Subject, file: ArmsFile) -> None:
-    """Runs every arm that `file` does not hold yet; after each plain distillation the whole bank is scored.
+    """Runs every arm that `file` does not hold yet; scores the whole bank after each plain distillation.
 
-    An arm whose loss or gradient is not finite is named in the log and left out. Collective over the world; rank 0
-    writes. `check_arms` has found nothing to refuse.
+    An arm whose loss or gradient is not finite is logged and left out. Collective over the world; rank 0 writes. The
+    caller has run `check_arms`.
     """
     config, bank = run.config, subject.bank
     warn_of_strangers(bank, student=subject.student, teacher=subject.teacher)
@@ -149,11 +148,11 @@ def intervene(run: TrainingRun, subject: Subject, file: ArmsFile) -> None:
 
 
 def check_arms(config: Config, subject: Subject, file: ArmsFile) -> None:
-    """Refuses arms, splits and a folder of arms that cannot be, before anything is built. Reads no weights.
+    """Refuses invalid arms, splits and folders of arms before anything is built. Reads no weights.
 
     Raises:
-        ConfigError: a rule or budget that cannot be; arms of other settings. InputError: too few contexts, broken arms;
-            scores in the bank that another intervention left, and this one would replace.
+        ConfigError: an invalid rule or budget; arms with other settings. InputError: too few contexts; damaged arms;
+            scores of another intervention in the bank, which this one would replace.
     """
     for arm in planned_arms(config):
         make_selector(config_of(config, arm))
@@ -165,13 +164,13 @@ def check_arms(config: Config, subject: Subject, file: ArmsFile) -> None:
         path = subject.bank.scores_path(f"full_seed{seed}")
         if path.exists() and about_in(path).get("settings", digest) != digest:
             raise InputError(
-                f"{path}: expected no scores of an intervention with other settings than this one's, got some; copy "
+                f"{path}: expected no scores of an intervention with other settings, got some; copy "
                 "the bank for this one (diagnostics.bank), or remove them"
             )
 
 
 def score_checkpoint(run: TrainingRun, subject: Subject, name: str, *, is_start: bool) -> None:
-    """Scores the student as it was loaded and writes scores/`name`.parquet. Collective; rank 0 writes."""
+    """Scores the loaded student and writes scores/`name`.parquet. Collective; rank 0 writes."""
     bank, sizes = subject.bank, run.config.diagnostics.support_sizes
     if is_start:
         warn_of_strangers(bank, student=subject.student, teacher=subject.teacher)
@@ -179,11 +178,11 @@ def score_checkpoint(run: TrainingRun, subject: Subject, name: str, *, is_start:
     if dist.get_rank() == 0:
         values = {column: tensor.numpy() for column, tensor in columns.items()}
         write_scores(bank.scores_path(name), scores_of(bank, values, about_scores(run.config, subject, sizes)))
-        logger.info("%s: KL(teacher || student) %.4f nats a token", name, values["forward_kl"].mean())
+        logger.info("%s: KL(teacher || student) %.4f nats per token", name, values["forward_kl"].mean())
 
 
 def prepare_seed(run: TrainingRun, bank: ContextBank, split: Split) -> SeedState:
-    """Teacher and start on the contexts of a seed. Collective over the world."""
+    """Scores a seed's contexts with the teacher and the start. Collective over the world."""
     sizes = sorted({run.config.selection.support_size, *run.config.diagnostics.support_sizes})
     steps = [freeze(run, [bank.contexts[place] for place in step]) for step in split.steps]
     statistics = [score_supports(run, frozen, sizes) for frozen in steps]
@@ -192,7 +191,7 @@ def prepare_seed(run: TrainingRun, bank: ContextBank, split: Split) -> SeedState
 
 
 def run_arm(run: TrainingRun, start: StudentStart, state: SeedState, arm: Arm) -> ArmResult:
-    """Trains from the start by the arm's rule and measures the gain on the held-out contexts. Collective."""
+    """Trains from the start by the arm's rule; measures the gain on the held-out contexts. Collective."""
     began = time.process_time()
     start.restore()
     arm_run = replace(run, config=config_of(run.config, arm), selector=make_selector(config_of(run.config, arm)))
@@ -218,24 +217,14 @@ def run_arm(run: TrainingRun, start: StudentStart, state: SeedState, arm: Arm) -
 def train_arm_step(
     run: TrainingRun, frozen: FrozenContexts, statistics: TokenStatistics | None, step: int
 ) -> dict[str, float]:
-    """One optimizer step on what the run's selector keeps of frozen contexts; returns metrics, equal on every rank."""
-    trained = train_on_scored(run, frozen.batch, frozen.teacher_rows, statistics, None, step)
-    metrics = supervision_metrics(
-        run.student.groups,
-        scored=frozen.batch,
-        trained=trained.batch,
-        statistics=statistics,
-        selection=trained.selection,
-        ratios=None,
-        loss=trained.loss,
-        pass_seconds=0.0,
-        device=run.device,
-    )
+    """Takes one optimizer step on the selected tokens of frozen contexts; returns metrics, the same on every rank."""
+    trained = select_then_train(run, Scored(frozen.batch, frozen.teacher_rows, statistics, None), step)
+    metrics = supervision_metrics(run.student.groups, trained, pass_seconds=0.0)
     return metrics | run.student.apply_gradients(step)
 
 
 def config_of(config: Config, arm: Arm) -> Config:
-    """The run's configuration with the arm's selection: the budget is one of the whole step, for every rule alike."""
+    """Returns the run's configuration with the arm's selection; the budget is per step, for every rule."""
     selection = config.selection.model_copy(
         update={
             "rule": arm.rule,
@@ -264,7 +253,7 @@ def score_after(run: TrainingRun, subject: Subject, whole: FrozenContexts, split
 
 
 def about_scores(config: Config, subject: Subject, support_sizes: Sequence[int]) -> dict[str, Any]:
-    """What a file of scores says about itself."""
+    """Returns the description of a file of scores."""
     return {
         "checkpoint": str(subject.checkpoint or config.model.path),
         "student": subject.student,
@@ -275,7 +264,7 @@ def about_scores(config: Config, subject: Subject, support_sizes: Sequence[int])
 
 
 def comparable_settings(config: Config, subject: Subject) -> dict[str, Any]:
-    """What must be the same for two arms to be compared."""
+    """Returns the settings that two arms must share to be compared."""
     rollout = config.rollout
     return {
         "bank": subject.bank.sha256,
@@ -295,13 +284,13 @@ def comparable_settings(config: Config, subject: Subject) -> dict[str, Any]:
 
 
 def _agreed_done(file: ArmsFile, run: TrainingRun) -> list[str]:
-    """The arms that the file holds, as rank 0 reads it, on every rank."""
+    """Returns the file's arms, as rank 0 reads them, on every rank."""
     names = [str(result.arm) for result in file.read()] if dist.get_rank() == 0 else None
     return broadcast_json(names, source=0, device=run.device)
 
 
 def _means(steps: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Each metric's mean over the steps that have it."""
+    """Returns each metric's mean over the steps that have it."""
     names = sorted(set().union(*steps))
     return {name: float(np.mean([values[name] for values in steps if name in values])) for name in names}
 

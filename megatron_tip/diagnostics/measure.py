@@ -10,22 +10,22 @@ from torch import Tensor
 from megatron_tip.batching.step_batch import StepBatch
 from megatron_tip.diagnostics.scores import column_names
 from megatron_tip.errors import NotFiniteError
-from megatron_tip.records import Rollout, TokenStatistics
-from megatron_tip.teachers.megatron import Teacher
+from megatron_tip.records import Rollout, TeacherRows
+from megatron_tip.statistics import TokenStatistics
+from megatron_tip.teachers.teacher import score_micro_batches
 from megatron_tip.training.run import TrainingRun
-from megatron_tip.training.scoring import ask_teacher, micro_batch_statistics
 
 
 @dataclass(frozen=True)
 class FrozenContexts:
     """Contexts with what the teacher says of them, which never changes.
 
-    `teacher_rows`: `[n, H]`, this replica's rows on the last stage; None elsewhere. `row_of`: `[all rows]` int64, the
+    `teacher_rows`: of this replica's `n` rows, on the last stage; None elsewhere. `row_of`: `[all rows]` int64, the
     place of each replica's rows, one replica after the other, in the order of contexts and positions.
     """
 
     batch: StepBatch
-    teacher_rows: Tensor | None
+    teacher_rows: TeacherRows | None
     row_of: list[Tensor]
 
     @property
@@ -36,42 +36,32 @@ class FrozenContexts:
 def freeze(run: TrainingRun, contexts: Sequence[Rollout]) -> FrozenContexts:
     """Asks the teacher once. Collective over the world."""
     batch = run.batch_of(contexts)
-    teacher_rows = ask_teacher(run, batch)
-    assert teacher_rows is None or isinstance(teacher_rows, Tensor), "the teacher at hand gives hidden states"
     indices = [batch.token_index(replica) for replica in range(run.student.groups.grid.dp_size)]
     num_positions = 1 + max((int(index.position.max()) for index in indices if len(index)), default=0)
     keys = torch.cat([index.keys(num_positions) for index in indices])
     places = torch.empty_like(keys)
     places[keys.argsort()] = torch.arange(len(keys), device=keys.device)
-    return FrozenContexts(batch, teacher_rows, list(places.split([len(index) for index in indices])))
+    return FrozenContexts(batch, run.teacher.ask(batch), list(places.split([len(index) for index in indices])))
 
 
 def score_supports(
     run: TrainingRun, frozen: FrozenContexts, support_sizes: Sequence[int]
 ) -> dict[int, TokenStatistics]:
-    """Statistics of this replica's rows at each K, on the last stage; nothing elsewhere.
+    """Returns statistics of this replica's rows at each K, on the last stage; nothing elsewhere.
 
-    One forward pass of the student without gradient, however many K; both heads are applied once a K.
+    One forward pass of the student without gradient, however many K; both heads are applied once per K. NaN where the
+    logits are not finite.
     """
-    groups, teacher = run.student.groups, run.teacher
-    assert isinstance(teacher, Teacher), "checked by session.open_bank"
-    micro_batches = frozen.batch.micro_batches(groups.dp_rank)
-    hidden = frozen.teacher_rows
-    teacher_parts = hidden.split(frozen.batch.num_rows()[groups.dp_rank]) if hidden is not None else ()
-    parts: dict[int, list[TokenStatistics]] = {size: [] for size in support_sizes}
 
-    def score(index: int, hidden_states: Tensor) -> None:
-        for size, found in parts.items():
-            try:
-                statistics = micro_batch_statistics(
-                    run, teacher, micro_batches[index], hidden_states, teacher_parts[index], support_size=size
-                )
-            except NotFiniteError:  # alike on all tp ranks; the others must not be left alone
-                statistics = TokenStatistics.unknown(len(teacher_parts[index]), run.device)
-            found.append(statistics)
+    def score(hidden: Tensor, rows: TeacherRows, labels: Tensor) -> dict[int, TokenStatistics]:
+        ask = run.teacher.statistics
+        return {size: ask(run.student, hidden, rows, labels, support_size=size) for size in support_sizes}
 
-    run.student.forward(micro_batches, score)
-    return {size: TokenStatistics.concatenate(found) for size, found in parts.items() if found}
+    def unknown(rows: TeacherRows) -> dict[int, TokenStatistics]:
+        return dict.fromkeys(support_sizes, TokenStatistics.unknown(len(rows), run.device))
+
+    found = score_micro_batches(run.student, frozen.batch, frozen.teacher_rows, score, unknown)
+    return {size: TokenStatistics.concatenate([part[size] for part in found]) for size in support_sizes if found}
 
 
 def gathered(

@@ -1,4 +1,4 @@
-"""Tables on disk: Parquet with zstd, written whole or not at all, a JSON description in the file's own metadata."""
+"""Tables on disk: Parquet with zstd, written atomically, with a JSON description in the file's metadata."""
 
 import hashlib
 import io
@@ -17,7 +17,7 @@ _KEY = b"megatron_tip"
 
 
 def write_table(path: Path, table: pa.Table, about: Mapping[str, Any], *, setting: str) -> str:
-    """Writes `table` with its description `about`; returns the SHA-256 of the file. Makes the folder.
+    """Writes `table` with its description `about`, and creates the folder; returns the file's SHA-256.
 
     Raises:
         OutputError: it cannot be written.
@@ -34,14 +34,14 @@ def write_table(path: Path, table: pa.Table, about: Mapping[str, Any], *, settin
 def read_table(
     path: Path, *, format_name: str, columns: Collection[str], keys: Collection[str] = (), sha256: str | None = None
 ) -> tuple[pa.Table, dict[str, Any]]:
-    """The table and its description.
+    """Returns the table and its description.
 
     Args:
-        format_name: what the description must give as its format. columns: that the table must have. keys: that its
-            description must have. sha256: of the file, where it is known; nothing is parsed before it is right.
+        format_name: the format that the description must name. columns: that the table must have. keys: that its
+            description must have. sha256: of the file, if known; nothing is parsed before it matches.
 
     Raises:
-        InputError: no such file, a truncated or damaged one, or one of another format or without what is asked for.
+        InputError: the file is missing, truncated or damaged, has another format, or lacks columns or keys.
     """
     try:
         content = path.read_bytes()
@@ -70,7 +70,7 @@ def read_table(
 
 
 def read_about(path: Path, *, format_name: str) -> dict[str, Any]:
-    """The description alone, from the end of the file; errors of `read_table`."""
+    """Returns only the description, from the end of the file; raises what `read_table` raises."""
     try:
         schema = parquet.read_schema(path)
     except (OSError, pa.ArrowException) as error:

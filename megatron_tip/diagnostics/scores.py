@@ -1,7 +1,5 @@
 """What a checkpoint makes of a bank: one row a position, written as Parquet beside the bank."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,29 +12,16 @@ import torch
 from megatron_tip.diagnostics.bank import ContextBank
 from megatron_tip.diagnostics.parquet import read_about, read_table, write_table
 from megatron_tip.errors import InputError
-from megatron_tip.records import TokenIndex, TokenStatistics
+from megatron_tip.records import TokenIndex
+from megatron_tip.statistics import STATISTICS, TokenStatistics
 
 FORMAT = "megatron_tip bank scores 1"
 
-WHOLE = (
-    "student_entropy",
-    "teacher_entropy",
-    "reverse_kl",
-    "forward_kl",
-    "student_logprobs",
-    "teacher_logprobs",
-)
-"""Statistics over the full vocabulary, the same for every K."""
+_SCORED = {name: statistic for name, statistic in STATISTICS.items() if statistic.in_scores}
+WHOLE = tuple(name for name, statistic in _SCORED.items() if statistic.over != "support")
+"""Statistics that are the same for every K."""
 
-SUPPORT = (
-    "support_divergence",
-    "compatibility",
-    "compatibility_lower_bound",
-    "support_overlap",
-    "support_jaccard",
-    "shared_teacher_mass",
-    "student_mass_on_teacher_support",
-)
+SUPPORT = tuple(name for name, statistic in _SCORED.items() if statistic.over == "support")
 """Statistics of the top-K supports; the column of K = 16 is called "compatibility_k16"."""
 
 _PLACE = ("context", "prompt", "position")
@@ -83,7 +68,7 @@ class Scores:
     def token_index(self) -> TokenIndex:
         return TokenIndex(torch.from_numpy(self.context), torch.from_numpy(self.position))
 
-    def without_contexts(self, contexts: Sequence[int]) -> Scores:
+    def without_contexts(self, contexts: Sequence[int]) -> "Scores":
         """The rows of all other contexts."""
         kept = ~np.isin(self.context, np.asarray(contexts, dtype=np.int64))
         columns = {name: values[kept] for name, values in self.columns.items()}

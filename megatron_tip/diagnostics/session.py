@@ -1,4 +1,4 @@
-"""Models for work on a bank, as a run would hold them: the same layouts and kernels; an engine only where asked."""
+"""Models for work on a bank, built as a run would: the same layouts and kernels; an engine only on request."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +19,7 @@ from megatron_tip.observability.timing import PhaseTimer
 from megatron_tip.parallel.distributed import destroy_distributed, init_distributed
 from megatron_tip.parallel.environment import available_threads
 from megatron_tip.planning.plan import RunPlan, plan_run
+from megatron_tip.planning.settings import check_whole_teacher
 from megatron_tip.training.checkpoints.files import SHARDS_NAME, CheckpointFiles
 from megatron_tip.training.run import TrainingRun
 from megatron_tip.training.setup import build_run
@@ -26,10 +27,12 @@ from megatron_tip.training.setup import build_run
 
 @dataclass(frozen=True)
 class Subject:
-    """What is examined: found and checked from files alone, alike on every rank, before any process group is there.
+    """The models, bank and checkpoint to examine, checked from files alone before any process group exists.
 
-    `checkpoint`: the folder of the student's weights; None: the student as a run begins. `student`, `teacher`: their
-    fingerprints.
+    It is the same on every rank.
+
+    `checkpoint`: the folder of the student's weights; None: the student at the start of a run. `student`, `teacher`:
+    their fingerprints.
     """
 
     plan: RunPlan
@@ -40,10 +43,10 @@ class Subject:
 
 
 def examine(config: Config, world_size: int, *, checkpoint: Path | None = None) -> Subject:
-    """The configuration's models and bank, and the checkpoint that `checkpoint` means (see `resolve_checkpoint`).
+    """Returns the configured models and bank, and the checkpoint (see `resolve_checkpoint`).
 
     Raises:
-        ConfigError, WeightsError, InputError: as of `plan_run`, `open_bank` and `resolve_checkpoint`.
+        ConfigError, WeightsError, InputError: as for `plan_run`, `open_bank` and `resolve_checkpoint`.
     """
     plan = plan_run(config, world_size)
     bank = open_bank(config, plan)
@@ -61,17 +64,13 @@ def bank_folder(config: Config) -> Path:
 
 
 def open_bank(config: Config, plan: RunPlan) -> ContextBank:
-    """The configuration's bank, which belongs to the plan's models.
+    """Returns the configured bank, after checking that it belongs to the plan's models.
 
     Raises:
-        ConfigError: none is named, or tokenizer or vocabulary are others; the teacher is behind servers, which do not
-            tell its whole distribution. InputError: the bank is damaged.
+        ConfigError: no bank is named, its tokenizer or vocabulary differ, or the teacher is served and does not give
+            its whole distribution. InputError: the bank is damaged.
     """
-    if config.teacher.kind != "megatron":
-        raise ConfigError(
-            f'diagnostics: expected teacher.kind = "megatron", got {config.teacher.kind!r}; KL(teacher || student) '
-            "needs the whole distribution of the teacher"
-        )
+    check_whole_teacher(config)
     bank = read_bank(bank_folder(config))
     check_bank(bank, tokenizer=tokenizer_fingerprint(plan.tokenizer), vocab_size=plan.vocab_size)
     return bank
@@ -81,10 +80,10 @@ def open_bank(config: Config, plan: RunPlan) -> ContextBank:
 def built_run(
     config: Config, plan: RunPlan, *, checkpoint: Path | None = None, generates: bool = False
 ) -> Iterator[TrainingRun]:
-    """Student and teacher of this rank, with the weights in `checkpoint`, of any layout. Collective over the world.
+    """Yields this rank's student and teacher, with weights from `checkpoint`, of any layout. Collective over the world.
 
     Args:
-        checkpoint: a folder of `resolve_checkpoint`; None: the student as a run begins.
+        checkpoint: a folder from `resolve_checkpoint`; None: the student at the start of a run.
     """
     worker = init_distributed()
     timer = PhaseTimer(worker.device)
@@ -97,14 +96,14 @@ def built_run(
 
 
 def resolve_checkpoint(path: Path, plan: RunPlan) -> Path:
-    """The folder with weights that `path` means, checked as far as all ranks can by themselves.
+    """Returns the folder with the weights that `path` refers to, after the checks that need no communication.
 
     Args:
         path: a Hugging Face directory, a Megatron checkpoint of this package, a step's folder in a run's checkpoints/,
             or the folder of a run: its checkpoint/, hf/ or the last of its checkpoints/.
 
     Raises:
-        ConfigError: nothing of that kind, or another architecture than the student's. WeightsError: a damaged one.
+        ConfigError: `path` is none of these, or has another architecture than the student. WeightsError: it is damaged.
     """
     folder = RunFolder(path)
     steps = CheckpointFiles(folder.checkpoints).steps()
@@ -127,7 +126,7 @@ def resolve_checkpoint(path: Path, plan: RunPlan) -> Path:
 
 
 def load_student(run: TrainingRun, source: Path) -> None:
-    """Sets the student's weights to those in `source`, of any layout; its optimizer begins anew. Collective."""
+    """Sets the student's weights to those in `source`, of any layout, and resets its optimizer. Collective."""
     student = run.student
     if (source / SHARDS_NAME).is_dir():
         load_shards(student.model, source / SHARDS_NAME, student.groups)
@@ -139,7 +138,7 @@ def load_student(run: TrainingRun, source: Path) -> None:
 
 
 def _description(folder: Path) -> ModelFolder | None:
-    """What a folder with a model says about it; None for shards of a run and for what is no model."""
+    """Returns the description of a folder with a model; None for a run's shards, or if it is not a model."""
     if (folder / SHARDS_NAME).is_dir():
         return None
     if _is_megatron(folder):

@@ -1,4 +1,4 @@
-"""The student's start, kept in memory, so that many trainings can begin from it without building anything anew."""
+"""A snapshot of the student's start in memory, from which many trainings can begin without rebuilding anything."""
 
 from collections.abc import Iterator
 
@@ -10,9 +10,9 @@ from megatron_tip.training.checkpoints.student_state import complete_optimizer_s
 
 
 class StudentStart:
-    """A copy of the student's weights; `restore` sets it back to them, with an optimizer that took no step.
+    """A copy of the student's weights; `restore` returns the student to them, with a fresh optimizer.
 
-    Held by every rank for its own shards: the bytes of the weights, with bfloat16 those of their float32 copies too.
+    Each rank holds its own shards: the size of the weights, plus that of their float32 copies with bfloat16.
     """
 
     def __init__(self, student: Student) -> None:
@@ -27,7 +27,7 @@ class StudentStart:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Sets weights, moments, step counts and schedule back. Bit for bit the start."""
+        """Resets weights, moments, step counts and schedule to the start, bit for bit."""
         for tensor, kept in zip(_weights(self._student), self._weights, strict=True):
             tensor.copy_(kept)
         for part in self._student.optimizer.chained_optimizers:
@@ -43,7 +43,7 @@ class StudentStart:
 
 
 def _weights(student: Student) -> Iterator[Tensor]:
-    """The model's parameters, and those that the optimizer steps where they are others."""
+    """Yields the model's parameters, and those that the optimizer steps if they are different."""
     own = {id(parameter) for parameter in student.model.parameters()}
     yield from student.model.parameters()
     for group in student.optimizer.param_groups:

@@ -1,6 +1,4 @@
-"""Several benchmarks with several seeds, and their lines in the run's folder."""
-
-from __future__ import annotations
+"""Evaluation on several benchmarks with several seeds, one line per benchmark in the run's folder."""
 
 import logging
 import re
@@ -27,8 +25,10 @@ SeedRunner = Callable[[int, Path], Score]
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for. `label`: names the model in the results; `python`: the interpreter that has the backend;
-    `data`: a folder of questions, None: from the hub; `limit`: only so many questions, None: all.
+    """A requested evaluation.
+
+    `label`: names the model in the results. `python`: the interpreter that has the backend. `data`: a folder of
+    questions; None: from the hub. `limit`: the number of questions; None: all.
     """
 
     model: Model
@@ -44,11 +44,11 @@ class Request:
 
 
 def run_benchmarks(request: Request, run: Path) -> list[dict[str, Any]]:
-    """Runs all benchmarks one after the other; each is appended to `run`/eval.jsonl as it ends. Returns the lines.
+    """Runs all benchmarks in turn, appending each to `run`/eval.jsonl as it ends; returns the lines.
 
     Raises:
-        InputError, OptionalDependencyError: before anything runs. EvaluationError: a backend failed; what ended
-            before it is kept.
+        InputError, OptionalDependencyError: before anything runs. EvaluationError: a backend failed; earlier results
+            are kept.
     """
     if not run.is_dir():
         raise InputError(f"{run}: expected the folder of a run, got no such folder")
@@ -86,7 +86,7 @@ def run_benchmarks(request: Request, run: Path) -> list[dict[str, Any]]:
 
 
 def _prepare_harness(request: Request) -> tuple[list[SeedRunner], str]:
-    """Checks everything that the harness will need; returns what runs each preset."""
+    """Checks everything that the harness will need; returns each preset's runner and the harness's version."""
     found = harness.find_harness(request.python)
     files = [find_data(request.data, preset) if request.data else None for preset in request.presets]
 

@@ -1,6 +1,4 @@
-"""Programs that an evaluation starts, and that end with it."""
-
-from __future__ import annotations
+"""Child programs of an evaluation, which end with it."""
 
 import os
 import signal
@@ -18,11 +16,12 @@ _POLL_SECONDS = 0.2
 
 
 def run_logged(command: list[str], log: Path) -> None:
-    """Runs `command` with its output in `log`, in a session of its own. SIGTERM, SIGINT and SIGHUP of this process end
-    it and all of its session.
+    """Runs `command` in its own session, with its output in `log`.
+
+    SIGTERM, SIGINT and SIGHUP to this process end the whole session.
 
     Raises:
-        EvaluationError: it failed; with the last lines of the log. SystemExit: such a signal came.
+        EvaluationError: the command failed; with the last lines of the log. SystemExit: such a signal arrived.
     """
     with log.open("wb") as output, _end_signals() as caught:
         process = subprocess.Popen(
@@ -43,7 +42,7 @@ def run_logged(command: list[str], log: Path) -> None:
 
 
 def end_session(process: subprocess.Popen[bytes]) -> None:
-    """Ends a process that leads a session: first it is asked, then all of the session are killed."""
+    """Ends a process that leads a session: terminates it first, then kills the whole session."""
     process.terminate()
     with suppress(subprocess.TimeoutExpired):
         process.wait(timeout=_GRACE_SECONDS)
@@ -54,9 +53,9 @@ def end_session(process: subprocess.Popen[bytes]) -> None:
 
 @contextmanager
 def _end_signals() -> Iterator[list[int]]:
-    """Collects those that come meanwhile; nothing is interrupted, so that a child that was just started is known."""
+    """Collects the signals that arrive in the block, without interrupting it, so that no started child is lost."""
     caught: list[int] = []
-    if threading.current_thread() is not threading.main_thread():  # Python's handlers are the main thread's
+    if threading.current_thread() is not threading.main_thread():  # Python runs handlers in the main thread only
         yield caught
         return
     before = {number: signal.signal(number, lambda number, _: caught.append(number)) for number in _END_SIGNALS}

@@ -1,11 +1,10 @@
-"""Programs that a model wrote, each in a process of its own with limits (`limited_process`).
+"""Execution of programs that a model wrote, each in its own process with limits (`limited_process`).
 
-The limits keep a bad program from harming the evaluation: time, memory, files, processes, network where the kernel lets
-it. They are no sandbox against a hostile one, which can read what the user can, and, being in one process with the
-tests, could also look for what tells that it has passed: use a container for models that you do not trust.
+The limits keep a bad program from harming the evaluation: time, memory, files, processes, and network if the kernel
+allows it. They are not a sandbox against a hostile program. It can read what the user can and, because it shares a
+process with the tests, could find and forge the sign that it has passed. Use a container for models that you do not
+trust.
 """
-
-from __future__ import annotations
 
 import json
 import logging
@@ -33,9 +32,11 @@ _OUTPUT_BYTES = 2000
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one program: CPU and wall-clock seconds, address space, the largest file that it may write, its output among
-    them, what all its files may take, and how many processes and threads its user may have for it to start another;
-    the last does not hold for root, whose programs are ended once they have more than 16 descendants.
+    """The limits of one program.
+
+    CPU and wall-clock seconds, address space, the largest file that it may write (its output included), what all its
+    files may take, and the number of its user's processes and threads above which it can start no more. That last one
+    does not bind root, whose programs are ended once they have more than 16 descendants.
     """
 
     cpu_seconds: int = 10
@@ -48,9 +49,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Execution:
-    """What became of a program. `outcome`: "passed", "failed" (an exception, another exit code) or "timeout". `output`:
-    the last of it.
-    """
+    """The result of a program. `outcome`: "passed", "failed" (exception, exit code) or "timeout". `output`: its end."""
 
     outcome: str
     network_cut_off: bool
@@ -58,9 +57,9 @@ class Execution:
 
 
 def execute(program: str, limits: Limits | None = None) -> Execution:
-    """Runs `program` in an empty folder with an empty environment under `limits`; never raises for what it does.
+    """Runs `program` in an empty folder with an empty environment under `limits`; never raises because of the program.
 
-    It has passed if it came to its end with exit code 0: what leaves early has not.
+    It has passed if it reached its end with exit code 0; a program that exits early has not.
     """
     limits = limits or Limits()
     end = secrets.token_hex(16)
@@ -93,7 +92,7 @@ def execute(program: str, limits: Limits | None = None) -> Execution:
         except subprocess.TimeoutExpired:
             code = TIMED_OUT
         finally:
-            end_session(process)  # the watcher, which ends what it watches
+            end_session(process)  # the watcher, which ends the program
         status.seek(0)
         first, _, rest = status.read(1 << 10).decode(errors="replace").partition("\n")
         output.seek(max(0, output.seek(0, os.SEEK_END) - _OUTPUT_BYTES))
@@ -123,17 +122,17 @@ def check_user(*, allow_root: bool) -> None:
 
 
 def program_of(answer: str, question: dict[str, str]) -> str:
-    """Returns the program that decides on a HumanEval answer: the function, then the question's tests.
+    """Returns the program that checks a HumanEval answer: the function, then the question's tests.
 
-    The function is the first code block of the answer, after the thoughts of a model that marks their end, that defines
-    it; without one the first code block, and without any the whole text. Where it is only the body, it stands behind
-    the question's prompt; where it is the whole function, the prompt's imports and helpers stand before it.
+    The function is the first code block of the answer that defines it, after the model's thoughts if it marks their
+    end; else the first code block; else the whole text. If that is only the body, it is placed after the question's
+    prompt; if it is the whole function, after the prompt's imports and helpers.
     """
-    text = answer.rpartition(_THOUGHT_ENDS)[2].partition(_THOUGHT)[0]  # nothing of a thought that did not end
+    text = answer.rpartition(_THOUGHT_ENDS)[2].partition(_THOUGHT)[0]  # drops an unfinished thought
     defines = re.compile(rf"^\s*(?:async\s+)?def\s+{re.escape(question['entry_point'])}\b", re.MULTILINE)
     blocks = _BLOCK.findall(text) or [text]
     code = next(filter(defines.search, blocks), blocks[0])
     prompt = question["prompt"]
-    # The prompt ends with a function that has a docstring alone, so that it is a whole program by itself.
+    # The prompt ends with a function that has only a docstring, so it is a complete program by itself.
     start = f"{prompt}\n    pass\n\n{code}" if defines.search(code) else f"{prompt}{code}"
     return f"{start}\n\n{question['test']}\n\ncheck({question['entry_point']})\n"

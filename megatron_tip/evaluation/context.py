@@ -1,6 +1,4 @@
-"""How many tokens a model takes in, and presets that fit into it."""
-
-from __future__ import annotations
+"""A model's context length, and presets that fit into it."""
 
 import json
 import logging
@@ -17,15 +15,16 @@ from megatron_tip.evaluation.presets import Preset
 logger = logging.getLogger(__name__)
 
 PROMPT_TOKENS = 2048
-"""Kept free for a question; of a shorter context than twice that, half."""
+"""Tokens reserved for a question; in a context shorter than twice that, half of it."""
 
 _KEYS = ("n_positions", "max_position_embeddings", "n_ctx")
 _SECONDS = 5.0
 
 
 def context_of(model: Model) -> int | None:
-    """Returns the tokens that prompt and answer may have together, by config.json, in the order of lm-eval, or by what
-    a server (vLLM, SGLang) says in `/models`; None: not known.
+    """Returns the most tokens that prompt and answer may have together; None if not known.
+
+    Read from config.json, in lm-eval's order of keys, or from a server's `/models` (vLLM, SGLang).
     """
     if model.url:
         return _of_server(model)
@@ -36,8 +35,9 @@ def context_of(model: Model) -> int | None:
 
 
 def fitted(preset: Preset, context: int | None) -> Preset:
-    """Returns `preset` with answers that fit into `context` behind a question of PROMPT_TOKENS, and a word of it in the
-    protocol. lm-eval would refuse a longer limit, a server each of its requests.
+    """Returns `preset`, with answers that fit into `context` after PROMPT_TOKENS, and a note in the protocol.
+
+    Otherwise lm-eval would refuse the longer limit, and a server every request.
     """
     if context is None:
         return preset
@@ -53,13 +53,13 @@ def fitted(preset: Preset, context: int | None) -> Preset:
 
 def _of_server(model: Model) -> int | None:
     try:
-        # Past the environment's proxy, as the harness itself asks.
+        # Bypasses the environment's proxy, as the harness does.
         answer = httpx.get(f"{model.url.rstrip('/')}/models", timeout=_SECONDS, trust_env=False).raise_for_status()
         cards = answer.json()["data"]
         named = [card for card in cards if card.get("id") == model.name] or cards
         return int(named[0]["max_model_len"])
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError, IndexError):
-        return None  # whether it runs at all is the backend's to say
+        return None  # the backend will report a server that is down
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:

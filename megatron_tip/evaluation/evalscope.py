@@ -1,6 +1,4 @@
-"""EvalScope, run as a program in its own environment: the same presets by its own data, prompts and scoring."""
-
-from __future__ import annotations
+"""EvalScope, run as a program in its own environment: the same presets with its own data, prompts and scoring."""
 
 import json
 import shutil
@@ -21,7 +19,7 @@ def find_evalscope(python: str) -> str:
     """Returns the version of EvalScope in the environment of the interpreter `python`.
 
     Raises:
-        OptionalDependencyError: it has none.
+        OptionalDependencyError: EvalScope is not installed there.
     """
     command = [python, "-c", "import importlib.metadata as m; print(m.version('evalscope'))"]
     try:
@@ -37,12 +35,12 @@ def find_evalscope(python: str) -> str:
 
 
 def as_evalscope_scores(preset: Preset) -> Preset:
-    """Returns `preset` with what EvalScope does in its place written down."""
+    """Returns `preset` with the metric and scoring that EvalScope uses instead."""
     return replace(preset, metric="EvalScope's primary", scoring="EvalScope's own prompt and scoring")
 
 
 def check_preset(preset: Preset) -> None:
-    """Raises InputError for a benchmark that is not run through EvalScope."""
+    """Raises InputError for a benchmark that we do not run through EvalScope."""
     if not preset.evalscope_dataset:
         raise InputError(
             f"{preset.name}: expected a benchmark without code execution for backend evalscope, which would run the "
@@ -53,15 +51,15 @@ def check_preset(preset: Preset) -> None:
 def evaluate_seed(
     model: Model, preset: Preset, data: Path | None, *, seed: int, limit: int | None, python: str, folder: Path
 ) -> Score:
-    """Runs one benchmark with one seed; EvalScope's own output stays in `folder`.
+    """Runs one benchmark with one seed; keeps EvalScope's own output in `folder`.
 
     Args:
-        data: a local copy of the data set as EvalScope wants it.
+        data: a local copy of the data set in EvalScope's layout.
 
     Raises:
-        EvaluationError: it failed, or left no result.
+        EvaluationError: EvalScope failed, or left no result.
     """
-    shutil.rmtree(folder, ignore_errors=True)  # of an earlier evaluation
+    shutil.rmtree(folder, ignore_errors=True)  # from an earlier evaluation
     folder.mkdir(parents=True)
     chosen = arguments(model, preset, data, seed=seed, limit=limit, folder=folder)
     run_logged([python, "-m", "evalscope.cli.cli", "eval", *chosen], folder / "log.txt")

@@ -1,6 +1,4 @@
-"""lm-evaluation-harness, run as a program in its own environment: it is never imported here."""
-
-from __future__ import annotations
+"""lm-evaluation-harness, run as a program in its own environment and never imported here."""
 
 import json
 import shutil
@@ -23,8 +21,9 @@ _STOP = ["</s>", "<|im_end|>", "<|eot_id|>"]
 
 @dataclass(frozen=True)
 class Model:
-    """What is evaluated: a Hugging Face directory, or, with `url`, the model that an OpenAI-compatible server calls
-    `name` (`url` ends with /v1). `device`: "" lets the backend choose.
+    """The evaluated model: a Hugging Face directory or, with `url`, the model `name` of an OpenAI-compatible server.
+
+    `url` ends with /v1. `device`: "" lets the backend choose.
     """
 
     path: Path | None = None
@@ -37,7 +36,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Score:
-    """One seed's: `value` in [0, 1]; `num_questions` that it is the mean over; `facts`: what else is to be kept."""
+    """One seed's score: `value` in [0, 1], the mean over `num_questions`; `facts`: what else to record."""
 
     value: float
     num_questions: int
@@ -46,7 +45,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Harness:
-    """The installed harness: the interpreter that has it, its version, the folder of its tasks."""
+    """The installed harness: its interpreter, its version, the folder of its tasks."""
 
     python: str
     version: str
@@ -57,7 +56,7 @@ def find_harness(python: str) -> Harness:
     """Returns the harness in the environment of the interpreter `python`.
 
     Raises:
-        OptionalDependencyError: it has none.
+        OptionalDependencyError: lm-eval is not installed there.
     """
     program = (
         "import importlib.metadata as m, importlib.util as u; print(m.version('lm_eval')); "
@@ -86,12 +85,12 @@ def evaluate_seed(
     harness: Harness,
     folder: Path,
 ) -> Score:
-    """Runs one benchmark with one seed; the harness's own output stays in `folder`.
+    """Runs one benchmark with one seed; keeps the harness's own output in `folder`.
 
     Raises:
-        EvaluationError: it failed, or left no result.
+        EvaluationError: the harness failed, or left no result.
     """
-    shutil.rmtree(folder, ignore_errors=True)  # of an earlier evaluation
+    shutil.rmtree(folder, ignore_errors=True)  # from an earlier evaluation
     folder.mkdir(parents=True)
     write_task(folder / "task", preset, data, harness)
     command = [harness.python, "-m", "lm_eval", "run", *arguments(model, preset, seed=seed, limit=limit, folder=folder)]
@@ -100,7 +99,7 @@ def evaluate_seed(
 
 
 def write_task(folder: Path, preset: Preset, data: OfflineData | None, harness: Harness) -> None:
-    """Writes the harness's task for `preset`: its own one with our prompt, sampling and data. JSON is YAML."""
+    """Writes the harness's task for `preset` with our prompt, sampling and data, as JSON, which is valid YAML."""
     folder.mkdir(parents=True, exist_ok=True)
     task: dict[str, Any] = {
         "task": TASK_PREFIX + preset.name,
@@ -168,7 +167,7 @@ def _scored(preset: Preset, folder: Path) -> Score:
 
 
 def _executed(preset: Preset, folder: Path) -> Score:
-    """Runs the answers that the harness logged."""
+    """Runs the programs in the answers that the harness logged."""
     found = sorted((folder / "results").rglob(f"samples_{TASK_PREFIX}{preset.name}_*.jsonl"))
     if not found:
         raise EvaluationError(f"{folder / 'log.txt'}: the harness left no answers; its output says why")

@@ -1,17 +1,16 @@
-"""Runs one Python program under limits. Started as a program by `code_execution`; needs the standard library alone.
+"""A program that runs one Python program under limits. Started by `code_execution`; needs only the standard library.
 
     python -I limited_process.py STATUS_FD CPU_SECONDS WALL_SECONDS MEMORY_BYTES FILE_BYTES PROCESSES FOLDER_BYTES
         < ASKED
 
-ASKED is JSON: `program`, the source, and `end`, what tells that the program came to its end. A watcher stays outside
-the limits; its child takes them, cuts the network off where the kernel lets it, gives up root where the interpreter's
-files can be read without, and runs the program. STATUS_FD, a file, gets "network: cut off" or "network: reachable" as
-its first line and, from a program that came to its end, `end`. Once the program has ended, or its time is over, the
-watcher ends all that descends from it, also what left its session: orphans become the watcher's children (Linux).
-The watcher also ends a program with too many descendants, which no limit of the kernel's keeps root from, and one that
-has filled its folder.
-
-Exit code: 0, the program's was 0; TIMED_OUT, it had no time left; else 1.
+ASKED is JSON: `program`, the source, and `end`, the mark that the program reached its end. A watcher stays outside the
+limits. Its child takes them on, cuts off the network if the kernel allows it, gives up root if the interpreter's files
+are readable without it, and runs the program. STATUS_FD, a file, gets "network: cut off" or "network: reachable" as its
+first line and, if the program reaches its end, `end`. When the program has ended, or its time is up, the watcher ends
+all of its descendants, including those that left its session: orphans become the watcher's children (Linux). Exit code:
+0, the program's was 0; TIMED_OUT, its time was up; else 1.
+The watcher also ends a program with too many descendants, which no kernel limit stops for root, and one that has filled
+its folder.
 """
 
 import ctypes
@@ -34,7 +33,7 @@ def main() -> None:
     wall_seconds = float(sys.argv[3])
     memory_bytes, file_bytes, processes, folder_bytes = map(int, sys.argv[4:8])
     asked = json.load(sys.stdin)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # the program cannot read what was asked
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # hides ASKED from the program
     _adopt_orphans()
     worker = os.fork()
     if worker:
@@ -50,14 +49,14 @@ def main() -> None:
         os.setgroups([])
         os.setgid(_NOBODY)
         os.setuid(_NOBODY)
-    resource.setrlimit(resource.RLIMIT_NPROC, (processes, processes))  # of root it does not hold
+    resource.setrlimit(resource.RLIMIT_NPROC, (processes, processes))  # does not bind root
     os.write(status, b"network: cut off\n" if is_cut_off else b"network: reachable\n")
     exec(compile(asked["program"], "answer.py", "exec"), {"__name__": "__main__"})
     os.write(status, asked["end"].encode())
 
 
 def _watch(worker: int, wall_seconds: float, folder_bytes: int) -> None:
-    """Waits for `worker` and ends all that is left of it; leaves this process."""
+    """Waits for `worker`, ends whatever is left of it, and exits."""
     code = TIMED_OUT
     until, look_again = time.monotonic() + wall_seconds, 0.0
     while (now := time.monotonic()) < until:
@@ -76,7 +75,7 @@ def _watch(worker: int, wall_seconds: float, folder_bytes: int) -> None:
 
 
 def _end_with_descendants(code: int) -> None:
-    """Kills children until there are none, those of one that is killed become ours; then leaves this process."""
+    """Kills children until none are left (those of a killed child become ours), then exits."""
     while True:
         for pid in _children():
             os.kill(pid, signal.SIGKILL)
@@ -122,7 +121,7 @@ def _folder_bytes() -> int:
 
 
 def _adopt_orphans() -> None:
-    """Descendants that lose their parent become this process's; it is told by SIGTERM when its own parent ends."""
+    """Makes this process adopt orphaned descendants, and asks for SIGTERM when its own parent ends."""
     signal.signal(signal.SIGTERM, lambda *_: _end_with_descendants(1))
     try:
         libc = ctypes.CDLL(None, use_errno=True)
@@ -133,7 +132,7 @@ def _adopt_orphans() -> None:
 
 
 def _cut_network_off() -> bool:
-    """A namespace without any interface but its own loopback, which is down."""
+    """Moves this process into a network namespace that has only a loopback, which is down; returns whether it could."""
     try:
         libc = ctypes.CDLL(None, use_errno=True)
         flags = _NEW_NETWORK if os.geteuid() == 0 else _NEW_USER | _NEW_NETWORK
@@ -143,7 +142,7 @@ def _cut_network_off() -> bool:
 
 
 def can_give_up_root() -> bool:
-    """Tells whether the user nobody can read the standard library; for root to ask."""
+    """Returns whether the user nobody can read the standard library."""
     os.seteuid(_NOBODY)
     try:
         return os.access(os.__file__, os.R_OK, effective_ids=True)

@@ -1,6 +1,4 @@
-"""Benchmarks' questions from a folder, for machines that reach no hub."""
-
-from __future__ import annotations
+"""Benchmark questions from a folder, for machines without access to the hub."""
 
 import json
 from dataclasses import dataclass
@@ -17,7 +15,7 @@ _KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 @dataclass(frozen=True)
 class OfflineData:
-    """The questions of one benchmark: a file, and as what `datasets` reads it, "json" or "parquet"."""
+    """The questions of one benchmark: a file, and the `datasets` loader for it, "json" or "parquet"."""
 
     path: Path
     kind: str
@@ -27,7 +25,7 @@ def find_data(folder: Path, preset: Preset) -> OfflineData:
     """Returns `folder`/NAME.jsonl, .json or .parquet, or the only such file in the folder `folder`/NAME.
 
     Raises:
-        InputError: there is none, or several; it cannot be read; its first question lacks a field.
+        InputError: no such file or several; it cannot be read; its first question lacks a field.
     """
     found = [path for ending in _KINDS if (path := folder / f"{preset.name}{ending}").is_file()]
     inner = folder / preset.name

@@ -1,6 +1,4 @@
-"""The benchmarks by name, each with its whole protocol: data, prompt, sampling, scoring."""
-
-from __future__ import annotations
+"""The benchmarks by name, each with its full protocol: data, prompt, sampling, scoring."""
 
 import difflib
 from dataclasses import dataclass, replace
@@ -15,11 +13,11 @@ class Preset:
     """One benchmark.
 
     `harness_task`: the file, within lm-evaluation-harness's tasks, of the task whose data, extraction and scoring are
-    used; "": none. `metric`: the key of its result that counts. `prompt`: Jinja over a question's fields, put into the
-    chat template as the user's message. `fields`: what a question of an offline file must have. `evalscope_dataset`:
-    EvalScope's name for it; "": not offered there. `executes_code`: the answers are programs, run by `code_execution`;
-    nothing is scored by the harness then. `scoring`: in words. `context`: of the model that it was fitted to, None: not
-    known; `max_tokens_asked`: what `max_tokens` was before, where it did not fit (`context.fitted`).
+    used; "": none. `metric`: the key of the result that counts. `prompt`: Jinja over a question's fields, put into the
+    chat template as the user's message. `fields`: those that a question of an offline file must have.
+    `evalscope_dataset`: EvalScope's name for it; "": not available there. `executes_code`: the answers are programs,
+    run by `code_execution` and not scored by the harness. `scoring`: in words. `context`: of the model that the preset
+    was fitted to; None: not known. `max_tokens_asked`: `max_tokens` before it was fitted (`context.fitted`).
     """
 
     name: str
@@ -115,7 +113,7 @@ PRESETS = {preset.name: preset for preset in _ROWS}
 def load_presets(
     names: list[str], *, temperature: float | None = None, top_p: float | None = None, max_tokens: int | None = None
 ) -> list[Preset]:
-    """Returns the presets of those names, with other sampling where it is given.
+    """Returns the presets of those names, with the sampling replaced where given.
 
     Raises:
         InputError: an unknown name, or sampling out of range.

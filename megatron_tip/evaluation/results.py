@@ -1,6 +1,4 @@
-"""eval.jsonl in a run's folder: one line a benchmark, mean and standard deviation over seeds."""
-
-from __future__ import annotations
+"""eval.jsonl in a run's folder: one line per benchmark, with mean and standard deviation over seeds."""
 
 import errno
 import fcntl
@@ -22,10 +20,10 @@ from megatron_tip.observability.run_folder import RunFolder
 def result_of(
     preset: Preset, seeds: Sequence[int], scores: Sequence[Score], facts: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Returns the line of one benchmark. `sd`: of the sample (n - 1), None of a single seed.
+    """Returns the line of one benchmark. `sd`: of the sample (n - 1); None for a single seed.
 
     Args:
-        facts: what was evaluated and by what: `model`, `backend`, `data`, `limit`.
+        facts: what was evaluated, and how: `model`, `backend`, `data`, `limit`.
     """
     cut = {"max_tokens asked": preset.max_tokens_asked} if preset.max_tokens_asked else {}
     values = [score.value for score in scores]
@@ -54,20 +52,20 @@ def result_of(
 
 
 def append_result(folder: RunFolder, result: Mapping[str, Any]) -> None:
-    """Appends a line to eval.jsonl, whole or not at all; evaluations that end at once wait for each other.
+    """Appends a line to eval.jsonl atomically; evaluations that end at the same time wait for each other.
 
     Raises:
         OutputError: the file cannot be written.
     """
     line = (json.dumps(result, ensure_ascii=False) + "\n").encode()
     path = folder.evaluations
-    # Unbuffered: a line that does not fit is taken back here, and nothing of it is written at the close.
+    # Unbuffered: a line that does not fit is truncated away here, and nothing of it is written at the close.
     with output_errors(path), path.open("a+b", buffering=0) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         before = file.seek(0, os.SEEK_END)
         if before:
             file.seek(before - 1)
-            line = line if file.read(1) == b"\n" else b"\n" + line  # a line that someone left unfinished
+            line = line if file.read(1) == b"\n" else b"\n" + line  # after an unfinished line
         try:
             if (written := file.write(line)) != len(line):
                 raise OSError(errno.ENOSPC, f"{written} of {len(line)} bytes fit")
@@ -90,10 +88,10 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def model_folder(run: Path, model: Path | None) -> Path:
-    """Returns the Hugging Face directory to evaluate: `model`, else the student that the run exported.
+    """Returns the Hugging Face directory to evaluate: `model`, else the student exported by the run.
 
     Raises:
-        InputError: it is none.
+        InputError: it is not such a directory.
     """
     path = model or RunFolder(run).hf
     if not (path / "config.json").is_file():

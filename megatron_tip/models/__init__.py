@@ -1,1 +1,1 @@
-"""Student and teacher as Megatron-Core GPT models that hand over final hidden states, never logits."""
+"""Student and teacher as Megatron-Core GPT models that return final hidden states, never logits."""

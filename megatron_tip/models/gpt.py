@@ -1,4 +1,4 @@
-"""One pipeline stage of a Megatron-Core GPT model, from a Hugging Face architecture."""
+"""One pipeline stage of a Megatron-Core GPT model, built from a Hugging Face architecture."""
 
 from typing import Any, Literal
 
@@ -31,8 +31,8 @@ TransformerImpl = Literal["auto", "local", "transformer_engine"]
 class HiddenStatesModel(GPTModel):
     """A GPTModel whose last stage returns its final hidden states instead of logits.
 
-    Only selected rows ever meet the LM head, and not inside of the model. The last stage's output is `[s, b, h]`,
-    behind the final norm; `[s / tp, b, h]` with sequence parallelism.
+    Only selected rows are multiplied with the LM head, outside of the model. The last stage's output is `[s, b, h]`,
+    after the final norm; `[s / tp, b, h]` with sequence parallelism.
     """
 
     def _postprocess(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -45,9 +45,9 @@ class HiddenStatesModel(GPTModel):
         first_stage_word_emb_key: str,
         metadata: Any = None,
     ) -> None:
-        """Makes the last stage's copy of tied embeddings a replica of the first stage's in a checkpoint.
+        """Declares the last stage's copy of tied embeddings a replica of the first stage's in a checkpoint.
 
-        Megatron 0.16's own takes the data-parallel rank from its global groups, which we do not have.
+        Megatron 0.16's own method takes the data-parallel rank from its global groups, which we do not create.
         """
         if self.pre_process or not self.post_process:
             return
@@ -62,10 +62,10 @@ class HiddenStatesModel(GPTModel):
 
 
 def prepare_megatron() -> None:
-    """Sets the state of the process that Megatron-Core takes for granted. Further calls do nothing.
+    """Sets up the process state that Megatron-Core expects. Further calls do nothing.
 
-    A random tracker that forks no CUDA generator (there is no dropout), the buffer of its sequence-parallel layers,
-    and, where there is no CUDA device, the CPU in its place, with oneDNN's matrix products.
+    This is a random tracker that forks no CUDA generator (there is no dropout), the buffer of its sequence-parallel
+    layers and, without a CUDA device, the CPU in its place, with oneDNN's matrix products.
     """
     if not torch.cuda.is_available():
         from megatron_tip.cpu import cuda_on_cpu
@@ -88,16 +88,16 @@ def build_gpt(
     recompute_activations: bool = False,
     trainable: bool = True,
 ) -> HiddenStatesModel:
-    """This rank's stage, its weights not yet set (`conversion.bridge.load_hf` sets them).
+    """Returns this rank's stage with unset weights (`conversion.bridge.load_hf` sets them).
 
-    On the CPU, or on the current CUDA device where there is one. `padded_vocab_size`: a multiple of the tp size, at
+    It is on the current CUDA device, or on the CPU without one. `padded_vocab_size`: a multiple of the tp size, at
     least the architecture's. `trainable=False` (the teacher): no gradients, and no LM head on the last stage.
 
-    Collective over the first and last stage where a trainable model's embeddings are tied (Megatron's own).
+    Collective over the first and last stage if a trainable model's embeddings are tied (Megatron's own collective).
 
     Raises:
-        ConfigError: the layout does not fit (`check_layout`), or the padded vocabulary does not.
-        OptionalDependencyError: Transformer Engine was asked for and is not installed.
+        ConfigError: the layout (`check_layout`) or the padded vocabulary does not fit.
+        OptionalDependencyError: Transformer Engine was requested and is not installed.
     """
     grid = groups.grid
     check_layout(architecture, tp_size=grid.tp_size, pp_size=grid.pp_size, owner="model")
@@ -141,17 +141,17 @@ def build_gpt(
 
 
 def resolve_transformer_impl(transformer_impl: TransformerImpl) -> Literal["local", "transformer_engine"]:
-    """What "auto" means here: Transformer Engine on a GPU where it is installed, local layers elsewhere."""
+    """Returns what "auto" stands for: Transformer Engine if it is installed and there is a GPU, else local layers."""
     if transformer_impl != "auto":
         return transformer_impl
     return "transformer_engine" if torch.cuda.is_available() and has_transformer_engine() else "local"
 
 
 def output_head_weight(model: GPTModel) -> torch.nn.Parameter:
-    """The LM head `[v / tp, h]` that the last stage multiplies hidden states with; last stage of a student only.
+    """Returns the LM head `[v / tp, h]`, on the last stage of a student only.
 
-    Tied embeddings: the embedding itself, or with pp > 1 the last stage's copy, whose gradient Megatron adds to the
-    first stage's (`finalize_model_grads`).
+    With tied embeddings it is the embedding itself or, with pp > 1, the last stage's copy, whose gradient Megatron adds
+    to the first stage's (`finalize_model_grads`).
     """
     assert model.post_process, "the LM head is on the last stage"
     if model.share_embeddings_and_output_weights:
@@ -205,7 +205,7 @@ def _transformer_config(
 
 
 def _scale_rope(model: GPTModel, scaling: RopeScaling | None) -> None:
-    """Megatron's constructor knows the factor of llama3 alone; its own function takes all of the parameters."""
+    """Scales rotary frequencies after construction: Megatron's constructor only takes llama3's factor."""
     if scaling is None:
         return
     rope: Any = model.rotary_pos_emb
@@ -222,14 +222,14 @@ def _scale_rope(model: GPTModel, scaling: RopeScaling | None) -> None:
 
 
 def _mark_tensor_parallel(model: GPTModel) -> None:
-    """Marks sharded weights, which Megatron does only while it initialises them.
+    """Marks sharded weights, which Megatron does only when it initialises them.
 
-    Unmarked, they count as copies of one another, and the gradient norm leaves out all ranks but the first.
+    Unmarked, they would count as replicas, and the gradient norm would omit all ranks but the first.
     """
     for name, module in model.named_modules():
         if not isinstance(module, (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding)):
             continue
         if module.weight is not None and not hasattr(module.weight, "tensor_model_parallel"):
             dim = 1 if isinstance(module, RowParallelLinear) else 0
-            stride = 2 if name.endswith("linear_fc1") else 1  # gate and up, one below the other
+            stride = 2 if name.endswith("linear_fc1") else 1  # gate and up, stacked
             set_tensor_model_parallel_attributes(module.weight, True, dim, stride)

@@ -1,4 +1,4 @@
-"""Final hidden states: from a stage's output to rows, and from the teacher's ranks to the student's.
+"""Final hidden states as rows, and their transfer from the teacher's ranks to the student's.
 
 Shape letters: `s` sequence, `b` micro-batch, `h` hidden, `n` valid tokens of a micro-batch.
 """
@@ -14,14 +14,15 @@ from megatron_tip.parallel.groups import ModelGrid
 
 
 def masked_rows(hidden_states: Tensor, mask: Tensor, *, tp_group: dist.ProcessGroup, sequence_parallel: bool) -> Tensor:
-    """`[n, h]`: the hidden states where `mask` holds, sequence by sequence, position by position.
+    """Returns the hidden states where `mask` holds, `[n, h]`, ordered by sequence and position.
 
     Args:
         hidden_states: `[s, b, h]`, or this rank's `[s/tp, b, h]` under sequence parallelism.
         mask: `[b, s]` bool with n true entries.
 
-    The gradient that comes back must be the complete one on every tp rank (as `divergence_loss` gives it): under
-    sequence parallelism each rank keeps its own part of it, with no further reduction.
+    The incoming gradient must be complete on every tp rank (as `divergence_loss` gives it): under sequence parallelism
+    each rank keeps its own part, without a further reduction.
+
     Collectives: one all-gather over `tp_group` under sequence parallelism, none otherwise.
     """
     if sequence_parallel:
@@ -33,7 +34,7 @@ def masked_rows(hidden_states: Tensor, mask: Tensor, *, tp_group: dist.ProcessGr
 
 @dataclass(frozen=True)
 class Transfer:
-    """One micro-batch's hidden rows on their way: `num_rows` rows from global rank `source` to `destination`."""
+    """A transfer of one micro-batch's hidden rows: `num_rows` rows from global rank `source` to `destination`."""
 
     replica: int
     micro_batch: int
@@ -43,13 +44,13 @@ class Transfer:
 
 
 def plan_transfers(num_rows: list[list[int]], student: ModelGrid, teacher: ModelGrid) -> list[Transfer]:
-    """Who sends which micro-batch's hidden rows to whom; a pure function, equal on every rank.
+    """Returns who sends which micro-batch's hidden rows to whom; a pure function, the same on every rank.
 
     Args:
         num_rows: valid tokens by student replica and micro-batch.
 
     Every tp rank of the student's last stage needs every row (its head shard covers other words, not other tokens).
-    Each asks itself first, then a teacher rank chosen in turn, so that the load spreads over the teacher's tp ranks.
+    Each gets them from itself if it holds them, else from teacher tp ranks in turn, which spreads the load.
     """
     transfers = []
     for replica, rows_of_micro_batches in enumerate(num_rows):
@@ -66,10 +67,10 @@ def plan_transfers(num_rows: list[list[int]], student: ModelGrid, teacher: Model
 def teacher_replica(
     replica: int, micro_batch: int, num_micro_batches: int, student: ModelGrid, teacher: ModelGrid
 ) -> int:
-    """The teacher replica that serves a student replica's micro-batch.
+    """Returns the teacher replica that serves a student replica's micro-batch.
 
-    Equal data-parallel sizes: its namesake, so that equal layouts move no data. Otherwise the micro-batches, laid end
-    to end, are cut into equal stretches.
+    With equal data-parallel sizes it is the replica of the same number, so that equal layouts move no data. Otherwise
+    the micro-batches, laid end to end, are cut into equal parts.
     """
     place = (replica + (micro_batch + 0.5) / num_micro_batches) / student.dp_size
     return int(place * teacher.dp_size)
@@ -80,11 +81,11 @@ def exchange(
     incoming: Mapping[tuple[int, int], Tensor],
     transfers: list[Transfer],
 ) -> None:
-    """Fills `incoming` with the rows that `transfers` bring to this rank.
+    """Fills `incoming` with the rows that `transfers` send to this rank.
 
     Args:
         outgoing: `[n, h]` rows that this rank holds, by (replica, micro_batch).
-        incoming: `[n, h]` buffers for the rows that this rank is the destination of, by the same key; written to.
+        incoming: `[n, h]` buffers for the rows sent to this rank, by the same key; written to.
 
     Collectives: point-to-point over the world; every rank calls it with the same `transfers`.
     """

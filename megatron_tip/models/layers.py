@@ -1,4 +1,4 @@
-"""Layers that need nothing but torch: Megatron's own linear layers with torch's norm, attention and recomputation."""
+"""Layers that need only torch: Megatron's own linear layers with torch's norm, attention and recomputation."""
 
 from typing import Any
 
@@ -14,9 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """RMSNorm whose weight tells Megatron to reduce its gradient over the sequence-parallel ranks.
+    """An RMSNorm whose weight tells Megatron to reduce its gradient over the sequence-parallel ranks.
 
-    Megatron's fallback norm without Apex or Transformer Engine refuses sequence parallelism.
+    Megatron's fallback norm, without Apex or Transformer Engine, refuses sequence parallelism.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
@@ -26,7 +26,7 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 class CausalAttention(torch.nn.Module):
-    """Causal attention by torch's fused kernel, which never keeps the scores of all pairs of positions.
+    """Causal attention with torch's fused kernel, which never stores the scores of all pairs of positions.
 
     Sequences are padded on the right: a causal mask already keeps every valid position from seeing padding.
     """
@@ -38,7 +38,10 @@ class CausalAttention(torch.nn.Module):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
     ) -> Tensor:
-        """`[s, b, heads x head_dim]` from query `[s, b, heads, head_dim]`, key and value `[s, b, groups, head_dim]`."""
+        """Returns `[s, b, heads x head_dim]`.
+
+        `query`: `[s, b, heads, head_dim]`. `key`, `value`: `[s, b, groups, head_dim]`.
+        """
         assert attention_mask is None, "attention is causal; no other mask is supported"
         unsupported = [name for name in ("attention_bias", "packed_seq_params") if options.get(name) is not None]
         assert not unsupported, f"not supported: {unsupported}"
@@ -49,19 +52,19 @@ class CausalAttention(torch.nn.Module):
 
 
 class RecomputedLayer(TransformerLayer):
-    """A layer that keeps its input alone and runs again in the backward pass.
+    """A layer that keeps only its input and runs again in the backward pass.
 
-    Megatron's own recomputation saves and restores CUDA's random state, which a CPU does not have. Without dropout
-    there is nothing to restore.
+    Megatron's own recomputation saves and restores CUDA's random state, which a CPU does not have and which a model
+    without dropout does not need.
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the layer itself returns."""
+        """Returns the layer's own output."""
         return checkpoint(super().forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
 def local_block(num_layers: int, *, qk_norm: bool) -> TransformerBlockSubmodules:
-    """The specification of one stage's layers and final norm."""
+    """Returns the specification of one stage's layers and final norm."""
     layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=qk_norm)
     submodules: Any = layer.submodules
     submodules.input_layernorm = submodules.pre_mlp_layernorm = RMSNorm

@@ -1,4 +1,4 @@
-"""Which layouts a model can take. Free of Megatron, so that a configuration is checked before its seconds of import."""
+"""A check of a model's parallel layout. Free of Megatron, whose import takes seconds."""
 
 import math
 
@@ -7,9 +7,9 @@ from megatron_tip.errors import ConfigError
 
 
 def check_layout(architecture: ModelArchitecture, *, tp_size: int, pp_size: int, owner: str) -> None:
-    """Refuses a layout that the model cannot take. Needs no process group; equal on every rank.
+    """Refuses a layout that the model cannot take. Needs no process group; the outcome is the same on every rank.
 
-    Megatron-Core 0.16 shards fewer query groups than tp ranks only through its global groups, which we do not have.
+    Megatron-Core 0.16 can shard fewer query groups than tp ranks only with its global groups, which we do not create.
 
     Raises:
         ConfigError: heads, query groups or feed-forward size not divisible by `tp_size`, or layers by `pp_size`.

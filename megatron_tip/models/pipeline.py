@@ -1,4 +1,4 @@
-"""Micro-batches through a model's pipeline, on Megatron's own schedules."""
+"""Forward and backward passes of micro-batches through a model's pipeline, on Megatron's schedules."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -24,8 +24,9 @@ def run_forward(
 ) -> None:
     """Runs every micro-batch forward, without gradient.
 
-    On the last stage `on_hidden_states(index, hidden_states)` gets each micro-batch's final-norm output, `[s, b, h]`
-    (`[s/tp, b, h]` under sequence parallelism); what it returns is dropped. Collective over the replica's tp x pp.
+    On the last stage, `on_hidden_states(index, hidden_states)` receives each micro-batch's final-norm output,
+    `[s, b, h]` (`[s/tp, b, h]` under sequence parallelism); its result is ignored. Collective over the replica's tp x
+    pp.
     """
     with torch.no_grad():
         _run_schedule(model, groups, micro_batches, on_hidden_states, forward_only=True)
@@ -36,9 +37,9 @@ def run_forward_backward(
 ) -> None:
     """Runs every micro-batch forward and backward and reduces the gradients over the data-parallel ranks.
 
-    On the last stage `loss_of(index, hidden_states)` returns the micro-batch's part of the loss, a scalar that is
-    summed over micro-batches and replicas, undivided: it already carries its weights. A micro-batch without any
-    selected token must return a zero that is connected to `hidden_states`, so that every rank runs its backward.
+    On the last stage, `loss_of(index, hidden_states)` returns the micro-batch's part of the loss, a scalar that is
+    summed over micro-batches and replicas without division: its weights are already in it. For a micro-batch without a
+    selected token it must return a zero connected to `hidden_states`, so that every rank runs its backward.
     """
     _run_schedule(model, groups, micro_batches, loss_of, forward_only=False)
 
@@ -51,7 +52,7 @@ def _run_schedule(
     *,
     forward_only: bool,
 ) -> None:
-    if not micro_batches:  # only a teacher replica without work: nothing of its pipeline is awaited anywhere
+    if not micro_batches:  # only a teacher replica without work: no other rank waits for its pipeline
         assert forward_only, "a student replica always has a micro-batch"
         return
     arguments: dict[str, Any] = {
@@ -59,7 +60,7 @@ def _run_schedule(
         "data_iterator": iter(enumerate(micro_batches)),
         "model": model,
         "num_microbatches": len(micro_batches),
-        # Ignored: with more than one stage, config.variable_seq_lengths sends each tensor's shape ahead of it.
+        # Ignored: with several stages, config.variable_seq_lengths sends each tensor's shape first.
         "seq_length": micro_batches[0].shape[1],
         "micro_batch_size": micro_batches[0].shape[0],
         "forward_only": forward_only,
@@ -85,5 +86,5 @@ def _finish(on_last_stage: LastStage, index: int, hidden_states: Tensor, non_los
     result = on_last_stage(index, hidden_states)
     if non_loss_data:
         return None
-    # Three values: Megatron divides by nothing then (config.calculate_per_token_loss); the count is not used.
+    # With three values Megatron does not divide (config.calculate_per_token_loss); the count is not used.
     return result, torch.zeros((), dtype=torch.int, device=hidden_states.device), None

@@ -25,7 +25,7 @@ from megatron_tip.records import MicroBatch
 
 @dataclass(frozen=True)
 class Student:
-    """The student's stage on this rank. `clip_grad`: largest gradient norm over all parameters; 0: no clipping."""
+    """The student's stage on this rank. `clip_grad`: limit of the gradient norm over all parameters; 0: no clipping."""
 
     model: GPTModel
     wrapped: DistributedDataParallel
@@ -39,28 +39,33 @@ class Student:
         """`[V_padded / tp, H]`: this rank's shard of the LM head; on the last stage only."""
         return output_head_weight(self.model)
 
+    @property
+    def sequence_multiple(self) -> int:
+        """Divisor of the padded lengths that the model takes: sequence parallelism splits them over the tp ranks."""
+        return self.groups.grid.tp_size if get_model_config(self.model).sequence_parallel else 1
+
     def rows(self, hidden_states: Tensor, mask: Tensor) -> Tensor:
-        """`[n, H]`: the last stage's output where `mask` `[b, s]` holds."""
+        """Returns the last stage's output where `mask` `[b, s]` holds, `[n, H]`."""
         sequence_parallel = get_model_config(self.model).sequence_parallel
         return masked_rows(hidden_states, mask, tp_group=self.groups.tp_group, sequence_parallel=sequence_parallel)
 
     def forward(self, micro_batches: Sequence[MicroBatch], on_hidden_states: LastStage) -> None:
-        """Runs the micro-batches forward without gradient; see `pipeline.run_forward`."""
+        """Runs the micro-batches forward, without gradient; see `pipeline.run_forward`."""
         run_forward(self.model, self.groups, micro_batches, on_hidden_states)
 
     def accumulate_gradients(self, micro_batches: Sequence[MicroBatch], loss_of: LastStage) -> None:
-        """Zeroes the gradients, then accumulates and reduces those of the summed loss."""
+        """Zeroes the gradients, then accumulates and reduces the summed loss's."""
         self.wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
         run_forward_backward(self.wrapped, self.groups, micro_batches, loss_of)
 
     def apply_gradients(self, step: int) -> dict[str, float]:
-        """Clips, steps the optimizer and the schedule; returns gradient norm and learning rate.
+        """Clips gradients, steps optimizer and schedule; returns gradient norm and learning rate.
 
-        These are the stages of Megatron's ChainedOptimizer.step with a check between norm and update.
+        These are the stages of Megatron's ChainedOptimizer.step, with a check between norm and update.
 
         Raises:
-            NotFiniteError: the gradient is not finite. Weights, optimizer and schedule are as before; on all ranks.
+            NotFiniteError: on all ranks; the gradient is not finite. Weights, optimizer and schedule are unchanged.
         """
         lr = self.optimizer.param_groups[0]["lr"]
         self.optimizer.prepare_grads()
@@ -79,7 +84,7 @@ class Student:
 def build_student(
     model: GPTModel, groups: ModelGroups, settings: configuration.OptimizerConfig, *, num_steps: int
 ) -> Student:
-    """Wraps a loaded stage for training: gradient buffers in float32, AdamW, warm-up and cosine over `num_steps`."""
+    """Wraps a loaded stage for training: float32 gradient buffers, AdamW, warm-up and cosine decay over `num_steps`."""
     model_config = get_model_config(model)
     model_config.finalize_model_grads_func = _finalize_gradients
     wrapped = DistributedDataParallel(
@@ -111,7 +116,7 @@ def build_student(
     )
     scheduler = OptimizerParamScheduler(
         optimizer,
-        # The first step is taken at the first rung above zero; from zero it would change nothing.
+        # Starts warm-up one increment above zero: a first step at zero would change nothing.
         init_lr=settings.lr / (settings.warmup_steps + 1),
         max_lr=settings.lr,
         min_lr=settings.min_lr,
@@ -128,8 +133,8 @@ def build_student(
 
 
 def _finalize_gradients(model: list[torch.nn.Module], num_tokens: Tensor | None = None, **arguments: Any) -> None:
-    """Megatron's reduction of gradients over dp, of tied embeddings over pp and of norms over tp, without its division.
+    """Runs Megatron's reduction of gradients over dp, tied embeddings over pp and norms over tp, without its division.
 
-    The row weights of the loss already carry the one division by the global count.
+    The loss's row weights already include the division by the global count.
     """
     finalize_model_grads(model, None, **arguments)

@@ -1,4 +1,4 @@
-"""The one place that knows whether Transformer Engine is there, and its layers."""
+"""Transformer Engine's layers, and the only check whether it is installed."""
 
 from typing import Any
 
@@ -9,12 +9,12 @@ from megatron_tip.errors import OptionalDependencyError
 
 
 def has_transformer_engine() -> bool:
-    """Whether Megatron-Core found a usable Transformer Engine."""
+    """Returns whether Megatron-Core found a usable Transformer Engine."""
     return gpt_layer_specs.HAVE_TE
 
 
 def transformer_engine_block(num_layers: int, *, qk_norm: bool) -> TransformerBlockSubmodules:
-    """The specification of one stage's layers and final norm, of Transformer Engine modules.
+    """Returns the specification of one stage's layers and final norm, as Transformer Engine modules.
 
     Raises:
         OptionalDependencyError: Transformer Engine is not installed.

@@ -1,1 +1,1 @@
-"""What a run tells: its folder, metrics, timings, progress, log and report."""
+"""Observability of a run: its folder, metrics, timings, traces, progress and log."""

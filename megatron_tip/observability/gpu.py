@@ -8,7 +8,7 @@ except ImportError:  # nvidia-ml-py comes with the extra "monitoring"
     _pynvml = None
 pynvml: Any = _pynvml
 
-# Clocks lowered for heat or power; not those lowered because the GPU is idle or was told to.
+# Clocks lowered because of heat or power, not because the GPU is idle or by request.
 _THROTTLE_REASONS = ("HwSlowdown", "HwThermalSlowdown", "HwPowerBrakeSlowdown", "SwThermalSlowdown", "SwPowerCap")
 _NVLINK_ERRORS = (
     "NVML_NVLINK_ERROR_DL_REPLAY",
@@ -18,17 +18,17 @@ _NVLINK_ERRORS = (
 
 
 class GpuReader:
-    """Reads one GPU through NVML."""
+    """A reader of one GPU's sensors through NVML."""
 
     def __init__(self, handle: Any) -> None:
-        """`handle`: NVML's, of the GPU."""
+        """Takes NVML's `handle` of the GPU."""
         assert pynvml is not None, "made by `open`"
         self._handle = handle
         self._throttle_mask = sum(getattr(pynvml, f"nvmlClocksThrottleReason{name}", 0) for name in _THROTTLE_REASONS)
 
     @classmethod
     def open(cls, uuid: str) -> "GpuReader | None":
-        """Returns the reader of the GPU with that UUID; None where NVML, its driver or the GPU is missing."""
+        """Returns the reader of the GPU with that UUID; None if NVML, its driver or the GPU is missing."""
         if pynvml is None:
             return None
         try:
@@ -39,9 +39,9 @@ class GpuReader:
             return None
 
     def read(self) -> dict[str, float]:
-        """Returns the present values; what the GPU does not tell is left out.
+        """Returns the current values, without those that the GPU does not report.
 
-        `memory_used_bytes` (of all processes), `utilisation_percent` (of the last sampling period of the driver),
+        `memory_used_bytes` (of all processes), `utilisation_percent` (over the driver's last sampling period),
         `power_watts`, `temperature_celsius`, `throttled` (0 or 1), `nvlink_errors` (since the driver was loaded).
         """
         readers = {
@@ -64,7 +64,7 @@ class GpuReader:
         return bool(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(self._handle) & self._throttle_mask)
 
     def _nvlink_errors(self) -> int:
-        """The errors of all links; raises NVMLError where there is no link."""
+        """Returns the errors of all links; raises NVMLError if there are no links."""
         total, num_links = 0, 0
         for link in range(pynvml.NVML_NVLINK_MAX_LINKS):
             try:

@@ -1,4 +1,4 @@
-"""Logging of a worker: its rank in every line, INFO from rank 0, warnings from all."""
+"""Logging of a worker: its rank in every line, INFO from rank 0, warnings from all ranks."""
 
 import logging
 import sys
@@ -7,7 +7,7 @@ from typing import TextIO
 
 
 class _StderrHandler(logging.StreamHandler):
-    """Writes to what sys.stderr is at the time: a live display puts itself there and prints lines above itself."""
+    """A handler that looks up sys.stderr at each write: a live display replaces it, to print lines above itself."""
 
     @property
     def stream(self) -> TextIO:
@@ -19,10 +19,10 @@ class _StderrHandler(logging.StreamHandler):
 
 
 def configure_logging(rank: int) -> None:
-    """Sends the log of this process to stderr. Call it before Megatron is imported: it warns at import."""
+    """Sends the log of this process to stderr. Call it before importing Megatron, which warns at import."""
     handler = _StderrHandler()
     handler.setFormatter(logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logging.getLogger("megatron_tip").setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    # Both are optional and said to be so in the README; three ranks would say it four times each.
+    # Both are optional, as the README says; each rank would repeat the warning several times.
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")

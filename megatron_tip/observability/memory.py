@@ -1,4 +1,4 @@
-"""Memory of this process."""
+"""Memory use of this process."""
 
 import resource
 import sys
@@ -9,8 +9,10 @@ import torch
 
 
 class PhaseMemory:
-    """Memory of this worker by phase, of the current step: on a GPU the most that tensors held since the phase before,
-    elsewhere the process's resident set as the phase ends. Costs some microseconds a phase.
+    """Memory use of this worker by phase of the current step.
+
+    On a GPU, the peak of tensors since the previous phase; elsewhere the process's resident set at the end of the
+    phase. Costs some microseconds per phase.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -19,11 +21,11 @@ class PhaseMemory:
         self._step: dict[str, int] = {}
 
     def phase_ended(self, name: str) -> None:
-        """Charges what is in use to `name`; of a phase entered twice in a step, the larger counts."""
+        """Records the memory in use for `name`; for a phase entered twice in a step, the larger value counts."""
         self._step[name] = max(self._step.get(name, 0), self._now())
 
     def step_metrics(self) -> dict[str, float]:
-        """Returns {"memory/<phase>_bytes": bytes} since the last call, and begins a new step."""
+        """Returns {"memory/<phase>_bytes": bytes} since the last call, and starts a new step."""
         step, self._step = self._step, {}
         return {f"memory/{name}_bytes": float(held) for name, held in step.items()}
 
@@ -36,11 +38,11 @@ class PhaseMemory:
 
 
 def peak_rss_bytes() -> int:
-    """Returns the largest resident set that this process has had, children not included."""
+    """Returns the peak resident set of this process, without children."""
     status = Path("/proc/self/status")
     if not status.exists():
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024  # macOS counts in bytes, others in KiB
-    # Linux's getrusage starts from the peak of the process that started this one.
+    # Linux's getrusage starts from the parent process's peak.
     line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
     return int(line.split()[1]) * 1024

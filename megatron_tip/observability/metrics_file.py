@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a step, on the disk before the next step begins."""
+"""metrics.jsonl: one JSON object per step, on the disk before the next step begins."""
 
 import errno
 import json
@@ -14,20 +14,20 @@ from megatron_tip.files import atomic_write_bytes, finite_json, output_errors
 logger = logging.getLogger(__name__)
 
 MEASURED = ("time/", "memory/", "perf/", "gpu/", "host/")
-"""Beginnings of the names of metrics that are measured of the machine: two runs of the same numbers differ in them."""
+"""Prefixes of metrics that measure the machine; they differ between runs that are otherwise identical."""
 
 
 class MetricsWriter:
-    """Appends steps to a JSON-lines file. Only rank 0 makes one.
+    """A writer that appends steps to a JSON-lines file. Only rank 0 creates one.
 
-    Keys are `area/name_unit`. A value that is not finite is written as null.
+    Keys are `area/name_unit`. Values that are not finite are written as null.
     """
 
     def __init__(self, path: Path, *, keep_until_step: int | None = None) -> None:
-        """Starts the file anew, or cuts what an interrupted run left behind `keep_until_step`.
+        """Starts a new file, or removes what an interrupted run wrote after `keep_until_step`.
 
         Raises:
-            OutputError: it cannot be written.
+            OutputError: the file cannot be written.
         """
         self._path = path
         atomic_write_bytes(path, b"" if keep_until_step is None else b"".join(_lines_until(path, keep_until_step)))
@@ -38,7 +38,7 @@ class MetricsWriter:
         """Appends one line and syncs it.
 
         Raises:
-            OutputError: the disk is full; the file then ends with the line before.
+            OutputError: the disk is full; the file then ends with the previous line.
         """
         line = (json.dumps(finite_json({"step": step, **metrics}), allow_nan=False) + "\n").encode()
         with output_errors(self._path):
@@ -63,7 +63,7 @@ class MetricsWriter:
 
 
 def _lines_until(path: Path, step: int) -> Iterator[bytes]:
-    """The lines of steps up to `step`; a line that is broken ends them."""
+    """Yields the lines of steps up to `step`, and stops at a broken line."""
     for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
         try:
             if _step(json.loads(line))["step"] > step or not line.endswith(b"\n"):
@@ -74,7 +74,7 @@ def _lines_until(path: Path, step: int) -> Iterator[bytes]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Returns the steps of a metrics.jsonl in order; a last line that was cut off is left out.
+    """Returns the steps of a metrics.jsonl in order, without a truncated last line.
 
     Raises:
         InputError: the file cannot be read, or a line before the last is broken.

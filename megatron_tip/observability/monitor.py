@@ -1,4 +1,4 @@
-"""GPU and host of every worker, sampled in a thread and reduced over the workers once a step."""
+"""GPU and host monitoring of every worker, sampled in a thread and reduced over the workers once per step."""
 
 import logging
 import threading
@@ -19,15 +19,17 @@ Over = Literal["sum", "max", "mean"]
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure that is reported. `source`: the name of the sampled value. `in_step`: how the samples of a step become
-    one. `over_ranks`: how those of the workers become one.
+    """A reported figure.
+
+    `source`: the name of the sampled value. `in_step`: how a step's samples are combined. `over_ranks`: how the
+    workers' values are combined.
     """
 
     name: str
     source: str
     in_step: Over
     over_ranks: Over
-    sign: float = 1.0  # -1: the smallest is wanted
+    sign: float = 1.0  # -1: for a minimum
 
 
 FIGURES = (
@@ -44,10 +46,10 @@ FIGURES = (
 
 
 class Monitor:
-    """Samples this worker's GPU and host; a context manager. Without a GPU only the host's figures are there."""
+    """A context manager that samples this worker's GPU and host. Without a GPU it reports only the host's figures."""
 
     def __init__(self, device: torch.device, every_seconds: float) -> None:
-        """`every_seconds`: between samples; a step that ends sooner takes one of its own."""
+        """Takes the seconds between samples; a step that ends sooner takes its own sample."""
         self._device = device
         self._every_seconds = every_seconds
         gpu = _gpu_reader(device)
@@ -59,7 +61,7 @@ class Monitor:
         self._thread = threading.Thread(target=self._run, name="monitor", daemon=True)
 
     def step_metrics(self) -> dict[str, float]:
-        """Returns the figures of the time since the last call, equal on every rank.
+        """Returns the figures since the last call, the same on every rank.
 
         Collectives over the world: one all-reduce of sums, one of maxima.
         """
@@ -68,16 +70,16 @@ class Monitor:
         return reduce_figures(in_step(samples or [self.sample()]), self._device)
 
     def sample(self) -> dict[str, float]:
-        """Returns the present values of this worker.
+        """Returns the current values of this worker.
 
         `cpu_percent`: of the host's processors, since the last sample. `rss_bytes`: of this process. Never raises: what
-        cannot be read is logged once and left out from then on.
+        cannot be read is logged once and then left out.
         """
         values: dict[str, float] = {}
         for read in list(self._readers):
             try:
                 values |= read()
-            except Exception as error:  # no sensor is worth a run
+            except Exception as error:  # a broken sensor must not end a run
                 self._readers.remove(read)
                 logger.warning("monitoring: left out from now on: %s: %s", type(error).__name__, error)
         return values
@@ -96,7 +98,7 @@ class Monitor:
                 self._samples.append(values)
 
     def __enter__(self) -> Self:
-        psutil.cpu_percent()  # the first call has nothing to compare with
+        psutil.cpu_percent()  # the first call has no earlier one to compare with
         self._thread.start()
         return self
 
@@ -106,7 +108,7 @@ class Monitor:
 
 
 def in_step(samples: list[dict[str, float]]) -> dict[str, float]:
-    """Returns one value for each figure that the samples of one worker and step tell, by the figure's name."""
+    """Returns the figures that one worker's samples of a step contain, one value each, by name."""
     values = {}
     for figure in FIGURES:
         found = [figure.sign * sample[figure.source] for sample in samples if figure.source in sample]
@@ -116,7 +118,7 @@ def in_step(samples: list[dict[str, float]]) -> dict[str, float]:
 
 
 def reduce_figures(values: Mapping[str, float], device: torch.device) -> dict[str, float]:
-    """Returns the figures over all workers; one that no worker has is left out. Two all-reduces over the world."""
+    """Returns the figures over all workers, without those that no worker has. Two all-reduces over the world."""
     has = [float(figure.name in values) for figure in FIGURES]
     sums = torch.tensor([*has, *(values.get(f.name, 0.0) for f in FIGURES)], dtype=torch.float64, device=device)
     lowest = float("-inf")

@@ -1,4 +1,4 @@
-"""How far the run is: a bar and a live line on a terminal, one log line a step elsewhere."""
+"""Progress of the run: a bar and a live line on a terminal, else one log line per step."""
 
 import logging
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ _SHOWN = {
 
 
 class ProgressDisplay:
-    """Shows the steps of a run; a context manager. Ranks other than 0 pass `enabled=False` and show nothing."""
+    """A context manager that shows a run's steps. Ranks other than 0 pass `enabled=False` and show nothing."""
 
     def __init__(self, num_steps: int, *, enabled: bool, console: Console | None = None) -> None:
         console = console or Console(stderr=True)
@@ -45,11 +45,11 @@ class ProgressDisplay:
         self._live = Live(Group(self._bar, self._line), console=console) if enabled and console.is_terminal else None
 
     def show_phase(self, name: str) -> None:
-        """Names what is going on now."""
+        """Shows the name of the current phase."""
         self._bar.update(self._task, phase=name)
 
     def finish_step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Moves on to `step` of the run and shows its main metrics; step 0 is what was measured before the first."""
+        """Moves on to `step` and shows its main metrics; step 0 is the measurement before the first step."""
         line = describe_metrics(metrics)
         self._bar.update(self._task, completed=step)
         self._line.plain = line

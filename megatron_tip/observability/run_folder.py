@@ -1,10 +1,10 @@
-"""The folder that a run leaves: created and checked before anything starts, every file written whole or not at all.
+"""The folder of a run: created and checked before anything starts; every file is written atomically.
 
     config.toml  metrics.jsonl  samples.jsonl  summary.json  report.png  rollouts/  checkpoint/  hf/
-    views/  wandb/  tensorboard/  trackers.json  trace/  trace.json    where [tracking] or [monitoring] asks for them
-    checkpoints/  what an interrupted run continues from      skipped/  rollouts of steps that were not finite
-    diagnostics/  what the start made of the context bank, where [diagnostics] asks for it
-    stacks/  where the ranks of a run stood that hung         eval.jsonl, eval/  results of `megatron-tip eval`
+    views/  wandb/  tensorboard/  trackers.json  trace/  trace.json  if [tracking] or [monitoring] asks for them
+    checkpoints/  what an interrupted run continues from    skipped/  rollouts of steps that were not finite
+    diagnostics/  the start's scores of the context bank, if [diagnostics] asks for them
+    stacks/  the stacks of all ranks of a run that hung     eval.jsonl, eval/  results of `megatron-tip eval`
 
 `summary.json` is written last: its presence says that the run finished.
 """
@@ -26,7 +26,7 @@ from megatron_tip.files import atomic_write_text, finite_json
 
 @dataclass(frozen=True)
 class Sample:
-    """A held-out prompt and the student's answer to it, before the first and after the last step."""
+    """A held-out prompt with the student's answers before the first and after the last step."""
 
     prompt: str
     before: str
@@ -41,10 +41,10 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path) -> "RunFolder":
-        """Returns the folder, created with its parents. Safe to call again; leaves what an unfinished run wrote.
+        """Creates the folder with its parents. Safe to call again; keeps what an unfinished run wrote.
 
         Raises:
-            ConfigError: it holds a finished run, is no directory, or cannot be written to.
+            ConfigError: it holds a finished run, is not a directory, or is not writable.
         """
         folder = cls(path)
         if folder.summary.exists():
@@ -60,7 +60,7 @@ class RunFolder:
                 os.fsync(probe.fileno())
         except OSError as error:
             raise ConfigError(
-                f"run.folder: expected a folder that can be written to, got {path}: {error.strerror}; free space or "
+                f"run.folder: expected a writable folder, got {path}: {error.strerror}; free space or "
                 "permit writing there, or give another one (run.folder=...)"
             ) from None
         return folder
@@ -126,7 +126,7 @@ class RunFolder:
         return self.path / "hf"
 
     def clear(self) -> None:
-        """Removes what an unfinished run left, its checkpoints first: halfway through, nothing looks complete."""
+        """Removes what an unfinished run left, its checkpoints first, so that nothing looks complete halfway."""
         parts = (self.rollouts, self.skipped, self.stacks, self.trace, self.views, self.diagnostics)
         for folder in (self.checkpoints, *parts):
             shutil.rmtree(folder, ignore_errors=True)

@@ -1,7 +1,5 @@
 """One process at a time writes into a run's folder."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import json

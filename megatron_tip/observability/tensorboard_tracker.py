@@ -10,7 +10,8 @@ from PIL import Image
 
 from megatron_tip.config import Config
 from megatron_tip.observability.run_folder import RunFolder
-from megatron_tip.observability.token_view import TokenView, quadrant_png
+from megatron_tip.observability.token_table import TokenTable
+from megatron_tip.observability.token_view import quadrant_png
 
 
 class TensorBoardTracker:
@@ -29,10 +30,11 @@ class TensorBoardTracker:
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
-    def log_view(self, step: int, view: TokenView) -> None:
+    def log_view(self, step: int, view: TokenTable) -> None:
         """Takes the responses as Markdown with selected tokens in bold, and the scatter of quadrants."""
-        for place, response in enumerate(view.responses):
-            pairs = zip(response.tokens, response.selected, strict=True)
+        for place, viewed in enumerate(view.facts.rollouts):
+            tokens = view.tokens_of(viewed)
+            pairs = zip(*(tokens.column(name).to_pylist() for name in ("text", "selected")), strict=True)
             text = "".join(f"**`{token}`**" if selected else token for token, selected in pairs)
             self._writer.add_text(f"view/response_{place}", text, step)
         if picture := quadrant_png(view):

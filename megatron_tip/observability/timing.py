@@ -1,4 +1,4 @@
-"""Where the time of a step goes."""
+"""Timing of a step's phases."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -8,11 +8,11 @@ import torch
 
 
 class PhaseTimer:
-    """Wall-clock seconds by phase, of the current step and of the whole run.
+    """A timer of wall-clock seconds by phase, for the current step and the whole run.
 
-    On a GPU, with `synchronize`, the device is waited for before each reading of the clock: work is asynchronous, and
-    without it a phase is charged for what an earlier one started. A phase entered twice in a step adds up.
-    `on_enter` is told the name of each phase as it begins; `on_exit` its name, start (time.perf_counter) and seconds.
+    On a GPU, with `synchronize`, it waits for the device before each reading of the clock: work is asynchronous, and a
+    phase would otherwise be charged for what an earlier one started. A phase entered twice in a step adds up.
+    `on_enter` receives the name of each phase as it begins; `on_exit` its name, start (time.perf_counter) and seconds.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class PhaseTimer:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Charges the block's time to `name`, also when it raises."""
+        """Charges the block's time to `name`, even if it raises."""
         self._on_enter(name)
         start = self._now()
         try:
@@ -45,20 +45,20 @@ class PhaseTimer:
             self._on_exit(name, start, seconds)
 
     def seconds(self, name: str) -> float:
-        """Returns what the phase has taken in the current step so far."""
+        """Returns the seconds that the phase has taken in the current step so far."""
         return self._step.get(name, 0.0)
 
     def step_metrics(self) -> dict[str, float]:
-        """Returns {"time/<phase>_seconds": seconds} since the last call, and begins a new step."""
+        """Returns {"time/<phase>_seconds": seconds} since the last call, and starts a new step."""
         step, self._step = self._step, {}
         return {f"time/{name}_seconds": seconds for name, seconds in step.items()}
 
     def total_seconds(self) -> dict[str, float]:
-        """Returns the seconds of every phase over the run, and under "total" the run's own since construction."""
+        """Returns the seconds of every phase over the run and, as "total", those since construction."""
         return {"total": self._now() - self._start, **self._total}
 
     def resume(self, total_seconds: Mapping[str, float]) -> None:
-        """Goes on from what `total_seconds` returned in an earlier process."""
+        """Continues from what `total_seconds` returned in an earlier process."""
         total = dict(total_seconds)
         self._start = self._now() - total.pop("total")
         self._total = total

@@ -1,10 +1,8 @@
-"""The tokens of a view with all that is known of each, as Parquet: what the report's token inspector reads.
+"""A view: the tokens of some responses with all that is known of each. Pages, pictures and the report are made of it.
 
-One row a token of each viewed response, the environment's tokens too. Facts of the whole view are JSON in the file's
-metadata, so that a file is whole by itself and readable by any Parquet reader.
+One row per token of each viewed response, the environment's tokens too. As bytes it is Parquet; facts of the whole view
+are JSON in the metadata, so that a file is whole by itself and readable by any Parquet reader.
 """
-
-from __future__ import annotations
 
 import io
 import json
@@ -13,27 +11,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_tip.errors import InputError
+from megatron_tip.statistics import STATISTICS
 
 FORMAT = 1
 _KEY = "megatron_tip.token_table"
-STATISTICS = (
-    "student_entropy",
-    "teacher_entropy",
-    "reverse_kl",
-    "topk_reverse_kl",
-    "forward_kl",
-    "support_divergence",
-    "compatibility",
-    "compatibility_lower_bound",
-    "student_logprobs",
-    "teacher_logprobs",
-    "score",
-)
-"""Columns of float32, null where not known: fields of TokenStatistics, and what the rule says."""
+VALUES = (*(name for name, statistic in STATISTICS.items() if statistic.in_views), "score")
+"""Columns of float32, null where not known: statistics, and what the rule says."""
 
 SCHEMA = pa.schema(
     [
@@ -43,7 +31,7 @@ SCHEMA = pa.schema(
         ("text", pa.string()),
         ("valid", pa.bool_()),  # may be supervised
         ("selected", pa.bool_()),
-        *((name, pa.float32()) for name in STATISTICS),
+        *((name, pa.float32()) for name in VALUES),
         *((f"{model}_support_ids", pa.list_(pa.int32())) for model in ("student", "teacher")),
         *((f"{model}_support_logprobs", pa.list_(pa.float16())) for model in ("student", "teacher")),
     ]
@@ -84,54 +72,79 @@ class TokenTableFacts:
 
 @dataclass(frozen=True)
 class TokenTable:
-    """A table as read. `tokens`: of the columns of SCHEMA."""
+    """A view. `tokens`: of the columns of SCHEMA."""
 
     facts: TokenTableFacts
     tokens: pa.Table
 
+    @staticmethod
+    def of_columns(facts: TokenTableFacts, columns: Mapping[str, Sequence[Any] | pa.Array]) -> "TokenTable":
+        """Returns the table of `columns`: those of SCHEMA, of one length, a missing one being null everywhere."""
+        num_rows = len(columns["token_id"])
+        arrays = [
+            pa.array(columns[name], type=kind) if name in columns else pa.nulls(num_rows, type=kind)
+            for name, kind in zip(SCHEMA.names, SCHEMA.types, strict=True)
+        ]
+        return TokenTable(facts, pa.Table.from_arrays(arrays, schema=SCHEMA))
+
+    def tokens_of(self, viewed: ViewedRollout) -> pa.Table:
+        """Returns the rows of one response, which stand together."""
+        (rows,) = np.nonzero(self.tokens.column("rollout").to_numpy() == viewed.rollout)
+        return self.tokens.slice(int(rows[0]), len(rows)) if len(rows) else self.tokens.slice(0, 0)
+
 
 def token_table_file(folder: Path, step: int) -> Path:
-    """Where the table of `step` lies in views/."""
+    """Returns where the table of `step` lies in views/."""
     return folder / f"step_{step:06d}.parquet"
 
 
-def encode_token_table(facts: TokenTableFacts, columns: Mapping[str, Sequence[Any] | pa.Array]) -> bytes:
-    """Returns the file's content; `columns`: those of SCHEMA, of one length, a missing one being null everywhere."""
-    num_rows = len(columns["token_id"])
-    arrays = [
-        pa.array(columns[name], type=kind) if name in columns else pa.nulls(num_rows, type=kind)
-        for name, kind in zip(SCHEMA.names, SCHEMA.types, strict=True)
-    ]
+def encode_token_table(table: TokenTable) -> bytes:
+    """Returns the file's content."""
     content = io.BytesIO()
     with pq.ParquetWriter(content, SCHEMA, compression="zstd") as writer:
-        writer.write_table(pa.Table.from_arrays(arrays, schema=SCHEMA))
-        writer.add_key_value_metadata({_KEY: json.dumps(asdict(facts), ensure_ascii=False)})
+        writer.write_table(table.tokens)
+        writer.add_key_value_metadata({_KEY: json.dumps(asdict(table.facts), ensure_ascii=False)})
     return content.getvalue()
+
+
+def decode_token_table(content: bytes, where: str = "view") -> TokenTable:
+    """Returns the table that `encode_token_table` was given. `where`: what a message names.
+
+    Raises:
+        InputError: truncated content, or content of another kind or format.
+    """
+    try:
+        with pq.ParquetFile(io.BytesIO(content)) as file:
+            tokens = file.read()
+            facts = json.loads((file.metadata.metadata or {})[_KEY.encode()])
+        if facts["format"] != FORMAT:
+            raise InputError(f"{where}: expected a token table of format {FORMAT}, got {facts['format']}")
+        missing = sorted(set(SCHEMA.names) - set(tokens.column_names))
+        if missing:
+            raise InputError(f"{where}: expected a token table, got one without the columns {missing}")
+        return TokenTable(_facts_of(facts), tokens)
+    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
+        raise error if isinstance(error, InputError) else _unreadable(where, error) from error
 
 
 def read_token_table(path: Path) -> TokenTable:
     """Returns the table of a view.
 
     Raises:
-        InputError: no such file, a truncated one, or one of another kind or format.
+        InputError: no such file, or one that `decode_token_table` refuses.
     """
     try:
-        with pq.ParquetFile(path) as file:
-            tokens = file.read()
-            facts = json.loads((file.metadata.metadata or {})[_KEY.encode()])
-        if facts["format"] != FORMAT:
-            raise InputError(f"{path}: expected a token table of format {FORMAT}, got {facts['format']}")
-        missing = sorted(set(SCHEMA.names) - set(tokens.column_names))
-        if missing:
-            raise InputError(f"{path}: expected a token table, got one without the columns {missing}")
-        return TokenTable(_facts_of(facts), tokens)
-    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(
-            f"{path}: expected a token table as tracking.view_every_steps writes it, cannot read it: "
-            f"{type(error).__name__}: {error!s:.200}; remove the file, or restore it"
-        ) from error
+        content = path.read_bytes()
+    except OSError as error:
+        raise _unreadable(str(path), error) from error
+    return decode_token_table(content, str(path))
+
+
+def _unreadable(where: str, error: Exception) -> InputError:
+    return InputError(
+        f"{where}: expected a token table as tracking.view_every_steps writes it, cannot read it: "
+        f"{type(error).__name__}: {error!s:.200}; remove the file, or restore it"
+    )
 
 
 def _facts_of(record: Mapping[str, Any]) -> TokenTableFacts:

@@ -1,82 +1,64 @@
-"""What a selection looks like to a person: responses with the selected tokens coloured, tokens by quadrant."""
+"""How a view is shown to a person: responses with the selected tokens coloured, tokens by quadrant."""
 
 import html
 import io
-from dataclasses import dataclass
 
+import pyarrow as pa
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
+
+from megatron_tip.observability.token_table import TokenTable
 
 _KEPT, _DROPPED = "#D55E00", "#999999"
 
 
-@dataclass(frozen=True)
-class ViewedResponse:
-    """One response. `tokens`: its text, token by token; `selected`: which are supervised; `reverse_kl`: nats a token,
-    empty where no rule asked for statistics.
-    """
-
-    prompt: str
-    tokens: tuple[str, ...]
-    selected: tuple[bool, ...]
-    reverse_kl: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True)
-class TokenView:
-    """A sample of one step's tokens: the first data-parallel replica's.
-
-    `points`: (student entropy, divergence, selected) in nats, of some valid tokens; empty without statistics.
-    `divergence`: the name of their second axis. `medians`: of both axes over the whole batch, where the quadrants part.
-    `table`: the responses' tokens with all that is known of each, as `token_table.encode_token_table` gives it.
-    """
-
-    responses: tuple[ViewedResponse, ...]
-    points: tuple[tuple[float, float, bool], ...] = ()
-    divergence: str = ""
-    medians: tuple[float, float] | None = None
-    table: bytes = b""
-
-
-def response_html(response: ViewedResponse) -> str:
-    """Returns the response as HTML: selected tokens on a coloured ground, each token's reverse KL as its tooltip."""
+def response_html(tokens: pa.Table) -> str:
+    """Returns a response as HTML: selected tokens on a coloured ground, each token's reverse KL as its tooltip."""
     spans = []
-    for place, (token, selected) in enumerate(zip(response.tokens, response.selected, strict=True)):
-        title = f"{response.reverse_kl[place]:.3f} nats" if response.reverse_kl else ""
+    columns = (tokens.column(name).to_pylist() for name in ("text", "selected", "reverse_kl"))
+    for text, selected, reverse_kl in zip(*columns, strict=True):
+        title = f"{reverse_kl:.3f} nats" if reverse_kl is not None else ""
         style = f"background:{_KEPT}55;border-bottom:2px solid {_KEPT}" if selected else ""
-        spans.append(f'<span style="{style}" title="{title}">{html.escape(token)}</span>')
+        spans.append(f'<span style="{style}" title="{title}">{html.escape(text)}</span>')
     return f'<div style="font-family:monospace;white-space:pre-wrap">{"".join(spans)}</div>'
 
 
-def page_html(view: TokenView, title: str) -> str:
+def num_selected(tokens: pa.Table) -> int:
+    """Returns how many of the tokens are supervised."""
+    return sum(tokens.column("selected").to_pylist())
+
+
+def page_html(view: TokenTable, title: str) -> str:
     """Returns all responses of `view` as one page."""
     parts = [f'<!doctype html><meta charset="utf-8"><title>{html.escape(title)}</title><h1>{html.escape(title)}</h1>']
-    for response in view.responses:
-        share = sum(response.selected) / max(1, len(response.selected))
+    for viewed in view.facts.rollouts:
+        tokens = view.tokens_of(viewed)
+        share = num_selected(tokens) / max(1, len(tokens))
         parts.append(
-            f"<h2>{sum(response.selected)} of {len(response.selected)} tokens selected ({share:.0%})</h2>"
-            f'<pre style="color:#666;white-space:pre-wrap">{html.escape(response.prompt)}</pre>'
-            f"{response_html(response)}"
+            f"<h2>{num_selected(tokens)} of {len(tokens)} tokens selected ({share:.0%})</h2>"
+            f'<pre style="color:#666;white-space:pre-wrap">{html.escape(viewed.prompt)}</pre>'
+            f"{response_html(tokens)}"
         )
     return "\n".join(parts) + "\n"
 
 
-def quadrant_png(view: TokenView) -> bytes | None:
+def quadrant_png(view: TokenTable) -> bytes | None:
     """Returns a PNG of the tokens by student entropy and divergence, parted at the medians; None without points."""
-    if not view.points:
+    facts = view.facts
+    if not facts.points:
         return None
     figure = Figure(figsize=(6, 5), layout="constrained")
     axes = figure.subplots()
     for selected, colour, label in ((False, _DROPPED, "not selected"), (True, _KEPT, "selected")):
-        points = [(entropy, divergence) for entropy, divergence, kept in view.points if kept == selected]
+        points = [(entropy, divergence) for entropy, divergence, kept in facts.points if kept == selected]
         if points:
             axes.scatter(*zip(*points, strict=True), s=6, color=colour, label=label, linewidths=0)
-    if view.medians:
-        axes.axvline(view.medians[0], color="black", linewidth=0.8)
-        axes.axhline(view.medians[1], color="black", linewidth=0.8)
+    if facts.medians:
+        axes.axvline(facts.medians[0], color="black", linewidth=0.8)
+        axes.axhline(facts.medians[1], color="black", linewidth=0.8)
         for name, x, y in (("Q1", 0.98, 0.96), ("Q2", 0.98, 0.02), ("Q3", 0.02, 0.96), ("Q4", 0.02, 0.02)):
             axes.text(x, y, name, transform=axes.transAxes, ha="left" if x < 0.5 else "right")
-    axes.set(xlabel="student entropy, nats", ylabel=f"{view.divergence.replace('_', ' ')}, nats")
+    axes.set(xlabel="student entropy, nats", ylabel=f"{facts.divergence.replace('_', ' ')}, nats")
     axes.set_yscale("symlog", linthresh=0.01)
     axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.set_xlim(left=0)

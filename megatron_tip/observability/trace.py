@@ -1,4 +1,4 @@
-"""trace.json: a time line of every worker's phases, for Perfetto (ui.perfetto.dev) or chrome://tracing."""
+"""trace.json: a timeline of every worker's phases, for Perfetto (ui.perfetto.dev) or chrome://tracing."""
 
 import json
 import logging
@@ -14,13 +14,13 @@ logger = logging.getLogger(__name__)
 
 
 class TraceWriter:
-    """Writes this worker's phases to trace/rank_<r>.jsonl as they end, so that a run that dies leaves them.
+    """A writer of this worker's phases to trace/rank_<r>.jsonl as they end, so that a run that dies leaves them.
 
-    Only opening the file may fail the run: a full disk later ends the time line alone.
+    Only opening the file may fail the run; a full disk later ends just the timeline.
     """
 
     def __init__(self, folder: Path, rank: int) -> None:
-        """`folder`: trace/ in the run's folder; created. A continued run appends."""
+        """Creates `folder`, trace/ in the run's folder, and opens the file; a continued run appends."""
         self._rank = rank
         self._epoch = time.time() - time.perf_counter()
         self._has_failed = False
@@ -30,7 +30,7 @@ class TraceWriter:
             self._file: TextIO = path.open("a", encoding="utf-8", buffering=1)
 
     def phase(self, name: str, start: float, seconds: float) -> None:
-        """Takes a phase that began at `start` (time.perf_counter) and took `seconds`."""
+        """Records a phase that began at `start` (time.perf_counter) and took `seconds`."""
         self._write({"name": name, "ph": "X", "ts": self._microseconds(start), "dur": seconds * 1e6})
 
     def step(self, step: int) -> None:
@@ -39,7 +39,7 @@ class TraceWriter:
         self._write({"name": f"step {step}", "ph": "i", "s": "p", "ts": now})
 
     def close(self) -> None:
-        with suppress(OSError):  # what is buffered may not fit on the disk
+        with suppress(OSError):  # the buffered rest may not fit on the disk
             self._file.close()
 
     def _microseconds(self, counter: float) -> float:
@@ -52,16 +52,16 @@ class TraceWriter:
             self._file.write(json.dumps({**event, "pid": self._rank, "tid": 0}) + "\n")
         except OSError as error:
             self._has_failed = True
-            logger.warning("trace: the time line ends here: %s", error)
+            logger.warning("trace: the timeline ends here: %s", error)
 
 
 def join_traces(folder: Path, target: Path) -> None:
-    """Joins the workers' files under `folder` into `target`, in the Trace Event Format. A line cut off is left out.
+    """Joins the workers' files under `folder` into `target`, in the Trace Event Format, without truncated lines.
 
-    Line by line: those of a long run on many workers do not fit into memory.
+    Works line by line: the files of a long run on many workers do not fit into memory.
 
     Raises:
-        OutputError: `target` cannot be written; nothing is left of it.
+        OutputError: `target` cannot be written; nothing of it remains.
     """
     beside = target.with_name(f".{target.name}.partial")
     with output_errors(target):

@@ -13,8 +13,8 @@ from megatron_tip.config import Config, TrackingConfig
 from megatron_tip.errors import OptionalDependencyError, OutputError
 from megatron_tip.files import atomic_write_bytes, atomic_write_text
 from megatron_tip.observability.run_folder import RunFolder
-from megatron_tip.observability.token_table import token_table_file
-from megatron_tip.observability.token_view import TokenView, page_html, quadrant_png
+from megatron_tip.observability.token_table import TokenTable, encode_token_table, token_table_file
+from megatron_tip.observability.token_view import page_html, quadrant_png
 from megatron_tip.parallel.environment import is_restarted
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class Tracker(Protocol):
 
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
-    def log_view(self, step: int, view: TokenView) -> None: ...
+    def log_view(self, step: int, view: TokenTable) -> None: ...
 
     def log_student(self, path: Path) -> None:
         """Takes the exported student, a Hugging Face directory."""
@@ -55,13 +55,12 @@ class FolderTracker:
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         pass
 
-    def log_view(self, step: int, view: TokenView) -> None:
+    def log_view(self, step: int, view: TokenTable) -> None:
         self._folder.mkdir(exist_ok=True)
         atomic_write_text(self._folder / f"step_{step:06d}.html", page_html(view, f"step {step}"))
         if picture := quadrant_png(view):
             atomic_write_bytes(self._folder / f"step_{step:06d}.png", picture)
-        if view.table:
-            atomic_write_bytes(token_table_file(self._folder, step), view.table)
+        atomic_write_bytes(token_table_file(self._folder, step), encode_token_table(view))
 
     def log_student(self, path: Path) -> None:
         pass
@@ -103,7 +102,7 @@ class Trackers:
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         self._each("metrics", lambda tracker: tracker.log_metrics(step, metrics))
 
-    def log_view(self, step: int, view: TokenView) -> None:
+    def log_view(self, step: int, view: TokenTable) -> None:
         self._each("view", lambda tracker: tracker.log_view(step, view))
 
     def log_student(self, path: Path) -> None:

@@ -12,7 +12,8 @@ from PIL import Image
 
 from megatron_tip.config import Config
 from megatron_tip.observability.run_folder import RunFolder
-from megatron_tip.observability.token_view import TokenView, quadrant_png, response_html
+from megatron_tip.observability.token_table import TokenTable
+from megatron_tip.observability.token_view import num_selected, quadrant_png, response_html
 
 # Read at the import: an offline run on a cluster without a way out has nobody to report wandb's own errors to.
 os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
@@ -49,13 +50,12 @@ class WandbTracker:
         """Takes the metrics of `step`."""
         self._run.log(dict(metrics), step=step)
 
-    def log_view(self, step: int, view: TokenView) -> None:
+    def log_view(self, step: int, view: TokenTable) -> None:
         """Takes a table of responses with the selected tokens coloured, and the scatter of quadrants."""
-        rows = [
-            [response.prompt, wandb.Html(response_html(response)), sum(response.selected), len(response.tokens)]
-            for response in view.responses
-        ]
-        table = wandb.Table(columns=["prompt", "response", "num_selected", "num_tokens"], data=rows)
+        table = wandb.Table(columns=["prompt", "response", "num_selected", "num_tokens"])
+        for viewed in view.facts.rollouts:
+            tokens = view.tokens_of(viewed)
+            table.add_data(viewed.prompt, wandb.Html(response_html(tokens)), num_selected(tokens), len(tokens))
         logged: dict[str, Any] = {"view/responses": table}
         if picture := quadrant_png(view):
             logged["view/quadrants"] = wandb.Image(Image.open(io.BytesIO(picture)))

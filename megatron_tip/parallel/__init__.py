@@ -1,1 +1,1 @@
-"""Process launch, process groups, and Megatron-Core on machines without a GPU."""
+"""Process launch, process groups, and communication between ranks."""

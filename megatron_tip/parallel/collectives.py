@@ -1,4 +1,4 @@
-"""Small facts that one rank knows and every rank needs."""
+"""Collectives for small values that one rank knows and every rank needs."""
 
 import json
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ import torch.distributed as dist
 def broadcast_bytes(
     content: bytes, *, source: int, device: torch.device | str, group: dist.ProcessGroup | None = None
 ) -> bytes:
-    """Returns the `content` of global rank `source` on every rank; what other ranks pass is ignored.
+    """Returns the `content` of global rank `source` on every rank; other ranks' `content` is ignored.
 
     Collectives: two broadcasts (length, bytes) over `group`, or over the world without one.
     """
@@ -30,14 +30,14 @@ def broadcast_json(
 ) -> Any:
     """Returns the `value` of global rank `source` on every rank, through JSON: numbers, strings, lists and dicts.
 
-    Collectives: those of `broadcast_bytes`. What other ranks pass as `value` is ignored.
+    Collectives: those of `broadcast_bytes`. Other ranks' `value` is ignored.
     """
     content = json.dumps(value).encode() if dist.get_rank() == source else b""
     return json.loads(broadcast_bytes(content, source=source, device=device, group=group))
 
 
 def gather_json(value: Any, *, device: torch.device | str, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """Every rank's `value`, on every rank in rank order, through JSON.
+    """Returns every rank's `value` in rank order, on every rank, through JSON.
 
     Collectives: two all-gathers (lengths, bytes padded to the longest) over `group`, or over the world without one.
     """
@@ -52,7 +52,7 @@ def gather_json(value: Any, *, device: torch.device | str, group: dist.ProcessGr
 
 
 def agree_on_maxima(values: Sequence[int]) -> list[int]:
-    """Each value's largest over the world, on every rank. One all-reduce of a few integers, between CPUs."""
+    """Returns each value's maximum over the world, on every rank. One all-reduce of a few integers, between CPUs."""
     maxima = torch.tensor(values, dtype=torch.int64)
     dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
     return maxima.tolist()

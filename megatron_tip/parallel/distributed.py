@@ -29,17 +29,17 @@ class Worker:
 
 
 def init_distributed(*, timeout_seconds: float = 1800.0) -> Worker:
-    """Returns this process's place, with the default process group made. Collective: every worker calls it once.
+    """Creates the default process group; returns this process's place. Collective: every worker calls it once.
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. With CUDA, tensors on the GPU go over NCCL and
-    tensors on the CPU over gloo; without, all go over gloo.
+    tensors on the CPU over gloo; without CUDA, all go over gloo.
 
     Args:
-        timeout_seconds: after which a collective that a rank does not join fails. The first process generates while
-            the others wait for it in one, so it must exceed a rollout.
+        timeout_seconds: until a collective fails that some rank has not joined. The other ranks wait in one while the
+            first process generates, so it must exceed a rollout.
 
     Raises:
-        ConfigError: more workers than GPUs on this machine, or MASTER_PORT is taken.
+        ConfigError: this machine has more workers than GPUs, or MASTER_PORT is taken.
     """
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -93,9 +93,9 @@ def _waiting_is_logged(rank: int, world_size: int, address: str) -> Iterator[Non
 
 
 def destroy_distributed() -> None:
-    """Waits for all workers, then takes the process groups down.
+    """Waits for all workers, then destroys the process groups.
 
-    For a run that succeeded: a worker that fails must end without it, or its peers fail, and report, before it does.
+    Only for a run that succeeded: a failing worker must end without it, or its peers would fail, and report, first.
     """
     dist.barrier()
     dist.destroy_process_group()
@@ -105,10 +105,10 @@ def _device(local_rank: int) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     if torch.cuda.device_count() == 1 and "SLURM_STEP_ID" in os.environ:
-        local_rank = 0  # SLURM shows each task its own GPU alone (--gpus-per-task)
+        local_rank = 0  # SLURM shows each task only its own GPU (--gpus-per-task)
     if local_rank >= torch.cuda.device_count():
         raise ConfigError(
-            f"expected at most one worker a GPU, {torch.cuda.device_count()} on this machine, got local rank "
+            f"expected at most one worker per GPU, {torch.cuda.device_count()} on this machine, got local rank "
             f"{local_rank}; start fewer workers here"
         )
     torch.cuda.set_device(local_rank)

@@ -1,4 +1,4 @@
-"""What environment variables say about a worker's place in the world, and what they should say about its threads.
+"""Environment variables of a worker: its place in the world, and its threads.
 
 Free of torch: the thread counts must be set before torch is imported.
 """
@@ -10,25 +10,25 @@ from collections.abc import Mapping
 
 from megatron_tip.errors import ConfigError
 
-_FIRST_PORT, _NUM_PORTS = 20_000, 12_000  # below the range from which systems hand out free ports
+_FIRST_PORT, _NUM_PORTS = 20_000, 12_000  # below the range of ephemeral ports
 
 
 def is_worker(environ: Mapping[str, str]) -> bool:
-    """Whether torchrun, srun or our own launcher started this process as one worker among others.
+    """Returns whether torchrun, srun or our own launcher started this process as one worker among others.
 
-    A step of a single task (`srun --pty bash`) is a shell to start workers from, not a worker.
+    A step with a single task (`srun --pty bash`) is a shell to start workers from, not a worker.
     """
     by_torchrun = "RANK" in environ and "WORLD_SIZE" in environ
     return by_torchrun or int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
 
 
 def is_restarted(environ: Mapping[str, str]) -> bool:
-    """Whether SLURM requeued this job, or torchrun started its workers again after a failure."""
+    """Returns whether SLURM requeued this job, or torchrun restarted its workers after a failure."""
     return any(int(environ.get(name, "0")) > 0 for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
 
 
 def worker_environment(environ: Mapping[str, str], *, threads: int) -> dict[str, str]:
-    """Returns the variables to set in a worker, before torch is imported: its place, where srun says it, and threads.
+    """Returns the variables to set in a worker before torch is imported: its place, if from srun, and its threads.
 
     Raises:
         ConfigError: srun's variables are incomplete, or the first host cannot be found.
@@ -42,11 +42,12 @@ def worker_environment(environ: Mapping[str, str], *, threads: int) -> dict[str,
 
 
 def thread_environment(threads: int, local_workers: int, environ: Mapping[str, str]) -> dict[str, str]:
-    """Returns the thread settings of one of `local_workers` that share `threads` CPU threads (0: all there are).
+    """Returns the thread settings of one of `local_workers` that share `threads` CPU threads (0: all available).
 
-    Unset, each worker takes a thread a core, and they fight for cores. OMP_NUM_THREADS in `environ` holds unless
-    `threads` asks for a number. How threads wait is left to OpenMP: told to sleep (OMP_WAIT_POLICY=PASSIVE), two
-    threads take a third longer over a step, which is made of many short parallel regions.
+    By default each worker would take one thread per core, and they would compete for cores. OMP_NUM_THREADS in
+    `environ` is kept unless `threads` is set. The wait policy is left to OpenMP: with sleeping threads
+    (OMP_WAIT_POLICY=PASSIVE), two threads take a third longer for a step, which consists of many short parallel
+    regions.
     """
     count = str(max(1, (threads or available_threads()) // local_workers))
     if not threads:
@@ -55,7 +56,7 @@ def thread_environment(threads: int, local_workers: int, environ: Mapping[str, s
 
 
 def available_threads() -> int:
-    """The CPUs that this process may use."""
+    """Returns the number of CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -79,7 +80,7 @@ def _place_in_slurm_step(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _expand_counts(text: str) -> list[int]:
-    """`2(x3),1` -> [2, 2, 2, 1]."""
+    """Expands `2(x3),1` to [2, 2, 2, 1]."""
     counts = []
     for count, repeats in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
         counts += [int(count)] * int(repeats or 1)

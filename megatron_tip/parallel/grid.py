@@ -1,4 +1,4 @@
-"""Where the ranks of a world stand in one model's layout. Free of Megatron, so that a layout is checked at once."""
+"""The ranks of a world in one model's layout. Free of Megatron, so that a layout can be checked at once."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from megatron_tip.errors import ConfigError
 
 @dataclass(frozen=True)
 class ModelGrid:
-    """Where each rank of the world stands in a model's tp x dp x pp grid; tp varies fastest, pp slowest.
+    """The place of each rank of the world in a model's tp x dp x pp grid; tp varies fastest, pp slowest.
 
     This is the order of Megatron's own default ("tp-cp-ep-dp-pp"): tensor-parallel ranks are neighbours.
     """
@@ -20,15 +20,15 @@ class ModelGrid:
 
     @classmethod
     def over(cls, world_size: int, *, tp_size: int, pp_size: int, owner: str) -> "ModelGrid":
-        """The grid of `world_size` ranks; the data-parallel size is what remains.
+        """Returns the grid of `world_size` ranks; the data-parallel size follows.
 
         Raises:
-            ConfigError: `world_size` is no multiple of tp x pp. `owner` ("student", "teacher") names the model.
+            ConfigError: `world_size` is not a multiple of tp x pp. `owner` ("student", "teacher") names the model.
         """
         if world_size % (tp_size * pp_size):
             raise ConfigError(
                 f"{owner}: expected a world size that is a multiple of tp {tp_size} x pp {pp_size} = "
-                f"{tp_size * pp_size}, got {world_size}; start another number of processes or change the {owner}'s "
+                f"{tp_size * pp_size}, got {world_size}; start a different number of processes or change the {owner}'s "
                 "tensor_parallel_size or pipeline_parallel_size"
             )
         return cls(tp_size, pp_size, world_size // (tp_size * pp_size))
@@ -41,9 +41,9 @@ class ModelGrid:
         return tp + self.tp_size * (dp + self.dp_size * pp)
 
     def coordinates(self, rank: int) -> tuple[int, int, int]:
-        """(tp, dp, pp) of a global rank."""
+        """Returns (tp, dp, pp) of a global rank."""
         return rank % self.tp_size, rank // self.tp_size % self.dp_size, rank // (self.tp_size * self.dp_size)
 
     def ranks(self) -> torch.Tensor:
-        """`[pp, dp, tp]` int64: the global ranks."""
+        """Returns the global ranks, `[pp, dp, tp]` int64."""
         return torch.arange(self.world_size).reshape(self.pp_size, self.dp_size, self.tp_size)

@@ -1,6 +1,6 @@
-"""The process groups of one model: student and teacher each have their own grid over the same ranks.
+"""The process groups of one model. Student and teacher each have their own grid over the same ranks.
 
-Nothing here touches `megatron.core.parallel_state`; models, schedules and the optimizer get the groups handed in.
+Nothing here uses `megatron.core.parallel_state`: models, schedules and the optimizer are passed their groups.
 """
 
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ class ModelGroups:
 
     @property
     def last_stage_rank(self) -> int:
-        """Global rank of the last stage in this rank's own pipeline."""
+        """The global rank of the last stage in this rank's own pipeline."""
         return self.grid.rank_at(tp=self.tp_rank, dp=self.dp_rank, pp=self.grid.pp_size - 1)
 
     @property
@@ -64,7 +64,7 @@ class ModelGroups:
 
 
 def build_groups(grid: ModelGrid) -> ModelGroups:
-    """This rank's groups in `grid`. Collective: every rank of the world calls it, with the same grid."""
+    """Creates this rank's groups in `grid`. Collective: every rank of the world calls it, with the same grid."""
     assert grid.world_size == dist.get_world_size(), f"{grid} does not fill a world of {dist.get_world_size()}"
     rank = dist.get_rank()
     ranks = grid.ranks()
@@ -75,7 +75,7 @@ def build_groups(grid: ModelGrid) -> ModelGroups:
     model_group = _subgroup(ranks.permute(1, 0, 2).reshape(grid.dp_size, -1))
     tp_dp_group = _subgroup(ranks.reshape(grid.pp_size, -1))
     embedding_group = _subgroup(ranks[stages].permute(1, 2, 0).reshape(-1, len(stages)))
-    self_group = _subgroup(ranks.reshape(-1, 1))  # context parallelism of size 1: Megatron wants a group all the same
+    self_group = _subgroup(ranks.reshape(-1, 1))  # context parallelism of size 1: Megatron still needs a group
     collection = ProcessGroupCollection(
         tp=tp_group,
         pp=pp_group,
@@ -95,14 +95,14 @@ def build_groups(grid: ModelGrid) -> ModelGroups:
         tp_ep=tp_group,
         tp_ep_pp=model_group,
         inter_dist_opt=None,
-        # Megatron: all ranks that together hold one copy of the optimizer's state; the whole world here.
+        # For Megatron: all ranks that together hold one copy of the optimizer's state; here the whole world.
         intra_dist_opt=dist.group.WORLD,
     )
     return ModelGroups(grid, collection, rank)
 
 
 def _subgroup(rows: torch.Tensor) -> dist.ProcessGroup | None:
-    """The group of this rank among `rows` `[groups, size]`; None on a rank that is in none of them."""
+    """Creates the groups `rows` `[groups, size]` and returns this rank's; None on a rank that is in none."""
     group, _ = dist.new_subgroups_by_enumeration(rows.tolist())
     assert not isinstance(group, int), "every rank of the world takes part"
     return group

@@ -1,7 +1,7 @@
-"""Starts a run's workers on this machine, and runs the work inside each of them.
+"""Launch of a run's workers on this machine, and of the work inside each of them.
 
-The workers are started through torch's own launcher: each in a session of its own, so that Ctrl-C reaches this process
-alone and ending a worker ends whatever it started. torch is imported late: a wrong configuration is refused before it.
+The workers are started through torch's own launcher, each in its own session: Ctrl-C reaches only this process, and
+ending a worker ends whatever it started. torch is imported late, so that a wrong configuration is refused first.
 """
 
 import json
@@ -27,12 +27,12 @@ _ON_RECORD = "_is_on_record"
 _SECONDS_TO_END = 10
 _HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
 _CONTINUES = "the run is saved, the same command continues it"
-_BEGINS_ANEW = "no step is done yet, the same command begins it anew"
+_BEGINS_ANEW = "no step is done yet, the same command starts it from the beginning"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: the exit code of the command, and what to tell the user; empty after a success."""
+    """The end of a run: the command's exit code, and a message for the user; empty after a success."""
 
     exit_code: int
     message: str = ""
@@ -49,13 +49,13 @@ def start_workers(
     """Runs `command` in `num_workers` processes on this machine and returns when all have ended.
 
     Each gets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as under torchrun, over loopback. When one
-    fails the others are ended and its message alone is in the outcome. SIGINT, SIGTERM, SIGUSR1, SIGHUP and SIGQUIT end
-    all: the workers get SIGTERM and time to save, a second signal ends them at once.
+    fails, the others are ended, and the outcome has only its message. SIGINT, SIGTERM, SIGUSR1, SIGHUP and SIGQUIT end
+    all: the workers get SIGTERM and time to save; a second signal ends them at once.
 
     Args:
         threads: CPU threads of all workers together; 0: as many as this process may use.
-        grace_seconds: until workers that were told to end are killed.
-        is_saved: asked once workers have stopped as told: whether there is anything that the same command continues.
+        grace_seconds: until workers that got SIGTERM are killed.
+        is_saved: called once workers have stopped on request; returns whether the same command can continue the run.
 
     Raises:
         ConfigError: MASTER_PORT is set and not free.
@@ -66,7 +66,7 @@ def start_workers(
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it reports each ended process
     listener = _listen(os.environ.get("MASTER_PORT", "0"))
     port = listener.getsockname()[1]
-    # The store lives here and not in rank 0: no port is given away between choosing and using it.
+    # The store is here, not in rank 0, so that nobody can take the port between its choice and its use.
     store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
     shared = _shared_environment(num_workers, threads, port)
     ranks = range(num_workers)
@@ -97,10 +97,10 @@ def start_workers(
 def run_worker(work: Callable[[], None], *, threads: int = 0) -> None:
     """Runs `work` as one worker of a world that our launcher, torchrun or srun started.
 
-    Sets the environment before `work` imports torch. If `work` fails the process ends at once with exit code 1, with
-    no farewell to the process groups: its peers learn of it only after the error has been put on record. Started by
-    our launcher, the launcher shows the error; elsewhere it goes to stderr. Exit code STOPPED_EXIT_CODE: `work` was
-    stopped by a signal and has saved.
+    Sets the environment before `work` imports torch. If `work` fails, the process exits at once with code 1, without
+    destroying the process groups, so that its peers notice only after the error has been recorded. Our launcher shows
+    the recorded error; under other launchers it goes to stderr. Exit code STOPPED_EXIT_CODE: `work` was stopped by a
+    signal and has saved.
     """
     os.environ.update(worker_environment(os.environ, threads=threads))
     launcher_pid = os.environ.get(_LAUNCHER_PID)
@@ -118,15 +118,16 @@ def run_worker(work: Callable[[], None], *, threads: int = 0) -> None:
 
 
 def end_worker_with(error: Exception) -> None:
-    """Puts `error` on record as this worker's end and ends the process at once, from any thread."""
+    """Records `error` as the reason for this worker's end and ends the process at once, from any thread."""
     _put_on_record(error)
     _leave(1)
 
 
 @contextmanager
 def failures_on_record() -> Iterator[None]:
-    """Puts a failure of the block on record at once: what is closed around it may take longer than this worker lives,
-    which is ended as soon as a peer has failed over it.
+    """Records a failure of the block at once, before cleanup.
+
+    Cleanup around the block may outlast this worker, which is ended as soon as a peer has failed because of it.
     """
     try:
         yield
@@ -136,14 +137,14 @@ def failures_on_record() -> Iterator[None]:
 
 
 def _put_on_record(error: Exception) -> None:
-    """Our launcher reads the record; elsewhere the error goes to stderr. Does nothing the second time."""
+    """Records the error for our launcher; under others it goes to stderr. Does nothing the second time."""
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
     if vars(error).setdefault(_ON_RECORD, False):
         return
     vars(error)[_ON_RECORD] = True
     get_error_handler().record_exception(error)
-    is_another_ranks = hasattr(error, "met_on_rank")  # which shows it itself: see `together`
+    is_another_ranks = hasattr(error, "met_on_rank")  # that rank shows it itself: see `together`
     if not os.environ.get(_LAUNCHER_PID) and not is_another_ranks:
         _report(error)
 
@@ -171,7 +172,7 @@ def _listen(port: str) -> socket.socket:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(
             f"MASTER_PORT={port}: expected a free port on this machine: {reason}; set another one, or unset "
-            "MASTER_PORT and a free one is chosen"
+            "MASTER_PORT to have a free one chosen"
         ) from None
     listener.listen()
     return listener
@@ -188,14 +189,14 @@ def _shared_environment(num_workers: int, threads: int, port: int) -> dict[str, 
         **thread_environment(threads, num_workers, os.environ),
     }
     loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
-    # Left alone, gloo looks up this machine's host name, which need not resolve, and listens to the network.
+    # By default gloo looks up this machine's host name, which need not resolve, and listens to the network.
     defaults = {"TORCH_CPP_LOG_LEVEL": "ERROR", **({"GLOO_SOCKET_IFNAME": loopback[0]} if loopback else {})}
     return settings | {name: os.environ.get(name, value) for name, value in defaults.items()}
 
 
 @contextmanager
 def _signal_handlers_restored() -> Iterator[None]:
-    """torch's launcher puts its own handlers in place and leaves them there."""
+    """Restores the signal handlers that torch's launcher replaces."""
     before = {number: signal.getsignal(number) for number in _HANDLED}
     try:
         yield
@@ -211,13 +212,13 @@ def _raise_signal_exception(number: int, _: object) -> None:
 
 
 def _end(context, grace_seconds: float) -> list[int | None]:
-    """Tells the workers to end, waits for it as long as is due, kills who is left; returns their exit codes."""
+    """Terminates the workers, waits for the grace period, kills the rest; returns their exit codes."""
     later_signals: list[int] = []
     for number in _HANDLED:
         signal.signal(number, lambda number, _: later_signals.append(number))
     processes = [handler.proc for handler in context.subprocess_handlers.values()]
     for process in processes:
-        process.terminate()  # the worker alone: what it started serves it until it has saved, or closed its trackers
+        process.terminate()  # only the worker: it needs its child processes until it has saved and closed its trackers
     deadline = time.monotonic() + grace_seconds
     while any(process.poll() is None for process in processes):
         if later_signals or time.monotonic() > deadline:
@@ -231,7 +232,7 @@ def _end(context, grace_seconds: float) -> list[int | None]:
 
 
 def _outcome_of(exit_codes: Mapping[int, int], error_files: Mapping[int, str], is_saved: Callable[[], bool]) -> Outcome:
-    """Of workers that nobody told the launcher to end. `exit_codes`: of those that failed."""
+    """Returns the outcome of workers that the launcher was not told to end. `exit_codes`: of the failed ones."""
     if not exit_codes:
         return Outcome(0)
     if STOPPED_EXIT_CODE in exit_codes.values():
@@ -241,10 +242,10 @@ def _outcome_of(exit_codes: Mapping[int, int], error_files: Mapping[int, str], i
 
 
 def _first_failure(exit_codes: Mapping[int, int], error_files: Mapping[int, str]) -> str:
-    """The message of the worker that failed on its own account; its peers fail after it, for want of it.
+    """Returns the message of the worker that caused the failure; its peers fail because it is gone.
 
-    Our own errors come first: a peer's failure never raises one. Then a death by a signal that was not ours, which
-    leaves no record. Then the earliest record.
+    Our own errors take precedence: a peer's failure never raises one. Next is a death by a signal that we did not send,
+    which leaves no record; then the earliest record.
     """
     records = [(rank, record) for rank, path in error_files.items() if (record := _read_record(path))]
     records.sort(key=lambda item: item[1].time_ns)
@@ -272,7 +273,7 @@ class _ErrorRecord:
 
 
 def _read_record(path: str) -> _ErrorRecord | None:
-    """The record that torch's error handler wrote; None if there is none, or its writer was ended over it."""
+    """Returns the record that torch's error handler wrote; None without one, or if its writer was killed halfway."""
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)["message"]
@@ -291,7 +292,7 @@ def _read_record(path: str) -> _ErrorRecord | None:
 
 
 def _end_with_launcher(launcher_pid: int) -> None:
-    """Ends this worker when its launcher is gone without having ended it (SIGKILL)."""
+    """Ends this worker when its launcher has died without ending it (SIGKILL)."""
     while os.getppid() == launcher_pid:
         time.sleep(0.5)
     os.killpg(0, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Signals that tell a run to stop: heard by every rank, obeyed between steps or in the middle of a rollout."""
+"""Stop signals: every rank receives them, and obeys between steps or during a rollout."""
 
 import os
 import signal
@@ -10,16 +10,16 @@ from types import FrameType
 from typing import Any, Self
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-"""SLURM warns of a time limit with SIGUSR1 (`--signal`), pre-empts with SIGTERM; SIGINT is Ctrl-C."""
+"""Stop signals: SLURM announces a time limit with SIGUSR1 (`--signal`), pre-empts with SIGTERM; SIGINT is Ctrl-C."""
 
 STOPPED_EXIT_CODE = 75
-"""Exit code of a worker that stopped as told after saving: EX_TEMPFAIL of sysexits.h, "try again"."""
+"""Exit code of a worker that stopped on request after saving: EX_TEMPFAIL of sysexits.h, "try again"."""
 
 _ONE_REQUEST_SECONDS = 1.0
 
 
 class StopRequested(BaseException):
-    """The run was told to stop. Like KeyboardInterrupt no Exception: what handles failures must let it pass."""
+    """A request to stop the run. Like KeyboardInterrupt not an Exception, so that failure handlers let it pass."""
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(signal.Signals(signal_number).name)
@@ -27,11 +27,11 @@ class StopRequested(BaseException):
 
 
 class StopSignals:
-    """Remembers that a stop was asked for; a context manager, of the main thread.
+    """A context manager, for the main thread, that remembers a request to stop.
 
     `received`: the signal's number, 0 before. A second signal ends the process at once with exit code 128 + n, even
-    where the main thread waits in a collective. Signals within a second of the first are the same request: a launcher
-    and a scheduler may both have passed it on.
+    while the main thread waits in a collective. Signals within a second of the first count as the same request: both a
+    launcher and a scheduler may pass it on.
     """
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class StopSignals:
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """In this block a signal raises StopRequested wherever the main thread is; also one that came before."""
+        """Raises StopRequested in the block when a signal arrives, or if one has arrived before."""
         self._is_interruptible = True
         try:
             if self.received:
@@ -55,7 +55,7 @@ class StopSignals:
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         self._before = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
-        # Written to by the C handler at once; Python's own runs when the main thread comes back to Python.
+        # The C handler writes to it at once; Python's handler runs only when the main thread is back in Python.
         self._wakeup_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         threading.Thread(target=self._watch, args=(self._reader,), daemon=True).start()
         return self

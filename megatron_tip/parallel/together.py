@@ -1,7 +1,5 @@
 """How ranks fail together: what one of them meets is raised on all, so that none is left waiting in a collective."""
 
-from __future__ import annotations
-
 import json
 import logging
 import signal

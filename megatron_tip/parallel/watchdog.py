@@ -1,4 +1,4 @@
-"""Ends a run that hangs, with the stacks of all ranks."""
+"""A watchdog that ends a hanging run and writes the stacks of all ranks."""
 
 import faulthandler
 import threading
@@ -14,11 +14,11 @@ _OTHERS_SECONDS = 3.0
 
 
 class HangWatchdog:
-    """Expects `step_done` at least every `timeout_seconds`; a context manager. Every rank has one.
+    """A context manager that expects `step_done` at least every `timeout_seconds`. Every rank has one.
 
-    Otherwise the stacks of all threads are written to `folder`/rank_00000.txt, without Python's help, so that a rank
-    that never comes back to Python is written too; a few seconds later, when the other ranks have done the same,
-    `on_hang` gets a HangError and must end the process. `timeout_seconds` 0: nothing of all this.
+    Otherwise the stacks of all threads are written to `folder`/rank_00000.txt, by faulthandler's C thread, so that this
+    also works for a rank that is stuck in native code. A few seconds later, when the other ranks have done the same,
+    `on_hang` receives a HangError and must end the process. `timeout_seconds` 0: no watchdog.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class HangWatchdog:
         self._last = time.monotonic()
 
     def step_done(self) -> None:
-        """Starts the time anew."""
+        """Restarts the timeout."""
         self._last = time.monotonic()
         if self._timeout_seconds:
             faulthandler.dump_traceback_later(self._timeout_seconds, file=self._file)
@@ -51,7 +51,7 @@ class HangWatchdog:
             self._file.close()
             if not self._path.stat().st_size:
                 self._path.unlink()
-                with suppress(OSError):  # other ranks' files are in it
+                with suppress(OSError):  # it holds other ranks' files
                     self._path.parent.rmdir()
 
     def _watch(self) -> None:

@@ -10,6 +10,8 @@ from megatron_tip.config import Config
 from megatron_tip.conversion.architecture import ModelArchitecture
 from megatron_tip.conversion.model_size import layer_parameters
 from megatron_tip.parallel.grid import ModelGrid
+from megatron_tip.planning.dtypes import Dtypes
+from megatron_tip.planning.plan import Outline
 from megatron_tip.vocab_parallel import padded_vocab_size
 
 _FLOAT32 = 4
@@ -28,7 +30,7 @@ class MemoryEstimate:
         return sum(self.parts.values())
 
     def lines(self) -> list[str]:
-        """One line a part, the largest first, in GiB."""
+        """Returns one line per part, the largest first, in GiB."""
         ordered = sorted(self.parts.items(), key=lambda part: -part[1])
         return [f"{value / 2**30:7.1f} GiB  {name}" for name, value in ordered if value >= 0.05 * 2**30]
 
@@ -52,24 +54,16 @@ class _Model:
         return self.stage_layers * layer_parameters(a) / tp + matrices * matrix
 
 
-def estimate_memory(
-    config: Config,
-    student: ModelArchitecture,
-    teacher: ModelArchitecture,
-    student_grid: ModelGrid,
-    teacher_grid: ModelGrid,
-    *,
-    gpu_memory_gib: float,
-) -> MemoryEstimate:
+def estimate_memory(config: Config, outline: Outline, *, gpu_memory_gib: float) -> MemoryEstimate:
     """Returns the estimate for GPUs, where "auto" is bfloat16. `gpu_memory_gib`: what servers take a share of."""
-    trained = _Model(student, student_grid, _bytes(config.model.dtype))
-    frozen = _Model(teacher, teacher_grid, _bytes(config.teacher.dtype))
+    dtypes = Dtypes.of(config, on_gpu=True)
+    student, grid = outline.student.architecture, outline.student_grid
+    trained = _Model(student, grid, dtypes.student.itemsize)
     parameters = trained.parameters_per_rank
     # Megatron keeps gradients in float32, two moments, and with bfloat16 weights a float32 copy of them.
     optimizer_values = 3 if trained.bytes_per_value < _FLOAT32 else 2
-    shards = student_grid.dp_size if config.optimizer.distributed else 1
-    vocabulary = padded_vocab_size(max(student.vocab_size, teacher.vocab_size), student_grid.tp_size)
-    shard = vocabulary / student_grid.tp_size
+    shards = grid.dp_size if config.optimizer.distributed else 1
+    shard = outline.padded_vocab_size / grid.tp_size
     parts = {
         "student: weights": parameters * trained.bytes_per_value,
         "student: gradients, float32": parameters * _FLOAT32,
@@ -78,23 +72,25 @@ def estimate_memory(
         "loss: logits of a chunk": (config.loss.chunk_rows or 1024) * shard * _FLOAT32 * _LOSS_BUFFERS,
         "loss: gradient of the head": shard * student.hidden_size * _FLOAT32,
     }
-    if config.teacher.kind == "megatron":
-        rows = _rows(config, student_grid)
+    if outline.teacher is not None:
+        frozen = _Model(outline.teacher.architecture, outline.teacher_grid, dtypes.teacher.itemsize)
+        bytes_per_row = frozen.architecture.hidden_size * frozen.bytes_per_value
         parts |= {
             "teacher: weights": frozen.parameters_per_rank * frozen.bytes_per_value,
-            "teacher: head on the student's ranks": shard * teacher.hidden_size * frozen.bytes_per_value,
-            "teacher: hidden states of a step": rows * teacher.hidden_size * frozen.bytes_per_value,
+            "teacher: head on the student's ranks": shard * bytes_per_row,
+            "teacher: hidden states of a step": _rows(config, grid) * bytes_per_row,
         }
     if config.rollout.engine == "embedded":
-        parts["embedded engine, first GPU: weights and cache"] = _embedded_engine(config, student)
-    if has_servers_beside(config, student_grid.world_size):
+        engine = _embedded_engine(config, student, dtypes.engine.itemsize)
+        parts["embedded engine, first GPU: weights and cache"] = engine
+    if has_servers_beside(config, grid.world_size):
         servers = config.sglang.memory_fraction * (1 if config.sglang.gpus else config.rollout.servers)
         parts["SGLang beside the trainer (sglang.memory_fraction)"] = servers * gpu_memory_gib * 2**30
     return MemoryEstimate(parts)
 
 
 def has_servers_beside(config: Config, world_size: int) -> bool:
-    """Whether servers of our own take memory from the trainer.
+    """Returns whether servers of our own take memory from the trainer.
 
     Without GPUs of their own all of them begin at the first; those of sglang.gpus are apart, and beside a worker where
     there are so many workers.
@@ -102,15 +98,6 @@ def has_servers_beside(config: Config, world_size: int) -> bool:
     if config.rollout.engine != "sglang" or config.rollout.server_urls:
         return False
     return not config.sglang.gpus or min(config.sglang.gpus) < world_size
-
-
-def longest_sequence(config: Config) -> int:
-    """Tokens of the longest sequence that the configuration allows."""
-    return config.prompts.max_prompt_tokens + config.rollout.max_response_tokens
-
-
-def _bytes(dtype: str) -> int:
-    return _FLOAT32 if dtype == "float32" else 2
 
 
 def _rows(config: Config, grid: ModelGrid) -> float:
@@ -126,7 +113,7 @@ def _activations(config: Config, model: _Model) -> float:
     recomputation it keeps its input, and one layer at a time all of it. Up to pp micro-batches are under way.
     """
     a, tp = model.architecture, model.grid.tp_size
-    tokens = max(config.training.max_tokens_per_micro_batch, longest_sequence(config))
+    tokens = max(config.training.max_tokens_per_micro_batch, config.longest_sequence)
     heads = (a.num_attention_heads + 2 * a.num_query_groups) * a.head_dim
     split = heads + a.num_attention_heads * a.head_dim + 3 * a.ffn_hidden_size
     whole = 4 * a.hidden_size / (tp if config.model.sequence_parallel else 1)
@@ -138,9 +125,9 @@ def _activations(config: Config, model: _Model) -> float:
     return in_flight * kept + layer
 
 
-def _embedded_engine(config: Config, student: ModelArchitecture) -> float:
+def _embedded_engine(config: Config, student: ModelArchitecture, bytes_per_value: int) -> float:
     """The whole student and the keys and values of a batch, on the first GPU."""
-    whole = _Model(student, ModelGrid(1, 1, 1), _bytes(config.rollout.dtype))
+    whole = _Model(student, ModelGrid(1, 1, 1), bytes_per_value)
     cached = 2 * student.num_layers * student.num_query_groups * student.head_dim * whole.bytes_per_value
     sequences = min(config.rollout.batch_size, config.rollout.prompts_per_step * config.rollout.samples_per_prompt)
-    return whole.parameters_per_rank * whole.bytes_per_value + cached * sequences * longest_sequence(config)
+    return whole.parameters_per_rank * whole.bytes_per_value + cached * sequences * config.longest_sequence

@@ -1,1 +1,1 @@
-"""The prompts of a run: read, rendered, tokenised, drawn by step."""
+"""The prompts of a run: reading, rendering, tokenising, and drawing by step."""

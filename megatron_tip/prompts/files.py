@@ -1,6 +1,4 @@
-"""Reads prompts from JSONL and Parquet files; an error names the file and the line or row."""
-
-from __future__ import annotations
+"""Prompts from JSONL and Parquet files; errors name the file and the line or row."""
 
 import json
 from collections.abc import Iterator
@@ -12,16 +10,17 @@ import pyarrow.parquet as pq
 
 from megatron_tip.errors import InputError
 
-# A text, or chat messages with the texts "role" and "content"; other keys are the chat template's.
+# A text, or chat messages with the texts "role" and "content"; other keys are for the chat template.
 RawPrompt = str | list[dict[str, Any]]
 
 
 def read_prompt_file(path: Path, field: str) -> list[tuple[str, RawPrompt]]:
-    """`(where, prompt)` of every line or row of a .jsonl or .parquet file, in its order; `where` is for messages.
+    """Returns `(where, prompt)` for every line or row of a .jsonl or .parquet file, in order; `where` is for errors.
 
     Raises:
-        InputError: no such file, another suffix, no prompt in it, a line that is empty or not a JSON object, a broken
-            Parquet file, a missing field or column, a value that is neither text nor chat messages.
+        InputError: the file is missing, has another suffix, holds no prompt, has a line that is empty or not a JSON
+            object, is a broken Parquet file, lacks the field or column, or has a value that is neither text nor chat
+            messages.
     """
     found = [(where, _checked(where, field, value)) for where, value in _read(path, field)]
     if not found:
@@ -30,7 +29,7 @@ def read_prompt_file(path: Path, field: str) -> list[tuple[str, RawPrompt]]:
 
 
 def read_text_field(path: Path, field: str) -> list[str]:
-    """The texts of another field of the same file, in its order; errors as of `read_prompt_file`."""
+    """Returns the texts of another field of the same file, in order; raises the errors of `read_prompt_file`."""
     texts = []
     for where, value in _read(path, field):
         if not isinstance(value, str):

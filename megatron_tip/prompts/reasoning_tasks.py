@@ -1,6 +1,4 @@
-"""The one place that imports reasoning-gym."""
-
-from __future__ import annotations
+"""Questions from reasoning-gym, which only this file imports."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,11 +7,11 @@ from megatron_tip.errors import ConfigError, OptionalDependencyError
 
 
 def generate_questions(tasks: Sequence[str], num_questions: int, seed: int) -> list[str]:
-    """`num_questions` questions, drawn from the named tasks in turn; the same for the same arguments.
+    """Returns `num_questions` questions, drawn from the named tasks in turn; deterministic in its arguments.
 
     Raises:
         OptionalDependencyError: reasoning-gym is not installed.
-        ConfigError: a name that reasoning-gym does not know.
+        ConfigError: reasoning-gym does not know one of the names.
     """
     reasoning_gym = _library_with(tasks)
     datasets = [reasoning_gym.create_dataset(task, size=-(-num_questions // len(tasks)), seed=seed) for task in tasks]
@@ -21,7 +19,7 @@ def generate_questions(tasks: Sequence[str], num_questions: int, seed: int) -> l
 
 
 def check_tasks(tasks: Sequence[str]) -> None:
-    """Raises as `generate_questions` would; generates nothing."""
+    """Raises what `generate_questions` would, without generating anything."""
     _library_with(tasks)
 
 

@@ -1,7 +1,5 @@
 """From texts and chat messages to token ids, as the student reads them."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

@@ -1,6 +1,4 @@
-"""The prompts of a run: rendered, tokenised once, split into training and held-out, drawn by step."""
-
-from __future__ import annotations
+"""The prompts of a run: rendered and tokenised once, split into training and held-out, drawn by step."""
 
 import logging
 from collections.abc import Sequence
@@ -21,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class PromptSource:
-    """The training prompts in the order of their source, which of them a step takes, and the held-out ones.
+    """The training prompts in source order, the choice of each step's prompts, and the held-out prompts.
 
     `digest`: a checksum of what the prompts are made from, by which a run recognises its own when it is continued. It
     is not of the rendered texts: a chat template may write today's date.
@@ -56,9 +54,9 @@ class PromptSource:
             )
 
     def batch(self, step: int) -> list[Prompt]:
-        """The prompts of training step `step`, counted from 1: a pure function of the seed and the step.
+        """Returns the prompts of training step `step`, counted from 1: a pure function of the seed and the step.
 
-        Each epoch goes through all training prompts once, in an order of its own; a step may reach into the next.
+        Each epoch goes through all training prompts once, in its own order; a step may reach into the next epoch.
         """
         assert step >= 1, f"steps are counted from 1, got {step}"
         size = len(self.training)
@@ -81,14 +79,14 @@ def load_prompts(
     steps: int,
     seed: int,
 ) -> PromptSource:
-    """The run's prompts; reads files and tokenises, no collective.
+    """Returns the run's prompts. Reads files and tokenises; no collective.
 
-    Held-out prompts are the last of a file, or reasoning-gym's under another seed; no training prompt has the text of
-    one. `steps` counts only where prompts are generated and `prompts.num_prompts` is 0.
+    Held-out prompts are the last of a file, or reasoning-gym's under another seed; no training prompt has the same text
+    as one. `steps` matters only if prompts are generated and `prompts.num_prompts` is 0.
 
     Raises:
-        InputError: an unreadable file, a prompt that is not text or chat messages, too few prompts.
-        ConfigError: a tokenizer without chat template where one is needed; an unknown task.
+        InputError: a file is unreadable, a prompt is neither text nor chat messages, or there are too few prompts.
+        ConfigError: a needed chat template is missing, or a task is unknown.
         OptionalDependencyError: reasoning-gym is needed and not installed.
     """
     renderer = PromptRenderer(prompts, tokenizer)
@@ -153,7 +151,7 @@ def _other_questions(
     first_index: int,
     renderer: PromptRenderer,
 ) -> list[Prompt]:
-    """`number` prompts of another seed with different texts, none of them a training prompt's."""
+    """Returns `number` prompts from another seed with different texts, none of them a training prompt's."""
     seen = {prompt.text for prompt in training}
     found: list[Prompt] = []
     # reasoning-gym seeds question i with seed + i: a neighbouring seed would repeat the training questions.

@@ -1,1 +1,1 @@
-"""How a run looks: report.png, and the page of `megatron-tip report`."""
+"""Reports of a run: report.png, and the page of `megatron-tip report`."""

@@ -1,6 +1,4 @@
-"""The page's tables: the runs in numbers, how their configurations differ, benchmarks, samples."""
-
-from __future__ import annotations
+"""The page's tables: the runs in numbers, differences of their configurations, benchmarks, samples."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,7 +11,7 @@ Row = tuple[str, list[str]]
 
 
 def overview_rows(runs: Sequence[RunData]) -> list[Row]:
-    """Returns (what, a text for each run)."""
+    """Returns the overview's rows: a label, and a text for each run."""
     rows: list[tuple[str, Callable[[RunData], str]]] = [
         ("Rule, budget", _rule),
         ("Steps", lambda run: str(run.steps[-1]) if run.steps else "0"),
@@ -28,7 +26,7 @@ def overview_rows(runs: Sequence[RunData]) -> list[Row]:
 
 
 def config_rows(runs: Sequence[RunData]) -> list[Row]:
-    """Returns (key, its value in each run) where the configurations differ; nothing for a single run."""
+    """Returns (key, its value in each run) where the configurations differ; empty for a single run."""
     if len(runs) == 1:
         return []
     shown = {
@@ -38,12 +36,12 @@ def config_rows(runs: Sequence[RunData]) -> list[Row]:
 
 
 def evaluation_rows(runs: Sequence[RunData]) -> list[list[str]]:
-    """Returns the benchmarks: run, model, benchmark, metric, mean +- sd, seeds, questions, protocol."""
+    """Returns the benchmark rows: run, model, benchmark, metric, mean +- sd, seeds, questions, protocol."""
     return [_evaluation(run.name, record) for run in runs for record in run.evaluations]
 
 
 def sample_rows(runs: Sequence[RunData]) -> list[tuple[str, list[tuple[str, str, str]]]]:
-    """Returns (prompt, [(run, before, after)]): each held-out prompt with the answers of the runs that have it."""
+    """Returns (prompt, [(run, before, after)]) for each held-out prompt, with the answers of the runs that have it."""
     found: dict[str, list[tuple[str, str, str]]] = {}
     for run in runs:
         for sample in run.samples:
@@ -61,9 +59,9 @@ def _heldout(run: RunData) -> str:
     for name in ("heldout/reverse_kl", "heldout/topk_reverse_kl"):
         values = [value for value in run.metrics.get(name, []) if value is not None]
         if len(values) > 1:
-            return f"{values[0]:.3f} → {values[-1]:.3f} nats a token"
+            return f"{values[0]:.3f} → {values[-1]:.3f} nats per token"
         if values:
-            return f"{values[0]:.3f} nats a token"
+            return f"{values[0]:.3f} nats per token"
     return NOT_RECORDED
 
 

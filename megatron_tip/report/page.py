@@ -1,6 +1,4 @@
-"""The page itself: what the runs' folders hold, the scripts that draw it, and the plotting library, in one file."""
-
-from __future__ import annotations
+"""The report page: the runs' data, the scripts that draw it, and the plotting library, in one file."""
 
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
@@ -16,7 +14,7 @@ from megatron_tip.files import atomic_write_text, output_errors
 from megatron_tip.report.overview import config_rows, evaluation_rows, overview_rows, sample_rows
 from megatron_tip.report.packing import packed, packed_json
 from megatron_tip.report.run_data import RunData, read_runs
-from megatron_tip.report.tokens import LADDER, Blocks, Detail, RunPacker
+from megatron_tip.report.tokens import LADDER, Blocks, Detail, RunPacker, statistic_labels
 from megatron_tip.report.visible_text import visible
 
 MAX_BYTES = 10 * 10**6
@@ -25,18 +23,17 @@ SCRIPTS = tuple(
     for name in ("decode", "theme", "figures", "timeline", "quadrants", "candidates", "inspector", "keys", "main")
 )
 MOST_RUNS = 6
-"""Colours and dashes that can be told apart."""
+"""The most runs that colours and dashes can distinguish."""
 
 
 def write_report_page(paths: Sequence[Path], target: Path, *, max_bytes: int = MAX_BYTES) -> int:
-    """Writes one HTML file about the runs in folders `paths` to `target`; returns its bytes.
+    """Writes one HTML file about the runs in folders `paths` to `target`; returns its size in bytes.
 
-    The token inspector is given less detail, and then views are left out, until the page has at most `max_bytes`; the
-    page says so.
+    The token inspector loses detail, and then views, until the page has at most `max_bytes`; the page says so.
 
     Raises:
-        InputError: no run, more than can be told apart, a folder that is none of a run, or a page that cannot be as
-            small as asked. OutputError: the file cannot be written.
+        InputError: there are no runs, or more than the page can distinguish; a folder is not a run's; or the page
+            cannot be that small. OutputError: the file cannot be written.
     """
     if not 1 <= len(paths) <= MOST_RUNS:
         raise InputError(f"report: expected 1 to {MOST_RUNS} run folders, got {len(paths)}; give fewer")
@@ -63,9 +60,9 @@ def write_report_page(paths: Sequence[Path], target: Path, *, max_bytes: int = M
 
 
 def _packings(packers: Sequence[RunPacker], room: int) -> Iterator[tuple[list[dict[str, Any]], list[str]]]:
-    """Yields each run's manifest and all blocks, each time smaller: less detail, then every second view, then none.
+    """Yields the runs' manifests and all blocks, smaller each time: less detail, then every second view, then none.
 
-    What a sample of the responses tells to be larger than `room` characters is not tried.
+    Skips a packing that exceeds `room` characters by an estimate from a sample of the responses.
     """
     for detail in LADDER:
         if sum(packer.estimate(detail) for packer in packers) <= room:
@@ -83,7 +80,7 @@ def _packing(packers: Sequence[RunPacker], detail: Detail, every_view: int) -> t
 
 
 def _curves(run: RunData) -> dict[str, Any]:
-    """What the page's figures draw of a run besides its views."""
+    """Returns what the page's figures draw of a run, apart from its views."""
     return {
         "name": visible(run.name),
         "steps": run.steps,
@@ -97,7 +94,7 @@ def _curves(run: RunData) -> dict[str, Any]:
 
 
 def _renderer(runs: Sequence[RunData]) -> Any:
-    """Returns what makes a page of manifests and blocks; what is the same at every attempt is made once."""
+    """Returns a function that makes a page of manifests and blocks; the parts common to all attempts are made once."""
     folder = files("megatron_tip.report") / "page"
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(lambda name: (folder / name).read_text(encoding="utf-8")),
@@ -122,7 +119,9 @@ def _renderer(runs: Sequence[RunData]) -> Any:
         "has_views": any(run.tables for run in runs),
     }
 
+    labels = statistic_labels()
+
     def render(manifests: list[dict[str, Any]], blocks: list[str]) -> str:
-        return template.render(**fixed, data=packed_json({"runs": manifests}), blocks=blocks)
+        return template.render(**fixed, data=packed_json({"runs": manifests, "labels": labels}), blocks=blocks)
 
     return render

@@ -13,7 +13,7 @@ from megatron_tip.files import atomic_write_bytes
 from megatron_tip.observability.metrics_file import read_metrics
 from megatron_tip.observability.run_folder import RunFolder
 
-# Okabe and Ito's colours, told apart with every kind of colour vision.
+# Okabe and Ito's colours, distinguishable with every kind of colour vision.
 _BLUE, _ORANGE = "#0072B2", "#D55E00"
 _PHASE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#F0E442", "#D55E00", "#56B4E9", "#CC79A7", "#999999")
 
@@ -24,7 +24,7 @@ def write_report(folder: RunFolder) -> None:
     """Draws `report.png` from `metrics.jsonl`. A panel whose metrics are missing says so.
 
     Raises:
-        InputError: there is no metrics.jsonl.
+        InputError: metrics.jsonl is missing.
         OutputError: the picture cannot be written.
     """
     steps = read_metrics(folder.metrics)
@@ -78,7 +78,7 @@ def _draw_time(axes: Axes, steps: Steps) -> None:
         axes.stairs(above, edges, baseline=below, fill=True, color=colour, label=label)
         below = above
     if names:
-        # Beside the stack and in its order: on top of it, it would hide some of it.
+        # Next to the stack and in its order; on top, it would hide part of it.
         axes.legend(frameon=False, fontsize=9, reverse=True, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 

@@ -1,6 +1,4 @@
-"""What a run's folder holds, read for the report. Nothing of it needs the run to be finished."""
-
-from __future__ import annotations
+"""The content of a run's folder, read for the report. The run need not be finished."""
 
 import json
 import tomllib
@@ -16,7 +14,7 @@ from megatron_tip.observability.token_table import TokenTable, read_token_table
 from megatron_tip.report.timeline import read_timeline
 
 MAX_STEPS = 1000
-"""Points of a curve, more than a figure has pixels; of a longer run, each is the mean of several steps."""
+"""Most points of a curve, more than a figure has pixels; for a longer run each is the mean of several steps."""
 
 Config = Mapping[str, Mapping[str, Any]]
 
@@ -24,8 +22,8 @@ Config = Mapping[str, Mapping[str, Any]]
 @dataclass(frozen=True)
 class RunData:
     """One run. `metrics`: by name, one value a point, None where it was not recorded. `steps`: of the points, each the
-    last of the `stride` steps that it is the mean of. `config`: as written by the run, "" where the file is missing.
-    `timeline`: `timeline.read_timeline`. `notes`: what could not be read, to be shown.
+    last of the `stride` steps that it averages. `config`: as written by the run; "" if the file is missing. `timeline`:
+    from `timeline.read_timeline`. `notes`: what could not be read, to be shown.
     """
 
     name: str
@@ -45,7 +43,7 @@ def read_run(path: Path, name: str) -> RunData:
     """Returns the run in folder `path`.
 
     Raises:
-        InputError: the folder has no metrics.jsonl, or one that is broken before its last line.
+        InputError: metrics.jsonl is missing, or broken before its last line.
     """
     folder = RunFolder(path)
     if not folder.metrics.exists():
@@ -71,10 +69,10 @@ def read_run(path: Path, name: str) -> RunData:
 
 
 def read_runs(paths: Sequence[Path]) -> list[RunData]:
-    """Returns the runs in folders `paths`, each under its folder's name, numbered where two are alike.
+    """Returns the runs in folders `paths`, each under its folder's name, numbered if two are the same.
 
     Raises:
-        InputError: as `read_run`.
+        InputError: as for `read_run`.
     """
     names: list[str] = []
     for path in paths:
@@ -87,8 +85,9 @@ def read_runs(paths: Sequence[Path]) -> list[RunData]:
 def thinned(
     records: Sequence[Mapping[str, Any]], max_steps: int = MAX_STEPS
 ) -> tuple[list[int], int, dict[str, list[float | None]]]:
-    """Returns steps, stride and columns of the metrics' lines: at most `max_steps` points, each the mean of `stride`
-    lines that follow one another, as far as they have the metric; None where none of them has.
+    """Returns the steps, stride and columns of the metrics' lines, as at most `max_steps` points.
+
+    Each point is the mean of `stride` consecutive lines, over those that have the metric; None if none has.
     """
     stride = max(1, -(-len(records) // max_steps))
     names = dict.fromkeys(name for record in records for name in record if name != "step")
@@ -102,7 +101,7 @@ def thinned(
 
 
 def differing_keys(runs: Sequence[RunData]) -> list[tuple[str, list[Any]]]:
-    """Returns ("section.key", value of each run) where the runs' configurations differ; None: the run lacks the key."""
+    """Returns ("section.key", each run's value) where the configurations differ; None: the run lacks the key."""
     flat = [{f"{s}.{key}": v for s, keys in run.config.items() for key, v in keys.items()} for run in runs]
     names = dict.fromkeys(name for keys in flat for name in keys if name != "run.folder")
     rows = [(name, [keys.get(name) for keys in flat]) for name in names]
@@ -143,7 +142,7 @@ _SECTIONS = ("world", "tokens", "seconds", "heldout_reverse_kl")
 
 
 def _json_lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
-    """The objects of a file, which may be missing; a broken line is noted and left out."""
+    """Yields the objects of a file, which may be missing; broken lines are noted and left out."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     for number, line in enumerate(lines, start=1):
         try:

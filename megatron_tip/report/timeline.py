@@ -1,6 +1,4 @@
-"""A run's phases one after the other in its first and last steps: what `monitoring.trace` recorded of rank 0."""
-
-from __future__ import annotations
+"""A timeline of a run's phases in its first and last steps, from what `monitoring.trace` recorded on rank 0."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -9,16 +7,18 @@ from typing import Any
 
 STEPS_AT_EACH_END = 3
 MOST_PHASES = 400
-"""Of one step: enough for a bar of a pixel or two each."""
+"""Most phases of one step: enough for bars of a pixel or two."""
 _READ_BYTES = 1 << 20
-"""Of each end of the file: that of a long run is not read whole."""
+"""Bytes read at each end of the file: a long run's is not read whole."""
 
 Step = dict[str, Any]
 
 
 def read_timeline(folder: Path) -> list[Step]:
-    """Returns the first and last whole steps in `folder`/rank_00000.jsonl, each as {"step", "phases": [[name, seconds
-    from the step's first phase, seconds]], "left_out": phases over MOST_PHASES}; nothing without the file.
+    """Returns the first and last whole steps in `folder`/rank_00000.jsonl; empty without the file.
+
+    Each is {"step", "phases": [[name, seconds from the step's first phase, seconds]], "left_out": phases over
+    MOST_PHASES}.
     """
     path = folder / "rank_00000.jsonl"
     try:
@@ -30,7 +30,7 @@ def read_timeline(folder: Path) -> list[Step]:
     except OSError:
         return []
     steps = list(_steps(_events(first.splitlines())))[:STEPS_AT_EACH_END]
-    # What begins in the middle of the file begins in the middle of a step.
+    # A part that starts within the file starts within a step.
     later = list(_steps(_events(last.splitlines())))[int(size > _READ_BYTES) :][-STEPS_AT_EACH_END:]
     shown = {step["step"] for step in steps}
     return steps + [step for step in later if step["step"] not in shown]
@@ -40,7 +40,7 @@ def _events(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
     for line in lines:
         try:
             event = json.loads(line)
-        except ValueError:  # cut off, by the end of the run or by ours
+        except ValueError:  # truncated, by the end of the run or of our reading
             continue
         if isinstance(event, dict) and {"name", "ph", "ts"} <= event.keys():
             yield event
@@ -59,7 +59,7 @@ def _steps(events: Iterable[dict[str, Any]]) -> Iterator[Step]:
 
 def _step(name: str, phases: list[dict[str, Any]]) -> Step:
     start = min(event["ts"] for event in phases)
-    # The longest, should there be too many: what they leave out cannot be seen.
+    # If there are too many, keeps the longest: the others would be too short to see.
     longest = sorted(phases, key=lambda event: -event.get("dur", 0.0))[:MOST_PHASES]
     rows = [
         [str(event["name"]), round((event["ts"] - start) / 1e6, 4), round(event.get("dur", 0.0) / 1e6, 4)]

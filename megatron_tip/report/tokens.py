@@ -8,8 +8,6 @@ ten-thousandths; and 3 bytes of vocabulary for each that is neither the sampled 
 the student's k-th candidate (k, from 1). A coarse block has 1 byte where 2 are said (`packing.coarse`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -18,9 +16,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from megatron_tip.observability.token_table import STATISTICS, TokenTable, ViewedRollout
+from megatron_tip.observability.token_table import VALUES, TokenTable, ViewedRollout
 from megatron_tip.report.packing import coarse, coarse_shares, packed, packed_json, planes, thousandths
 from megatron_tip.report.visible_text import visible
+from megatron_tip.statistics import STATISTICS
 
 SELECTED, VALID, QUADRANT_SHIFT = 1, 2, 2
 SAMPLED, ELSEWHERE = 0, 255
@@ -107,6 +106,16 @@ class RunPacker:
         return np.searchsorted(self._ids, ids)
 
 
+def statistic_labels() -> dict[str, dict[str, str]]:
+    """Returns what the page calls the rule's score and each statistic of views, but for those of the sampled token."""
+    labels = {"score": {"symbol": "Score", "meaning": "what the rule ranks by", "unit": ""}}
+    for name, one in STATISTICS.items():
+        if one.in_views and one.over != "label":
+            meaning = f"{one.meaning}, nats" if one.unit == "nats" else one.meaning
+            labels[name] = {"symbol": one.symbol, "meaning": meaning, "unit": one.unit}
+    return labels
+
+
 def quadrants(entropy: np.ndarray, divergence: np.ndarray, medians: tuple[float, float] | None) -> np.ndarray:
     """Returns 1 to 4 for TIP's quadrants, 0 where they are not known. High is above the batch's median."""
     if medians is None:
@@ -130,7 +139,7 @@ def _vocabulary(tables: Sequence[TokenTable]) -> dict[int, str]:
 def _scales(tokens: pa.Table) -> dict[str, float]:
     """Returns, of each statistic that is there, the size that few of its values exceed."""
     scales = {}
-    for name in STATISTICS:
+    for name in VALUES:
         if tokens.column(name).null_count < tokens.num_rows:
             sign = -1.0 if name.endswith("logprobs") else 1.0
             values = sign * tokens.column(name).to_numpy(zero_copy_only=False).astype(float)
@@ -148,17 +157,14 @@ def _pack_table(
     detail: Detail,
 ) -> dict[str, Any]:
     """`scales`: of the statistics that the table has."""
-    facts, tokens = table.facts, table.tokens
+    facts = table.facts
     names = list(scales)
     if detail.coarse:  # the candidates tell what the sampled token's probabilities are
         names = [name for name in names if not name.endswith("logprobs")]
     points = np.array(facts.points or np.empty((0, 3)), dtype=float)
-    owners = tokens.column("rollout").to_numpy()
     responses = []
     for viewed in rollouts:
-        (rows,) = np.nonzero(owners == viewed.rollout)
-        part = tokens.slice(int(rows[0]), len(rows)) if len(rows) else tokens.slice(0, 0)
-        described, block = _pack_response(part, names, table, packer, detail)
+        described, block = _pack_response(table.tokens_of(viewed), names, table, packer, detail)
         title = f"prompt {viewed.prompt_index}, sample {viewed.sample_index}"
         prompt = visible(viewed.prompt)
         described |= {"title": title, "prompt": prompt, "finish": viewed.finish_reason, "block": blocks.add(block)}

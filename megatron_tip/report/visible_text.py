@@ -1,23 +1,23 @@
-"""Text of a model as a person can see it: what has no shape of its own is given one."""
+"""A model's text made visible: characters that have no shape are given one."""
 
 from unicodedata import category
 
 NEWLINE = "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}\n"
 _SHAPELESS = frozenset(("Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp"))
 _BLANK = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2800\u3164\uffa0")
-"""Letters, marks and symbols by category, which are drawn as nothing."""
+"""Characters that are letters, marks or symbols by category, but are drawn as nothing."""
 _JOINER, _EMOJI_STYLE, _CIRCLE = "\u200d", "\ufe0f", "\N{DOTTED CIRCLE}"
 _EMOJI_TO_COME = range(0x1F000, 0x1FB00)
-"""Pictures of a newer Unicode than Python's are drawn, or as a box: unassigned here, but no danger."""
+"""Pictures of newer Unicode versions than Python's: unassigned here, but drawn, or shown as a box, so harmless."""
 
 
 def visible(text: str, *, newlines: bool = False) -> str:
-    """Returns `text` with all that cannot be seen replaced by something that can: characters of Unicode's categories
-    for control, format, unassigned, private and surrogate ones and separators of lines, blank letters, and variation
-    selectors; a combining mark without a letter before it gets a dotted circle.
+    """Returns `text` with everything invisible replaced by something visible.
 
-    What joins or styles an emoji stays where it does so. Tabs and, with `newlines`, line feeds are marked and kept. It
-    is not HTML: whoever shows it escapes it.
+    Replaced are characters of Unicode's categories for control, format, unassigned, private and surrogate characters
+    and line separators, blank letters, and variation selectors. A combining mark without a letter before it gets a
+    dotted circle. Characters that join or style an emoji stay if they do so. Tabs and, with `newlines`, line feeds are
+    marked and kept. The result is not escaped for HTML.
     """
     shown = text if text.isascii() and text.isprintable() else "".join(_shapes(text))
     return shown.replace("\n", NEWLINE) if newlines else shown
@@ -27,7 +27,7 @@ def _shapes(text: str) -> list[str]:
     shapes: list[str] = []
     for place, character in enumerate(text):
         kind = category(character)
-        before = text[place - 1] if place and shapes[-1] == text[place - 1] else ""  # as it is shown
+        before = text[place - 1] if place and shapes[-1] == text[place - 1] else ""  # as shown
         if character == "\n" or _styles_an_emoji(character, before, text[place + 1 : place + 2]):
             shapes.append(character)
         elif _is_shapeless(character, kind):
@@ -50,7 +50,7 @@ def _is_variation_selector(character: str) -> bool:
 
 
 def _styles_an_emoji(character: str, before: str, after: str) -> bool:
-    """Whether it is the emoji style of a symbol or a key (1 and its frame), or joins two pictures."""
+    """Returns whether `character` is the emoji style of a symbol or keycap, or joins two pictures."""
     if character == _EMOJI_STYLE:
         return before != "" and (category(before) in ("So", "Sm", "Nd") or before in "#*\u203c\u2049")
     is_picture = before == _EMOJI_STYLE or (before != "" and category(before) in ("So", "Sk"))

@@ -1,44 +1,51 @@
-"""Generation of the next batch beside the training of this one."""
+"""Generation of the next batch while this one is trained on."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 
+from torch import Tensor
+
 from megatron_tip.records import Prompt, Rollout
-from megatron_tip.rollout.engine import RolloutEngine, SamplingParams
+from megatron_tip.rollout.engine import EngineWrapper, RolloutEngine, SamplingParams
 
 
-class AheadGenerator:
-    """Calls `engine.generate` for one batch in a thread of its own, which waits for servers and leaves the CPU free.
+class AheadEngine(EngineWrapper):
+    """An engine of servers that generates one batch ahead, in a thread that waits for them and leaves the CPU free.
 
-    `wait` before new weights go to the engine: its servers must not change in the middle of a batch.
+    New weights go to the servers only when nothing is being generated: they must not change in the middle of a batch.
     """
 
     def __init__(self, engine: RolloutEngine) -> None:
-        self._engine = engine
+        super().__init__(engine)
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="ahead")
         self._batch_name = ""
         self._future: Future[list[Rollout]] | None = None
 
-    def start(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> None:
+    def start_next(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> None:
         """Begins the batch that `sampling.batch_name` names; at most one is under way."""
         assert self._future is None, f"{self._batch_name} has not been taken"
         self._batch_name = sampling.batch_name
         self._future = self._executor.submit(self._engine.generate, prompts, sampling)
 
     def wait(self) -> None:
-        """Returns when nothing is being generated; what went wrong is raised by `take`."""
+        """Returns when nothing is being generated; what went wrong is raised by `generate`."""
         if self._future is not None:
             wait_for([self._future])
 
-    def take(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
-        """The batch of this name, begun earlier or now; raises what `engine.generate` raised."""
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
+        """Returns the batch of this name, begun earlier or now; raises what its generation raised."""
         if self._future is None or self._batch_name != sampling.batch_name:
             return self._engine.generate(prompts, sampling)
         future, self._future = self._future, None
         return future.result()
 
+    def update_weights(self, weights: Iterable[tuple[str, Tensor]], weight_version: int) -> None:
+        """Waits for the batch under way, then takes the weights."""
+        self.wait()
+        self._engine.update_weights(weights, weight_version)
+
     def close(self) -> None:
+        """Gives up the batch under way and closes the engine."""
         self._executor.shutdown(wait=False, cancel_futures=True)
+        self._engine.close()

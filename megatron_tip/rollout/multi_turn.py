@@ -1,24 +1,21 @@
 """Rollouts of several turns, with an environment that answers between them, on top of any rollout engine."""
 
-from __future__ import annotations
-
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from megatron_tip.config import RolloutConfig
 from megatron_tip.errors import EngineError, WeightsLostError
 from megatron_tip.records import Prompt, Rollout
-from megatron_tip.rollout.engine import RolloutEngine, SamplingParams, ServedEngine
+from megatron_tip.rollout.engine import EngineWrapper, RolloutEngine, SamplingParams
 from megatron_tip.rollout.environments.environment import Environment, EnvironmentFactory, Observation
 from megatron_tip.rollout.environments.registry import load_environment
 from megatron_tip.rollout.environments.turn_template import TurnTemplate
 from megatron_tip.seeds import derive_seed
 
 
-class MultiTurnEngine:
+class MultiTurnEngine(EngineWrapper):
     """A rollout engine whose rollouts are whole episodes: the student's turns and what an environment said between.
 
     All episodes of a batch go through the engine together, turn by turn. Ids are only ever appended: what the student
@@ -34,19 +31,11 @@ class MultiTurnEngine:
     def __init__(
         self, engine: RolloutEngine, make_environment: EnvironmentFactory, template: TurnTemplate, *, max_turns: int
     ) -> None:
-        self._engine = engine
+        super().__init__(engine)
         self._make_environment = make_environment
         self._template = template
         self._max_turns = max_turns
         self._interrupted: _Batch | None = None
-
-    def health(self) -> None:
-        """As the engine's own."""
-        self._engine.health()
-
-    def update_weights(self, weights: Iterable[tuple[str, Tensor]], weight_version: int) -> None:
-        """As the engine's own."""
-        self._engine.update_weights(weights, weight_version)
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
         """Returns `samples_per_prompt` episodes a prompt, prompt-major, without those that the engine left out.
@@ -72,7 +61,7 @@ class MultiTurnEngine:
                     self._advance(episode, part)
         return [episode.rollout() for episode in batch.episodes]
 
-    def _begin(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> _Batch:
+    def _begin(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> "_Batch":
         """The episodes of a batch after their first turn."""
         by_index = {prompt.index: prompt for prompt in prompts}
         longest = max((len(prompt.prompt_ids) for prompt in prompts), default=0) + sampling.max_response_tokens
@@ -86,7 +75,7 @@ class MultiTurnEngine:
         return batch
 
     def _continuations(
-        self, batch: _Batch, active: Sequence[_Episode], sampling: SamplingParams
+        self, batch: "_Batch", active: "Sequence[_Episode]", sampling: SamplingParams
     ) -> list[Rollout | None]:
         """What the engine writes behind each of the `active` episodes; None where it left one out.
 
@@ -116,7 +105,7 @@ class MultiTurnEngine:
             )
         return found
 
-    def _advance(self, episode: _Episode, part: Rollout) -> None:
+    def _advance(self, episode: "_Episode", part: Rollout) -> None:
         """Takes what the student wrote and, where that ends a turn, the environment's answer."""
         episode.append_generated(part)
         if episode.finish_reason or not episode.turn_is_complete:
@@ -129,7 +118,7 @@ class MultiTurnEngine:
         else:
             episode.append_observation(self._template.observation_ids(observation.text))
 
-    def _step(self, episode: _Episode) -> Observation:
+    def _step(self, episode: "_Episode") -> Observation:
         text = self._template.turn_text(episode.turn_ids()[:-1])
         try:
             observation = episode.environment.step(text)
@@ -152,7 +141,7 @@ class _Batch:
 
     name: str
     longest: int
-    episodes: list[_Episode] = field(default_factory=list)
+    episodes: "list[_Episode]" = field(default_factory=list)
     num_calls: int = 0
 
 
@@ -221,45 +210,18 @@ class _Episode:
         )
 
 
-class ServedMultiTurnEngine(MultiTurnEngine):
-    """A `MultiTurnEngine` over an engine of servers, which stays a ServedEngine."""
-
-    def __init__(
-        self, engine: ServedEngine, make_environment: EnvironmentFactory, template: TurnTemplate, *, max_turns: int
-    ) -> None:
-        super().__init__(engine, make_environment, template, max_turns=max_turns)  # type: ignore[arg-type]
-        self._served = engine
-
-    def input_logprobs(self, input_ids: Sequence[int]) -> dict[str, list[float]]:
-        """As the engine's own."""
-        return self._served.input_logprobs(input_ids)
-
-    def distrust(self, url: str) -> None:
-        """As the engine's own."""
-        self._served.distrust(url)
-
-    def take_metrics(self, batch_name: str) -> dict[str, float]:
-        """As the engine's own, summed over a batch's calls."""
-        return self._served.take_metrics(batch_name)
-
-    def close(self) -> None:
-        """As the engine's own."""
-        self._served.close()
-
-
 def with_environment(
     engine: RolloutEngine, config: RolloutConfig, tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[int]
 ) -> RolloutEngine:
-    """`engine` as it is, or, where the configuration names an environment, in turns with it.
+    """Returns `engine` as it is, or, where the configuration names an environment, in turns with it.
 
     Raises:
         ConfigError: an environment, role or chat template that cannot be used; `check_environment` finds them early.
     """
-    if not config.environment or config.engine == "replay":
+    if not config.environment:
         return engine
     template = TurnTemplate.of(tokenizer, config.observation_role, stop_token_ids)
-    kind = ServedMultiTurnEngine if isinstance(engine, ServedEngine) else MultiTurnEngine
-    return kind(engine, load_environment(config.environment), template, max_turns=config.max_turns)  # type: ignore[arg-type]
+    return MultiTurnEngine(engine, load_environment(config.environment), template, max_turns=config.max_turns)
 
 
 def check_environment(config: RolloutConfig, tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[int]) -> None:

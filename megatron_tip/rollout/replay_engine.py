@@ -1,19 +1,19 @@
 """The rollout engine that gives back what an earlier run wrote: the same tokens under any layout or loss."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
-from megatron_tip.errors import EngineError
+from megatron_tip.config import Config
+from megatron_tip.errors import ConfigError, EngineError
+from megatron_tip.machine import Machine
 from megatron_tip.records import Prompt, Rollout
-from megatron_tip.rollout.engine import SamplingParams
+from megatron_tip.rollout.engine import EngineNeeds, RolloutEngine, SamplingParams
 from megatron_tip.rollout.storage import read_rollouts, rollout_file
 
 
-class ReplayEngine:
+class ReplayEngine(RolloutEngine):
     """Reads each batch's rollouts from `folder`, the `rollouts/` of an earlier run.
 
     They keep the weight version that they were generated with; new weights are accepted and ignored.
@@ -69,3 +69,28 @@ class ReplayEngine:
                     "earlier run's prompts, seed and tokenizer"
                 )
         return rollouts
+
+
+def check_replay(config: Config, vocab_sizes: Sequence[int], machine: Machine) -> None:
+    """Refuses rollouts to replay that do not exist or are the run's own; see `EngineKind.check`.
+
+    Raises:
+        ConfigError: the folder is missing, or within the run's own. EngineError: there are no rollouts in it.
+    """
+    folder = config.rollout.replay_folder
+    assert folder is not None, "checked by the configuration"
+    if folder.resolve().is_relative_to(config.run.folder.resolve()):
+        raise ConfigError(
+            f"rollout.replay_folder: expected a folder of another run, got {folder} within run.folder, where this "
+            "run's own rollouts go; give another run.folder"
+        )
+    if machine.has(folder, "rollout.replay_folder"):
+        ReplayEngine(folder).health()
+
+
+def build_replay_engine(needs: EngineNeeds) -> ReplayEngine:
+    """Returns the engine over the configuration's folder; raises EngineError where it holds no rollouts."""
+    assert needs.config.rollout.replay_folder is not None, "checked by the configuration"
+    engine = ReplayEngine(needs.config.rollout.replay_folder)
+    engine.health()
+    return engine

@@ -5,13 +5,12 @@ from megatron_tip.selection.calibration import BatchTotals, Calibration
 from megatron_tip.selection.comparison import RuleComparison, compare_rules
 from megatron_tip.selection.normalise import NORMALISERS, Normaliser
 from megatron_tip.selection.one_pass import agreement, batch_totals, select_micro_batch
-from megatron_tip.selection.rules import RULES, STATISTICS, Input, Rule
+from megatron_tip.selection.rules import RULES, Input, Rule
 from megatron_tip.selection.selector import Selector
 
 __all__ = [
     "NORMALISERS",
     "RULES",
-    "STATISTICS",
     "BatchTotals",
     "Calibration",
     "Input",

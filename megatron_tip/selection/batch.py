@@ -1,7 +1,5 @@
 """The rollout batch as one replica sees it: its own rows, and what all replicas must know before they select."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass, fields
 
@@ -9,8 +7,9 @@ import torch
 from torch import Tensor
 
 from megatron_tip.errors import InputError, NotFiniteError, TrainingError
-from megatron_tip.records import TokenIndex, TokenStatistics
+from megatron_tip.records import TokenIndex
 from megatron_tip.selection.replicas import Replicas
+from megatron_tip.statistics import TokenStatistics
 
 MAX_KEY_BITS = 62
 _ALWAYS_COMPUTED = frozenset(field.name for field in fields(TokenStatistics) if field.default is MISSING)

@@ -1,7 +1,5 @@
 """Budgets: how many rows are kept, and exactly which ones, ties included."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +15,7 @@ from megatron_tip.selection.replicas import Replicas
 
 
 def exact_ratio(retention_ratio: float) -> Fraction:
-    """Returns the ratio as the decimal that was written: 0.05 is 1/20, not the binary number next to it."""
+    """Returns the ratio as the decimal that was written: 0.05 is 1/20, not the nearest binary number."""
     return Fraction(str(float(retention_ratio)))
 
 
@@ -27,13 +25,13 @@ def batch_budget(retention_ratio: float, num_rows: int) -> int:
 
 
 def rollout_budget(retention_ratio: float, num_rows: int, minimum: int) -> int:
-    """Returns floor(rho m) of a rollout of m rows (TIP Eq. 8), but at least `minimum` of them, or all if m is less."""
+    """Returns floor(rho m) for a rollout of m rows (TIP Eq. 8), but at least `minimum`, or m if that is less."""
     return max(math.floor(exact_ratio(retention_ratio) * num_rows), min(minimum, num_rows))
 
 
 @dataclass(frozen=True)
 class TieOrder:
-    """`keys`: `[n]` int64, distinct over the batch and below 2^key_bits; of equal scores the lower key is kept."""
+    """An order of tied rows. `keys`: `[n]` int64, distinct over the batch, below 2^key_bits; the lower key is kept."""
 
     keys: Tensor
     key_bits: int
@@ -41,7 +39,7 @@ class TieOrder:
 
 @dataclass(frozen=True)
 class Threshold:
-    """The lowest score that is kept, how many of the kept rows have just that score, and how many of all rows."""
+    """The lowest kept score, how many kept rows have exactly that score, and how many of all rows do."""
 
     score: float
     num_tied: int
@@ -52,8 +50,8 @@ class Threshold:
 class Kept:
     """The rows of this replica that a budget keeps: `mask`, `[n]` bool.
 
-    `runner_up`: for each row the best score that its budget did not keep, 0 if it kept all; `[n]` or one number.
-    `threshold`: over all replicas, equal on all; None where there is none (rollouts each have their own).
+    `runner_up`: for each row, the best score that its budget did not keep, 0 if it kept all; `[n]` or one number.
+    `threshold`: over all replicas, the same on all; None if each rollout has its own.
     """
 
     mask: Tensor
@@ -62,7 +60,7 @@ class Kept:
 
 
 class Budget(Protocol):
-    """What keeps the best rows of each score vector. `num_selected`: over the whole batch, equal on all replicas."""
+    """A budget of the best rows of each score vector. `num_selected`: of the whole batch, the same on all replicas."""
 
     @property
     def num_selected(self) -> int: ...
@@ -72,13 +70,13 @@ class Budget(Protocol):
         ...
 
     def uniform_inclusion(self) -> Tensor | float:
-        """Returns each row's chance to be kept if all scores are drawn alike; `[n]` or one number."""
+        """Returns each row's probability to be kept under identically distributed scores; `[n]` or one number."""
         ...
 
 
 @dataclass(frozen=True)
 class NoBudget:
-    """All rows."""
+    """The budget that keeps all rows."""
 
     num_selected: int
 
@@ -91,20 +89,20 @@ class NoBudget:
 
 @dataclass(frozen=True)
 class BatchBudget:
-    """`num_selected` rows of the `num_rows` rows of all `replicas`."""
+    """A budget of `num_selected` of the `num_rows` rows of all `replicas`."""
 
     num_selected: int
     num_rows: int
     replicas: Replicas
 
     def keep(self, scores: Sequence[Tensor], ties: TieOrder, *, with_runner_up: bool) -> list[Kept]:
-        """See Budget.keep; `runner_up` is 0 unless asked for.
+        """Returns the kept rows, as `Budget.keep`; `runner_up` is 0 unless requested.
 
-        Collectives: 3 all-reduces for the thresholds of all vectors; where ties straddle a threshold,
-        ceil(key_bits / 11) more for all those vectors together.
+        Collectives: 3 all-reduces for the thresholds of all vectors; if ties straddle a threshold, ceil(key_bits / 11)
+        more for all such vectors together.
         """
         assert 1 <= self.num_selected <= self.num_rows, "a budget lies between one row and all rows"
-        # in ascending order the rows from rank `first` on are kept: all above the threshold, and the last tied with it
+        # in ascending order, the rows from rank `first` on are kept: all above the threshold, and the last tied ones
         first = self.num_rows - self.num_selected
         ranks = [first, first - 1] if with_runner_up and first else [first]
         keys = [ordered_keys(values) for values in scores]
@@ -123,7 +121,7 @@ class BatchBudget:
         ]
 
     def _cut_ties(self, tied: list[Tensor], num_kept: list[int], num_equal: list[int], ties: TieOrder) -> None:
-        """Leaves, in place, the `num_kept` first in tie order of each of the `tied` masks."""
+        """Keeps, in place, the first `num_kept` rows in tie order of each of the `tied` masks."""
         straddling = [place for place in range(len(tied)) if num_kept[place] < num_equal[place]]
         keys = [ties.keys[tied[place]] for place in straddling]
         last_ranks = [[num_kept[place] - 1] for place in straddling]
@@ -137,9 +135,9 @@ class BatchBudget:
 
 @dataclass(frozen=True)
 class RolloutBudget:
-    """The best rows of each rollout; all rows of a rollout lie on one replica, so nothing is communicated.
+    """A budget of the best rows of each rollout; a rollout lies on one replica, so nothing is communicated.
 
-    `place`: `[n]` each row's rollout among the replica's rollouts. `lengths`, `budgets`: `[rollouts]` int64.
+    `place`: `[n]`, each row's rollout among the replica's rollouts. `lengths`, `budgets`: `[rollouts]` int64.
     """
 
     num_selected: int
@@ -148,8 +146,8 @@ class RolloutBudget:
     budgets: Tensor
 
     @staticmethod
-    def of(index: TokenIndex, retention_ratio: float, minimum: int) -> RolloutBudget:
-        """Returns the budgets of this replica's rollouts; `num_selected` counts this replica alone."""
+    def of(index: TokenIndex, retention_ratio: float, minimum: int) -> "RolloutBudget":
+        """Returns the budgets of this replica's rollouts; `num_selected` counts only this replica."""
         _, place, lengths = torch.unique(index.rollout_index, return_inverse=True, return_counts=True)
         budgets = [rollout_budget(retention_ratio, length, minimum) for length in lengths.tolist()]
         return RolloutBudget(

@@ -1,6 +1,4 @@
-"""What one step's exact selection leaves for a selection that cannot see its whole batch."""
-
-from __future__ import annotations
+"""Order statistics that one step's exact selection passes on to a selection that cannot see its whole batch."""
 
 from dataclasses import dataclass
 
@@ -10,7 +8,7 @@ from megatron_tip.selection.order_statistics import Quantiles
 
 @dataclass(frozen=True)
 class BatchTotals:
-    """Rows of the whole batch, known before any of them is scored: valid, and to be selected."""
+    """Row counts of the whole batch, known before any row is scored: valid, and to be selected."""
 
     num_valid: int
     num_selected: int
@@ -18,10 +16,10 @@ class BatchTotals:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The order statistics of an earlier batch; plain numbers, so that a checkpoint can hold it.
+    """The order statistics of an earlier batch, as plain numbers that a checkpoint can hold.
 
-    `quantiles`: (statistic, probability, value) rows. `threshold`: the lowest score that was kept. `tie_share`: the
-    share kept of the rows with just that score.
+    `quantiles`: (statistic, probability, value) rows. `threshold`: the lowest kept score. `tie_share`: the share kept
+    of the rows with exactly that score.
     """
 
     quantiles: tuple[tuple[str, float, float], ...]
@@ -29,7 +27,7 @@ class Calibration:
     tie_share: float
 
     @staticmethod
-    def of(quantiles: Quantiles, threshold: Threshold) -> Calibration:
+    def of(quantiles: Quantiles, threshold: Threshold) -> "Calibration":
         rows = tuple((name, probability, value) for (name, probability), value in sorted(quantiles.items()))
         return Calibration(rows, threshold.score, threshold.num_tied / threshold.num_equal)
 

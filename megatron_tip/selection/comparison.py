@@ -1,6 +1,4 @@
-"""All rules side by side on one batch: what each would keep, and how far they agree."""
-
-from __future__ import annotations
+"""A comparison of all rules on one batch: what each would keep, and how far they agree."""
 
 from dataclasses import dataclass
 
@@ -9,18 +7,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tip.errors import ConfigError
-from megatron_tip.records import TokenIndex, TokenStatistics
+from megatron_tip.records import TokenIndex
 from megatron_tip.selection.batch import read_batch, read_values
 from megatron_tip.selection.metrics import quadrant_axes, quadrant_rows
 from megatron_tip.selection.order_statistics import quantiles
 from megatron_tip.selection.replicas import Replicas
 from megatron_tip.selection.rules import RULES, Scope
 from megatron_tip.selection.selector import Selector
+from megatron_tip.statistics import TokenStatistics
 
 
 @dataclass(frozen=True)
 class RuleComparison:
-    """Rules at one budget and scope; all but `masks` over all replicas and equal on all.
+    """A comparison of rules at one budget and scope; all but `masks` over all replicas, and the same on all.
 
     `names`: of the rules. `masks`: `[rules, n]` bool, this replica's rows. `num_selected`: `[rules]` int64.
     `jaccard`: `[rules, rules]` float64, rows kept by both over rows kept by either. `quadrants`: `[rules, 4]` float64,
@@ -49,8 +48,8 @@ def compare_rules(
 
     Args:
         statistics, index: this replica's rows, as for `Selector.select`. scope: "batch" or "rollout".
-        seed: of the first rule; each further one has the next.
-        divergence: the statistic that cuts the quadrants along with the student's entropy, if it is there.
+        seed: of the first rule; each further rule has the next seed.
+        divergence: the statistic that cuts the quadrants along with the student's entropy, if available.
     """
     if scope == "micro_batch":
         raise ConfigError("compare_rules: expected scope 'batch' or 'rollout', got 'micro_batch'")
@@ -58,7 +57,7 @@ def compare_rules(
     batch = read_batch(read_values(statistics), index, replicas)
     axes = quadrant_axes(batch.values, {divergence})
     names = [n for n, r in RULES.items() if r.take != "all" and r.required_statistics <= batch.values.keys()]
-    # a seed of its own for each: from the same draws, two rules that sample would agree for no reason of theirs
+    # a separate seed for each: with the same draws, two sampling rules would agree spuriously
     seeds = range(seed, seed + len(names))
     selectors = (Selector(n, retention_ratio, scope, seed=s, compare=False) for n, s in zip(names, seeds, strict=True))
     masks = torch.stack([s.select(statistics, index, step=0, dp_group=dp_group).selection_mask for s in selectors])

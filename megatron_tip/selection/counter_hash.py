@@ -1,6 +1,4 @@
-"""Randomness without a generator: a hash of (seed, step, rollout, position), so that no layout can change a draw."""
-
-from __future__ import annotations
+"""Randomness without a generator: a hash of (seed, step, rollout, position), independent of the layout."""
 
 import torch
 from torch import Tensor
@@ -39,23 +37,23 @@ def _hash(*parts: Tensor) -> Tensor:
 
 
 def uniform(seed: int, step: int, index: TokenIndex, *, stream: int = 0) -> Tensor:
-    """Returns `[n]` float64 strictly between 0 and 1, a function of (seed, stream, step, rollout_index, position).
+    """Returns numbers strictly between 0 and 1, `[n]` float64, from (seed, stream, step, rollout_index, position).
 
-    `stream` separates draws of one step that must be independent of each other.
+    `stream` separates draws of one step that must be independent.
     """
     counters = torch.tensor([_signed(seed), stream, step], dtype=torch.int64, device=index.position.device)
     state = _hash(*counters.unbind(), index.rollout_index, index.position)
-    # 52 bits and a half: the sum is exact in float64 and neither 0 nor 1
+    # 52 bits plus a half: the sum is exact in float64, and neither 0 nor 1
     return (_shift_right(state, 12).to(torch.float64) + 0.5) * 2.0**-52
 
 
 def shuffled(keys: Tensor, key_bits: int, seed: int, step: int) -> Tensor:
-    """Returns `[n]` int64 keys under a pseudo-random permutation of [0, 2^key_bits), so that distinct stay distinct."""
+    """Returns `[n]` int64 keys under a pseudo-random permutation of [0, 2^key_bits): distinct keys stay distinct."""
     counters = torch.tensor([_signed(seed), step], dtype=torch.int64, device=keys.device)
     salt = _hash(*counters.unbind())
     mask = (1 << key_bits) - 1
     for multiplier in (*_MULTIPLIERS, _INCREMENT):
-        # adding, multiplying by an odd number and xor-shifting are each bijective on key_bits bits
+        # addition, multiplication by an odd number and xor-shift are each bijective on key_bits bits
         keys = ((keys ^ (salt & mask)) * multiplier) & mask
         keys = keys ^ (keys >> (key_bits + 1) // 2)
         salt = _mix(salt)

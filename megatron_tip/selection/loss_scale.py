@@ -1,6 +1,4 @@
-"""The one division of the loss: by what, and each row's share of it."""
-
-from __future__ import annotations
+"""The one division of the loss: its denominator, and each row's weight."""
 
 from typing import Literal
 
@@ -18,7 +16,7 @@ LossScale = Literal["selected", "valid", "importance"]
 def row_weights(
     mask: Tensor, loss_scale: LossScale, num_valid: int, num_selected: int, inclusion: Tensor | float = 1.0
 ) -> Tensor:
-    """Returns `[n]` float32: 0 for rows that are not selected, and for the others
+    """Returns row weights, `[n]` float32: 0 for rows that are not selected, and for the others
 
     - "selected": 1 / num_selected, the mean over selected rows (TIP Eq. 1 and 9, TA-OPD Eq. 7);
     - "valid": 1 / num_valid, the same gradient scale at every budget;
@@ -32,10 +30,10 @@ def row_weights(
 
 
 def inclusion(rule: Rule, ranking: Ranking, kept: Kept, budget: Budget) -> Tensor | float:
-    """Returns each row's probability to be selected; `[n]` or one number. 1 for rules that do not sample.
+    """Returns each row's probability of selection; `[n]` or one number. 1 for rules that do not sample.
 
-    Uniform draws: the known share n / m of the row's budget. Weighted draws: see `inclusion_probabilities`; the budget
-    must have been asked for runner-ups.
+    Uniform draws: the known share n / m of the row's budget. Weighted draws: see `inclusion_probabilities`; they need
+    the budget's runner-ups.
     """
     if rule.take != "sample":
         return 1.0

@@ -3,8 +3,6 @@
 Every figure is made of sums over rows, so that one all-reduce serves them all.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping, Sequence
 
 import torch
@@ -14,9 +12,11 @@ from megatron_tip.selection.batch import Batch
 from megatron_tip.selection.budget import Threshold
 from megatron_tip.selection.order_statistics import Quantiles
 from megatron_tip.selection.replicas import Replicas
+from megatron_tip.statistics import STATISTICS
 
-DESCRIBED_STATISTICS = ("student_entropy", "reverse_kl", "support_divergence", "compatibility")
+_DESCRIBED = tuple(name for name, statistic in STATISTICS.items() if statistic.described)
 QUADRANT_DIVERGENCES = ("reverse_kl", "support_divergence", "forward_kl")
+"""What the second axis of the quadrants may be, the preferred first."""
 QUADRANTS = ("q1", "q2", "q3", "q4")
 NUM_POSITION_BINS = 10
 
@@ -57,7 +57,7 @@ def described_rows(
     Args:
         mask: the kept rows. quantiles: holds the medians of both `axes`. others: by rule, the rows it would keep.
     """
-    counted: dict[str, Tensor] = {name: batch.values[name] for name in DESCRIBED_STATISTICS if name in batch.values}
+    counted: dict[str, Tensor] = {name: batch.values[name] for name in _DESCRIBED if name in batch.values}
     place = batch.index.position * NUM_POSITION_BINS // batch.num_positions
     counted |= {f"position_{k}": place == k for k in range(NUM_POSITION_BINS)}
     counted |= quadrant_rows(batch, quantiles, axes)
@@ -85,7 +85,7 @@ def selection_metrics(sums: Sums, num_valid: int, quantiles: Quantiles, axes: Se
         "retention_ratio": num_selected / num_valid,
         **{f"median_{name}": quantiles[name, 0.5] for name in axes},
     }
-    for name in DESCRIBED_STATISTICS:
+    for name in _DESCRIBED:
         if f"all/{name}" in sums:
             kept = sums[f"kept/{name}"]
             if num_selected:

@@ -1,10 +1,8 @@
-"""Normalisers: put a statistic on a common scale with a few quantiles of the whole batch.
+"""Normalisers, which put a statistic on a common scale with a few quantiles of the whole batch.
 
-Minimum and maximum are the quantiles 0 and 1, so that every normaliser needs nothing but quantiles. All arithmetic is
-float64 without transcendental functions, so that it is the same on every layout and in numpy.
+Minimum and maximum are the quantiles 0 and 1, so normalisers need only quantiles. All arithmetic is float64 without
+transcendental functions, so results are the same on every layout and in numpy.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +18,7 @@ def robust(values: Tensor, low: float, high: float) -> Tensor:
 
 
 def min_max(values: Tensor, low: float, high: float) -> Tensor:
-    """Returns (z - min) / (max - min); zeros where all values are equal. TIP, for the divergence."""
+    """Returns (z - min) / (max - min); zeros if all values are equal. TIP, for the divergence."""
     return (values - low) / ((high - low) or 1.0)
 
 
@@ -30,18 +28,18 @@ def clipped_min_max(values: Tensor, low: float, high: float) -> Tensor:
 
 
 def above_median(values: Tensor, median: float) -> Tensor:
-    """Returns 1 where z > Q.5 and 0 elsewhere: the cut of the quadrants in TA-OPD's runs."""
+    """Returns 1 where z > Q.5 and 0 elsewhere: the quadrants' cut in TA-OPD's runs."""
     return (values > median).to(values.dtype)
 
 
 def raw(values: Tensor) -> Tensor:
-    """Returns the values themselves."""
+    """Returns the values unchanged."""
     return values
 
 
 @dataclass(frozen=True)
 class Normaliser:
-    """A normaliser's name, the quantiles that it needs, and the function of the values and those quantiles."""
+    """A normaliser: its name, the quantiles that it needs, and its function of the values and those quantiles."""
 
     name: str
     probabilities: tuple[float, ...]

@@ -1,17 +1,15 @@
-"""Selection of one micro-batch at a time, while it trains: no scoring forward, no collective.
+"""Selection of one micro-batch at a time, during training: no scoring forward pass, no collective.
 
 Either the budget is a share of each micro-batch (scope "micro_batch"), or an earlier batch's quantiles and threshold
-stand in for this one's (scope "batch" with a `Calibration`): the budget is then met on average, not exactly.
+replace this one's (scope "batch" with a `Calibration`): the budget is then met on average, not exactly.
 """
-
-from __future__ import annotations
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tip.errors import InputError, TrainingError
-from megatron_tip.records import TokenIndex, TokenSelection, TokenStatistics
+from megatron_tip.records import TokenIndex, TokenSelection
 from megatron_tip.selection.batch import Batch, read_batch, read_values
 from megatron_tip.selection.budget import BatchBudget, batch_budget
 from megatron_tip.selection.calibration import BatchTotals, Calibration
@@ -22,20 +20,22 @@ from megatron_tip.selection.ranking import Draws, NormalisedInputs, Ranking, Str
 from megatron_tip.selection.replicas import Replicas
 from megatron_tip.selection.sampling import inclusion_probabilities
 from megatron_tip.selection.settings import SelectionSettings
+from megatron_tip.statistics import TokenStatistics
 
 
 def batch_totals(
     settings: SelectionSettings, micro_batch_rows: Tensor, *, dp_group: dist.ProcessGroup | None = None
 ) -> BatchTotals:
-    """Returns what the row weights need to know of the whole batch before any row is scored. 1 all-reduce.
+    """Returns the whole batch's totals that the row weights need before any row is scored. 1 all-reduce.
 
-    `num_selected` is exact for scope "micro_batch"; with a calibration it is the number expected, ceil(rho |I|).
+    `num_selected` is exact for scope "micro_batch"; with a calibration it is the expected number, ceil(rho |I|).
 
     Args:
         micro_batch_rows: `[micro-batches]` int64, valid rows of each of this replica's micro-batches.
         dp_group: every rank of it must call.
 
-    Raises: TrainingError, alike on all ranks, for a batch without valid rows.
+    Raises:
+        TrainingError: on all ranks; the batch has no valid rows.
     """
     budgets = [batch_budget(settings.retention_ratio, num_rows) for num_rows in micro_batch_rows.tolist()]
     own = torch.stack([micro_batch_rows.sum(), torch.tensor(sum(budgets), device=micro_batch_rows.device)])
@@ -58,12 +58,13 @@ def select_micro_batch(
 ) -> TokenSelection:
     """Returns the selection of one micro-batch's rows, possibly none; no communication, no metrics.
 
-    Scope "micro_batch": the best ceil(rho m) of its m rows, normalised by its own quantiles; so it depends, as the
-    budget itself, on how the batch is cut into micro-batches. Scope "batch" with a `calibration`: the rows whose
-    scores, under that batch's quantiles, exceed its threshold, and of the rows just at it a random `tie_share`.
+    Scope "micro_batch": the best ceil(rho m) of its m rows, normalised by its own quantiles. Selection and budget
+    therefore depend on how the batch is cut into micro-batches. Scope "batch" with a `calibration`: the rows whose
+    scores, under that batch's quantiles, exceed its threshold, and a random `tie_share` of the rows exactly at it.
 
-    Raises: InputError for a missing statistic or calibration, or an index that does not fit; TrainingError for scores
-    that are not finite. Other replicas do not learn of it: the caller must end the run.
+    Raises:
+        InputError: a statistic or calibration is missing, or the index does not fit.
+        TrainingError: scores are not finite. Other replicas do not learn of it: the caller must end the run.
     """
     if len(index) == 0:
         empty = torch.zeros_like(index.position, dtype=torch.bool)
@@ -89,16 +90,16 @@ def select_micro_batch(
 
 
 def agreement(mask: Tensor, exact_mask: Tensor, *, dp_group: dist.ProcessGroup | None = None) -> float:
-    """Returns the Jaccard agreement of a one-pass mask with the exact one: rows of both over rows of either.
+    """Returns the Jaccard agreement of a one-pass mask with the exact one: rows in both over rows in either.
 
-    Over all replicas, equal on all; 1 if both are empty. 1 all-reduce.
+    Over all replicas, and the same on all; 1 if both are empty. 1 all-reduce.
     """
     sums = sum_rows({"both": mask & exact_mask, "either": mask | exact_mask}, Replicas(dp_group))
     return sums["both"] / sums["either"] if sums["either"] else 1.0
 
 
 def _keep_best(settings: SelectionSettings, batch: Batch, step: int) -> tuple[Tensor, Tensor | float, Tensor | None]:
-    """Returns the mask, each row's chance to be kept and the rule's scores, from this micro-batch alone."""
+    """Returns the mask, each row's probability of selection and the rule's scores, from this micro-batch alone."""
     rule = settings.resolved_rule
     found = quantiles(batch.values, rule.required_quantiles, batch.num_valid, batch.replicas)
     ranking = _rank(settings, batch, found, step)
@@ -111,9 +112,9 @@ def _keep_best(settings: SelectionSettings, batch: Batch, step: int) -> tuple[Te
 def _keep_above_threshold(
     settings: SelectionSettings, batch: Batch, calibration: Calibration, step: int
 ) -> tuple[Tensor, Tensor | float, Tensor | None]:
-    """Returns the mask, each row's chance to be kept and the rule's scores, from an earlier batch's order statistics.
+    """Returns the mask, each row's probability of selection and the rule's scores, from an earlier batch's statistics.
 
-    A fixed threshold draws each row on its own, with probability 1 - exp(-w / threshold).
+    A fixed threshold draws each row independently, with probability 1 - exp(-w / threshold).
     """
     ranking = _rank(settings, batch, calibration.as_quantiles(), step)
     ties = Draws(settings.seed, step, Stream.TIES).of(batch.index) < calibration.tie_share

@@ -1,12 +1,10 @@
-"""Exact order statistics of scores that lie spread over data-parallel replicas, without gathering them.
+"""Exact order statistics of scores that are distributed over data-parallel replicas, without gathering them.
 
-Radix selection: keys are non-negative integers whose order is the order of the scores; each pass counts the next 11
-bits of the keys that can still be the wanted one, and one all-reduce adds the counts of all replicas. Float32 scores
-take 3 passes (11 + 11 + 10 bits), whatever the number of tokens or replicas. Any number of order statistics of any
-number of score vectors share the passes.
+Radix selection: keys are non-negative integers in the order of the scores. Each pass counts the next 11 bits of the
+keys that can still be the wanted one, and one all-reduce adds the counts of all replicas. Float32 scores take 3 passes
+(11 + 11 + 10 bits), whatever the number of tokens or replicas. All order statistics of all score vectors share the
+passes.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,9 +22,9 @@ FLOAT_KEY_BITS = 32
 
 
 def ordered_keys(values: Tensor) -> Tensor:
-    """Returns int64 keys in [0, 2^32) whose order is the order of the float32 `values`.
+    """Returns int64 keys in [0, 2^32) in the order of the float32 `values`.
 
-    -0.0 and 0.0 get the same key, as they compare equal. NaN gets some key beyond the infinities.
+    -0.0 and 0.0 get the same key, as they compare equal. NaN gets a key beyond the infinities.
     """
     bits = (values + 0.0).view(torch.int32)
     return _flip_negative(bits).to(torch.int64).add_(2**31)
@@ -38,7 +36,7 @@ def value_of_key(key: int) -> float:
 
 
 def _flip_negative(bits: Tensor) -> Tensor:
-    """Returns int32 that are ordered as the floats of which `bits` are the bits, or those bits again; own inverse."""
+    """Returns int32 in the order of the floats with these `bits`. It is its own inverse."""
     return (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)
 
 
@@ -55,12 +53,12 @@ class OrderStatistic:
 def order_statistics(
     vectors: Sequence[Tensor], ranks: Sequence[Sequence[int]], key_bits: int, replicas: Replicas
 ) -> list[list[OrderStatistic]]:
-    """Returns, for each vector, the order statistics of the wanted ranks, equal on all replicas.
+    """Returns, for each vector, the order statistics of the wanted ranks, the same on all replicas.
 
     Args:
-        vectors: each `[n]` int64 keys in [0, 2^key_bits), this replica's part; n may be 0 and differs by replica.
-        ranks: for each vector the wanted 0-based ranks, below its length over all replicas (at most 2^31 - 1) and
-            equal on all replicas.
+        vectors: each `[n]` int64 keys in [0, 2^key_bits), this replica's part; n may be 0 and may differ by replica.
+        ranks: for each vector, the wanted 0-based ranks, below its length over all replicas (at most 2^31 - 1), and the
+            same on all replicas.
         key_bits: at most 63.
 
     Collectives: ceil(key_bits / 11) all-reduces, each of 8 KiB for every vector and distinct prefix still searched.
@@ -106,17 +104,17 @@ def _descend(statistic: OrderStatistic, cumulative: Tensor, width: int) -> None:
 def quantiles(
     values: Mapping[str, Tensor], wanted: Iterable[tuple[str, float]], num_values: int, replicas: Replicas
 ) -> Quantiles:
-    """Returns the quantile of each wanted (name, probability) over all replicas, equal on all of them.
+    """Returns the quantile of each wanted (name, probability) over all replicas, the same on all of them.
 
-    Linear interpolation in float64 between the two neighbouring float32 values, operation by operation that of
+    Interpolates linearly in float64 between the two neighbouring float32 values, with the same operations as
     `numpy.quantile(gathered.astype(float64), probability)`.
 
     Args:
         values: `[n]` float32 by name, finite; this replica's part.
-        wanted: equal on all replicas; probabilities in [0, 1].
+        wanted: the same on all replicas; probabilities in [0, 1].
         num_values: length of each vector over all replicas, at least 1.
 
-    Collectives: 3 all-reduces in all.
+    Collectives: 3 all-reduces in total.
     """
     probabilities: dict[str, list[float]] = {}
     for name, probability in sorted(set(wanted)):
@@ -145,5 +143,5 @@ def _neighbours(probability: float, num_values: int) -> tuple[int, int, float]:
 
 
 def _interpolate(low: float, high: float, fraction: float) -> float:
-    """Returns numpy's `_lerp(low, high, fraction)`: from the nearer end, so that it is monotonic."""
+    """Returns numpy's `_lerp(low, high, fraction)`, which starts from the nearer end and so is monotonic."""
     return high - (high - low) * (1 - fraction) if fraction >= 0.5 else low + (high - low) * fraction

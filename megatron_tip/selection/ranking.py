@@ -1,6 +1,4 @@
-"""From a rule and the batch's quantiles to the scores that a budget ranks by."""
-
-from __future__ import annotations
+"""Rankings: the scores that a budget ranks by, from a rule and the batch's quantiles."""
 
 from dataclasses import dataclass
 from enum import IntEnum
@@ -18,7 +16,7 @@ from megatron_tip.selection.sampling import race_scores
 
 
 class Stream(IntEnum):
-    """Draws of one step that must not be correlated with each other."""
+    """The draws of one step that must not be correlated."""
 
     ACTIVE = 0
     COMPARED = 1
@@ -27,31 +25,31 @@ class Stream(IntEnum):
 
 @dataclass(frozen=True)
 class Draws:
-    """Where random numbers come from: equal for the same seed, step, stream and token."""
+    """A source of random numbers, the same for the same seed, step, stream and token."""
 
     seed: int
     step: int
     stream: Stream
 
     def of(self, index: TokenIndex) -> Tensor:
-        """Returns `[n]` float64 in (0, 1)."""
+        """Returns one number per token, `[n]` float64 in (0, 1)."""
         return uniform(self.seed, self.step, index, stream=self.stream)
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """`scores`: `[n]` float32, the highest are kept. `weights`: `[n]` float64, the rule's own scores."""
+    """A ranking of rows. `scores`: `[n]` float32, the highest are kept; `weights`: `[n]` float64, the rule's own."""
 
     scores: Tensor
     weights: Tensor
 
     def rule_scores(self, rule: Rule) -> Tensor | None:
-        """Returns what `rule` says of each row, `[n]` float32; None where it has no score function."""
+        """Returns the rule's score of each row, `[n]` float32; None if it has no score function."""
         return self.weights.to(torch.float32) if rule.score is not None else None
 
 
 class NormalisedInputs(dict[Input, Tensor]):
-    """`[n]` float64 for each input that is asked for: made once, shared by all rules."""
+    """The rules' inputs, `[n]` float64 each: computed on request, once, and shared by all rules."""
 
     def __init__(self, batch: Batch, quantiles: Quantiles) -> None:
         super().__init__()
@@ -66,7 +64,8 @@ class NormalisedInputs(dict[Input, Tensor]):
 def rank_rows(rule: Rule, batch: Batch, inputs: NormalisedInputs, draws: Draws) -> Ranking:
     """Returns the ranking of this replica's rows; no communication.
 
-    Raises: InputError for a score function that does not return one score a row.
+    Raises:
+        InputError: the score function does not return one score per row.
     """
     num_rows = len(batch.index)
     if rule.score is None:
@@ -75,7 +74,7 @@ def rank_rows(rule: Rule, batch: Batch, inputs: NormalisedInputs, draws: Draws) 
         weights = rule.score(*(inputs[item] for item in rule.inputs))
     if not isinstance(weights, Tensor) or weights.shape != (num_rows,):
         got = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
-        raise InputError(f"rule {rule.name!r}: expected scores of shape ({num_rows},), one a row, got {got}")
+        raise InputError(f"rule {rule.name!r}: expected scores of shape ({num_rows},), one per row, got {got}")
     if rule.take == "sample":
         return Ranking(race_scores(weights, draws.of(batch.index)), weights)
     return Ranking((-weights if rule.take == "bottom" else weights).to(torch.float32), weights)

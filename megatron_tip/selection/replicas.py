@@ -1,6 +1,4 @@
-"""The data-parallel replicas that decide a selection together: the only file of this folder that communicates."""
-
-from __future__ import annotations
+"""The data-parallel replicas that select together. Only this file of the folder communicates."""
 
 from dataclasses import dataclass
 
@@ -10,18 +8,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Replicas:
-    """The replicas of one data-parallel group; `group=None` is a single replica, never "world"."""
+    """The replicas of one data-parallel group; `group=None` means a single replica, never "world"."""
 
     group: dist.ProcessGroup | None = None
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Returns the elementwise sum over replicas, equal on all of them; overwrites `tensor`. 1 all-reduce."""
+        """Returns the elementwise sum over replicas, the same on all of them; overwrites `tensor`. 1 all-reduce."""
         if self.group is not None:
             dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """Returns `[num_replicas, *tensor.shape]`, equal on all replicas. 1 all-gather."""
+        """Returns `[num_replicas, *tensor.shape]`, the same on all replicas. 1 all-gather."""
         if self.group is None:
             return tensor[None]
         gathered = tensor.new_empty((self.group.size() * tensor.numel(),))

@@ -1,34 +1,29 @@
 """The selection rules by name: each row names one published combination of score, normalisers and budget scope."""
 
-from __future__ import annotations
-
 import difflib
 import importlib
 import inspect
-import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 from typing import Any, Literal
 
 from torch import Tensor
 
 from megatron_tip.errors import ConfigError
-from megatron_tip.records import TokenStatistics
 from megatron_tip.selection import scores
 from megatron_tip.selection.normalise import ABOVE_MEDIAN, CLIPPED_MIN_MAX, MIN_MAX, RAW, ROBUST, Normaliser
+from megatron_tip.statistics import STATISTICS
 
 Take = Literal["all", "top", "bottom", "sample"]
 Scope = Literal["batch", "rollout", "micro_batch"]
 
 ENTRY_POINTS = "megatron_tip.selection_rules"
-_PER_SUPPORT_ID = re.compile("_support_(ids|logprobs)$")
-STATISTICS = frozenset(f.name for f in fields(TokenStatistics) if not _PER_SUPPORT_ID.search(f.name))
 
 
 @dataclass(frozen=True)
 class Input:
-    """One argument of a score function: a field of TokenStatistics and how it is normalised."""
+    """One argument of a score function: a statistic and how it is normalised."""
 
     statistic: str
     normaliser: Normaliser = ROBUST
@@ -58,7 +53,7 @@ class Rule:
         """Pairs of a statistic and a probability."""
         return frozenset((item.statistic, p) for item in self.inputs for p in item.normaliser.probabilities)
 
-    def with_normaliser(self, normaliser: Normaliser) -> Rule:
+    def with_normaliser(self, normaliser: Normaliser) -> "Rule":
         """Returns the rule with every input normalised so, except for the cuts of quadrants, which stay cuts."""
         inputs = (i if i.normaliser is ABOVE_MEDIAN else replace(i, normaliser=normaliser) for i in self.inputs)
         return replace(self, inputs=tuple(inputs))
@@ -109,14 +104,14 @@ def load_rule(name: str) -> Rule:
     """Returns the rule of that name: a published one, an installed package's, or that of an import path.
 
     Packages offer rules as entry points of the group "megatron_tip.selection_rules"; an import path is
-    "package.module:attribute". Both lead to a `Rule`, or to a score function whose parameters are named after fields of
-    TokenStatistics; each is then given Norm_B of that field. Raises ConfigError for anything else.
+    "package.module:attribute". Both lead to a `Rule`, or to a score function whose parameters are named after
+    statistics; each is then given Norm_B of that statistic. Raises ConfigError for anything else.
     """
     if name in RULES:
         return RULES[name]
     found = _imported(name) if ":" in name else _installed(name)
     rule = replace(found, name=name) if isinstance(found, Rule) else _rule_of_function(name, found)
-    unknown = rule.required_statistics - STATISTICS
+    unknown = rule.required_statistics - STATISTICS.keys()
     if unknown:
         raise ConfigError(
             f"rule {name!r}: asks for {sorted(unknown)}, which are no per-token statistics; "

@@ -1,10 +1,8 @@
-"""One function a selection score: from normalised statistics, `[n]` float64 each, to what the budget ranks by.
+"""Selection scores, one function each: from normalised statistics, `[n]` float64, to what the budget ranks by.
 
 Letters of the papers: `h` student entropy, `d` divergence, `c` compatibility, each after the normaliser of its rule;
-`h_high` and `d_high` are 1 above the batch median and 0 elsewhere. TIP is arXiv:2604.14084, TA-OPD arXiv:2605.26844.
+`h_high` and `d_high` are 1 above the batch median, else 0. TIP is arXiv:2604.14084, TA-OPD arXiv:2605.26844.
 """
-
-from __future__ import annotations
 
 from torch import Tensor
 
@@ -70,8 +68,8 @@ def q3_incompatibility(h_high: Tensor, d_high: Tensor, d: Tensor, c: Tensor) -> 
 
 
 def _q3_first(h_high: Tensor, d_high: Tensor) -> Tensor:
-    """Returns 2 in Q3 (low entropy, high divergence) and 0 elsewhere, more than a score in [0, 1] can make up for.
+    """Returns 2 in Q3 (low entropy, high divergence), else 0: more than a score in [0, 1] can make up for.
 
-    The paper gives no order within Q3 nor what follows once Q3 is used up; "then" above is our reading.
+    The paper gives neither the order within Q3 nor what follows when Q3 is exhausted; "then" above is our reading.
     """
     return 2 * (1 - h_high) * d_high

@@ -1,14 +1,12 @@
 """The selector: from the statistics of a rollout batch to the rows that are supervised, equal on every layout."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tip.errors import InputError, TrainingError
-from megatron_tip.records import TokenIndex, TokenSelection, TokenStatistics
+from megatron_tip.records import TokenIndex, TokenSelection
 from megatron_tip.selection.batch import Batch, read_batch, read_values
 from megatron_tip.selection.budget import BatchBudget, Budget, NoBudget, RolloutBudget, batch_budget
 from megatron_tip.selection.calibration import Calibration
@@ -26,6 +24,7 @@ from megatron_tip.selection.ranking import Draws, NormalisedInputs, Ranking, Str
 from megatron_tip.selection.replicas import Replicas
 from megatron_tip.selection.rules import Rule
 from megatron_tip.selection.settings import SelectionSettings
+from megatron_tip.statistics import TokenStatistics
 
 
 class Selector(SelectionSettings):

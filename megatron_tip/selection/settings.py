@@ -1,7 +1,5 @@
 """What a run says about its selection, checked before anything runs."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property

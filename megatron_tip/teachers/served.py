@@ -1,6 +1,6 @@
 """A teacher behind servers as the ranks of a run see it: who asks, who is told, and what is made of the answers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -9,12 +9,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tip.batching.step_batch import StepBatch
-from megatron_tip.errors import EngineError, PeerError
+from megatron_tip.config import Config, LossConfig
 from megatron_tip.models.student import Student
-from megatron_tip.parallel.collectives import broadcast_json
 from megatron_tip.parallel.groups import ModelGroups
-from megatron_tip.records import Prompt, Rollout, TeacherTopK, TokenStatistics, TopKTokenStatistics
-from megatron_tip.teachers.server_scorer import ServerTeacher
+from megatron_tip.parallel.together import raise_together
+from megatron_tip.records import Rollout, TeacherTopK
+from megatron_tip.rollout.sglang.client import SGLangClient, Timeouts
+from megatron_tip.rollout.sglang.setup import read_keys
+from megatron_tip.statistics import TokenStatistics
+from megatron_tip.teachers.server_scorer import ScoringSettings, ServerTeacher
+from megatron_tip.teachers.teacher import Teacher, TeacherSite, score_micro_batches
+from megatron_tip.vocab_parallel import ShardedVocabulary
 from megatron_tip.vocab_parallel.topk_divergence import topk_divergence_loss
 from megatron_tip.vocab_parallel.topk_statistics import (
     StudentStatistics,
@@ -25,41 +30,34 @@ from megatron_tip.vocab_parallel.topk_statistics import (
 
 T = TypeVar("T")
 
-_ENGINE_FAILED, _FAILED = 1, 2
-"""What a rank that asks tells the others: its servers failed; something else did, which is worse."""
-
 
 @dataclass(frozen=True)
-class ServedTeacher:
+class ServedTeacher(Teacher[TeacherTopK]):
     """A teacher, or several, behind SGLang servers.
 
     One rank of each of the student's replicas asks about that replica's rollouts: the first of its last stage's tp
-    group, which tells the others. `scorer`: on those ranks; None elsewhere. `support_size`: K.
-    `vocab_size`: ids shared with the student. `chunk_rows`: rows of logits alive at once; None: chosen.
-    `compiled`: through torch.compile.
+    group, which tells the others. `scorer`: on those ranks; None elsewhere. `groups`: the student's. `support_size`: K.
+    `vocabulary`: the ids shared with the student.
     """
+
+    heldout_statistic = "topk_reverse_kl"
 
     scorer: ServerTeacher | None
     groups: ModelGroups
     device: torch.device
     support_size: int
     asks_student_support: bool
-    vocab_size: int
-    chunk_rows: int | None
-    compiled: bool
+    vocabulary: ShardedVocabulary
+    settings: LossConfig
 
-    def topk_rows(self, batch: StepBatch) -> TeacherTopK | None:
-        """What the teachers say of this rank's replica, in the order of its rows; None off the last stage.
-
-        Collective over the world.
+    def ask(self, batch: StepBatch) -> TeacherTopK | None:
+        """Returns what the teachers say of this rank's replica; see `Teacher.ask`.
 
         Raises:
-            EngineError: no server answered; PeerError on the other ranks.
+            EngineError: no server answered a rank that asks; on every rank.
         """
         rollouts = _in_row_order(batch, self.groups.dp_rank)
-        answer: TeacherTopK | None = self._asked(
-            lambda scorer: scorer.top_k(rollouts, [rollout.teacher for rollout in rollouts])
-        )
+        answer = self._asked(lambda scorer: scorer.top_k(rollouts, [rollout.teacher for rollout in rollouts]))
         if not self.groups.is_last_stage:
             return None
         n, k = sum(batch.num_rows()[self.groups.dp_rank]), self.support_size
@@ -69,10 +67,43 @@ class ServedTeacher:
             support_logprobs=self._told(answer.support_logprobs if answer is not None else None, (n, k), torch.float32),
         )
 
-    def about_student_support(
+    def score(
+        self, student: Student, batch: StepBatch, rows: TeacherTopK | None, *, with_support: bool = False
+    ) -> tuple[TokenStatistics | None, TeacherTopK | None]:
+        """Returns statistics and rows, which are of the student's top-K as well where the run asks about it.
+
+        See `Teacher.score`; the supports are always there. Raises as `ask`.
+        """
+
+        def score(hidden: Tensor, part: TeacherTopK, labels: Tensor) -> StudentStatistics:
+            pair, ids = (hidden, student.output_head), part.support_ids
+            return student_statistics(pair, self.vocabulary, teacher_support_ids=ids, labels=labels)
+
+        found = score_micro_batches(student, batch, rows, score, _unknown)
+        own = StudentStatistics.concatenate(found) if found else None
+        if self.asks_student_support:
+            rows = self._with_student_support(batch, rows, own.support_ids if own else None)
+        if own is None or rows is None:
+            return None, None
+        return combined_statistics(own, rows), rows
+
+    def loss(self, student: Student, hidden: Tensor, rows: TeacherTopK, labels: Tensor, row_weights: Tensor) -> Tensor:
+        ids, logprobs = known_ids(rows)
+        return topk_divergence_loss(
+            (hidden, student.output_head),
+            self.vocabulary,
+            divergence=self.settings.divergence,
+            teacher_ids=ids,
+            teacher_id_logprobs=logprobs,
+            labels=labels,
+            teacher_label_logprobs=rows.label_logprobs,
+            row_weights=row_weights,
+        )
+
+    def _with_student_support(
         self, batch: StepBatch, rows: TeacherTopK | None, ids: Tensor | None
     ) -> TeacherTopK | None:
-        """`rows` with the teachers' logprobs of the student's top-K `ids` `[n, K]`. Collective over the world."""
+        """Returns `rows` with the teachers' logprobs of the student's top-K `ids` `[n, K]`. As collective as `ask`."""
         rollouts = _in_row_order(batch, self.groups.dp_rank)
 
         def ask(scorer: ServerTeacher) -> Tensor:
@@ -86,32 +117,18 @@ class ServedTeacher:
         return replace(rows, student_support_ids=ids, student_support_logprobs=logprobs)
 
     def _asked(self, ask: Callable[[ServerTeacher], T]) -> T | None:
-        """What `ask` returns on the ranks that ask; all ranks learn whether one of them failed. One all-reduce.
-
-        Raises:
-            EngineError: `ask` did. PeerError: it failed on another rank, `cause` "EngineError" where all that failed
-                did so for that; all ranks may then save the run together.
-        """
+        """Returns what `ask` does on the ranks that ask, None elsewhere; what it raises is raised on every rank."""
         answer, failure = None, None
         if self.scorer is not None:
             try:
                 answer = ask(self.scorer)
-            except Exception as error:  # told to the others before it is raised
+            except BaseException as error:  # Ctrl-C too: the other ranks wait in the collective
                 failure = error
-        kind = 0 if failure is None else _ENGINE_FAILED if isinstance(failure, EngineError) else _FAILED
-        worst = torch.tensor(kind, dtype=torch.int32, device=self.device)
-        dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-        if not worst:
-            return answer
-        if kind == worst and failure is not None:
-            raise failure
-        raise PeerError(
-            "teacher: a rank that asks the servers failed; its own message says why",
-            cause=EngineError.__name__ if worst == _ENGINE_FAILED else "",
-        )
+        raise_together(failure, device=self.device)
+        return answer
 
     def _told(self, values: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """`values` of the asking rank on all ranks of its tp group. One broadcast."""
+        """Returns `values` of the asking rank on all ranks of its tp group. One broadcast."""
         told = torch.empty(shape, dtype=dtype, device=self.device)
         if values is not None:
             assert values.shape == shape, f"{list(values.shape)} for rows {list(shape)}"
@@ -122,90 +139,51 @@ class ServedTeacher:
 
 
 def _in_row_order(batch: StepBatch, replica: int) -> list[Rollout]:
-    """The replica's rollouts, the generated tokens of which are its rows one behind the other."""
+    """Returns the replica's rollouts, whose generated tokens are its rows, one rollout after the other."""
     return [batch.rollouts[place] for micro_batch in batch.plan[replica] for place in micro_batch]
 
 
-def served_statistics(
-    student: Student, teacher: ServedTeacher, batch: StepBatch, teacher_rows: TeacherTopK | None
-) -> TopKTokenStatistics | None:
-    """Statistics of every valid token of this rank's replica, in the order of its rows; None off the last stage.
+def _unknown(rows: TeacherTopK) -> StudentStatistics:
+    """Returns NaN for rows of which the student says nothing finite; the teacher's ids stand for the student's."""
+    nothing, nowhere = (torch.full_like(values, torch.nan) for values in (rows.label_logprobs, rows.support_logprobs))
+    return StudentStatistics(nothing, nothing, rows.support_ids, nowhere, nowhere)
 
-    One student forward without gradient, and where the run asks for it a second round of questions. Collective over
-    the world.
+
+def build(config: Config, site: TeacherSite) -> ServedTeacher:
+    """Returns the teacher, its servers checked by the ranks that will ask them.
+
+    Raises:
+        ServerMismatchError, ServerError: a server that is something else or does not answer.
     """
-    groups = student.groups
-    micro_batches = batch.micro_batches(groups.dp_rank)
-    parts = teacher_rows.split(batch.num_rows()[groups.dp_rank]) if teacher_rows is not None else []
-    found: list[StudentStatistics] = []
-
-    def score(index: int, hidden_states: Tensor) -> None:
-        mask = micro_batches[index].loss_mask
-        found.append(
-            student_statistics(
-                student.rows(hidden_states, mask),
-                student.output_head,
-                parts[index].support_ids,
-                micro_batches[index].labels[mask],
-                vocab_size=teacher.vocab_size,
-                tp_group=groups.tp_group,
-                chunk_rows=teacher.chunk_rows,
-                compiled=teacher.compiled,
-            )
-        )
-
-    student.forward(micro_batches, score)
-    own = StudentStatistics.concatenate(found) if groups.is_last_stage else None
-    if teacher.asks_student_support:
-        teacher_rows = teacher.about_student_support(batch, teacher_rows, own.support_ids if own else None)
-    if own is None or teacher_rows is None:
-        return None
-    return combined_statistics(own, teacher_rows)
-
-
-def served_loss(
-    student: Student,
-    teacher: ServedTeacher,
-    hidden: Tensor,
-    teacher_rows: TeacherTopK,
-    row_weights: Tensor,
-    labels: Tensor,
-    *,
-    divergence: str,
-) -> Tensor:
-    """The loss of selected rows: float32 scalar, equal on all tp ranks. Arguments as of `topk_divergence_loss`."""
-    ids, logprobs = known_ids(teacher_rows)
-    return topk_divergence_loss(
-        hidden,
-        student.output_head,
-        divergence=divergence,
-        teacher_ids=ids,
-        teacher_id_logprobs=logprobs,
-        labels=labels,
-        teacher_label_logprobs=teacher_rows.label_logprobs,
-        row_weights=row_weights,
-        vocab_size=teacher.vocab_size,
-        tp_group=student.groups.tp_group,
-        chunk_rows=teacher.chunk_rows,
-        compiled=teacher.compiled,
+    groups, vocab_size = site.student_groups, site.vocabulary.vocab_size
+    assert vocab_size is not None, "the ids that a run's models share are counted"
+    asks = groups.is_last_stage and groups.tp_rank == 0
+    return ServedTeacher(
+        scorer=_scorer(config, vocab_size) if asks else None,
+        groups=groups,
+        device=site.device,
+        support_size=min(config.selection.support_size, vocab_size),
+        asks_student_support=config.teacher.student_support == "ask",
+        vocabulary=site.vocabulary,
+        settings=config.loss,
     )
 
 
-def known_rows(
-    statistics: TokenStatistics | None, teacher_rows: Tensor | TeacherTopK | None
-) -> Tensor | TeacherTopK | None:
-    """`teacher_rows`, with what the scoring pass learned besides."""
-    learned = statistics.teacher if isinstance(statistics, TopKTokenStatistics) else None
-    return learned or teacher_rows
-
-
-def with_teachers(rollouts: Sequence[Rollout], prompts: Sequence[Prompt]) -> list[Rollout]:
-    """`rollouts` with the names of their prompts' teachers."""
-    names = {prompt.index: prompt.teacher for prompt in prompts}
-    return [replace(rollout, teacher=names.get(rollout.prompt_index) or rollout.teacher) for rollout in rollouts]
-
-
-def tell_teachers(rollouts: list[Rollout], *, device: torch.device) -> list[Rollout]:
-    """`rollouts` with the first process's names of their teachers. Two broadcasts over the world."""
-    names = broadcast_json([rollout.teacher for rollout in rollouts], source=0, device=device)
-    return [replace(rollout, teacher=name) for rollout, name in zip(rollouts, names, strict=True)]
+def _scorer(config: Config, vocab_size: int) -> ServerTeacher:
+    teacher = config.teacher
+    keys = read_keys(teacher.keys_file, setting="teacher.keys_file")
+    timeouts = Timeouts(silence=teacher.timeout_seconds)
+    routes: dict[str, list[SGLangClient]] = {}
+    for name, url in teacher.routes:
+        client = SGLangClient(url, vocab_size=vocab_size, keys=keys, timeouts=timeouts)
+        routes.setdefault(name, []).append(client)
+    settings = ScoringSettings(
+        vocab_size=vocab_size,
+        support_size=min(config.selection.support_size, vocab_size),
+        window_tokens=teacher.window_tokens,
+        max_concurrent=teacher.max_concurrent,
+        wait_seconds=teacher.wait_seconds,
+    )
+    scorer = ServerTeacher(routes, settings)
+    scorer.check(asks_student_support=teacher.student_support == "ask")
+    return scorer

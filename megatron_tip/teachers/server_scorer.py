@@ -1,7 +1,5 @@
 """A teacher behind SGLang servers: scores rollouts by the log-probabilities of their own tokens; no collective here."""
 
-from __future__ import annotations
-
 import logging
 import math
 import time

@@ -7,11 +7,22 @@ import torch
 from torch import Tensor
 
 from megatron_tip.batching.step_batch import StepBatch
-from megatron_tip.records import TokenSelection, TokenStatistics
+from megatron_tip.config import Config
+from megatron_tip.records import TokenSelection
+from megatron_tip.statistics import TokenStatistics
+
+
+def comparable_ratios(
+    config: Config, batch: StepBatch, replica: int, statistics: TokenStatistics | None
+) -> Tensor | None:
+    """Returns `log_ratios` where student and engine can be compared: at one temperature, with statistics."""
+    if statistics is None or config.rollout.temperature != config.loss.temperature:
+        return None
+    return log_ratios(batch, replica, statistics)
 
 
 def log_ratios(batch: StepBatch, replica: int, statistics: TokenStatistics) -> Tensor:
-    """`[n]` float32: ln p_student(y) - ln p_rollout(y) of each row of the replica. On the last stage.
+    """Returns `[n]` float32: ln p_student(y) - ln p_rollout(y) of each row of the replica. On the last stage.
 
     Both are at the same temperature; the plan refuses importance weights where they are not.
     """
@@ -28,6 +39,6 @@ def log_ratios(batch: StepBatch, replica: int, statistics: TokenStatistics) -> T
 
 
 def with_importance(selection: TokenSelection, ratios: Tensor, cap: float) -> TokenSelection:
-    """The selection with every row's weight times min(exp(`ratios`), `cap`): truncated importance sampling."""
+    """Returns the selection with every row's weight times min(exp(`ratios`), `cap`): truncated importance sampling."""
     weights = ratios.exp().clamp(max=cap)
     return replace(selection, row_weights=selection.row_weights * weights)

@@ -1,54 +1,62 @@
 """A sequence whose logprobs tell whether an engine holds the student's weights."""
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tip.batching.step_batch import StepBatch
+from megatron_tip.models.student import Student
 from megatron_tip.records import Rollout
-from megatron_tip.training.run import TrainingRun
-from megatron_tip.vocab_parallel import vocab_parallel_logprobs
+from megatron_tip.vocab_parallel import ShardedVocabulary
+from megatron_tip.vocab_parallel.topk_statistics import student_statistics
 
 PROBE_LENGTH = 48
 PROBE_SEED = 20_240_506
 
 
 def probe_ids(vocab_size: int) -> tuple[int, ...]:
-    """The probe: ids from all over the vocabulary, always the same; unlikely ones move most when weights are wrong."""
+    """Returns the probe: ids from all over the vocabulary, always the same.
+
+    Unlikely ones move most when weights are wrong.
+    """
     return tuple(np.random.default_rng(PROBE_SEED).integers(vocab_size, size=PROBE_LENGTH).tolist())
 
 
-def probe_logprobs(run: TrainingRun) -> list[float]:
-    """The student's own logprobs of the probe after its first id, at temperature 1; on the first rank of the world.
+def probe_logprobs(student: Student, vocab_size: int, device: torch.device) -> list[float]:
+    """Returns the student's own logprobs of the probe after its first id, at temperature 1; on rank 0 of the world.
 
-    Collective over data-parallel replica 0: one forward pass of one sequence, and one broadcast of a float64 an id
+    Collective over data-parallel replica 0: one forward pass of one sequence, and one broadcast of a float64 per id
     over the replica. Others, replicas and ranks, get an empty list; other replicas need not call it.
     """
-    groups = run.student.groups
+    groups = student.groups
     if groups.dp_rank != 0:
         return []
-    ids = probe_ids(run.architecture.vocab_size)
-    grid = groups.grid
+    ids = probe_ids(vocab_size)
     batch = StepBatch.over(
         [Rollout(0, 0, ids[:1], ids[1:], (0.0,) * (len(ids) - 1), "length", weight_version=0)],
         dp_size=1,
         max_tokens=PROBE_LENGTH,
-        pad_token_id=run.pad_token_id,
-        sequence_multiple=grid.tp_size if run.config.model.sequence_parallel else 1,
-        device=run.device,
+        pad_token_id=ids[0],  # any id of the vocabulary: padding comes after what is read
+        sequence_multiple=student.sequence_multiple,
+        device=device,
     )
     micro_batches = batch.micro_batches(0)
     found: list[Tensor] = []
 
     def score(index: int, hidden_states: Tensor) -> None:
-        micro_batch, head = micro_batches[index], run.student.output_head
-        logits = run.student.rows(hidden_states, micro_batch.loss_mask) @ head.t()
-        labels = micro_batch.labels[micro_batch.loss_mask]
-        size = run.architecture.vocab_size
-        found.append(vocab_parallel_logprobs(logits, labels, vocab_size=size, tp_group=groups.tp_group))
+        mask = micro_batches[index].loss_mask
+        labels = micro_batches[index].labels[mask]
+        statistics = student_statistics(
+            (student.rows(hidden_states, mask), student.output_head),
+            ShardedVocabulary(vocab_size, tp_group=groups.tp_group),
+            teacher_support_ids=labels.new_empty(len(labels), 0),
+            labels=labels,
+        )
+        found.append(statistics.label_logprobs)
 
-    run.student.forward(micro_batches, score)
+    student.forward(micro_batches, score)
     values = found[0].double() if found else micro_batches[0].input_ids.new_zeros(len(ids) - 1).double()
-    if grid.pp_size > 1:
+    if groups.grid.pp_size > 1:
         dist.broadcast(values, src=groups.last_stage_rank, group=groups.pp_group)
     return values.tolist() if dist.get_rank() == 0 else []

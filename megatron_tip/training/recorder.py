@@ -1,22 +1,32 @@
-"""What a run writes down while it goes: metrics, progress, and the totals for its summary."""
+"""What a run measures of itself, writes down and shows while it goes: metrics, trackers, time lines, totals."""
 
 import contextlib
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Self
 
+from megatron_tip.config import Config
+from megatron_tip.errors import OutputError
+from megatron_tip.observability.memory import PhaseMemory
 from megatron_tip.observability.metrics_file import MetricsWriter
+from megatron_tip.observability.monitor import Monitor
 from megatron_tip.observability.progress import ProgressDisplay
 from megatron_tip.observability.run_folder import RunFolder
-from megatron_tip.observability.token_view import TokenView
-from megatron_tip.training.observers import RunObservers
+from megatron_tip.observability.token_table import TokenTable
+from megatron_tip.observability.trace import TraceWriter, join_traces
+from megatron_tip.observability.trackers import Trackers, make_trackers
+from megatron_tip.parallel.distributed import Worker
+from megatron_tip.training.throughput import Throughput
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
 class RecorderState:
     """What a checkpoint holds of the recorder: totals over the steps so far, equal on every rank.
 
-    `step`: the last that was recorded. `tracker_ids`: by tracker, under which id this run goes on there.
+    `step`: the last that was recorded. `tracker_ids`: by tracker, under which id this run continues there.
     """
 
     step: int = 0
@@ -29,27 +39,40 @@ class RecorderState:
 
 
 class RunRecorder:
-    """Writes metrics and shows progress on rank 0; keeps the totals, `state`, on every rank. A context manager."""
+    """Adds what it measures to each step's metrics and keeps their totals, on every rank; writes on rank 0.
 
-    def __init__(
-        self,
-        folder: RunFolder,
-        display: ProgressDisplay,
-        observers: RunObservers,
-        *,
-        writes: bool,
-        resumed: RecorderState | None = None,
-    ) -> None:
-        """`resumed`: what `state` held in the process that this one continues; metrics of later steps are cut off."""
-        self.state = resumed or RecorderState()
-        self._observers = observers
-        self._metrics = MetricsWriter(folder.metrics, keep_until_step=resumed and resumed.step) if writes else None
-        self._display = display
+    A context manager: it begins with `state`, that of the process that this one continues, and cuts off metrics of
+    later steps. `display` is entered by whoever takes the steps.
+    """
+
+    def __init__(self, config: Config, folder: RunFolder, worker: Worker, throughput: Throughput) -> None:
+        monitoring = config.monitoring
+        self.state = RecorderState()
+        self.display = ProgressDisplay(config.training.steps, enabled=worker.rank == 0)
+        self._config = config
+        self._folder = folder
+        self._rank = worker.rank
+        self._throughput = throughput
+        self._memory = PhaseMemory(worker.device)
+        self._monitor = Monitor(worker.device, monitoring.every_seconds) if monitoring.every_seconds else None
+        self._trackers = make_trackers(config.tracking) if worker.rank == 0 else Trackers([])
+        self._metrics: MetricsWriter | None = None
+        self._trace: TraceWriter | None = None
         self._stack = contextlib.ExitStack()
 
-    def record(self, step: int, metrics: Mapping[str, float], view: TokenView | None = None) -> None:
-        """Takes the metrics of `step`; step 0 is what was measured before the first. Collective over the world."""
-        metrics = self._observers.extended(step, metrics)
+    def phase_ended(self, name: str, start: float, seconds: float) -> None:
+        """Takes a phase that ended; see `PhaseTimer`."""
+        self._memory.phase_ended(name)
+        if self._trace:
+            self._trace.phase(name, start, seconds)
+
+    def record(self, step: int, metrics: Mapping[str, float], view: TokenTable | None = None) -> None:
+        """Takes the metrics of `step`; step 0 is what was measured before the first. Collective over the world.
+
+        Raises:
+            OutputError: metrics.jsonl cannot be written.
+        """
+        metrics = self._extended(step, metrics)
         state = self.state
         state.step = step
         state.num_valid += int(metrics.get("selection/num_valid", 0))
@@ -59,15 +82,44 @@ class RunRecorder:
         state.saved_seconds += metrics.get("perf/saved_train_seconds", 0.0)
         if self._metrics:
             self._metrics.write(step, metrics)
-        self._display.finish_step(step, metrics)
-        self._observers.log(step, metrics, view)
+        self.display.finish_step(step, metrics)
+        self._trackers.log_metrics(step, metrics)
+        if view is not None:
+            self._trackers.log_view(step, view)
+
+    def finish_run(self) -> None:
+        """Gives the student to the trackers and joins the time lines. Rank 0, after the last collective of the run."""
+        if self._folder.hf.exists():
+            self._trackers.log_student(self._folder.hf)
+        if self._trace:
+            try:
+                join_traces(self._folder.trace, self._folder.path / "trace.json")
+            except OutputError as error:  # the run is done, and its time line no reason to say otherwise
+                logger.warning("trace.json: %s", error)
+        self._trackers.finish()
+
+    def _extended(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Returns the metrics of `step` with throughput, memory and monitoring; collective with monitoring."""
+        if self._trace:
+            self._trace.step(step)
+        extended = {**metrics, **self._throughput.metrics(metrics), **self._memory.step_metrics()}
+        if self._monitor:
+            extended |= self._monitor.step_metrics()
+        return extended
 
     def __enter__(self) -> Self:
-        if self._metrics:
+        if self._rank == 0:
+            self._metrics = MetricsWriter(self._folder.metrics, keep_until_step=self.state.step)
             self._stack.enter_context(self._metrics)
-        self._stack.enter_context(self._display)
-        self._observers.start(self.state.tracker_ids)
+        if self._monitor:
+            self._stack.enter_context(self._monitor)
+        if self._config.monitoring.trace:
+            self._trace = TraceWriter(self._folder.trace, self._rank)
+            self._stack.callback(self._trace.close)
+        self._trackers.start(self._config, self._folder, self.state.tracker_ids)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._stack.close()
+        if kind is not None:  # a run that succeeds has told them in `finish_run`
+            self._trackers.finish(failed=issubclass(kind, Exception))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 
@@ -11,14 +12,24 @@ from megatron_tip.conversion.architecture import ModelArchitecture
 from megatron_tip.models.student import Student
 from megatron_tip.observability.timing import PhaseTimer
 from megatron_tip.parallel.stop import StopSignals
+from megatron_tip.parallel.together import run_on
 from megatron_tip.prompts.source import PromptSource
 from megatron_tip.records import Rollout
-from megatron_tip.rollout.ahead import AheadGenerator
 from megatron_tip.rollout.engine import RolloutEngine, SamplingParams
 from megatron_tip.selection import Calibration, Selector
-from megatron_tip.teachers.megatron import Teacher
-from megatron_tip.teachers.served import ServedTeacher
+from megatron_tip.teachers.teacher import Teacher
 from megatron_tip.training.token_views import TokenViews
+from megatron_tip.vocab_parallel import ShardedVocabulary
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class RolloutSource:
+    """Where rollouts come from: the prompts of every step, and the engine that answers them."""
+
+    prompts: PromptSource
+    engine: RolloutEngine
 
 
 @dataclass
@@ -36,37 +47,52 @@ Gauge = Callable[[int], dict[str, float]]
 class TrainingRun:
     """What every rank of a run has.
 
-    `architecture`: the student's, after dropped layers. `vocab_size`: the entries that student and teacher share.
-    `prompts`, `engine`: in the first process only; None elsewhere. `ahead`: there as well, with rollout.ahead = 1.
-    `stop`: what may end the run before its last step. `gauge`: the context bank, where the run is measured on one.
+    `architecture`: the student's, after dropped layers. `vocabulary`: the entries that student and teacher share,
+    at the temperature of the loss.
+    `source`: in the first process only; None elsewhere. `stop`: what may end the run before its last step. `gauge`:
+    the context bank, where the run is measured on one.
     """
 
     config: Config
     device: torch.device
     student: Student
-    teacher: Teacher | ServedTeacher
+    teacher: Teacher[Any]
     architecture: ModelArchitecture
-    vocab_size: int
+    vocabulary: ShardedVocabulary
     selector: Selector
     sampling: SamplingParams
     pad_token_id: int
-    prompts: PromptSource | None
-    engine: RolloutEngine | None
+    source: RolloutSource | None
     timer: PhaseTimer
     views: TokenViews
     last_step: LastStep = field(default_factory=LastStep)
-    ahead: AheadGenerator | None = None
     stop: StopSignals = field(default_factory=StopSignals)
     gauge: Gauge | None = None
 
+    def on_source(self, action: Callable[[RolloutSource], T]) -> T:
+        """Returns, on every rank, what `action` does with the source in the first process; its result travels as JSON.
+
+        Collectives and errors as of `run_on`.
+        """
+
+        def act() -> T:
+            assert self.source is not None, "the source lives in the first process"
+            return action(self.source)
+
+        return run_on(0, act, device=self.device)
+
     def batch_of(self, rollouts: Sequence[Rollout]) -> StepBatch:
-        """The rollouts in micro-batches over the student's replicas."""
-        grid = self.student.groups.grid
+        """Returns the rollouts in micro-batches over the student's replicas."""
         return StepBatch.over(
             rollouts,
-            dp_size=grid.dp_size,
+            dp_size=self.student.groups.grid.dp_size,
             max_tokens=self.config.training.max_tokens_per_micro_batch,
             pad_token_id=self.pad_token_id,
-            sequence_multiple=grid.tp_size if self.config.model.sequence_parallel else 1,
+            sequence_multiple=self.student.sequence_multiple,
             device=self.device,
         )
+
+    def close(self) -> None:
+        """Ends the run's own servers, in the first process; they also end with it."""
+        if self.source is not None:
+            self.source.engine.close()

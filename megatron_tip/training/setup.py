@@ -1,55 +1,64 @@
 """From a checked plan to a run that can take its first step."""
 
 import torch
-from transformers import AutoConfig
 
-from megatron_tip.config import Config, split_teacher_url
-from megatron_tip.conversion.bridge import load_hf, load_output_head
-from megatron_tip.conversion.safetensors_io import HfCheckpoint
+from megatron_tip.config import Config
+from megatron_tip.conversion.bridge import load_hf
 from megatron_tip.errors import InputError
 from megatron_tip.models.gpt import build_gpt
 from megatron_tip.models.student import Student, build_student
 from megatron_tip.observability.timing import PhaseTimer
 from megatron_tip.parallel.distributed import Worker
 from megatron_tip.parallel.groups import ModelGroups, build_groups
+from megatron_tip.planning.dtypes import Dtypes
 from megatron_tip.planning.plan import RunPlan
 from megatron_tip.prompts.source import PromptSource, load_prompts
-from megatron_tip.rollout.ahead import AheadGenerator
-from megatron_tip.rollout.embedded.engine import EmbeddedEngine
-from megatron_tip.rollout.engine import RolloutEngine, SamplingParams
-from megatron_tip.rollout.multi_turn import with_environment
-from megatron_tip.rollout.replay_engine import ReplayEngine
-from megatron_tip.rollout.sglang.setup import build_sglang_engine
-from megatron_tip.teachers.megatron import Teacher
-from megatron_tip.teachers.served import ServedTeacher
-from megatron_tip.teachers.setup import build_server_teacher
-from megatron_tip.training.run import TrainingRun
+from megatron_tip.rollout.engine import EngineNeeds, SamplingParams
+from megatron_tip.rollout.engines import build_engine
+from megatron_tip.teachers.setup import build_teacher
+from megatron_tip.teachers.teacher import TeacherSite
+from megatron_tip.training.run import RolloutSource, TrainingRun
 from megatron_tip.training.token_views import TokenViews
-from megatron_tip.vocab_parallel import padded_vocab_size
+from megatron_tip.vocab_parallel import ShardedVocabulary
 
 
 def build_run(
     config: Config, plan: RunPlan, worker: Worker, timer: PhaseTimer, *, num_threads: int, generates: bool = True
 ) -> TrainingRun:
-    """Builds models, optimizer, prompts and engine. Collective over the world.
+    """Returns models, optimizer, prompts and engine of a run. Collective over the world.
 
     Args:
-        generates: False: without prompts and engine, for work on rollouts that are there.
+        generates: False: without prompts and engine, for work on rollouts that exist already.
         num_threads: CPU threads of all workers of this machine together, which the embedded engine may use while the
             others wait for it.
     """
     student_groups = build_groups(plan.student_grid)
     teacher_groups = build_groups(plan.teacher_grid) if plan.teacher_grid != plan.student_grid else student_groups
-    engine = _multi_turn_engine(config, plan, worker, num_threads) if worker.rank == 0 and generates else None
+    vocabulary = ShardedVocabulary(
+        vocab_size=plan.vocab_size,
+        temperature=config.loss.temperature,
+        tp_group=student_groups.tp_group,
+        chunk_rows=config.loss.chunk_rows or None,
+        compiled=config.loss.compile,
+    )
+    source = _source(config, plan, worker.device, num_threads) if worker.rank == 0 and generates else None
+    teacher_site = TeacherSite(
+        checkpoint=plan.teacher,
+        groups=teacher_groups,
+        student_groups=student_groups,
+        vocabulary=vocabulary,
+        padded_vocab_size=plan.padded_vocab_size,
+        required_statistics=plan.selector.required_statistics,
+        dtype=Dtypes.of(config).teacher,
+        device=worker.device,
+    )
     return TrainingRun(
         config=config,
         device=worker.device,
         student=_student(config, plan, student_groups),
-        teacher=_served_teacher(config, plan, student_groups, worker.device)
-        if plan.teacher is None
-        else _teacher(config, plan, plan.teacher, teacher_groups, student_groups, worker.device),
+        teacher=build_teacher(config, teacher_site),
         architecture=plan.student.architecture,
-        vocab_size=plan.vocab_size,
+        vocabulary=vocabulary,
         selector=plan.selector,
         sampling=SamplingParams(
             max_response_tokens=config.rollout.max_response_tokens,
@@ -60,25 +69,10 @@ def build_run(
             seed=config.run.seed,
         ),
         pad_token_id=plan.pad_token_id,
-        prompts=_prompts(config, plan) if worker.rank == 0 and generates else None,
-        engine=engine,
+        source=source,
         timer=timer,
-        ahead=AheadGenerator(engine) if engine is not None and config.rollout.ahead else None,
         views=TokenViews(config, plan.tokenizer, student_groups),
     )
-
-
-def resolve_dtype(name: str) -> torch.dtype:
-    """What "auto" means here: bfloat16 on a GPU, float32 on a CPU."""
-    if name == "auto":
-        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-
-
-def coarser_dtype(config: Config) -> torch.dtype:
-    """The lower precision of student and teacher."""
-    dtypes = {resolve_dtype(config.model.dtype), resolve_dtype(config.teacher.dtype)}
-    return torch.bfloat16 if torch.bfloat16 in dtypes else torch.float32
 
 
 def _student(config: Config, plan: RunPlan, groups: ModelGroups) -> Student:
@@ -86,7 +80,7 @@ def _student(config: Config, plan: RunPlan, groups: ModelGroups) -> Student:
         plan.student.architecture,
         groups,
         padded_vocab_size=plan.padded_vocab_size,
-        dtype=resolve_dtype(config.model.dtype),
+        dtype=Dtypes.of(config).student,
         transformer_impl=config.model.transformer_impl,
         sequence_parallel=config.model.sequence_parallel,
         recompute_activations=config.model.recompute_activations,
@@ -95,48 +89,22 @@ def _student(config: Config, plan: RunPlan, groups: ModelGroups) -> Student:
     return build_student(model, groups, config.optimizer, num_steps=config.training.steps)
 
 
-def _served_teacher(config: Config, plan: RunPlan, groups: ModelGroups, device: torch.device) -> ServedTeacher:
-    asks = groups.is_last_stage and groups.tp_rank == 0
-    return ServedTeacher(
-        scorer=build_server_teacher(config, vocab_size=plan.vocab_size) if asks else None,
-        groups=groups,
-        device=device,
-        support_size=min(config.selection.support_size, plan.vocab_size),
-        asks_student_support=config.teacher.student_support == "ask",
-        vocab_size=plan.vocab_size,
-        chunk_rows=config.loss.chunk_rows or None,
-        compiled=config.loss.compile,
+def _source(config: Config, plan: RunPlan, device: torch.device, num_threads: int) -> RolloutSource:
+    dtypes = Dtypes.of(config)
+    engine = build_engine(
+        EngineNeeds(
+            config=config,
+            student=plan.student,
+            vocab_size=plan.vocab_size,
+            tokenizer=plan.tokenizer,
+            stop_token_ids=plan.stop_token_ids,
+            device=device,
+            num_threads=num_threads,
+            dtype=dtypes.engine,
+            weights_dtype=dtypes.student,
+        )
     )
-
-
-def _teacher(
-    config: Config,
-    plan: RunPlan,
-    checkpoint: HfCheckpoint,
-    groups: ModelGroups,
-    student_groups: ModelGroups,
-    device: torch.device,
-) -> Teacher:
-    architecture, dtype = checkpoint.architecture, resolve_dtype(config.teacher.dtype)
-    model = build_gpt(
-        architecture,
-        groups,
-        padded_vocab_size=padded_vocab_size(architecture.vocab_size, groups.grid.tp_size),
-        dtype=dtype,
-        transformer_impl=config.teacher.transformer_impl,
-        trainable=False,
-    )
-    load_hf(model, checkpoint, groups)
-    output_head = None
-    if student_groups.is_last_stage:
-        output_head = load_output_head(
-            checkpoint,
-            tp_rank=student_groups.tp_rank,
-            tp_size=student_groups.grid.tp_size,
-            padded_vocab_size=plan.padded_vocab_size,
-            dtype=dtype,
-        ).to(device)
-    return Teacher(model, groups, student_groups, architecture.hidden_size, output_head)
+    return RolloutSource(_prompts(config, plan), engine)
 
 
 def _prompts(config: Config, plan: RunPlan) -> PromptSource:
@@ -149,7 +117,7 @@ def _prompts(config: Config, plan: RunPlan) -> PromptSource:
         seed=config.run.seed,
     )
     if config.prompts.teacher_field:
-        known = sorted({split_teacher_url(url)[0] for url in config.teacher.urls})
+        known = sorted({name for name, _ in config.teacher.routes})
         for prompt in (*source.training, *source.heldout):
             if prompt.teacher not in known:
                 raise InputError(
@@ -157,33 +125,3 @@ def _prompts(config: Config, plan: RunPlan) -> PromptSource:
                     f"({', '.join(known)}), got {prompt.teacher!r}"
                 )
     return source
-
-
-def _multi_turn_engine(config: Config, plan: RunPlan, worker: Worker, num_threads: int) -> RolloutEngine:
-    engine = _engine(config, plan, worker, num_threads)
-    return with_environment(engine, config.rollout, plan.tokenizer, plan.stop_token_ids)
-
-
-def _engine(config: Config, plan: RunPlan, worker: Worker, num_threads: int) -> RolloutEngine:
-    if config.rollout.engine == "replay":
-        assert config.rollout.replay_folder is not None, "checked by the configuration"
-        replay = ReplayEngine(config.rollout.replay_folder)
-        replay.health()
-        return replay
-    name = config.rollout.dtype if config.rollout.dtype != "auto" else config.model.dtype
-    if config.rollout.engine == "sglang":
-        return build_sglang_engine(
-            config,
-            plan.student,
-            dtype=resolve_dtype(name),
-            weights_dtype=resolve_dtype(config.model.dtype),
-            device=worker.device,
-        )
-    return EmbeddedEngine(
-        AutoConfig.for_model(**plan.student.config),
-        dtype=resolve_dtype(name),
-        device=worker.device,
-        batch_size=config.rollout.batch_size,
-        num_threads=num_threads,
-        vocab_size=plan.vocab_size,
-    )

@@ -4,22 +4,15 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from megatron_tip.batching.step_batch import StepBatch
 from megatron_tip.parallel.collectives import broadcast_json
 from megatron_tip.parallel.groups import ModelGroups
-from megatron_tip.records import Rollout, TokenSelection, TokenStatistics
+from megatron_tip.records import Rollout
+from megatron_tip.statistics import STATISTICS
+from megatron_tip.training.supervision import Trained
 
-MEANS = {
-    "train/student_entropy": "student_entropy",
-    "train/teacher_entropy": "teacher_entropy",
-    "train/reverse_kl": "reverse_kl",
-    "train/topk_reverse_kl": "topk_reverse_kl",
-    "train/forward_kl": "forward_kl",
-    "train/support_divergence": "support_divergence",
-    "train/compatibility": "compatibility",
-}
+MEANS = {f"train/{name}": name for name, statistic in STATISTICS.items() if statistic.logged}
 """Metric -> the statistic whose mean over all valid tokens of the batch it is."""
 
 
@@ -44,37 +37,24 @@ def rollout_metrics(rollouts: Sequence[Rollout], *, weight_version: int, ahead: 
     }
 
 
-def supervision_metrics(
-    groups: ModelGroups,
-    *,
-    scored: StepBatch,
-    trained: StepBatch,
-    statistics: TokenStatistics | None,
-    selection: TokenSelection | None,
-    ratios: Tensor | None,
-    loss: float,
-    pass_seconds: float,
-    device: torch.device,
-) -> dict[str, float]:
-    """Loss, means over valid tokens and token counts of the whole batch, equal on every rank.
+def supervision_metrics(groups: ModelGroups, trained: Trained, *, pass_seconds: float) -> dict[str, float]:
+    """Returns loss, means over valid tokens and token counts of the whole batch, equal on every rank.
 
     Args:
-        scored, trained: the batch before and after the cut behind the selection.
         pass_seconds: what this rank's training pass took, forward and backward.
-        statistics, selection: this replica's, on the last stage; None elsewhere, `statistics` also where no rule asked.
-        ratios: `[n]`, student over engine, as `importance.log_ratios` gives it; None: not comparable.
-        loss: this replica's part.
 
     Collectives: one all-reduce over dp on the last stage, then `broadcast_json` over the world.
     """
+    statistics, selection, ratios = trained.scored.statistics, trained.selection, trained.scored.ratios
+    device = trained.batch.device
     metrics: dict[str, float] = {}
     if selection is not None:
         sums = {
-            "train/loss": loss,
+            "train/loss": trained.loss,
             "rows": float(selection.selection_mask.shape[0]),
         }
         if statistics is not None:
-            found = {name: getattr(statistics, field, None) for name, field in MEANS.items()}
+            found = {name: getattr(statistics, field) for name, field in MEANS.items()}
             sums |= {name: value.double().sum().item() for name, value in found.items() if value is not None}
             if ratios is not None:
                 sums["rollout/logprob_gap"] = ratios.double().abs().sum().item()
@@ -85,7 +65,7 @@ def supervision_metrics(
         rows = metrics.pop("rows")
         means = (*MEANS, "rollout/logprob_gap", "rollout/importance_ratio")
         metrics |= {name: metrics[name] / rows for name in means if name in metrics}
-        metrics |= saved_metrics(scored, trained, pass_seconds)
+        metrics |= saved_metrics(trained.scored.batch, trained.batch, pass_seconds)
         metrics |= {
             "selection/num_valid": float(selection.num_valid),
             "selection/num_selected": float(selection.num_selected),
@@ -97,7 +77,7 @@ def supervision_metrics(
 
 
 def saved_metrics(scored: StepBatch, trained: StepBatch, pass_seconds: float) -> dict[str, float]:
-    """What the cut behind the selection took off the training pass.
+    """Returns what the cut after the last selected tokens took off the training pass.
 
     `train/saved_token_share`: of the tokens of the uncut batch. `perf/saved_train_seconds`: an estimate, as if the pass
     took time in proportion to the padded tokens of the replica that has most of them.

@@ -9,11 +9,38 @@ from torch import Tensor
 
 from megatron_tip.batching.micro_batches import token_index
 from megatron_tip.batching.step_batch import StepBatch
-from megatron_tip.records import MicroBatch, TeacherRows, TokenIndex, TokenSelection, TokenStatistics
+from megatron_tip.records import MicroBatch, TeacherRows, TokenIndex, TokenSelection
 from megatron_tip.selection import Calibration, agreement, batch_totals, select_micro_batch
-from megatron_tip.teachers.megatron import Teacher
+from megatron_tip.statistics import TokenStatistics
 from megatron_tip.training.run import TrainingRun
-from megatron_tip.training.scoring import micro_batch_statistics
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A batch with what is known of this replica's rows, on the last stage; None elsewhere.
+
+    `statistics`: None also where nothing asks for them. `ratios`: `[n]`, ln p_student - ln p_rollout of the label; None
+    also where they are not comparable.
+    """
+
+    batch: StepBatch
+    teacher_rows: TeacherRows | None
+    statistics: TokenStatistics | None
+    ratios: Tensor | None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training pass leaves besides gradients.
+
+    `selection`: among the scored rows of this replica, on the last stage; None elsewhere. `batch`: as it went through
+    the pass, over all replicas. `loss`: this replica's part, 0 off the last stage.
+    """
+
+    scored: Scored
+    selection: TokenSelection | None
+    batch: StepBatch
+    loss: float
 
 
 @dataclass(frozen=True)
@@ -66,8 +93,7 @@ class SelectedRows:
             return arriving
 
         places = moved(torch.stack([self.index.rollout_index, self.index.position], dim=1))
-        rows = self.teacher_rows
-        teacher_rows = moved(rows) if isinstance(rows, Tensor) else rows.map(moved)
+        teacher_rows = self.teacher_rows.map(moved)
         return SelectedRows(TokenIndex(*places.unbind(dim=1)), teacher_rows, moved(self.row_weights))
 
     def by_micro_batch(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatchRows]:
@@ -99,10 +125,7 @@ class SelectedWhileTraining:
 
     def __init__(self, run: TrainingRun, batch: StepBatch, teacher_rows: TeacherRows, step: int) -> None:
         """Counts the rows of the batch. Collectives: 1 all-reduce over dp."""
-        assert isinstance(teacher_rows, Tensor), "the plan refuses one pass with a teacher behind servers"
-        assert isinstance(run.teacher, Teacher), "hidden states come from the teacher at hand"
         groups = run.student.groups
-        self._teacher = run.teacher
         row_counts = batch.num_rows()[groups.dp_rank]
         self._run, self._step = run, step
         self._teacher_parts = teacher_rows.split(row_counts)
@@ -112,14 +135,14 @@ class SelectedWhileTraining:
         self._selections: list[TokenSelection] = []
 
     def rows(self, index: int, micro_batch: MicroBatch, hidden_states: Tensor) -> MicroBatchRows:
-        run, teacher_hidden, statistics = self._run, self._teacher_parts[index], None
+        """Returns the rows of micro-batch `index` that the training pass is to supervise; see `Supervise`."""
+        run, teacher_rows, statistics = self._run, self._teacher_parts[index], None
         if run.selector.required_statistics or run.views.is_due(self._step):
-            statistics = micro_batch_statistics(
-                run,
-                self._teacher,
-                micro_batch,
-                hidden_states.detach(),
-                teacher_hidden,
+            statistics = run.teacher.statistics(
+                run.student,
+                run.student.rows(hidden_states.detach(), micro_batch.loss_mask),
+                teacher_rows,
+                micro_batch.labels[micro_batch.loss_mask],
                 with_support=run.views.shows_support(self._step),
             )
             self._statistics.append(statistics)
@@ -133,10 +156,14 @@ class SelectedWhileTraining:
         )
         self._selections.append(selection)
         mask = selection.selection_mask
-        return MicroBatchRows(rows_mask(micro_batch, mask), teacher_hidden[mask], selection.row_weights[mask])
+        return MicroBatchRows(rows_mask(micro_batch, mask), teacher_rows[mask], selection.row_weights[mask])
 
-    def finish(self, index: TokenIndex) -> tuple[TokenStatistics | None, TokenSelection, Calibration | None]:
-        """Returns the replica's statistics, its selection with metrics, and what the next step may reuse.
+    def statistics(self) -> TokenStatistics | None:
+        """Returns those of the replica after the pass; None where nothing asked for them."""
+        return TokenStatistics.concatenate(self._statistics) if self._statistics else None
+
+    def finish(self, index: TokenIndex) -> tuple[TokenSelection, Calibration | None]:
+        """Returns the replica's selection with metrics, and what the next step may reuse.
 
         Call it after the pass. Under thresholds "last_step" the exact selection is made as well, after the fact: it
         gives the next step's thresholds, and tells how far this step's choice was off. Collectives: `Selector`'s.
@@ -145,7 +172,7 @@ class SelectedWhileTraining:
             index: of the replica's rows.
         """
         selector, group = self._run.selector, self._run.student.groups.dp_group
-        statistics = TokenStatistics.concatenate(self._statistics) if self._statistics else None
+        statistics = self.statistics()
         mask = torch.cat([selection.selection_mask for selection in self._selections])
         weights = torch.cat([selection.row_weights for selection in self._selections])
         metrics, calibration = selector.describe(statistics, index, mask, dp_group=group), None
@@ -159,8 +186,7 @@ class SelectedWhileTraining:
         num_selected = int(metrics["selection/num_selected"])
         scores = [selection.scores for selection in self._selections if len(selection.selection_mask)]
         found = torch.cat([part for part in scores if part is not None]) if scores and None not in scores else None
-        chosen = TokenSelection(mask, weights, self._totals.num_valid, num_selected, metrics, found)
-        return statistics, chosen, calibration
+        return TokenSelection(mask, weights, self._totals.num_valid, num_selected, metrics, found), calibration
 
 
 def rows_mask(micro_batch: MicroBatch, row_is_selected: Tensor) -> Tensor:

@@ -1,12 +1,15 @@
-"""Tokens a second of each phase, and the share of the devices' peak that the model's own operations make up."""
+"""Tokens per second of each phase, and the share of the devices' peak that the model's own operations make up."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
+from megatron_tip.config import Config
 from megatron_tip.conversion.architecture import ModelArchitecture
 from megatron_tip.conversion.model_size import forward_flops, head_flops
+from megatron_tip.parallel.distributed import Worker
+from megatron_tip.planning.plan import RunPlan
 
 PEAK_TFLOPS = {"B200": 2250.0, "H200": 989.0, "H100": 989.0, "H800": 989.0, "A100": 312.0, "A800": 312.0}
 """Dense bfloat16 TFLOP/s by a part of the GPU's name: SXM boards, NVIDIA's data sheets, without sparsity."""
@@ -24,6 +27,16 @@ class Throughput:
     teacher: ModelArchitecture | None
     world_size: int
     peak_tflops: float
+
+    @classmethod
+    def of_run(cls, config: Config, plan: RunPlan, worker: Worker) -> "Throughput":
+        """Returns that of a planned run on the devices of its workers."""
+        return cls(
+            plan.student.architecture,
+            plan.teacher.architecture if plan.teacher else None,
+            worker.world_size,
+            config.monitoring.peak_tflops or peak_tflops_of(worker.device),
+        )
 
     def metrics(self, step: Mapping[str, float]) -> dict[str, float]:
         """Returns `perf/...` of a step's metrics:

@@ -1,8 +1,6 @@
-"""The table of a view: each token of the viewed responses with its statistics, score and both models' top-K."""
+"""What a view is made of: each token of some responses with its statistics, score and both models' top-K."""
 
-from __future__ import annotations
-
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,15 +9,16 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from megatron_tip.config import Config
-from megatron_tip.observability.token_table import STATISTICS, TokenTableFacts, ViewedRollout, encode_token_table
-from megatron_tip.records import Rollout, TokenIndex, TokenSelection, TokenStatistics
+from megatron_tip.observability.token_table import VALUES, TokenTable, TokenTableFacts, ViewedRollout
+from megatron_tip.records import Rollout, TokenIndex, TokenSelection
+from megatron_tip.selection.metrics import QUADRANT_DIVERGENCES
+from megatron_tip.statistics import STATISTICS, TokenStatistics
 
 _MOST_PARTS = 6  # tokens that one character can be cut into: 4 bytes, and some slack
 _CUT = "\N{REPLACEMENT CHARACTER}"
 
 
 def view_table(
-    content: Mapping[str, Any],
     index: TokenIndex,
     statistics: TokenStatistics | None,
     selection: TokenSelection,
@@ -27,31 +26,44 @@ def view_table(
     tokenizer: PreTrainedTokenizerBase,
     config: Config,
     step: int,
-) -> bytes:
-    """Returns the file of the view in `content` (`token_views.view_content`); no collective.
+) -> TokenTable:
+    """Returns the view of `step`: the first `tracking.view_samples` rollouts of a replica; no collective.
 
     Args:
         index, statistics, selection: of this replica's rows, with supports where the table is to have them.
         rollouts: the step's.
     """
-    places = [found["rollout"] for found in content["responses"]]
+    places = index.rollout_index.unique()[: config.tracking.view_samples].tolist()
     columns = _columns(places, index, statistics, selection, rollouts)
     columns["text"] = [text for place in places for text in token_texts(rollouts[place].response_ids, tokenizer)]
     supports = [columns[name].flatten() for name in ("student_support_ids", "teacher_support_ids") if name in columns]
     ids = np.unique(np.concatenate([array.to_numpy(zero_copy_only=False) for array in supports] or [np.empty(0)]))
-    entropy, divergence = content["medians"]
+    axis = next((name for name in QUADRANT_DIVERGENCES if f"selection/median_{name}" in selection.metrics), "")
+    entropy, divergence = (selection.metrics.get(f"selection/median_{name}") for name in ("student_entropy", axis))
     facts = TokenTableFacts(
         step=step,
         rule=config.selection.rule,
         retention_ratio=config.selection.retention_ratio,
         temperature=config.loss.temperature,
-        divergence=content["divergence"],
+        divergence=axis,
         medians=None if entropy is None or divergence is None else (entropy, divergence),
         rollouts=tuple(_viewed(place, rollouts[place], tokenizer) for place in places),
-        points=tuple((round(x, 4), round(y, 4), kept) for x, y, kept in content["points"]),
+        points=_points(statistics, selection, axis, config.tracking.view_points),
         id_texts={int(token): str(tokenizer.decode([int(token)])) for token in ids},
     )
-    return encode_token_table(facts, columns)
+    return TokenTable.of_columns(facts, columns)
+
+
+def _points(
+    statistics: TokenStatistics | None, selection: TokenSelection, axis: str, most: int
+) -> tuple[tuple[float, float, bool], ...]:
+    """Returns entropy, divergence and "supervised" of at most `most` tokens, evenly from all of the replica's."""
+    if not statistics or not axis:
+        return ()
+    stride = -(-len(statistics) // most)
+    values = (statistics.student_entropy, getattr(statistics, axis), selection.selection_mask)
+    points = zip(*(column[::stride].tolist() for column in values), strict=True)
+    return tuple((round(x, 4), round(y, 4), kept) for x, y, kept in points)
 
 
 def token_texts(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -83,7 +95,7 @@ def _columns(
 ) -> dict[str, Any]:
     """Returns the columns of all tokens of the rollouts at `places`, null where a token is no row."""
     lengths = [len(rollouts[place].response_ids) for place in places]
-    starts = dict(zip(places, np.cumsum([0, *lengths[:-1]]).tolist(), strict=True))
+    starts = dict(zip(places, np.cumsum([0, *lengths])[:-1].tolist(), strict=True))
     num_tokens = sum(lengths)
     owners = index.rollout_index.tolist()
     rows = [row for row, place in enumerate(owners) if place in starts]
@@ -101,8 +113,8 @@ def _columns(
         return mask
 
     columns: dict[str, Any] = {
-        "rollout": np.repeat(places, lengths),
-        "position": np.concatenate([np.arange(length) for length in lengths] or [np.empty(0)]),
+        "rollout": [place for place, length in zip(places, lengths, strict=True) for _ in range(length)],
+        "position": [position for length in lengths for position in range(length)],
         "token_id": [token for place in places for token in rollouts[place].response_ids],
         "valid": marked(True),
         "selected": marked(selection.selection_mask[rows].cpu().numpy()),
@@ -110,7 +122,7 @@ def _columns(
     if selection.scores is not None:
         columns["score"] = spread(selection.scores)
     if statistics is not None:
-        found = {name: getattr(statistics, name, None) for name in STATISTICS}
+        found = {name: getattr(statistics, name) for name in VALUES if name in STATISTICS}
         columns |= {name: spread(values) for name, values in found.items() if values is not None}
         columns |= dict(_supports(statistics, rows, where, num_tokens))
     return columns

@@ -4,23 +4,17 @@ The distributions are given as hidden states and LM head shards; their logits ex
 """
 
 from megatron_tip.vocab_parallel.divergence import DIVERGENCES, divergence_loss
-from megatron_tip.vocab_parallel.logits import (
-    vocab_parallel_entropy,
-    vocab_parallel_kl,
-    vocab_parallel_logprobs,
-    vocab_parallel_topk,
-)
+from megatron_tip.vocab_parallel.inputs import HiddenAndHead
 from megatron_tip.vocab_parallel.partition import VocabPartition, padded_vocab_size
 from megatron_tip.vocab_parallel.statistics import token_statistics
+from megatron_tip.vocab_parallel.vocabulary import ShardedVocabulary
 
 __all__ = [
     "DIVERGENCES",
+    "HiddenAndHead",
+    "ShardedVocabulary",
     "VocabPartition",
     "divergence_loss",
     "padded_vocab_size",
     "token_statistics",
-    "vocab_parallel_entropy",
-    "vocab_parallel_kl",
-    "vocab_parallel_logprobs",
-    "vocab_parallel_topk",
 ]

@@ -1,13 +1,13 @@
 """Rows in chunks, whose logits exist one chunk at a time in the same memory, and chunks in blocks that fit a cache."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from megatron_tip.vocab_parallel.partition import VocabPartition
 from megatron_tip.vocab_parallel.products import logits_into
 
 # A kernel takes blocks of rows and scratch memory of the first one's shape (or None: allocate), and returns tensors.
@@ -23,14 +23,14 @@ _GPU_BLOCK_BYTES = 32 * 2**20
 
 
 def default_chunk_rows(num_rows: int, num_columns: int) -> int:
-    """Rows a chunk for `num_columns` logits a row on each rank: a byte budget, shared out evenly among the chunks."""
+    """Returns rows per chunk for `num_columns` logits per row: a byte budget per rank, shared evenly by the chunks."""
     most = max(1, _CHUNK_BYTES // (4 * num_columns))
     num_chunks = max(1, -(-num_rows // most))
     return max(1, -(-num_rows // num_chunks))
 
 
 def row_ranges(num_rows: int, rows_each: int) -> Iterator[slice]:
-    """Ranges of at most `rows_each` rows. For no rows one empty range, so that every call runs its collectives."""
+    """Yields ranges of at most `rows_each` rows; no rows make one empty range, so that all collectives run."""
     for start in range(0, max(num_rows, 1), rows_each):
         yield slice(start, min(start + rows_each, num_rows))
 
@@ -49,13 +49,13 @@ class LogitBuffer:
         self._logits = self._product if head.dtype == torch.float32 else self._product.float()
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """`[c, v]` float32 logits of `[c, H]` hidden states over the temperature, to overwrite; until the next call."""
+        """Returns `[c, v]` float32 logits of `[c, H]` hidden states over the temperature, valid until the next call."""
         product, logits = self._product[: hidden.shape[0]], self._logits[: hidden.shape[0]]
         logits_into(product, hidden, self._head, self._scale)
         return logits if logits.dtype == product.dtype else logits.copy_(product)
 
     def narrowed(self, grad_logits: Tensor) -> Tensor:
-        """`grad_logits` in the head's dtype; writes into the memory that the logits' product no longer needs."""
+        """Returns `grad_logits` in the head's dtype, in the memory that the logits' product no longer needs."""
         if grad_logits.dtype == self._product.dtype:
             return grad_logits
         return self._product[: grad_logits.shape[0]].copy_(grad_logits)
@@ -80,7 +80,7 @@ class RowBlocks:
             self._scratch = list(memory.unbind(0))
 
     def run(self, kernel: Kernel, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """What `kernel` returns, for all rows of `tensors`, which share their first dimension."""
+        """Returns what `kernel` does, for all rows of `tensors`, which share their first dimension."""
         call = _compile(kernel) if self._compiled else kernel
         if tensors[0].shape[0] <= self._block_rows:
             return call(*tensors, self._scratch_of(tensors[0].shape[0]))
@@ -92,6 +92,20 @@ class RowBlocks:
         if rows == self._block_rows:
             return self._scratch
         return [memory if memory is None else memory[:rows] for memory in self._scratch]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A range of rows with each model's `[c, v]` float32 logits over the ids that this rank owns, to be overwritten.
+
+    Student first. The logits lie in `buffers`, and hold until the next chunk.
+    """
+
+    rows: slice
+    logits: tuple[Tensor, ...]
+    buffers: tuple[LogitBuffer, ...]
+    blocks: RowBlocks
+    partition: VocabPartition
 
 
 @functools.cache

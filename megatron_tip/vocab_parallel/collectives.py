@@ -1,7 +1,5 @@
 """The only places where this package talks to other ranks. `group=None` means "not sharded": nobody to talk to."""
 
-from __future__ import annotations
-
 import torch
 import torch.distributed as dist
 from torch import Tensor

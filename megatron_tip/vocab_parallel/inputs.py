@@ -1,20 +1,21 @@
-"""What the functions of this package accept: two models' hidden states and head shards that fit together."""
+"""What the functions of this package accept: one or two models' hidden states and head shards that fit together."""
 
-from __future__ import annotations
-
-import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from megatron_tip.errors import InputError, NotFiniteError
-from megatron_tip.vocab_parallel.chunks import LogitBuffer, default_chunk_rows
+from megatron_tip.vocab_parallel.chunks import Chunk, LogitBuffer, RowBlocks, default_chunk_rows, row_ranges
 from megatron_tip.vocab_parallel.collectives import agree
 from megatron_tip.vocab_parallel.partition import VocabPartition
+from megatron_tip.vocab_parallel.vocabulary import ShardedVocabulary
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+HiddenAndHead = tuple[Tensor, Tensor]
+"""One model: its `[n, H]` hidden states and this rank's `[V_padded / tp, H]` rows of its output layer."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class Model:
     head: Tensor
 
     @classmethod
-    def checked(cls, name: str, hidden: Tensor, head: Tensor) -> Model:
+    def checked(cls, name: str, hidden: Tensor, head: Tensor) -> "Model":
+        """Returns the model; raises InputError for tensors that do not fit each other."""
         if hidden.dim() != 2 or head.dim() != 2 or hidden.shape[1] != head.shape[1]:
             raise InputError(
                 f"expected {name}_hidden [n, H] and {name}_head [V_padded / tp, H] with one H, got "
@@ -46,35 +48,39 @@ class Model:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Arguments that fit together, the same on all ranks of the partition's group but for the head shards."""
+    """Arguments that fit together, the same on all ranks of the partition's group but for the head shards.
+
+    `models`: the student, and the teacher where its hidden states are known. `chunk_rows`: as chosen.
+    """
 
     where: str
-    student: Model
-    teacher: Model
-    labels: Tensor | None
+    models: tuple[Model, ...]
+    vocabulary: ShardedVocabulary
     partition: VocabPartition
-    temperature: float
     chunk_rows: int
 
     @property
     def num_rows(self) -> int:
-        return self.student.hidden.shape[0]
+        return self.models[0].hidden.shape[0]
 
     @property
     def device(self) -> torch.device:
-        return self.student.hidden.device
+        return self.models[0].hidden.device
 
     def local_head(self, model: Model) -> Tensor:
-        """`[v, H]` rows of the real ids that this rank owns."""
+        """Returns the `[v, H]` rows of the real ids that this rank owns."""
         return model.head[: self.partition.num_local]
 
-    def logit_buffers(self) -> tuple[LogitBuffer, LogitBuffer]:
-        """Memory for the logits of a chunk, student's and teacher's."""
-        student, teacher = (
-            LogitBuffer(self.local_head(model), self.chunk_rows, self.temperature)
-            for model in (self.student, self.teacher)
+    def chunks(self) -> Iterator[Chunk]:
+        """Yields all rows, chunk by chunk, each in the memory of the one before. No rows make one empty chunk."""
+        buffers = tuple(
+            LogitBuffer(self.local_head(model), self.chunk_rows, self.vocabulary.temperature) for model in self.models
         )
-        return student, teacher
+        blocks = RowBlocks(self.chunk_rows, self.partition.num_local, self.device, compiled=self.vocabulary.compiled)
+        for rows in row_ranges(self.num_rows, self.chunk_rows):
+            pairs = zip(buffers, self.models, strict=True)
+            logits = tuple(buffer.logits(model.hidden[rows]) for buffer, model in pairs)
+            yield Chunk(rows, logits, buffers, blocks, self.partition)
 
     def check_finite(self, values: Tensor) -> None:
         """Raises NotFiniteError if `values`, the same on all ranks, show that a rank's logits are not finite."""
@@ -88,73 +94,63 @@ class Inputs:
 
 def checked_inputs(
     where: str,
-    student: tuple[Tensor, Tensor],
-    teacher: tuple[Tensor, Tensor],
+    models: Sequence[HiddenAndHead],
+    vocabulary: ShardedVocabulary,
     *,
-    labels: Tensor | None,
-    row_weights: Tensor | None,
-    vocab_size: int | None,
-    temperature: float,
-    tp_group: ProcessGroup | None,
-    chunk_rows: int | None,
+    labels: Tensor | None = None,
+    row_weights: Tensor | None = None,
 ) -> Inputs:
-    """The arguments of function `where` as `Inputs`.
+    """Returns the arguments of function `where` as `Inputs`; `models`: the student, or student and teacher.
 
     Shapes, dtypes and settings, which all ranks share, are checked before the first collective; values, which a fault
     may have changed on one rank, after an exchange that lets all ranks stop together (one all-gather of 40 bytes).
     Raises InputError.
     """
     try:
-        inputs = _fitting(where, student, teacher, labels, row_weights, vocab_size, temperature, tp_group, chunk_rows)
+        checked = tuple(Model.checked(name, *pair) for name, pair in zip(("student", "teacher"), models, strict=False))
+        _check_fit(checked, labels, row_weights)
+        n, shard_size = checked[0].hidden.shape[0], checked[0].head.shape[0]
+        partition = VocabPartition.of_shard(shard_size, vocabulary.vocab_size, vocabulary.tp_group)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
-    not_finite = _not_finite(inputs, row_weights)
-    problem = not_finite or problem_with_labels(labels, inputs.partition.vocab_size)
+    chunk_rows = min(vocabulary.chunk_rows or default_chunk_rows(n, shard_size), max(n, 1))
+    inputs = Inputs(where, checked, vocabulary, partition, chunk_rows)
+    not_finite = _not_finite(checked, row_weights)
+    problem = not_finite or _problem_with_labels(labels, partition.vocab_size)
     error = NotFiniteError if not_finite else InputError
-    sizes = {"rows": inputs.num_rows, "rows a chunk": inputs.chunk_rows, **inputs.partition.sizes}
-    agree(where, problem, sizes, inputs.device, tp_group, error=error)
+    sizes = {"rows": n, "rows a chunk": chunk_rows, **partition.sizes}
+    agree(where, problem, sizes, inputs.device, vocabulary.tp_group, error=error)
     return inputs
 
 
-def _fitting(
-    where: str,
-    student_pair: tuple[Tensor, Tensor],
-    teacher_pair: tuple[Tensor, Tensor],
-    labels: Tensor | None,
-    row_weights: Tensor | None,
-    vocab_size: int | None,
-    temperature: float,
-    tp_group: ProcessGroup | None,
-    chunk_rows: int | None,
-) -> Inputs:
-    student, teacher = Model.checked("student", *student_pair), Model.checked("teacher", *teacher_pair)
-    n, shard_size = student.hidden.shape[0], student.head.shape[0]
-    if teacher.hidden.shape[0] != n:
-        raise InputError(f"expected teacher_hidden with the student's {n} rows, got {teacher.hidden.shape[0]}.")
-    if teacher.head.shape[0] != shard_size:
+def _check_fit(models: Sequence[Model], labels: Tensor | None, row_weights: Tensor | None) -> None:
+    """Raises InputError for shapes and devices that do not fit the student's."""
+    student, *others = models
+    n, shard_size, device = student.hidden.shape[0], student.head.shape[0], student.hidden.device
+    for teacher in others:
+        if teacher.hidden.shape[0] != n:
+            raise InputError(f"expected teacher_hidden with the student's {n} rows, got {teacher.hidden.shape[0]}.")
+        if teacher.head.shape[0] != shard_size:
+            raise InputError(
+                f"expected teacher_head with the student's {shard_size} rows, got {teacher.head.shape[0]}; pad both "
+                "heads to one size and shard them over tp_group alike."
+            )
+        if teacher.hidden.device != device:
+            raise InputError(f"expected the teacher on the student's device {device}, got {teacher.hidden.device}.")
+    if labels is not None and (labels.shape != (n,) or labels.dtype != torch.int64 or labels.device != device):
         raise InputError(
-            f"expected teacher_head with the student's {shard_size} rows, got {teacher.head.shape[0]}; pad both "
-            "heads to one size and shard them over tp_group alike."
+            f"expected labels [{n}] torch.int64 on {device}, got {list(labels.shape)} {labels.dtype} on "
+            f"{labels.device}."
         )
-    device = student.hidden.device
-    if teacher.hidden.device != device:
-        raise InputError(f"expected the teacher on the student's device {device}, got {teacher.hidden.device}.")
-    check_temperature(temperature)
-    if chunk_rows is not None and chunk_rows < 1:
-        raise InputError(f"expected chunk_rows of at least 1, or None, got {chunk_rows}.")
-    check_labels(labels, (n,), device)
     if row_weights is not None and (row_weights.shape != (n,) or row_weights.device != device):
         raise InputError(
             f"expected row_weights [{n}] on {device}, got {list(row_weights.shape)} on {row_weights.device}."
         )
-    partition = VocabPartition.of_shard(shard_size, vocab_size, tp_group)
-    chunk_rows = min(chunk_rows or default_chunk_rows(n, shard_size), max(n, 1))
-    return Inputs(where, student, teacher, labels, partition, temperature, chunk_rows)
 
 
-def _not_finite(inputs: Inputs, row_weights: Tensor | None) -> str | None:
-    """Which values on this rank are not finite, or None."""
-    for model in (inputs.student, inputs.teacher):
+def _not_finite(models: Sequence[Model], row_weights: Tensor | None) -> str | None:
+    """Returns which values on this rank are not finite, or None."""
+    for model in models:
         if not model.hidden.isfinite().all():
             return f"expected finite {model.name}_hidden, got NaN or inf."
     if row_weights is not None and not row_weights.isfinite().all():
@@ -162,21 +158,7 @@ def _not_finite(inputs: Inputs, row_weights: Tensor | None) -> str | None:
     return None
 
 
-def check_temperature(temperature: float) -> None:
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise InputError(f"expected a finite temperature above 0, got {temperature}.")
-
-
-def check_labels(labels: Tensor | None, shape: tuple[int, ...], device: torch.device) -> None:
-    """Raises InputError for labels of another shape, dtype or device; their values are for `problem_with_labels`."""
-    if labels is not None and (tuple(labels.shape) != shape or labels.dtype != torch.int64 or labels.device != device):
-        raise InputError(
-            f"expected labels {list(shape)} torch.int64 on {device}, got {list(labels.shape)} {labels.dtype} on "
-            f"{labels.device}."
-        )
-
-
-def problem_with_labels(labels: Tensor | None, vocab_size: int) -> str | None:
+def _problem_with_labels(labels: Tensor | None, vocab_size: int) -> str | None:
     if labels is None or labels.numel() == 0 or (labels.min() >= 0 and labels.max() < vocab_size):
         return None
     return (

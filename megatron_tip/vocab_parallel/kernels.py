@@ -1,11 +1,9 @@
 """Arithmetic on one rank's logits: no collective, no loop over rows, plain tensors in and out.
 
 `z_s`, `z_t`: `[r, v]` float32 logits of student and teacher over the ids that this rank owns. Sums are taken in this
-rank's *frame*: x = z - maximum over its ids, e = exp(x), d = x_s - x_t. normalisation.py brings the frames of all ranks
-together. Scratch tensors are memory of a block's shape, or None to allocate it.
+rank's *frame*: x = z - maximum over its ids, e = exp(x), d = x_s - x_t. softmax_normaliser.py brings the frames of all
+ranks together. Scratch tensors are memory of a block's shape, or None to allocate it.
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
@@ -52,13 +50,6 @@ def partition_sums(*models_and_scratch: Any) -> tuple[Tensor]:
     return (torch.cat([*maxima, *sums], 1),)
 
 
-def topk_sums(z: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
-    """`[r, 2]`: maximum, Σe; and the group maxima for the top-K. Leaves z as it is."""
-    groups = group_maxima(z)
-    maximum = _maximum(groups)
-    return torch.cat([maximum, _sum(torch.sub(z, maximum, out=scratch[0]).exp_())], 1), groups
-
-
 def entropy_and_topk_sums(z: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
     """`[r, 3]`: maximum, Σe, Σe x; and the group maxima for the top-K. Leaves z as it is."""
     groups = group_maxima(z)
@@ -66,14 +57,6 @@ def entropy_and_topk_sums(z: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
     x = torch.sub(z, maximum, out=scratch[0])
     e = torch.exp(x, out=scratch[1])
     return torch.cat([maximum, _sum(e), _sum(torch.mul(e, x, out=scratch[2]))], 1), groups
-
-
-def entropy_sums(z: Tensor, spare: Tensor, scratch: Scratch) -> tuple[Tensor]:
-    """`[r, 3]`: maximum, Σe, Σe x. Turns z into e and `spare`, of z's shape, into x."""
-    maximum = _maximum(z)
-    torch.sub(z, maximum, out=spare)
-    total = _sum(torch.exp(spare, out=z))
-    return (torch.cat([maximum, total, _sum(torch.mul(z, spare, out=scratch[0]))], 1),)
 
 
 def reverse_kl_sums(z_s: Tensor, z_t: Tensor, scratch: Scratch) -> tuple[Tensor]:

@@ -1,7 +1,5 @@
 """Which rank of a tensor-parallel group owns which part of the vocabulary."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -39,7 +37,7 @@ class VocabPartition:
     group: ProcessGroup | None = None
 
     @classmethod
-    def of_shard(cls, shard_size: int, vocab_size: int | None, group: ProcessGroup | None) -> VocabPartition:
+    def of_shard(cls, shard_size: int, vocab_size: int | None, group: ProcessGroup | None) -> "VocabPartition":
         """The partition in which this rank of `group` holds `shard_size` rows; `vocab_size=None` means no padding.
 
         Raises InputError if `vocab_size` does not lie in [1, shard_size x tp size]. No collective.

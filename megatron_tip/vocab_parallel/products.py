@@ -3,8 +3,6 @@
 `hidden`: `[c, H]`, `head`: `[v, H]`, `grad_logits`: `[c, v]`, all of one dtype on one device.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

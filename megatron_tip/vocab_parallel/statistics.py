@@ -1,85 +1,59 @@
 """Per-token statistics of student p and teacher q, both given as hidden states and head shards."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from megatron_tip.errors import InputError
-from megatron_tip.records import TokenStatistics
+from megatron_tip.statistics import STATISTICS, TokenStatistics
 from megatron_tip.vocab_parallel import kernels
-from megatron_tip.vocab_parallel.chunks import RowBlocks, row_ranges
+from megatron_tip.vocab_parallel.chunks import Chunk
 from megatron_tip.vocab_parallel.collectives import all_reduce_sum
-from megatron_tip.vocab_parallel.inputs import checked_inputs
-from megatron_tip.vocab_parallel.normalisation import Normaliser
-from megatron_tip.vocab_parallel.partition import VocabPartition
+from megatron_tip.vocab_parallel.inputs import HiddenAndHead, checked_inputs
 from megatron_tip.vocab_parallel.row_functions import jsd_of_normalised
+from megatron_tip.vocab_parallel.softmax_normaliser import SoftmaxNormaliser
 from megatron_tip.vocab_parallel.topk import exchange_topk
+from megatron_tip.vocab_parallel.vocabulary import ShardedVocabulary
+
+FULL_STATISTICS = frozenset(name for name, statistic in STATISTICS.items() if statistic.needs != "top_k_alone")
+"""What a teacher gives whose whole distribution is known."""
 
 
 @torch.no_grad()
 def token_statistics(
-    student_hidden: Tensor,
-    student_head: Tensor,
-    teacher_hidden: Tensor,
-    teacher_head: Tensor,
+    student: HiddenAndHead,
+    teacher: HiddenAndHead,
+    vocabulary: ShardedVocabulary,
     *,
     labels: Tensor | None = None,
     support_size: int = 16,
-    vocab_size: int | None = None,
-    temperature: float = 1.0,
-    tp_group: ProcessGroup | None = None,
-    chunk_rows: int | None = None,
     with_jsd: bool = False,
     with_support: bool = False,
-    compiled: bool = False,
 ) -> TokenStatistics:
-    """The `TokenStatistics` of n rows: `[n]` float32, without gradient, equal on all ranks of `tp_group`.
+    """Returns the `TokenStatistics` of n rows: `[n]` float32, without gradient, equal on all ranks of the tp group.
 
     Args:
-        student_hidden, teacher_hidden: `[n, H]` float32, bfloat16 or float16, the same on all ranks of `tp_group`; the
-            models' H may differ. Sequence-parallel hidden states are gathered before.
-        student_head, teacher_head: `[V_padded / tp, H]`, this rank's rows of the output layer, in its model's dtype.
+        student, teacher: each model's hidden states `[n, H]` in float32, bfloat16 or float16, the same on all ranks of
+            the tp group, and this rank's rows of its output layer, `[V_padded / tp, H]`, in the same dtype. The models'
+            H may differ. Sequence-parallel hidden states are gathered before.
+        vocabulary: the real ids, the temperature of both models, and the tp group.
         labels: `[n]` int64 in [0, vocab_size): the sampled tokens, whose logprobs are then returned.
         support_size: K of the top-K sets; a K above the vocabulary means the whole vocabulary.
-        vocab_size: number of real ids; rows of the padded vocabulary from there on have probability zero.
-            `None`: no padding.
-        temperature: divides the logits of both models.
-        tp_group: over which both heads are sharded in equal parts; `None`: not sharded.
-        chunk_rows: rows whose logits exist at a time; `None`: chosen from the shapes.
         with_jsd, with_support: also return the JSD, and the top-K ids with their own model's logprobs.
-        compiled: run the elementwise arithmetic through torch.compile.
 
-    Collectives: 1 all-gather and 1 all-reduce a chunk, 1 all-reduce more with `with_jsd`; 1 all-gather of 40 bytes a
-    call. No rows make one empty chunk. Arithmetic on logits is float32.
+    Collectives: 1 all-gather and 1 all-reduce per chunk, 1 all-reduce more with `with_jsd`; 1 all-gather of 40 bytes
+    per call. No rows make one empty chunk. Arithmetic on logits is float32.
 
     Raises:
-        InputError: arguments that do not fit together, or logits that are not finite; on all ranks alike.
+        InputError: arguments that do not fit together, or logits that are not finite; the same on all ranks.
     """
     if support_size < 1:
         raise InputError(f"token_statistics: expected support_size of at least 1, got {support_size}.")
-    inputs = checked_inputs(
-        "token_statistics",
-        (student_hidden, student_head),
-        (teacher_hidden, teacher_head),
-        labels=labels,
-        row_weights=None,
-        vocab_size=vocab_size,
-        temperature=temperature,
-        tp_group=tp_group,
-        chunk_rows=chunk_rows,
-    )
+    inputs = checked_inputs("token_statistics", (student, teacher), vocabulary, labels=labels)
     support_size = min(support_size, inputs.partition.vocab_size)
-    buffers = inputs.logit_buffers()
-    blocks = RowBlocks(inputs.chunk_rows, inputs.partition.num_local, inputs.device, compiled=compiled)
-    parts = []
-    for rows in row_ranges(inputs.num_rows, inputs.chunk_rows):
-        logits = buffers[0].logits(inputs.student.hidden[rows]), buffers[1].logits(inputs.teacher.hidden[rows])
-        chunk_labels = None if labels is None else labels[rows].unsqueeze(1)
-        parts.append(
-            _chunk_statistics(logits, chunk_labels, blocks, inputs.partition, support_size, with_jsd, with_support)
-        )
+    parts = [
+        _chunk_statistics(chunk, None if labels is None else labels[chunk.rows], support_size, with_jsd, with_support)
+        for chunk in inputs.chunks()
+    ]
     result = TokenStatistics.concatenate(parts)
     assert result.reverse_kl is not None, "computed above"
     assert result.forward_kl is not None, "computed above"
@@ -88,22 +62,19 @@ def token_statistics(
 
 
 def _chunk_statistics(
-    logits: tuple[Tensor, Tensor],
-    labels: Tensor | None,
-    blocks: RowBlocks,
-    partition: VocabPartition,
-    support_size: int,
-    with_jsd: bool,
-    with_support: bool,
+    chunk: Chunk, labels: Tensor | None, support_size: int, with_jsd: bool, with_support: bool
 ) -> TokenStatistics:
-    local_sums, *group_maxima = blocks.run(kernels.statistics_sums, *logits)
+    logits, partition = chunk.logits, chunk.partition
+    local_sums, *group_maxima = chunk.blocks.run(kernels.statistics_sums, *logits)
     sums, tops = exchange_topk(logits, group_maxima, local_sums, support_size, partition)
     (top_s, ids_s), (top_t, ids_t) = tops
     maxima, (sum_s, sum_t, sum_s_x, sum_t_x, sum_s_d, sum_t_d) = sums[..., :2], sums[..., 2:].unbind(-1)
-    normaliser = Normaliser.of(maxima, sums[..., 2:4])
+    normaliser = SoftmaxNormaliser.of(maxima, sums[..., 2:4])
 
     # What only the owner of an id can tell: each model's logprob on the other's support, and both on the label.
-    questions = [(0, ids_t), (1, ids_s)] + ([] if labels is None else [(0, labels), (1, labels)])
+    questions = [(0, ids_t), (1, ids_s)]
+    if labels is not None:
+        questions += [(model, labels.unsqueeze(1)) for model in (0, 1)]
     answers = []
     for model, ids in questions:
         owned, is_owned = partition.owned(logits[model], ids)
@@ -119,7 +90,7 @@ def _chunk_statistics(
         asked["student_support_ids"], asked["student_support_logprobs"] = ids_s, p_on_s
         asked["teacher_support_ids"], asked["teacher_support_logprobs"] = ids_t, q_on_t
     if with_jsd:
-        asked["jsd"] = jsd_of_normalised(*logits, normaliser, blocks, partition, beta=0.5).values.clamp(min=0)
+        asked["jsd"] = jsd_of_normalised(chunk, normaliser, beta=0.5).values.clamp(min=0)
     shift = normaliser.log_ratio_shift
     # Rounding can put a nearly zero entropy or divergence a hair below zero.
     return TokenStatistics(
@@ -135,7 +106,7 @@ def _chunk_statistics(
 def support_statistics(
     p_on_s: Tensor, q_on_s: Tensor, ids_s: Tensor, p_on_t: Tensor, q_on_t: Tensor, ids_t: Tensor
 ) -> dict[str, Tensor]:
-    """The statistics over both supports from `[c, K]` logprobs of p and q on S_S and S_T. TA-OPD, Eq. 9, 10, 17."""
+    """Returns the statistics over both supports, from `[c, K]` logprobs of p, q on S_S, S_T. TA-OPD Eq. 9, 10, 17."""
     same = ids_s.unsqueeze(2) == ids_t.unsqueeze(1)
     s_in_t, t_in_s = same.any(2), same.any(1)
     overlap = t_in_s.sum(-1).float()

@@ -1,7 +1,5 @@
 """Top-K sets that are the same on every layout: ties go to the lower id."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

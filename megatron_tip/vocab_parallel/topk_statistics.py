@@ -1,38 +1,27 @@
 """Per-token statistics of student p and a teacher q of whom only some log-probabilities are known."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from megatron_tip.errors import InputError
-from megatron_tip.records import TeacherTopK, TopKTokenStatistics
+from megatron_tip.records import TeacherTopK
+from megatron_tip.statistics import STATISTICS, TokenStatistics
 from megatron_tip.vocab_parallel import kernels
-from megatron_tip.vocab_parallel.chunks import LogitBuffer, RowBlocks, row_ranges
-from megatron_tip.vocab_parallel.inputs import Inputs, checked_inputs
-from megatron_tip.vocab_parallel.normalisation import Normaliser
+from megatron_tip.vocab_parallel.chunks import Chunk
+from megatron_tip.vocab_parallel.inputs import HiddenAndHead, checked_inputs
+from megatron_tip.vocab_parallel.softmax_normaliser import SoftmaxNormaliser
 from megatron_tip.vocab_parallel.statistics import support_statistics
 from megatron_tip.vocab_parallel.topk import exchange_topk
 from megatron_tip.vocab_parallel.topk_divergence import NO_ID, teacher_log_tail
+from megatron_tip.vocab_parallel.vocabulary import ShardedVocabulary
 
 TOPK_STATISTICS = frozenset(
-    {
-        "student_entropy",
-        "support_divergence",
-        "compatibility_lower_bound",
-        "support_overlap",
-        "support_jaccard",
-        "shared_teacher_mass",
-        "student_mass_on_teacher_support",
-        "student_logprobs",
-        "teacher_logprobs",
-    }
+    name for name, statistic in STATISTICS.items() if statistic.needs in ("nothing", "top_k", "top_k_alone")
 )
-"""Fields of TokenStatistics that a teacher's top-K gives; "compatibility" needs it asked about the student's too."""
+"""What a teacher's top-K gives; `needs="student_top_k"` needs the teacher to be asked about the student's too."""
 
 # Stands for ln q where q counts as zero: finite, so that no 0 x inf arises, and gone after exp.
 _NOTHING = -1e4
@@ -53,7 +42,7 @@ class StudentStatistics:
     teacher_support_logprobs: Tensor
 
     @staticmethod
-    def concatenate(parts: list[StudentStatistics]) -> StudentStatistics:
+    def concatenate(parts: "list[StudentStatistics]") -> "StudentStatistics":
         """The rows of `parts` one after another."""
         names = [field.name for field in fields(StudentStatistics)]
         return StudentStatistics(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
@@ -61,61 +50,32 @@ class StudentStatistics:
 
 @torch.no_grad()
 def student_statistics(
-    student_hidden: Tensor,
-    student_head: Tensor,
-    teacher_support_ids: Tensor,
-    labels: Tensor,
-    *,
-    vocab_size: int | None = None,
-    temperature: float = 1.0,
-    tp_group: ProcessGroup | None = None,
-    chunk_rows: int | None = None,
-    compiled: bool = False,
+    student: HiddenAndHead, vocabulary: ShardedVocabulary, *, teacher_support_ids: Tensor, labels: Tensor
 ) -> StudentStatistics:
-    """The `StudentStatistics` of n rows, for supports of the size of the teacher's.
+    """Returns the `StudentStatistics` of n rows, for supports of the size of the teacher's.
 
     Args:
-        student_hidden: `[n, H]`, the same on all ranks of `tp_group`. student_head: `[V_padded / tp, H]`.
+        student, vocabulary: as of `token_statistics`.
         teacher_support_ids: `[n, K]` int64, distinct. labels: `[n]` int64.
-        vocab_size, temperature, tp_group, chunk_rows: as of `token_statistics`.
 
-    Collectives: 1 all-gather a chunk, 1 of 24 bytes a call.
+    Collectives: 1 all-gather per chunk, 1 of 40 bytes per call.
 
     Raises:
-        InputError: arguments that do not fit together, or logits that are not finite; on all ranks alike.
+        InputError: arguments that do not fit together, or logits that are not finite; the same on all ranks.
     """
-    n = student_hidden.shape[0]
-    if teacher_support_ids.dim() != 2 or len(teacher_support_ids) != n or teacher_support_ids.dtype != torch.int64:
+    n, ids = len(student[0]), teacher_support_ids
+    if ids.dim() != 2 or len(ids) != n or ids.dtype != torch.int64:
         raise InputError(
-            f"student_statistics: expected teacher_support_ids [{n}, K] torch.int64, got "
-            f"{list(teacher_support_ids.shape)} {teacher_support_ids.dtype}."
+            f"student_statistics: expected teacher_support_ids [{n}, K] torch.int64, got {list(ids.shape)} {ids.dtype}."
         )
-    student = (student_hidden, student_head)
-    inputs = checked_inputs(
-        "student_statistics",
-        student,
-        student,  # there is no other model here
-        labels=labels,
-        row_weights=None,
-        vocab_size=vocab_size,
-        temperature=temperature,
-        tp_group=tp_group,
-        chunk_rows=chunk_rows,
-    )
-    buffer = LogitBuffer(inputs.local_head(inputs.student), inputs.chunk_rows, temperature)
-    blocks = RowBlocks(inputs.chunk_rows, inputs.partition.num_local, inputs.device, compiled=compiled)
-    parts = [
-        _chunk_statistics(
-            buffer.logits(inputs.student.hidden[rows]), teacher_support_ids[rows], labels[rows], blocks, inputs
-        )
-        for rows in row_ranges(n, inputs.chunk_rows)
-    ]
+    inputs = checked_inputs("student_statistics", (student,), vocabulary, labels=labels)
+    parts = [_chunk_statistics(chunk, ids[chunk.rows], labels[chunk.rows]) for chunk in inputs.chunks()]
     result = StudentStatistics.concatenate(parts)
     inputs.check_finite(result.entropy)
     return result
 
 
-def combined_statistics(student: StudentStatistics, teacher: TeacherTopK) -> TopKTokenStatistics:
+def combined_statistics(student: StudentStatistics, teacher: TeacherTopK) -> TokenStatistics:
     """The statistics of both; pure arithmetic on `[n, K]`, no collective.
 
     Where the teacher was not asked about the student's top-K, C is None, and in D its mass there counts as zero, as it
@@ -134,7 +94,7 @@ def combined_statistics(student: StudentStatistics, teacher: TeacherTopK) -> Top
         supports["compatibility"] = None
     ids, q = known_ids(teacher)
     p = torch.cat([student.teacher_support_logprobs, student.support_logprobs], 1)[:, : ids.shape[1]]
-    return TopKTokenStatistics(
+    return TokenStatistics(
         student_entropy=student.entropy,
         teacher_entropy=None,
         reverse_kl=None,
@@ -147,7 +107,6 @@ def combined_statistics(student: StudentStatistics, teacher: TeacherTopK) -> Top
         teacher_support_ids=teacher.support_ids,
         teacher_support_logprobs=teacher.support_logprobs,
         topk_reverse_kl=_topk_reverse_kl(p, q, ids != NO_ID),
-        teacher=teacher,
     )
 
 
@@ -180,15 +139,13 @@ def _topk_reverse_kl(p: Tensor, q: Tensor, is_known: Tensor) -> Tensor:
     return (terms + on_tail.float()).clamp(min=0)
 
 
-def _chunk_statistics(
-    z: Tensor, teacher_ids: Tensor, labels: Tensor, blocks: RowBlocks, inputs: Inputs
-) -> StudentStatistics:
-    partition, k = inputs.partition, teacher_ids.shape[1]
+def _chunk_statistics(chunk: Chunk, teacher_ids: Tensor, labels: Tensor) -> StudentStatistics:
+    (z,), partition, k = chunk.logits, chunk.partition, teacher_ids.shape[1]
     wanted = torch.cat([labels.unsqueeze(1), teacher_ids], 1)
     owned, _ = partition.owned(z, wanted)
-    sums, groups = blocks.run(kernels.entropy_and_topk_sums, z)
+    sums, groups = chunk.blocks.run(kernels.entropy_and_topk_sums, z)
     gathered, ((top, ids),) = exchange_topk([z], [groups], torch.cat([sums, owned], 1), k, partition)
-    normaliser = Normaliser.of(gathered[..., :1], gathered[..., 1:2])
+    normaliser = SoftmaxNormaliser.of(gathered[..., :1], gathered[..., 1:2])
     looked_up = normaliser.logprobs(gathered[..., 3:].sum(0), 0)  # one rank owns an id, the others hold zero
     entropy = -normaliser.expectation(0, gathered[..., 1], gathered[..., 2], -normaliser.lse[..., 0])
     return StudentStatistics(

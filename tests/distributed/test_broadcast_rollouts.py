@@ -1,7 +1,7 @@
 import pytest
 import torch.distributed as dist
 
-from megatron_tip.errors import PeerError
+from megatron_tip.errors import EngineError, PeerError, ServersLostError
 from megatron_tip.records import Rollout
 from megatron_tip.rollout.transfer import broadcast_rollouts
 from tests.helpers.distributed import run_workers
@@ -10,7 +10,7 @@ ROLLOUTS = [
     Rollout(3, 0, (1, 2, 3), (4, 5), (-0.1, -2.5), "stop", 7),
     Rollout(3, 1, (1, 2, 3), (), (), "length", 7),
     Rollout(4, 1, (9, 3), (8, 7, 6, 5, 4), (-1.0, 0.0, -1.0, 0.0, -1.0), "turns", 6, ((1, 2), (3, 4))),
-    Rollout(4, 0, (9,), (8, 7, 6), (-1 / 3, 0.0, -1e-30), "length", 6),
+    Rollout(4, 0, (9,), (8, 7, 6), (-1 / 3, 0.0, -1e-30), "length", 6, teacher="maths"),
 ]
 
 
@@ -35,24 +35,33 @@ def test_every_rank_gets_the_same_rollouts(tmp_path):
         assert in_group == (ROLLOUTS[::-1] if rank else [])
 
 
-def _send_nothing() -> list[Rollout]:
-    return broadcast_rollouts(list)
+def _send_nothing() -> list[list[Rollout] | None]:
+    return [broadcast_rollouts(list), broadcast_rollouts(lambda: None)]
 
 
-def test_no_rollouts_are_sent_too(tmp_path):
-    assert run_workers(_send_nothing, 2, tmp_path) == [[], []]
+def test_no_rollouts_are_sent_too_and_not_yet_any(tmp_path):
+    assert run_workers(_send_nothing, 2, tmp_path) == [[[], None]] * 2
 
 
-def _fail() -> str:
+def _fail(failure: Exception, expected: list[type[Exception]]) -> str:
     def generate() -> list[Rollout]:
-        raise KeyError("the engine's own trouble")
+        raise failure
 
-    expected = KeyError if dist.get_rank() == 0 else PeerError
-    with pytest.raises(expected) as caught:
+    with pytest.raises(expected[dist.get_rank()]) as caught:
         broadcast_rollouts(generate)
+    assert type(caught.value) is expected[dist.get_rank()]
     return str(caught.value)
 
 
-def test_a_failure_of_the_engine_reaches_every_rank(tmp_path):
-    messages = run_workers(_fail, 3, tmp_path)
-    assert all("the engine's own trouble" in message for message in messages)
+@pytest.mark.parametrize(
+    "failure, expected",
+    [
+        (ServersLostError("the servers' own trouble"), [ServersLostError] * 2),
+        (EngineError("the engine's own trouble"), [EngineError] * 2),
+        (KeyError("no class of ours"), [KeyError, PeerError]),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_failure_of_the_engine_reaches_every_rank_as_what_it_is(failure, expected, tmp_path):
+    messages = run_workers(_fail, 2, tmp_path, failure, expected)
+    assert all(failure.args[0] in message for message in messages)

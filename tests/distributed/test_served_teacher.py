@@ -11,11 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from megatron_tip.config import Config
 from megatron_tip.conversion.bridge import export_hf
-from megatron_tip.errors import EngineError, PeerError
-from megatron_tip.records import Rollout, TopKTokenStatistics
+from megatron_tip.errors import EngineError
+from megatron_tip.records import Rollout
 from megatron_tip.teachers.server_scorer import generated_positions
-from megatron_tip.training.scoring import ask_teacher
-from megatron_tip.training.step import select_then_train, train_step
+from megatron_tip.training.step import score, select_then_train, train_step
 from tests.helpers import reference
 from tests.helpers.distributed import run_workers
 from tests.helpers.fake_teacher import FakeTeacher, scored_by
@@ -43,15 +42,15 @@ def observe(config: Config, rollouts: list[Rollout]) -> Observed:
     metrics = train_step(build_tiny_run(config, rollouts), 1)
     run = build_tiny_run(config, rollouts)
     groups, batch = run.student.groups, run.batch_of(rollouts)
-    trained = select_then_train(run, batch, ask_teacher(run, batch), 1)
-    loss, statistics = trained.loss, trained.statistics
+    trained = select_then_train(run, score(run, batch, run.teacher.ask(batch), 1), 1)
+    loss, statistics = trained.loss, trained.scored.statistics
     selected, described = [], {}
     if trained.selection is not None and groups.tp_rank == 0:
         index = batch.token_index(groups.dp_rank)
         keys = list(zip(index.rollout_index.tolist(), index.position.tolist(), strict=True))
         weights = trained.selection.row_weights.tolist()
         selected = [(*key, weight) for key, weight in zip(keys, weights, strict=True) if weight]
-        assert isinstance(statistics, TopKTokenStatistics)
+        assert statistics is not None
         names = ("compatibility", "support_divergence", "topk_reverse_kl", "student_entropy", "teacher_logprobs")
         columns = {name: getattr(statistics, name) for name in names}
         described = {
@@ -184,14 +183,38 @@ def failure_of(config: Config, rollouts: list[Rollout]) -> str:
     if run.teacher.scorer is not None:  # type: ignore[union-attr]
         for clients in run.teacher.scorer._routes.values():  # type: ignore[union-attr]
             clients[0].close()
-    with pytest.raises((EngineError, PeerError)) as caught:
+    with pytest.raises(EngineError) as caught:
         train_step(run, 1)
-    return f"{type(caught.value).__name__} {getattr(caught.value, 'cause', '')}: {caught.value}"
+    assert type(caught.value) is EngineError, "what has all ranks save the run together"
+    assert getattr(caught.value, "met_on_rank", 0) == 0
+    return str(caught.value)
 
 
 def test_servers_that_are_gone_end_every_rank_with_a_message(models: Path, urls: tuple[str, ...], tmp_path: Path):
     config = config_of(models, Layout(2, student=(2, 1)), urls, teacher={"wait_seconds": 0.0})
     asked, told = run_workers(failure_of, 2, tmp_path, config, ROLLOUTS)
-    assert asked.startswith("EngineError : teacher 'maths': none of its 1 servers scored a rollout")
-    # The cause is what has all ranks save the run together.
-    assert told.startswith("PeerError EngineError: teacher: a rank that asks the servers failed")
+    assert asked == told
+    assert asked.startswith("teacher 'maths': none of its 1 servers scored a rollout")
+
+
+def test_a_replica_without_rollouts_takes_part(models: Path, urls: tuple[str, ...], tmp_path: Path):
+    """It knows of the student's top-K in no row, and still sends and receives what the others do."""
+    config, rollouts = config_of(models, Layout(2), urls), ROLLOUTS[2:3]
+    (tmp_path / "1").mkdir()
+    (single,) = run_workers(metrics_of, 1, tmp_path / "1", config_of(models, Layout(1), urls), rollouts)
+    for metrics in run_workers(metrics_of, 2, tmp_path, config, rollouts):
+        assert metrics["train/loss"] == pytest.approx(single["train/loss"], rel=1e-5)
+        assert metrics["train/grad_norm"] == pytest.approx(single["train/grad_norm"], rel=1e-5)
+
+
+def metrics_of_a_broken_student(config: Config, rollouts: list[Rollout]) -> dict[str, float]:
+    run = build_tiny_run(config, rollouts)
+    if run.student.groups.is_last_stage:
+        run.student.output_head.data.fill_(float("nan"))
+    return train_step(run, 1)
+
+
+def test_a_student_that_is_not_finite_skips_the_step_on_every_rank(models: Path, urls: tuple[str, ...], tmp_path: Path):
+    config = config_of(models, Layout(2, student=(1, 2)), urls, run={"folder": tmp_path / "run"})
+    for metrics in run_workers(metrics_of_a_broken_student, 2, tmp_path, config, ROLLOUTS):
+        assert metrics["train/skipped_not_finite"] == 1.0

@@ -15,23 +15,30 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from megatron_tip.config import Config
 from megatron_tip.errors import OutputError
-from megatron_tip.observability.progress import ProgressDisplay
 from megatron_tip.observability.run_folder import RunFolder
 from megatron_tip.parallel.stop import StopRequested
 from megatron_tip.parallel.watchdog import HangWatchdog
 from megatron_tip.records import Prompt, Rollout
-from megatron_tip.rollout.ahead import AheadGenerator
+from megatron_tip.rollout.ahead import AheadEngine
 from megatron_tip.training.checkpoints import writer as checkpoint
 from megatron_tip.training.checkpoints.files import CheckpointFiles
 from megatron_tip.training.checkpoints.progress import RunProgress
 from megatron_tip.training.checkpoints.resume import restore
 from megatron_tip.training.checkpoints.writer import Checkpointer
 from megatron_tip.training.loop import left_together, run_steps
-from megatron_tip.training.recorder import RunRecorder
 from megatron_tip.training.run import TrainingRun
-from tests.distributed.test_checkpoint import NOBODY, ROLLOUTS, checkpointer_of, take_step
+from tests.distributed.test_checkpoint import ROLLOUTS, checkpointer_of, take_step
 from tests.helpers.distributed import run_workers
-from tests.helpers.training import FixedEngine, Layout, build_tiny_run, make_config, make_models
+from tests.helpers.training import (
+    FixedEngine,
+    Layout,
+    build_tiny_run,
+    engine_of,
+    make_config,
+    make_models,
+    recorder_of,
+    with_source,
+)
 
 LAYOUT = Layout(2, student=(2, 1))
 
@@ -150,7 +157,7 @@ def ahead_run(config: Config) -> tuple[TrainingRun, BatchEngine | None]:
     if dist.get_rank():
         return run, None
     engine = BatchEngine(ROLLOUTS)
-    return replace(run, engine=engine, prompts=StepPrompts(), ahead=AheadGenerator(engine)), engine  # type: ignore[arg-type]
+    return with_source(run, AheadEngine(engine), StepPrompts()), engine
 
 
 def carry_on(run: TrainingRun, progress: RunProgress, resumed_step: int = 0) -> str:
@@ -159,7 +166,7 @@ def carry_on(run: TrainingRun, progress: RunProgress, resumed_step: int = 0) -> 
     folder.path.mkdir(exist_ok=True)
     rank = dist.get_rank()
     watchdog = HangWatchdog(folder.stacks, rank, timeout_seconds=0, on_hang=lambda _: None)
-    with run.stop, RunRecorder(folder, ProgressDisplay(4, enabled=False), NOBODY, writes=rank == 0) as recorder:
+    with run.stop, recorder_of(run, folder) as recorder:
         files = CheckpointFiles(folder.checkpoints)
         checkpointer = Checkpointer(run, recorder, files, run.stop, resumed_step=resumed_step)
         try:
@@ -172,8 +179,9 @@ def carry_on(run: TrainingRun, progress: RunProgress, resumed_step: int = 0) -> 
 def stop_while_a_batch_is_made_ahead(config: Config) -> list[Any]:
     """Told to stop while the batch of step 3 is generated beside step 2; then continued to the end."""
     run, engine = ahead_run(config)
-    if engine is not None and run.ahead is not None:
-        generate, wait = engine.generate, run.ahead.wait
+    if engine is not None:
+        ahead = engine_of(run)
+        generate, wait = engine.generate, ahead.wait
 
         def held(prompts: Any, sampling: Any) -> list[Rollout]:
             if sampling.batch_name == "step_000003":
@@ -185,7 +193,7 @@ def stop_while_a_batch_is_made_ahead(config: Config) -> list[Any]:
                 threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
             wait()
 
-        engine.generate, run.ahead.wait = held, interrupted  # type: ignore[method-assign]
+        engine.generate, ahead.wait = held, interrupted  # type: ignore[method-assign]
     start = time.monotonic()
     first = carry_on(run, RunProgress())
     seconds = time.monotonic() - start
@@ -234,7 +242,7 @@ def stop_in_a_step(config: Config) -> list[Any]:
     engine = None
     if dist.get_rank() == 0:
         engine = BatchEngine(ROLLOUTS)
-        run = replace(run, engine=engine, prompts=StepPrompts())  # type: ignore[arg-type]
+        run = with_source(run, engine, StepPrompts())
     else:
         apply = run.student.apply_gradients
 

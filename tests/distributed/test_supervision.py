@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from megatron_tip.batching.step_batch import StepBatch
 from megatron_tip.records import TokenIndex, TokenSelection
+from megatron_tip.teachers.megatron import HiddenRows
 from megatron_tip.training.supervision import SelectedRows
 from tests.helpers.distributed import run_workers
 from tests.helpers.training import make_rollouts
@@ -31,14 +32,14 @@ def move(dtype: torch.dtype) -> tuple[list[tuple[int, ...]], int]:
     mask = (index.position % 3 == 0) & (rank % 2 == 0)
     weights = torch.where(mask, index.rollout_index + index.position / 100, 0.0)
     selection = TokenSelection(mask, weights, 85, 0, {})
-    selected = SelectedRows.of(selection, index, hidden_of(index, dtype))
+    selected = SelectedRows.of(selection, index, HiddenRows(hidden_of(index, dtype)))
     last = torch.full((len(LENGTHS),), -1).scatter_reduce(
         0, selected.index.rollout_index, selected.index.position, "amax"
     )
     dist.all_reduce(last, op=dist.ReduceOp.MAX)
     cut = batch.cut_behind(last.tolist())
     arrived = selected.sent_to(cut.replica_of()[selected.index.rollout_index], dist.group.WORLD)
-    assert arrived.teacher_rows.dtype == dtype
+    assert arrived.teacher_rows.states.dtype == dtype
     foreign = int((batch.replica_of()[arrived.index.rollout_index] != rank).sum())
     micro_batches = cut.micro_batches(rank)
     rows = []
@@ -46,7 +47,7 @@ def move(dtype: torch.dtype) -> tuple[list[tuple[int, ...]], int]:
         sequences, positions = part.mask.nonzero().unbind(dim=1)
         rollouts = micro_batch.rollout_indices[sequences]
         prompts = torch.tensor([4 + int(place) % 3 for place in rollouts], dtype=torch.int64)
-        columns = (rollouts, positions - prompts + 1, *part.teacher_rows.unbind(dim=1), part.row_weights)
+        columns = (rollouts, positions - prompts + 1, *part.teacher_rows.states.unbind(dim=1), part.row_weights)
         rows += zip(*(column.tolist() for column in columns), strict=True)
     return rows, foreign
 

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from megatron_tip.observability.token_table import read_token_table
 from megatron_tip.training.step import train_step
 from tests.helpers.distributed import run_workers
 from tests.helpers.training import Layout, build_tiny_run, make_config, make_models, make_rollouts
@@ -24,9 +23,7 @@ def view_rows(folder: Path, layout: Layout, selection: dict[str, Any], every: in
     assert (view is not None) == (every == 1 and dist.get_rank() == 0)
     if view is None:
         return [], metrics
-    path = folder / "table.parquet"
-    path.write_bytes(view.table)
-    return read_token_table(path).tokens.to_pylist(), metrics
+    return view.tokens.to_pylist(), metrics
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_tip.errors import InputError
 from megatron_tip.records import TeacherTopK
-from megatron_tip.vocab_parallel import divergence_loss, padded_vocab_size
+from megatron_tip.vocab_parallel import ShardedVocabulary, divergence_loss, padded_vocab_size
 from megatron_tip.vocab_parallel.topk_divergence import topk_divergence_loss
 from megatron_tip.vocab_parallel.topk_statistics import combined_statistics, known_ids, student_statistics
 from tests.helpers import reference
@@ -107,17 +107,14 @@ def loss_and_gradients(case: Case, group: ProcessGroup, divergence: str) -> tupl
     hidden, head = case.hidden.requires_grad_(), shard(case.head, group).requires_grad_()
     ids, logprobs = known_ids(case.teacher)
     loss = topk_divergence_loss(
-        hidden,
-        head,
+        (hidden, head),
+        ShardedVocabulary(case.vocab_size, tp_group=group, chunk_rows=case.chunk_rows),
         divergence=divergence,
         teacher_ids=ids,
         teacher_id_logprobs=logprobs,
         labels=case.labels,
         teacher_label_logprobs=case.teacher.label_logprobs,
         row_weights=case.weights,
-        vocab_size=case.vocab_size,
-        tp_group=group,
-        chunk_rows=case.chunk_rows,
     )
     (2 * loss).backward()
     assert hidden.grad is not None
@@ -152,13 +149,10 @@ def check_loss(case: Case, group: ProcessGroup, divergence: str) -> None:
 def check_statistics(case: Case, group: ProcessGroup) -> None:
     teacher = case.teacher
     student = student_statistics(
-        case.hidden,
-        shard(case.head, group),
-        teacher.support_ids,
-        case.labels,
-        vocab_size=case.vocab_size,
-        tp_group=group,
-        chunk_rows=case.chunk_rows,
+        (case.hidden, shard(case.head, group)),
+        ShardedVocabulary(case.vocab_size, tp_group=group, chunk_rows=case.chunk_rows),
+        teacher_support_ids=teacher.support_ids,
+        labels=case.labels,
     )
     got = combined_statistics(student, teacher)
     expected = reference.statistics(case.student_logits, case.teacher_logits, case.labels, case.k)
@@ -215,11 +209,10 @@ def test_the_bucket_of_the_tail_makes_a_lower_bound_that_more_ids_raise_to_the_f
         ids = reference.top_ids(case.teacher_logits, k)
         losses = [
             topk_divergence_loss(
-                case.hidden[row : row + 1],
-                case.head,
+                (case.hidden[row : row + 1], case.head),
+                ShardedVocabulary(203),
                 teacher_ids=ids[row : row + 1],
                 teacher_id_logprobs=log_q.gather(1, ids).float()[row : row + 1],
-                vocab_size=203,
             )
             for row in range(6)
         ]
@@ -237,9 +230,8 @@ def test_equal_models_have_nothing_to_learn():
     hidden, head = case.hidden.requires_grad_(), case.head.requires_grad_()
     log_p = case.student_logits.log_softmax(-1)
     ids = reference.top_ids(log_p, 3)
-    loss = topk_divergence_loss(
-        hidden, head, teacher_ids=ids, teacher_id_logprobs=log_p.gather(1, ids).float(), vocab_size=case.vocab_size
-    )
+    vocabulary, known = ShardedVocabulary(case.vocab_size), log_p.gather(1, ids).float()
+    loss = topk_divergence_loss((hidden, head), vocabulary, teacher_ids=ids, teacher_id_logprobs=known)
     loss.backward()
     assert loss.item() == pytest.approx(0.0, abs=1e-5)
     assert hidden.grad is not None
@@ -248,6 +240,7 @@ def test_equal_models_have_nothing_to_learn():
 
 def test_the_sampled_token_is_that_of_a_teacher_at_hand():
     case = Case()
+    vocabulary = ShardedVocabulary(case.vocab_size)
     gradients = []
     for known in (True, False):
         hidden, head = case.hidden.requires_grad_(), case.head.requires_grad_()
@@ -255,26 +248,37 @@ def test_the_sampled_token_is_that_of_a_teacher_at_hand():
         if known:
             log_q = reference.full_logits(case.hidden, teacher_head, case.vocab_size).log_softmax(-1)
             loss = topk_divergence_loss(
-                hidden,
-                head,
+                (hidden, head),
+                vocabulary,
                 divergence="sampled_token",
                 labels=case.labels,
                 teacher_label_logprobs=log_q.gather(1, case.labels[:, None]).squeeze(1).float(),
-                vocab_size=case.vocab_size,
             )
         else:
             loss = divergence_loss(
-                hidden,
-                head,
-                case.hidden,
-                teacher_head,
+                (hidden, head),
+                (case.hidden, teacher_head),
+                vocabulary,
                 divergence="sampled_token",
                 labels=case.labels,
-                vocab_size=case.vocab_size,
             )
         loss.backward()
         gradients.append((loss.detach(), hidden.grad, head.grad))
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-5)
+
+
+def test_a_student_without_a_teacher_has_the_logprobs_of_its_labels():
+    """No ids of a teacher are asked for, as by the probe of the weight sync."""
+    case = Case(chunk_rows=4)
+    got = student_statistics(
+        (case.hidden, case.head),
+        ShardedVocabulary(case.vocab_size, chunk_rows=case.chunk_rows),
+        teacher_support_ids=torch.empty(case.n, 0, dtype=torch.int64),
+        labels=case.labels,
+    )
+    expected = case.student_logits.log_softmax(-1).gather(1, case.labels[:, None]).squeeze(1)
+    torch.testing.assert_close(got.label_logprobs.double(), expected, rtol=1e-6, atol=1e-6)
+    assert got.support_ids.shape == got.teacher_support_logprobs.shape == (case.n, 0)
 
 
 @pytest.mark.parametrize(
@@ -290,9 +294,9 @@ def test_the_sampled_token_is_that_of_a_teacher_at_hand():
 def test_arguments_that_do_not_fit_are_named(changes, message):
     case = Case()
     ids, logprobs = known_ids(case.teacher)
-    arguments = {"teacher_ids": ids, "teacher_id_logprobs": logprobs, "labels": case.labels, "vocab_size": 203}
+    arguments = {"teacher_ids": ids, "teacher_id_logprobs": logprobs, "labels": case.labels}
     with pytest.raises(InputError, match=message):
-        topk_divergence_loss(case.hidden, case.head, **(arguments | changes))
+        topk_divergence_loss((case.hidden, case.head), ShardedVocabulary(203), **(arguments | changes))
 
 
 def test_a_case_is_not_empty():

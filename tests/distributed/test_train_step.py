@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM
 from megatron_tip.config import Config
 from megatron_tip.conversion.bridge import export_hf
 from megatron_tip.records import Rollout
-from megatron_tip.training.step import select_then_train, select_while_training, train_step
+from megatron_tip.training.step import score, select_then_train, select_while_training, train_step
 from megatron_tip.training.weight_sync import update_engine
 from tests.helpers.distributed import run_workers
 from tests.helpers.tiny import make_qwen
-from tests.helpers.training import Layout, build_tiny_run, make_config, make_models, make_rollouts
+from tests.helpers.training import Layout, build_tiny_run, engine_of, make_config, make_models, make_rollouts
 
 ROLLOUTS = make_rollouts([12, 0, 7, 15, 9, 1])
 DIFFERENT_BY_LAYOUT = {"perf/saved_train_seconds", "train/num_micro_batches", "train/num_micro_batches_uncut"}
@@ -45,9 +45,11 @@ def selected_and_gradients(config: Config, rollouts: list[Rollout]) -> tuple[lis
     run = build_tiny_run(config, rollouts)
     groups = run.student.groups
     batch = run.batch_of(rollouts)
-    teacher_rows = run.teacher.hidden_rows(batch)
-    one_pass = run.selector.selects_in_one_pass(None)
-    trained = (select_while_training if one_pass else select_then_train)(run, batch, teacher_rows, 1)
+    teacher_rows = run.teacher.ask(batch)
+    if run.selector.selects_in_one_pass(None):
+        trained = select_while_training(run, batch, teacher_rows, 1)
+    else:
+        trained = select_then_train(run, score(run, batch, teacher_rows, 1), 1)
     loss, weights = trained.loss, []
     if trained.selection is not None and groups.tp_rank == 0:
         index = batch.token_index(groups.dp_rank)
@@ -208,7 +210,7 @@ def weights_after_a_step(config: Config, rollouts: list[Rollout]) -> dict[str, t
     run = build_tiny_run(config, rollouts)
     train_step(run, 1)
     update_engine(run, weight_version=1)
-    return getattr(run.engine, "weights", {})
+    return getattr(engine_of(run), "weights", {})
 
 
 @pytest.mark.parametrize("layout", [Layout(2), Layout(4, student=(2, 1))], ids=str)
@@ -296,8 +298,8 @@ def two_steps(config: Config, rollouts: list[Rollout]) -> list[dict[str, float]]
     run = build_tiny_run(config, rollouts)
     lines = []
     for step in (1, 2):
-        if run.engine is not None:
-            run.engine.rollouts = [replace(rollout, weight_version=step - 1) for rollout in rollouts]  # type: ignore[attr-defined]
+        if (engine := engine_of(run)) is not None:
+            engine.rollouts = [replace(rollout, weight_version=step - 1) for rollout in rollouts]
         lines.append(train_step(run, step) | run.timer.step_metrics())
     return lines
 

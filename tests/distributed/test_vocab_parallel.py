@@ -1,22 +1,15 @@
 """The sharded functions against the float64 formulas, at tp 1, 2, 3 and 4 in one world of four ranks."""
 
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_tip.records import TokenStatistics
-from megatron_tip.vocab_parallel import (
-    divergence_loss,
-    vocab_parallel_entropy,
-    vocab_parallel_kl,
-    vocab_parallel_logprobs,
-    vocab_parallel_topk,
-)
+from megatron_tip.vocab_parallel import ShardedVocabulary, divergence_loss
 from tests.helpers import reference
 from tests.helpers.distributed import run_workers
-from tests.helpers.vocab_parallel import Case, on_every_layout, shard, statistics
+from tests.helpers.vocab_parallel import GIVEN, Case, called, on_every_layout, shard, statistics
 
 LOSSES = [
     ("reverse_kl", 0.5),
@@ -44,7 +37,7 @@ BFLOAT16_CASES = [replace(case, dtype=torch.bfloat16) for case in CASES if case.
 def check_statistics(case: Case, group: ProcessGroup) -> None:
     actual = statistics(case, group)
     expected = reference.statistics(case.logits("student"), case.logits("teacher"), case.labels(), case.support_size)
-    for field in fields(TokenStatistics):
+    for field in GIVEN:
         value = getattr(actual, field.name)
         if "ids" in field.name:
             assert torch.equal(value, expected[field.name]), f"{field.name} of {case}"
@@ -64,18 +57,13 @@ def check_loss(case: Case, name: str, beta: float, group: ProcessGroup) -> None:
     hidden = inputs["student_hidden"].clone().requires_grad_()
     head = shard(inputs["student_head"], group).requires_grad_()
     loss = divergence_loss(
-        hidden,
-        head,
-        inputs["teacher_hidden"],
-        shard(inputs["teacher_head"], group),
+        (hidden, head),
+        (inputs["teacher_hidden"], shard(inputs["teacher_head"], group)),
+        ShardedVocabulary(case.vocab_size, case.temperature, group, case.chunk_rows),
         divergence=name,
         jsd_beta=beta,
         row_weights=weights,
         labels=labels,
-        vocab_size=case.vocab_size,
-        temperature=case.temperature,
-        tp_group=group,
-        chunk_rows=case.chunk_rows,
     )
     (3 * loss).backward()
     full_hidden = inputs["student_hidden"].double().requires_grad_()
@@ -101,43 +89,6 @@ def assert_near(actual: Tensor, wanted: Tensor, full: Tensor, where: str) -> Non
     assert error <= tolerance * max(full.norm().item(), 1.0), f"{where}: gradient off by {error} of {full.norm()}"
 
 
-def check_logits_functions(case: Case, group: ProcessGroup) -> None:
-    shape = (case.n, 1)
-    inputs = case.inputs()
-    padded = {name: inputs[f"{name}_hidden"] @ inputs[f"{name}_head"].T for name in ("student", "teacher")}
-    shards = {
-        name: logits.chunk(group.size(), 1)[group.rank()].unsqueeze(1).clone().requires_grad_()
-        for name, logits in padded.items()
-    }
-    common = {"vocab_size": case.vocab_size, "temperature": case.temperature, "tp_group": group}
-    labels = case.labels()
-    values = {
-        "entropy": vocab_parallel_entropy(shards["student"], **common),
-        "logprobs": vocab_parallel_logprobs(shards["student"], labels.view(shape), **common),
-        "kl": vocab_parallel_kl(shards["student"], shards["teacher"], **common),
-    }
-    full = {name: logits.double().requires_grad_() for name, logits in padded.items()}
-    student, teacher = (full[name][:, : case.vocab_size] / case.temperature for name in ("student", "teacher"))
-    expected = {
-        "entropy": reference.entropy(student),
-        "logprobs": student.log_softmax(-1).gather(1, labels[:, None]).squeeze(1),
-        "kl": reference.kl(student, teacher),
-    }
-    for name, value in values.items():
-        torch.testing.assert_close(value.double().view(-1), expected[name], rtol=1e-5, atol=1e-6)
-        for model in ("student", "teacher") if name == "kl" else ("student",):
-            (grad,) = torch.autograd.grad((value.view(-1) * case.weights()).sum(), shards[model], retain_graph=True)
-            total = (expected[name] * case.weights()).sum()
-            (full_grad,) = torch.autograd.grad(total, full[model], retain_graph=True)
-            wanted = full_grad.chunk(group.size(), 1)[group.rank()].unsqueeze(1)
-            assert_near(grad, wanted, full_grad, f"{name} of {case}")
-    ids, logprobs = vocab_parallel_topk(shards["student"], case.support_size, **common)
-    wanted_ids = reference.top_ids(student, min(case.support_size, case.vocab_size))
-    assert torch.equal(ids.view(wanted_ids.shape), wanted_ids)
-    wanted = student.log_softmax(-1).gather(1, wanted_ids).detach()
-    torch.testing.assert_close(logprobs.double().view(wanted.shape), wanted, rtol=1e-5, atol=1e-6)
-
-
 def check_rounded_logits(group: ProcessGroup) -> None:
     """bfloat16 whose logits are rounded, as real ones are: within 2e-2 of float64 arithmetic on the same inputs."""
     case = Case(n=32, vocab_size=990, student_dim=64, teacher_dim=64, scale=2.0, chunk_rows=8)
@@ -150,7 +101,7 @@ def check_rounded_logits(group: ProcessGroup) -> None:
     for name in ("student_entropy", "teacher_entropy", "reverse_kl", "forward_kl", "jsd", "student_logprobs"):
         torch.testing.assert_close(getattr(actual, name).double(), expected[name], rtol=2e-2, atol=2e-2)
     trained = [tensor.requires_grad_() for tensor in (inputs["student_hidden"], heads["student_head"])]
-    divergence_loss(**(inputs | heads), vocab_size=case.vocab_size, tp_group=group, chunk_rows=8).backward()
+    called(divergence_loss, **(inputs | heads), vocab_size=case.vocab_size, tp_group=group, chunk_rows=8).backward()
     reference.kl(*logits).sum().backward()
     for tensor, wanted in zip(
         trained, (full["student_hidden"].grad, shard(full["student_head"].grad, group)), strict=True
@@ -187,7 +138,7 @@ def check_equal_models(group: ProcessGroup) -> None:
         for tensor in student.values():
             tensor.requires_grad_()
         arguments = {"divergence": name, "jsd_beta": beta, "labels": case.labels(), "vocab_size": case.vocab_size}
-        loss = divergence_loss(**(models | student), **arguments, tp_group=group)
+        loss = called(divergence_loss, **(models | student), **arguments, tp_group=group)
         loss.backward()
         assert loss.item() == 0, f"{name} {beta}"
         assert all(torch.equal(t.grad, torch.zeros_like(t)) for t in student.values()), f"{name} {beta}"
@@ -198,7 +149,6 @@ def check_layout(group: ProcessGroup) -> None:
         check_statistics(case, group)
         for name, beta in LOSSES:
             check_loss(case, name, beta, group)
-        check_logits_functions(case, group)
     check_rounded_logits(group)
     check_ties(group)
     check_equal_models(group)

@@ -8,10 +8,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tip.errors import InputError, PeerError
-from megatron_tip.vocab_parallel import divergence_loss, token_statistics, vocab_parallel_entropy
+from megatron_tip.vocab_parallel import divergence_loss, token_statistics
 from tests.helpers import reference
 from tests.helpers.distributed import run_workers
-from tests.helpers.vocab_parallel import Case, shard, statistics
+from tests.helpers.vocab_parallel import Case, called, shard, statistics
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
@@ -50,9 +50,8 @@ def check_collectives() -> None:
             calls.clear()
             inputs = {key: shard(t, group) if "head" in key else t for key, t in case.inputs().items()}
             hidden = inputs.pop("student_hidden").requires_grad_()
-            loss = divergence_loss(
-                hidden, **inputs, divergence=name, labels=case.labels(), vocab_size=203, tp_group=group, chunk_rows=4
-            )
+            inputs |= {"student_hidden": hidden, "vocab_size": 203, "tp_group": group, "chunk_rows": 4}
+            loss = called(divergence_loss, **inputs, divergence=name, labels=case.labels())
             expected = [("all_gather", 40)]
             for c in chunks:
                 expected += [("all_gather", 4 * c * floats)] + [("all_reduce", 4 * c * after)] * (after > 0)
@@ -67,9 +66,8 @@ def check_that_no_group_means_no_talk() -> None:
     case = Case()
     with pytest.MonkeyPatch.context() as patch:
         calls = counted(patch)
-        actual = token_statistics(**case.inputs(), vocab_size=case.vocab_size)
-        divergence_loss(**case.inputs(), vocab_size=case.vocab_size)
-        vocab_parallel_entropy(case.logits("student").float())
+        actual = called(token_statistics, **case.inputs(), vocab_size=case.vocab_size)
+        called(divergence_loss, **case.inputs(), vocab_size=case.vocab_size)
         assert calls == []
     expected = reference.kl(case.logits("student"), case.logits("teacher"))
     torch.testing.assert_close(actual.reverse_kl.double(), expected, rtol=1e-5, atol=1e-6)
@@ -105,18 +103,9 @@ def check_faults_on_one_rank() -> None:
         with pytest.raises((InputError, PeerError)) as caught:
             statistics(case, group, **changes)
         assert wanted in str(caught.value)
+    heads = {**fault("student_head", float("nan")), "teacher_head": shard(inputs["teacher_head"], group)}
     with pytest.raises(InputError, match="head is not"):
-        divergence_loss(
-            inputs["student_hidden"],
-            fault("student_head", float("nan"))["student_head"],
-            inputs["teacher_hidden"],
-            shard(inputs["teacher_head"], group),
-            tp_group=group,
-        )
-    logits = torch.zeros(4, 5)
-    logits[1, 2] = float("nan") if rank == 1 else 0.0
-    with pytest.raises(InputError, match="expected finite logits"):
-        vocab_parallel_entropy(logits, tp_group=group)
+        called(divergence_loss, **(inputs | heads), tp_group=group)
     # Shapes are known to all ranks: nobody waits for anybody.
     with pytest.MonkeyPatch.context() as patch:
         calls = counted(patch)

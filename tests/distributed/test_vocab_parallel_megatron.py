@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_tip.cpu import cuda_on_cpu
 from megatron_tip.models.hidden_states import masked_rows
-from megatron_tip.vocab_parallel import divergence_loss
+from megatron_tip.vocab_parallel import ShardedVocabulary, divergence_loss
 from tests.helpers import reference
 from tests.helpers.distributed import run_workers
 
@@ -88,13 +88,9 @@ def check_layers(tied: bool, sequence_parallel: bool) -> None:
     added, _ = modules["down"](modules["up"](embedded)[0].tanh())
     rows = masked_rows(embedded + added, mask, tp_group=tp_group, sequence_parallel=sequence_parallel)
     loss = divergence_loss(
-        rows,
-        modules["embedding" if tied else "head"].weight,
-        teacher_hidden,
-        shard("head", teacher_head),
-        vocab_size=VOCAB_SIZE,
-        tp_group=tp_group,
-        chunk_rows=4,
+        (rows, modules["embedding" if tied else "head"].weight),
+        (teacher_hidden, shard("head", teacher_head)),
+        ShardedVocabulary(VOCAB_SIZE, tp_group=tp_group, chunk_rows=4),
     )
     loss.backward()
     expected_loss, expected = expected_gradients(tied)

@@ -2,7 +2,6 @@
 
 import functools
 import math
-from dataclasses import fields
 
 import torch
 import torch.distributed as dist
@@ -10,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed import ProcessGroup
 
-from megatron_tip.records import TokenStatistics
-from megatron_tip.vocab_parallel import divergence_loss, token_statistics
+from megatron_tip.statistics import TokenStatistics
+from megatron_tip.vocab_parallel import ShardedVocabulary, divergence_loss, token_statistics
 from tests.helpers.distributed import run_workers
-from tests.helpers.vocab_parallel import Case, on_every_layout, shard, statistics
+from tests.helpers.vocab_parallel import GIVEN, Case, called, on_every_layout, shard, statistics
 
 SHARED = ("student_entropy", "teacher_entropy", "reverse_kl", "forward_kl", "jsd", "student_logprobs")
 ROUNDING = 2e-5
@@ -53,8 +52,8 @@ def check_bounds(case: Case, got: TokenStatistics) -> None:
 
 def check_that_sharding_changes_nothing(case: Case, got: TokenStatistics) -> None:
     arguments = {"labels": case.labels(), "support_size": case.support_size, "vocab_size": case.vocab_size}
-    whole = token_statistics(**case.inputs(), **arguments, with_jsd=True, with_support=True)
-    for field in fields(TokenStatistics):
+    whole = called(token_statistics, **case.inputs(), **arguments, with_jsd=True, with_support=True)
+    for field in GIVEN:
         actual, expected = getattr(got, field.name), getattr(whole, field.name)
         if "ids" in field.name:
             assert torch.equal(actual, expected), f"{field.name} of {case}"
@@ -95,18 +94,16 @@ def check_the_loss(case: Case, got: TokenStatistics, group: ProcessGroup) -> Non
     """The loss is the weighted sum of the statistic; over a row's logits its gradient adds up to zero."""
     inputs = case.inputs()
     head = shard(inputs["student_head"], group).requires_grad_()
-    rest = inputs["teacher_hidden"], shard(inputs["teacher_head"], group)
+    teacher = inputs["teacher_hidden"], shard(inputs["teacher_head"], group)
+    vocabulary = ShardedVocabulary(case.vocab_size, tp_group=group, chunk_rows=case.chunk_rows)
     for name in ("reverse_kl", "forward_kl", "jsd"):
         head.grad = None
         loss = divergence_loss(
-            inputs["student_hidden"],
-            head,
-            *rest,
+            (inputs["student_hidden"], head),
+            teacher,
+            vocabulary,
             divergence=name,
             row_weights=case.weights(),
-            vocab_size=case.vocab_size,
-            tp_group=group,
-            chunk_rows=case.chunk_rows,
         )
         torch.testing.assert_close(loss.detach(), getattr(got, name) @ case.weights(), rtol=1e-4, atol=1e-4, msg=name)
         loss.backward()

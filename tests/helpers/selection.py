@@ -6,7 +6,8 @@ from fractions import Fraction
 import numpy as np
 import torch
 
-from megatron_tip.records import TokenIndex, TokenStatistics
+from megatron_tip.records import TokenIndex
+from megatron_tip.statistics import TokenStatistics
 
 
 def make_batch(seed: int, lengths: list[int], *, levels: int | None = None) -> tuple[TokenStatistics, TokenIndex]:

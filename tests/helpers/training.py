@@ -8,12 +8,16 @@ import torch
 import torch.distributed as dist
 
 from megatron_tip.config import Config
+from megatron_tip.observability.run_folder import RunFolder
 from megatron_tip.observability.timing import PhaseTimer
 from megatron_tip.parallel.distributed import Worker
 from megatron_tip.planning.plan import plan_run
 from megatron_tip.records import Prompt, Rollout
-from megatron_tip.training.run import TrainingRun
+from megatron_tip.rollout.engine import RolloutEngine
+from megatron_tip.training.recorder import RunRecorder
+from megatron_tip.training.run import RolloutSource, TrainingRun
 from megatron_tip.training.setup import build_run
+from megatron_tip.training.throughput import Throughput
 from tests.helpers.tiny import make_llama
 
 RUN_TOML = """
@@ -56,7 +60,7 @@ class Layout:
     sequence_parallel: bool = False
 
 
-class FixedEngine:
+class FixedEngine(RolloutEngine):
     """Answers every call with the same rollouts, of the version of its last weights, and takes any weights."""
 
     def __init__(self, rollouts: list[Rollout]) -> None:
@@ -160,10 +164,29 @@ def make_pruned_run(models: Path, folder: Path, *, steps: int, **sections: dict[
 
 def build_tiny_run(config: Config, rollouts: list[Rollout]) -> TrainingRun:
     """The run of this worker's world, its engine answering with `rollouts`. Call it inside `run_workers`."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    plan = plan_run(config, world_size)
-    cpu = torch.device("cpu")
-    run = build_run(config, plan, Worker(rank, world_size, rank, cpu), PhaseTimer(cpu), num_threads=1)
-    if rank:
+    plan, worker = plan_run(config, dist.get_world_size()), this_worker()
+    run = build_run(config, plan, worker, PhaseTimer(worker.device), num_threads=1)
+    return with_source(run, FixedEngine(rollouts), FixedPrompts(rollouts))
+
+
+def with_source(run: TrainingRun, engine: RolloutEngine, prompts: Any = None) -> TrainingRun:
+    """`run` with another engine in the first process, and other prompts where they are given."""
+    if run.source is None:
         return run
-    return replace(run, engine=FixedEngine(rollouts), prompts=FixedPrompts(rollouts))  # type: ignore[arg-type]
+    return replace(run, source=RolloutSource(prompts or run.source.prompts, engine))
+
+
+def engine_of(run: TrainingRun) -> Any:
+    """The run's engine, in the first process; None elsewhere."""
+    return run.source and run.source.engine
+
+
+def recorder_of(run: TrainingRun, folder: RunFolder) -> RunRecorder:
+    """A recorder of `run` into `folder`."""
+    worker = this_worker()
+    return RunRecorder(run.config, folder, worker, Throughput(run.architecture, None, worker.world_size, 0.0))
+
+
+def this_worker() -> Worker:
+    rank = dist.get_rank()
+    return Worker(rank, dist.get_world_size(), rank, torch.device("cpu"))

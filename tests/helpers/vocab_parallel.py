@@ -1,16 +1,20 @@
 """Inputs of the vocabulary-parallel functions that are the same on every rank, their shards, and the layouts."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_tip.records import TokenStatistics
-from megatron_tip.vocab_parallel import padded_vocab_size, token_statistics
+from megatron_tip.statistics import TokenStatistics
+from megatron_tip.vocab_parallel import HiddenAndHead, ShardedVocabulary, padded_vocab_size, token_statistics
 from tests.helpers import reference
+
+GIVEN = [field for field in fields(TokenStatistics) if field.name != "topk_reverse_kl"]
+"""What `token_statistics` can give; the other is of a teacher without a distribution."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,18 @@ class Case:
         return reference.full_logits(hidden, head, self.vocab_size, self.temperature)
 
 
+def pairs(inputs: dict[str, Tensor]) -> dict[str, HiddenAndHead]:
+    return {model: (inputs[f"{model}_hidden"], inputs[f"{model}_head"]) for model in ("student", "teacher")}
+
+
+def called(function: Callable[..., Any], **arguments: Any) -> Any:
+    """What `function` of student and teacher returns; `arguments`: Case.inputs, the vocabulary's fields and its own."""
+    own = dict(arguments)
+    models = {name: own.pop(name) for name in tuple(own) if name.startswith(("student_", "teacher_"))}
+    settings = {field.name: own.pop(field.name) for field in fields(ShardedVocabulary) if field.name in own}
+    return function(**pairs(models), vocabulary=ShardedVocabulary(**settings), **own)
+
+
 def shard(tensor: Tensor, group: ProcessGroup) -> Tensor:
     return tensor.chunk(group.size())[group.rank()].clone()
 
@@ -77,7 +93,7 @@ def statistics(case: Case, group: ProcessGroup, **changes) -> TokenStatistics:
         "with_jsd": True,
         "with_support": True,
     }
-    return token_statistics(**(arguments | changes))
+    return called(token_statistics, **(arguments | changes))
 
 
 def on_every_layout(check: Callable[[ProcessGroup], None]) -> None:

@@ -22,7 +22,7 @@ STAND_IN = """
 import os, sys, time, types
 from pathlib import Path
 
-def train(config, fresh=False):
+def train(config, fresh=False, make_gauge=None):
     folder = Path({folder!r})
     name = "rank_" + os.environ["RANK"]
     (folder / (name + ".partial")).write_text(str(os.getpid()))
@@ -216,7 +216,7 @@ def test_a_run_is_called_saved_when_it_has_a_checkpoint(config_path, environ, st
     _, stderr = command.communicate()
     told = "the run is saved, the same command continues it"
     if not has_checkpoint:
-        told = "no step is done yet, the same command begins it anew"
+        told = "no step is done yet, the same command starts it from the beginning"
     assert stderr == f"error: ended by SIGINT; all workers are ended; {told}\n"
 
 

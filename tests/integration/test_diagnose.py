@@ -197,7 +197,10 @@ def test_rollouts_of_a_run_make_a_bank(study: Path, tmp_path: Path):
         (("diagnose", "intervene", "heldout.num_prompts=0"), "heldout.num_prompts: expected at least 1"),
         (("diagnose", "intervene", "run.folder={study}/arms", "optimizer.lr=1e-3"), "holds arms of other settings"),
         (("diagnose", "intervene", "optimizer.lr=1e-3"), "full_seed1.parquet: expected no scores of an intervention"),
-        (("train", "diagnostics.every_steps=1", "diagnostics.bank=nowhere"), "nowhere/manifest.json: expected"),
+        (
+            ("train", "diagnostics.every_steps=1", "diagnostics.bank=nowhere"),
+            "diagnostics.bank: expected an existing path, got nowhere",
+        ),
     ],
 )
 def test_a_worker_of_a_foreign_launcher_checks_before_it_meets_the_others(

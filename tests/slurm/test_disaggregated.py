@@ -116,7 +116,7 @@ def test_a_split_without_a_trainer_is_refused(cluster: SlurmCluster, config_path
     env = stand_ins | {"TIP_ROLLOUT_NODES": "1", "TIP_TEACHER_NODES": "1"}
     job = cluster.submit(SLURM / "train_disaggregated.sbatch", config_path, options=["--nodes=2"], env=env)
     job.wait_for("FAILED")
-    assert "expected some for the trainer beside 1 rollout and 1 teacher nodes" in job.log()
+    assert "expected some for the trainer besides 1 rollout and 1 teacher nodes" in job.log()
 
 
 CPU_SERVERS = """#!/bin/sh

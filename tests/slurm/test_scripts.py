@@ -93,7 +93,7 @@ def test_a_run_goes_on_by_itself_after_a_requeue_and_after_a_time_limit(cluster:
     job = cluster.submit(SLURM / "train.sbatch", config_path, *overrides, options=options, env=SITE)
     wait_until(lambda: len(metrics_of(folder)) > 7)
     cluster.run("scontrol", "requeue", job.name)
-    job.wait_for_log("continuing behind step")
+    job.wait_for_log("continuing after step")
     num_steps = len(metrics_of(folder))
     wait_until(lambda: len(metrics_of(folder)) > num_steps)
 
@@ -102,7 +102,7 @@ def test_a_run_goes_on_by_itself_after_a_requeue_and_after_a_time_limit(cluster:
     hours, minutes, _ = map(int, job.fact("RunTime").split(":"))
     cluster.run("scontrol", "update", f"JobId={job.name}", f"TimeLimit={60 * hours + minutes + 2}")
     try:
-        job.wait_for_log("requeued: the run goes on from its last checkpoint", timeout_seconds=150)
+        job.wait_for_log("requeued: the run continues from its last checkpoint", timeout_seconds=150)
         wait_until(lambda: job.fact("Restarts") == "2")
         job.wait_for("PENDING")
         cluster.run("scontrol", "update", f"JobId={job.name}", "TimeLimit=20")
@@ -111,7 +111,7 @@ def test_a_run_goes_on_by_itself_after_a_requeue_and_after_a_time_limit(cluster:
     saved = CheckpointFiles(folder / "checkpoints").steps()[-1]
     assert saved - metrics_of(folder)[-1]["step"] in (0, 1), "nothing was lost"
     assert "SIGUSR1: the workers write a checkpoint and end" in job.log()
-    job.wait_for_log(f"continuing behind step {saved}\n")
+    job.wait_for_log(f"continuing after step {saved}\n")
     wait_until(lambda: metrics_of(folder)[-1]["step"] > saved)
     assert job.fact("Restarts") == "2"
     cluster.run("scancel", job.name)

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = "megatron_tip"
 LAYERS = [
     {PACKAGE, "errors"},
-    {"files", "seeds", "records", "cpu"},
+    {"files", "seeds", "machine", "statistics", "records", "cpu"},
     {"config"},
     {"parallel", "observability"},
     {"vocab_parallel"},
@@ -70,7 +70,7 @@ def test_imports_go_down_the_layers(module):
 @pytest.mark.parametrize("part", ["vocab_parallel", "selection"])
 def test_the_cores_need_torch_alone(part):
     allowed = {"torch", *sys.stdlib_module_names}
-    own = {f"{PACKAGE}.errors", f"{PACKAGE}.records", f"{PACKAGE}.cpu.onednn"}
+    own = {f"{PACKAGE}.{name}" for name in ("errors", "records", "statistics", "cpu.onednn")}
     modules = [module for module in MODULES if part_of(module) == part]
     assert modules
     for module in modules:

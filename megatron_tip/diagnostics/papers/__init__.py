@@ -1,1 +1,1 @@
-"""The papers' tables and figures of a bank, each with its data as CSV."""
+"""The papers' tables and figures for a bank, each with its data as CSV."""

@@ -29,7 +29,7 @@ SWEPT = (
 
 
 def selectors(data: pd.DataFrame, support_size: int, ratio: float, path: Path) -> None:
-    """Every rule's gain on held-out contexts at the main budget, the best on top, and plain distillation."""
+    """Draws every rule's gain on held-out contexts at the main budget, best on top, and plain distillation's."""
     own = rows(data, k=support_size, ratio=(ratio, 1.0)).sort_values("gain", ascending=False)
     with figure(6, 4.6) as drawn:
         axes = drawn.subplots()
@@ -41,7 +41,7 @@ def selectors(data: pd.DataFrame, support_size: int, ratio: float, path: Path) -
         axes.set_yticks(places, own["rule"], fontsize=7)
         axes.invert_yaxis()
         axes.set(
-            xlabel="gain on held-out contexts, nats a token",
+            xlabel="gain on held-out contexts, nats per token",
             title=f"Trained on {100 * ratio:g} % of the tokens (full: all)",
         )
         handles = [
@@ -57,16 +57,16 @@ def _family(rule: str) -> int:
 
 
 def budget_sweep(data: pd.DataFrame, support_size: int, path: Path) -> None:
-    """Gain, and gain a kept share, over the budget for the papers' main selectors."""
+    """Draws the gain, and the gain per kept share, over the budget for the papers' main selectors."""
     own = rows(data, k=support_size, rule=SWEPT).sort_values("ratio")
     with figure(7, 3.3) as drawn:
         panels = drawn.subplots(1, 2)
         for axes, column, title in zip(
-            panels, ("gain", "gain_per_keep"), ("gain, nats a token", "gain / kept share"), strict=True
+            panels, ("gain", "gain_per_keep"), ("gain, nats per token", "gain / kept share"), strict=True
         ):
             for place, rule in enumerate(SWEPT):
                 line = rows(own, rule=rule)
-                shift = 1 + 0.02 * (place - 3)  # so that intervals do not lie upon each other
+                shift = 1 + 0.02 * (place - 3)  # so that intervals do not overlap
                 scale = 1 if column == "gain" else numbers(line, "kept_share")
                 axes.errorbar(
                     100 * numbers(line, "ratio") * shift,
@@ -91,7 +91,7 @@ def budget_sweep(data: pd.DataFrame, support_size: int, path: Path) -> None:
 
 
 def support_sizes(data: pd.DataFrame, ratio: float, path: Path) -> None:
-    """The gain at each K of the rules that were tried at several; a rule that lacks one of them is marked so."""
+    """Draws the gain at each K of the rules tried at several; marks a rule that lacks one of them."""
     own = by_support_size(data, ratio)
     sizes = sorted(own["k"].unique())
     labels = {}
@@ -103,7 +103,7 @@ def support_sizes(data: pd.DataFrame, ratio: float, path: Path) -> None:
         title = f"Support size, at {100 * ratio:g} % of the tokens"
         if labels:
             draw_by_support_size(axes, own, "rule", sizes, value="gain", labels=labels)
-            axes.set(xlabel="gain on held-out contexts, nats a token", title=title)
+            axes.set(xlabel="gain on held-out contexts, nats per token", title=title)
             legend_below(drawn, axes, len(sizes))
         else:
             axes.set_axis_off()

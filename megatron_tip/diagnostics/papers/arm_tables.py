@@ -23,15 +23,15 @@ MEANS = {
     "kept_divergence": "selection/kept_support_divergence_mean",
     "kept_compatibility": "selection/kept_compatibility_mean",
 }
-"""Column of a table -> the metric of an arm; not available where an arm lacks it."""
+"""Column of a table -> metric of an arm; not available if the arm lacks it."""
 
 
 def interventions(evidence: Evidence) -> pd.DataFrame:
-    """Tables 2, 7 and 10 in one: by rule, budget and K the gain on held-out contexts.
+    """Returns tables 2, 7 and 10 in one: the gain on held-out contexts by rule, budget and K.
 
-    `gain`: the mean over seeds of the gain of a held-out token, with the prompt-cluster bootstrap interval over the
-    held-out prompts of all seeds; `seed_sd`: the standard deviation over seeds. `gain_per_keep`: over the kept share.
-    `over_random`: the gain above that of random tokens at the same budget, on the same contexts, with its interval.
+    `gain`: mean over seeds of a held-out token's gain, with the prompt-cluster bootstrap interval over the held-out
+    prompts of all seeds. `seed_sd`: standard deviation over seeds. `gain_per_keep`: per kept share. `over_random`: the
+    gain above that of random tokens at the same budget and on the same contexts, with its interval.
     """
     by_key: dict[tuple[str, float, int], list[ArmResult]] = {}
     for result in evidence.arms:
@@ -62,7 +62,7 @@ def interventions(evidence: Evidence) -> pd.DataFrame:
 
 
 def pooled_gain(results: Sequence[ArmResult], evidence: Evidence, minus: Sequence[ArmResult | None] = ()) -> Interval:
-    """The gain of a held-out token over the seeds of an arm, or its difference to that of the arms `minus`."""
+    """Returns a held-out token's mean gain over an arm's seeds, or its difference from that of the arms `minus`."""
     others: Sequence[ArmResult | None] = minus or [None] * len(results)
     sums, counts, contexts = [], [], []
     for result, other in zip(results, others, strict=True):
@@ -79,7 +79,7 @@ def pooled_gain(results: Sequence[ArmResult], evidence: Evidence, minus: Sequenc
 
 
 def by_support_size(table: pd.DataFrame, ratio: float) -> pd.DataFrame:
-    """The rows at a budget of the rules that were tried at more than one K."""
+    """Returns the rows, at one budget, of the rules tried at more than one K."""
     own = rows(table, ratio=ratio)
     counts = Counter(own["rule"])
     return rows(own, rule=[name for name, count in counts.items() if count > 1])

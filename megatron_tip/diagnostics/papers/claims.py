@@ -1,6 +1,4 @@
-"""The papers' claims that a bank can test, each with what was found and whether it agrees."""
-
-from __future__ import annotations
+"""The papers' claims that a bank can test, each with the finding and the verdict."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,7 +24,7 @@ TABLE_2 = (
     ("ta_opd_q3_low_compatibility", "Q3 with low C", (0.03,)),
     ("ta_opd_q3_only", "Q3 alone", (0.03, 0.05)),
 )
-"""The rules below teachability in TA-OPD's table 2, and the budgets for which it has a figure of theirs."""
+"""The rules below teachability in TA-OPD's table 2, and the budgets at which it lists them."""
 
 BEST = "ta_opd_teachability"
 
@@ -49,14 +47,14 @@ OTHERS = (
     ("TIP's Q3-only gains more than random tokens", "contrast of ours", "tip_q3_only", "random", 0.1),
     ("TIP's soft-OR gains more than its bottom", "contrast of ours", "tip_soft_or", "tip_soft_or_bottom", 0.1),
 )
-"""What is said, by whom, the rule that is to gain more, the other one, and the budget."""
+"""The claim, its source, the rule that should gain more, the other rule, and the budget."""
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What a paper says is above 0 (`sign` 1) or below (-1), and what was found of it.
+    """A quantity that a paper claims to be above 0 (`sign` 1) or below (-1), and the finding.
 
-    `found`: over prompts. `seeds`: the same in each training, where arms are compared; None: no training is.
+    `found`: over prompts. `seeds`: the same for each training, if arms are compared; else None.
     """
 
     text: str
@@ -67,7 +65,7 @@ class Claim:
 
     @property
     def verdict(self) -> str:
-        """agrees or disagrees where the intervals over prompts and over seeds lie on one side of 0; else undecided."""
+        """Returns agrees or disagrees if the intervals over prompts and seeds lie on one side of 0, else undecided."""
         intervals = [self.found] if self.seeds is None else [self.found, seed_interval(self.seeds)]
         if not all(interval.excludes_zero for interval in intervals):
             return "undecided" if np.isfinite(self.found.estimate) else "no data"
@@ -76,7 +74,7 @@ class Claim:
 
 
 def claims(evidence: Evidence) -> pd.DataFrame:
-    """Every claim with its difference in nats, the interval over prompts, that in each training, and the verdict."""
+    """Returns every claim with its difference in nats, its intervals over prompts and per training, and the verdict."""
     found = [*token_claims(evidence), *arm_claims(evidence)]
     return pd.DataFrame(
         [
@@ -95,7 +93,7 @@ def claims(evidence: Evidence) -> pd.DataFrame:
 
 
 def token_claims(evidence: Evidence) -> Iterator[Claim]:
-    """Those about the gain of tokens under a common update."""
+    """Yields the claims about the gain of tokens under a common update."""
     for size in evidence.support_sizes:
         text = f"D^L predicts the gain better than D^I, K = {size}"
         yield Claim(text, "TA-OPD table 9", evidence.decomposition(size).gap)
@@ -119,9 +117,9 @@ def token_claims(evidence: Evidence) -> Iterator[Claim]:
 
 
 def arm_claims(evidence: Evidence) -> Iterator[Claim]:
-    """Those about what training on selected tokens gives on held-out contexts, at the study's own K.
+    """Yields the claims about the gain on held-out contexts from training on selected tokens, at the study's own K.
 
-    A paper's budget that was not tried gives way to the study's own; a claim whose arms are missing has no data.
+    A paper's budget that was not tried is replaced by the study's own; a claim without its arms has no data.
     """
     compared = _Compared(evidence)
     budgets = {

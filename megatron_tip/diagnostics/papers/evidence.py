@@ -1,6 +1,4 @@
-"""What the tables are made of: a bank, its start, the checkpoints after it, and the arms of an intervention."""
-
-from __future__ import annotations
+"""The data behind the tables: a bank, its start, the checkpoints after it, and the arms of an intervention."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,16 +14,15 @@ from megatron_tip.diagnostics.scores import Scores, read_scores
 from megatron_tip.diagnostics.statistics.bootstrap import PromptResamples
 from megatron_tip.diagnostics.statistics.comparisons import SupportGap, support_gap
 from megatron_tip.diagnostics.statistics.regression import Decomposition, decompose
-from megatron_tip.diagnostics.statistics.tokens import TokenTable, mean_gain, token_table
+from megatron_tip.diagnostics.statistics.tokens import BankTokens, bank_tokens, mean_gain
 from megatron_tip.errors import InputError
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """`gains`: by name of the scores after. `arms`: of an intervention, or none.
+    """The data behind the tables. `gains`: by the name of the scores after. `arms`: of an intervention, or none.
 
-    The tables of tokens are over those positions that no checkpoint was trained on; their gain is the mean over the
-    checkpoints.
+    The token tables cover the positions that no checkpoint was trained on; their gain is the mean over the checkpoints.
     """
 
     bank: ContextBank
@@ -34,18 +31,18 @@ class Evidence:
     arms: list[ArmResult]
     resamples: int = 1000
     seed: int = 1
-    _tables: dict[int, TokenTable] = field(default_factory=dict)
+    _tables: dict[int, BankTokens] = field(default_factory=dict)
     _decompositions: dict[int, Decomposition] = field(default_factory=dict)
     _support_gaps: dict[tuple[int, str], SupportGap] = field(default_factory=dict)
 
     @staticmethod
     def read(
         folder: Path, *, start: str, after: Sequence[str], arms: Path | None, resamples: int, seed: int
-    ) -> Evidence:
-        """Reads it all.
+    ) -> "Evidence":
+        """Reads the evidence from files.
 
         Args:
-            after: names of scores; none: all in the bank but the start. arms: the folder of an intervention.
+            after: names of scores; empty: all in the bank but the start. arms: the folder of an intervention.
 
         Raises:
             InputError: something is missing, damaged, or belongs to another bank, start, teacher or temperature.
@@ -58,7 +55,7 @@ class Evidence:
         after_scores = {name: read_scores(bank.scores_path(name), bank) for name in names}
         gains = {name: gain_between(before, scores) for name, scores in after_scores.items()}
         done = _read_arms(ArmsFile(arms), bank, before, after_scores) if arms is not None else []
-        if all(result.arm.rule == "full" for result in done):  # an early end: there is nothing to compare yet
+        if all(result.arm.rule == "full" for result in done):  # ended early: nothing to compare yet
             done = []
         return Evidence(bank, before, gains, done, resamples, seed)
 
@@ -68,7 +65,7 @@ class Evidence:
 
     @cached_property
     def untrained(self) -> tuple[Scores, PromptResamples]:
-        """The start's scores of the tokens that count, and the resamples of their prompts."""
+        """The start's scores of the tokens that no checkpoint was trained on, and the resamples of their prompts."""
         scores, _ = self._mean_gain
         return scores, PromptResamples.draw(scores.prompt, resamples=self.resamples, seed=self.seed)
 
@@ -78,34 +75,34 @@ class Evidence:
 
     @property
     def arms_support_size(self) -> int | None:
-        """The study's own K, `selection.support_size`: that of the first arm, plain distillation."""
+        """The study's own K, `selection.support_size`, from the first arm, plain distillation."""
         return self.arms[0].arm.support_size if self.arms else None
 
     @property
     def main_support_size(self) -> int:
-        """The K of the tables of tokens that have one: the study's; without arms, or where it was not scored, 16."""
+        """The K of the token tables that need one: the study's; 16 without arms, or if it was not scored."""
         wanted = [size for size in (self.arms_support_size, 16) if size in self.support_sizes]
         return wanted[0] if wanted else self.support_sizes[0]
 
     @property
     def main_ratio(self) -> float:
-        """The study's own budget, `selection.retention_ratio`: the first that was tried; 5 % without arms."""
+        """The study's own budget, `selection.retention_ratio`: the first one tried; 5 % without arms."""
         budgets = [result.arm.retention_ratio for result in self.arms if result.arm.rule != "full"]
         return budgets[0] if budgets else 0.05
 
     def tried_ratio(self, ratio: float) -> float:
-        """The paper's budget `ratio` where it was tried, or without arms; else the study's own."""
+        """Returns the paper's budget `ratio` if it was tried or there are no arms, else the study's own."""
         tried = {result.arm.retention_ratio for result in self.arms}
         return ratio if not tried or ratio in tried else self.main_ratio
 
     @property
     def main_ratios(self) -> list[float]:
-        """The budgets of the tables that have few: the study's own, and the paper's 3 and 5 % where they were tried."""
+        """The budgets of the tables with few: the study's own, and the papers' 3 and 5 % if they were tried."""
         return sorted({self.main_ratio, self.tried_ratio(0.03), self.tried_ratio(0.05)})
 
-    def table(self, support_size: int) -> TokenTable:
+    def table(self, support_size: int) -> BankTokens:
         if support_size not in self._tables:
-            self._tables[support_size] = token_table(*self._mean_gain, support_size)
+            self._tables[support_size] = bank_tokens(*self._mean_gain, support_size)
         return self._tables[support_size]
 
     def decomposition(self, support_size: int) -> Decomposition:
@@ -122,7 +119,7 @@ class Evidence:
         return self._support_gaps[key]
 
     def caveats(self) -> list[str]:
-        """What a reader of the numbers must know, a sentence each: who did not write the contexts, what is missing."""
+        """Returns what a reader of the numbers must know, one sentence each."""
         about = self.start.about
         found = strangers(self.bank, student=about["student"], teacher=about["teacher"])
         if (size := self.arms_support_size) is not None and size not in self.support_sizes:
@@ -141,11 +138,11 @@ class Evidence:
 
 
 def _read_arms(file: ArmsFile, bank: ContextBank, start: Scores, after: Mapping[str, Scores]) -> list[ArmResult]:
-    """The arms in `file`.
+    """Returns the arms in `file`.
 
     Raises:
-        InputError: they are of another bank, began from something else than `start` scored, or have other settings than
-            the intervention that left scores `after` it.
+        InputError: they belong to another bank, began from another student than `start` scored, or differ in settings
+            from the intervention that left the scores `after`.
     """
     settings, about = file.settings(), start.about
     wanted = {"bank": bank.sha256, "student": about["student"], "teacher": about["teacher"]}

@@ -1,4 +1,4 @@
-"""How the figures look: one column of print wide or two, safe for colour-blind readers and in grey."""
+"""The figures' common style: one or two print columns wide, readable for colour-blind readers and in grey."""
 
 import io
 from collections.abc import Iterator, Mapping
@@ -17,7 +17,7 @@ from megatron_tip.diagnostics.papers.frames import errors, in_order, rows
 from megatron_tip.files import atomic_write_bytes, atomic_write_text
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe and Ito's; each line also has a marker and a dash of its own."""
+"""Okabe and Ito's colours; each line also has its own marker and dash."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 MAP = "cividis"
@@ -52,7 +52,7 @@ _STYLE: Any = {
 
 @contextmanager
 def figure(width: float, height: float) -> Iterator[Figure]:
-    """A figure of so many inches in the common style."""
+    """Yields a figure of `width` x `height` inches in the common style."""
     with mpl.rc_context(_STYLE):
         yield Figure(figsize=(width, height), layout="constrained")
 
@@ -68,10 +68,10 @@ def draw_by_support_size(
     high: str = "high",
     labels: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """For each name in the column `key` a line from top to bottom, with a mark and its interval for each K that it has.
+    """Draws a line for each name in the column `key`, top to bottom, with a mark and its interval for each of its K.
 
     Args:
-        labels: of names; without one a name stands for itself.
+        labels: by name; a name without one is its own label.
     """
     names = list(dict.fromkeys(data[key]))
     for place, size in enumerate(sizes):
@@ -92,7 +92,7 @@ def draw_by_support_size(
 
 
 def legend_below(drawn: Figure, axes: Axes, columns: int) -> None:
-    """The legend of `axes` under the whole figure, where it hides nothing."""
+    """Draws the legend of `axes` below the whole figure, where it hides nothing."""
     drawn.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=columns)
 
 

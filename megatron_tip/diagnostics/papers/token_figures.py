@@ -32,7 +32,7 @@ _LEAST_KL = 1e-4
 def binned(
     frame: pd.DataFrame, x: str, y: str, values: list[str], x_edges: np.ndarray, y_edges: np.ndarray
 ) -> pd.DataFrame:
-    """Tokens and the means of `values` in each cell of the plane that has any."""
+    """Returns the tokens and the means of `values` in each non-empty cell of the plane."""
     cells = frame.assign(
         x_bin=np.clip(np.searchsorted(x_edges, frame[x], side="right") - 1, 0, len(x_edges) - 2),
         y_bin=np.clip(np.searchsorted(y_edges, frame[y], side="right") - 1, 0, len(y_edges) - 2),
@@ -52,7 +52,7 @@ def draw_cells(axes: Axes, cells: pd.DataFrame, value: str, x_edges: np.ndarray,
 
 
 def plane(evidence: Evidence, path: Path) -> None:
-    """D^L and D^I over TIP's plane of entropy and reverse KL, with Q3 marked."""
+    """Draws D^L and D^I over TIP's plane of entropy and reverse KL, with Q3 marked."""
     table = evidence.table(evidence.main_support_size)
     frame = table.frame.assign(kl=np.maximum(table.column("reverse_kl"), _LEAST_KL))
     x_edges = np.linspace(0, max(float(numbers(frame, "entropy").max()), 1e-6), _BINS + 1)
@@ -80,7 +80,7 @@ def plane(evidence: Evidence, path: Path) -> None:
 
 
 def gain_plane(evidence: Evidence, path: Path) -> None:
-    """The mean gain over D^L and D^I together, and by tenth of each."""
+    """Draws the mean gain over D^L and D^I together, and by tenth of each."""
     table, (_, resamples) = evidence.table(evidence.main_support_size), evidence.untrained
     edges = np.linspace(0, 1, 11)
     cells = binned(table.frame, "d_l", "d_i", ["gain"], edges, edges)
@@ -105,7 +105,7 @@ def gain_plane(evidence: Evidence, path: Path) -> None:
 
 
 def draw_curve(axes: Axes, curve: pd.DataFrame, x: str, place: int, label: str) -> None:
-    """A line with its interval, its own colour, marker and dash."""
+    """Draws a line with its interval, its own colour, marker and dash."""
     colour = COLOURS[place % len(COLOURS)]
     axes.fill_between(curve[x], curve["low"], curve["high"], color=colour, alpha=0.15, linewidth=0)
     axes.plot(
@@ -114,19 +114,19 @@ def draw_curve(axes: Axes, curve: pd.DataFrame, x: str, place: int, label: str) 
 
 
 def coefficients(evidence: Evidence, path: Path) -> None:
-    """Standardised coefficients of the decomposed regression with intervals, for each K."""
+    """Draws the standardised coefficients of the decomposed regression with intervals, for each K."""
     data = token_tables.coefficients(evidence)
     shown = rows(data, model="decomposed")
     with figure(5.2, 3.1) as drawn:
         axes = drawn.subplots()
         draw_by_support_size(axes, shown, "predictor", evidence.support_sizes, value="beta", labels=LABELS)
-        axes.set(xlabel="nats of gain a standard deviation", title="What predicts the gain (95 % over prompts)")
+        axes.set(xlabel="nats of gain per standard deviation", title="What predicts the gain (95 % over prompts)")
         legend_below(drawn, axes, len(evidence.support_sizes))
         save(drawn, data, path)
 
 
 def proxy_gaps(evidence: Evidence, path: Path) -> None:
-    """The gap between high and low support within Q3 by proxy and K, bootstrap and matched."""
+    """Draws the gap between high and low support within Q3 by proxy and K, bootstrap and matched."""
     data, sizes = token_tables.proxies(evidence), evidence.support_sizes
     with figure(7, 2.9) as drawn:
         plain, matched = drawn.subplots(1, 2, sharey=True)
@@ -140,7 +140,7 @@ def proxy_gaps(evidence: Evidence, path: Path) -> None:
 
 
 def buckets(evidence: Evidence, path: Path) -> None:
-    """The gain by tenth of each signal, and what entropy and position leave of it."""
+    """Draws the gain by tenth of each signal, and what entropy and position leave of it."""
     data = token_tables.buckets(evidence)
     with figure(7, 3.1) as drawn:
         panels = drawn.subplots(1, 2)
@@ -157,7 +157,7 @@ def buckets(evidence: Evidence, path: Path) -> None:
 
 
 def overlaps(evidence: Evidence, path: Path) -> None:
-    """Jaccard overlap of what the rules keep at the main budget."""
+    """Draws the Jaccard overlap of the tokens that the rules keep at the main budget."""
     data = token_tables.overlaps(evidence)
     with figure(7, 5.6) as drawn:
         axes = drawn.subplots()

@@ -7,19 +7,19 @@ from megatron_tip.diagnostics.papers.evidence import Evidence
 from megatron_tip.diagnostics.statistics.bootstrap import Interval, PromptResamples
 from megatron_tip.diagnostics.statistics.comparisons import bucket_curve, support_gap
 from megatron_tip.diagnostics.statistics.regression import residual_gain
-from megatron_tip.diagnostics.statistics.tokens import PROXIES, mean_gain, selected_rows, token_table
+from megatron_tip.diagnostics.statistics.tokens import PROXIES, bank_tokens, mean_gain, selected_rows
 from megatron_tip.selection import RULES, compare_rules
 
 CURVES = ("d_l", "d_i", "c", "d", "h")
 
 
 def bounds(found: Interval, name: str = "gain") -> dict[str, float]:
-    """Columns of an interval."""
+    """Returns an interval as columns."""
     return {name: found.estimate, "low": found.low, "high": found.high}
 
 
 def quadrants(evidence: Evidence) -> pd.DataFrame:
-    """By quadrant: tokens and their share, the gain, means of D^L, D^I and C; n = 0 where one is empty."""
+    """Returns, by quadrant, tokens and their share, the gain, means of D^L, D^I and C; n = 0 if it is empty."""
     table, (_, resamples) = evidence.table(evidence.main_support_size), evidence.untrained
     rows = []
     for name in ("q1", "q2", "q3", "q4"):
@@ -34,7 +34,7 @@ def quadrants(evidence: Evidence) -> pd.DataFrame:
 
 
 def robustness(evidence: Evidence) -> pd.DataFrame:
-    """Table 1: the gap between high and low C within Q3, by checkpoint and K."""
+    """Returns table 1: the gap between high and low C within Q3, by checkpoint and K."""
     return pd.DataFrame(
         [
             {"checkpoint": name, "k": size, **_gap(gain, "compatibility", size, evidence)}
@@ -46,12 +46,12 @@ def robustness(evidence: Evidence) -> pd.DataFrame:
 
 def _gap(gain: Gain, proxy: str, support_size: int, evidence: Evidence) -> dict[str, float]:
     resamples = PromptResamples.draw(gain.before.prompt, resamples=evidence.resamples, seed=evidence.seed)
-    found = support_gap(token_table(gain.before, gain.tokens, support_size), proxy, resamples)
+    found = support_gap(bank_tokens(gain.before, gain.tokens, support_size), proxy, resamples)
     return {"q3_tokens": found.num_tokens, **bounds(found.bootstrap, "gap"), "matched_gap": found.matched.estimate}
 
 
 def proxies(evidence: Evidence) -> pd.DataFrame:
-    """Table 6: the same gap by every support proxy and K."""
+    """Returns table 6: the same gap by every support proxy and K."""
     rows = []
     for size in evidence.support_sizes:
         for proxy in PROXIES:
@@ -68,7 +68,7 @@ def proxies(evidence: Evidence) -> pd.DataFrame:
 
 
 def regressions(evidence: Evidence) -> pd.DataFrame:
-    """Table 9: coefficients of D^L and D^I, their gap, and what the decomposition adds to R²."""
+    """Returns table 9: coefficients of D^L and D^I, their gap, and what the decomposition adds to R²."""
     rows = []
     for size in evidence.support_sizes:
         found = evidence.decomposition(size)
@@ -91,7 +91,7 @@ def regressions(evidence: Evidence) -> pd.DataFrame:
 
 
 def coefficients(evidence: Evidence) -> pd.DataFrame:
-    """All coefficients of both regressions, with intervals."""
+    """Returns all coefficients of both regressions, with intervals."""
     rows = []
     for size in evidence.support_sizes:
         found = evidence.decomposition(size)
@@ -104,7 +104,7 @@ def coefficients(evidence: Evidence) -> pd.DataFrame:
 
 
 def top_n(evidence: Evidence) -> pd.DataFrame:
-    """Table 8: the mean gain of the tokens that each rule ranks highest, under the common update of all tokens."""
+    """Returns table 8: the mean gain of each rule's highest-ranked tokens, under the common update of all tokens."""
     size = evidence.main_support_size
     table, (scores, resamples) = evidence.table(size), evidence.untrained
     rows = []
@@ -122,7 +122,7 @@ def top_n(evidence: Evidence) -> pd.DataFrame:
 
 
 def buckets(evidence: Evidence) -> pd.DataFrame:
-    """The gain by tenth of D^L, D^I, C, D and H; also what is left of it without H, position and teacher entropy."""
+    """Returns the gain by tenth of D^L, D^I, C, D and H, as it is and without H, position and teacher entropy."""
     table, (_, resamples) = evidence.table(evidence.main_support_size), evidence.untrained
     outcomes = {"gain": table.column("gain"), "residual": residual_gain(table.frame)}
     parts = [
@@ -134,7 +134,7 @@ def buckets(evidence: Evidence) -> pd.DataFrame:
 
 
 def overlaps(evidence: Evidence) -> pd.DataFrame:
-    """Jaccard overlap of what the rules keep of the whole bank at the main budget, rule by rule."""
+    """Returns the Jaccard overlap of the tokens that the rules keep of the whole bank at the main budget."""
     statistics = evidence.start.statistics(evidence.main_support_size)
     index, ratio = evidence.start.token_index(), evidence.main_ratio
     found = compare_rules(statistics, index, retention_ratio=ratio, seed=evidence.seed)
@@ -142,7 +142,7 @@ def overlaps(evidence: Evidence) -> pd.DataFrame:
 
 
 def gains(evidence: Evidence) -> pd.DataFrame:
-    """The gain of each checkpoint over the start, absolute and relative; and the mean of all on their common tokens."""
+    """Returns each checkpoint's gain over the start, absolute and relative, and their mean on common tokens."""
     rows = []
     for name, gain in evidence.gains.items():
         rows.append({"checkpoint": name, **gain_row(gain, resamples=evidence.resamples, seed=evidence.seed)})
@@ -162,7 +162,7 @@ def gains(evidence: Evidence) -> pd.DataFrame:
 
 
 def gain_row(gain: Gain, *, resamples: int, seed: int) -> dict[str, float]:
-    """Tokens, KL before, gain with its interval, relative gain."""
+    """Returns tokens, KL before, gain with its interval, relative gain."""
     found = PromptResamples.draw(gain.before.prompt, resamples=resamples, seed=seed).mean(gain.tokens)
     before = float(gain.before.columns["forward_kl"].mean())
     return {"tokens": len(gain.before), "kl_before": before, **bounds(found), "relative": gain.relative}

@@ -1,6 +1,4 @@
-"""Writes all tables and figures of a bank into a folder, and their numbers into a page of Markdown."""
-
-from __future__ import annotations
+"""Output of a bank's tables and figures into a folder, and of their numbers into a Markdown page."""
 
 import re
 import shutil
@@ -20,10 +18,10 @@ _MARK = re.compile(r"(<!-- begin (\w+) -->\n).*?(<!-- end \2 -->)", re.DOTALL)
 
 
 def write_all(evidence: Evidence, folder: Path) -> dict[str, pd.DataFrame]:
-    """Every table as CSV, every figure as PNG with its CSV, and `facts.md`, in `folder`; returns the tables.
+    """Writes every table as CSV, every figure as PNG with its CSV, and `facts.md` into `folder`; returns the tables.
 
     Raises:
-        InputError: no checkpoint after the start was scored. OutputError: the folder cannot be written to.
+        InputError: no checkpoint after the start was scored. OutputError: the folder is not writable.
     """
     with output_errors(folder, setting="--out"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -51,7 +49,7 @@ def write_all(evidence: Evidence, folder: Path) -> dict[str, pd.DataFrame]:
 
 
 def page_blocks(evidence: Evidence, tables: dict[str, pd.DataFrame]) -> dict[str, str]:
-    """Markdown by name of the block that it fills in a page."""
+    """Returns Markdown by the name of the block that it fills in a page."""
     blocks = {name: markdown(table) for name, table in tables.items() if name not in ("interventions", "robustness")}
     if (size := evidence.arms_support_size) is not None:
         arms, ratio = tables["interventions"], evidence.main_ratio
@@ -72,7 +70,7 @@ def page_blocks(evidence: Evidence, tables: dict[str, pd.DataFrame]) -> dict[str
 
 
 def facts(evidence: Evidence) -> str:
-    """What the numbers rest on, in a sentence each."""
+    """Returns what the numbers rest on, one line each."""
     manifest = evidence.bank.manifest
     sampling = manifest.get("sampling")
     sampled = (
@@ -94,22 +92,22 @@ def facts(evidence: Evidence) -> str:
             f"of the tokens; {len(first.trained_contexts)} contexts trained on and {len(first.contexts)} measured on "
             f"in each; {seconds / 60:.1f} minutes of CPU."
         )
-    lines += [f"- Mind: {sentence}." for sentence in evidence.caveats()]
+    lines += [f"- Note: {sentence}." for sentence in evidence.caveats()]
     lacking = [
         metric for metric in arm_tables.MEANS.values() if any(metric not in result.metrics for result in evidence.arms)
     ]
     if lacking:
-        lines.append(f"- Mind: not every arm recorded {', '.join(lacking)}: not available in the tables.")
+        lines.append(f"- Note: not every arm recorded {', '.join(lacking)}: not available in the tables.")
     return "\n".join(lines) + "\n"
 
 
 def fill_page(page: Path, blocks: dict[str, str], figures: Path) -> None:
-    """Puts the blocks between the page's markers, and copies the figures (PNG, CSV) to a folder named as the page.
+    """Puts the blocks between the page's markers, and copies the figures (PNG, CSV) to a folder named after the page.
 
-    A marker without a block keeps what stands there.
+    Markers without a block keep their content.
 
     Raises:
-        InputError: the page cannot be read, or holds no marker. OutputError: it cannot be written.
+        InputError: the page cannot be read, or has no marker. OutputError: it cannot be written.
     """
     try:
         text = page.read_text(encoding="utf-8")
@@ -129,7 +127,7 @@ def fill_page(page: Path, blocks: dict[str, str], figures: Path) -> None:
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """A table of Markdown with numbers to three decimals, small ones to two digits."""
+    """Returns a Markdown table with numbers to three decimals, small ones to two digits."""
     rows = [list(table.columns), ["---"] * len(table.columns), *table.itertuples(index=False)]
     return "".join("| " + " | ".join(_cell(value) for value in row) + " |\n" for row in rows)
 

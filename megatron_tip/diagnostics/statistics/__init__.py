@@ -1,1 +1,1 @@
-"""What gains and scores of a bank say: bootstrap intervals, matched gaps, regressions, buckets. Needs no models."""
+"""Statistics of a bank's gains and scores: bootstrap intervals, matched gaps, regressions, buckets. Needs no models."""

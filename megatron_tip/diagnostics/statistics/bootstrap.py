@@ -1,10 +1,8 @@
 """Prompt-cluster bootstrap: prompts are drawn with replacement, all tokens of a prompt together.
 
-Tokens of one prompt are not independent, so intervals that resample tokens are too narrow. Everything here is made of
-sums within prompts, so a resample costs a row of a small matrix product and not a pass over the tokens.
+Tokens of one prompt are not independent, so intervals that resample tokens are too narrow. Everything here is built
+from sums within prompts, so a resample costs one row of a small matrix product, not a pass over the tokens.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass
 
@@ -17,7 +15,7 @@ LEVEL = 0.95
 class Interval:
     """An estimate with the percentile interval of its resamples.
 
-    NaN everywhere where nothing could be estimated; an estimate with bounds of NaN where one prompt is all there is.
+    All NaN if nothing could be estimated; only the bounds are NaN if there is a single prompt.
     """
 
     estimate: float
@@ -30,20 +28,24 @@ class Interval:
         return self.low > 0 or self.high < 0
 
     @staticmethod
-    def unknown() -> Interval:
+    def unknown() -> "Interval":
         return Interval(float("nan"), float("nan"), float("nan"))
 
 
 @dataclass(frozen=True)
 class PromptResamples:
-    """`weights`: `[resamples, prompts]` float64, how often each prompt was drawn. `place`: `[tokens]`, its prompt."""
+    """Resamples of prompts.
+
+    `weights`: `[resamples, prompts]` float64, how often each prompt was drawn. `place`: `[tokens]`, each token's
+    prompt.
+    """
 
     weights: np.ndarray
     place: np.ndarray
 
     @staticmethod
-    def draw(prompts: np.ndarray, *, resamples: int = 1000, seed: int = 1) -> PromptResamples:
-        """As many prompts as there are, with replacement, `resamples` times; a pure function of its arguments.
+    def draw(prompts: np.ndarray, *, resamples: int = 1000, seed: int = 1) -> "PromptResamples":
+        """Draws as many prompts as exist, with replacement, `resamples` times; a pure function of its arguments.
 
         Args:
             prompts: `[tokens]`, each token's prompt.
@@ -53,17 +55,20 @@ class PromptResamples:
         return PromptResamples(draws.astype(np.float64), place)
 
     def sums(self, values: np.ndarray) -> np.ndarray:
-        """`[resamples, k]`: sums of the columns of `values` `[tokens, k]` over each resample's tokens."""
+        """Returns `[resamples, k]`, the sums of the columns of `values` `[tokens, k]` over each resample's tokens."""
         by_prompt = np.zeros((self.weights.shape[1], values.shape[1]))
         np.add.at(by_prompt, self.place, values)
         return self.weights @ by_prompt
 
     def num_prompts(self, kept: np.ndarray | None = None) -> int:
-        """Of the tokens where `kept` holds, or of all. One alone resamples into itself: it tells nothing of others."""
+        """Returns the number of prompts among the `kept` tokens, or all.
+
+        A single prompt resamples into itself and tells nothing of others.
+        """
         return len(np.unique(self.place if kept is None else self.place[kept]))
 
     def mean(self, values: np.ndarray, kept: np.ndarray | None = None) -> Interval:
-        """The mean of `values` `[tokens]` over the tokens where `kept` holds; no bounds if they are of one prompt."""
+        """Returns the mean of `values` `[tokens]` over the `kept` tokens; without bounds if they are of one prompt."""
         mask = np.ones(len(values), dtype=bool) if kept is None else kept
         if not mask.any():
             return Interval.unknown()
@@ -74,9 +79,9 @@ class PromptResamples:
             return interval_of(float(values[mask].mean()), sums[:, 0] / sums[:, 1], int(mask.sum()))
 
     def gap(self, values: np.ndarray, high: np.ndarray, low: np.ndarray) -> Interval:
-        """The mean of `values` where `high` holds minus that where `low` holds; unknown where one of them is empty.
+        """Returns the mean of `values` where `high` holds minus that where `low` holds; unknown if one is empty.
 
-        Without bounds where one of them is of one prompt.
+        Without bounds if one of them is of a single prompt.
         """
         if not (high.any() and low.any()):
             return Interval.unknown()
@@ -91,12 +96,12 @@ class PromptResamples:
 
 
 def without_spread(estimate: float, num_tokens: int) -> Interval:
-    """An estimate of which nothing says how far it would be off with other prompts."""
+    """Returns an estimate without bounds, since nothing tells its spread over other prompts."""
     return Interval(estimate, float("nan"), float("nan"), num_tokens)
 
 
 def interval_of(estimate: float, resampled: np.ndarray, num_tokens: int = 0) -> Interval:
-    """The percentile interval of the resampled estimates; those that had no token to estimate from are left out."""
+    """Returns the percentile interval of the resampled estimates, without those that had no token to estimate from."""
     finite = resampled[np.isfinite(resampled)]
     if not len(finite):
         return without_spread(estimate, num_tokens)

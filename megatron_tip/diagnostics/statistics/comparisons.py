@@ -1,7 +1,5 @@
 """Gaps and curves: high against low support within Q3, matched by prompt; gain by bucket."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,17 +7,17 @@ import pandas as pd
 from scipy.spatial import KDTree
 
 from megatron_tip.diagnostics.statistics.bootstrap import Interval, PromptResamples
-from megatron_tip.diagnostics.statistics.tokens import TokenTable
+from megatron_tip.diagnostics.statistics.tokens import BankTokens
 
 MATCHED_ON = ("h", "d", "position")
 
 
 @dataclass(frozen=True)
 class SupportGap:
-    """Within Q3, the mean gain of tokens with high support minus that of those with low.
+    """The mean gain of tokens with high support minus that of tokens with low support, within Q3.
 
-    High is above the median of Q3. `matched`: over pairs of one prompt, each high token with the low token nearest to
-    it in standardised H, D and position. `num_tokens`: in Q3; 0 where the quadrant is empty.
+    High is above the median of Q3. `matched`: over pairs within a prompt, each high token with the low token nearest to
+    it in standardised H, D and position. `num_tokens`: in Q3; 0 if the quadrant is empty.
     """
 
     bootstrap: Interval
@@ -27,8 +25,8 @@ class SupportGap:
     num_tokens: int
 
 
-def support_gap(table: TokenTable, proxy: str, resamples: PromptResamples) -> SupportGap:
-    """The gap by one support proxy, a column of the table; unknown where all of Q3 has one value."""
+def support_gap(table: BankTokens, proxy: str, resamples: PromptResamples) -> SupportGap:
+    """Returns the gap by one support proxy, a column of the table; unknown if all of Q3 has one value."""
     in_q3 = table.quadrant("q3")
     values, gain = table.column(proxy), table.column("gain")
     if not in_q3.any():
@@ -38,9 +36,9 @@ def support_gap(table: TokenTable, proxy: str, resamples: PromptResamples) -> Su
 
 
 def split_high(values: np.ndarray, among: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`[tokens]` bool, twice: above the median of the tokens `among`, and the rest of them.
+    """Returns two masks, `[tokens]` bool: above the median of the tokens `among`, and the rest of them.
 
-    Where nothing is above it (half of them share the largest value) high is the median itself.
+    If nothing is above it (half of them share the largest value), high is the median itself.
     """
     median = np.median(values[among])
     high = among & (values > median)
@@ -50,7 +48,7 @@ def split_high(values: np.ndarray, among: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def matched_gap(frame: pd.DataFrame, high: np.ndarray, low: np.ndarray, resamples: PromptResamples) -> Interval:
-    """The mean difference of gain within pairs of one prompt, matched on H, D and position, with replacement."""
+    """Returns the mean gain difference within pairs of one prompt, matched on H, D and position, with replacement."""
     raw = frame[list(MATCHED_ON)].to_numpy(dtype=np.float64)
     points = raw / np.where(raw.std(axis=0) > 0, raw.std(axis=0), 1.0)
     gain, prompts = frame["gain"].to_numpy(), frame["prompt"].to_numpy()
@@ -66,9 +64,9 @@ def matched_gap(frame: pd.DataFrame, high: np.ndarray, low: np.ndarray, resample
 def bucket_curve(
     values: np.ndarray, gain: np.ndarray, resamples: PromptResamples, *, num_buckets: int = 10
 ) -> pd.DataFrame:
-    """Mean gain by bucket of `values`, cut at its quantiles: `bucket` is the number of the tenth, the highest 10.
+    """Returns the mean gain by bucket of `values`, cut at its quantiles: `bucket` numbers the tenths from 1 to 10.
 
-    Tokens of one value are in one bucket, the highest of theirs; those that ties leave empty are left out.
+    Tokens of equal value share the highest of their buckets; buckets left empty by ties are omitted.
 
     Columns: bucket, value (mean), tokens, gain, low, high.
     """

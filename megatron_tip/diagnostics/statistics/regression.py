@@ -1,6 +1,4 @@
-"""Which pre-update signals predict the gain: standardised least squares, as in TA-OPD appendix F."""
-
-from __future__ import annotations
+"""Regression of the gain on pre-update signals: standardised least squares, as in TA-OPD appendix F."""
 
 from dataclasses import dataclass
 
@@ -15,20 +13,24 @@ BASELINE = ("d", *CONTROLS)
 DECOMPOSED = ("d_l", "d_i", *CONTROLS)
 
 _LEAST_SPREAD = 1e-4
-"""Of a standardised predictor, beyond what those before it explain. The signals are made of float32 statistics: what
-is left of two that mean the same is their rounding, about 1e-7; a coefficient on it would be noise divided by noise."""
+"""Least spread of a standardised predictor beyond what those before it explain. The signals come from float32
+statistics: if two mean the same, their difference is rounding, about 1e-7, and a coefficient on it would be noise
+divided by noise.
+"""
 _LEAST_EIGENVALUE = 1e-10
-"""Of a resample's Gram matrix, over its largest: below, its normal equations lose all but a few digits in float64. What
-`_LEAST_SPREAD` leaves in is at 1e-8 or above over all tokens."""
+"""Least eigenvalue of a resample's Gram matrix, relative to its largest: below it, the normal equations lose all but a
+few digits in float64. What `_LEAST_SPREAD` leaves in is at 1e-8 or above over all tokens.
+"""
 
 
 @dataclass(frozen=True)
 class Regression:
     """Ordinary least squares of the gain in nats on standardised predictors.
 
-    `coefficients`: nats a standard deviation, with prompt-cluster bootstrap intervals. `errors`: their cluster-robust
-    standard errors (statsmodels), a check on the bootstrap; NaN with one prompt, or no more tokens than coefficients.
-    `r_squared`: NaN where the gain has no spread. `left_out`: predictors that say nothing beyond those before them.
+    `coefficients`: nats per standard deviation, with prompt-cluster bootstrap intervals. `errors`: their cluster-robust
+    standard errors (statsmodels), a check on the bootstrap; NaN with one prompt, or with no more tokens than
+    coefficients. `r_squared`: NaN if the gain has no spread. `left_out`: predictors that add nothing to those before
+    them.
     """
 
     coefficients: dict[str, Interval]
@@ -41,8 +43,8 @@ class Regression:
 class Decomposition:
     """The baseline (H, D, H·D, position, teacher entropy) and the model in which D^L and D^I take the place of D.
 
-    D = D^L + D^I, so that the second contains the first: `delta_r_squared` is not negative. `gap`: of the coefficients
-    of D^L and D^I.
+    D = D^L + D^I, so the second contains the first: `delta_r_squared` is not negative. `gap`: of the coefficients of
+    D^L and D^I.
     """
 
     baseline: Regression
@@ -52,7 +54,7 @@ class Decomposition:
 
 
 def decompose(frame: pd.DataFrame, resamples: PromptResamples) -> Decomposition:
-    """Both regressions on the columns of a `TokenTable`."""
+    """Runs both regressions on the columns of a `BankTokens`."""
     table = frame.assign(h_d=frame["h"] * frame["d"])
     gain = table["gain"].to_numpy()
     baseline, of_baseline = fit(table, BASELINE, gain, resamples)
@@ -71,7 +73,7 @@ def decompose(frame: pd.DataFrame, resamples: PromptResamples) -> Decomposition:
 
 @dataclass(frozen=True)
 class _Draws:
-    """`coefficients`: `[resamples, predictors]`. `r_squared`: `[resamples]`."""
+    """Resampled results. `coefficients`: `[resamples, predictors]`. `r_squared`: `[resamples]`."""
 
     coefficients: np.ndarray
     r_squared: np.ndarray
@@ -80,10 +82,10 @@ class _Draws:
 def fit(
     table: pd.DataFrame, names: tuple[str, ...], gain: np.ndarray, resamples: PromptResamples
 ) -> tuple[Regression, _Draws]:
-    """Least squares by statsmodels, and again on each resample of prompts by its normal equations.
+    """Fits least squares by statsmodels, and on each resample of prompts by its normal equations.
 
-    Predictors are standardised once, over all tokens, not anew in each resample. One without spread, or of which the
-    predictors before it leave less than `_LEAST_SPREAD` of its own, has no coefficient: it is left out and named.
+    Predictors are standardised once, over all tokens, not in each resample. A predictor without spread, or with less
+    than `_LEAST_SPREAD` beyond those before it, has no coefficient: it is left out and named.
     """
     used, design = _independent(table, names)
     clusters, tokens = resamples.num_prompts(), len(gain)
@@ -105,7 +107,7 @@ def fit(
 
 
 def _independent(table: pd.DataFrame, names: tuple[str, ...]) -> tuple[list[str], np.ndarray]:
-    """The names of the predictors that can have a coefficient; `[tokens, 1 + used]`, ones and those, standardised."""
+    """Returns the predictors that can have a coefficient, and `[tokens, 1 + used]`, ones and them, standardised."""
     used, design = [], np.ones((len(table), 1))
     for name in names:
         values = table[name].to_numpy(dtype=np.float64)
@@ -121,7 +123,7 @@ def _independent(table: pd.DataFrame, names: tuple[str, ...]) -> tuple[list[str]
 
 
 def _resampled(design: np.ndarray, gain: np.ndarray, resamples: PromptResamples) -> _Draws:
-    """Coefficients and R² of each resample; NaN where its prompts do not tell the predictors apart, or are all one."""
+    """Returns each resample's coefficients and R²; NaN if its prompts are all one or cannot separate the predictors."""
     columns = np.column_stack([design, gain])
     size = columns.shape[1]
     products = (columns[:, :, None] * columns[:, None, :]).reshape(len(gain), -1)
@@ -139,7 +141,7 @@ def _resampled(design: np.ndarray, gain: np.ndarray, resamples: PromptResamples)
 
 
 def residual_gain(frame: pd.DataFrame) -> np.ndarray:
-    """`[tokens]`: the gain without what entropy, position and the teacher's entropy predict of it (least squares)."""
+    """Returns the gain, `[tokens]`, minus its least-squares prediction from entropy, position and teacher entropy."""
     raw = frame[["h", "position", "teacher_entropy"]].to_numpy(dtype=np.float64)
     design = np.column_stack([np.ones(len(raw)), raw - raw.mean(axis=0)])
     gain = frame["gain"].to_numpy()

@@ -1,4 +1,4 @@
-"""What a handful of seeds says of a mean: trainings are few, and differ by more than the prompts that measure them."""
+"""Intervals over a handful of seeds: trainings are few, and vary more than the prompts that measure them."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from megatron_tip.diagnostics.statistics.bootstrap import LEVEL, Interval, witho
 
 
 def seed_interval(values: Sequence[float]) -> Interval:
-    """The mean over seeds with Student's t interval; no bounds with fewer than two seeds."""
+    """Returns the mean over seeds with Student's t interval; no bounds with fewer than two seeds."""
     count = len(values)
     if count < 2:
         return without_spread(float(np.mean(values)) if count else float("nan"), 0)

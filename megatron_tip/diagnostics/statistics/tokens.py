@@ -1,6 +1,4 @@
-"""Tokens of a bank with what the papers compare: gain, H, D, C, D^L, D^I, support proxies, quadrants."""
-
-from __future__ import annotations
+"""A bank's tokens with the quantities that the papers compare: gain, H, D, C, D^L, D^I, support proxies, quadrants."""
 
 from dataclasses import dataclass
 
@@ -20,37 +18,37 @@ from megatron_tip.selection.replicas import Replicas
 from megatron_tip.selection.rules import RULES
 
 PROXIES = ("compatibility", "cbc", "jaccard", "overlap", "shared_mass")
-"""Proxies of support: C; CBC (see `token_table`); Jaccard and overlap share of S_S and S_T; shared teacher mass."""
+"""Support proxies: C; CBC (see `bank_tokens`); Jaccard and overlap share of S_S and S_T; shared teacher mass."""
 
 _SIGNALS = {"h": "entropy", "d": "divergence", "c": "compatibility", "d_l": "teachability", "d_i": "incompatible"}
-"""Column of a table -> the rule of TA-OPD whose score it is."""
+"""Column of a table -> the TA-OPD rule whose score it is."""
 _AXES = ("student_entropy", "reverse_kl")
-"""Of TIP's plane."""
+"""Quadrants of TIP's plane."""
 
 
 @dataclass(frozen=True)
-class TokenTable:
-    """`frame`: one row a token. `medians`: of H and of the divergence that cut the quadrants."""
+class BankTokens:
+    """A table of tokens. `frame`: one row per token. `medians`: of H and of the divergence; they cut the quadrants."""
 
     frame: pd.DataFrame
     medians: tuple[float, float]
     support_size: int
 
     def quadrant(self, name: str) -> np.ndarray:
-        """`[tokens]` bool: "q1" to "q4"."""
+        """Returns the mask, `[tokens]` bool, of a quadrant, "q1" to "q4"."""
         return (self.frame["quadrant"] == name).to_numpy()
 
     def column(self, name: str) -> np.ndarray:
         return self.frame[name].to_numpy(dtype=np.float64)
 
 
-def token_table(scores: Scores, gain: np.ndarray, support_size: int) -> TokenTable:
-    """The start's scores of tokens with their `gain` `[tokens]`, statistics of supports at K.
+def bank_tokens(scores: Scores, gain: np.ndarray, support_size: int) -> BankTokens:
+    """Returns a table of the start's scores with their `gain` `[tokens]`, and support statistics at K.
 
-    h, d, c are H, D, C under Norm_B over these tokens, and d_l = d c, d_i = d (1 - c), by the rules' own functions.
-    Quadrants are TIP's plane: cut at the medians of H and of the reverse KL; high is above. They do not depend on K.
-    `cbc`, our contrastive binary compatibility, as the paper defines none: 1 where the teacher gives the sampled token
-    at least the student's probability, else 0.
+    h, d, c are H, D, C under Norm_B over these tokens, and d_l = d c, d_i = d (1 - c), computed by the rules' own
+    functions. Quadrants are TIP's plane, cut at the medians of H and of the reverse KL; high is above. They do not
+    depend on K. `cbc`, our contrastive binary compatibility, as the paper defines none: 1 if the teacher gives the
+    sampled token at least the student's probability, else 0.
     """
     signals, quadrant, medians = _signals(scores, support_size)
     frame = pd.DataFrame(
@@ -73,11 +71,11 @@ def token_table(scores: Scores, gain: np.ndarray, support_size: int) -> TokenTab
             "quadrant": quadrant,
         }
     )
-    return TokenTable(frame, medians, support_size)
+    return BankTokens(frame, medians, support_size)
 
 
 def _signals(scores: Scores, support_size: int) -> tuple[dict[str, np.ndarray], np.ndarray, tuple[float, float]]:
-    """h, d, c, d_l and d_i, `[tokens]` float64 each; `[tokens]` quadrants; the medians of H and of the reverse KL."""
+    """Returns h, d, c, d_l, d_i, `[tokens]` float64; quadrants, `[tokens]`; the medians of H and of the reverse KL."""
     names = ("student_entropy", "support_divergence", "compatibility", "reverse_kl")
     batch = read_batch(read_values(scores.statistics(support_size), names), scores.token_index(), Replicas())
     rules = {column: RULES[f"ta_opd_{name}"] for column, name in _SIGNALS.items()}
@@ -87,14 +85,14 @@ def _signals(scores: Scores, support_size: int) -> tuple[dict[str, np.ndarray], 
     inputs = NormalisedInputs(batch, found)
     signals = {}
     for column, rule in rules.items():
-        assert rule.score is not None, "a rule that ranks"
+        assert rule.score is not None, "only rules that rank have a column"
         signals[column] = rule.score(*(inputs[item] for item in rule.inputs)).numpy()
     rows = {name: own.numpy() for name, own in quadrant_rows(batch, found, _AXES).items()}
     return signals, np.select(list(rows.values()), list(rows), default=""), (found[entropy], found[divergence])
 
 
 def mean_gain(gains: list[Gain]) -> tuple[Scores, np.ndarray]:
-    """The start's scores of the tokens that no checkpoint was trained on, and their gain, averaged over checkpoints.
+    """Returns the scores of the tokens that no checkpoint was trained on, and their mean gain over checkpoints.
 
     Raises:
         InputError: no gain is given, or no token is common to all.
@@ -112,7 +110,7 @@ def mean_gain(gains: list[Gain]) -> tuple[Scores, np.ndarray]:
 
 
 def selected_rows(scores: Scores, support_size: int, rule: str, retention_ratio: float, *, seed: int) -> np.ndarray:
-    """`[tokens]` bool: what the product's selector keeps of these tokens, an exact share of all of them together."""
+    """Returns the mask, `[tokens]` bool, that the package's selector keeps: an exact share of all tokens together."""
     from megatron_tip.selection import Selector
 
     selector = Selector(rule, retention_ratio, "batch", tie_break="random", compare=False, seed=seed)

@@ -1,17 +1,5 @@
 // The card beside the text: one token's statistics, and both models' likeliest tokens.
 
-const STATISTIC_NAMES = {
-  score: ["Score", "what the rule ranks by"],
-  student_entropy: ["H(p)", "student's entropy, nats"],
-  support_divergence: ["D", "divergence on both supports, nats"],
-  compatibility: ["C", "teacher's mass on the student's top-K"],
-  compatibility_lower_bound: ["Ĉ", "teacher's mass on both top-K"],
-  reverse_kl: ["KL(p‖q)", "reverse KL, nats"],
-  topk_reverse_kl: ["KL(p‖q)≥", "reverse KL over known ids, nats"],
-  forward_kl: ["KL(q‖p)", "forward KL, nats"],
-  teacher_entropy: ["H(q)", "teacher's entropy, nats"],
-};
-
 function element(tag, className, text) {
   const made = document.createElement(tag);
   if (className) made.className = className;
@@ -51,7 +39,8 @@ function candidateList(title, found, other, sampled, run) {
   return box;
 }
 
-function showCard(card, state, token) {
+// `labels`: what the page calls each statistic; those of the sampled token alone have none.
+function showCard(card, state, token, labels) {
   const { run, view, response, decoded } = state;
   const flags = decoded.flags[token];
   const quadrant = flags >> 2;
@@ -65,12 +54,12 @@ function showCard(card, state, token) {
   card.append(head, facts, chips);
   const values = element("dl");
   for (const name of view.statistics) {
-    if (!(name in STATISTIC_NAMES)) continue;
+    if (!(name in labels)) continue;
     const value = decoded.statistics[name][token];
-    const [short, long] = STATISTIC_NAMES[name];
+    const { symbol, meaning } = labels[name];
     const pair = element("div");
-    pair.title = long;
-    pair.append(element("dt", "", short), element("dd", "", Number.isNaN(value) ? "–" : value.toFixed(3)));
+    pair.title = meaning;
+    pair.append(element("dt", "", symbol), element("dd", "", Number.isNaN(value) ? "–" : value.toFixed(3)));
     values.append(pair);
   }
   card.append(values);

@@ -1,7 +1,7 @@
 // Curves of all runs, and time and memory by phase. A metric that a run lacks is a gap, named below its figure.
 
 const CURVES = [
-  { title: "Reverse KL, student to teacher", unit: "nats a token", log: true, series: [["train/reverse_kl", "rollouts"], ["train/topk_reverse_kl", "rollouts, top-K", true], ["heldout/reverse_kl", "held-out"], ["heldout/topk_reverse_kl", "held-out, top-K", true]] },
+  { title: "Reverse KL, student to teacher", unit: "nats per token", log: true, series: [["train/reverse_kl", "rollouts"], ["train/topk_reverse_kl", "rollouts, top-K", true], ["heldout/reverse_kl", "held-out"], ["heldout/topk_reverse_kl", "held-out, top-K", true]] },
   { title: "Loss on the supervised tokens", unit: "nats", series: [["train/loss", ""]] },
   { title: "Entropy of the next token", unit: "nats", series: [["train/student_entropy", "student"], ["train/teacher_entropy", "teacher"]] },
   { title: "Divergence on both supports, D", unit: "nats", series: [["train/support_divergence", "all"], ["selection/kept_support_divergence_mean", "supervised", true]] },

@@ -1,15 +1,15 @@
 // One response at a time, a span a token. Shades are classes, so that another shading touches class names alone.
 
 const SHADES = 10;
-const SHADE_CHOICES = ["score", "student_entropy", "support_divergence", "compatibility", "compatibility_lower_bound", "reverse_kl", "topk_reverse_kl"];
 
 function textOf(state, token) {
   return state.response.texts[token] ?? state.run.vocabulary.texts[state.decoded.places[token]];
 }
 
 class Inspector {
-  constructor(runs) {
+  constructor(runs, labels) {
     this.runs = runs;
+    this.labels = labels; // of the statistics by name, in the order in which they are offered
     this.box = document.getElementById("inspector");
     this.text = document.getElementById("text");
     this.card = document.getElementById("card");
@@ -157,7 +157,7 @@ class Inspector {
 
   scale() {
     const { view } = this.state;
-    if (this.shade === "compatibility" || this.shade === "compatibility_lower_bound") return 1;
+    if (this.labels[this.shade]?.unit === "share") return 1;
     return view.scales[view.statistics.indexOf(this.shade)] || 1;
   }
 
@@ -165,14 +165,14 @@ class Inspector {
     const legend = document.getElementById("legend");
     legend.replaceChildren();
     if (this.shade) {
-      legend.append(element("span", "", "0"), ...Array.from({ length: SHADES }, (_, k) => element("span", `swatch shade-${k}`, "\u00a0")), element("span", "", `${scale.toFixed(2)}${scale === 1 ? "" : " and above"} · ${STATISTIC_NAMES[this.shade][1]}`));
+      legend.append(element("span", "", "0"), ...Array.from({ length: SHADES }, (_, k) => element("span", `swatch shade-${k}`, "\u00a0")), element("span", "", `${scale.toFixed(2)}${scale === 1 ? "" : " and above"} · ${this.labels[this.shade].meaning}`));
     }
     legend.append(element("span", "token is-selected", "supervised"), element("span", "token not-valid", "environment or not valid"));
   }
 
   buildShades() {
     const field = document.getElementById("shade");
-    const found = SHADE_CHOICES.filter((name) => this.state.view.statistics.includes(name));
+    const found = Object.keys(this.labels).filter((name) => this.state.view.statistics.includes(name));
     if (!found.includes(this.shade)) this.shade = found[0] ?? null;
     const legend = field.querySelector("legend");
     field.replaceChildren(legend);
@@ -184,8 +184,8 @@ class Inspector {
         this.rank();
         this.paint();
       });
-      const text = element("span", "", name ? STATISTIC_NAMES[name][0] : "none");
-      if (name) text.title = STATISTIC_NAMES[name][1];
+      const text = element("span", "", name ? this.labels[name].symbol : "none");
+      if (name) text.title = this.labels[name].meaning;
       label.append(radio, text);
       field.append(label);
     }
@@ -243,7 +243,7 @@ class Inspector {
   }
 
   describe(token) {
-    if (this.spans[token]) showCard(this.card, this.state, token);
+    if (this.spans[token]) showCard(this.card, this.state, token, this.labels);
   }
 
   mark(token) {

@@ -18,10 +18,10 @@ async function drawAll(redraws) {
 }
 
 async function start() {
-  const { runs } = await unpackedJson("data");
+  const { runs, labels } = await unpackedJson("data");
   const inspected = document.getElementById("inspector") && runs.some((run) => run.views.length);
   if (inspected) {
-    const inspector = new Inspector(runs);
+    const inspector = new Inspector(runs, labels);
     await inspector.start();
     listenToKeys(inspector);
   }

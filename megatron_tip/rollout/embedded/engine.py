@@ -1,25 +1,23 @@
 """The rollout engine inside the trainer's first process: transformers' own `generate` on a copy of the student."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessorList, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LogitsProcessorList, PretrainedConfig
 from transformers.initialization import no_init_weights
 
 from megatron_tip.errors import EngineError
 from megatron_tip.records import Prompt, Rollout
 from megatron_tip.rollout.embedded.grouped_attention import register_grouped_attention
 from megatron_tip.rollout.embedded.sampling import TokenSampler
-from megatron_tip.rollout.engine import SamplingParams
+from megatron_tip.rollout.engine import EngineNeeds, RolloutEngine, SamplingParams
 from megatron_tip.seeds import derive_seed
 
 
-class EmbeddedEngine:
+class EmbeddedEngine(RolloutEngine):
     """Generates with a transformers model whose weights arrive through `update_weights`, the first ones too.
 
     A rollout follows from the weights, the prompt, its place in the list and the sampling parameters. `batch_size`
@@ -163,6 +161,18 @@ class EmbeddedEngine:
         input_ids = torch.tensor([[0] * pad + list(ids) for pad, ids in zip(padding, prompt_ids, strict=True)])
         attention_mask = torch.arange(width) >= torch.tensor(padding)[:, None]
         return input_ids.to(self._device), attention_mask.long().to(self._device)
+
+
+def build_embedded_engine(needs: EngineNeeds) -> EmbeddedEngine:
+    """Returns the engine of a student, still without weights."""
+    return EmbeddedEngine(
+        AutoConfig.for_model(**needs.student.config),
+        dtype=needs.dtype,
+        device=needs.device,
+        batch_size=needs.config.rollout.batch_size,
+        num_threads=needs.num_threads,
+        vocab_size=needs.vocab_size,
+    )
 
 
 def _build_model(hf_config: PretrainedConfig, dtype: torch.dtype, device: torch.device | str) -> Any:

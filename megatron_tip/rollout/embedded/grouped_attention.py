@@ -1,6 +1,4 @@
-"""Attention for decoding with grouped queries, without a copy of keys and values for every query head."""
-
-from __future__ import annotations
+"""Attention for decoding with grouped queries, without copying keys and values for every query head."""
 
 from typing import Any
 
@@ -12,7 +10,7 @@ from transformers.masking_utils import sdpa_mask
 
 
 def register_grouped_attention() -> str:
-    """The name under which transformers models now find this attention (`attn_implementation`)."""
+    """Registers this attention with transformers; returns its name (`attn_implementation`)."""
     name = "megatron_tip_grouped"
     AttentionInterface.register(name, _attention)
     AttentionMaskInterface.register(name, sdpa_mask)
@@ -28,10 +26,10 @@ def _attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """`[b, 1, heads, d]` for one new position; anything longer goes through transformers' own sdpa attention.
+    """Returns `[b, 1, heads, d]` for one new position; passes anything longer to transformers' own sdpa attention.
 
-    The queries that share a key/value head stand in the place of the query positions: there is one, and the mask is
-    the same for all heads. `query`: `[b, heads, 1, d]`; `key`, `value`: `[b, kv_heads, s, d]`.
+    Queries that share a key/value head take the place of query positions, of which there is only one; the mask is the
+    same for all heads. `query`: `[b, heads, 1, d]`; `key`, `value`: `[b, kv_heads, s, d]`.
     """
     b, heads, num_positions, d = query.shape
     if num_positions > 1:

@@ -1,6 +1,4 @@
-"""Drawing the next token, with its logprob, from a generator of our own: the global one is never touched."""
-
-from __future__ import annotations
+"""Sampling of the next token, with its logprob, from our own random numbers; the global generator is not used."""
 
 from collections.abc import Sequence
 
@@ -11,19 +9,19 @@ from transformers import LogitsProcessor
 
 
 class TokenSampler(LogitsProcessor):
-    """Draws each sequence's next token inside transformers' `generate` and keeps its logprob alone.
+    """A sampler of each sequence's next token within transformers' `generate`, which keeps only its logprob.
 
-    Handed to a *greedy* `generate` as its only logits processor: it leaves one finite score a sequence, the sampled
-    token's, which the argmax then picks. Nothing of size steps x vocabulary is kept.
+    It is passed to a *greedy* `generate` as the only logits processor. It leaves one finite score per sequence, the
+    sampled token's, which the argmax then picks. Nothing of size steps x vocabulary is kept.
 
-    The uniform numbers of a sequence follow from its own seed, so what is drawn for it does not depend on what else
-    is in the batch. Its logprob is that of the distribution that was sampled: after temperature and top-p. With
-    `top_p` 1 it is the log-softmax of logits / temperature.
+    A sequence's uniform numbers follow from its own seed, so its draws do not depend on the rest of the batch. Its
+    logprob is that of the sampled distribution, after temperature and top-p. With `top_p` 1 it is the log-softmax of
+    logits / temperature.
 
     Args:
-        seeds: `b` integers >= 0, one a sequence.
-        num_steps: most tokens that can be drawn.
-        vocab_size: ids from here on are never drawn; None: all may be.
+        seeds: `b` integers >= 0, one per sequence.
+        num_steps: the most tokens that can be drawn.
+        vocab_size: ids from here on are never drawn; None: no limit.
     """
 
     def __init__(
@@ -44,7 +42,7 @@ class TokenSampler(LogitsProcessor):
         self._logprobs: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
-        """`[b, V]` float32, -inf except at the sampled token; `scores`: `[b, V]` logits."""
+        """Returns `[b, V]` float32, -inf except at the sampled token. `scores`: `[b, V]` logits."""
         if self._vocab_size is not None and self._vocab_size < scores.shape[1]:
             scores[:, self._vocab_size :] = -torch.inf
         logprobs = torch.log_softmax(scores.float() / self._temperature, dim=-1)
@@ -55,28 +53,28 @@ class TokenSampler(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
 
     def sampled_logprobs(self) -> Tensor:
-        """`[b, steps so far]` float32."""
+        """Returns the sampled tokens' logprobs, `[b, steps so far]` float32."""
         return torch.cat(self._logprobs, dim=1)
 
 
 def sample_by_inverse_cdf(logprobs: Tensor, uniforms: Tensor) -> Tensor:
-    """One token id a row, `[b, 1]` int64: the first whose cumulative probability exceeds the row's uniform number.
+    """Returns one token id per row, `[b, 1]` int64: the first whose cumulative probability exceeds the uniform number.
 
-    A token of probability 0 is never drawn. A row with NaN gives some token of the vocabulary. `logprobs`: `[b, V]`;
-    `uniforms`: `[b]` float64 in [0, 1).
+    A token of probability 0 is never drawn. A row with NaN gives an arbitrary token of the vocabulary. `logprobs`:
+    `[b, V]`; `uniforms`: `[b]` float64 in [0, 1).
     """
     return sample_from_probabilities(logprobs.exp(), uniforms)
 
 
 def sample_from_probabilities(probabilities: Tensor, uniforms: Tensor) -> Tensor:
-    """As `sample_by_inverse_cdf`, of `[b, V]` probabilities that need not add up to 1."""
+    """Samples as `sample_by_inverse_cdf`, from `[b, V]` probabilities that need not add up to 1."""
     cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
     threshold = uniforms[:, None] * cumulative[:, -1:]  # the sum is 1 only up to rounding
     return torch.searchsorted(cumulative, threshold, right=True).clamp_(max=probabilities.shape[-1] - 1)
 
 
 def keep_nucleus(logprobs: Tensor, top_p: float) -> Tensor:
-    """`[b, V]` logprobs renormalised over the fewest most probable tokens that hold `top_p`; -inf elsewhere.
+    """Returns `[b, V]` logprobs renormalised over the fewest most probable tokens that hold `top_p`; -inf elsewhere.
 
     Source: Holtzman et al. (arXiv:1904.09751), section 3.1.
     """

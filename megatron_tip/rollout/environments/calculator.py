@@ -1,7 +1,5 @@
 """A calculator that a student calls in its text; it computes and never runs code."""
 
-from __future__ import annotations
-
 import ast
 import math
 import operator
@@ -30,15 +28,15 @@ _UNARY: dict[type[ast.unaryop], Callable[[Number], Number]] = {ast.UAdd: operato
 class CalculatorEnvironment:
     """A calculator for arithmetic questions: `<calculator>2 * (3 + 4)</calculator>` is answered with `14`.
 
-    A turn with `<answer>...</answer>` ends the episode. One with neither is told what is expected, so that also a
-    student that knows no tools has turns. Several calls in a turn are answered on one line each.
+    A turn with `<answer>...</answer>` ends the episode. A turn with neither gets a reminder, so that a student that
+    knows no tools has further turns too. Several calls in a turn are answered on one line each.
     """
 
     def __init__(self) -> None:
         self._calculator = CalculatorTool()
 
     def reset(self, prompt: Prompt) -> None:
-        """Nothing to remember: the question is the student's to read."""
+        """Does nothing: only the student needs the question."""
 
     def step(self, text: str) -> Observation:
         if "<answer>" in text and "</answer>" in text.partition("<answer>")[2]:
@@ -49,14 +47,14 @@ class CalculatorEnvironment:
 
 
 class CalculatorTool:
-    """Evaluates `+ - * / // %` and brackets over numbers, in Python's meaning of them."""
+    """An evaluator of `+ - * / // %` and brackets over numbers, with Python's semantics."""
 
     def results(self, text: str) -> list[str]:
-        """The result, or what is wrong, of each call in `text`."""
+        """Returns the result or error of each call in `text`."""
         return [self.evaluate(expression) for expression in _CALL.findall(text)]
 
     def evaluate(self, expression: str) -> str:
-        """The value of `expression`, or a message that begins with "error": it is shown to the student."""
+        """Returns the value of `expression`, or a message for the student that begins with "error"."""
         if len(expression) > _MAX_CHARACTERS:
             return f"error: the expression is longer than {_MAX_CHARACTERS} characters"
         try:
@@ -84,5 +82,5 @@ def _bounded(value: Number) -> Number:
 
 
 def _shown(value: Number) -> str:
-    """Whole numbers without a point, others to ten significant digits."""
+    """Formats whole numbers without a decimal point, others with ten significant digits."""
     return str(value) if isinstance(value, int) else f"{value:.10g}"

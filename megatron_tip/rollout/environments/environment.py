@@ -1,6 +1,4 @@
-"""What a multi-turn rollout asks of an environment."""
-
-from __future__ import annotations
+"""The interface of an environment for multi-turn rollouts."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,17 +9,17 @@ from megatron_tip.records import Prompt
 
 @dataclass(frozen=True)
 class Observation:
-    """What an environment says to a turn of the student. `done`: the episode is over; the text is then not shown."""
+    """An environment's answer to a turn of the student. `done`: the episode is over; the text is then not shown."""
 
     text: str
     done: bool
 
 
 class Environment(Protocol):
-    """One episode at a time; every rollout of a batch has an environment of its own.
+    """An environment that runs one episode at a time; every rollout of a batch has its own.
 
-    What an environment answers should follow from the prompt and the student's turns alone: rollouts can then be
-    generated anew, and a run with the same seed is the same run.
+    Its answers should depend only on the prompt and the student's turns: rollouts can then be regenerated, and runs
+    with the same seed are the same.
     """
 
     def reset(self, prompt: Prompt) -> None:
@@ -31,7 +29,7 @@ class Environment(Protocol):
     def step(self, text: str) -> Observation:
         """Takes one finished turn of the student, without its stop token, and answers.
 
-        What it raises ends the run: a tool that can fail says so in its observation.
+        An exception ends the run: a tool that can fail should say so in its observation.
         """
         ...
 

@@ -1,6 +1,4 @@
-"""Environments by the name that a configuration gives them."""
-
-from __future__ import annotations
+"""A registry of environments by their configured names."""
 
 import difflib
 import importlib
@@ -14,10 +12,10 @@ ENVIRONMENTS: dict[str, EnvironmentFactory] = {"calculator": CalculatorEnvironme
 
 
 def load_environment(name: str) -> EnvironmentFactory:
-    """Returns what makes one environment a rollout: by its name, or the class at "package.module:attribute".
+    """Returns the factory of environments, one per rollout, by name or as the class at "package.module:attribute".
 
     Raises:
-        ConfigError: no such name or class, or a class without the methods of `Environment`.
+        ConfigError: the name or class does not exist, or the class lacks a method of `Environment`.
     """
     if name in ENVIRONMENTS:
         return ENVIRONMENTS[name]

@@ -1,6 +1,4 @@
-"""What stands between two turns of the student: the chat template's delimiters around an observation, as token ids."""
-
-from __future__ import annotations
+"""The chat template's delimiters around an observation, between two turns of the student, as token ids."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +15,7 @@ _TURN, _OBSERVATION = "megatron-tip's turn", "megatron-tip's observation"
 class TurnTemplate:
     """The ids between the stop id of a student's turn and its next turn: `before`, the observation, `after`.
 
-    Only what is new is ever tokenised: ids that were sampled stay as they are, and each part is tokenised on its own.
+    Only new text is tokenised: sampled ids stay as they are, and each part is tokenised on its own.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -25,13 +23,13 @@ class TurnTemplate:
     after: tuple[int, ...]
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase, role: str, stop_token_ids: Sequence[int]) -> TurnTemplate:
-        """Reads off the delimiters by rendering a conversation in which an observation of `role` follows a turn.
+    def of(cls, tokenizer: PreTrainedTokenizerBase, role: str, stop_token_ids: Sequence[int]) -> "TurnTemplate":
+        """Derives the delimiters by rendering a conversation in which an observation of `role` follows a turn.
 
-        The stop id that the student samples takes the place of the template's end of turn.
+        The stop id that the student samples replaces the template's end of turn.
 
         Raises:
-            ConfigError: there is no chat template, or it refuses, leaves out or changes such an observation.
+            ConfigError: the chat template is missing, or it refuses, omits or changes such an observation.
         """
         if not tokenizer.chat_template:
             raise ConfigError(
@@ -51,14 +49,15 @@ class TurnTemplate:
         return cls(tokenizer, _ids(tokenizer, between), _ids(tokenizer, after))
 
     def observation_ids(self, text: str) -> tuple[int, ...]:
-        """The ids from behind the student's stop id to where it writes again. Special tokens in `text` are mere text:
-        an environment cannot end its own turn or begin another's.
+        """Returns the ids from after the student's stop id to the start of its next turn.
+
+        Special tokens in `text` are encoded as plain text: an environment cannot end its own turn or begin another's.
         """
         own = _ids(self.tokenizer, text, split_special_tokens=True)
         return self.before + own + self.after
 
     def turn_text(self, ids: Sequence[int]) -> str:
-        """What the student wrote, special tokens included."""
+        """Returns the student's text, with special tokens."""
         return _text(self.tokenizer, ids)
 
 
@@ -72,7 +71,7 @@ def _delimiters(tokenizer: PreTrainedTokenizerBase, role: str) -> tuple[str, str
         rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except jinja2.TemplateError as error:
         raise ConfigError(
-            f"rollout.observation_role: the student's chat template refuses a message of role {role!r} behind the "
+            f"rollout.observation_role: the student's chat template refuses a message of role {role!r} after the "
             f"assistant's ({error}); set another role"
         ) from error
     assert isinstance(rendered, str), "tokenize=False gives a text"
@@ -80,8 +79,8 @@ def _delimiters(tokenizer: PreTrainedTokenizerBase, role: str) -> tuple[str, str
     between, found_observation, after = rest.partition(_OBSERVATION)
     if not (found_turn and found_observation):
         raise ConfigError(
-            f"rollout.observation_role: the student's chat template leaves out or changes a message of role {role!r} "
-            f"behind the assistant's; set another role. It wrote {rendered!r:.200}"
+            f"rollout.observation_role: the student's chat template omits or changes a message of role {role!r} "
+            f"after the assistant's; set another role. It wrote {rendered!r:.200}"
         )
     return between, after
 

@@ -1,6 +1,4 @@
-"""What an SGLang server answers, typed and checked: nothing that came over the network is used before it is here."""
-
-from __future__ import annotations
+"""SGLang's answers, typed and checked: nothing from the network is used before it has passed through here."""
 
 import math
 from collections.abc import Sequence
@@ -13,13 +11,13 @@ from megatron_tip.errors import ServerAnswerError
 
 
 class Answer(BaseModel):
-    """Base of all answers: known fields with their types; what a newer server adds is ignored."""
+    """Base of all answers: known fields with their types; fields that a newer server adds are ignored."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
 
 class ModelInfo(Answer):
-    """GET /model_info."""
+    """The answer to GET /model_info."""
 
     model_path: str
     is_generation: bool
@@ -29,7 +27,7 @@ class ModelInfo(Answer):
 
 
 class ServerInfo(Answer):
-    """GET /server_info: the server's layout."""
+    """The answer to GET /server_info: the server's layout."""
 
     version: str
     tp_size: int = 1
@@ -38,25 +36,25 @@ class ServerInfo(Answer):
 
 
 class Outcome(Answer):
-    """POST of every weight endpoint."""
+    """The answer to a POST to any weight endpoint."""
 
     success: bool
     message: str = ""
 
 
 class FinishReason(Answer):
-    """Why a response ended: "stop", "length" or "abort"; `message` says more of an abort."""
+    """The reason why a response ended: "stop", "length" or "abort"; `message` explains an abort."""
 
     type: str
     message: str | None = None
 
 
 LogprobTriple = tuple[float | None, int, str | None]
-"""Natural log probability (null where the server has none, or had NaN), token id, text (null)."""
+"""Natural log probability (null if the server has none, or NaN), token id, text (null)."""
 
 
 class MetaInfo(Answer):
-    """`meta_info` of /generate. Input logprobs are at temperature 1, whatever the request's temperature."""
+    """The `meta_info` of /generate. Input logprobs are at temperature 1, whatever the request's temperature."""
 
     id: str
     prompt_tokens: int
@@ -70,7 +68,7 @@ class MetaInfo(Answer):
 
 
 class GenerateAnswer(Answer):
-    """POST /generate: a whole answer, or one chunk of a stream."""
+    """The answer to POST /generate: a complete one, or one chunk of a stream."""
 
     output_ids: list[int]
     meta_info: MetaInfo
@@ -81,7 +79,7 @@ class Generation:
     """One checked response.
 
     `logprobs`: natural log of the probability of each response id at the request's temperature. `finish_reason`:
-    "stop", "length" or "abort" (`abort_message` says why). `weight_version`: what the server held when it ended.
+    "stop", "length" or "abort" (`abort_message` says why). `weight_version`: the server's when it ended.
     """
 
     response_ids: tuple[int, ...]
@@ -95,10 +93,10 @@ A = TypeVar("A", bound=Answer)
 
 
 def parse(kind: type[A], content: bytes | str, where: str) -> A:
-    """The answer in `content`.
+    """Returns the answer in `content`.
 
     Raises:
-        ServerAnswerError: not JSON, or JSON of another shape; it names the first field that is wrong.
+        ServerAnswerError: the content is not JSON of the expected shape; names the first wrong field.
     """
     try:
         return kind.model_validate_json(content)
@@ -119,10 +117,11 @@ def checked_generation(
     max_new_tokens: int,
     where: str,
 ) -> Generation:
-    """The response out of `ids` and their logprobs, when they are what was asked for.
+    """Returns the response of `ids` and their logprobs, after checking that they are what was requested.
 
     Raises:
-        ServerAnswerError: ids missing, extra or out of the vocabulary; logprobs of other ids, NaN or positive; no end.
+        ServerAnswerError: ids are missing, extra or out of the vocabulary; logprobs are of other ids, NaN or positive;
+            or the response has no end.
     """
     reason = last.finish_reason
     if reason is None:
@@ -132,13 +131,13 @@ def checked_generation(
             f"{where}: expected {last.completion_tokens} response ids, at most {max_new_tokens}, got {len(ids)}"
         )
     if len(triples) != len(ids):
-        raise ServerAnswerError(f"{where}: expected one logprob a response id, got {len(triples)} for {len(ids)} ids")
+        raise ServerAnswerError(f"{where}: expected one logprob per response id, got {len(triples)} for {len(ids)} ids")
     for place, (token, (logprob, owner, _)) in enumerate(zip(ids, triples, strict=True)):
         if not 0 <= token < vocab_size:
             raise ServerAnswerError(f"{where}: expected ids below {vocab_size}, got {token} at place {place}")
         if owner != token:
             raise ServerAnswerError(f"{where}: expected a logprob of id {token} at place {place}, got one of {owner}")
-        if logprob is None or not math.isfinite(logprob) or logprob > 1e-3:  # rounding reaches a little above 0
+        if logprob is None or not math.isfinite(logprob) or logprob > 1e-3:  # rounding can give slightly more than 0
             raise ServerAnswerError(f"{where}: expected a finite logprob <= 0 at place {place}, got {logprob}")
     return Generation(
         response_ids=tuple(ids),
@@ -150,10 +149,10 @@ def checked_generation(
 
 
 def checked_logprobs(triples: Sequence[LogprobTriple] | None, ids: Sequence[int], *, where: str) -> list[float]:
-    """The logprobs of `ids`, in their order, out of the server's triples.
+    """Returns the logprobs of `ids`, in order, from the server's triples.
 
     Raises:
-        ServerAnswerError: of other ids, of more or fewer, or not finite.
+        ServerAnswerError: the triples are of other ids, more or fewer, or not finite.
     """
     got = list(triples or ())
     if [triple[1] for triple in got] != list(ids):

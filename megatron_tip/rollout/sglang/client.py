@@ -1,6 +1,4 @@
-"""One SGLang server over HTTP: its checks, generation, scoring and weight endpoints."""
-
-from __future__ import annotations
+"""A client of one SGLang server over HTTP: checks, generation, scoring and weight endpoints."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,7 +31,7 @@ from megatron_tip.rollout.sglang.answers import (
 )
 
 STREAM_INTERVAL = 64
-"""Tokens a chunk of a streamed response: often enough to tell a slow server from a silent one."""
+"""Tokens per chunk of a streamed response: often enough to tell a slow server from a silent one."""
 
 T = TypeVar("T")
 
@@ -48,11 +46,11 @@ class ServerKeys:
 
 @dataclass(frozen=True)
 class Timeouts:
-    """How long a call may take, in seconds.
+    """Time limits of a call, in seconds.
 
-    `connect`: until a connection stands. `silence`: between two signs of life of a generating server, or until an
-    answer comes. `control`: until a weight or control endpoint answers. `retries`: further attempts at what failed on
-    the way (no connection, HTTP 429, 502, 503, 504), with exponential back-off up to `back_off` seconds.
+    `connect`: until a connection is established. `silence`: between two signs of life of a generating server, or until
+    an answer arrives. `control`: until a weight or control endpoint answers. `retries`: further attempts after a
+    transient failure (no connection, HTTP 429, 502, 503, 504), with exponential back-off up to `back_off` seconds.
     """
 
     connect: float = 5.0
@@ -63,16 +61,16 @@ class Timeouts:
 
 
 class _TransientError(ServerError):
-    """Worth another attempt at the same server."""
+    """A failure that is worth another attempt at the same server."""
 
 
 class SGLangClient:
-    """Speaks to the server at `url`. Safe to use from many threads. A context manager; `close` ends its connections.
+    """A client of the server at `url`, safe to use from many threads. A context manager; `close` ends its connections.
 
     Args:
         url: "http://host:port".
-        vocab_size: entries of the model's output; ids from there on are refused.
-        transport: stands in for the network in tests.
+        vocab_size: size of the model's output; larger ids are refused.
+        transport: replaces the network in tests.
     """
 
     def __init__(
@@ -93,7 +91,7 @@ class SGLangClient:
             base_url=self.url,
             timeout=httpx.Timeout(self.timeouts.silence, connect=self.timeouts.connect),
             limits=httpx.Limits(max_connections=max_connections, max_keepalive_connections=max_connections),
-            trust_env=False,  # a proxy of the environment is not for servers of the cluster, and would see the keys
+            trust_env=False,  # the environment's proxy is not for the cluster's servers, and would see the keys
             transport=transport,
         )
 
@@ -110,25 +108,25 @@ class SGLangClient:
         """Ends the connections; a call in flight fails with ServerError."""
         self._http.close()
 
-    # -- what the server is
+    # -- checks
 
     def check_health(self, *, timeout_seconds: float) -> None:
-        """Returns when the server has generated a token; raises ServerError when it has not within the time.
+        """Returns when the server has generated a token; raises ServerError if it has not done so in time.
 
-        It takes a second at least, and a weight sync that comes upon it waits for it: for the start of a server.
+        Takes at least a second, and a concurrent weight sync waits for it: use it only when a server starts.
         """
         self._request("GET", "/health", timeout_seconds=timeout_seconds, retries=0)
 
     def check_alive(self, *, timeout_seconds: float) -> None:
-        """Returns when the server's scheduler has answered, generating or not; raises ServerError when it has not."""
+        """Returns when the server's scheduler has answered, generating or not; raises ServerError if it does not."""
         self._request("GET", "/server_info", timeout_seconds=timeout_seconds, retries=0)
 
     def model_info(self) -> ModelInfo:
-        """The model that the server holds and its weight version."""
+        """Returns the model that the server holds and its weight version."""
         return self._get(ModelInfo, "/model_info")
 
     def server_info(self) -> ServerInfo:
-        """Version and layout of the server."""
+        """Returns the server's version and layout."""
         return self._get(ServerInfo, "/server_info")
 
     def check_model(self, *, model_type: str) -> None:
@@ -155,7 +153,7 @@ class SGLangClient:
             )
 
     def _takes_id(self, token: int) -> bool:
-        """Whether `token` is in the server's vocabulary: it refuses logprobs of others by HTTP 400."""
+        """Returns whether `token` is in the server's vocabulary: the server refuses others' logprobs with HTTP 400."""
         body = {
             "input_ids": [0],
             "sampling_params": {"max_new_tokens": 1, "temperature": 0.0},
@@ -184,17 +182,16 @@ class SGLangClient:
         request_id: str | None = None,
         on_tokens: Callable[[int], None] | None = None,
     ) -> Generation:
-        """One sampled response to `input_ids`, streamed; `on_tokens` gets the number of ids so far.
+        """Returns one sampled response to `input_ids`, streamed; `on_tokens` receives the number of ids so far.
 
-        `seed` decides all that is drawn where the server takes one: ours on a CPU do, others in SGLang's deterministic
-        mode.
+        `seed` determines all draws if the server accepts one: ours on a CPU do, others in SGLang's deterministic mode.
 
-        It is not repeated when it breaks off: whoever calls may choose another server. An aborted response comes back
-        with what it had, as finish_reason "abort".
+        A broken request is not repeated, so that the caller can choose another server. An aborted response returns with
+        the ids so far and finish_reason "abort".
 
         Raises:
-            ServerRefusedError: the request is at fault. ServerAnswerError: ids or logprobs are not what was asked for.
-            ServerError: no connection, HTTP 5xx, silence, half an answer.
+            ServerRefusedError: the request is at fault. ServerAnswerError: ids or logprobs are not as requested.
+            ServerError: no connection, HTTP 5xx, silence, or a truncated answer.
         """
         self._check_ids(input_ids)
         sampling_params = {
@@ -215,7 +212,7 @@ class SGLangClient:
     def _read_generation(
         self, body: Mapping[str, Any], max_new_tokens: int, on_tokens: Callable[[int], None] | None
     ) -> Generation:
-        """Sends a streaming request and puts the chunks together."""
+        """Sends a streaming request and joins the chunks."""
         where = f"{self.url}/generate"
         ids: list[int] = []
         triples: list[LogprobTriple] = []
@@ -232,9 +229,9 @@ class SGLangClient:
         )
 
     def generate_answers(self, body: Mapping[str, Any]) -> list[GenerateAnswer]:
-        """The typed answers to a /generate request of any form that does not stream, one an input.
+        """Returns the typed answers to a /generate request of any form that does not stream, one per input.
 
-        The ids and logprobs in them are typed, not yet compared with what was asked for: see `checked_logprobs`.
+        Their ids and logprobs are typed, but not yet compared with the request: see `checked_logprobs`.
         """
         inputs: list[Any] = body["input_ids"]
         batch = bool(inputs) and not isinstance(inputs[0], int)
@@ -253,7 +250,7 @@ class SGLangClient:
         return [parse(GenerateAnswer, json.dumps(part), where) for part in parts]
 
     def _check_ids(self, input_ids: Sequence[int]) -> None:
-        """Refuses what the server must never see: an id out of its vocabulary ends it, with all its requests."""
+        """Refuses ids outside of the vocabulary: one would crash the server with all of its requests."""
         if not input_ids or not all(0 <= token < self.vocab_size for token in input_ids):
             raise InputError(
                 f"{self.url}/generate: expected at least one id, all in [0, {self.vocab_size}), got "
@@ -261,7 +258,7 @@ class SGLangClient:
             )
 
     def abort(self, request_id: str | None = None) -> None:
-        """Ends one request, or all of them; their answers come back with finish_reason "abort"."""
+        """Ends one request, or all of them; their answers return with finish_reason "abort"."""
         self._control("/abort_request", {"rid": request_id or "", "abort_all": request_id is None})
 
     # -- weights and control, with the admin key
@@ -271,11 +268,11 @@ class SGLangClient:
         self._control("/pause_generation", {"mode": mode})
 
     def resume(self) -> None:
-        """Samples again."""
+        """Resumes sampling."""
         self._control("/continue_generation", {})
 
     def flush_cache(self) -> None:
-        """Forgets all keys and values of earlier weights."""
+        """Drops all keys and values of earlier weights."""
         self._control("/flush_cache", {})
 
     def weights_endpoint(self, name: str, body: Mapping[str, Any] | None = None) -> None:
@@ -293,7 +290,7 @@ class SGLangClient:
     def _control(self, path: str, body: Mapping[str, Any]) -> bytes:
         return self._request("POST", path, body, timeout_seconds=self.timeouts.control, retries=0, admin=True)
 
-    def _get(self, kind: type[AnswerT], path: str) -> AnswerT:
+    def _get(self, kind: "type[AnswerT]", path: str) -> "AnswerT":
         return parse(kind, self._request("GET", path), f"{self.url}{path}")
 
     def _request(
@@ -326,7 +323,7 @@ class SGLangClient:
         )(attempt)
 
     def _stream(self, body: Mapping[str, Any], where: str) -> Iterator[GenerateAnswer]:
-        """The chunks of a streamed /generate, up to its end mark."""
+        """Yields the chunks of a streamed /generate, up to its end mark."""
         try:
             with self._http.stream("POST", "/generate", json=body, headers=self._headers(admin=False)) as response:
                 if response.status_code != httpx.codes.OK:
@@ -342,7 +339,7 @@ class SGLangClient:
             raise
         except (httpx.HTTPError, httpx.StreamError, RuntimeError) as error:  # RuntimeError: the client was closed
             raise _TransientError(_transport_message(where, error)) from error
-        raise ServerAnswerError(f"{where}: expected a stream up to its end mark, got half an answer")
+        raise ServerAnswerError(f"{where}: expected a stream up to its end mark, got a truncated answer")
 
     def _headers(self, admin: bool) -> dict[str, str]:
         key = (self._keys.admin or self._keys.api) if admin else self._keys.api
@@ -353,7 +350,7 @@ AnswerT = TypeVar("AnswerT", bound=Answer)
 
 
 def _append(ids: list[int], triples: list[LogprobTriple], answer: GenerateAnswer, where: str) -> None:
-    """Adds a chunk: servers send either the ids since the last chunk or all of them."""
+    """Appends a chunk: servers send either the ids since the last chunk or all of them."""
     total = answer.meta_info.completion_tokens
     if len(answer.output_ids) == total:
         ids.clear()

@@ -1,10 +1,8 @@
-"""What our own CPU servers do otherwise than SGLang 0.5.23: decode all requests at once, sample by their seeds.
+"""Hooks by which our own CPU servers differ from SGLang 0.5.23: batched decoding, and sampling by requests' seeds.
 
-`main.register_cpu_hooks` puts these functions in place by SGLang's plugin framework, in those processes alone.
-Torch and numpy; SGLang itself is not imported.
+`main.register_cpu_hooks` installs these functions through SGLang's plugin framework, only in those processes. Needs
+torch and numpy; SGLang itself is not imported.
 """
-
-from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Sequence
@@ -31,10 +29,10 @@ def decode_attention(
     encoder_lens: Tensor | None = None,
     **others: Any,
 ) -> Tensor:
-    """Attention of one new position a request; writes and returns `output`.
+    """Computes attention for one new position per request; writes and returns `output`.
 
-    SGLang's torch_native backend goes through the requests one by one, which costs more than the rest of a small model.
-    What it alone knows, sliding windows and encoders, it still does. Arguments as of `attend_at_once`.
+    SGLang's torch_native backend loops over the requests, which costs more than the rest of a small model. It still
+    handles sliding windows and encoders. Arguments as for `attend_at_once`.
     """
     tensors = (query, output, k_cache, v_cache, req_to_token, req_pool_indices, seq_lens)
     if encoder_lens is not None or others.get("sliding_window_size") is not None or query.dtype != k_cache.dtype:
@@ -53,7 +51,7 @@ def attend_at_once(
     *,
     scaling: float | None,
 ) -> Tensor:
-    """`output`, with the attention of all `b` requests by one call.
+    """Computes the attention of all `b` requests in one call; writes and returns `output`.
 
     Args:
         query, output: `[b, heads, d]`. k_cache, v_cache: `[tokens of the pool, kv_heads, d]`.
@@ -64,12 +62,12 @@ def attend_at_once(
     width = int(seq_lens.max())
     is_within = torch.arange(width) < seq_lens[:, None]
     places = req_to_token[req_pool_indices, :width]
-    # Behind a request's end stands whatever was there before; its own first token is at least a number.
+    # Beyond a request's end the cache holds old values, possibly NaN; the request's first token is always finite.
     places = torch.where(is_within, places, places[:, :1]).flatten()
     keys, values = (
         cache.index_select(0, places).view(b, width, *cache.shape[1:]).transpose(1, 2) for cache in (k_cache, v_cache)
     )
-    # The queries that share a key/value head stand in the place of the query positions, as in grouped_attention.py.
+    # Queries that share a key/value head take the place of query positions, as in grouped_attention.py.
     grouped = query.view(b, k_cache.shape[1], -1, d)
     found = scaled_dot_product_attention(grouped, keys, values, attn_mask=is_within[:, None, None], scale=scaling)
     output.copy_(found.reshape(output.shape))
@@ -77,9 +75,9 @@ def attend_at_once(
 
 
 def with_seeds(sampling_info: Any, _: type, batch: Any, *__: Any) -> Any:
-    """`sampling_info` with every request's own seed, a random one where it names none.
+    """Returns `sampling_info` with every request's own seed, or a random one if it has none.
 
-    SGLang takes seeds in its deterministic mode alone, whose kernels need a GPU.
+    SGLang accepts seeds only in its deterministic mode, whose kernels need a GPU.
     """
     asked = [request.sampling_params.sampling_seed for request in batch.reqs]
     seeds = [secrets.randbits(32) if seed is None else seed for seed in asked]
@@ -90,19 +88,19 @@ def with_seeds(sampling_info: Any, _: type, batch: Any, *__: Any) -> Any:
 def sample_probabilities(
     probabilities: Tensor, sampling_seed: Tensor | None = None, positions: Tensor | None = None
 ) -> Tensor:
-    """`[b]` int32: a token of each row of `[b, V]` probabilities, by its request's seed and its position."""
+    """Returns one token for each row of `[b, V]` probabilities, `[b]` int32, by its request's seed and position."""
     assert sampling_seed is not None and positions is not None, "every batch has seeds here"  # noqa: PT018
     uniforms = uniforms_of(sampling_seed.tolist(), positions.tolist())
     return sample_from_probabilities(probabilities, uniforms).flatten().to(torch.int32)
 
 
 def sample_logprobs(logprobs: Tensor, seed: Tensor, positions: Tensor) -> Tensor:
-    """`[b, 1]` int64, as `sample_probabilities`; of logprobs that need not add up to 1."""
+    """Returns tokens as `sample_probabilities` does, `[b, 1]` int64, from logprobs that need not be normalised."""
     return sample_from_probabilities(logprobs.exp(), uniforms_of(seed.tolist(), positions.tolist()))
 
 
 def uniforms_of(seeds: Sequence[int], positions: Sequence[int]) -> Tensor:
-    """`[b]` float64 in [0, 1): one number for each seed and position, unrelated to that of any other."""
+    """Returns one number for each seed and position, `[b]` float64 in [0, 1), unrelated to any other."""
     generators = [
         np.random.Generator(np.random.Philox(key=seed % 2**64, counter=position))
         for seed, position in zip(seeds, positions, strict=True)

@@ -1,7 +1,5 @@
 """The rollout engine on SGLang servers: generation over a pool, weights by a transport, faults survived."""
 
-from __future__ import annotations
-
 import json
 import logging
 import secrets
@@ -16,7 +14,7 @@ from torch import Tensor
 from megatron_tip.errors import EngineError, ServerError, ServersLostError, WeightsLostError
 from megatron_tip.files import output_errors
 from megatron_tip.records import Prompt, Rollout
-from megatron_tip.rollout.engine import SamplingParams
+from megatron_tip.rollout.engine import RolloutEngine, SamplingParams
 from megatron_tip.rollout.sglang.answers import checked_logprobs
 from megatron_tip.rollout.sglang.jobs import BatchRun, Progress, SetAside
 from megatron_tip.rollout.sglang.pool import PooledServer, ServerPool
@@ -48,7 +46,7 @@ def new_run_id() -> str:
     return secrets.token_hex(4)
 
 
-class SGLangEngine:
+class SGLangEngine(RolloutEngine):
     """Generates on `pool`, with weights that `transport` brings there. Starts the pool; `close` ends both.
 
     No server generates unless it holds all of the last weights that were synced. Sampling on the servers is random:

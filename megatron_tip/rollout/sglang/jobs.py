@@ -1,7 +1,5 @@
 """The requests of one batch: run over the servers, repeated elsewhere when they fail, set aside at last."""
 
-from __future__ import annotations
-
 import logging
 import threading
 import time

@@ -1,9 +1,10 @@
-"""The process of a server of our own, and the only file that imports sglang.
+"""The process of one of our own servers, and the only file that imports sglang.
 
-`python -m megatron_tip.rollout.sglang.main` reads one line of JSON from its standard input (the arguments of SGLang's
-command line, passwords among them) and becomes the server. So passwords are in no process list and no environment.
-The input stays open: when it ends, because whoever started the server closed it or was killed, the server ends
-with all its processes. Standard library alone at the top: SGLang's other processes import this file as well.
+`python -m megatron_tip.rollout.sglang.main` reads one line of JSON from standard input (SGLang's command-line
+arguments, passwords among them) and becomes the server. That keeps passwords out of the process list and the
+environment. The input stays open: when it ends, because whoever started the server closed it or was killed, the server
+ends with all of its processes. Imports only the standard library at the top: SGLang's other processes import this file
+as well.
 """
 
 import json
@@ -13,7 +14,7 @@ import threading
 
 
 def serve() -> None:
-    """Becomes the server that the first line of standard input describes; does not return while it lives."""
+    """Becomes the server that the first line of standard input describes; returns only when it has ended."""
     arguments = json.loads(_first_line())
     threading.Thread(target=_end_with_input, name="lifeline", daemon=True).start()
     from sglang.launch_server import run_server  # pyright: ignore[reportMissingImports]
@@ -23,9 +24,11 @@ def serve() -> None:
 
 
 def register_cpu_hooks() -> None:
-    """SGLang's plugin of a server on a CPU, called in each of its processes; `cpu_shim/sitecustomize.py` names it.
+    """Registers the hooks of a server on a CPU.
 
-    Products are oneDNN's there, as in the trainer.
+    It is SGLang's plugin, named by `cpu_shim/sitecustomize.py`, and called in each of the server's processes.
+
+    Matrix products there use oneDNN, as in the trainer.
     """
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType  # pyright: ignore[reportMissingImports]
 
@@ -43,7 +46,7 @@ def register_cpu_hooks() -> None:
 
 
 def _first_line() -> bytes:
-    """Read past Python's own buffer, whose lock a thread that waits for more would hold while Python ends."""
+    """Reads a line without Python's buffer, whose lock a thread waiting for more would hold when Python exits."""
     line = b""
     while not line.endswith(b"\n") and (read := os.read(0, 1)):
         line += read

@@ -1,7 +1,5 @@
 """The servers of a run: which are up, what weights they hold, who takes the next request; dead ones come back."""
 
-from __future__ import annotations
-
 import logging
 import threading
 import time
@@ -72,11 +70,12 @@ class PooledServer:
 class ServerPool:
     """Keeps `servers` running and hands them out. Every public method may be called from any thread.
 
+    `on_back`: called with a server that is about to be taken in, in the thread that watches it; may give it weights,
+    and then returns their version.
+
     Args:
         model_type: what every server must serve, in its config.json's word.
         router: chooses who generates while all servers hold the weights; it must be over exactly these.
-        on_back: called with a server that is about to be taken in again, in the thread that watches it; may give it
-            weights, and then returns their version.
     """
 
     def __init__(
@@ -86,13 +85,12 @@ class ServerPool:
         *,
         model_type: str,
         router: SGLangClient | None = None,
-        on_back: Callable[[PooledServer], str | None] | None = None,
     ) -> None:
         self.servers = list(servers)
         self.settings = settings
         self.num_lost = 0
         self.num_restarts = 0
-        self.on_back = on_back
+        self.on_back: Callable[[PooledServer], str | None] = lambda server: None
         self.router = router
         self._router_back_at = 0.0
         self._model_type = model_type
@@ -244,7 +242,7 @@ class ServerPool:
         server.http.check_model(model_type=self._model_type)
         info = server.http.server_info()
         server.tp_size, server.num_replicas = info.tp_size, info.pp_size * info.dp_size
-        weights = self.on_back(server) if self.on_back else None
+        weights = self.on_back(server)
         with self._changed:
             server.is_up, server.is_suspect, server.weights = True, False, weights
             server.incarnation += 1

@@ -1,6 +1,4 @@
-"""Starts SGLang servers of our own, waits until they are healthy, and ends them."""
-
-from __future__ import annotations
+"""SGLang servers of our own: start, wait until healthy, and end."""
 
 import importlib.util
 import json
@@ -25,8 +23,8 @@ from megatron_tip.rollout.sglang.client import ServerKeys, SGLangClient, Timeout
 CPU_SHIM = Path(__file__).parent / "cpu_shim"
 CPU_ENVIRONMENT = {
     "SGLANG_USE_CPU_ENGINE": "1",
-    "OMP_WAIT_POLICY": "passive",  # threads that spin take the cores from the trainer, but
-    "GOMP_SPINCOUNT": "20000",  # for 0.2 ms: a decode step is hundreds of parallel regions, and waking a thread is slow
+    "OMP_WAIT_POLICY": "passive",  # spinning threads take the trainer's cores, but
+    "GOMP_SPINCOUNT": "20000",  # 0.2 ms help: a decode step has hundreds of parallel regions, and waking is slow
     "TORCHDYNAMO_DISABLE": "1",  # it would look for the real triton
 }
 _WORLD_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "TORCH_NCCL_")
@@ -35,12 +33,12 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """How a server is started.
+    """The settings of a server.
 
-    `model_path`: Hugging Face directory; with `dummy_weights` only its config.json is read and the weights are random
-    until the first sync. `log_path`: what the server prints. `threads`: CPU threads a rank. `gpus`: devices that it
-    may see; empty: those of this process. `max_total_tokens`: of its cache, 0: what `memory_fraction` holds.
-    `seed`: of its sampling; servers of one run need different ones. `extra_arguments`: further ones of SGLang's.
+    `model_path`: Hugging Face directory; with `dummy_weights` only its config.json is read, and the weights are random
+    until the first sync. `log_path`: for the server's output. `threads`: CPU threads per rank. `gpus`: devices that it
+    may see; empty: those of this process. `max_total_tokens`: of its cache; 0: as many as `memory_fraction` allows.
+    `seed`: of its sampling; servers of one run need different ones. `extra_arguments`: further SGLang arguments.
     """
 
     model_path: Path
@@ -65,14 +63,14 @@ class ServerSettings:
 
 
 def new_keys(host: str) -> ServerKeys:
-    """Random passwords for a server that other machines can reach; none for one on loopback."""
+    """Returns random passwords for a server that other machines can reach; none for one on loopback."""
     if host in _LOOPBACK:
         return ServerKeys()
     return ServerKeys(api=secrets.token_urlsafe(32), admin=secrets.token_urlsafe(32))
 
 
 def require_sglang() -> None:
-    """Raises OptionalDependencyError where SGLang is not installed beside this package."""
+    """Raises OptionalDependencyError if SGLang is not installed alongside this package."""
     if importlib.util.find_spec("sglang") is None:
         raise OptionalDependencyError(
             "rollout.engine: expected SGLang beside this package, found none; run `make sglang-cpu`, on a GPU machine "
@@ -83,7 +81,8 @@ def require_sglang() -> None:
 class SGLangServer:
     """One server process. `start` returns at once; `wait_until_healthy` when it answers; `stop` ends it.
 
-    It also ends with the process that started it, however that ends. A context manager: started and healthy inside.
+    It also ends when the process that started it ends in any way. As a context manager it is started and healthy
+    inside.
     """
 
     def __init__(self, settings: ServerSettings) -> None:
@@ -118,11 +117,11 @@ class SGLangServer:
             stdout=subprocess.PIPE if secret else log,
             stderr=subprocess.STDOUT,
             env=server_environment(settings, os.environ),
-            start_new_session=True,  # a process group of its own, to be ended as one
+            start_new_session=True,  # its own process group, to be ended as one
         )
         assert process.stdin is not None, "stdin is a pipe"
         self._process = process
-        with suppress(BrokenPipeError):  # it died at once: wait_until_healthy says so
+        with suppress(BrokenPipeError):  # it died at once; wait_until_healthy reports it
             process.stdin.write(json.dumps(server_arguments(settings, port)).encode() + b"\n")
             process.stdin.flush()
         if secret:
@@ -132,10 +131,10 @@ class SGLangServer:
             log.close()
 
     def wait_until_healthy(self, timeout_seconds: float = 300.0) -> float:
-        """Returns the seconds it took, when the server generates.
+        """Returns the seconds it took until the server generated.
 
         Raises:
-            ServerError: it ended, with the last lines of its log, or is not healthy in time; it is then stopped.
+            ServerError: the server ended or is not healthy in time, and is stopped; with the last lines of its log.
         """
         begin = time.monotonic()
         with SGLangClient(self.url, vocab_size=1, keys=self.settings.keys, timeouts=Timeouts(connect=2.0)) as client:
@@ -151,7 +150,7 @@ class SGLangServer:
         raise ServerError(f"{self.url}: not healthy within {timeout_seconds:.0f} s:\n{self.log_tail()}")
 
     def log_tail(self, num_lines: int = 15) -> str:
-        """The last lines of its log; passwords are not in it."""
+        """Returns the last lines of its log, which has no passwords."""
         try:
             lines = self.settings.log_path.read_text(errors="replace").splitlines()
         except OSError:
@@ -159,12 +158,12 @@ class SGLangServer:
         return "\n".join(lines[-num_lines:])
 
     def stop(self) -> None:
-        """Ends the server with all its processes; does nothing when there is none."""
+        """Ends the server with all its processes; does nothing if it is not running."""
         process, self._process = self._process, None
         if process is None:
             return
         with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # it holds nothing that would have to be saved
+            os.killpg(process.pid, signal.SIGKILL)  # it holds nothing that needs saving
         with suppress(BrokenPipeError):
             assert process.stdin is not None, "stdin is a pipe"
             process.stdin.close()
@@ -180,7 +179,7 @@ class SGLangServer:
 
 
 def server_arguments(settings: ServerSettings, port: int) -> list[str]:
-    """SGLang's command line for `settings`; it holds the passwords and is never shown."""
+    """Returns SGLang's command line for `settings`; it holds the passwords and is never shown."""
     arguments = {
         "--model-path": settings.model_path,
         "--device": settings.device,
@@ -198,14 +197,14 @@ def server_arguments(settings: ServerSettings, port: int) -> list[str]:
     }
     if settings.device == "cpu":
         arguments |= {"--attention-backend": "torch_native", "--sampling-backend": "pytorch"}
-    # Without the last one an idle scheduler spins on a core that the trainer needs.
+    # Without the last flag an idle scheduler spins on a core that the trainer needs.
     flags = ["--skip-tokenizer-init", "--incremental-streaming-output", "--sleep-on-idle"]
     pairs = [[name, str(value)] for name, value in arguments.items() if value is not None]
     return [*(part for pair in pairs for part in pair), *flags, *settings.extra_arguments]
 
 
 def server_environment(settings: ServerSettings, environment: Mapping[str, str]) -> dict[str, str]:
-    """`environment` without the trainer's own world, with what SGLang needs on its device."""
+    """Returns `environment` without the trainer's world, and with what SGLang needs on its device."""
     kept = {name: value for name, value in environment.items() if not name.startswith(_WORLD_VARIABLES)}
     kept |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(settings.threads)}
     package_root = str(Path(__file__).parents[2])
@@ -221,14 +220,14 @@ def server_environment(settings: ServerSettings, environment: Mapping[str, str])
 
 
 def _bound_cores(tp_size: int, cores: Sequence[int]) -> str:
-    """SGLang's notation for the cores of each rank: "0|1"; ranks share cores where there are too few."""
+    """Returns the cores of each rank in SGLang's notation, "0|1"; ranks share cores if there are too few."""
     share = max(1, len(cores) // tp_size)
     starts = [(rank * share) % len(cores) for rank in range(tp_size)]
     return "|".join(",".join(map(str, cores[start : start + share])) for start in starts)
 
 
 def free_port(host: str) -> int:
-    """A TCP port that nobody listens on now."""
+    """Returns a TCP port that is free now."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.bind((host, 0))
@@ -236,16 +235,16 @@ def free_port(host: str) -> int:
 
 
 def _reachable(host: str) -> str:
-    """The name under which this process reaches a server that is bound to `host`."""
+    """Returns the name under which this process reaches a server that is bound to `host`."""
     if host in ("0.0.0.0", "::"):
         return socket.gethostname()
     return f"[{host}]" if ":" in host else host
 
 
 def _copy_redacted(source: IO[bytes], log: IO[bytes], secret: Sequence[bytes]) -> None:
-    """Copies lines without the passwords: SGLang logs its arguments, passwords among them.
+    """Copies lines without the passwords: SGLang logs its arguments, which include them.
 
-    What cannot be written is left out: a pipe that nobody reads from would stop the server.
+    Keeps reading even if it cannot write: a pipe that nobody reads would block the server.
     """
     with suppress(OSError), log:
         for line in source:

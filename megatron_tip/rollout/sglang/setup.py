@@ -1,10 +1,9 @@
 """From a configuration to an SGLang engine: servers of our own or given ones, and the way of the weights to them."""
 
-from __future__ import annotations
-
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +13,8 @@ from megatron_tip.config import Config
 from megatron_tip.conversion.model_folder import ModelFolder
 from megatron_tip.errors import ConfigError
 from megatron_tip.files import new_folder
+from megatron_tip.machine import Machine
+from megatron_tip.rollout.engine import EngineNeeds
 from megatron_tip.rollout.sglang.client import ServerKeys, SGLangClient, Timeouts
 from megatron_tip.rollout.sglang.engine import EngineSettings, SGLangEngine, new_run_id
 from megatron_tip.rollout.sglang.pool import PooledServer, PoolSettings, ServerPool
@@ -24,16 +25,8 @@ from megatron_tip.rollout.sglang.weights.transport import WeightTransport
 from megatron_tip.seeds import derive_seed
 
 
-def check_sglang(config: Config, *, elsewhere: bool = False) -> None:
-    """Refuses, before anything starts, what SGLang servers cannot do. Reads files, starts nothing.
-
-    Args:
-        elsewhere: the run will be on another machine: neither its passwords nor its SGLang are looked for here.
-
-    Raises:
-        ConfigError: settings that do not fit together, unreadable passwords.
-        OptionalDependencyError: servers of our own, and SGLang is not installed.
-    """
+def check_sglang(config: Config) -> None:
+    """Raises ConfigError for settings of SGLang servers that do not fit together. Reads no files."""
     rollout, sglang = config.rollout, config.sglang
     if rollout.top_p != 1.0:
         raise ConfigError(
@@ -45,8 +38,6 @@ def check_sglang(config: Config, *, elsewhere: bool = False) -> None:
             "sglang.router_url: expected rollout.server_urls as well, got none; weights go to the servers themselves"
         )
     if rollout.server_urls:
-        if not elsewhere:
-            read_keys(sglang.keys_file)
         urls = [*rollout.server_urls, *filter(None, [sglang.router_url])]
         bad = [url for url in urls if not url.startswith(("http://", "https://"))]
         if bad:
@@ -59,12 +50,33 @@ def check_sglang(config: Config, *, elsewhere: bool = False) -> None:
             f"sglang.gpus: expected {needed} for rollout.servers = {rollout.servers} of tensor_parallel_size "
             f"{sglang.tensor_parallel_size}, got {len(sglang.gpus)}"
         )
-    if not elsewhere:
-        require_sglang()
 
 
-def read_keys(path: Path | None) -> ServerKeys:
-    """The passwords in `path`; none without a path.
+def check_served(config: Config, vocab_sizes: Sequence[int], machine: Machine) -> None:
+    """Refuses what rollouts by servers cannot be; see `EngineKind.check`.
+
+    Raises:
+        ConfigError: settings that do not fit together, or unreadable passwords.
+        OptionalDependencyError: servers of our own, and SGLang is not installed.
+    """
+    check_sglang(config)
+    keys_file = config.sglang.keys_file
+    if not config.rollout.server_urls:
+        with machine.lacks_packages():
+            require_sglang()
+    elif keys_file is not None and machine.has(keys_file, "sglang.keys_file"):
+        read_keys(keys_file)
+    student, teacher = vocab_sizes
+    if student > teacher:
+        raise ConfigError(
+            f'rollout.engine = "sglang": expected a student whose vocabulary is not larger than the teacher\'s, got '
+            f"{student} and {teacher} entries; a server would sample ids that the teacher does not know: use the "
+            "embedded engine"
+        )
+
+
+def read_keys(path: Path | None, *, setting: str = "sglang.keys_file") -> ServerKeys:
+    """Returns the passwords in `path`, which `setting` names; none without a path.
 
     Raises:
         ConfigError: it cannot be read, or holds something else. The message shows nothing of its content.
@@ -74,31 +86,33 @@ def read_keys(path: Path | None) -> ServerKeys:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"sglang.keys_file: cannot read {path}: {type(error).__name__}") from None
+        raise ConfigError(f"{setting}: cannot read {path}: {type(error).__name__}") from None
     valid = isinstance(content, dict) and content.keys() <= {"api", "admin"}
     if not valid or not all(isinstance(value, str) for value in content.values()):
-        raise ConfigError(f'sglang.keys_file: expected {{"api": "...", "admin": "..."}} in {path}, got something else')
+        raise ConfigError(f'{setting}: expected {{"api": "...", "admin": "..."}} in {path}, got something else')
     return ServerKeys(**content)
 
 
-def build_sglang_engine(
-    config: Config, student: ModelFolder, *, dtype: torch.dtype, weights_dtype: torch.dtype, device: torch.device
-) -> SGLangEngine:
-    """The engine with its servers started, healthy and checked; they have no weights yet. For the first process.
+def build_sglang_engine(needs: EngineNeeds) -> SGLangEngine:
+    """Returns the engine with its servers started, healthy and checked; they have no weights yet.
 
-    Args:
-        dtype: of the servers' weights. weights_dtype: of the student's parameters, which travel.
-        device: of the first process; servers of our own are on the same kind.
+    Servers of our own are on the kind of device of the first process.
 
     Raises:
         ServerError, ServerMismatchError: a server does not start, does not answer, or serves another model.
         OutputError: the run's folder cannot be written.
     """
+    config, student, device = needs.config, needs.student, needs.device
     rollout, sglang = config.rollout, config.sglang
     run_id = new_run_id()
-    connect = _connector(config, student)
+    keys = read_keys(sglang.keys_file) if rollout.server_urls else new_keys(sglang.host)
+    connect = _connector(config, student, keys)
+    servers = [PooledServer(connect, url=url) for url in rollout.server_urls]
+    if not servers:
+        own = _own_servers(config, student, needs.dtype, keys, on_gpu=device.type == "cuda")
+        servers = [PooledServer(connect, process=SGLangServer(server)) for server in own]
     pool = ServerPool(
-        _servers(config, student, dtype, connect, on_gpu=device.type == "cuda"),
+        servers,
         PoolSettings(
             concurrency=sglang.concurrency,
             heartbeat=sglang.heartbeat_seconds,
@@ -114,47 +128,20 @@ def build_sglang_engine(
         set_aside_path=config.run.folder / "set_aside.jsonl",
         drop_wrong_version=rollout.on_wrong_version == "drop",
     )
-    return SGLangEngine(pool, _transport(config, student, run_id, weights_dtype, device), settings)
+    return SGLangEngine(pool, _transport(config, student, run_id, needs.weights_dtype, device), settings)
 
 
-@dataclass(frozen=True)
-class _Connector:
-    """Makes clients of the run's servers, all with the same `keys`."""
-
-    vocab_size: int
-    keys: ServerKeys
-    timeouts: Timeouts
-    max_connections: int
-
-    def __call__(self, url: str) -> SGLangClient:
-        return SGLangClient(
-            url,
-            vocab_size=self.vocab_size,
-            keys=self.keys,
-            timeouts=self.timeouts,
-            max_connections=self.max_connections,
-        )
-
-
-def _connector(config: Config, student: ModelFolder) -> _Connector:
-    sglang, given = config.sglang, config.rollout.server_urls
-    num_at_once = sglang.concurrency * (len(given) if sglang.router_url else 1)
-    return _Connector(
+def _connector(config: Config, student: ModelFolder, keys: ServerKeys) -> Callable[[str], SGLangClient]:
+    """Returns what makes clients of the run's servers, all with the same `keys`, from a URL."""
+    sglang = config.sglang
+    num_at_once = sglang.concurrency * (len(config.rollout.server_urls) if sglang.router_url else 1)
+    return partial(
+        SGLangClient,
         vocab_size=student.architecture.vocab_size,
-        keys=read_keys(sglang.keys_file) if given else new_keys(sglang.host),
+        keys=keys,
         timeouts=Timeouts(silence=sglang.silence_seconds, control=config.sync.timeout_seconds),
         max_connections=num_at_once + 16,  # heartbeats and weight calls besides
     )
-
-
-def _servers(
-    config: Config, student: ModelFolder, dtype: torch.dtype, connect: _Connector, *, on_gpu: bool
-) -> list[PooledServer]:
-    """The given servers, or those that are to be started."""
-    if config.rollout.server_urls:
-        return [PooledServer(connect, url=url) for url in config.rollout.server_urls]
-    own = _own_servers(config, student, dtype, connect.keys, on_gpu=on_gpu)
-    return [PooledServer(connect, process=SGLangServer(settings)) for settings in own]
 
 
 def _own_servers(
@@ -165,7 +152,6 @@ def _own_servers(
     description = config.run.folder / "servers" / "model"
     with new_folder(description, overwrite=True) as folder:
         student.write_description(folder, dtype)
-    longest = config.prompts.max_prompt_tokens + rollout.max_response_tokens
     batch = max(rollout.prompts_per_step * rollout.samples_per_prompt, config.heldout.num_prompts)
     name: Literal["float32", "bfloat16"] = "float32" if dtype == torch.float32 else "bfloat16"
     size = sglang.tensor_parallel_size
@@ -180,7 +166,7 @@ def _own_servers(
             threads=sglang.threads,
             gpus=sglang.gpus[index * size : (index + 1) * size],
             max_total_tokens=sglang.max_total_tokens
-            or (0 if on_gpu else min(batch, sglang.concurrency) * longest + 256),
+            or (0 if on_gpu else min(batch, sglang.concurrency) * config.longest_sequence + 256),
             memory_fraction=sglang.memory_fraction or (0.0 if on_gpu else 0.5),
             dummy_weights=True,
             seed=derive_seed(config.run.seed, 3, index) % 2**31,

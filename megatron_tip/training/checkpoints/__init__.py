@@ -1,1 +1,1 @@
-"""What a run continues from: its state on the disk, who writes it, and how a run is set back to it."""
+"""Checkpoints of a run: its state on disk, the writing of it, and the restoring of a run."""

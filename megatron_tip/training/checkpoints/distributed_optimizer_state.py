@@ -1,4 +1,4 @@
-"""The distributed optimizer's state put together over the data-parallel ranks, for its checkpoints."""
+"""The distributed optimizer's state, gathered over the data-parallel ranks for checkpoints."""
 
 from functools import partial
 from typing import Any
@@ -11,21 +11,21 @@ _NAMES = ("param", "exp_avg", "exp_avg_sq")
 
 
 def mend_gathering(optimizer: DistributedOptimizer) -> None:
-    """Has `optimizer` gather its state with `whole_state`, as its "fully_reshardable" checkpoints need it.
+    """Makes `optimizer` gather its state with `whole_state`, as "fully_reshardable" checkpoints need.
 
-    Megatron-Core 0.16's own leaves out the padding between buckets but looks every parameter up where it lies with it,
-    and so saves parts of other parameters under the names of those behind the first bucket. There is more than one
-    bucket as soon as pipeline stages share tied embeddings.
+    Megatron-Core 0.16's own function leaves out the padding between buckets, but looks up every parameter at its place
+    with padding. So it saves parts of other parameters under the names of those after the first bucket. There are
+    several buckets as soon as pipeline stages share tied embeddings.
     """
     replacement: Any = partial(whole_state, optimizer)
     optimizer.get_parameter_state_dp_zero = replacement
 
 
 def whole_state(optimizer: DistributedOptimizer, *, empty_data: bool = False, **_: Any) -> dict[Any, Any]:
-    """By buffer and dtype, `[numel]` float32 on the CPU: main parameters and moments, padding as in the buffer.
+    """Returns main parameters and moments by buffer and dtype, `[numel]` float32 on the CPU, padded as in the buffer.
 
-    Equal on every data-parallel rank. `empty_data`: zeros of these shapes, without a collective. Otherwise 3
-    all-gathers a bucket over the data-parallel group.
+    The same on every data-parallel rank. `empty_data`: zeros of these shapes, without a collective. Otherwise 3
+    all-gathers per bucket over the data-parallel group.
     """
     state: dict[Any, Any] = {}
     for index, ranges_by_dtype in enumerate(optimizer.gbuf_ranges):
@@ -45,7 +45,7 @@ def whole_state(optimizer: DistributedOptimizer, *, empty_data: bool = False, **
 def _gathered(
     optimizer: DistributedOptimizer, name: str, grad_data: torch.Tensor, ranges: dict[torch.nn.Parameter, Any]
 ) -> torch.Tensor:
-    """One bucket's state `name`, whole, on the device of its gradients."""
+    """Returns one bucket's complete state `name`, on the device of its gradients."""
     group = optimizer.data_parallel_group
     shard = torch.zeros(grad_data.numel() // group.size(), device=grad_data.device)
     for parameter, by_space in ranges.items():

@@ -1,10 +1,10 @@
-"""A run's checkpoints on disk: written beside and renamed, whole or not there, with a checksum of every file.
+"""A run's checkpoints on disk: written atomically, with a checksum of every file.
 
     checkpoints/step_000020/manifest.json   format, versions, every file's size and SHA-256; written last
                             state.json      step, totals, what was measured before the first step
                             shards/         megatron.core.dist_checkpointing: weights, optimizer, random states
 
-A folder that a crash leaves has another name (`.step_000020.partial`) and is removed by the next run. Free of torch.
+A folder left by a crash has another name (`.step_000020.partial`) and is removed by the next run. Free of torch.
 """
 
 import hashlib
@@ -27,17 +27,17 @@ STATE_NAME = "state.json"
 SHARDS_NAME = "shards"
 
 Checksums = Mapping[str, tuple[int, str]]
-"""By path within the checkpoint: size in bytes, SHA-256."""
+"""Size in bytes and SHA-256 by path within the checkpoint."""
 
 
 @dataclass(frozen=True)
 class CheckpointFiles:
-    """The `checkpoints/` folder of a run. Rank 0 alone makes, renames and removes; every rank reads."""
+    """The `checkpoints/` folder of a run. Only rank 0 creates, renames and removes; every rank reads."""
 
     folder: Path
 
     def steps(self) -> list[int]:
-        """The steps of which there is a checkpoint, in order; damage shows only in `problem_with`."""
+        """Returns the steps that have a checkpoint, in order; only `problem_with` finds damage."""
         names = [path.name for path in self.folder.glob("step_*")] if self.folder.is_dir() else []
         return sorted(int(found[1]) for name in names if (found := re.fullmatch(r"step_(\d+)", name)))
 
@@ -45,7 +45,7 @@ class CheckpointFiles:
         return self.folder / f"step_{step:06d}"
 
     def begin(self, step: int) -> Path:
-        """An empty folder to write the checkpoint of `step` into; what a crash left of others is removed."""
+        """Creates an empty folder to write the checkpoint of `step` into; removes what a crash left of others."""
         partial = self.folder / f".step_{step:06d}.partial"
         with output_errors(partial):
             self.remove_partial()
@@ -60,7 +60,7 @@ class CheckpointFiles:
         """Makes `partial` the checkpoint of `step`: manifest, sync, rename, sync.
 
         Raises:
-            OutputError: it cannot be written; there is no checkpoint of `step` then.
+            OutputError: it cannot be written; `step` then has no checkpoint.
         """
         manifest = {
             "format": FORMAT,
@@ -74,29 +74,29 @@ class CheckpointFiles:
             _sync_folder(partial / SHARDS_NAME)
             _sync_folder(partial)
             replaced = target.with_name(f".{target.name}.replaced.partial")
-            if target.exists():  # out of the way whole: removing it takes time, in which there would be neither
+            if target.exists():  # renamed, not removed: removal takes time, during which neither would exist
                 target.rename(replaced)
             partial.rename(target)
             _sync_folder(self.folder)
             shutil.rmtree(replaced, ignore_errors=True)
 
     def prune(self, *, keep_last: int, keep_every_steps: int) -> None:
-        """Removes all but the last ones and those of every so many steps (0: none)."""
+        """Removes all but the last `keep_last` and those at multiples of `keep_every_steps` (0: none)."""
         for step in self.steps()[:-keep_last]:
             if not keep_every_steps or step % keep_every_steps:
                 doomed = self.folder / f".step_{step:06d}.partial"
-                self.step_folder(step).rename(doomed)  # at once no longer a checkpoint
+                self.step_folder(step).rename(doomed)  # from now on it is not a checkpoint
                 shutil.rmtree(doomed)
 
     def set_aside(self, step: int) -> Path:
-        """Renames a damaged checkpoint, so that it is no longer one but can be looked into; returns where it is."""
+        """Renames a damaged checkpoint, so that it no longer counts but can be inspected; returns its new path."""
         target = self.folder / f"damaged_step_{step:06d}"
         if target.exists():
             shutil.rmtree(target)
         return self.step_folder(step).rename(target)
 
     def problem_with(self, step: int, *, part: int = 0, num_parts: int = 1) -> str | None:
-        """What is wrong with the checkpoint of `step`, or None. Reads every `num_parts`-th file, from `part` on."""
+        """Returns what is wrong with a step's checkpoint, or None. Reads every `num_parts`-th file from `part` on."""
         folder = self.step_folder(step)
         try:
             manifest = json.loads((folder / MANIFEST_NAME).read_bytes())
@@ -113,7 +113,7 @@ class CheckpointFiles:
             if got_size != size:
                 return f"{name}: expected {size} bytes, got {got_size}"
             if got_digest != digest:
-                return f"{name}: its checksum is another one than when it was written"
+                return f"{name}: its checksum differs from the one when it was written"
         return None
 
     def read_state(self, step: int) -> dict[str, Any]:
@@ -125,19 +125,19 @@ class CheckpointFiles:
 
 
 def write_state(partial: Path, state: Mapping[str, Any]) -> None:
-    """Writes a checkpoint's state.json. NaN stays NaN: a measurement that was not made."""
+    """Writes a checkpoint's state.json. NaN, a missing measurement, stays NaN."""
     path = partial / STATE_NAME
     with output_errors(path):
         _write_synced(path, json.dumps(state).encode())
 
 
 def synced_checksums(folder: Path, paths: Iterable[Path]) -> dict[str, tuple[int, str]]:
-    """The checksums of `paths`, named from `folder` on; the files are on the disk then."""
+    """Syncs `paths` to disk; returns their checksums by path relative to `folder`."""
     return {str(path.relative_to(folder)): checksum(path, sync=True) for path in paths}
 
 
 def checksum(path: Path, *, sync: bool = False) -> tuple[int, str]:
-    """Size in bytes and SHA-256 of a file."""
+    """Returns the size in bytes and SHA-256 of a file."""
     with path.open("rb") as file:
         if sync:
             os.fsync(file.fileno())

@@ -1,6 +1,4 @@
-"""From which checkpoint a run goes on, and how it is set back to it."""
-
-from __future__ import annotations
+"""Resuming a run: the choice of its checkpoint, and restoring it."""
 
 import logging
 from typing import Any
@@ -22,23 +20,23 @@ logger = logging.getLogger(__name__)
 
 
 def identity_of(run: TrainingRun) -> dict[str, Any]:
-    """What a checkpoint says about the run that wrote it; the prompts' digest is the first process's."""
+    """Returns a checkpoint's description of the run that wrote it; the prompts' digest is the first process's."""
     grid = run.student.groups.grid
     return {
         "settings": defining_settings(run.config),
         "layout": {"tp": grid.tp_size, "pp": grid.pp_size, "dp": grid.dp_size},
         "workers": f"{grid.world_size} {run.device.type}",
-        "prompts": run.prompts.digest if run.prompts else "",
+        "prompts": run.source.prompts.digest if run.source else "",
     }
 
 
 def newest_whole(files: CheckpointFiles, device: torch.device) -> int | None:
-    """The step of the newest checkpoint whose files are all as they were written; None if there never was one.
+    """Returns the step of the newest intact checkpoint; None if there never was one.
 
-    Damaged ones are named in the log and set aside. Every rank reads a part of the files. Collective over the world.
+    Damaged ones are logged and set aside. Every rank checks a part of the files. Collective over the world.
 
     Raises:
-        CheckpointError: there are checkpoints and none is whole; on every rank.
+        CheckpointError: on every rank; checkpoints exist, but none is intact.
     """
     rank, size = dist.get_rank(), dist.get_world_size()
     steps: list[int] = broadcast_json(files.steps(), source=0, device=device)
@@ -53,24 +51,24 @@ def newest_whole(files: CheckpointFiles, device: torch.device) -> int | None:
         dist.barrier()
     if steps:
         raise CheckpointError(
-            f"{files.folder}: none of the checkpoints of steps {steps} is whole; start anew with --fresh, which "
+            f"{files.folder}: none of the checkpoints of steps {steps} is intact; start over with --fresh, which "
             "removes what is there"
         )
     return None
 
 
 def restore(run: TrainingRun, files: CheckpointFiles, step: int) -> tuple[RunProgress, RecorderState]:
-    """Sets `run` back to the checkpoint of `step` and returns where it stood. Collective over the world.
+    """Restores `run` from the checkpoint of `step`; returns its progress. Collective over the world.
 
     Raises:
-        CheckpointError: the checkpoint does not fit, or the prompts are others than those of the run; on every rank.
+        CheckpointError: on every rank; the checkpoint does not fit, or the prompts are not those of the run.
     """
     state = files.read_state(step)
     own = broadcast_json(identity_of(run), source=0, device=run.device)
     if state["prompts"] != own["prompts"]:
         raise CheckpointError(
             f"prompts: expected those that the run in {files.folder.parent} began with, got others under the same "
-            "settings; bring back the file as it was, or start anew with --fresh"
+            "settings; restore the original file, or start over with --fresh"
         )
     shards = files.step_folder(step) / SHARDS_NAME
     load_state(run.student, shards, with_random_states=state["workers"] == own["workers"])

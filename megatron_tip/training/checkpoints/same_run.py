@@ -1,4 +1,4 @@
-"""Whether a configuration still describes the run that its folder holds. Free of torch."""
+"""A check that a configuration still describes the run in its folder. Free of torch."""
 
 from typing import Any
 
@@ -22,17 +22,17 @@ _DEFINING_KEYS: dict[str, tuple[str, ...]] = {
     "optimizer": (),
     "training": ("steps",),
 }
-"""Keys that make another run of it when they change; none named: all of the section.
+"""Keys whose change makes it a different run; none named: all keys of the section.
 
-Layouts, what costs memory or time, outputs and reports may change from one start to the next.
+Layouts, outputs, reports, and settings that affect only memory or time may change from one start to the next.
 """
 
 
 def defining_settings(config: Config) -> dict[str, Any]:
-    """The keys and values that a run cannot change on its way, as JSON has them."""
+    """Returns the keys and values that cannot change during a run, as JSON values."""
     values = config.model_dump(mode="json")
     keys_of = dict(_DEFINING_KEYS)
-    if config.selection.scope == "micro_batch":  # what shares a micro-batch shares a budget
+    if config.selection.scope == "micro_batch":  # rows that share a micro-batch share a budget
         keys_of["training"] += ("max_tokens_per_micro_batch",)
     return {
         f"{section}.{key}": values[section][key] for section, keys in keys_of.items() for key in keys or values[section]
@@ -40,10 +40,10 @@ def defining_settings(config: Config) -> dict[str, Any]:
 
 
 def check_same_run(config: Config) -> None:
-    """Refuses to continue a run under settings that make another one of it. Reads one small file.
+    """Refuses to continue a run with settings that make it a different run. Reads one small file.
 
     Raises:
-        ConfigError: naming the keys; with the checkpoint's values.
+        ConfigError: names the keys, with the checkpoint's values.
     """
     folder = RunFolder(config.run.folder)
     files = CheckpointFiles(folder.checkpoints)
@@ -51,7 +51,7 @@ def check_same_run(config: Config) -> None:
         try:
             saved = files.read_state(step)["settings"]
         except (CheckpointError, KeyError):
-            continue  # damaged; `resume.newest_whole` will say so
+            continue  # damaged; `resume.newest_whole` will report it
         wanted = defining_settings(config)
         changed = [
             f"{key}: {saved[key]!r}, now {value!r}"
@@ -61,6 +61,6 @@ def check_same_run(config: Config) -> None:
         if changed:
             raise ConfigError(
                 f"run.folder: {folder.path} holds an unfinished run with other settings; set them back, give "
-                "another run.folder, or start anew with --fresh, which removes it\n  " + "\n  ".join(changed)
+                "another run.folder, or start over with --fresh, which removes it\n  " + "\n  ".join(changed)
             )
         return

@@ -1,6 +1,4 @@
-"""All that a student's next step depends on, as Megatron's sharded state: readable under any layout."""
-
-from __future__ import annotations
+"""The complete state of a student as Megatron's sharded state, readable in any layout."""
 
 import json
 import random
@@ -20,14 +18,14 @@ from megatron_tip.models.student import Student
 from megatron_tip.training.checkpoints.distributed_optimizer_state import mend_gathering
 
 _HOST_RANDOM_BYTES = 16384
-"""Python's and numpy's generators in decimal take at most 14,000."""
+"""Bytes for Python's and numpy's generators, which take at most 14,000 in decimal."""
 
 
 def sharded_state(student: Student, *, is_loading: bool = False) -> dict[str, Any]:
-    """Weights, optimizer, schedule and this rank's random states, for `dist_checkpointing`. Collective over the world.
+    """Returns weights, optimizer, schedule and this rank's random states for `dist_checkpointing`. Collective.
 
-    The distributed optimizer's shards are put together over the data-parallel ranks ("fully_reshardable"), which takes
-    the optimizer's whole float32 state of this rank's model part in host memory.
+    The distributed optimizer's shards are gathered over the data-parallel ranks ("fully_reshardable"). This takes host
+    memory for the optimizer's complete float32 state of this rank's model part. Collective over the world.
     """
     metadata = {
         "dp_cp_group": student.groups.collection.dp_cp,
@@ -40,7 +38,7 @@ def sharded_state(student: Student, *, is_loading: bool = False) -> dict[str, An
             mend_gathering(part)
     model: Any = student.model.sharded_state_dict(metadata=metadata)
     optimizer = student.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
-    if is_loading:  # objects, which Transformer Engine adds for fp8, are never read: they are pickles
+    if is_loading:  # objects, which Transformer Engine adds for fp8, are pickles and never read
         model = {key: value for key, value in model.items() if not isinstance(value, ShardedObject)}
         return {"model": model, "optimizer": optimizer}
     scheduler = student.scheduler.state_dict()
@@ -48,13 +46,13 @@ def sharded_state(student: Student, *, is_loading: bool = False) -> dict[str, An
 
 
 def load_state(student: Student, shards: Path, *, with_random_states: bool) -> None:
-    """Sets the student back to what `sharded_state` was saved to `shards`. Collective over the world.
+    """Restores the student from a `sharded_state` saved to `shards`. Collective over the world.
 
     Args:
-        with_random_states: also this rank's; the world must be as large as the one that saved.
+        with_random_states: also restore this rank's; the world must have the size of the one that saved.
 
     Raises:
-        CheckpointError: something is missing or of another shape; on every rank.
+        CheckpointError: on every rank; something is missing or has another shape.
     """
     state = sharded_state(student, is_loading=True)
     if with_random_states:
@@ -65,8 +63,8 @@ def load_state(student: Student, shards: Path, *, with_random_states: bool) -> N
         raise CheckpointError(str(error)) from error
     missing, unexpected = student.model.load_state_dict(loaded["model"], strict=False)
     missing = [key for key in missing if not key.endswith("_extra_state")]
-    assert not missing, f"parameters that Megatron does not shard: {missing}"
-    assert not unexpected, f"shards that are no parameters: {unexpected}"
+    assert not missing, f"parameters missing from Megatron's shards: {missing}"
+    assert not unexpected, f"shards that are not parameters: {unexpected}"
     _load_optimizer(student, loaded["optimizer"])
     complete_optimizer_state(student)
     student.scheduler.load_state_dict(loaded["scheduler"])
@@ -75,7 +73,7 @@ def load_state(student: Student, shards: Path, *, with_random_states: bool) -> N
 
 
 def _load_optimizer(student: Student, loaded: dict[str, Any]) -> None:
-    """Megatron's own loading, around two places where it does not know torch's AdamW, which counts by parameter."""
+    """Loads the optimizer through Megatron, around two places that mishandle the step counts of torch's AdamW."""
     (part,) = student.optimizer.chained_optimizers
     inner: Any = part.optimizer
     if not isinstance(inner, torch.optim.Adam):
@@ -95,14 +93,14 @@ def _load_optimizer(student: Student, loaded: dict[str, Any]) -> None:
 
 
 def complete_optimizer_state(student: Student) -> None:
-    """Gives every parameter the state that torch's AdamW would make at its first step, and a step count of its own.
+    """Gives every parameter the state that torch's AdamW would create at its first step, and its own step count.
 
-    Before the first step there is none, and Megatron makes it without the count; after a load of the distributed
-    optimizer all parameters share one count, which each step would then raise once for every parameter.
+    Before the first step there is no state, and Megatron creates it without the count. After loading a distributed
+    optimizer, all parameters share one count, which each step would raise once per parameter.
     """
     for part in student.optimizer.chained_optimizers:
         inner: Any = part.optimizer
-        if not isinstance(inner, torch.optim.Adam):  # AdamW is one; fused ones count by parameter group
+        if not isinstance(inner, torch.optim.Adam):  # AdamW is one; fused ones count per parameter group
             part.init_state_fn(inner, part.config)
             continue
         for group in inner.param_groups:
@@ -123,9 +121,9 @@ def _sharded_random_states() -> dict[str, ShardedTensor]:
 
 
 def _random_states() -> dict[str, Tensor]:
-    """This process's generators, uint8. Nothing in this package draws from them; an engine or a rule of a user may."""
+    """Returns this process's generator states, uint8. Not this package, but a user's engine or rule may use them."""
     host = json.dumps([random.getstate(), _listed(np.random.get_state())], separators=(",", ":")).encode()
-    assert len(host) <= _HOST_RANDOM_BYTES, "a generator with a larger state"
+    assert len(host) <= _HOST_RANDOM_BYTES, "expected generator states that fit"
     states = {
         "host": torch.frombuffer(bytearray(host.ljust(_HOST_RANDOM_BYTES)), dtype=torch.uint8),
         "torch": torch.get_rng_state(),

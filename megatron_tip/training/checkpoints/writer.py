@@ -1,6 +1,4 @@
-"""Saves a run between two steps, while it goes on."""
-
-from __future__ import annotations
+"""Saving of a run between two steps, while it continues."""
 
 import logging
 import threading
@@ -8,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
@@ -19,8 +17,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_tip.conversion.background_save import InProcessSave
 from megatron_tip.conversion.tensor_load import reason_of
 from megatron_tip.errors import OutputError
-from megatron_tip.parallel.collectives import agree_on_maxima, broadcast_json, gather_json
+from megatron_tip.parallel.collectives import agree_on_maxima, gather_json
 from megatron_tip.parallel.stop import StopRequested, StopSignals
+from megatron_tip.parallel.together import run_on
 from megatron_tip.training.checkpoints.files import (
     SHARDS_NAME,
     STATE_NAME,
@@ -36,11 +35,14 @@ from megatron_tip.training.run import TrainingRun
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 
 @dataclass
 class _Pending:
-    """A save whose shards a thread writes. `checksums`: of this rank's files, when `thread` has ended; `failure`: why
-    there are none.
+    """A save whose shards a thread is writing.
+
+    `checksums`: of this rank's files, once `thread` has ended. `failure`: why there are none.
     """
 
     step: int
@@ -59,14 +61,14 @@ class _Pending:
         own = (self.partial / SHARDS_NAME).glob(f"__{dist.get_rank()}_*")
         try:
             self.checksums = synced_checksums(self.partial, own)
-        except OSError as error:  # raised by `finish`, on all ranks: a manifest without these files looks complete
+        except OSError as error:  # raised by `finish` on all ranks: a manifest without these files would look complete
             self.failure = f"{type(error).__name__}: {error}"
 
 
 class Checkpointer:
-    """Decides between steps whether to save or to stop. Every rank has one; every method is collective over the world.
+    """A checkpointer: decides between steps whether to save or stop. Every rank has one; all methods are collective.
 
-    At most one save is under way. It counts from the rename in `finish` on; until then the one before is the newest.
+    At most one save is in progress. It counts from the rename in `finish`; until then the previous one is the newest.
     """
 
     def __init__(
@@ -78,7 +80,7 @@ class Checkpointer:
         *,
         resumed_step: int = 0,
     ) -> None:
-        """`resumed_step`: of the checkpoint that the run goes on from, which is not written again."""
+        """Takes the step of the checkpoint that the run resumes from, which is not written again."""
         self._run = run
         self._recorder = recorder
         self._files = files
@@ -90,17 +92,17 @@ class Checkpointer:
         self._saved_at = time.monotonic()
 
     def heed_stop(self) -> None:
-        """Raises StopRequested on all ranks, when any of them was told to stop. 1 small all-reduce."""
+        """Raises StopRequested on all ranks if any of them was told to stop. 1 small all-reduce."""
         (stop,) = agree_on_maxima([self._stop.received])
         if stop:
             raise StopRequested(stop)
 
     def between_steps(self, progress: RunProgress) -> None:
-        """Ends a save that has been written, and begins one if it is due. 1 small all-reduce.
+        """Finishes a save that has been written, and begins one if it is due. 1 small all-reduce.
 
         Raises:
-            StopRequested: on all ranks, when any of them was told to stop.
-            OutputError: a save failed; on all ranks.
+            StopRequested: on all ranks, if any of them was told to stop.
+            OutputError: on all ranks; a save failed.
         """
         minutes = (time.monotonic() - self._saved_at) / 60
         is_late = self._writes and 0 < self._settings.every_minutes <= minutes
@@ -117,22 +119,22 @@ class Checkpointer:
                 self.finish()
 
     def save(self, progress: RunProgress) -> None:
-        """Begins to save `progress` unless its step is saved or there is nothing yet; `finish` ends it.
+        """Begins to save `progress`, unless its step is saved or no step is done yet; `finish` completes it.
 
-        A checkpoint of one step is as good as another, with or without the step's metrics on record.
+        One checkpoint per step suffices, whether or not the step's metrics are recorded.
         """
         if progress.step == self._saved_step:
             return
         self.finish()
         with self._run.timer.phase("save"):
-            partial = Path(self._agreed(lambda: str(self._files.begin(progress.step))))
+            partial = Path(self._on_writer(lambda: str(self._files.begin(progress.step))))
             request = dist_checkpointing.save(
                 sharded_state(self._run.student),
                 str(partial / SHARDS_NAME),
                 sharded_strategy=self._strategy(),
                 async_sharded_save=True,
             )
-            assert request is not None, "what an asynchronous save returns"
+            assert request is not None, "an asynchronous save returns a request"
             values = {
                 "progress": progress.as_json(),
                 "calibration": (last := self._run.last_step.calibration) and asdict(last),
@@ -140,17 +142,17 @@ class Checkpointer:
                 "seconds": self._run.timer.total_seconds(),
                 **identity_of(self._run),
             }
-            self._agreed(lambda: write_state(partial, values))
+            self._on_writer(lambda: write_state(partial, values))
             self._pending = _Pending(progress.step, partial, request)
             self._pending.start()
         self._saved_step = progress.step
         self._saved_at = time.monotonic()
 
     def finish(self) -> None:
-        """Waits for the save under way, if there is one, and makes it the newest checkpoint.
+        """Waits for the save in progress, if any, and makes it the newest checkpoint.
 
         Raises:
-            OutputError: it could not be written; on all ranks.
+            OutputError: on all ranks; it could not be written.
         """
         pending, self._pending = self._pending, None
         if pending is None:
@@ -167,7 +169,7 @@ class Checkpointer:
                 if failure:
                     raise _not_written(pending, failure)
                 checksums |= part
-            self._agreed(lambda: self._commit(pending, checksums))
+            self._on_writer(lambda: self._commit(pending, checksums))
 
     def _commit(self, pending: _Pending, checksums: dict[str, Any]) -> None:
         shards = pending.partial / SHARDS_NAME
@@ -176,27 +178,25 @@ class Checkpointer:
         self._files.commit(pending.step, pending.partial, checksums)
         try:
             self._files.prune(keep_last=self._settings.keep_last, keep_every_steps=self._settings.keep_every_steps)
-        except OSError as error:  # one checkpoint more than asked for is no reason to end a run
+        except OSError as error:  # one checkpoint too many is no reason to end a run
             logger.warning("an old checkpoint could not be removed: %s", error)
 
     def _strategy(self) -> Any:
-        """Replicas share the writing of what they all hold."""
+        """Returns the strategy by which replicas share the writing of what they all hold."""
         groups = self._run.student.groups
         strategy = InProcessSave(copies=self._settings.in_background)
         return FullyParallelSaveStrategyWrapper(strategy, groups.dp_group) if groups.grid.dp_size > 1 else strategy
 
-    def _agreed(self, write: Callable[[], Any]) -> Any:
-        """What `write` returns on rank 0, on every rank; its failure to write raised on every rank."""
-        value = failure = None
-        if self._writes:
+    def _on_writer(self, write: Callable[[], T]) -> T:
+        """Returns, on every rank, what `write` does on rank 0; raises its OSError as OutputError, on every rank."""
+
+        def act() -> T:
             try:
-                value = write()
+                return write()
             except OSError as error:
-                failure = str(error)
-        value, failure = broadcast_json([value, failure], source=0, device=self._run.device)
-        if failure is not None:
-            raise OutputError(failure)
-        return value
+                raise OutputError(str(error)) from error
+
+        return run_on(0, act, device=self._run.device)
 
 
 def _not_written(pending: _Pending, reason: str) -> OutputError:

@@ -72,7 +72,7 @@ def test_an_index_that_calls_anything_else_is_refused(
     if function is getattr:
         arguments = (Attack(__import__, "os"), "mkdir")
     write_index(folder, Metadata({"a": Attack(function, *arguments)}))  # pyright: ignore[reportArgumentType]
-    with pytest.raises(WeightsError, match="has no place in it; do not load checkpoints you do not trust"):
+    with pytest.raises(WeightsError, match="does not belong in it; do not load checkpoints you do not trust"):
         MegatronCheckpoint(folder)
     assert not (folder / "made").exists()
 
@@ -81,7 +81,7 @@ def test_an_index_that_reaches_through_a_permitted_module_is_refused(folder: Pat
     """Protocol 4 resolves dotted names: torch's own module imports os."""
     payload = b"\x80\x04\x8c\x27torch.distributed.checkpoint.filesystem\x8c\x09os.system\x93\x8c\x0amkdir made\x85R."
     (folder / "weights" / ".metadata").write_bytes(payload)
-    with pytest.raises(WeightsError, match=r"os\.system has no place in it"):
+    with pytest.raises(WeightsError, match=r"os\.system does not belong in it"):
         MegatronCheckpoint(folder)
 
 

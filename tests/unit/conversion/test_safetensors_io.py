@@ -127,7 +127,7 @@ def _add(tensors: dict[str, torch.Tensor]) -> None:
         (_drop, f"expected a tensor {GATE}, found none"),
         (_transpose, rf"expected {GATE} of shape \(48, 32\).*got \(32, 48\)"),
         (_quantise, f"expected {GATE} .* in F32 or BF16 or F16, got .* I8"),
-        (_add, r"found model\.layers\.0\.self_attn\.o_proj\.bias too"),
+        (_add, r"also found model\.layers\.0\.self_attn\.o_proj\.bias"),
     ],
 )
 def test_other_tensors_than_the_model_has(single: Path, change: Callable, message: str) -> None:

@@ -5,7 +5,7 @@ import pytest
 
 from megatron_tip.diagnostics.statistics.bootstrap import PromptResamples
 from megatron_tip.diagnostics.statistics.comparisons import bucket_curve, split_high, support_gap
-from megatron_tip.diagnostics.statistics.tokens import PROXIES, TokenTable, token_table
+from megatron_tip.diagnostics.statistics.tokens import PROXIES, BankTokens, bank_tokens
 from tests.helpers.diagnostics import make_bank, make_scores
 
 
@@ -14,8 +14,8 @@ def scores(tmp_path):
     return make_scores(make_bank(tmp_path / "bank", num_contexts=150))
 
 
-def table_with(scores, gain) -> tuple[TokenTable, PromptResamples]:
-    return token_table(scores, gain, 16), PromptResamples.draw(scores.prompt, resamples=300, seed=1)
+def table_with(scores, gain) -> tuple[BankTokens, PromptResamples]:
+    return bank_tokens(scores, gain, 16), PromptResamples.draw(scores.prompt, resamples=300, seed=1)
 
 
 def noise(scores, seed: int = 1) -> np.ndarray:

@@ -17,7 +17,7 @@ from megatron_tip.diagnostics.papers.evidence import Evidence
 from megatron_tip.diagnostics.papers.write import facts, fill_page, markdown, page_blocks, write_all
 from megatron_tip.diagnostics.scores import Scores, write_scores
 from megatron_tip.diagnostics.statistics.bootstrap import Interval
-from megatron_tip.diagnostics.statistics.tokens import token_table
+from megatron_tip.diagnostics.statistics.tokens import bank_tokens
 from megatron_tip.errors import InputError
 from tests.helpers.diagnostics import MANIFEST, make_bank, make_contexts, make_scores, with_gain
 
@@ -51,7 +51,7 @@ def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
     bank = make_bank(folder / "bank", num_contexts=80)
     start = make_scores(bank)
-    table = token_table(start, np.zeros(len(start)), 16)
+    table = bank_tokens(start, np.zeros(len(start)), 16)
     noise = 0.02 * np.random.default_rng(1).normal(size=len(start))
     after = with_gain(start, 0.4 * table.column("d_l") + noise, trained_contexts=[0, 1])
     write_scores(bank.scores_path("start"), start)
@@ -168,9 +168,9 @@ def test_tables_and_claims_are_at_the_studys_own_budget_and_k(written, tmp_path)
     assert "| rule | K = 8 | K = 32 |" in blocks["support_sizes"]
     assert blocks["selectors"].count("| ta_opd_teachability | 0.100 |") == 1
     assert set(pd.read_csv(tmp_path / "out" / "support_sizes.csv")["k"]) == {8, 32}
-    assert "Mind: no arm was tried at K = 16." in facts(found)
-    assert "Mind: not every arm recorded selection/kept_student_entropy_mean, selection" in facts(found)
-    assert "Mind: no arm was tried at 3 %, 5 %: the papers' claims" in facts(found)
+    assert "Note: no arm was tried at K = 16." in facts(found)
+    assert "Note: not every arm recorded selection/kept_student_entropy_mean, selection" in facts(found)
+    assert "Note: no arm was tried at 3 %, 5 %: the papers' claims" in facts(found)
 
 
 def test_a_start_that_did_not_write_the_contexts_is_told_in_the_facts(written):
@@ -180,8 +180,8 @@ def test_a_start_that_did_not_write_the_contexts_is_told_in_the_facts(written):
         {**first.start.about, "student": "another"},
     )
     stranger = Evidence(first.bank, start, first.gains, [])
-    assert "Mind: the start (fingerprint another) is not known as the student" in facts(stranger)
-    assert "Mind: the start" not in facts(first)
+    assert "Note: the start (fingerprint another) is not known as the student" in facts(stranger)
+    assert "Note: the start" not in facts(first)
 
 
 def test_the_data_of_both_panels_lie_beside_the_picture(written):

@@ -35,7 +35,7 @@ def test_finished_run_is_not_written_over(tmp_path):
 def test_place_that_is_no_directory_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(ConfigError, match=r"run\.folder: .*can be written to"):
+        with pytest.raises(ConfigError, match=r"run\.folder: .*a writable folder"):
             RunFolder.create(path)
 
 

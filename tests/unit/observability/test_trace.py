@@ -1,4 +1,4 @@
-"""The time line that Perfetto reads."""
+"""The timeline that Perfetto reads."""
 
 import json
 from pathlib import Path
@@ -56,4 +56,4 @@ def test_a_full_disk_ends_the_time_line_and_nothing_else(tmp_path: Path, caplog:
     trace.phase("train", 1.0, 0.25)
     trace.step(1)
     trace.close()
-    assert caplog.text.count("trace: the time line ends here") == 1
+    assert caplog.text.count("trace: the timeline ends here") == 1

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,17 +15,32 @@ from megatron_tip.config import Config
 from megatron_tip.errors import OptionalDependencyError
 from megatron_tip.observability import trackers as module
 from megatron_tip.observability.run_folder import RunFolder
-from megatron_tip.observability.token_view import TokenView, ViewedResponse
+from megatron_tip.observability.token_table import TokenTable, TokenTableFacts, ViewedRollout, read_token_table
 from megatron_tip.observability.trackers import MAX_FAILURES, Trackers, check_trackers, make_trackers
 from megatron_tip.observability.wandb_tracker import wandb  # first: it sets wandb's environment
 from tests.helpers.training import Layout, make_config
 from tests.helpers.wandb_files import finished_records_of, history_of
 
-VIEW = TokenView(
-    responses=(ViewedResponse("1 + 1 =", ("4", " <b>"), (True, False), (2.5, 0.125)),),
-    points=((0.5, 1.5, True), (0.25, 0.125, False)),
-    divergence="reverse_kl",
-    medians=(0.3, 1.0),
+VIEW = TokenTable.of_columns(
+    TokenTableFacts(
+        step=4,
+        rule="tip_divergence",
+        retention_ratio=0.5,
+        temperature=1.0,
+        divergence="reverse_kl",
+        medians=(0.3, 1.0),
+        rollouts=(ViewedRollout(7, 0, 0, "stop", "1 + 1 ="),),
+        points=((0.5, 1.5, True), (0.25, 0.125, False)),
+    ),
+    {
+        "rollout": [7, 7],
+        "position": [0, 1],
+        "token_id": [20, 21],
+        "text": ["4", " <b>"],
+        "valid": [True, True],
+        "selected": [True, False],
+        "reverse_kl": [2.5, 0.125],
+    },
 )
 
 
@@ -75,7 +91,8 @@ def test_offline_run_holds_config_metrics_and_views_and_goes_on_under_its_id(
     assert history[1]["view/responses._type"] == "table-file"
     assert history[1]["view/quadrants._type"] == "image-file"
     table = next(config.run.folder.glob("wandb/*/files/media/table/view/*.json"))
-    assert json.loads(table.read_text())["data"][0][0] == "1 + 1 ="
+    ((prompt, _, *counts),) = json.loads(table.read_text())["data"]
+    assert (prompt, counts) == ("1 + 1 =", [1, 2])
 
 
 def test_online_without_a_way_out_is_kept_offline(
@@ -155,7 +172,7 @@ def test_tensorboard_gets_scalars_text_and_picture(tmp_path: Path):
     assert values["view/quadrants"][1].image.width > 500
 
 
-def test_views_are_pages_and_pictures_in_the_folder(tmp_path: Path):
+def test_views_are_pages_pictures_and_tables_in_the_folder(tmp_path: Path):
     config = config_of(tmp_path, view_every_steps=2)
     trackers = started(config, {})
     trackers.log_view(4, VIEW)
@@ -163,7 +180,11 @@ def test_views_are_pages_and_pictures_in_the_folder(tmp_path: Path):
     page = (views / "step_000004.html").read_text()
     assert "1 of 2 tokens selected (50%)" in page
     assert " &lt;b&gt;" in page  # a response is text, never markup
+    assert re.search(r'background[^>]*title="2.500 nats">4</span>', page)
+    assert 'style="" title="0.125 nats"' in page
     assert (views / "step_000004.png").read_bytes().startswith(b"\x89PNG")
+    table = read_token_table(views / "step_000004.parquet")
+    assert (table.facts, table.tokens) == (VIEW.facts, VIEW.tokens)
 
 
 class Broken:
@@ -180,7 +201,7 @@ class Broken:
         if step != 2:
             raise ConnectionError("no route to host")
 
-    def log_view(self, step: int, view: TokenView) -> None: ...
+    def log_view(self, step: int, view: TokenTable) -> None: ...
 
     def log_student(self, path: Path) -> None: ...
 

@@ -31,7 +31,7 @@ def test_more_workers_than_gpus_are_refused(place, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "2")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(ConfigError, match="one worker a GPU, 2 on this machine, got local rank 2"):
+    with pytest.raises(ConfigError, match="one worker per GPU, 2 on this machine, got local rank 2"):
         init_distributed()
 
 

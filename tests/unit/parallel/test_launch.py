@@ -199,7 +199,10 @@ def test_workers_that_were_told_to_stop_give_their_exit_code(start):
 def test_workers_that_stopped_before_anything_was_saved_promise_no_more(start):
     body = "from megatron_tip.parallel.stop import StopRequested\nraise StopRequested(signal.SIGUSR1)"
     outcome = start(body, num_workers=1, is_saved=lambda: False)
-    assert outcome.message == "the workers were told to stop; no step is done yet, the same command begins it anew"
+    assert (
+        outcome.message
+        == "the workers were told to stop; no step is done yet, the same command starts it from the beginning"
+    )
 
 
 def test_an_error_from_another_thread_ends_the_worker_and_is_told(start):
@@ -233,7 +236,7 @@ def test_workers_end_when_the_launcher_is_killed(tmp_path):
 def test_a_failure_is_told_although_its_worker_is_ended_over_its_clean_up(start):
     outcome = start(
         """
-from megatron_tip.errors import EngineError, PeerError
+from megatron_tip.errors import EngineError
 from megatron_tip.parallel.launch import failures_on_record
 try:
     with failures_on_record():
@@ -241,7 +244,9 @@ try:
             raise EngineError("all servers are gone")
         while not (folder / "told").exists():
             time.sleep(0.01)
-        raise PeerError("rollouts: the first process failed", cause="EngineError")
+        failure = EngineError("all servers are gone")
+        failure.met_on_rank = 0
+        raise failure
 finally:
     if rank == 0:
         (folder / "told").touch()

@@ -9,6 +9,7 @@ from megatron_tip.config import Config
 from megatron_tip.config.io import load_config
 from megatron_tip.errors import ConfigError
 from megatron_tip.planning.dry_run import DryRun, dry_run
+from megatron_tip.rollout.sglang import setup as sglang_setup
 from tests.helpers.training import Layout, make_config, make_models
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
@@ -34,13 +35,13 @@ def test_every_pair_of_the_papers_has_a_recipe():
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipe_runs_on_eight_nodes_of_eight(path: Path):
     result = checked(load_config(path))
-    assert result.student_grid.world_size == result.teacher_grid.world_size == 64
+    assert result.outline.student_grid.world_size == result.outline.teacher_grid.world_size == 64
     assert 5 * 2**30 < result.memory.total_bytes < 80 * 2**30
     assert "64 workers: student tp" in result.report(80.0)
 
 
 def test_quickstart_runs_on_three_workers():
-    assert checked(load_config(EXAMPLES / "quickstart_cpu" / "quickstart.toml"), 3).student_grid.tp_size == 3
+    assert checked(load_config(EXAMPLES / "quickstart_cpu" / "quickstart.toml"), 3).outline.student_grid.tp_size == 3
 
 
 @pytest.mark.parametrize(
@@ -51,7 +52,7 @@ def test_quickstart_runs_on_three_workers():
         (["rollout.max_response_tokens=40000"], "expected at most the student's max_position_embeddings 40960"),
         (["teacher.path=models/Llama-3.1-8B-Instruct"], "expected the student's tokenizer (qwen3), got that of llama3"),
         (["teacher.path=models/Qwen2.5-14B"], 'got that of qwen2.5; set teacher.special_tokens = "may_differ"'),
-        (["teacher.path=models/Qwen3-5B"], "teacher.path: expected a folder with a config.json, or one named after a"),
+        (["teacher.path=models/Qwen3-5B"], "teacher.path: expected a folder with a config.json, or the name of a"),
         (["selection.rule=tip_sof_or"], "the nearest name is 'tip_soft_or'"),
         (["rollout.temperature=0.5"], "expected rollout.temperature = loss.temperature"),
         (["loss.divergence=jsd", "rollout.top_p=0.9"], 'rollout.top_p: expected 1 with rollout.engine = "sglang"'),
@@ -77,7 +78,8 @@ def test_a_world_that_does_not_divide_is_refused():
         checked(recipe(), 63)
 
 
-def test_what_could_not_be_seen_is_told():
+def test_what_could_not_be_seen_is_told(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sglang_setup, "require_sglang", lambda: None)
     notes = checked(recipe()).notes
     assert [note.split(" is not on this machine")[0] for note in notes] == [
         "models/Qwen3-1.7B",
@@ -94,7 +96,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_what_is_here_is_checked_whole(models: Path):
     result = checked(make_config(models, Layout(4, student=(2, 1))), 4)
-    assert (result.notes, result.student_grid.dp_size) == ((), 2)
+    assert (result.notes, result.outline.student_grid.dp_size) == ((), 2)
 
 
 def test_a_folder_with_a_config_alone_tells_its_shape(models: Path, tmp_path: Path):
@@ -134,6 +136,19 @@ def test_a_teacher_behind_servers_takes_nothing():
     alone = parts(recipe(*SERVED_TEACHER))
     assert not any(name.startswith("teacher") for name in alone)
     assert alone["student: weights"] == parts(recipe())["student: weights"]
+
+
+def test_the_embedded_engine_holds_weights_of_the_students_type():
+    name = "embedded engine, first GPU: weights and cache"
+    bfloat16, float32 = (parts(recipe("rollout.engine=embedded", f"model.dtype={it}")) for it in ("auto", "float32"))
+    assert float32[name] == pytest.approx(2 * bfloat16[name])
+
+
+def test_dropped_layers_are_dropped_from_a_known_shape():
+    dropped = parts(recipe("model.drop_layers=[0,1,2,3,4,5,6,7,8,9,10,11,12,13]"))  # of 28
+    matrix = 151936 * 2048  # bfloat16, over tp 2
+    whole = parts(recipe())["student: weights"]
+    assert dropped["student: weights"] - matrix == pytest.approx((whole - matrix) / 2, rel=1e-3)
 
 
 def test_weights_are_those_of_the_published_parameters():

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from megatron_tip.errors import MegatronTipError
-from megatron_tip.planning.plan import plan_run
+from megatron_tip.machine import Machine
+from megatron_tip.planning.plan import outline_run, plan_run
 from tests.helpers.tiny import make_llama, make_tokenizer
 from tests.helpers.training import Layout, make_config, make_models
 
@@ -65,6 +66,10 @@ def test_what_cannot_run_is_refused(models: Path, sections, world_size: int, exp
     with pytest.raises(MegatronTipError) as caught:
         plan_run(make_config(models, Layout(1), **sections), world_size)
     assert expected_text in str(caught.value)
+    if "path" not in sections.get("model", {}) and "replay_folder" not in sections.get("rollout", {}):
+        with pytest.raises(MegatronTipError) as elsewhere:
+            outline_run(make_config(models, Layout(1), **sections), world_size, Machine(is_elsewhere=True))
+        assert str(elsewhere.value) == str(caught.value)
 
 
 def test_another_tokenizer_is_refused_with_an_example(models: Path, tmp_path: Path):

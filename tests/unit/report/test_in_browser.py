@@ -108,7 +108,7 @@ def test_timeline_is_drawn_and_its_gap_is_named(page):
 
 
 def test_tables_show_runs_and_benchmarks(page):
-    expect(page.locator("#overview")).to_contain_text("4.000 → 1.000 nats a token")
+    expect(page.locator("#overview")).to_contain_text("4.000 → 1.000 nats per token")
     expect(page.locator("#overview details")).to_contain_text("tip_soft_or")
     expect(page.locator("#benchmarks td").nth(4)).to_have_text("33.3 ± 5.0")
     expect(page.locator("#benchmarks td").nth(6)).to_have_text("9, a part (--limit)")

@@ -9,7 +9,7 @@ from megatron_tip.config import RolloutConfig
 from megatron_tip.errors import ConfigError, EngineError, WeightsLostError
 from megatron_tip.records import Prompt, Rollout
 from megatron_tip.rollout.embedded.engine import EmbeddedEngine
-from megatron_tip.rollout.engine import SamplingParams
+from megatron_tip.rollout.engine import RolloutEngine, SamplingParams
 from megatron_tip.rollout.environments.environment import Observation
 from megatron_tip.rollout.environments.turn_template import TurnTemplate
 from megatron_tip.rollout.multi_turn import MultiTurnEngine, check_environment, with_environment
@@ -28,7 +28,7 @@ def ids_of(text: str) -> tuple[int, ...]:
     return tuple(TOKENIZER(text, add_special_tokens=False)["input_ids"])
 
 
-class ScriptedEngine:
+class ScriptedEngine(RolloutEngine):
     """Writes the next of `turns` behind every sequence, however often that comes; keeps the calls that it got."""
 
     def __init__(self, turns: list[str], *, weight_version: int = 4) -> None:
@@ -267,8 +267,6 @@ def test_health_and_weights_are_the_engines_own():
 def test_the_configuration_names_an_environment():
     inner = ScriptedEngine(["<answer>1</answer>"])
     assert with_environment(inner, RolloutConfig(), TOKENIZER, [STOP]) is inner
-    replay = RolloutConfig(environment="calculator", engine="replay", replay_folder="somewhere")
-    assert with_environment(inner, replay, TOKENIZER, [STOP]) is inner, "what is replayed has its turns already"
     config = RolloutConfig(environment=f"{__name__}:Echo", max_turns=1, observation_role="user")
     rollout = with_environment(inner, config, TOKENIZER, [STOP]).generate(PROMPTS, SAMPLING)[0]
     assert rollout.finish_reason == "turns"

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from megatron_tip.records import TokenIndex
 from megatron_tip.selection.budget import BatchBudget, RolloutBudget, TieOrder, batch_budget, rollout_budget
 from megatron_tip.selection.replicas import Replicas
-from megatron_tip.selection.simulated import SimulatedReplica, run_simulated
 from tests.unit.selection.test_order_statistics import PROPERTY, VALUES, float32
+from tools.simulated_replicas import SimulatedReplica, run_simulated
 
 
 @pytest.mark.parametrize("ratio", ["0.05", "0.07", "0.1", "0.29", "0.3", "0.57", "0.001", "1e-05", "1.0"])

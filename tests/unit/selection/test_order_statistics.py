@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from megatron_tip.selection.order_statistics import order_statistics, ordered_keys, quantiles, value_of_key
 from megatron_tip.selection.replicas import Replicas
-from megatron_tip.selection.simulated import SimulatedReplica, run_simulated
+from tools.simulated_replicas import SimulatedReplica, run_simulated
 
 PROPERTY = settings(
     deadline=None, derandomize=True, max_examples=60, suppress_health_check=[HealthCheck.too_slow], print_blob=False

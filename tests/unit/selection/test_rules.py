@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 
 from megatron_tip.errors import ConfigError
-from megatron_tip.records import TokenStatistics
 from megatron_tip.selection import RULES, Selector
+from megatron_tip.statistics import TokenStatistics
 
 ROOT = Path(__file__).parents[3]
 

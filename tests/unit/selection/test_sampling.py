@@ -2,9 +2,10 @@ import math
 
 import torch
 
-from megatron_tip.records import TokenIndex, TokenStatistics
+from megatron_tip.records import TokenIndex
 from megatron_tip.selection import Selector
 from megatron_tip.selection.sampling import inclusion_probabilities, race_scores
+from megatron_tip.statistics import TokenStatistics
 from tests.helpers.selection import make_batch
 
 ENTROPY = [4.0, 2.0, 1.0, 1.0]

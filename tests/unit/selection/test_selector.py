@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from megatron_tip.errors import ConfigError, InputError, TrainingError
-from megatron_tip.records import TokenIndex, TokenSelection, TokenStatistics
+from megatron_tip.records import TokenIndex, TokenSelection
 from megatron_tip.selection import NORMALISERS, RULES, Input, Rule, Selector
-from megatron_tip.selection.simulated import run_simulated
+from megatron_tip.statistics import TokenStatistics
 from tests.helpers.selection import make_batch, reference_mask, shard_rows, take_rows
+from tools.simulated_replicas import run_simulated
 
 LENGTHS = [17, 1, 40, 3, 0, 64, 2, 33]
 SCORED = sorted(rule for rule, row in RULES.items() if row.take in ("top", "bottom"))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from megatron_tip.config import TeacherConfig, split_teacher_url
+from megatron_tip.config import TeacherConfig
 from megatron_tip.errors import ConfigError
 from megatron_tip.planning.plan import plan_run
 from megatron_tip.teachers.setup import teacher_limits
@@ -106,8 +106,11 @@ def test_urls_that_do_not_fit_are_refused(changes, message: str):
 
 
 def test_urls_are_split_into_names_and_addresses():
-    assert split_teacher_url("maths=http://a:1") == ("maths", "http://a:1")
-    assert split_teacher_url("http://a:1/?b=c") == ("", "http://a:1/?b=c")
+    def routes(*urls: str) -> tuple[tuple[str, str], ...]:
+        return TeacherConfig(kind="sglang", path=Path("x"), urls=urls).routes
+
+    assert routes("maths=http://a:1", "code=http://b:1") == (("maths", "http://a:1"), ("code", "http://b:1"))
+    assert routes("http://a:1/?b=c") == (("", "http://a:1/?b=c"),)
 
 
 def test_limits_are_those_of_any_architecture(models: Path, tmp_path: Path):

@@ -6,7 +6,8 @@ from dataclasses import MISSING
 import torch
 
 from megatron_tip.batching.step_batch import StepBatch
-from megatron_tip.records import Rollout, TokenSelection, TokenStatistics
+from megatron_tip.records import Rollout, TokenSelection
+from megatron_tip.statistics import TokenStatistics
 from megatron_tip.training.importance import log_ratios, with_importance
 from megatron_tip.training.step_metrics import rollout_metrics
 

@@ -8,15 +8,14 @@ import torch
 
 from megatron_tip.config.io import load_config
 from megatron_tip.errors import InputError
-from megatron_tip.observability.token_table import read_token_table
+from megatron_tip.observability.token_table import decode_token_table, encode_token_table, read_token_table
 from megatron_tip.records import Rollout, TokenSelection
-from megatron_tip.training.token_views import view_content
 from megatron_tip.training.view_table import token_texts, view_table
 from tests.helpers.selection import make_batch
 from tests.helpers.tiny_tokenizer import make_tiny_tokenizer
 
 TOKENIZER = make_tiny_tokenizer()
-CONFIG = load_config(Path(__file__).parents[3] / "examples/quickstart_cpu/quickstart.toml", [])
+QUICKSTART = Path(__file__).parents[3] / "examples/quickstart_cpu/quickstart.toml"
 SUPPORT_SIZE = 4
 
 
@@ -37,14 +36,17 @@ def with_supports(statistics, num_rows):
     return replace(statistics, **supports)
 
 
-def table_of(tmp_path, statistics, index, selection, num_samples=2):
-    content = view_content(index, statistics, selection, num_samples=num_samples, num_points=9)
-    path = tmp_path / "step_000007.parquet"
-    path.write_bytes(view_table(content, index, statistics, selection, ROLLOUTS, TOKENIZER, CONFIG, 7))
-    return read_token_table(path)
+def view_of(statistics, index, selection, *, samples=2, points=9):
+    overrides = [f"tracking.view_samples={samples}", f"tracking.view_points={points}"]
+    return view_table(index, statistics, selection, ROLLOUTS, TOKENIZER, load_config(QUICKSTART, overrides), 7)
 
 
-def test_rows_stand_at_their_tokens_in_any_order_of_the_replica(tmp_path):
+def selection_of(mask, scores=None):
+    medians = {"selection/median_student_entropy": 2.0, "selection/median_support_divergence": 1.0}
+    return TokenSelection(mask, mask.float(), len(mask), int(mask.sum()), medians, scores)
+
+
+def test_rows_stand_at_their_tokens_in_any_order_of_the_replica():
     """As of micro-batches that do not keep the order of the rollouts; one position is masked out of the loss."""
     statistics, index = make_batch(1, LENGTHS)
     statistics = with_supports(statistics, len(index))
@@ -53,9 +55,7 @@ def test_rows_stand_at_their_tokens_in_any_order_of_the_replica(tmp_path):
     shuffled = type(statistics)(**{k: v[order] for k, v in vars(statistics).items() if v is not None})
     places = type(index)(index.rollout_index[order], index.position[order])
     mask = places.position % 2 == 0
-    medians = {"selection/median_student_entropy": 2.0, "selection/median_support_divergence": 1.0}
-    selection = TokenSelection(mask, mask.float(), len(places), int(mask.sum()), medians, shuffled.compatibility / 2)
-    table = table_of(tmp_path, shuffled, places, selection, num_samples=3)
+    table = view_of(shuffled, places, selection_of(mask, shuffled.compatibility / 2), samples=3)
     rows = table.tokens.to_pylist()
     # The table's rollouts are in the order in which `unique` lists them: by place.
     assert [(row["rollout"], row["position"]) for row in rows] == list(
@@ -85,14 +85,53 @@ def test_rows_stand_at_their_tokens_in_any_order_of_the_replica(tmp_path):
     assert facts.id_texts == {token: TOKENIZER.decode([token]) for token in named}
 
 
-def test_without_statistics_the_table_has_the_selection_alone(tmp_path):
+def test_the_bytes_hold_the_whole_view():
+    statistics, index = make_batch(1, LENGTHS)
+    view = view_of(with_supports(statistics, len(index)), index, selection_of(index.position == 1))
+    content = encode_token_table(view)
+    found = decode_token_table(content)
+    assert (found.facts, found.tokens) == (view.facts, view.tokens)
+    assert encode_token_table(found) == content
+
+
+def test_a_view_shows_the_tokens_of_the_first_responses_and_points_of_all():
+    statistics, index = make_batch(1, LENGTHS)
+    mask = (index.position == 1) & (index.rollout_index != 1)
+    view = view_of(statistics, index, selection_of(mask), points=1000)
+    first, second = (view.tokens_of(viewed) for viewed in view.facts.rollouts)
+    assert ["".join(tokens.column("text").to_pylist()) for tokens in (first, second)] == ["the fox", "dogs"]
+    assert [place for place, chosen in enumerate(first.column("selected").to_pylist()) if chosen] == [1]
+    assert not any(second.column("selected").to_pylist())
+    assert first.column("reverse_kl").to_pylist() == statistics.reverse_kl[: LENGTHS[0]].tolist()
+    expected = zip(statistics.student_entropy, statistics.support_divergence, mask.tolist(), strict=True)
+    assert view.facts.points == tuple((round(x.item(), 4), round(y.item(), 4), kept) for x, y, kept in expected)
+
+
+def test_points_are_thinned_over_the_whole_batch():
+    statistics, index = make_batch(1, [50, 50])
+    ids = tuple(range(50))
+    mask = torch.zeros(100, dtype=torch.bool)
+    rollouts = [Rollout(place, 0, (1,), ids, (0.0,) * 50, "stop", 0) for place in range(2)]
+    config = load_config(QUICKSTART, ["tracking.view_points=30"])
+    view = view_table(index, statistics, selection_of(mask), rollouts, TOKENIZER, config, 7)
+    expected = [round(value, 4) for value in statistics.student_entropy[::4].tolist()]
+    assert [point[0] for point in view.facts.points] == expected
+
+
+def test_a_replica_without_valid_tokens_has_no_points():
+    statistics, index = make_batch(1, [])
+    view = view_of(statistics, index, selection_of(torch.zeros(0, dtype=torch.bool)))
+    assert (view.facts.points, len(view.tokens)) == ((), 0)
+
+
+def test_without_statistics_the_table_has_the_selection_alone():
     _, index = make_batch(1, LENGTHS)
     selection = TokenSelection(index.position == 0, torch.ones(sum(LENGTHS)), sum(LENGTHS), 3, {})
-    table = table_of(tmp_path, None, index, selection, num_samples=1)
+    table = view_of(None, index, selection, samples=1)
     rows = table.tokens.to_pylist()
     assert [row["selected"] for row in rows] == [True] + [False] * (LENGTHS[0] - 1)
     assert all(row["reverse_kl"] is None and row["student_support_ids"] is None for row in rows)
-    assert (table.facts.medians, table.facts.id_texts) == (None, {})
+    assert (table.facts.medians, table.facts.points, table.facts.id_texts) == (None, (), {})
 
 
 def test_a_character_of_several_tokens_stands_at_the_last():
@@ -108,9 +147,7 @@ def test_a_character_of_several_tokens_stands_at_the_last():
 def test_files_that_are_no_tables_are_refused_by_name(tmp_path):
     _, index = make_batch(1, LENGTHS)
     selection = TokenSelection(index.position == 0, torch.ones(sum(LENGTHS)), sum(LENGTHS), 3, {})
-    table_of(tmp_path, None, index, selection)
-    path = tmp_path / "step_000007.parquet"
-    content = path.read_bytes()
+    content = encode_token_table(view_of(None, index, selection))
     for name, broken in (("cut", content[:-50]), ("empty", b""), ("other", b"PAR1" + b"\0" * 50 + b"PAR1")):
         (tmp_path / name).write_bytes(broken)
         with pytest.raises(InputError, match=f"{name}: expected a token table as tracking.view_every_steps"):

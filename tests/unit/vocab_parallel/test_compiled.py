@@ -6,9 +6,9 @@ from dataclasses import fields
 import pytest
 import torch
 
-from megatron_tip.records import TokenStatistics
-from megatron_tip.vocab_parallel import DIVERGENCES, chunks, token_statistics
+from megatron_tip.vocab_parallel import DIVERGENCES, ShardedVocabulary, chunks, token_statistics
 from megatron_tip.vocab_parallel.topk_statistics import StudentStatistics, student_statistics
+from tests.helpers.vocab_parallel import GIVEN, called, pairs
 from tests.unit.vocab_parallel.test_divergence import models, with_gradients
 
 
@@ -39,17 +39,18 @@ def test_the_loss_is_the_same(divergence, kernels_seen):
 
 def test_the_statistics_are_the_same(kernels_seen):
     inputs, arguments = models(), {"labels": torch.arange(6), "chunk_rows": 4, "with_jsd": True, "with_support": True}
-    plain, compiled = (token_statistics(**inputs, **arguments, compiled=value) for value in (False, True))
+    plain, compiled = (called(token_statistics, **inputs, **arguments, compiled=value) for value in (False, True))
     assert kernels_seen == ["statistics_sums", "jsd_sums"]
-    for field in fields(TokenStatistics):
+    for field in GIVEN:
         torch.testing.assert_close(getattr(compiled, field.name), getattr(plain, field.name), rtol=1e-6, atol=1e-7)
 
 
 def test_the_statistics_of_a_student_alone_are_the_same(kernels_seen):
     inputs, ids = models(), torch.arange(12).view(6, 2)
-    student = inputs["student_hidden"].detach(), inputs["student_head"].detach()
+    arguments = {"teacher_support_ids": ids, "labels": torch.arange(6)}
     plain, compiled = (
-        student_statistics(*student, ids, torch.arange(6), chunk_rows=4, compiled=value) for value in (False, True)
+        student_statistics(pairs(inputs)["student"], ShardedVocabulary(chunk_rows=4, compiled=value), **arguments)
+        for value in (False, True)
     )
     assert kernels_seen == ["entropy_and_topk_sums"]
     for field in fields(StudentStatistics):

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from megatron_tip.vocab_parallel import DIVERGENCES, divergence_loss
 from tests.helpers import reference
+from tests.helpers.vocab_parallel import called
 
 
 def models(n=6, vocab_size=50, seed=0, dtype=torch.float32, scale=1.0) -> dict[str, Tensor]:
@@ -24,7 +25,7 @@ def with_gradients(inputs: dict[str, Tensor], **arguments) -> tuple[Tensor, Tens
     inputs = copy.copy(inputs)
     for name in ("student_hidden", "student_head"):
         inputs[name] = inputs[name].clone().requires_grad_()
-    loss = divergence_loss(**inputs, **arguments)
+    loss = called(divergence_loss, **inputs, **arguments)
     loss.backward()
     return loss.detach(), inputs["student_hidden"].grad, inputs["student_head"].grad
 
@@ -85,12 +86,12 @@ def test_gradients_are_made_only_where_they_are_wanted(monkeypatch):
     made = []
     monkeypatch.setattr("megatron_tip.vocab_parallel.kernels.product_gradient", lambda *args: made.append(args) or ())
     inputs = models()
-    assert not divergence_loss(**inputs).requires_grad
+    assert not called(divergence_loss, **inputs).requires_grad
     inputs["student_head"].requires_grad_()
     with torch.no_grad():
-        assert not divergence_loss(**inputs).requires_grad
+        assert not called(divergence_loss, **inputs).requires_grad
     assert made == []
-    divergence_loss(**inputs).backward()
+    called(divergence_loss, **inputs).backward()
     assert made
 
 
@@ -99,7 +100,7 @@ def test_a_frozen_input_gets_no_gradient_and_the_other_its_own(frozen):
     inputs = models()
     trained = "student_head" if frozen == "student_hidden" else "student_hidden"
     inputs[trained] = inputs[trained].requires_grad_()
-    divergence_loss(**inputs).backward()
+    called(divergence_loss, **inputs).backward()
     _, grad_hidden, grad_head = with_gradients({name: tensor.detach() for name, tensor in inputs.items()})
     torch.testing.assert_close(inputs[trained].grad, grad_head if frozen == "student_hidden" else grad_hidden)
     assert inputs[frozen].grad is None
@@ -107,7 +108,7 @@ def test_a_frozen_input_gets_no_gradient_and_the_other_its_own(frozen):
 
 def test_the_teacher_gets_no_gradient():
     inputs = {name: tensor.requires_grad_() for name, tensor in models().items()}
-    divergence_loss(**inputs).backward()
+    called(divergence_loss, **inputs).backward()
     assert inputs["teacher_hidden"].grad is None
     assert inputs["teacher_head"].grad is None
 
@@ -132,7 +133,7 @@ def test_gradients_add_up_over_calls_and_scale_with_the_upstream_gradient():
     inputs = models()
     head = inputs["student_head"].clone().requires_grad_()
     for _ in range(2):
-        (2.5 * divergence_loss(**(inputs | {"student_head": head}))).backward()
+        (2.5 * called(divergence_loss, **(inputs | {"student_head": head}))).backward()
     _, _, expected = with_gradients(inputs)
     torch.testing.assert_close(head.grad, 5 * expected)
 
@@ -140,7 +141,7 @@ def test_gradients_add_up_over_calls_and_scale_with_the_upstream_gradient():
 def test_a_second_backward_is_refused_instead_of_wrong():
     inputs = models()
     inputs["student_head"].requires_grad_()
-    loss = divergence_loss(**inputs)
+    loss = called(divergence_loss, **inputs)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="backward ran a second time"):
         loss.backward()
@@ -149,7 +150,7 @@ def test_a_second_backward_is_refused_instead_of_wrong():
 def test_backward_hands_the_gradient_over_without_a_copy():
     inputs = models()
     inputs["student_head"].requires_grad_()
-    loss = divergence_loss(**inputs)
+    loss = called(divergence_loss, **inputs)
     pointer = loss.grad_fn.grads[1].data_ptr()
     loss.backward()
     assert inputs["student_head"].grad.data_ptr() == pointer
@@ -160,7 +161,7 @@ def test_nothing_of_rows_by_vocabulary_is_kept(monkeypatch):
     inputs = models(64, 500)
     for name in ("student_hidden", "student_head"):
         inputs[name].requires_grad_()
-    loss = divergence_loss(**inputs, chunk_rows=8)
+    loss = called(divergence_loss, **inputs, chunk_rows=8)
     kept = [t for t in [*loss.grad_fn.grads, *loss.grad_fn.saved_tensors] if t is not None]
     assert sorted(t.numel() for t in kept) == sorted([64 * 8, 500 * 8])
 

@@ -4,14 +4,8 @@ import pytest
 import torch
 
 from megatron_tip.errors import InputError
-from megatron_tip.vocab_parallel import (
-    divergence_loss,
-    token_statistics,
-    vocab_parallel_entropy,
-    vocab_parallel_kl,
-    vocab_parallel_logprobs,
-    vocab_parallel_topk,
-)
+from megatron_tip.vocab_parallel import ShardedVocabulary, divergence_loss, token_statistics
+from tests.helpers.vocab_parallel import called
 
 N, H, V = 3, 4, 10
 
@@ -38,9 +32,6 @@ COMMON = [
     ({"student_head": torch.zeros(V, H, device="meta")}, "on one device, got cpu, meta"),
     ({"vocab_size": 11}, r"vocab_size of 1 to 10 \(10 rows a shard x tp size 1\), got 11"),
     ({"vocab_size": 0}, "vocab_size of 1 to 10"),
-    ({"temperature": 0.0}, "temperature above 0, got 0.0"),
-    ({"temperature": float("nan")}, "finite temperature"),
-    ({"chunk_rows": 0}, "chunk_rows of at least 1, or None, got 0"),
     ({"labels": torch.zeros(2, dtype=torch.int64)}, r"labels \[3\] torch.int64 on cpu, got \[2\]"),
     ({"labels": torch.zeros(N)}, r"labels \[3\] torch.int64 on cpu, got \[3\] torch.float32"),
     ({"labels": torch.tensor([0, 9, 5]), "vocab_size": 9}, r"labels in \[0, 9\), got 0 to 9; pass only rows"),
@@ -55,7 +46,7 @@ COMMON = [
 @pytest.mark.parametrize("changes, message", COMMON)
 def test_arguments_that_do_not_fit_are_named(function, changes, message):
     with pytest.raises(InputError, match=f"^{function.__name__}: .*{message}"):
-        function(**arguments(**changes))
+        called(function, **arguments(**changes))
 
 
 @pytest.mark.parametrize(
@@ -71,33 +62,25 @@ def test_arguments_that_do_not_fit_are_named(function, changes, message):
 )
 def test_settings_that_do_not_exist_are_named(function, changes, message):
     with pytest.raises(InputError, match=message):
-        function(**arguments(**changes))
+        called(function, **arguments(**changes))
 
 
 @pytest.mark.parametrize(
-    "call, message",
+    "settings, message",
     [
-        (lambda: vocab_parallel_entropy(torch.zeros(2, 3).double()), "vocab_parallel_entropy: .* got torch.float64"),
-        (lambda: vocab_parallel_entropy(torch.tensor(1.0)), "vocab_parallel_entropy: expected logits"),
-        (lambda: vocab_parallel_entropy(torch.zeros(2, 3), temperature=-1.0), "vocab_parallel_entropy: .*temperature"),
-        (lambda: vocab_parallel_entropy(torch.tensor([[1.0, float("-inf")]])), "finite logits.* vocab_size"),
-        (lambda: vocab_parallel_kl(torch.zeros(2, 3), torch.zeros(2, 4)), r"one shape .*2, 3.*2, 4"),
-        (lambda: vocab_parallel_topk(torch.zeros(2, 3), 0), "vocab_parallel_topk: .*support_size"),
-        (
-            lambda: vocab_parallel_topk(torch.zeros(2, 3), 1, vocab_size=4),
-            "vocab_parallel_topk: .*vocab_size of 1 to 3",
-        ),
-        (lambda: vocab_parallel_logprobs(torch.zeros(2, 3), torch.tensor([0])), r"labels \[2\] torch.int64"),
-        (lambda: vocab_parallel_logprobs(torch.zeros(1, 3), torch.tensor([3])), r"labels in \[0, 3\), got 3 to 3"),
+        ({"temperature": 0.0}, "temperature above 0, got 0.0"),
+        ({"temperature": -1.0}, "temperature above 0, got -1.0"),
+        ({"temperature": float("nan")}, "finite temperature"),
+        ({"chunk_rows": 0}, "chunk_rows of at least 1, or None, got 0"),
     ],
 )
-def test_functions_on_logits_name_what_does_not_fit(call, message):
-    with pytest.raises(InputError, match=message):
-        call()
+def test_a_vocabulary_that_cannot_be_is_refused(settings, message):
+    with pytest.raises(InputError, match=f"^ShardedVocabulary: .*{message}"):
+        ShardedVocabulary(**settings)
 
 
 def test_an_overflow_of_the_logits_is_reported_with_its_rows():
     hidden = torch.full((N, H), 1e30)
     hidden[1] = 0
     with pytest.raises(InputError, match=r"rows \[0, 2\] .* overflow"):
-        divergence_loss(**arguments(student_hidden=hidden, student_head=torch.full((V, H), 1e30)))
+        called(divergence_loss, **arguments(student_hidden=hidden, student_head=torch.full((V, H), 1e30)))

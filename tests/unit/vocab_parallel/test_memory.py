@@ -7,9 +7,17 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from megatron_tip.vocab_parallel import DIVERGENCES, chunks, divergence_loss, products, token_statistics
+from megatron_tip.vocab_parallel import (
+    DIVERGENCES,
+    ShardedVocabulary,
+    chunks,
+    divergence_loss,
+    products,
+    token_statistics,
+)
 
 VOCAB_SIZE, STUDENT_DIM, TEACHER_DIM, CHUNK_ROWS = 4000, 8, 12, 16
+VOCABULARY = ShardedVocabulary(chunk_rows=CHUNK_ROWS)
 CHUNK_BYTES = 4 * CHUNK_ROWS * VOCAB_SIZE
 
 
@@ -49,7 +57,7 @@ def _small_blocks(monkeypatch):
 def test_the_loss_allocates_two_chunks_and_the_gradients_whatever_the_batch(divergence):
     def work(*tensors):
         labels = torch.zeros(len(tensors[0]), dtype=torch.int64)
-        divergence_loss(*tensors, divergence=divergence, labels=labels, chunk_rows=CHUNK_ROWS).backward()
+        divergence_loss(tensors[:2], tensors[2:], VOCABULARY, divergence=divergence, labels=labels).backward()
 
     few, many = allocated(2 * CHUNK_ROWS, work), allocated(8 * CHUNK_ROWS, work)
     assert many.largest == CHUNK_BYTES
@@ -62,7 +70,7 @@ def test_the_loss_allocates_two_chunks_and_the_gradients_whatever_the_batch(dive
 
 def test_the_statistics_allocate_two_chunks_whatever_the_batch():
     def work(*tensors):
-        token_statistics(*tensors, chunk_rows=CHUNK_ROWS, support_size=4, with_jsd=True)
+        token_statistics(tensors[:2], tensors[2:], VOCABULARY, support_size=4, with_jsd=True)
 
     few, many = allocated(2 * CHUNK_ROWS, work), allocated(8 * CHUNK_ROWS, work)
     assert many.largest == CHUNK_BYTES

@@ -1,1 +1,1 @@
-"""The student's weights on their way to the servers that generate: buckets, and the ways that they take."""
+"""The transfer of the student's weights to the servers that generate: buckets and transports."""

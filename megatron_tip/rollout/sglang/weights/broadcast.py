@@ -1,6 +1,4 @@
-"""Weights by broadcast, in a process group that the trainer's first process shares with the servers' ranks."""
-
-from __future__ import annotations
+"""Weight transfer by broadcast, in a process group that the trainer's first process shares with the servers' ranks."""
 
 import datetime
 import logging
@@ -27,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 class WeightGroup:
-    """The process group of this process (rank 0) and all ranks of `servers`; made once, used until one fails."""
+    """The process group of this process (rank 0) and all ranks of `servers`; created once, used until one fails."""
 
     def __init__(
         self,
@@ -39,7 +37,7 @@ class WeightGroup:
         host: str,
         timeout_seconds: float,
     ) -> None:
-        """Collective with the servers.
+        """Creates the group. Collective with the servers.
 
         Raises:
             ServerError: a server did not join in time.
@@ -69,9 +67,9 @@ class WeightGroup:
             raise ServerError("weight sync: a server refused to join the process group")
 
     def _join(self, store: TCPStore, world_size: int, backend: str, timeout: datetime.timedelta) -> None:
-        """As rank 0; blocks until all have joined."""
+        """Joins the group as rank 0; blocks until all have joined."""
         try:
-            # Not new_group: the servers are not of the trainer's world. SGLang makes its side by the same steps.
+            # Not new_group: the servers are not in the trainer's world. SGLang creates its side in the same way.
             self._group, _ = _new_process_group_helper(
                 world_size,
                 0,
@@ -92,7 +90,7 @@ class WeightGroup:
         """Sends one bucket to all servers, which load it.
 
         Raises:
-            ServerError: one of them failed or refused it; all of them may hold a part of it.
+            ServerError: a server failed or refused it; all of them may hold a part of it.
         """
         body = {
             "names": bucket.names,
@@ -107,12 +105,12 @@ class WeightGroup:
         try:
             dist.broadcast(bucket.data, src=0, group=self._group)
         except RuntimeError as error:
-            raise ServerError(f"weight sync: the broadcast broke off: {error}") from error
+            raise ServerError(f"weight sync: the broadcast failed: {error}") from error
         if len(those_that_did(calls)) < len(servers):
             raise ServerError("weight sync: a server did not load a bucket")
 
     def close(self, *, tell_servers: bool = True) -> None:
-        """Leaves the group, which ends what the servers still wait for in it."""
+        """Leaves the group, which ends the servers' waiting in it."""
         group, self._group = self._group, None
         if group is None:
             return
@@ -132,12 +130,12 @@ class WeightGroup:
 
 
 class BroadcastTransport:
-    """Weights in buckets of `bucket_bytes`, by NCCL on GPUs and by gloo on CPUs.
+    """A transport of weights in buckets of `bucket_bytes`, over NCCL on GPUs and gloo on CPUs.
 
     Args:
-        run_id: tells this run's process groups from another's.
-        host: under which the servers reach this machine; None: loopback where all of them are on it.
-        timeout_seconds: of one bucket, and of the servers' joining.
+        run_id: distinguishes this run's process groups from other runs'.
+        host: the name by which the servers reach this machine; None: loopback if all of them are on it.
+        timeout_seconds: for one bucket, and for the servers to join.
     """
 
     def __init__(
@@ -162,7 +160,7 @@ class BroadcastTransport:
         self._executor = ThreadPoolExecutor(64, thread_name_prefix="weight-sync")
 
     def check(self, server: PooledServer) -> None:
-        """Refuses several pipeline stages or replicas: SGLang takes broadcasts in its tensor-parallel ranks alone."""
+        """Refuses several pipeline stages or replicas: SGLang receives broadcasts only in its tensor-parallel ranks."""
         if server.num_replicas > 1:
             raise ServerMismatchError(
                 f'{server.url}: expected a server of pp_size 1 and dp_size 1 with sync.transport = "broadcast", got '
@@ -172,7 +170,7 @@ class BroadcastTransport:
     def send(
         self, servers: Sequence[PooledServer], weights: Iterable[tuple[str, Tensor]], version: str
     ) -> list[PooledServer]:
-        """Broadcasts to all servers that open a session; when one fails on the way, none counts as updated."""
+        """Broadcasts to all servers that open a session; if one fails, none counts as updated."""
         self.num_bytes = 0
         with without_heartbeats(servers):
             ready = those_that_did(start_on_all(self._executor, servers, lambda client: _open_session(client, version)))
@@ -184,7 +182,7 @@ class BroadcastTransport:
                     self.num_bytes += bucket.data.numel()
                     group.broadcast(bucket)
             except ServerError as error:
-                logger.warning("%s; it starts anew with the servers that are left", error)
+                logger.warning("%s; it starts over with the remaining servers", error)
                 self._leave_group()
                 return []
             except BaseException:
@@ -194,7 +192,7 @@ class BroadcastTransport:
             return that_report(done, version)
 
     def refresh(self, server: PooledServer) -> str | None:
-        """None: nothing of the last broadcast is kept; `server` gets weights with the next sync."""
+        """Returns None: the last broadcast is not kept, and `server` gets weights with the next sync."""
         return None
 
     def close(self) -> None:
@@ -222,8 +220,9 @@ class BroadcastTransport:
 
 
 def _listening_store(host: str, world_size: int, timeout: datetime.timedelta) -> tuple[TCPStore, int]:
-    """The rendezvous of a process group on a free port of `host` alone, and the port: by itself it listens on all
-    addresses of the machine.
+    """Returns the rendezvous of a process group, and its port, a free one of `host` alone.
+
+    By default TCPStore listens on all addresses of the machine.
     """
     listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     port = listener.getsockname()[1]
@@ -240,7 +239,7 @@ def _listening_store(host: str, world_size: int, timeout: datetime.timedelta) ->
 
 
 def _open_session(client: SGLangClient, version: str) -> None:
-    """Stops sampling and opens the server for weights; until they are complete it says that they are not."""
+    """Stops sampling and opens the server for weights; until they are complete, its version says so."""
     client.pause("abort")
     client.flush_cache()
     client.weights_endpoint(
@@ -248,7 +247,7 @@ def _open_session(client: SGLangClient, version: str) -> None:
     )
     try:
         client.weights_endpoint("begin_weight_update")
-    except ServerRefusedError:  # a session that an earlier failure left open
+    except ServerRefusedError:  # an earlier failure left a session open
         client.weights_endpoint("end_weight_update")
         client.weights_endpoint("begin_weight_update")
 
@@ -265,23 +264,24 @@ def _endpoint(name: str, body: dict[str, object]):
 
 
 def own_address(urls: Sequence[str]) -> str:
-    """The address of this machine that the servers at `urls` reach: that of the way to the first on another machine;
-    loopback where there is none.
+    """Returns the address by which the servers at `urls` reach this machine.
 
-    A machine's own name will not do: it is often an address of loopback.
+    It is the source address of the route to the first server on another machine; loopback if there is none.
+
+    The machine's own name does not work: it often resolves to loopback.
 
     Raises:
-        ServerError: there is no way to one of them.
+        ServerError: there is no route to one of them.
     """
     for url in urls:
         parts = urlsplit(url)
         try:
             family, *_, destination = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_DGRAM)[0]
             with socket.socket(family, socket.SOCK_DGRAM) as way:
-                way.connect(destination)  # a datagram socket: chooses the way, sends nothing
+                way.connect(destination)  # a datagram socket: chooses the route, sends nothing
                 address = str(way.getsockname()[0])
         except OSError as error:
-            raise ServerError(f"weight sync: no way to {url}: {error}") from error
+            raise ServerError(f"weight sync: no route to {url}: {error}") from error
         if not ip_address(address).is_loopback:
             return address
     return "127.0.0.1"

@@ -1,6 +1,4 @@
-"""A stream of tensors cut into buckets of bytes, so that a sync holds one bucket and never the model."""
-
-from __future__ import annotations
+"""A stream of tensors cut into buckets of bytes, so that a sync holds one bucket, never the whole model."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -11,9 +9,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class WeightBucket:
-    """Tensors laid one after another: `data` is `[bytes]` uint8, in the order of `names`.
+    """Consecutive tensors: `data` is `[bytes]` uint8, in the order of `names`.
 
-    `data` is the sender's buffer, written anew for the next bucket. `dtypes` are torch's names: "float32".
+    `data` is the sender's buffer, which the next bucket overwrites. `dtypes` are torch's names: "float32".
     """
 
     names: list[str]
@@ -25,7 +23,7 @@ class WeightBucket:
 def weight_buckets(
     weights: Iterable[tuple[str, Tensor]], bucket_bytes: int, device: torch.device | str
 ) -> Iterator[WeightBucket]:
-    """Yields `weights` in buckets of at most `bucket_bytes` on `device`; a larger tensor gets a bucket of its own.
+    """Yields `weights` in buckets of at most `bucket_bytes` on `device`; a larger tensor gets its own bucket.
 
     Every tensor begins at a multiple of its item size. Memory: one buffer of the largest bucket.
     """
@@ -36,7 +34,7 @@ def weight_buckets(
     used = 0
     for name, tensor in weights:
         size = tensor.numel() * tensor.element_size()
-        # The receiver lays tensors out without gaps: one of a wider type than the end of the last opens a new bucket.
+        # The receiver expects no gaps: a tensor that would not be aligned opens a new bucket.
         if names and (used + size > buffer.numel() or used % tensor.element_size()):
             yield WeightBucket(names, dtypes, shapes, buffer[:used])
             names, dtypes, shapes, used = [], [], [], 0

@@ -1,6 +1,4 @@
-"""Weights through a folder that trainer and servers share: safetensors, whole or not there."""
-
-from __future__ import annotations
+"""Weight transfer through a folder that trainer and servers share: safetensors, written atomically."""
 
 import shutil
 from collections.abc import Iterable, Sequence
@@ -21,13 +19,13 @@ from megatron_tip.rollout.sglang.weights.transport import start_on_all, that_rep
 
 
 class FolderTransport:
-    """Writes the weights once into `folder`, in files of at most `bucket_bytes`, and has the servers read them.
+    """A transport that writes the weights once into `folder`, in files of at most `bucket_bytes`, for servers to read.
 
-    The last version stays, so that a server that comes back gets it at once; older ones go, with the first sync also
-    those that a killed process of the same `owner` has left.
+    The last version stays, so that a returning server gets it at once. Older ones are removed; so are, at the first
+    sync, those that a killed process of the same `owner` left.
 
     Args:
-        owner: tells this run's weights in `folder` from another's, also when the run is continued.
+        owner: distinguishes this run's weights in `folder` from other runs'; the same when the run is continued.
     """
 
     def __init__(
@@ -43,12 +41,12 @@ class FolderTransport:
         self._executor = ThreadPoolExecutor(64, thread_name_prefix="weight-sync")
 
     def check(self, server: PooledServer) -> None:
-        """Servers of any layout read files."""
+        """Accepts every server: any layout can read files."""
 
     def send(
         self, servers: Sequence[PooledServer], weights: Iterable[tuple[str, Tensor]], version: str
     ) -> list[PooledServer]:
-        """Raises OutputError when the folder cannot be written; the version before stays whole in it."""
+        """Raises OutputError if the folder cannot be written; the previous version stays intact."""
         target = self._folder / f"{self._owner}_{version.replace('/', '_')}"
         if self._latest is None:
             for left in self._folder.glob(f"{self._owner}_*"):
@@ -66,7 +64,7 @@ class FolderTransport:
             return that_report(those_that_did(calls), version)
 
     def refresh(self, server: PooledServer) -> str | None:
-        """Has `server` read the last version; None when there is none yet, or it cannot."""
+        """Makes `server` read the last version; returns None if there is none yet, or the server fails."""
         if self._latest is None:
             return None
         folder, version = self._latest
@@ -78,7 +76,7 @@ class FolderTransport:
         return version
 
     def close(self) -> None:
-        """Removes what the servers have read."""
+        """Removes the written weights."""
         self._executor.shutdown(wait=False)
         if self._latest:
             shutil.rmtree(self._latest[0], ignore_errors=True)

@@ -1,6 +1,4 @@
-"""What every way of bringing weights to servers shares: the protocol, and one call to many servers at once."""
-
-from __future__ import annotations
+"""The protocol of all weight transports, and calls to many servers at once."""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,20 +16,20 @@ logger = logging.getLogger(__name__)
 
 
 class WeightTransport(Protocol):
-    """A way from a stream of tensors to servers. `num_bytes`: sent by the last `send`, once, however many received."""
+    """A transport of a stream of tensors to servers. `num_bytes`: of the last `send`, counted once for all servers."""
 
     num_bytes: int
 
     def check(self, server: PooledServer) -> None:
-        """Raises ServerMismatchError for a server that cannot take weights this way, however long one waits."""
+        """Raises ServerMismatchError for a server that can never receive weights this way."""
         ...
 
     def send(
         self, servers: Sequence[PooledServer], weights: Iterable[tuple[str, Tensor]], version: str
     ) -> list[PooledServer]:
-        """Brings `weights` to `servers`; returns those that hold all of it and say that their version is `version`.
+        """Sends `weights` to `servers`; returns those that hold all of them and report `version`.
 
-        It need not consume `weights` to its end when it fails.
+        It need not exhaust `weights` when it fails.
 
         Raises:
             OutputError: the shared folder cannot be written.
@@ -39,7 +37,7 @@ class WeightTransport(Protocol):
         ...
 
     def refresh(self, server: PooledServer) -> str | None:
-        """Gives one server the weights of the last `send` where they are at hand; returns their version, or None."""
+        """Gives one server the weights of the last `send` if they are available; returns their version, or None."""
         ...
 
     def close(self) -> None: ...
@@ -48,12 +46,12 @@ class WeightTransport(Protocol):
 def start_on_all(
     executor: ThreadPoolExecutor, servers: Sequence[PooledServer], call: Callable[[SGLangClient], object]
 ) -> dict[PooledServer, Future[object]]:
-    """`call` at every server, each in a thread of `executor`."""
+    """Starts `call` for every server, each in a thread of `executor`; returns the futures."""
     return {server: executor.submit(call, server.http) for server in servers}
 
 
 def those_that_did(calls: dict[PooledServer, Future[object]]) -> list[PooledServer]:
-    """Waits for all calls; the servers whose call went well. What failed is logged."""
+    """Waits for all calls; returns the servers whose call succeeded, and logs the failures."""
     done = []
     for server, call in calls.items():
         try:
@@ -65,7 +63,7 @@ def those_that_did(calls: dict[PooledServer, Future[object]]) -> list[PooledServ
 
 
 def that_report(servers: Sequence[PooledServer], version: str) -> list[PooledServer]:
-    """Those of `servers` that say that they hold `version`."""
+    """Returns those of `servers` that report `version`."""
     right = []
     for server in servers:
         try:
@@ -82,7 +80,7 @@ def that_report(servers: Sequence[PooledServer], version: str) -> list[PooledSer
 
 @contextmanager
 def without_heartbeats(servers: Sequence[PooledServer]) -> Iterator[None]:
-    """Spares servers that load weights the looks of the pool: they sample nothing and would not answer."""
+    """Suspends the pool's heartbeats to servers that load weights: they do not sample and would not answer."""
     for server in servers:
         server.busy_with_sync = True
     try:

@@ -48,7 +48,7 @@ def test_an_observation_cannot_write_special_tokens():
     [
         (None, "needs a chat template"),
         (USER_ONLY, "refuses a message of role 'tool' .*no tools"),
-        ("{% for m in messages %}{% if m['role'] != 'tool' %}{{ m['content'] }}{% endif %}{% endfor %}", "leaves out"),
+        ("{% for m in messages %}{% if m['role'] != 'tool' %}{{ m['content'] }}{% endif %}{% endfor %}", "omits"),
         ("{% for m in messages %}{{ m['content'] }}{% endfor %}", "writes nothing around an observation"),
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_tip.errors import InputError, ServerMismatchError, ServersLostError, WeightsLostError
 from megatron_tip.records import Prompt
-from megatron_tip.rollout.ahead import AheadGenerator
+from megatron_tip.rollout.ahead import AheadEngine
 from megatron_tip.rollout.sglang.client import SGLangClient
 from megatron_tip.rollout.sglang.engine import EngineSettings, SGLangEngine
 from megatron_tip.rollout.sglang.jobs import ProgressClock
@@ -170,23 +170,23 @@ def test_the_probe_asks_every_server_that_holds_the_weights(stack, tmp_path):
 def test_one_batch_ahead_is_taken_once_and_raises_what_its_generation_raised(stack, tmp_path):
     cluster = Cluster(stack, tmp_path)
     cluster.sync()
-    ahead = AheadGenerator(cluster.engine)
+    ahead = AheadEngine(cluster.engine)
     stack.callback(ahead.close)
-    ahead.start(PROMPTS, SAMPLING)
+    ahead.start_next(PROMPTS, SAMPLING)
     ahead.wait()
     sent = sum(len(fake.generations()) for fake in cluster.fakes)
-    assert_complete(ahead.take(PROMPTS, SAMPLING))
+    assert_complete(ahead.generate(PROMPTS, SAMPLING))
     assert sum(len(fake.generations()) for fake in cluster.fakes) == sent
-    ahead.start([Prompt(0, "", (VOCAB_SIZE,))], SAMPLING)
+    ahead.start_next([Prompt(0, "", (VOCAB_SIZE,))], SAMPLING)
     ahead.wait()  # raises nothing, whatever went wrong: other ranks wait for the sync that is next
     with pytest.raises(InputError):
-        ahead.take([], SAMPLING)
+        ahead.generate([], SAMPLING)
     for fake in cluster.fakes:
         fake.stop()
-    ahead.start(PROMPTS, SAMPLING)
+    ahead.start_next(PROMPTS, SAMPLING)
     ahead.wait()
     with pytest.raises(ServersLostError):
-        ahead.take(PROMPTS, SAMPLING)
+        ahead.generate(PROMPTS, SAMPLING)
 
 
 def test_a_long_batch_says_how_far_it_is(caplog):

@@ -42,5 +42,5 @@ def test_a_name_that_nobody_knows_is_a_server_error(monkeypatch):
         raise socket.gaierror("unknown")
 
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
-    with pytest.raises(ServerError, match=r"no way to http://node7:1"):
+    with pytest.raises(ServerError, match=r"no route to http://node7:1"):
         own_address(["http://node7:1"])

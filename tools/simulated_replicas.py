@@ -1,7 +1,5 @@
 """Any number of replicas as threads of one process, for tests and benches: the selection runs on them unchanged."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Callable

@@ -1,14 +1,12 @@
 """Brings together the sums that each rank made in the frame of its own maximum."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Normaliser:
+class SoftmaxNormaliser:
     """The log-partition function of student and teacher, in every rank's frame.
 
     In the frame of rank r a logit z is x = z - maxima[r], and its log-probability x - lse[r]. `top` and `log_sum` are
@@ -22,7 +20,7 @@ class Normaliser:
     log_sum: Tensor  # [c, m]
 
     @classmethod
-    def of(cls, maxima: Tensor, sums: Tensor) -> Normaliser:
+    def of(cls, maxima: Tensor, sums: Tensor) -> "SoftmaxNormaliser":
         """From every rank's `[tp, c, m]` maxima and sums of exp(z - maximum)."""
         top = maxima.amax(0)
         log_sum = (sums * (maxima - top).exp()).sum(0).log()

@@ -1,0 +1,135 @@
+"""`megatron-tip train`: starts a run's workers, joins them, or checks the run alone. torch is imported late."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer.core import TyperCommand
+
+from megatron_tip.commands.outcome import end_as, errors_reported
+from megatron_tip.config import Config
+from megatron_tip.config.io import dump_config, load_config, reference
+from megatron_tip.cpu.lean_imports import lean_imports
+from megatron_tip.observability.logs import configure_logging
+from megatron_tip.observability.run_folder import RunFolder
+from megatron_tip.parallel.environment import is_restarted, is_worker
+from megatron_tip.parallel.launch import run_worker, start_workers
+from megatron_tip.training.checkpoints.files import CheckpointFiles
+from megatron_tip.training.checkpoints.same_run import check_same_run
+
+
+class TrainCommand(TyperCommand):
+    """A command whose help ends with the reference of the configuration."""
+
+    def format_epilog(self, ctx, formatter) -> None:
+        formatter.write("\n" + reference())
+
+
+@errors_reported()
+def command(
+    config_path: Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="The run; its keys are listed below.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="section.key=value")] = None,
+    nproc: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Workers to start on this machine. Default: one a GPU; without a GPU the fewest that hold both "
+            "models. Ignored where torchrun or srun already started the workers.",
+        ),
+    ] = None,
+    fresh: Annotated[
+        bool,
+        typer.Option(
+            "--fresh",
+            help="Remove the unfinished run in run.folder and start anew; without it the run is continued. Ignored "
+            "where SLURM or torchrun starts the same job again.",
+        ),
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, print the resolved configuration, stop.")] = False,
+    world_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="With --dry-run: check for so many GPUs elsewhere; needs neither weights nor prompts."
+        ),
+    ] = None,
+    gpu_memory: Annotated[float, typer.Option(help="With --world-size: GiB of each of those GPUs.")] = 80.0,
+) -> None:
+    """Distil a teacher into a student.
+
+    Starts the workers on this machine, or joins them where torchrun or srun already did. An unfinished run in
+    run.folder is continued from its newest checkpoint.
+
+    Exit codes: 0 the run is finished; 2 the input is refused; 128 + n the command was ended by signal n; 75 a worker
+    was told to stop and has saved (a second signal: 128 + n, nothing saved); 1 any other error. Whatever the code, the
+    same command continues the run from its newest checkpoint.
+    """
+    config = load_config(config_path, overrides or [])
+    if is_worker(os.environ) and not dry_run:
+        _join(config, fresh=fresh)
+    elif dry_run and world_size:
+        check_elsewhere(config, world_size, gpu_memory)
+        typer.echo(dump_config(config), nl=False)
+    else:
+        num_workers = _check(config, nproc, fresh=fresh)
+        if dry_run:
+            typer.echo(dump_config(config), nl=False)
+        else:
+            _start(["train", str(config_path), *(overrides or []), *["--fresh"] * fresh], config, num_workers)
+
+
+def check_elsewhere(config: Config, world_size: int, gpu_memory_gib: float) -> None:
+    """Checks a run of so many GPUs elsewhere and reports to the standard error what it comes to."""
+    from megatron_tip.planning.dry_run import dry_run  # imports torch and transformers, not Megatron
+
+    result = dry_run(config, world_size, gpu_memory_gib=gpu_memory_gib)
+    typer.echo(result.report(gpu_memory_gib), err=True)
+
+
+def _check(config: Config, num_workers: int | None, *, fresh: bool) -> int:
+    """Checks a run here as its workers will, and returns how many of them there are to be."""
+    from megatron_tip.planning.inputs import default_num_workers  # a wrong key is reported before torch's seconds
+    from megatron_tip.planning.plan import plan_run
+
+    num_workers = num_workers or default_num_workers(config)
+    plan = plan_run(config, num_workers)
+    if config.diagnostics.every_steps:
+        from megatron_tip.diagnostics.session import open_bank  # imports Megatron
+
+        open_bank(config, plan)
+    if not fresh:
+        check_same_run(config)
+    return num_workers
+
+
+def _start(arguments: list[str], config: Config, num_workers: int) -> None:
+    files = CheckpointFiles(RunFolder.create(config.run.folder).checkpoints)
+    outcome = start_workers(
+        [sys.executable, "-m", "megatron_tip.cli", *arguments],
+        num_workers,
+        threads=config.run.threads,
+        grace_seconds=config.fault.grace_seconds,
+        is_saved=lambda: bool(files.steps()),
+    )
+    end_as(outcome)
+
+
+def _join(config: Config, *, fresh: bool) -> None:
+    """Becomes a worker of the world that torchrun, srun or `_start` started."""
+    restarted = is_restarted(os.environ)
+    if restarted and RunFolder(config.run.folder).summary.exists():
+        typer.echo(f"{config.run.folder} holds the finished run of this job: nothing is left to do", err=True)
+        return
+    run_worker(lambda: _work(config, fresh=fresh and not restarted), threads=config.run.threads)
+
+
+def _work(config: Config, *, fresh: bool) -> None:
+    configure_logging(int(os.environ["RANK"]))
+    with lean_imports():
+        from megatron_tip.training.loop import train  # imports torch and Megatron: in the workers alone
+
+    make_gauge = None
+    if config.diagnostics.every_steps:
+        from megatron_tip.diagnostics.gauge import make_gauge
+    train(config, fresh=fresh, make_gauge=make_gauge)

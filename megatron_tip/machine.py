@@ -1,0 +1,39 @@
+"""The machine that a run is checked on. What it lacks is an error for a run here and a note for a run elsewhere."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron_tip.errors import ConfigError, OptionalDependencyError
+
+
+class Machine:
+    """This machine, for a run that starts on it or elsewhere. `notes`: what it lacks and the run may find elsewhere."""
+
+    def __init__(self, *, is_elsewhere: bool = False) -> None:
+        """Takes this machine. `is_elsewhere`: whether the run will start on another one."""
+        self.is_elsewhere = is_elsewhere
+        self.notes: list[str] = []
+
+    def has(self, path: Path, setting: str) -> bool:
+        """Returns whether `path`, which `setting` names, exists here.
+
+        Raises:
+            ConfigError: it does not, and the run starts here.
+        """
+        if path.exists():
+            return True
+        if not self.is_elsewhere:
+            raise ConfigError(f"{setting}: expected an existing path, got {path}")
+        self.notes.append(f"{path} is not on this machine")
+        return False
+
+    @contextmanager
+    def lacks_packages(self) -> Iterator[None]:
+        """Turns an OptionalDependencyError into a note where the run is elsewhere."""
+        try:
+            yield
+        except OptionalDependencyError as error:
+            if not self.is_elsewhere:
+                raise
+            self.notes.append(str(error))

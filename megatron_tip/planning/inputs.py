@@ -1,0 +1,51 @@
+"""Packages and files that a configuration needs, whatever its engine and its teacher: there, and usable."""
+
+import math
+from importlib.util import find_spec
+
+import torch
+
+from megatron_tip.config import Config
+from megatron_tip.errors import OptionalDependencyError
+from megatron_tip.machine import Machine
+from megatron_tip.observability.trackers import check_trackers
+from megatron_tip.prompts.files import read_prompt_file
+from megatron_tip.prompts.reasoning_tasks import check_tasks
+
+
+def default_num_workers(config: Config) -> int:
+    """Returns how many workers to start on this machine: one per GPU, or without GPUs the fewest for both models."""
+    if torch.cuda.is_available():
+        return torch.cuda.device_count()
+    models = (config.model, config.teacher)
+    return math.lcm(*(model.tensor_parallel_size * model.pipeline_parallel_size for model in models))
+
+
+def check_packages(config: Config, machine: Machine) -> None:
+    """Raises OptionalDependencyError for a package that the configuration needs and a machine of the run lacks."""
+    with machine.lacks_packages():
+        check_trackers(config.tracking)
+    for owner, model in (("model", config.model), ("teacher", config.teacher)):
+        with machine.lacks_packages():
+            if model.transformer_impl == "transformer_engine" and not find_spec("transformer_engine"):
+                raise OptionalDependencyError(
+                    f"{owner}.transformer_impl: Transformer Engine is not installed; install the extra "
+                    "megatron_tip[transformer-engine] on a machine with a GPU, or set local"
+                )
+
+
+def check_inputs(config: Config, machine: Machine) -> None:
+    """Reads the prompts and refuses what cannot be used; a bank has only to exist.
+
+    Raises:
+        ConfigError, InputError: a file that is missing here or holds something else.
+        OptionalDependencyError: reasoning-gym is asked for and not installed.
+    """
+    prompts = config.prompts
+    if prompts.source == "reasoning_gym":
+        with machine.lacks_packages():
+            check_tasks(prompts.tasks)
+    elif prompts.path is not None and machine.has(prompts.path, "prompts.path"):
+        read_prompt_file(prompts.path, prompts.field)
+    if config.diagnostics.every_steps and config.diagnostics.bank is not None:
+        machine.has(config.diagnostics.bank, "diagnostics.bank")

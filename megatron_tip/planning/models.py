@@ -1,0 +1,150 @@
+"""The two models of a run, with weights or by their shapes alone, and what their tokenizers share."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from megatron_tip.config import Config
+from megatron_tip.conversion.known_models import KnownModel, KnownTokenizer, known_model
+from megatron_tip.conversion.model_folder import ModelFolder
+from megatron_tip.conversion.safetensors_io import HfCheckpoint
+from megatron_tip.errors import ConfigError, WeightsError
+from megatron_tip.machine import Machine
+from megatron_tip.teachers.setup import teacher_limits
+
+FoundModel = HfCheckpoint | ModelFolder | KnownModel
+"""A model with its weights; elsewhere also its config.json alone, or no more than its published shape."""
+
+
+def find_model(section: str, path: Path, machine: Machine, drop_layers: Sequence[int] = ()) -> FoundModel:
+    """Returns the model in `path`, on a machine of the run with its weights. Errors name the key in `section`.
+
+    Raises:
+        WeightsError: a directory that is incomplete or not supported.
+        ConfigError: no directory, and its name is that of no known model.
+    """
+    try:
+        if machine.is_elsewhere and not _is_described(path):
+            known = known_model(path, owner=section, drop_layers=drop_layers)
+            machine.notes.append(f"{path} is not on this machine; its shape: {known.source}")
+            return known
+        if machine.is_elsewhere and not any(path.glob("*.safetensors")):
+            machine.notes.append(f"weights of {path} are not on this machine; its config.json is")
+            return ModelFolder(path, drop_layers)
+        return HfCheckpoint(path, drop_layers)
+    except WeightsError as error:
+        raise WeightsError(f"{section}.path: {error}") from error
+
+
+def served_limits(config: Config, machine: Machine) -> tuple[int, int]:
+    """Returns vocabulary and positions of a teacher behind servers, which needs no weights. Errors as `find_model`."""
+    path = config.teacher.path
+    if machine.is_elsewhere and not _is_described(path):
+        return limits(find_model("teacher", path, machine))
+    return teacher_limits(path)
+
+
+def limits(model: FoundModel) -> tuple[int, int]:
+    """Returns vocabulary and positions."""
+    return model.architecture.vocab_size, model.architecture.max_position_embeddings
+
+
+def shared_tokenizer(config: Config, machine: Machine, vocab_sizes: Sequence[int]) -> PreTrainedTokenizerBase | None:
+    """Returns the student's tokenizer, which must map every token to the same id as the teacher's.
+
+    None where the run is elsewhere and a tokenizer is missing here; those of known models are compared all the same.
+
+    Args:
+        vocab_sizes: of the embeddings of student and teacher.
+
+    Raises:
+        ConfigError: a tokenizer that cannot be read, two different ones, or embeddings smaller than the vocabulary.
+    """
+    paths = (config.model.path, config.teacher.path)
+    if not machine.is_elsewhere or all(any(path.glob("tokenizer*")) for path in paths):
+        student, teacher = (_tokenizer(path) for path in paths)
+        _check_same(config, student, teacher)
+        _check_vocabulary(max(student.get_vocab().values()), vocab_sizes)
+        return student
+    if any(_is_described(path) for path in paths):
+        machine.notes.append("whether both models share one tokenizer")
+        return None
+    known = [known_model(path, owner=owner).tokenizer for owner, path in zip(("model", "teacher"), paths, strict=True)]
+    _check_known(config, *known)
+    _check_vocabulary(max(tokenizer.largest_id for tokenizer in known), vocab_sizes)
+    return None
+
+
+def stop_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Returns the ids that end a response: those of generation_config.json and the tokenizer's end-of-sequence id.
+
+    Raises:
+        ConfigError: there are none, so that no response would ever end.
+    """
+    eos: Any = tokenizer.eos_token_id
+    ids: set[int] = set() if eos is None else {eos}
+    if (folder / "generation_config.json").exists():
+        try:
+            named = GenerationConfig.from_pretrained(folder).eos_token_id
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{folder / 'generation_config.json'}: expected a JSON object, got: {error}") from error
+        ids |= {named} if isinstance(named, int) else set(named or ())
+    if not ids:
+        raise ConfigError(
+            f"{folder}: expected an end-of-sequence id in the tokenizer or generation_config.json, found none"
+        )
+    return tuple(sorted(ids))
+
+
+def _is_described(path: Path) -> bool:
+    return (path / "config.json").exists()
+
+
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises no narrower one for a damaged file
+        raise ConfigError(f"{folder}: expected a tokenizer that transformers can load, got: {error}") from error
+
+
+def _check_same(config: Config, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    own, other = (_compared_tokens(tokenizer, config.teacher.special_tokens) for tokenizer in (student, teacher))
+    if own != other:
+        different = sorted(set(own.items()) ^ set(other.items()), key=lambda item: item[1])
+        example, place = different[0]
+        raise ConfigError(
+            f"teacher.path: expected the student's tokenizer ({config.model.path}), got another one in "
+            f"{config.teacher.path}: {len(different)} entries differ, for example {example!r} at id {place}; "
+            "distillation compares probabilities id by id, so both models must share one tokenizer "
+            "(teacher.special_tokens says what of it)"
+        )
+
+
+def _compared_tokens(tokenizer: PreTrainedTokenizerBase, special_tokens: str) -> dict[str, int]:
+    vocabulary: dict[str, int] = tokenizer.get_vocab()
+    if special_tokens == "same":
+        return vocabulary
+    added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
+    return {token: place for token, place in vocabulary.items() if token not in added}
+
+
+def _check_known(config: Config, student: KnownTokenizer, teacher: KnownTokenizer) -> None:
+    same_text = student.text_vocabulary == teacher.text_vocabulary
+    if student != teacher and not (same_text and config.teacher.special_tokens == "may_differ"):
+        remedy = (
+            'set teacher.special_tokens = "may_differ"' if same_text else "choose a teacher of the student's family"
+        )
+        raise ConfigError(
+            f"teacher.path: expected the student's tokenizer ({student.name}), got that of {teacher.name}; {remedy}"
+        )
+
+
+def _check_vocabulary(largest: int, sizes: Sequence[int]) -> None:
+    if largest >= min(sizes):
+        raise ConfigError(
+            f"vocabulary: expected embeddings of {largest + 1} rows or more in both models, as the tokenizer's largest "
+            f"id is {largest}, got {sizes[0]} in the student and {sizes[1]} in the teacher; one of them does not "
+            "belong to this tokenizer"
+        )

@@ -1,0 +1,113 @@
+"""Settings that must fit together and the models; no file is read."""
+
+from collections.abc import Mapping
+
+from megatron_tip.config import Config
+from megatron_tip.errors import ConfigError
+from megatron_tip.rollout.engines import engine_kind
+from megatron_tip.selection import Selector, rollout_budget
+from megatron_tip.teachers.setup import known_statistics
+from megatron_tip.vocab_parallel.statistics import FULL_STATISTICS
+
+
+def check_settings(config: Config, positions: Mapping[str, int]) -> None:
+    """Refuses lengths, schedules and samplings that do not fit together or the models.
+
+    Args:
+        positions: most tokens that a sequence may have, of "student" and "teacher".
+    """
+    _check_one_pass(config)
+    for owner, limit in positions.items():
+        if config.longest_sequence > limit:
+            raise ConfigError(
+                f"prompts.max_prompt_tokens + rollout.max_response_tokens: expected at most the {owner}'s "
+                f"max_position_embeddings {limit}, got {config.longest_sequence}; shorten one of them"
+            )
+    _check_schedule(config)
+    _check_sampling(config)
+    if config.model.sequence_parallel and config.model.tensor_parallel_size == 1:
+        raise ConfigError("model.sequence_parallel: expected model.tensor_parallel_size above 1, got 1; turn it off")
+    if config.diagnostics.every_steps:
+        check_whole_teacher(config)
+
+
+def check_whole_teacher(config: Config) -> None:
+    """Refuses a fixed-context diagnostic with a teacher behind servers."""
+    if "forward_kl" not in known_statistics(config):
+        raise ConfigError(
+            f'diagnostics: expected teacher.kind = "megatron", got {config.teacher.kind!r}; KL(teacher || student) '
+            "needs the whole distribution of the teacher"
+        )
+
+
+def make_selector(config: Config) -> Selector:
+    """Returns the selector that the configuration describes, whose budget leaves something of the longest response.
+
+    Raises:
+        ConfigError: there can be none.
+    """
+    selection = config.selection
+    try:
+        selector = Selector(seed=config.run.seed, **selection.settings())
+    except ConfigError as error:  # names the setting, and knows no sections
+        raise ConfigError(f"selection.{error}") from error
+    longest = config.rollout.max_response_tokens
+    if selector.resolved_scope == "rollout" and not rollout_budget(
+        selection.retention_ratio, longest, selection.minimum_per_rollout
+    ):
+        raise ConfigError(
+            f"selection.retention_ratio: expected at least one token of the longest response, got floor("
+            f"{selection.retention_ratio} x {longest}) = 0 for every rollout; raise it or selection.minimum_per_rollout"
+        )
+    selector.check_available(FULL_STATISTICS, "the teacher in this process")
+    return selector
+
+
+def _check_schedule(config: Config) -> None:
+    if config.optimizer.warmup_steps >= config.training.steps:
+        raise ConfigError(
+            f"optimizer.warmup_steps: expected fewer than training.steps = {config.training.steps}, "
+            f"got {config.optimizer.warmup_steps}"
+        )
+    if config.optimizer.min_lr > config.optimizer.lr:
+        raise ConfigError(
+            f"optimizer.min_lr: expected at most optimizer.lr = {config.optimizer.lr}, got {config.optimizer.min_lr}"
+        )
+
+
+def _check_sampling(config: Config) -> None:
+    rollout, temperature = config.rollout, config.loss.temperature
+    if config.loss.divergence == "sampled_token" and (rollout.temperature, rollout.top_p) != (temperature, 1.0):
+        raise ConfigError(
+            'loss.divergence = "sampled_token": expected rollout.temperature = loss.temperature and rollout.top_p = 1, '
+            f"got {rollout.temperature}, {temperature} and {rollout.top_p}; its mean is the reverse KL only over "
+            "tokens drawn from the student's own distribution"
+        )
+    if config.loss.divergence == "sampled_token" and not engine_kind(config).generates:
+        raise ConfigError(
+            'loss.divergence = "sampled_token": expected an engine that generates, got rollout.engine = "replay"; its '
+            "gradient is that of the reverse KL only over tokens drawn from the student as it is"
+        )
+    if rollout.importance_cap and rollout.temperature != temperature:
+        raise ConfigError(
+            "rollout.importance_cap: expected rollout.temperature = loss.temperature, got "
+            f"{rollout.temperature} and {temperature}; the ratio compares both distributions"
+        )
+
+
+def _check_one_pass(config: Config) -> None:
+    """Refuses what needs every score before the training pass where the selection is made within it."""
+    selection = config.selection
+    if selection.scope == "micro_batch":
+        setting = 'selection.scope = "micro_batch"'
+    elif selection.thresholds == "last_step":
+        setting = 'selection.thresholds = "last_step"'
+    else:
+        return
+    if config.teacher.kind == "sglang":
+        raise ConfigError(f'{setting}: expected teacher.kind = "megatron", got "sglang"; servers score whole batches')
+    if config.rollout.importance_cap:
+        raise ConfigError(
+            f"{setting}: expected rollout.importance_cap = 0, got {config.rollout.importance_cap}; importance weights "
+            "are taken from a scoring pass"
+        )

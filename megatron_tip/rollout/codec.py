@@ -1,0 +1,127 @@
+"""Rollouts outside of Python: as an Arrow table, as its bytes, and as JSON records; one schema for all."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields
+from itertools import chain, pairwise
+from typing import Any
+
+import pyarrow as pa
+
+from megatron_tip.records import Rollout
+from megatron_tip.rollout.engine import FINISH_REASONS
+
+_SPANS = pa.list_(pa.list_(pa.int64()))
+SCHEMA = pa.schema(
+    [
+        ("prompt_index", pa.int64()),
+        ("sample_index", pa.int64()),
+        ("prompt_ids", pa.list_(pa.int64())),
+        ("response_ids", pa.list_(pa.int64())),
+        ("rollout_logprobs", pa.list_(pa.float64())),
+        ("finish_reason", pa.string()),
+        ("weight_version", pa.int64()),
+        ("environment_spans", _SPANS),
+        ("teacher", pa.string()),
+    ]
+)
+"""The fields of a Rollout, in their order."""
+
+_PYTHON = {pa.int64(): int, pa.float64(): float, pa.string(): str}
+_OPTIONAL = {one.name for one in fields(Rollout) if one.default is not MISSING}
+
+
+def rollouts_to_table(rollouts: Sequence[Rollout]) -> pa.Table:
+    """Returns a table of SCHEMA, a row per rollout; floats keep every bit."""
+    for rollout in rollouts:
+        assert len(rollout.rollout_logprobs) == len(rollout.response_ids), "one logprob per response token"
+    columns = [pa.array([getattr(one, column.name) for one in rollouts], type=column.type) for column in SCHEMA]
+    return pa.Table.from_arrays(columns, schema=SCHEMA)
+
+
+def rollouts_from_table(table: pa.Table) -> list[Rollout]:
+    """Returns the rollouts of a table that has the columns of SCHEMA."""
+    columns = [_values(table.column(name).combine_chunks()) for name in SCHEMA.names]
+    return [Rollout(**dict(zip(SCHEMA.names, row, strict=True))) for row in zip(*columns, strict=True)]
+
+
+def encode_rollouts(rollouts: Sequence[Rollout] | None) -> bytes:
+    """Returns rollouts as Arrow's stream format; no bytes for None."""
+    if rollouts is None:
+        return b""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, SCHEMA) as writer:
+        writer.write_table(rollouts_to_table(rollouts))
+    return sink.getvalue().to_pybytes()
+
+
+def decode_rollouts(content: bytes) -> list[Rollout] | None:
+    """Returns what `encode_rollouts` was given."""
+    return rollouts_from_table(pa.ipc.open_stream(content).read_all()) if content else None
+
+
+def rollout_to_record(rollout: Rollout) -> dict[str, Any]:
+    """Returns the rollout's fields by name, as `json.dumps` takes them."""
+    return {name: getattr(rollout, name) for name in SCHEMA.names}
+
+
+def rollout_from_record(record: Any) -> Rollout:
+    """Returns the rollout whose fields `record` holds as JSON has them; other keys are ignored.
+
+    Fields with a default may be missing: files from before they existed lack them.
+
+    Raises:
+        ValueError: a field is missing or of another type, or fields contradict each other; it says which.
+    """
+    if not isinstance(record, dict):
+        raise ValueError(f"{type(record).__name__} instead of an object")
+    for column in SCHEMA:
+        if column.name in record or column.name not in _OPTIONAL:
+            _check_type(column.name, column.type, record.get(column.name))
+    _check_content(record)
+    return Rollout(**{name: _frozen(record[name]) for name in SCHEMA.names if name in record})
+
+
+def _values(array: pa.Array) -> list[Any]:
+    """Returns the array's values, lists as tuples; `to_pylist` would make an Arrow scalar of each element first."""
+    if pa.types.is_list(array.type):
+        values = _values(array.values)
+        return [tuple(values[start:end]) for start, end in pairwise(array.offsets.to_pylist())]
+    return array.to_pylist() if pa.types.is_string(array.type) else array.to_numpy(zero_copy_only=False).tolist()
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
+
+
+def _check_type(name: str, kind: pa.DataType, value: Any) -> None:
+    if kind == _SPANS:
+        expected = "a list of [start, end]"
+        fits = isinstance(value, list) and all(
+            isinstance(pair, list) and [type(bound) for bound in pair] == [int, int] for pair in value
+        )
+    elif pa.types.is_list(kind):
+        python = _PYTHON[kind.value_type]
+        expected = f"a list of {python.__name__}"
+        fits = isinstance(value, list) and all(type(element) is python for element in value)
+    else:
+        expected = f"of type {_PYTHON[kind].__name__}"
+        fits = type(value) is _PYTHON[kind]
+    if not fits:
+        raise ValueError(f"{name} is {value!r:.80}, not {expected}")
+
+
+def _check_content(record: Mapping[str, Any]) -> None:
+    num_response_tokens = len(record["response_ids"])
+    if not record["prompt_ids"]:
+        raise ValueError("prompt_ids is empty")
+    if len(record["rollout_logprobs"]) != num_response_tokens:
+        raise ValueError(f"{len(record['rollout_logprobs'])} logprobs for {num_response_tokens} response ids")
+    if record["finish_reason"] not in FINISH_REASONS:
+        raise ValueError(f"finish_reason is {record['finish_reason']!r}, not one of {FINISH_REASONS}")
+    spans = record.get("environment_spans", [])
+    bounds = [0, *chain.from_iterable(spans), num_response_tokens]
+    if spans and any(left >= right for left, right in pairwise(bounds)):
+        raise ValueError(
+            f"environment_spans is {spans!r:.80}: expected ranges in order within {num_response_tokens} response ids, "
+            "generated ones before, between and behind them"
+        )

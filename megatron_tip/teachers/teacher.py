@@ -1,0 +1,140 @@
+"""What a run asks of a teacher, whatever kind it is: what it says of rollouts, statistics of that, and the loss."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from megatron_tip.batching.step_batch import StepBatch
+from megatron_tip.conversion.safetensors_io import HfCheckpoint
+from megatron_tip.errors import NotFiniteError
+from megatron_tip.models.student import Student
+from megatron_tip.parallel.groups import ModelGroups
+from megatron_tip.records import TeacherRows
+from megatron_tip.statistics import TokenStatistics
+from megatron_tip.vocab_parallel import ShardedVocabulary
+
+T = TypeVar("T")
+Rows = TypeVar("Rows", bound=TeacherRows)
+
+
+class Teacher(ABC, Generic[Rows]):
+    """The teacher of a run. `Rows`: what it says; the run only splits, selects and sends them.
+
+    `heldout_statistic`: the field of TokenStatistics whose mean over held-out responses is measured.
+    """
+
+    heldout_statistic: ClassVar[str]
+
+    @property
+    def heldout_metric(self) -> str:
+        """The name of that mean among the metrics."""
+        return f"heldout/{self.heldout_statistic}"
+
+    @abstractmethod
+    def ask(self, batch: StepBatch) -> Rows | None:
+        """Returns what the teacher says of this rank's replica of the student, in the order of its rows.
+
+        On the student's last stage, equal on all its tp ranks; None elsewhere. Collective over the world.
+        """
+
+    @abstractmethod
+    def score(
+        self, student: Student, batch: StepBatch, rows: Rows | None, *, with_support: bool = False
+    ) -> tuple[TokenStatistics | None, Rows | None]:
+        """Returns the statistics of every valid token of this rank's replica, and what is known of the same rows then.
+
+        On the last stage; None elsewhere. NaN where the student's logits are not finite. One forward pass of the
+        student without gradient. Collective over the world.
+
+        Args:
+            rows: as of `ask`.
+            with_support: with the top-K of both models, even if the teacher could do without.
+        """
+
+    def statistics(
+        self,
+        student: Student,
+        hidden: Tensor,
+        rows: Rows,
+        labels: Tensor,
+        *,
+        support_size: int | None = None,
+        with_support: bool = False,
+    ) -> TokenStatistics:
+        """Returns the statistics of n rows while they train, or for another K than the run's; no gradient.
+
+        Only of a teacher that needs nothing but its rows for that; the plan refuses others. Collective over the tp
+        group of the last stage, equal on all its ranks.
+
+        Args:
+            hidden: `[n, H]`, the student's. labels: `[n]`.
+            support_size: K; None: the configuration's.
+            with_support: with the ids of both models' supports and their logprobs.
+
+        Raises:
+            NotFiniteError: the logits are not; on all tp ranks.
+        """
+        raise AssertionError(f"{type(self).__name__} scores whole batches; the plan refuses anything else")
+
+    @abstractmethod
+    def loss(self, student: Student, hidden: Tensor, rows: Rows, labels: Tensor, row_weights: Tensor) -> Tensor:
+        """Returns the loss of supervised rows, summed with their weights: float32 scalar, equal on all tp ranks.
+
+        Args:
+            hidden: `[k, H]`, the student's, with gradient. labels, row_weights: `[k]`.
+        """
+
+
+@dataclass(frozen=True)
+class TeacherSite:
+    """What a teacher is built from, besides the configuration.
+
+    `checkpoint`: its weights; None for a teacher that is not in the trainer's processes. `groups`: this rank's place in
+    the teacher's layout. `vocabulary`: the ids shared with the student; `padded_vocab_size`: rows of both LM heads.
+    `required_statistics`: what the run's rule reads.
+    """
+
+    checkpoint: HfCheckpoint | None
+    groups: ModelGroups
+    student_groups: ModelGroups
+    vocabulary: ShardedVocabulary
+    padded_vocab_size: int
+    required_statistics: frozenset[str]
+    dtype: torch.dtype
+    device: torch.device
+
+
+def score_micro_batches(
+    student: Student,
+    batch: StepBatch,
+    rows: Rows | None,
+    score: Callable[[Tensor, Rows, Tensor], T],
+    unknown: Callable[[Rows], T],
+) -> list[T]:
+    """Returns what `score` makes of each micro-batch of this rank's replica, on the last stage; nothing elsewhere.
+
+    One forward pass without gradient. What is alive at once is a micro-batch's hidden states and a chunk of logits.
+
+    Args:
+        score: of the student's hidden states `[n, H]`, the teacher's rows and the labels `[n]`.
+        unknown: what stands for the micro-batch if `score` raises NotFiniteError.
+    """
+    replica = student.groups.dp_rank
+    micro_batches = batch.micro_batches(replica)
+    parts = rows.split(batch.num_rows()[replica]) if rows is not None else ()
+    found: list[T] = []
+
+    def keep(index: int, hidden_states: Tensor) -> None:
+        mask = micro_batches[index].loss_mask
+        try:
+            value = score(student.rows(hidden_states, mask), parts[index], micro_batches[index].labels[mask])
+        except NotFiniteError:  # the same on all tp ranks; the other replicas and stages must not be left alone
+            value = unknown(parts[index])
+        found.append(value)
+
+    student.forward(micro_batches, keep)
+    return found

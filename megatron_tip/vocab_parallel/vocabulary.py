@@ -1,0 +1,39 @@
+"""The vocabulary that distributions are over, as the calls of this package take it."""
+
+import math
+from dataclasses import dataclass
+
+from torch.distributed import ProcessGroup
+
+from megatron_tip.errors import InputError
+
+
+@dataclass(frozen=True)
+class ShardedVocabulary:
+    """A vocabulary sharded over a tensor-parallel group, and how distributions over it are computed.
+
+    Every model's distribution is softmax(hidden headᵀ / temperature) over the real ids. One record serves all calls of
+    a run; every rank of `tp_group` passes the same values.
+
+    Attributes:
+        vocab_size: number of real ids; padded rows of the heads have probability zero. `None`: no padding.
+        temperature: divides the logits of every model.
+        tp_group: over which the heads are sharded in equal parts; `None`: not sharded.
+        chunk_rows: rows whose logits exist at a time; `None`: chosen from the shapes.
+        compiled: run the elementwise arithmetic through torch.compile.
+
+    Raises:
+        InputError: a temperature or a number of rows that cannot be.
+    """
+
+    vocab_size: int | None = None
+    temperature: float = 1.0
+    tp_group: ProcessGroup | None = None
+    chunk_rows: int | None = None
+    compiled: bool = False
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise InputError(f"ShardedVocabulary: expected a finite temperature above 0, got {self.temperature}.")
+        if self.chunk_rows is not None and self.chunk_rows < 1:
+            raise InputError(f"ShardedVocabulary: expected chunk_rows of at least 1, or None, got {self.chunk_rows}.")
