@@ -120,11 +120,11 @@ def _default(field: FieldInfo) -> str:
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: expected TOML, got a syntax error: {error}") from None
+        return _checked_toml(path.read_text(encoding="utf-8-sig"))  # some editors begin a file with a byte order mark
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: expected TOML in UTF-8, got other bytes: {error}") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: expected TOML, got a syntax error: {error}") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the configuration: {error.strerror}") from None
 
@@ -135,10 +135,24 @@ def _parse_override(override: str) -> tuple[str, str, Any]:
     if not (equals and dot and section and key) or "." in key:
         raise ConfigError(f"command line: expected section.key=value, got {override!r}")
     try:
-        parsed = tomllib.loads(f"value = {text}")
+        parsed = _checked_toml(f"value = {text}")
     except tomllib.TOMLDecodeError:
         return section, key, text
+    except ValueError as error:
+        raise ConfigError(
+            f"command line: {name.strip()}: expected TOML, got a value that cannot be read: {error}"
+        ) from None
     return section, key, parsed["value"] if parsed.keys() == {"value"} else text
+
+
+def _checked_toml(text: str) -> dict[str, Any]:
+    """Returns the content of `text`; raises ValueError for what tomllib cannot read, or for values nested too deep."""
+    try:
+        values = tomllib.loads(text)
+        json.dumps(values, default=str)
+    except RecursionError:
+        raise ValueError("it nests too deep") from None
+    return values
 
 
 def _explain(detail: ErrorDetails, overridden: set[str]) -> str:

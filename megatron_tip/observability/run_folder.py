@@ -47,7 +47,11 @@ class RunFolder:
             ConfigError: it holds a finished run, is not a directory, or is not writable.
         """
         folder = cls(path)
-        if folder.summary.exists():
+        try:
+            is_finished = folder.summary.exists()
+        except OSError as error:  # a name that is too long, a loop of links
+            raise ConfigError(f"run.folder: expected a usable path, got {path!s:.200}: {error.strerror}") from None
+        if is_finished:
             raise ConfigError(
                 f"run.folder: expected a new folder, got {path}, which holds a finished run; give another one "
                 f"(run.folder=...) or move that run away"
@@ -131,6 +135,15 @@ class RunFolder:
         for folder in (self.checkpoints, *parts):
             shutil.rmtree(folder, ignore_errors=True)
         self.metrics.unlink(missing_ok=True)
+
+    def remove_partial_files(self) -> None:
+        """Removes what a killed process left half-written. Only for who holds the folder's lock."""
+        for folder in (self.path, self.rollouts, self.skipped, self.views, self.diagnostics):
+            for path in folder.glob(".*.partial"):
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
 
     def write_config(self, config: Config) -> None:
         atomic_write_text(self.config, dump_config(config))

@@ -6,11 +6,13 @@ from importlib.util import find_spec
 import torch
 
 from megatron_tip.config import Config
-from megatron_tip.errors import OptionalDependencyError
+from megatron_tip.errors import ConfigError, OptionalDependencyError
 from megatron_tip.machine import Machine
 from megatron_tip.observability.trackers import check_trackers
 from megatron_tip.prompts.files import read_prompt_file
 from megatron_tip.prompts.reasoning_tasks import check_tasks
+
+MAX_GENERATED_PROMPTS = 1_000_000
 
 
 def default_num_workers(config: Config) -> int:
@@ -42,6 +44,12 @@ def check_inputs(config: Config, machine: Machine) -> None:
         OptionalDependencyError: reasoning-gym is asked for and not installed.
     """
     prompts = config.prompts
+    num_prompts = prompts.num_prompts or config.rollout.prompts_per_step * config.training.steps
+    if prompts.source == "reasoning_gym" and num_prompts > MAX_GENERATED_PROMPTS:
+        raise ConfigError(
+            f"prompts.num_prompts: expected at most {MAX_GENERATED_PROMPTS} generated prompts, got {num_prompts} "
+            "(0: rollout.prompts_per_step x training.steps); they are made before the first step: set it lower"
+        )
     if prompts.source == "reasoning_gym":
         with machine.lacks_packages():
             check_tasks(prompts.tasks)

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megatron_tip.config import Config
 from megatron_tip.conversion.known_models import KnownModel, KnownTokenizer, known_model
-from megatron_tip.conversion.model_folder import ModelFolder
+from megatron_tip.conversion.model_folder import ModelFolder, read_json
 from megatron_tip.conversion.safetensors_io import HfCheckpoint
 from megatron_tip.errors import ConfigError, WeightsError
 from megatron_tip.machine import Machine
@@ -78,24 +78,43 @@ def shared_tokenizer(config: Config, machine: Machine, vocab_sizes: Sequence[int
 
 
 def stop_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Returns the ids that end a response: those of generation_config.json and the tokenizer's end-of-sequence id.
+    """Returns the ids that end a response: what transformers' generate stops at, and the tokenizer's own.
+
+    Those of generation_config.json or, if it names none, of config.json.
 
     Raises:
-        ConfigError: there are none, so that no response would ever end.
+        ConfigError: there are none, so that no response would ever end; or they are not token ids.
     """
     eos: Any = tokenizer.eos_token_id
-    ids: set[int] = set() if eos is None else {eos}
-    if (folder / "generation_config.json").exists():
-        try:
-            named = GenerationConfig.from_pretrained(folder).eos_token_id
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{folder / 'generation_config.json'}: expected a JSON object, got: {error}") from error
-        ids |= {named} if isinstance(named, int) else set(named or ())
+    ids = {eos} if isinstance(eos, int) else set()
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).exists() and (named := _end_ids(folder / name)):
+            ids |= named
+            break
     if not ids:
         raise ConfigError(
-            f"{folder}: expected an end-of-sequence id in the tokenizer or generation_config.json, found none"
+            f"{folder}: expected an end-of-sequence id in the tokenizer, generation_config.json or config.json, found "
+            "none"
         )
     return tuple(sorted(ids))
+
+
+def _end_ids(path: Path) -> set[int]:
+    try:
+        named = read_json(path).get("eos_token_id")
+    except WeightsError as error:
+        raise ConfigError(str(error)) from error
+    ids = named if isinstance(named, list) else [] if named is None else [named]
+    if not all(type(token) is int and token >= 0 for token in ids):
+        raise ConfigError(f"{path}: expected eos_token_id to be a token id or a list of them, got {named!r:.80}")
+    return set(ids)
+
+
+def ends_of_the_teacher_alone(config: Config, stop_token_ids: Sequence[int]) -> set[int]:
+    """Returns the ids at which the teacher stops and the student does not: its rollouts then go on after them."""
+    files = [config.teacher.path / name for name in ("generation_config.json", "config.json")]
+    named = [_end_ids(path) for path in files if path.exists()]
+    return next((ids for ids in named if ids), set()) - set(stop_token_ids)
 
 
 def _is_described(path: Path) -> bool:
@@ -104,8 +123,14 @@ def _is_described(path: Path) -> bool:
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        # Told outright, transformers does not ask on the terminal whether to run the folder's own code.
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises no narrower one for a damaged file
+        if "trust_remote_code" in str(error):
+            raise ConfigError(
+                f"{folder}: expected a tokenizer that needs no code of its own, got one with auto_map in "
+                "tokenizer_config.json; code from model folders is never run: save the tokenizer in tokenizers' format"
+            ) from error
         raise ConfigError(f"{folder}: expected a tokenizer that transformers can load, got: {error}") from error
 
 

@@ -93,6 +93,11 @@ def _check_sampling(config: Config) -> None:
             "rollout.importance_cap: expected rollout.temperature = loss.temperature, got "
             f"{rollout.temperature} and {temperature}; the ratio compares both distributions"
         )
+    if rollout.importance_cap and rollout.top_p != 1.0:
+        raise ConfigError(
+            f"rollout.importance_cap: expected rollout.top_p = 1, got {rollout.top_p}; the engine's log-probabilities "
+            "are then of the cut distribution and the trainer's of the whole one"
+        )
 
 
 def _check_one_pass(config: Config) -> None:

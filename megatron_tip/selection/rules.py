@@ -124,8 +124,11 @@ def _imported(path: str) -> Any:
     module_name, _, attribute = path.partition(":")
     try:
         return getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"rule: cannot import {path!r} ({error}); check the path and PYTHONPATH") from error
+    except Exception as error:  # the module may raise anything while it is imported
+        raise ConfigError(
+            f"rule: cannot import {path!r} ({type(error).__name__}: {error}); expected 'package.module:attribute', no "
+            "path of a file; check the name and PYTHONPATH"
+        ) from error
 
 
 def _installed(name: str) -> Any:

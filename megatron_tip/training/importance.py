@@ -15,8 +15,9 @@ from megatron_tip.statistics import TokenStatistics
 def comparable_ratios(
     config: Config, batch: StepBatch, replica: int, statistics: TokenStatistics | None
 ) -> Tensor | None:
-    """Returns `log_ratios` where student and engine can be compared: at one temperature, with statistics."""
-    if statistics is None or config.rollout.temperature != config.loss.temperature:
+    """Returns `log_ratios` where student and engine can be compared: at one temperature, uncut, with statistics."""
+    rollout = config.rollout
+    if statistics is None or (rollout.temperature, rollout.top_p) != (config.loss.temperature, 1.0):
         return None
     return log_ratios(batch, replica, statistics)
 

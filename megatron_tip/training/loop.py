@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from functools import partial
 
 import psutil
 import torch
@@ -14,13 +15,16 @@ import torch.distributed as dist
 from megatron_tip.config import Config, FaultConfig
 from megatron_tip.errors import EngineError, TooManySkips
 from megatron_tip.observability.run_folder import RunFolder
+from megatron_tip.observability.run_lock import RunLock
 from megatron_tip.observability.timing import PhaseTimer
 from megatron_tip.parallel.distributed import Worker, destroy_distributed, init_distributed
-from megatron_tip.parallel.environment import available_threads
+from megatron_tip.parallel.environment import available_threads, is_restarted
 from megatron_tip.parallel.launch import end_worker_with, failures_on_record
 from megatron_tip.parallel.stop import StopRequested
+from megatron_tip.parallel.together import run_on
 from megatron_tip.parallel.watchdog import HangWatchdog
 from megatron_tip.planning.dtypes import Dtypes
+from megatron_tip.planning.models import ends_of_the_teacher_alone
 from megatron_tip.planning.plan import RunPlan, plan_run
 from megatron_tip.training.checkpoints.files import CheckpointFiles
 from megatron_tip.training.checkpoints.progress import Heldout, RunProgress
@@ -41,6 +45,9 @@ logger = logging.getLogger(__name__)
 MakeGauge = Callable[[Config, RunPlan], Callable[[TrainingRun], Gauge]]
 """Checks from files alone what else is measured, before the first collective; what it returns builds it, at the
 student's start."""
+
+LOCK_SECONDS = 180.0
+"""NFS gives a dead machine's locks back after 90 s."""
 
 AGREEMENT = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
 """By the coarser dtype of both models, the reverse KL in nats below which a student has nothing to learn: most likely
@@ -67,6 +74,8 @@ def train(config: Config, *, fresh: bool = False, make_gauge: MakeGauge | None =
         check_same_run(config)
     build_gauge = make_gauge(config, plan) if make_gauge else None
     worker = init_distributed(timeout_seconds=collective_timeout_seconds(config.fault))
+    lock = RunLock(folder.path)
+    run_on(0, partial(take_folder, folder, lock), device=worker.device)
     recorder = RunRecorder(config, folder, worker, Throughput.of_run(config, plan, worker))
     timer = PhaseTimer(worker.device, on_enter=recorder.display.show_phase, on_exit=recorder.phase_ended)
     run, progress, recorder.state = run_to_continue(config, plan, worker, timer, folder, build_gauge, fresh=fresh)
@@ -86,7 +95,20 @@ def train(config: Config, *, fresh: bool = False, make_gauge: MakeGauge | None =
             checkpointer = Checkpointer(run, recorder, files, run.stop, resumed_step=progress.step)
             before, after = run_steps(run, recorder, checkpointer, watchdog, progress)
         finish_run(run, plan, folder, recorder, before, after)
+    lock.release()
     destroy_distributed()
+
+
+def take_folder(folder: RunFolder, lock: RunLock) -> None:
+    """Takes the folder's lock, on rank 0, and removes what a killed process left half-written.
+
+    A job that is started again waits as long as a shared file system may keep the lock of a node that died.
+
+    Raises:
+        ConfigError: another process has it.
+    """
+    lock.acquire(wait_seconds=LOCK_SECONDS if is_restarted(os.environ) else 0.0)
+    folder.remove_partial_files()
 
 
 def run_to_continue(
@@ -120,6 +142,12 @@ def run_to_continue(
         run = replace(run, gauge=build_gauge(run))
     age = time.time() - psutil.Process().create_time()
     logger.info("models and engine are there after %.1f s, %.1f s into this process", time.monotonic() - start, age)
+    if worker.rank == 0 and (ends := ends_of_the_teacher_alone(config, plan.stop_token_ids)):
+        logger.warning(
+            "the teacher stops at the ids %s and the student does not: its responses go on after them; see "
+            "eos_token_id in generation_config.json",
+            sorted(ends),
+        )
     progress, recorded = RunProgress(), RecorderState()
     if step is not None:
         progress, recorded = restore(run, files, step)
@@ -192,6 +220,7 @@ def _run_steps(
         after = _sync_and_record(run, recorder, checkpointer, progress)
     watchdog.step_done()
     checkpointer.finish()
+    end_without_updates(run.config, progress)
     assert progress.before is not None, "measured before the first step"
     return progress.before, after or progress.before
 
@@ -246,6 +275,20 @@ def end_after_skips(config: Config, progress: RunProgress) -> None:
             f"step {progress.step}: the loss or the gradient was not finite {most} steps in a row "
             f"(fault.max_skipped_steps); their rollouts are in {RunFolder(config.run.folder).skipped}, readable by "
             "the replay engine"
+        )
+
+
+def end_without_updates(config: Config, progress: RunProgress) -> None:
+    """Ends a run that took all of its steps and updated nothing in any of them.
+
+    Raises:
+        TooManySkips: no step was finite; on every rank.
+    """
+    if progress.skipped_in_a_row >= progress.step:
+        raise TooManySkips(
+            f"none of the {progress.step} steps was finite, so that the student is as it was; their rollouts are in "
+            f"{RunFolder(config.run.folder).skipped}, readable by the replay engine; start anew with --fresh and other "
+            "settings"
         )
 
 
