@@ -113,7 +113,7 @@ class TokenStatistics:
 
         import torch
 
-        def joined(name: str) -> Tensor | None:
+        def joined(name: str) -> "Tensor | None":
             values = [getattr(part, name) for part in parts]
             return None if any(value is None for value in values) else torch.cat(values)
 

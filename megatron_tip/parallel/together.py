@@ -3,7 +3,8 @@
 import json
 import logging
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -87,8 +88,24 @@ def raise_together(
     if failure is not None:
         if dist.get_rank() == rank:
             raise failure
-        logger.error("%s: %s", type(failure).__name__, failure)
+        if list(_described(failure)) != told[place]:
+            logger.error("%s: %s", type(failure).__name__, failure)
     raise _failure_of(rank, *told[place]) from failure
+
+
+@contextmanager
+def together(*, device: torch.device | str, group: dist.ProcessGroup | None = None) -> Iterator[None]:
+    """Runs a block on every rank of `group` and raises what any of them met in it on all of them.
+
+    The block may do different things on different ranks, but its collectives must come to their end whatever fails in
+    it. Collectives and errors are those of `raise_together`.
+    """
+    failure = None
+    try:
+        yield
+    except BaseException as error:  # Ctrl-C too: the other ranks wait in the collective
+        failure = error
+    raise_together(failure, device=device, group=group)
 
 
 def _described(error: BaseException) -> tuple[str, str]:
@@ -117,5 +134,6 @@ def _failure_of(rank: int, name: str, message: str) -> BaseException:
     if kind is None:
         return PeerError(f"rank {rank} failed with {name}: {message}; its own message says where")
     failure = kind(message)
-    failure.met_on_rank = rank  # type: ignore[attr-defined]  # `launch` shows it once, from the rank that met it
+    assert isinstance(failure, MegatronTipError), "checked by _class_of"
+    failure.met_on_rank = rank
     return failure

@@ -12,7 +12,7 @@ from megatron_tip.batching.step_batch import StepBatch
 from megatron_tip.config import Config, LossConfig
 from megatron_tip.models.student import Student
 from megatron_tip.parallel.groups import ModelGroups
-from megatron_tip.parallel.together import raise_together
+from megatron_tip.parallel.together import together
 from megatron_tip.records import Rollout, TeacherTopK
 from megatron_tip.rollout.sglang.client import SGLangClient, Timeouts
 from megatron_tip.rollout.sglang.setup import read_keys
@@ -118,13 +118,10 @@ class ServedTeacher(Teacher[TeacherTopK]):
 
     def _asked(self, ask: Callable[[ServerTeacher], T]) -> T | None:
         """Returns what `ask` does on the ranks that ask, None elsewhere; what it raises is raised on every rank."""
-        answer, failure = None, None
-        if self.scorer is not None:
-            try:
+        answer = None
+        with together(device=self.device):
+            if self.scorer is not None:
                 answer = ask(self.scorer)
-            except BaseException as error:  # Ctrl-C too: the other ranks wait in the collective
-                failure = error
-        raise_together(failure, device=self.device)
         return answer
 
     def _told(self, values: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -150,16 +147,19 @@ def _unknown(rows: TeacherTopK) -> StudentStatistics:
 
 
 def build(config: Config, site: TeacherSite) -> ServedTeacher:
-    """Returns the teacher, its servers checked by the ranks that will ask them.
+    """Returns the teacher, its servers checked by the ranks that will ask them. Collective over the world.
 
     Raises:
         ServerMismatchError, ServerError: a server that is something else or does not answer.
     """
     groups, vocab_size = site.student_groups, site.vocabulary.vocab_size
     assert vocab_size is not None, "the ids that a run's models share are counted"
-    asks = groups.is_last_stage and groups.tp_rank == 0
+    scorer = None
+    with together(device=site.device):
+        if groups.is_last_stage and groups.tp_rank == 0:
+            scorer = _scorer(config, vocab_size)
     return ServedTeacher(
-        scorer=_scorer(config, vocab_size) if asks else None,
+        scorer=scorer,
         groups=groups,
         device=site.device,
         support_size=min(config.selection.support_size, vocab_size),

@@ -10,7 +10,7 @@ from megatron_tip.records import Prompt, Rollout
 from megatron_tip.rollout.engine import SamplingParams
 from megatron_tip.rollout.storage import write_rollouts
 from megatron_tip.rollout.transfer import broadcast_rollouts
-from megatron_tip.training.run import TrainingRun
+from megatron_tip.training.run import RolloutSource, TrainingRun
 from megatron_tip.training.weight_sync import sync_engine
 
 logger = logging.getLogger(__name__)
@@ -73,11 +73,20 @@ def generate_rollouts(
 
 
 def keep_skipped(run: TrainingRun, step: int, rollouts: Sequence[Rollout], reason: Exception) -> None:
-    """Keeps the rollouts of a step that updated nothing in skipped/, for the replay engine, and says so."""
-    if run.source is not None:
+    """Keeps the rollouts of a step that updated nothing in skipped/, for the replay engine, and logs it.
+
+    Collective over the world.
+
+    Raises:
+        OutputError: they cannot be written; on every rank.
+    """
+    folder, name = RunFolder(run.config.run.folder).skipped, run.sampling.for_step(step).batch_name
+
+    def keep(source: RolloutSource) -> None:
         logger.warning("step %d is skipped, its rollouts are in skipped/: %s", step, reason)
-        folder, name = RunFolder(run.config.run.folder).skipped, run.sampling.for_step(step).batch_name
-        write_rollouts(folder, name, rollouts, run.source.prompts.batch(step))
+        write_rollouts(folder, name, rollouts, source.prompts.batch(step))
+
+    run.on_source(keep)
 
 
 def _with_teachers(rollouts: Sequence[Rollout], prompts: Sequence[Prompt]) -> list[Rollout]:

@@ -10,6 +10,7 @@ from megatron_tip.models.student import Student, build_student
 from megatron_tip.observability.timing import PhaseTimer
 from megatron_tip.parallel.distributed import Worker
 from megatron_tip.parallel.groups import ModelGroups, build_groups
+from megatron_tip.parallel.together import together
 from megatron_tip.planning.dtypes import Dtypes
 from megatron_tip.planning.plan import RunPlan
 from megatron_tip.prompts.source import PromptSource, load_prompts
@@ -41,7 +42,10 @@ def build_run(
         chunk_rows=config.loss.chunk_rows or None,
         compiled=config.loss.compile,
     )
-    source = _source(config, plan, worker.device, num_threads) if worker.rank == 0 and generates else None
+    source = None
+    with together(device=worker.device):
+        if worker.rank == 0 and generates:
+            source = _source(config, plan, worker.device, num_threads)
     teacher_site = TeacherSite(
         checkpoint=plan.teacher,
         groups=teacher_groups,
@@ -60,18 +64,23 @@ def build_run(
         architecture=plan.student.architecture,
         vocabulary=vocabulary,
         selector=plan.selector,
-        sampling=SamplingParams(
-            max_response_tokens=config.rollout.max_response_tokens,
-            temperature=config.rollout.temperature,
-            top_p=config.rollout.top_p,
-            samples_per_prompt=config.rollout.samples_per_prompt,
-            stop_token_ids=plan.stop_token_ids,
-            seed=config.run.seed,
-        ),
+        sampling=_sampling(config, plan),
         pad_token_id=plan.pad_token_id,
         source=source,
         timer=timer,
         views=TokenViews(config, plan.tokenizer, student_groups),
+    )
+
+
+def _sampling(config: Config, plan: RunPlan) -> SamplingParams:
+    rollout = config.rollout
+    return SamplingParams(
+        max_response_tokens=rollout.max_response_tokens,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        samples_per_prompt=rollout.samples_per_prompt,
+        stop_token_ids=plan.stop_token_ids,
+        seed=config.run.seed,
     )
 
 

@@ -7,9 +7,9 @@ import torch
 
 from megatron_tip.config import Config
 from megatron_tip.conversion.bridge import export_hf
-from megatron_tip.errors import EngineError, MegatronTipError
+from megatron_tip.errors import EngineError
 from megatron_tip.parallel.stop import StopSignals
-from megatron_tip.parallel.together import raise_together
+from megatron_tip.parallel.together import together
 from megatron_tip.rollout.engines import engine_kind
 from megatron_tip.training.probe import probe_ids, probe_logprobs
 from megatron_tip.training.run import RolloutSource, TrainingRun
@@ -86,18 +86,15 @@ def _sync(run: TrainingRun, weight_version: int) -> None:
     Raises:
         MegatronTipError: what the engine raised; on every rank.
     """
-    failure = None
-    if run.student.groups.dp_rank == 0:
-        stream = export_hf(run.student.model, run.architecture, run.student.groups)
-        try:
-            if run.source is not None:
-                run.source.engine.update_weights(stream, weight_version)
-            else:
-                for _ in stream:
+    with together(device=run.device):
+        if run.student.groups.dp_rank == 0:
+            stream = export_hf(run.student.model, run.architecture, run.student.groups)
+            try:
+                if run.source is not None:
+                    run.source.engine.update_weights(stream, weight_version)
+            finally:
+                for _ in stream:  # on the other ranks; and after a failure, because the others still send the rest
                     pass
-        except MegatronTipError as error:
-            failure = error
-    raise_together(failure, device=run.device)
 
 
 def probe_gaps(run: TrainingRun, tolerance: float) -> dict[str, float]:
