@@ -45,7 +45,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class MicroBatchRows:
-    """The `k` rows of one micro-batch to train on. `mask`: `[b, s]` bool, True at them. `row_weights`: `[k]` float32."""
+    """The `k` rows of one micro-batch to train on. `mask`: `[b, s]` bool, true there. `row_weights`: `[k]` float32."""
 
     mask: Tensor
     teacher_rows: TeacherRows

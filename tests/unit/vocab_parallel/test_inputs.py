@@ -30,7 +30,7 @@ COMMON = [
     ({"student_hidden": torch.zeros(N, H).double()}, "one dtype of float32, bfloat16, float16, got torch.float64"),
     ({"student_hidden": torch.zeros(N, H).bfloat16()}, "got torch.bfloat16 and torch.float32; cast"),
     ({"student_head": torch.zeros(V, H, device="meta")}, "on one device, got cpu, meta"),
-    ({"vocab_size": 11}, r"vocab_size of 1 to 10 \(10 rows a shard x tp size 1\), got 11"),
+    ({"vocab_size": 11}, r"vocab_size of 1 to 10 \(10 rows per shard x tp size 1\), got 11"),
     ({"vocab_size": 0}, "vocab_size of 1 to 10"),
     ({"labels": torch.zeros(2, dtype=torch.int64)}, r"labels \[3\] torch.int64 on cpu, got \[2\]"),
     ({"labels": torch.zeros(N)}, r"labels \[3\] torch.int64 on cpu, got \[3\] torch.float32"),
