@@ -111,6 +111,7 @@ def checked_inputs(
     Raises:
         InputError: arguments do not match or are invalid.
         NotFiniteError: hidden states or weights on this rank are not finite.
+        PeerError: another rank found an error in its values.
     """
     try:
         checked = tuple(Model.checked(name, *pair) for name, pair in zip(("student", "teacher"), models, strict=False))

@@ -73,7 +73,7 @@ class VocabPartition:
         return 0 if self.group is None else self.group.rank()
 
     def owned(self, values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns `[c, k]` entries of `values` `[c, num_local]` at global `ids` (zero if not owned), and which are owned."""
+        """Returns `[c, k]` entries of `values` `[c, num_local]` at global `ids`, zero if not owned, and which are."""
         columns, is_owned = self._columns(ids)
         if self.num_local == 0:
             return values.new_zeros(ids.shape), is_owned
