@@ -103,7 +103,7 @@ def read_batch(
 
 
 def _own_facts(values: Mapping[str, Tensor], index: TokenIndex, num_budgeted: int) -> Tensor:
-    """Returns int64: whether rows match, their number, their budget, two index extents, one non-finite flag per value."""
+    """Returns int64: whether rows match, their number and budget, two index extents, one non-finite flag per value."""
     num_rows = len(index)
     fits = index.position.shape == (num_rows,) and all(value.shape == (num_rows,) for value in values.values())
     parts = (index.rollout_index, index.position)

@@ -1,4 +1,4 @@
-"""The matrix products of a chunk of rows with an output layer: the logits, and the gradients from theirs.
+"""The matrix products of a chunk of rows with an output layer: the logits, and their gradients passed back.
 
 `hidden`: `[c, H]`, `head`: `[v, H]`, `grad_logits`: `[c, v]`, all of one dtype on one device.
 """

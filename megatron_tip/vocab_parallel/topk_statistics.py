@@ -21,8 +21,7 @@ from megatron_tip.vocab_parallel.vocabulary import ShardedVocabulary
 TOPK_STATISTICS = frozenset(
     name for name, statistic in STATISTICS.items() if statistic.needs in ("nothing", "top_k", "top_k_alone")
 )
-"""The statistics available from a teacher's top-K. `needs="student_top_k"` also requires its logprobs of the student's.
-"""
+"""The statistics available from a teacher's top-K alone, so without those of `needs="student_top_k"`."""
 
 # Stands for ln q if q counts as zero: finite to avoid 0 x inf, and exactly zero after exp.
 _NOTHING = -1e4
