@@ -120,7 +120,9 @@ def run_to_continue(
     if build_gauge:
         run = replace(run, gauge=build_gauge(run))
     age = time.time() - psutil.Process().create_time()
-    logger.info("built models and engine in %.1f s; the process is %.1f s old", time.monotonic() - start, age)
+    logger.info(
+        "models and engine are ready after %.1f s, %.1f s after the process started", time.monotonic() - start, age
+    )
     progress, recorded = RunProgress(), RecorderState()
     if step is not None:
         progress, recorded = restore(run, files, step)

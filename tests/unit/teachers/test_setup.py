@@ -50,7 +50,7 @@ def test_a_teacher_without_weights_can_be_planned(models: Path):
         ),
         (
             {"teacher": SERVED, "loss": TOPK | {"temperature": 0.7}},
-            r"loss.temperature: expected 1 .* at temperature 1 what",
+            r"loss.temperature: expected 1 .* at temperature 1 only",
         ),
         (
             {"teacher": SERVED, "loss": TOPK, "selection": {"rule": "tip_soft_or"}},

@@ -24,7 +24,7 @@ COMMON = [
         {"student_hidden": torch.zeros(N, 2, H)},
         r"student_hidden \[n, H\] and student_head .* got \[3, 2, 4\]",
     ),
-    ({"teacher_head": torch.zeros(V, 5)}, r"teacher_head .* one H, got \[3, 6\] and \[10, 5\]"),
+    ({"teacher_head": torch.zeros(V, 5)}, r"teacher_head .* the same H, got \[3, 6\] and \[10, 5\]"),
     ({"teacher_hidden": torch.zeros(2, 6)}, "teacher_hidden with the student's 3 rows, got 2"),
     ({"teacher_head": torch.zeros(11, 6)}, "teacher_head with the student's 10 rows, got 11; pad both"),
     ({"student_hidden": torch.zeros(N, H).double()}, "one dtype of float32, bfloat16, float16, got torch.float64"),
