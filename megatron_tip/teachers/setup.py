@@ -1,4 +1,4 @@
-"""Kinds of teachers by `teacher.kind`: what each one can do, checked before anything starts, and how it is built."""
+"""The kinds of teachers by `teacher.kind`: early checks of what each supports, and its construction."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,22 +21,23 @@ if TYPE_CHECKING:
 
 
 def known_statistics(config: Config) -> frozenset[str]:
-    """Returns the fields of TokenStatistics that the run's teacher makes known."""
+    """Returns the fields of TokenStatistics that the run's teacher can provide."""
     return TEACHER_KINDS[config.teacher.kind].known_statistics(config)
 
 
 def build_teacher(config: Config, site: "TeacherSite") -> "Teacher[Any]":
-    """Returns the teacher of the run. Collective over the world; raises as the `build` of its kind."""
+    """Builds the run's teacher. Collective over the world; raises what `build` of its kind raises."""
     # Imported here: Megatron-Core takes seconds, and neither a dry run nor a submission needs it.
     return import_module(TEACHER_KINDS[config.teacher.kind].module).build(config, site)
 
 
 def check_teacher(config: Config, selector: Selector, machine: Machine) -> None:
-    """Refuses what the run's kind of teacher cannot do: losses, rules and temperatures by name. Reads files alone.
+    """Rejects losses, rules and temperatures that the run's kind of teacher does not support. Reads only files.
 
     Raises:
-        ConfigError: a loss or a rule that needs the teacher's whole distribution from one behind servers, a
-            temperature other than 1 there, several teachers without a field that chooses; or the reverse.
+        ConfigError: with a teacher behind servers, a loss or rule that needs its whole distribution, or a temperature
+            other than 1; a loss for the top-K only with another teacher; several teachers without a field that
+            chooses between them, or the reverse.
     """
     TEACHER_KINDS[config.teacher.kind].check(config, selector, machine)
 
@@ -56,12 +57,12 @@ def _check_served(config: Config, selector: Selector, machine: Machine) -> None:
     if loss.temperature != 1.0:
         raise ConfigError(
             f'loss.temperature: expected 1 with teacher.kind = "sglang", got {loss.temperature}; SGLang gives the '
-            "log-probabilities of a prompt's tokens, by which the teacher scores, at temperature 1 whatever is asked"
+            "log-probabilities of a prompt's tokens, by which the teacher scores, at temperature 1 only"
         )
     if loss.divergence not in TOPK_DIVERGENCES:
         raise ConfigError(
             f'loss.divergence: expected one of {", ".join(TOPK_DIVERGENCES)} with teacher.kind = "sglang", got '
-            f'"{loss.divergence}", which needs the teacher\'s whole distribution; servers give its top-K'
+            f'"{loss.divergence}", which needs the teacher\'s whole distribution; servers give only its top-K'
         )
     source = f'a teacher behind servers with teacher.student_support = "{teacher.student_support}"'
     selector.check_available(known_statistics(config), source)
@@ -86,11 +87,11 @@ def _check_routes(config: Config) -> None:
 
 
 def teacher_limits(folder: Path) -> tuple[int, int]:
-    """Returns vocabulary and positions from `folder`'s config.json, which may be of any architecture; no weights.
+    """Returns vocabulary size and number of positions from `folder`'s config.json, for any architecture; no weights.
 
     Raises:
-        WeightsError: no config.json that can be read.
-        ConfigError: it lacks one of them.
+        WeightsError: config.json cannot be read.
+        ConfigError: one of the two values is missing.
     """
     content = read_json(folder / "config.json")
     content |= content.get("text_config") or {}
@@ -113,8 +114,8 @@ def _known_of_servers(config: Config) -> frozenset[str]:
 class TeacherKind:
     """One kind of teacher.
 
-    `check`: refuses what it cannot do, from the configuration, the run's selector and files of the machine.
-    `known_statistics`: the fields of TokenStatistics that it makes known. `module`: has its class and
+    `check`: rejects what it does not support, given the configuration, the run's selector and the machine's files.
+    `known_statistics`: the fields of TokenStatistics that it can provide. `module`: the module with its class and
     `build(config, site)`.
     """
 
@@ -127,4 +128,4 @@ TEACHER_KINDS = {
     "megatron": TeacherKind(_check_in_trainer, _known_in_trainer, "megatron_tip.teachers.megatron"),
     "sglang": TeacherKind(_check_served, _known_of_servers, "megatron_tip.teachers.served"),
 }
-"""`teacher.kind` -> what is known of it."""
+"""`teacher.kind` -> the kind."""

@@ -1,4 +1,4 @@
-"""From a checked plan to a run that can take its first step."""
+"""Set-up of a run from a checked plan, ready for its first step."""
 
 import torch
 
@@ -26,12 +26,12 @@ from megatron_tip.vocab_parallel import ShardedVocabulary
 def build_run(
     config: Config, plan: RunPlan, worker: Worker, timer: PhaseTimer, *, num_threads: int, generates: bool = True
 ) -> TrainingRun:
-    """Returns models, optimizer, prompts and engine of a run. Collective over the world.
+    """Returns the run with its models, optimizer, prompts and engine. Collective over the world.
 
     Args:
-        generates: False: without prompts and engine, for work on rollouts that exist already.
-        num_threads: CPU threads of all workers of this machine together, which the embedded engine may use while the
-            others wait for it.
+        generates: if False, leaves out prompts and engine, for work on existing rollouts.
+        num_threads: CPU threads of all workers on this machine together. The embedded engine uses them all while the
+            other workers wait.
     """
     student_groups = build_groups(plan.student_grid)
     teacher_groups = build_groups(plan.teacher_grid) if plan.teacher_grid != plan.student_grid else student_groups
@@ -130,7 +130,7 @@ def _prompts(config: Config, plan: RunPlan) -> PromptSource:
         for prompt in (*source.training, *source.heldout):
             if prompt.teacher not in known:
                 raise InputError(
-                    f"prompt {prompt.index}: expected {config.prompts.teacher_field!r} to be a name of teacher.urls "
+                    f"prompt {prompt.index}: expected {config.prompts.teacher_field!r} to be a name in teacher.urls "
                     f"({', '.join(known)}), got {prompt.teacher!r}"
                 )
     return source

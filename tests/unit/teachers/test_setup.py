@@ -50,11 +50,11 @@ def test_a_teacher_without_weights_can_be_planned(models: Path):
         ),
         (
             {"teacher": SERVED, "loss": TOPK | {"temperature": 0.7}},
-            r"loss.temperature: expected 1 .* at temperature 1 what",
+            r"loss.temperature: expected 1 .* at temperature 1 only",
         ),
         (
             {"teacher": SERVED, "loss": TOPK, "selection": {"rule": "tip_soft_or"}},
-            r"rule 'tip_soft_or' needs \['reverse_kl'\], which a teacher behind .* does not give; .*teachability",
+            r"rule 'tip_soft_or' needs \['reverse_kl'\], which a teacher behind .* does not provide; .*teachability",
         ),
         (
             {"teacher": SERVED, "loss": TOPK, "selection": {"rule": "tip_q3_only"}},
@@ -62,7 +62,7 @@ def test_a_teacher_without_weights_can_be_planned(models: Path):
         ),
         (
             {"teacher": SKIPPED, "loss": TOPK},
-            r"'ta_opd_teachability' needs \['compatibility'\], .*\"skip\" does not give; .*teachability_lower_bound",
+            r"'ta_opd_teachability' needs \['compatibility'\], .*\"skip\" does not provide; .*teachability_lower_bound",
         ),
         (
             {"teacher": SERVED | {"urls": ("localhost:1",)}, "loss": TOPK},
