@@ -31,7 +31,7 @@ def check_sglang(config: Config) -> None:
     if rollout.top_p != 1.0:
         raise ConfigError(
             f'rollout.top_p: expected 1 with rollout.engine = "sglang", got {rollout.top_p}; SGLang reports logprobs '
-            "of the whole distribution, not of the nucleus that it samples from"
+            "under the whole distribution, not under the nucleus that it samples from"
         )
     if sglang.router_url and not rollout.server_urls:
         raise ConfigError(

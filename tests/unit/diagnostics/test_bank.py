@@ -90,11 +90,11 @@ def test_scores_come_back_and_belong_to_their_bank(tmp_path):
 
 def test_scores_that_are_not_there_are_answered_with_those_that_are(tmp_path):
     bank = make_bank(tmp_path / "bank")
-    with pytest.raises(InputError, match="got 'ende'; there: none;"):
+    with pytest.raises(InputError, match="got 'ende'; existing: none;"):
         read_scores(bank.scores_path("ende"), bank)
     for name in ("start", "end"):
         write_scores(bank.scores_path(name), make_scores(bank))
-    with pytest.raises(InputError, match="expected the name of scores in the bank, got 'ende'; there: end, start;"):
+    with pytest.raises(InputError, match="expected the name of scores in the bank, got 'ende'; existing: end, start;"):
         read_scores(bank.scores_path("ende"), bank)
 
 
