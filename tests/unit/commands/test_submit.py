@@ -77,7 +77,7 @@ def test_a_configuration_is_checked_as_the_script_will_run_it(tmp_path: Path):
         assert served.rollout.engine == "sglang"
         assert served.rollout.server_urls
     replay = make_config(tmp_path, Layout(1), rollout={"engine": "replay", "replay_folder": tmp_path})
-    with pytest.raises(ConfigError, match=r"which slurm/train_disaggregated\.sbatch starts"):
+    with pytest.raises(ConfigError, match=r"that slurm/train_disaggregated\.sbatch starts"):
         as_served(replay, alone, "train_disaggregated")
 
 
