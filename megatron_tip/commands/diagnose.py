@@ -1,4 +1,4 @@
-"""`megatron-tip diagnose`: the commands of the fixed-context diagnostic. Only the workers import torch."""
+"""`megatron-tip diagnose`: the commands of the fixed-context diagnostic. torch is imported late."""
 
 import os
 import sys
@@ -148,9 +148,7 @@ def report(
     bank: Annotated[Path, typer.Argument(help="Folder of the bank.")],
     folder: Annotated[Path, typer.Option("--out", help="Folder for the tables (CSV) and figures (PNG, CSV).")],
     start: Annotated[str, typer.Option(help="Name of the scores before.")] = "start",
-    after: Annotated[
-        list[str] | None, typer.Option(help="Name of the scores after; repeatable. Default: all others.")
-    ] = None,
+    after: Annotated[list[str] | None, typer.Option(help="Scores after; repeatable. Default: all others.")] = None,
     arms: Annotated[Path | None, typer.Option(help="run.folder of `diagnose intervene`.")] = None,
     page: Annotated[Path | None, typer.Option(help="A Markdown page whose markers are filled in.")] = None,
     resamples: Resamples = 1000,

@@ -31,16 +31,14 @@ def command(
     data: Annotated[
         Path | None, typer.Option(help="A folder of questions, NAME.jsonl or .parquet; default: hub.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use only this many questions; for trials.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only this many questions: a trial, no result.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Default: the preset's 0.6; 0: greedy.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Default: the preset's 0.95.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Limit per answer; default: the preset's.")] = None,
     backend: Annotated[str, typer.Option(help="lm-eval or evalscope.")] = "lm-eval",
     python: Annotated[
         str,
-        typer.Option(
-            envvar="MEGATRON_TIP_EVAL_PYTHON", help="Python interpreter that has the backend; default: this one."
-        ),
+        typer.Option(envvar="MEGATRON_TIP_EVAL_PYTHON", help="Interpreter that has the backend; default: this one."),
     ] = "",
     device: Annotated[str, typer.Option(help="lm-eval with a directory: cuda:0, cpu; default: it chooses.")] = "",
     batch_size: Annotated[int, typer.Option(min=1, help="With a directory: questions per batch.")] = 8,

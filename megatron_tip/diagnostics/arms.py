@@ -94,8 +94,7 @@ class ArmsFile:
         """Checks, without writing, that the folder's arms are readable and comparable with those of `settings`.
 
         Raises:
-            ConfigError: the folder has arms of other or unknown settings.
-            InputError: one of its files is broken.
+            ConfigError: the folder has arms of other or unknown settings. InputError: one of its files is broken.
         """
         has_arms = self._path.exists()  # checked first: another rank may be writing, and it writes the settings first
         if self._settings.exists():

@@ -87,8 +87,7 @@ def write_bank(folder: Path, contexts: Sequence[Rollout], manifest: dict[str, An
     """Writes a new bank atomically.
 
     Raises:
-        InputError: no context has a token.
-        OutputError: the folder exists or is not writable.
+        InputError: no context has a token. OutputError: the folder exists or is not writable.
     """
     contexts = [context for context in contexts if context.num_generated]
     if not contexts:

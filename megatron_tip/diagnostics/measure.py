@@ -72,10 +72,7 @@ def gathered(
     Args:
         columns: `[n]` by name, this replica's rows, on the last stage; None elsewhere.
 
-    Collectives: 1 all-reduce over the world.
-
-    Raises:
-        NotFiniteError: a value is not finite; raised on every rank.
+    Collectives: 1 all-reduce over the world. Raises NotFiniteError, on every rank, for values that are not finite.
     """
     groups = run.student.groups
     matrix = torch.zeros(frozen.num_rows, len(names), device=run.device)

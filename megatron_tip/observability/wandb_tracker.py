@@ -42,11 +42,7 @@ class WandbTracker:
         except wandb.Error as error:
             if config.tracking.wandb != "online":
                 raise
-            logger.warning(
-                "wandb: cannot go online (%s); the run stays offline; upload it with: wandb sync %s",
-                error,
-                folder.path / "wandb",
-            )
+            logger.warning("wandb: cannot go online (%s); stays offline: wandb sync %s", error, folder.path / "wandb")
             self._run = self._init(config, identity, "offline")
         return self._run.id
 

@@ -75,8 +75,7 @@ def check_replay(config: Config, vocab_sizes: Sequence[int], machine: Machine) -
     """Checks that the rollouts to replay exist and are not the run's own; see `EngineKind.check`.
 
     Raises:
-        ConfigError: the folder is missing, or within run.folder.
-        EngineError: the folder has no rollouts.
+        ConfigError: the folder is missing, or within run.folder. EngineError: the folder has no rollouts.
     """
     folder = config.rollout.replay_folder
     assert folder is not None, "checked by the configuration"

@@ -222,7 +222,7 @@ class SGLangEngine(RolloutEngine):
         last = next((entry.error for entry in progress.set_aside.values()), "generated with other weights")
         raise EngineError(
             f"sglang: no response was left in {MAX_EMPTY_BATCHES} batches in a row, the last of them {batch_name} with "
-            f"{progress.num_over} failed responses; see {self._settings.set_aside_path}. The last error: {last}"
+            f"{progress.num_over} responses; see {self._settings.set_aside_path}. The last error: {last}"
         )
 
     def _write_set_aside(self, batch_name: str, entries: Sequence[SetAside]) -> None:
