@@ -1,4 +1,4 @@
-"""The way of rollouts from the first process, where the engine lives, to all others."""
+"""The broadcast of rollouts from the first process, which has the engine, to all others."""
 
 from collections.abc import Callable
 
@@ -16,11 +16,11 @@ def broadcast_rollouts(
     *,
     device: torch.device | str = "cpu",
 ) -> list[Rollout] | None:
-    """Returns what `generate` returns on the first rank of `group`, the only one to call it, on all its ranks.
+    """Calls `generate` on the first rank of `group` and returns its result on all ranks.
 
     Args:
         group: `None` means the world.
-        device: where the travelling bytes lie; what the group's backend carries.
+        device: device of the broadcast bytes; the group's backend must support it.
 
     Collectives and errors: those of `run_on`.
     """

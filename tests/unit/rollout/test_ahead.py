@@ -75,7 +75,7 @@ def test_the_batch_begun_is_taken_once_and_others_are_generated_now(inner, ahead
 def test_a_batch_that_nobody_took_is_not_passed_over(inner, ahead):
     inner.release.set()
     ahead.start_next(PROMPTS, SAMPLING.for_step(1))
-    with pytest.raises(AssertionError, match="step_000001 has not been taken"):
+    with pytest.raises(AssertionError, match="step_000001 has not been collected"):
         ahead.start_next(PROMPTS, SAMPLING.for_step(2))
 
 

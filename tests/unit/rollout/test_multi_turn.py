@@ -221,7 +221,7 @@ def test_an_engine_that_answers_for_others_is_refused():
             rollouts = super().generate(prompts, sampling)
             return rollouts if len(self.calls) == 1 else [rollouts[2], *rollouts]
 
-    with pytest.raises(EngineError, match=r"of each of 4 episodes .* got 5 rollouts, 4 of them of other prompts"):
+    with pytest.raises(EngineError, match=r"of each of 4 episodes .* got 5 rollouts, 4 of them for other prompts"):
         MultiTurnEngine(Forgetful(["a", "b"]), Echo, TEMPLATE, max_turns=3).generate(PROMPTS, SAMPLING)
 
 
