@@ -15,7 +15,7 @@ from megatron_tip.planning.settings import check_settings, make_selector
 from megatron_tip.rollout.engines import engine_kind
 from megatron_tip.rollout.multi_turn import check_environment
 from megatron_tip.selection import Selector
-from megatron_tip.teachers.setup import check_teacher
+from megatron_tip.teachers.setup import check_teacher, teacher_kind
 from megatron_tip.vocab_parallel import padded_vocab_size
 
 
@@ -75,12 +75,12 @@ def outline_run(config: Config, world_size: int, machine: Machine) -> Outline:
     """
     check_packages(config, machine)
     student = find_model("model", config.model.path, machine, config.model.drop_layers)
-    teacher = find_model("teacher", config.teacher.path, machine) if config.teacher.kind == "megatron" else None
+    teacher = find_model("teacher", config.teacher.path, machine) if teacher_kind(config).has_weights else None
     grids = _grids(config, student, teacher, world_size)
     sizes, positions = zip(limits(student), limits(teacher) if teacher else served_limits(config, machine), strict=True)
     check_settings(config, dict(zip(("student", "teacher"), positions, strict=True)))
     selector = make_selector(config)
-    check_teacher(config, selector, machine)
+    check_teacher(config, machine)
     check_inputs(config, machine)
     tokenizer = shared_tokenizer(config, machine, sizes)
     engine_kind(config).check(config, sizes, machine)

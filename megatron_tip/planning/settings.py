@@ -6,8 +6,7 @@ from megatron_tip.config import Config
 from megatron_tip.errors import ConfigError
 from megatron_tip.rollout.engines import engine_kind
 from megatron_tip.selection import Selector, rollout_budget
-from megatron_tip.teachers.setup import known_statistics
-from megatron_tip.vocab_parallel.statistics import FULL_STATISTICS
+from megatron_tip.teachers.setup import known_statistics, teacher_in_words, teacher_kind
 
 
 def check_settings(config: Config, positions: Mapping[str, int]) -> None:
@@ -59,7 +58,7 @@ def make_selector(config: Config) -> Selector:
             f"selection.retention_ratio: expected at least one token of the longest response, got floor("
             f"{selection.retention_ratio} x {longest}) = 0 for every rollout; raise it or selection.minimum_per_rollout"
         )
-    selector.check_available(FULL_STATISTICS, "the teacher in this process")
+    selector.check_available(known_statistics(config), teacher_in_words(config))
     return selector
 
 
@@ -104,7 +103,7 @@ def _check_one_pass(config: Config) -> None:
         setting = 'selection.thresholds = "last_step"'
     else:
         return
-    if config.teacher.kind == "sglang":
+    if not teacher_kind(config).scores_rows:
         raise ConfigError(f'{setting}: expected teacher.kind = "megatron", got "sglang"; servers score whole batches')
     if config.rollout.importance_cap:
         raise ConfigError(

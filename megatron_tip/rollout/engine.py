@@ -87,10 +87,6 @@ class RolloutEngine(ABC):
         Consumes the whole stream even if it refuses a tensor, because other ranks take part in its collectives.
         """
 
-    @abstractmethod
-    def health(self) -> None:
-        """Raises EngineError, with the reason, if the engine cannot generate."""
-
     def start_next(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> None:  # noqa: B027
         """Starts the batch of a later `generate` call, if the engine can work while the student trains."""
 
@@ -126,9 +122,6 @@ class EngineWrapper(RolloutEngine):
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], weight_version: int) -> None:
         self._engine.update_weights(weights, weight_version)
-
-    def health(self) -> None:
-        self._engine.health()
 
     def start_next(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> None:
         self._engine.start_next(prompts, sampling)

@@ -67,6 +67,10 @@ class ServedTeacher(Teacher[TeacherTopK]):
             support_logprobs=self._told(answer.support_logprobs if answer is not None else None, (n, k), torch.float32),
         )
 
+    def close(self) -> None:
+        if self.scorer is not None:
+            self.scorer.close()
+
     def score(
         self, student: Student, batch: StepBatch, rows: TeacherTopK | None, *, with_support: bool = False
     ) -> tuple[TokenStatistics | None, TeacherTopK | None]:

@@ -57,11 +57,6 @@ class ServerTeacher:
         self._settings = settings
         self._num_asked = dict.fromkeys(routes, settings.support_size)
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The teachers' names."""
-        return tuple(self._routes)
-
     def close(self) -> None:
         """Closes all connections."""
         for clients in self._routes.values():

@@ -29,6 +29,9 @@ class Teacher(ABC, Generic[Rows]):
 
     heldout_statistic: ClassVar[str]
 
+    def close(self) -> None:
+        """Closes what the teacher holds open."""
+
     @property
     def heldout_metric(self) -> str:
         """The name of the held-out metric."""

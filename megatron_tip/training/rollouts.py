@@ -6,10 +6,11 @@ from dataclasses import replace
 
 from megatron_tip.errors import WeightsLostError
 from megatron_tip.observability.run_folder import RunFolder
+from megatron_tip.parallel.together import run_on
 from megatron_tip.records import Prompt, Rollout
+from megatron_tip.rollout.codec import decode_rollouts, encode_rollouts
 from megatron_tip.rollout.engine import SamplingParams
 from megatron_tip.rollout.storage import write_rollouts
-from megatron_tip.rollout.transfer import broadcast_rollouts
 from megatron_tip.training.run import RolloutSource, TrainingRun
 from megatron_tip.training.weight_sync import sync_engine
 
@@ -67,9 +68,11 @@ def generate_rollouts(
             write_rollouts(RunFolder(run.config.run.folder).rollouts, sampling.batch_name, rollouts, prompts)
         return rollouts
 
-    while (rollouts := broadcast_rollouts(generate, device=run.device)) is None:
+    while True:
+        rollouts = run_on(0, generate, device=run.device, encode=encode_rollouts, decode=decode_rollouts)
+        if rollouts is not None:
+            return rollouts
         sync_engine(run, weight_version=weight_version)
-    return rollouts
 
 
 def keep_skipped(run: TrainingRun, step: int, rollouts: Sequence[Rollout], reason: Exception) -> None:

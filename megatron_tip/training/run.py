@@ -92,6 +92,7 @@ class TrainingRun:
         )
 
     def close(self) -> None:
-        """Shuts down the run's own servers, on rank 0. They also end when that process does."""
+        """Stops the run's own servers, in the first process, and closes the teacher's connections."""
+        self.teacher.close()
         if self.source is not None:
             self.source.engine.close()

@@ -104,7 +104,7 @@ def select_then_train(run: TrainingRun, scored: Scored, step: int) -> Trained:
         batch, selected = cut_to_selection(groups, scored, selection)
     with run.timer.phase("train"):
         rows = selected.by_micro_batch(batch.micro_batches(groups.dp_rank)) if selected is not None else []
-        loss = train(run.student, run.teacher, batch, lambda index, *_: rows[index])
+        loss = accumulate_gradients(run.student, run.teacher, batch, lambda index, *_: rows[index])
     return Trained(scored, selection, batch, loss)
 
 
@@ -119,7 +119,7 @@ def select_while_training(run: TrainingRun, batch: StepBatch, teacher_rows: Teac
     groups = run.student.groups
     with run.timer.phase("train"):
         chooser = SelectedWhileTraining(run, batch, teacher_rows, step) if teacher_rows is not None else None
-        loss = train(run.student, run.teacher, batch, chooser.rows if chooser is not None else None)
+        loss = accumulate_gradients(run.student, run.teacher, batch, chooser.rows if chooser is not None else None)
         expected = f"step {step}: expected finite scores and a finite loss in every micro-batch"
         raise_together(None if math.isfinite(loss) else NotFiniteError(expected), device=run.device)
     with run.timer.phase("select"):
@@ -129,7 +129,7 @@ def select_while_training(run: TrainingRun, batch: StepBatch, teacher_rows: Teac
             return chooser.finish(batch.token_index(groups.dp_rank))
 
         selection = selected_on_last_stage(run, finish)
-    statistics = chooser.statistics() if chooser is not None else None
+    statistics = chooser.statistics if chooser is not None else None
     ratios = comparable_ratios(run.config, batch, groups.dp_rank, statistics)
     return Trained(Scored(batch, teacher_rows, statistics, ratios), selection, batch, loss)
 
@@ -188,13 +188,15 @@ def cut_to_selection(
         dist.all_reduce(last_selected, op=dist.ReduceOp.MAX, group=groups.dp_group)
     if groups.grid.pp_size > 1:
         dist.broadcast(last_selected, src=groups.last_stage_rank, group=groups.pp_group)
-    trained = batch.cut_behind(last_selected.tolist())
+    trained = batch.cut_after(last_selected.tolist())
     if selected is not None and groups.grid.dp_size > 1:
         selected = selected.sent_to(trained.replica_of()[selected.index.rollout_index], groups.dp_group)
     return trained, selected
 
 
-def train(student: Student, teacher: Teacher[Any], batch: StepBatch, supervise: Supervise | None) -> float:
+def accumulate_gradients(
+    student: Student, teacher: Teacher[Any], batch: StepBatch, supervise: Supervise | None
+) -> float:
     """Accumulates the gradients of the supervised rows and returns this replica's part of the loss.
 
     It is 0 except on the last stage. The LM head is applied, with gradient, to those rows only.

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -158,8 +159,9 @@ class SelectedWhileTraining:
         mask = selection.selection_mask
         return MicroBatchRows(rows_mask(micro_batch, mask), teacher_rows[mask], selection.row_weights[mask])
 
+    @cached_property
     def statistics(self) -> TokenStatistics | None:
-        """Returns the replica's statistics after the pass; None if nothing needs them."""
+        """The replica's statistics, once the pass is over; None if nothing needs them."""
         return TokenStatistics.concatenate(self._statistics) if self._statistics else None
 
     def finish(self, index: TokenIndex) -> tuple[TokenSelection, Calibration | None]:
@@ -172,7 +174,7 @@ class SelectedWhileTraining:
             index: of the replica's rows.
         """
         selector, group = self._run.selector, self._run.student.groups.dp_group
-        statistics = self.statistics()
+        statistics = self.statistics
         mask = torch.cat([selection.selection_mask for selection in self._selections])
         weights = torch.cat([selection.row_weights for selection in self._selections])
         metrics, calibration = selector.describe(statistics, index, mask, dp_group=group), None

@@ -23,6 +23,9 @@ TOPK_STATISTICS = frozenset(
 )
 """The statistics available from a teacher's top-K alone, so without those of `needs="student_top_k"`."""
 
+ON_STUDENT_SUPPORT = frozenset(name for name, statistic in STATISTICS.items() if statistic.needs == "student_top_k")
+"""The statistics that also need the teacher's logprobs of the student's top-K."""
+
 # Stands for ln q if q counts as zero: finite to avoid 0 x inf, and exactly zero after exp.
 _NOTHING = -1e4
 

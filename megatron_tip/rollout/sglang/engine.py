@@ -68,13 +68,6 @@ class SGLangEngine(RolloutEngine):
         pool.on_back = self._weights_of_returned
         pool.start()
 
-    def health(self) -> None:
-        """Raises EngineError unless some server is up and holds the last weights."""
-        if self._version is None:
-            raise EngineError("sglang: expected weights, got none yet; call update_weights first")
-        if not self._pool.up(self._version):
-            raise WeightsLostError(f"sglang: no running server holds the weights {self._version}")
-
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
         """Returns `samples_per_prompt` rollouts per prompt, prompt-major, without those set aside or dropped.
 

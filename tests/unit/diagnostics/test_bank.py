@@ -163,7 +163,7 @@ def test_scores_that_lack_a_part_are_refused_by_name(tmp_path, change, message):
         read_scores(path, bank)
 
 
-def test_contexts_are_cut_behind_a_token_of_the_student(tmp_path):
+def test_contexts_are_cut_after_a_token_of_the_student(tmp_path):
     context = replace(make_contexts(1)[0], environment_spans=((3, 6), (12, 14)))
     (cut,) = cut_contexts([context], 1, 13)
     assert (len(cut.response_ids), cut.environment_spans, cut.finish_reason) == (12, ((3, 6),), "length")

@@ -52,9 +52,6 @@ class ScriptedEngine(RolloutEngine):
     def update_weights(self, weights, weight_version):
         self.weight_version = weight_version
 
-    def health(self):
-        raise EngineError("not well")
-
 
 class Echo:
     """Says what it was told and which prompt it began with; done when told "bye"."""
@@ -256,12 +253,10 @@ def test_a_batch_goes_on_where_its_weights_were_lost():
     assert len({sampling.batch_name for _, sampling in inner.calls}) == 3, "an engine tells the calls of a batch apart"
 
 
-def test_health_and_weights_are_the_engines_own():
+def test_weights_are_the_engines_own():
     engine, inner = engine_of([])
     engine.update_weights([], 12)
     assert inner.weight_version == 12
-    with pytest.raises(EngineError, match="not well"):
-        engine.health()
 
 
 def test_the_configuration_names_an_environment():
