@@ -1,4 +1,4 @@
-"""The command `megatron-tip`. Each of its commands is a file of `commands`: arguments, help and what it does."""
+"""The command `megatron-tip`. Each subcommand has its own file in `commands`."""
 
 from typing import Annotated
 
@@ -18,15 +18,14 @@ app.add_typer(diagnose, name="diagnose")
 
 
 def main() -> None:
-    """Runs the command; entry point of the console script."""
+    """Runs the command line; the console script's entry point."""
     app()
 
 
-@app.callback(invoke_without_command=True)
+@app.callback(invoke_without_command=True, help="Token-selective on-policy distillation on Megatron-Core.")
 def _root(
     show_version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
 ) -> None:
-    """Token-selective on-policy distillation on Megatron-Core."""
     if show_version:
         typer.echo(f"megatron-tip {__version__}")
         raise typer.Exit

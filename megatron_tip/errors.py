@@ -5,7 +5,12 @@ Every message says where, what was expected, what was found, and what to do abou
 
 
 class MegatronTipError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """Base of every error that this package raises on purpose.
+
+    `met_on_rank`: the rank that met it, on the other ranks that end with it (`parallel.together`); None on that rank.
+    """
+
+    met_on_rank: int | None = None
 
 
 class ConfigError(MegatronTipError, ValueError):

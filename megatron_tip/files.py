@@ -50,6 +50,8 @@ def output_errors(path: Path, *, setting: str = "run.folder") -> Iterator[None]:
     """Turns an OSError from writing to `path` into an OutputError that advises another `setting`."""
     try:
         yield
+    except OutputError:
+        raise
     except OSError as error:
         raise OutputError(f"{path}: cannot write: {error.strerror}; free space, or give another {setting}") from error
 

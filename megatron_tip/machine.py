@@ -1,4 +1,4 @@
-"""The machine that a run is checked on. What it lacks is an error for a run here and a note for a run elsewhere."""
+"""The machine on which a run is checked. What it lacks is an error for a run here and a note for a run elsewhere."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,10 +8,10 @@ from megatron_tip.errors import ConfigError, OptionalDependencyError
 
 
 class Machine:
-    """This machine, for a run that starts on it or elsewhere. `notes`: what it lacks and the run may find elsewhere."""
+    """This machine, for a run here or elsewhere. `notes`: what is missing here but may exist elsewhere."""
 
     def __init__(self, *, is_elsewhere: bool = False) -> None:
-        """Takes this machine. `is_elsewhere`: whether the run will start on another one."""
+        """Describes this machine. `is_elsewhere`: whether the run will start on another one."""
         self.is_elsewhere = is_elsewhere
         self.notes: list[str] = []
 
@@ -19,7 +19,7 @@ class Machine:
         """Returns whether `path`, which `setting` names, exists here.
 
         Raises:
-            ConfigError: it does not, and the run starts here.
+            ConfigError: it does not exist, and the run starts here.
         """
         if path.exists():
             return True
@@ -30,7 +30,7 @@ class Machine:
 
     @contextmanager
     def lacks_packages(self) -> Iterator[None]:
-        """Turns an OptionalDependencyError into a note where the run is elsewhere."""
+        """Turns an OptionalDependencyError into a note if the run is elsewhere."""
         try:
             yield
         except OptionalDependencyError as error:

@@ -1,7 +1,7 @@
-"""What crosses folders: prompts, rollouts, micro-batches, statistics, selections.
+"""The records shared between packages: prompts, rollouts, micro-batches, teacher rows and selections.
 
 Shape letters: `b` sequences of a micro-batch, `s` positions, `n` valid tokens ("rows") of one data-parallel replica,
-`K` support size. Rows run over micro-batches, then sequences, then positions; a row is one position of `loss_mask`.
+`K` support size. A row is one position of `loss_mask`. Rows are ordered by micro-batch, then sequence, then position.
 """
 
 from collections.abc import Callable
@@ -16,8 +16,8 @@ from torch import Tensor
 class Prompt:
     """One prompt, already rendered through the chat template and tokenised.
 
-    `index` is its place in the prompt source and never changes; `text` is what the model sees. `teacher`: the name of
-    the teacher that scores its rollouts, "" where there is one.
+    `index`: its fixed place in the prompt source. `text`: what the model sees. `teacher`: the name of the teacher that
+    scores its rollouts; "" if the run has only one.
     """
 
     index: int
@@ -30,14 +30,14 @@ class Prompt:
 class Rollout:
     """One sampled response, as token ids.
 
-    `rollout_logprobs`: natural log of each sampled token's probability under the distribution it was sampled from,
-    one a response token; 0 where the environment wrote. `finish_reason`: "stop" (a stop id was sampled; it is the last
-    response id), "length" (cut off, not a complete answer) or "turns" (the environment wanted more turns than there
-    are). `weight_version`: the training step whose weights generated it, of several the oldest.
+    `rollout_logprobs`: one per response token, the natural log of its probability under the distribution that it was
+    sampled from; 0 for tokens of the environment. `finish_reason`: "stop" (the last response id is a sampled stop id),
+    "length" (cut off, not a complete answer) or "turns" (the environment wanted more turns than allowed).
+    `weight_version`: the training step whose weights generated it; the oldest, if there were several.
 
-    `environment_spans`: half-open ranges of `response_ids` that the student did not generate: what an environment or
-    a tool wrote between its turns, with the chat template's delimiters. In order, none at the beginning or the end,
-    none next to another. A response of one turn has none. `teacher`: as of its prompt.
+    `environment_spans`: half-open ranges of `response_ids` that the student did not generate: the text of an
+    environment or a tool between its turns, with the chat template's delimiters. They are in order, do not touch each
+    other, and are never at the start or the end; a single-turn response has none. `teacher`: its prompt's.
     """
 
     prompt_index: int
@@ -56,11 +56,11 @@ class Rollout:
 
     @property
     def num_generated(self) -> int:
-        """Response tokens that the student generated."""
+        """The number of response tokens that the student generated."""
         return self.num_generated_before(len(self.response_ids))
 
     def num_generated_before(self, position: int) -> int:
-        """Tokens that the student generated among the first `position` of the response."""
+        """Returns how many of the first `position` response tokens the student generated."""
         return position - sum(max(0, min(end, position) - start) for start, end in self.environment_spans)
 
 
@@ -68,9 +68,9 @@ class Rollout:
 class MicroBatch:
     """Sequences that go through the model together, padded on the right; equal on all tp and pp ranks of a replica.
 
-    All tensors are `[b, s]`. `labels[:, t] == input_ids[:, t + 1]` wherever `response_mask` holds, so position t is
-    scored for the token that follows it. `response_mask`: the label was generated. `loss_mask` (a subset): the label
-    may be supervised. `rollout_indices`: `[b]`, each sequence's place in the step's rollout list.
+    All other tensors are `[b, s]`; `rollout_indices` is `[b]`, each sequence's place in the step's rollout list.
+    `labels[:, t] == input_ids[:, t + 1]` wherever `response_mask` is True, so position t is scored for the next token.
+    `response_mask`: the label was generated. `loss_mask` (a subset): the label may be supervised.
     """
 
     input_ids: Tensor
@@ -90,10 +90,10 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class TokenIndex:
-    """Where each row stands in the whole rollout batch: the order that breaks ties, equal on every layout.
+    """The place of each row in the whole rollout batch. It breaks ties and does not depend on the layout.
 
     `rollout_index`: `[n]` int64, place in the step's rollout list (prompt-major). `position`: `[n]` int64, 0-based
-    place within the response, the environment's tokens counted.
+    place within the response, including the environment's tokens.
     """
 
     rollout_index: Tensor
@@ -103,39 +103,39 @@ class TokenIndex:
         return self.rollout_index.shape[0]
 
     def keys(self, num_positions: int) -> Tensor:
-        """`[n]` int64: by rollout, then by position; distinct if every position is below `num_positions`."""
+        """Returns `[n]` int64 keys ordered by rollout, then position; distinct for positions below `num_positions`."""
         return self.rollout_index * num_positions + self.position
 
 
 @dataclass(frozen=True)
 class TeacherRows:
-    """What a teacher says of n rows: tensors `[n, ...]`, None for what it does not say. A kind of teacher adds them."""
+    """A teacher's output for n rows: tensors `[n, ...]`, or None if not provided. Each kind of teacher adds its own."""
 
     def __len__(self) -> int:
         return len(getattr(self, fields(self)[0].name))
 
     def __getitem__(self, rows: Tensor) -> Self:
-        """Returns those rows, in their order."""
+        """Returns the given rows, in the given order."""
         return self.map(lambda values: values[rows])
 
     def split(self, num_rows: list[int]) -> list[Self]:
-        """Returns consecutive parts of so many rows each."""
+        """Returns consecutive parts with the given numbers of rows."""
         ends = list(accumulate(num_rows))
         return [self.map(lambda values, a=end - n, b=end: values[a:b]) for end, n in zip(ends, num_rows, strict=True)]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
-        """Returns `function` of each tensor."""
+        """Returns the rows with `function` applied to each tensor."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return replace(self, **{name: function(value) for name, value in values.items() if value is not None})
 
 
 @dataclass(frozen=True)
 class TeacherTopK(TeacherRows):
-    """What a teacher behind a server says of n rows: natural log of its probabilities at temperature 1.
+    """The natural-log probabilities of a teacher behind servers for n rows, at temperature 1; equal on all tp ranks.
 
     `label_logprobs`: `[n]` float32. `support_ids`, `support_logprobs`: `[n, K]` int64 and float32, its top-K by
-    descending logprob. `student_support_ids`, `student_support_logprobs`: `[n, K]`, what it was asked about the
-    student's top-K; None where it was not. Equal on all tp ranks.
+    descending logprob. `student_support_ids`, `student_support_logprobs`: `[n, K]`, the student's top-K and the
+    teacher's logprobs of it; None if it was not asked.
     """
 
     label_logprobs: Tensor
@@ -147,12 +147,12 @@ class TeacherTopK(TeacherRows):
 
 @dataclass(frozen=True)
 class TokenSelection:
-    """Which rows of this replica are supervised, and with what weight.
+    """The supervised rows of this replica, and their weights.
 
-    `selection_mask`: `[n]` bool. `row_weights`: `[n]` float32, zero where not selected; they already carry the one
+    `selection_mask`: `[n]` bool. `row_weights`: `[n]` float32, zero for rows that are not selected. They include the
     division by the global count, so the loss of the whole batch is the sum over all rows of weight x divergence.
     `num_valid`, `num_selected`: over the whole batch, equal on every rank. `metrics`: global scalars of the selection.
-    `scores`: `[n]` float32, what the rule says of each row; None where it scores none, as "full" and "random".
+    `scores`: `[n]` float32, the rule's scores; None for rules without scores, such as "full" and "random".
     """
 
     selection_mask: Tensor

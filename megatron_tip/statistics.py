@@ -1,6 +1,6 @@
-"""What is computed of a token, and what each of these statistics is: the one place that declares them.
+"""The statistics of a token and their only declaration.
 
-torch is not imported: the report reads the declarations and must not wait for it.
+It does not import torch, because the report reads the declarations and must not wait for it.
 """
 
 from dataclasses import dataclass, field, fields
@@ -13,15 +13,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Statistic:
-    """What holds of one scalar field of TokenStatistics. Every list of statistics in the package is derived from it.
+    """The properties of one scalar field of TokenStatistics. Every list of statistics in the package derives from them.
 
     `symbol`, `meaning`: as the report shows them. `equation`: with its source. `unit`: "nats", "share" or "ids".
-    `over`: what it is taken over: the whole "vocabulary", both models' "support" (it then depends on K) or the "label".
-    `needs`: what the teacher must give: "nothing"; its "top_k", which comes with its logprob of the label; its
-    logprobs of the "student_top_k"; its whole "distribution"; "top_k_alone": it stands in where there is no
-    distribution. `in_views`, `in_scores`: whether views' token tables and the scores of a context bank have a column of
-    it. `logged`: its mean over the valid tokens is the metric `train/NAME`. `described`: its means over the kept and
-    over the dropped tokens are metrics of the selection.
+    `over`: its domain: the whole "vocabulary", both models' "support" (it then depends on K) or the "label". `needs`:
+    what the teacher must provide: "nothing"; its "top_k", which comes with its logprob of the label; its logprobs of
+    the "student_top_k"; its whole "distribution"; "top_k_alone": a substitute if there is no distribution. `in_views`,
+    `in_scores`: whether views' token tables and the scores of a context bank have a column for it. `logged`: its mean
+    over the valid tokens is the metric `train/NAME`. `described`: its means over the kept and over the dropped tokens
+    are metrics of the selection.
     """
 
     symbol: str
@@ -37,7 +37,7 @@ class Statistic:
 
     @property
     def metadata(self) -> "dict[str, Statistic]":
-        """What the field of TokenStatistics carries."""
+        """The metadata of the field of TokenStatistics."""
         return {"statistic": self}
 
 
@@ -46,8 +46,8 @@ class TokenStatistics:
     """Per-row scalars of student p and teacher q, `[n]` float32, no gradient, equal on all tp ranks.
 
     S_S and S_T are the top-K sets of student and teacher (ties: lower id first). Every scoring pass computes the fields
-    without a default, and the others where they are asked for. `None` means "not asked for", or "cannot be known":
-    what needs the whole distribution of a teacher that gives top-K log-probabilities alone. Equations: TA-OPD
+    without a default, and the others on request. `None` means "not requested" or "unknowable", as for statistics that
+    need the whole distribution of a teacher that provides only top-K log-probabilities. Equations: TA-OPD
     (arXiv:2605.26844) unless TIP is named.
     """
 
@@ -101,7 +101,7 @@ class TokenStatistics:
 
     @staticmethod
     def unknown(num_rows: int, device: "torch.device") -> "TokenStatistics":
-        """Returns NaN for `num_rows` rows of which a teacher's distribution told nothing; no supports."""
+        """Returns NaN statistics, without supports, for `num_rows` rows whose logits are unusable."""
         import torch
 
         nothing = torch.full((num_rows,), float("nan"), device=device)
@@ -109,11 +109,11 @@ class TokenStatistics:
 
     @staticmethod
     def concatenate(parts: "list[TokenStatistics]") -> "TokenStatistics":
-        """Returns the rows of `parts` one after another; a field that any part lacks is `None`."""
+        """Returns the concatenated rows of `parts`; a field that any part lacks is `None`."""
 
         import torch
 
-        def joined(name: str) -> Tensor | None:
+        def joined(name: str) -> "Tensor | None":
             values = [getattr(part, name) for part in parts]
             return None if any(value is None for value in values) else torch.cat(values)
 

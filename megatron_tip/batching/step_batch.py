@@ -93,7 +93,7 @@ class StepBatch:
             self._indices[replica] = token_index(self.micro_batches(replica))
         return self._indices[replica]
 
-    def cut_behind(self, last_selected: Sequence[int]) -> "StepBatch":
+    def cut_after(self, last_selected: Sequence[int]) -> "StepBatch":
         """Returns the batch without what cannot influence the loss, redistributed over the same replicas.
 
         Attention is causal: tokens after a rollout's last selected position change neither loss nor gradient. They are

@@ -1,1 +1,1 @@
-"""The bodies of the command line's commands, one file a command."""
+"""The subcommands of the command line, one file per command."""

@@ -1,4 +1,4 @@
-"""`megatron-tip diagnose`: the fixed-context diagnostic as commands. torch is imported late, in the workers."""
+"""`megatron-tip diagnose`: the commands of the fixed-context diagnostic. torch is imported late."""
 
 import os
 import sys
@@ -18,7 +18,12 @@ from megatron_tip.observability.logs import configure_logging
 from megatron_tip.parallel.environment import is_worker
 from megatron_tip.parallel.launch import run_worker, start_workers
 
-diagnose = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+diagnose = typer.Typer(
+    help="Freeze on-policy contexts, score checkpoints on them, and see which tokens teach the student.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="As for train; [diagnostics] names the bank.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="section.key=value")]
@@ -26,23 +31,21 @@ Nproc = Annotated[int | None, typer.Option(min=1, help="Workers to start on this
 Checkpoint = Annotated[
     Path | None,
     typer.Option(
-        help="Weights of the student: a Hugging Face directory, a Megatron checkpoint of any layout, a step of "
-        "checkpoints/, or a run's folder. Default: model.path, as a run would begin."
+        help="The student's weights: a Hugging Face directory, a Megatron checkpoint of any layout, a step in "
+        "checkpoints/, or a run's folder. Default: model.path, as at the start of a run."
     ),
 ]
 
-
-@diagnose.callback()
-def _root() -> None:
-    """Freeze on-policy contexts, score checkpoints on them, and see which tokens teach the student."""
+Resamples = Annotated[int, typer.Option(min=1, help="Resamples of the bootstrap over prompts.")]
+Seed = Annotated[int, typer.Option(help="Seed of the bootstrap.")]
 
 
 @diagnose.command()
 @errors_reported()
 def bank(config_path: ConfigPath, overrides: Overrides = None, nproc: Nproc = None) -> None:
-    """Make a context bank in diagnostics.bank: from diagnostics.rollouts, or from the student's answers to prompts."""
+    """Creates the context bank diagnostics.bank from diagnostics.rollouts or from new answers of the student."""
     config = load_config(config_path, overrides or [])
-    if config.diagnostics.rollouts is not None:  # files alone: one process does it
+    if config.diagnostics.rollouts is not None:  # only reads files: one process is enough
         if os.environ.get("RANK", "0") == "0":
             _say_bank(_bank_of_rollouts(config, config.diagnostics.rollouts))
         return
@@ -66,16 +69,16 @@ def score(
     config_path: ConfigPath,
     overrides: Overrides = None,
     checkpoint: Checkpoint = None,
-    name: Annotated[str, typer.Option(help="Of the scores: scores/NAME.parquet in the bank.")] = "start",
+    name: Annotated[str, typer.Option(help="Name of the scores: scores/NAME.parquet in the bank.")] = "start",
     nproc: Nproc = None,
 ) -> None:
-    """Score a checkpoint on every position of the bank; the bank's scores/NAME.parquet is replaced."""
+    """Scores a checkpoint on every position of the bank; replaces scores/NAME.parquet in the bank."""
     from megatron_tip.diagnostics.bank import check_scores_name
 
     config = load_config(config_path, overrides or [])
     check_scores_name(name)
     if checkpoint and name == "start":
-        raise InputError('--name: expected another name than "start" with --checkpoint: gains are taken against it')
+        raise InputError('--name: expected a name other than "start" with --checkpoint: gains are relative to "start"')
 
     def work(subject) -> None:
         from megatron_tip.diagnostics.intervene import score_checkpoint
@@ -93,12 +96,12 @@ def score(
 @errors_reported()
 def gain(
     bank: Annotated[Path, typer.Argument(help="Folder of the bank.")],
-    before: Annotated[str, typer.Argument(help="Name of the scores before, as `start`.")],
+    before: Annotated[str, typer.Argument(help="Name of the scores before, for example `start`.")],
     after: Annotated[str, typer.Argument(help="Name of the scores after.")],
-    resamples: Annotated[int, typer.Option(min=1, help="Of the bootstrap over prompts.")] = 1000,
-    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 1,
+    resamples: Resamples = 1000,
+    seed: Seed = 1,
 ) -> None:
-    """Print the gain between two checkpoints that were scored on a bank, absolute and relative."""
+    """Prints the absolute and relative gain between two checkpoints that were scored on a bank."""
     from megatron_tip.diagnostics.papers.evidence import Evidence
     from megatron_tip.diagnostics.papers.token_tables import gain_row
 
@@ -106,7 +109,7 @@ def gain(
     _say_caveats(found.caveats())
     row = gain_row(found.gains[after], resamples=resamples, seed=seed)
     typer.echo(
-        f"{before} -> {after}: gain {row['gain']:+.5f} nats a token (95 % over prompts: {row['low']:+.5f} to "
+        f"{before} -> {after}: gain {row['gain']:+.5f} nats per token (95 % over prompts: {row['low']:+.5f} to "
         f"{row['high']:+.5f}), {row['relative']:+.2%} of {row['kl_before']:.5f}, over {row['tokens']} tokens"
     )
 
@@ -119,10 +122,10 @@ def intervene(
     checkpoint: Checkpoint = None,
     nproc: Nproc = None,
 ) -> None:
-    """Train with every rule from one start at the same budgets and measure the gain on held-out contexts of the bank.
+    """Trains with every rule from the same start and budgets, and measures the gain on held-out contexts of the bank.
 
-    Arms take training.steps steps of rollout.prompts_per_step contexts and are measured on heldout.num_prompts others;
-    they are written to run.folder as they end, and the same command continues after the last one.
+    Each arm takes training.steps steps of rollout.prompts_per_step contexts and is measured on heldout.num_prompts
+    others. Finished arms are written to run.folder; the same command continues after the last one.
     """
     config = load_config(config_path, overrides or [])
 
@@ -143,15 +146,15 @@ def intervene(
 @errors_reported()
 def report(
     bank: Annotated[Path, typer.Argument(help="Folder of the bank.")],
-    folder: Annotated[Path, typer.Option("--out", help="Where tables (CSV) and figures (PNG, CSV) go.")],
+    folder: Annotated[Path, typer.Option("--out", help="Folder for the tables (CSV) and figures (PNG, CSV).")],
     start: Annotated[str, typer.Option(help="Name of the scores before.")] = "start",
-    after: Annotated[list[str] | None, typer.Option(help="Name of scores after; repeats. Default: all others.")] = None,
+    after: Annotated[list[str] | None, typer.Option(help="Scores after; repeatable. Default: all others.")] = None,
     arms: Annotated[Path | None, typer.Option(help="run.folder of `diagnose intervene`.")] = None,
-    page: Annotated[Path | None, typer.Option(help="A page of Markdown whose markers are filled.")] = None,
-    resamples: Annotated[int, typer.Option(min=1, help="Of the bootstrap over prompts.")] = 1000,
-    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 1,
+    page: Annotated[Path | None, typer.Option(help="A Markdown page whose markers are filled in.")] = None,
+    resamples: Resamples = 1000,
+    seed: Seed = 1,
 ) -> None:
-    """Write the papers' tables and figures of a bank."""
+    """Writes the papers' tables and figures for a bank."""
     from megatron_tip.diagnostics.papers.evidence import Evidence
     from megatron_tip.diagnostics.papers.write import fill_page, page_blocks, write_all
 
@@ -170,12 +173,11 @@ def _in_workers(
     work: Callable[[Any], None],
     nproc: int | None,
 ) -> None:
-    """Runs `work` in each worker: joins a world that exists, or starts one on this machine.
+    """Runs `work` in each worker; joins an existing world or starts one on this machine.
 
     Args:
-        prepare: checks, from files alone, what a world of so many workers needs and returns what `work` takes. Every
-            worker does so before its first collective, however it was started; our own launcher also before it starts
-            any.
+        prepare: takes the number of workers, checks what they need by reading files only, and returns the argument
+            of `work`. Every worker calls it before its first collective, and our launcher before it starts workers.
     """
 
     def in_worker() -> None:
@@ -239,4 +241,4 @@ def _say_bank(made) -> None:
 
 def _say_caveats(sentences: Sequence[str]) -> None:
     for sentence in sentences:
-        typer.echo(f"mind: {sentence}", err=True)
+        typer.echo(f"note: {sentence}", err=True)

@@ -1,4 +1,4 @@
-"""`megatron-tip doctor`: what is installed here, what a run would use, what is missing and how to mend it."""
+"""`megatron-tip doctor`: what is installed here, what a run would use, what is missing and how to fix it."""
 
 import importlib.metadata
 import importlib.util
@@ -26,7 +26,7 @@ _MINIMUM_FREE_BYTES = 20 * 2**30
 
 @dataclass(frozen=True)
 class Finding:
-    """One fact. `state`: "missing" is what a run cannot do without. `remedy`: the command or change that mends it."""
+    """One fact. `state`: "missing" if a run cannot do without it. `remedy`: the command or change that fixes it."""
 
     state: State
     text: str
@@ -34,20 +34,20 @@ class Finding:
 
     def line(self) -> str:
         mark = {"ok": "ok     ", "note": "note   ", "missing": "MISSING"}[self.state]
-        return f"{mark}  {self.text}" + (f"\n         mend: {self.remedy}" if self.remedy else "")
+        return f"{mark}  {self.text}" + (f"\n         fix: {self.remedy}" if self.remedy else "")
 
 
 @errors_reported()
 def command(
-    config_path: Annotated[Path | None, typer.Argument(metavar="[CONFIG.toml]", help="A run to examine for.")] = None,
+    config_path: Annotated[Path | None, typer.Argument(metavar="[CONFIG.toml]", help="The run to check for.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(metavar="section.key=value")] = None,
     world_size: Annotated[
-        int | None, typer.Option(min=1, help="Check the run for so many GPUs elsewhere; weights may be missing here.")
+        int | None, typer.Option(min=1, help="Check the run for this many GPUs elsewhere; weights may be missing here.")
     ] = None,
 ) -> None:
-    """Say what is installed, what a run would use here, and what is missing, with the command that mends it.
+    """Prints what is installed, what a run would use here, and what is missing, with the command that fixes it.
 
-    Exit code 1 if something is missing that the run cannot do without.
+    The exit code is 1 if something is missing that the run cannot do without.
     """
     config = load_config(config_path, overrides or []) if config_path else None
     findings = examine(config, world_size=world_size)
@@ -57,7 +57,7 @@ def command(
 
 
 def examine(config: Config | None, *, world_size: int | None) -> list[Finding]:
-    """Returns all findings; with a configuration what it needs counts, and it is checked as `train --dry-run` does."""
+    """Returns all findings; a configuration decides what is needed, and is checked as by `train --dry-run`."""
     findings = [Finding("ok", f"megatron_tip {__version__}, Python {sys.version.split()[0]}")]
     for look in (_torch, _packages, _slurm, _machine):
         findings += look(config)
@@ -74,7 +74,7 @@ def _torch(config: Config | None) -> Iterator[Finding]:
     if not torch.cuda.is_available():
         built = torch.version.cuda
         why = (
-            f"torch is built for CUDA {built} and finds no GPU or driver (nvidia-smi)" if built else "torch's CPU build"
+            f"torch is built for CUDA {built} but finds no GPU or driver (nvidia-smi)" if built else "torch's CPU build"
         )
         yield Finding("note", f"no GPU: {why}; runs on the CPU over gloo, for development")
         return
@@ -88,7 +88,7 @@ def _torch(config: Config | None) -> Iterator[Finding]:
 
 @dataclass(frozen=True)
 class _Package:
-    """An optional package. `needed`: whether a configuration cannot do without it."""
+    """An optional package. `needed`: whether a configuration requires it."""
 
     distribution: str
     module: str
@@ -105,23 +105,23 @@ _PACKAGES = (
     _Package(
         "transformer-engine",
         "transformer_engine",
-        "faster layers on GPUs; without it torch's own",
+        "faster layers on GPUs; without it, torch's own",
         _extra("transformer-engine"),
         lambda config: "transformer_engine" in (config.model.transformer_impl, config.teacher.transformer_impl),
     ),
     _Package(
         "apex",
         "apex",
-        "Megatron's fused optimizer and gradient kernels on GPUs; without it torch's own",
-        "build NVIDIA/apex from source: it is on no package index under that name",
+        "Megatron's fused optimizer and gradient kernels on GPUs; without it, torch's own",
+        "build NVIDIA/apex from source: no package index has it under that name",
     ),
     _Package(
-        "flash-attn", "flash_attn", "an attention kernel that Transformer Engine may take", "pip install flash-attn"
+        "flash-attn", "flash_attn", "an attention kernel that Transformer Engine can use", "pip install flash-attn"
     ),
     _Package(
         "sglang",
         "sglang",
-        "rollouts by servers",
+        "rollouts from servers",
         _extra("sglang"),
         lambda config: config.rollout.engine == "sglang" and not config.rollout.server_urls,
     ),
@@ -135,7 +135,7 @@ _PACKAGES = (
         _extra("tracking"),
         lambda config: config.tracking.tensorboard,
     ),
-    _Package("nvidia-ml-py", "pynvml", "GPU figures in the metrics", _extra("monitoring")),
+    _Package("nvidia-ml-py", "pynvml", "GPU metrics", _extra("monitoring")),
     _Package(
         "reasoning-gym",
         "reasoning_gym",
@@ -155,7 +155,7 @@ def _packages(config: Config | None) -> Iterator[Finding]:
         text = f"{package.distribution} is not installed: {package.use}"
         yield Finding("missing" if needed else "note", text, package.remedy)
     if config is not None and config.tracking.wandb == "online" and not _has_wandb_key():
-        text = 'W&B: tracking.wandb = "online" and no login here; the run would be kept offline'
+        text = 'W&B: tracking.wandb = "online" but no login found here; the run would stay offline'
         yield Finding("missing", text, "wandb login, or export WANDB_API_KEY in the job, or tracking.wandb=offline")
 
 
@@ -174,26 +174,24 @@ def _has_wandb_key() -> bool:
 
 def _slurm(config: Config | None) -> Iterator[Finding]:
     if shutil.which("sbatch") is None:
-        yield Finding(
-            "note", "SLURM is not on this machine: megatron-tip submit needs it", "run submit on a login node"
-        )
+        yield Finding("note", "SLURM is not installed here: megatron-tip submit needs it", "run submit on a login node")
         return
     try:
         command = ["sinfo", "--noheader", "--format=%P %a %D nodes %t"]
         shown = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError) as error:
         why = _reason_of(error)
-        yield Finding("note", f"SLURM is installed and does not answer: {why}", "scontrol ping; see slurmctld's log")
+        yield Finding("note", f"SLURM is installed but does not answer: {why}", "scontrol ping; see slurmctld's log")
         return
     yield Finding("ok", "SLURM: " + "; ".join(shown.split("\n")[:6]).strip("; "))
 
 
 def _reason_of(error: OSError | subprocess.SubprocessError) -> str:
-    """Why sinfo failed: in its own last words, where it had any."""
+    """Returns why sinfo failed: the last line of its standard error if it wrote any."""
     if isinstance(error, subprocess.TimeoutExpired):
-        return f"sinfo said nothing in {error.timeout:.0f} s"
+        return f"sinfo did not answer within {error.timeout:.0f} s"
     if isinstance(error, subprocess.CalledProcessError):
-        return (error.stderr.strip().splitlines() or [f"sinfo ended with exit code {error.returncode}"])[-1]
+        return (error.stderr.strip().splitlines() or [f"sinfo exited with code {error.returncode}"])[-1]
     return str(error)
 
 
@@ -201,13 +199,13 @@ def _machine(config: Config | None) -> Iterator[Finding]:
     folder = config.run.folder if config is not None else Path.cwd()
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
-    told = f"disk: {free / 2**30:.0f} GiB free at {existing}"
+    text = f"disk: {free / 2**30:.0f} GiB free at {existing}"
     if not os.access(existing, os.W_OK):
-        yield Finding("missing", f"disk: {existing} cannot be written to", "give another run.folder")
+        yield Finding("missing", f"disk: {existing} is not writable", "choose another run.folder")
     elif free < _MINIMUM_FREE_BYTES:
-        yield Finding("note", told, "free space: a checkpoint takes 14 bytes a parameter, and several are kept")
+        yield Finding("note", text, "free some space: a checkpoint takes 14 bytes per parameter, and several are kept")
     else:
-        yield Finding("ok", told)
+        yield Finding("ok", text)
     port = os.environ.get("MASTER_PORT", "0")
     try:
         with socket.create_server(("127.0.0.1", int(port))):
@@ -217,7 +215,7 @@ def _machine(config: Config | None) -> Iterator[Finding]:
 
 
 def _run(config: Config, world_size: int | None) -> Iterator[Finding]:
-    """What the configuration would use here, and whether it can run."""
+    """Yields what the configuration would use here, and whether it can run."""
     from megatron_tip.machine import Machine
     from megatron_tip.models.gpt import resolve_transformer_impl
     from megatron_tip.planning.dtypes import Dtypes

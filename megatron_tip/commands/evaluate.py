@@ -13,43 +13,43 @@ from megatron_tip.observability.logs import configure_logging
 
 @errors_reported()
 def command(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run; eval.jsonl there takes the results.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run; results go to its eval.jsonl.")],
     benchmarks: Annotated[
-        str, typer.Option(help="Of gsm8k, math500, aime24, aime25, gpqa_diamond, humaneval, ifeval, with commas.")
+        str, typer.Option(help="Comma-separated: gsm8k, math500, aime24, aime25, gpqa_diamond, humaneval, ifeval.")
     ] = "gsm8k,math500,aime24,aime25,gpqa_diamond,ifeval",
     seeds: Annotated[
-        int, typer.Option(min=1, help="So many, from 1 on; mean and standard deviation are over them.")
+        int, typer.Option(min=1, help="Number of seeds, from 1; mean and standard deviation are over them.")
     ] = 5,
     model: Annotated[
         Path | None, typer.Option(help="A Hugging Face directory, such as the teacher; default: hf/ of the run.")
     ] = None,
-    url: Annotated[str, typer.Option(help="A running OpenAI-compatible server instead, as http://host:30000/v1.")] = "",
-    model_name: Annotated[str, typer.Option(help="With --url: what the server calls the model.")] = "default",
+    url: Annotated[str, typer.Option(help="A running OpenAI-compatible server, as http://host:30000/v1.")] = "",
+    model_name: Annotated[str, typer.Option(help="With --url: the server's name for the model.")] = "default",
     label: Annotated[
         str, typer.Option(help="The model's name in the results; default: student, or its folder's.")
     ] = "",
     data: Annotated[
         Path | None, typer.Option(help="A folder of questions, NAME.jsonl or .parquet; default: hub.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only so many questions; for a try, no result.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only this many questions: a trial, no result.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Default: the preset's 0.6; 0: greedy.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Default: the preset's 0.95.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Of an answer; default: the preset's.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Limit per answer; default: the preset's.")] = None,
     backend: Annotated[str, typer.Option(help="lm-eval or evalscope.")] = "lm-eval",
     python: Annotated[
         str,
         typer.Option(envvar="MEGATRON_TIP_EVAL_PYTHON", help="Interpreter that has the backend; default: this one."),
     ] = "",
-    device: Annotated[str, typer.Option(help="Of lm-eval with a directory: cuda:0, cpu; default: it chooses.")] = "",
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions at once, of a directory.")] = 8,
-    concurrency: Annotated[int, typer.Option(min=1, help="Questions at once, of a server.")] = 32,
+    device: Annotated[str, typer.Option(help="lm-eval with a directory: cuda:0, cpu; default: it chooses.")] = "",
+    batch_size: Annotated[int, typer.Option(min=1, help="With a directory: questions per batch.")] = 8,
+    concurrency: Annotated[int, typer.Option(min=1, help="With a server: questions in flight.")] = 32,
     allow_code_execution: Annotated[
-        bool, typer.Option("--allow-code-execution", help="humaneval: run what the model writes, under limits.")
+        bool, typer.Option("--allow-code-execution", help="humaneval: run the model's code, under limits.")
     ] = False,
 ) -> None:
-    """Evaluate a run's student on benchmarks: several seeds, mean and standard deviation.
+    """Evaluates a run's student on benchmarks: mean and standard deviation over several seeds.
 
-    The protocol of each benchmark is in docs/evaluation.md.
+    docs/evaluation.md describes the protocol of each benchmark.
     """
     from megatron_tip.evaluation.benchmarks import Request, run_benchmarks
     from megatron_tip.evaluation.harness import Model

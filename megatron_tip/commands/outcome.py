@@ -1,4 +1,4 @@
-"""How a command ends: what was wrong as a message, and the exit code."""
+"""The end of a command: its error message and exit code."""
 
 import sys
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from megatron_tip.parallel.launch import Outcome
 def errors_reported() -> Iterator[None]:
     """Ends the command with a message if an error is raised before its workers start.
 
-    Exit code 2 for the user's input, 130 for Ctrl-C, 1 for all else.
+    The exit code is 2 for errors in the user's input, 130 for Ctrl-C and 1 for all others.
     """
     try:
         yield
@@ -26,10 +26,10 @@ def errors_reported() -> Iterator[None]:
 
 
 def end_as(outcome: Outcome) -> None:
-    """Ends the command with the message and the exit code of its workers; returns if they succeeded."""
+    """Ends the command with its workers' message and exit code; returns if they succeeded."""
     if outcome.exit_code:
         screen = Console(stderr=True)
-        if screen.is_terminal:  # a worker that was ended while it showed its progress bar left the cursor hidden
+        if screen.is_terminal:  # a worker killed while it showed its progress bar left the cursor hidden
             screen.show_cursor()
             screen.line()
         _fail(outcome.message, exit_code=outcome.exit_code)

@@ -1,4 +1,4 @@
-"""`megatron-tip report`: the page about one or more runs."""
+"""`megatron-tip report`: an HTML page about one or more runs."""
 
 from pathlib import Path
 from typing import Annotated
@@ -13,15 +13,15 @@ def command(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of one to six runs, finished or not.")],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="The file; default: report.html in the run's folder, of several here."),
+        typer.Option("--output", "-o", help="Default: report.html in the run's folder; for several runs, here."),
     ] = None,
     max_megabytes: Annotated[
-        float, typer.Option(min=0.0, help="Thin what the token inspector shows to that size.")
+        float, typer.Option(min=0.0, help="Shorten the token inspector to keep the file below this size.")
     ] = 10,
 ) -> None:
-    """Write one HTML file about runs, side by side: curves, quadrants, time and memory, samples, every token.
+    """Writes one HTML file that compares runs: curves, quadrants, time and memory, samples, every token.
 
-    It opens from the disk and loads nothing.
+    The file is self-contained: it opens from disk and loads nothing.
     """
     from megatron_tip.report.page import write_report_page
 

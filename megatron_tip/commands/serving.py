@@ -1,12 +1,12 @@
-"""What slurm/'s scripts need around SGLang servers: passwords, the model to serve, arguments, waiting for them.
+"""Helpers for the scripts in slurm/ that start SGLang servers: passwords, model, arguments, waiting.
 
     python -m megatron_tip.commands.serving keys FILE
     python -m megatron_tip.commands.serving student CONFIG.toml [section.key=value ...]
     python -m megatron_tip.commands.serving arguments MODEL HOST PORT TP MEMORY_FRACTION KEYS_FILE [ARGUMENT...]
     python -m megatron_tip.commands.serving wait SECONDS URL...
 
-Passwords are written to a file that its owner alone can read, and to the standard input of the servers; never to a
-command line, an environment or a log: servers log warnings alone, as at the level below they print their arguments.
+Passwords go to a file that only its owner can read and to the servers' standard input, never to a command line, an
+environment or a log. Servers log only warnings, because at the level below they print their arguments.
 """
 
 import json
@@ -53,14 +53,13 @@ def _are_keys(path: Path) -> bool:
 
 
 def student_to_serve(config: Config) -> Path:
-    """Returns the directory of the student that servers are to hold.
+    """Returns the directory of the student to serve.
 
-    Where layers are left out on the way in, it is a description without weights in the run's folder: all weights come
-    with the first sync.
+    With model.drop_layers, it is a description without weights in the run's folder: the first sync brings all weights.
     """
     if not config.model.drop_layers:
         return config.model.path
-    from megatron_tip.conversion.safetensors_io import HfCheckpoint  # late: the scripts' other needs do without torch
+    from megatron_tip.conversion.safetensors_io import HfCheckpoint  # late: imports torch
     from megatron_tip.files import new_folder
     from megatron_tip.planning.dtypes import Dtypes
 
@@ -74,10 +73,10 @@ def student_to_serve(config: Config) -> Path:
 def server_arguments(
     model: str, host: str, port: int, tp_size: int, memory_fraction: float, keys: dict[str, str]
 ) -> list[str]:
-    """Returns SGLang's arguments of a server for `megatron_tip.rollout.sglang.main`, which reads them as JSON.
+    """Returns SGLang's arguments for one server; `megatron_tip.rollout.sglang.main` reads them as JSON.
 
-    Prompts and responses travel as token ids, so the server needs no tokenizer. `model`: a directory; one without
-    weights is served with random ones. `host`: where it listens; nowhere else.
+    Prompts and responses travel as token ids, so the server needs no tokenizer. `model`: a directory; without weights
+    the server starts with random ones. `host`: the only address that it listens on.
     """
     has_weights = any(Path(model).glob("*.safetensors"))
     pairs = {
@@ -96,10 +95,10 @@ def server_arguments(
 
 
 def wait_for_servers(urls: Sequence[str], timeout_seconds: float) -> None:
-    """Returns when all servers answer /health.
+    """Waits until all servers answer /health.
 
     Raises:
-        EngineError: one does not in time.
+        EngineError: a server does not answer in time.
     """
     deadline = time.monotonic() + timeout_seconds
     waiting = list(urls)
@@ -108,7 +107,7 @@ def wait_for_servers(urls: Sequence[str], timeout_seconds: float) -> None:
         if waiting and time.monotonic() > deadline:
             raise EngineError(
                 f"{', '.join(waiting)}: expected a healthy server within {timeout_seconds:g} s, got none; see its log "
-                "beside the job's"
+                "next to the job's"
             )
         time.sleep(0.5 if waiting else 0)
 
@@ -121,7 +120,7 @@ def _is_healthy(url: str) -> bool:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Runs one of the commands."""
+    """Runs one of the commands listed above."""
     match arguments:
         case ["keys", path]:
             write_keys(Path(path))

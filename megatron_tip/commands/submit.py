@@ -1,4 +1,4 @@
-"""`megatron-tip submit`: a checked configuration to SLURM in one command."""
+"""`megatron-tip submit`: the check and the SLURM submission of a configuration."""
 
 import os
 import shlex
@@ -22,8 +22,8 @@ _ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class Submission:
-    """What is asked of SLURM. `script`: under slurm/ of the repository, without its suffix. `options`: further ones of
-    sbatch; they come last and win. `rollout_nodes`, `teacher_nodes`: of all `nodes`, for train_disaggregated.
+    """A job to submit. `script`: a file of the repository's slurm/, without its suffix. `options`: more sbatch options;
+    they come last and win. `rollout_nodes`, `teacher_nodes`: how many of all `nodes`, for train_disaggregated.
     """
 
     config_path: Path
@@ -45,19 +45,19 @@ def command(
     config_path: Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="The run, as for train.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="section.key=value")] = None,
     nodes: Annotated[int, typer.Option(min=1, help="Nodes of the job.")] = 1,
-    gpus_per_node: Annotated[int, typer.Option(min=1, help="Workers a node; slurm/site.sh may say it too.")] = 8,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="Workers per node; slurm/site.sh may set it too.")] = 8,
     gpu_memory: Annotated[float, typer.Option(help="GiB of each GPU, for the check.")] = 80.0,
     script: Annotated[str, typer.Option(help="train, train_disaggregated or sweep.")] = "train",
-    rollout_nodes: Annotated[int, typer.Option(min=0, help="Of all nodes, those of SGLang; train_disaggregated.")] = 0,
-    teacher_nodes: Annotated[int, typer.Option(min=0, help="Of all nodes, those of the teacher's servers.")] = 0,
+    rollout_nodes: Annotated[int, typer.Option(min=0, help="train_disaggregated: how many nodes run SGLang.")] = 0,
+    teacher_nodes: Annotated[int, typer.Option(min=0, help="train_disaggregated: how many serve the teacher.")] = 0,
     sbatch: Annotated[
-        list[str] | None, typer.Option(help="An option of sbatch, as --sbatch=--qos=high; repeats.")
+        list[str] | None, typer.Option(help="An sbatch option, as --sbatch=--qos=high; repeatable.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, print the command, stop.")] = False,
 ) -> None:
-    """Check a configuration for so many nodes and submit it to SLURM.
+    """Checks a configuration for this many nodes and submits it to SLURM.
 
-    Site values are those of slurm/site.sh, options of the command line win.
+    Site values come from slurm/site.sh; command-line options win.
     """
     config = load_config(config_path, overrides or [])
     site = site_values(os.environ)
@@ -77,10 +77,10 @@ def command(
 
 
 def sbatch_command(submission: Submission, config: Config) -> list[str]:
-    """Returns the call of sbatch: site values, job name and log from the run, then the script and its arguments.
+    """Returns the sbatch command: site values, job name and log from the run, then the script and its arguments.
 
     Raises:
-        ConfigError: the scripts are not beside the package.
+        ConfigError: the script does not exist next to the package.
     """
     script = _ROOT / "slurm" / f"{submission.script}.sbatch"
     if not script.exists():
@@ -107,22 +107,22 @@ def sbatch_command(submission: Submission, config: Config) -> list[str]:
 
 
 def _split(submission: Submission) -> list[str]:
-    """The nodes of each kind, for the script that splits them."""
+    """Returns the environment variables that tell the script how many nodes each kind gets."""
     if submission.script != "train_disaggregated":
         return []
     if submission.trainer_nodes < 1 or submission.rollout_nodes < 1:
         raise ConfigError(
-            f"--nodes: expected at least one trainer and one rollout node, got {submission.nodes} in all with "
+            f"--nodes: expected at least one trainer and one rollout node, got {submission.nodes} in total with "
             f"--rollout-nodes {submission.rollout_nodes} and --teacher-nodes {submission.teacher_nodes}"
         )
     return [f"TIP_ROLLOUT_NODES={submission.rollout_nodes}", f"TIP_TEACHER_NODES={submission.teacher_nodes}"]
 
 
 def site_values(environ: Mapping[str, str]) -> dict[str, str]:
-    """Returns the values that slurm/site.sh gives sbatch, read by bash itself.
+    """Returns the values that slurm/site.sh sets for sbatch; bash itself reads the file.
 
     Raises:
-        ConfigError: the site's file cannot be read.
+        ConfigError: bash cannot read the file.
     """
     names = (
         *("TIP_PARTITION", "TIP_ACCOUNT", "TIP_TIME", "TIP_TASKS_PER_NODE"),
@@ -139,15 +139,15 @@ def site_values(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def trainer_share(site: Mapping[str, str]) -> float:
-    """Returns the share of each GPU's memory that servers beside the trainer leave to it."""
+    """Returns the share of each GPU's memory that servers on the same GPUs leave to the trainer."""
     return 1.0 - float(site["TIP_SGLANG_SHARED_MEMORY"]) if int(site["TIP_SGLANG_PER_NODE"]) else 1.0
 
 
 def as_served(config: Config, site: Mapping[str, str], script: str) -> Config:
-    """Returns the configuration as the script will run it, with the rollout servers that it starts; for the checks.
+    """Returns the configuration to check: as the script will run it, with the rollout servers that it starts.
 
     Raises:
-        ConfigError: the engine that the configuration names cannot be replaced by servers.
+        ConfigError: servers cannot replace the configured engine.
     """
     if script != "train_disaggregated" and not (script == "train" and int(site["TIP_SGLANG_PER_NODE"])):
         return config
@@ -156,22 +156,22 @@ def as_served(config: Config, site: Mapping[str, str], script: str) -> Config:
         return Config.model_validate({**config.model_dump(), "rollout": {**config.rollout.model_dump(), **urls}})
     except ValueError as error:
         raise ConfigError(
-            f"rollout: expected what servers can do, which slurm/{script}.sbatch starts: {error}"
+            f"rollout: expected settings that suit the servers that slurm/{script}.sbatch starts: {error}"
         ) from error
 
 
 def submit(submission: Submission, config: Config, *, dry_run: bool) -> str:
-    """Submits, and returns what to tell the user; with `dry_run` the command that would be run.
+    """Submits the job and returns the text for the user; with `dry_run` only returns the command.
 
     Raises:
-        ConfigError: sbatch is missing or refuses.
+        ConfigError: sbatch is missing or fails.
     """
     command = sbatch_command(submission, config)
     if dry_run:
         return shlex.join(command)
     if shutil.which("sbatch") is None:
         raise ConfigError(
-            f"sbatch: expected SLURM on this machine, found none; run this where it is: {shlex.join(command)}"
+            f"sbatch: expected SLURM on this machine, found none; where it is installed, run: {shlex.join(command)}"
         )
     (config.run.folder / "slurm").mkdir(parents=True, exist_ok=True)
     ended = subprocess.run(command, env=dict(submission.environ), capture_output=True, text=True, check=False)

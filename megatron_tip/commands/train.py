@@ -1,4 +1,4 @@
-"""`megatron-tip train`: starts a run's workers, joins them, or checks the run alone. torch is imported late."""
+"""`megatron-tip train`: starts a run's workers, joins them, or only checks the run. torch is imported late."""
 
 import os
 import sys
@@ -35,34 +35,34 @@ def command(
         int | None,
         typer.Option(
             min=1,
-            help="Workers to start on this machine. Default: one a GPU; without a GPU the fewest that hold both "
-            "models. Ignored where torchrun or srun already started the workers.",
+            help="Workers to start on this machine. Default: one per GPU; without GPUs, the fewest that hold both "
+            "models. Ignored if torchrun or srun started the workers.",
         ),
     ] = None,
     fresh: Annotated[
         bool,
         typer.Option(
             "--fresh",
-            help="Remove the unfinished run in run.folder and start anew; without it the run is continued. Ignored "
-            "where SLURM or torchrun starts the same job again.",
+            help="Remove the unfinished run in run.folder and start over, instead of continuing it. Ignored when SLURM "
+            "or torchrun restarts the same job.",
         ),
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, print the resolved configuration, stop.")] = False,
     world_size: Annotated[
         int | None,
         typer.Option(
-            min=1, help="With --dry-run: check for so many GPUs elsewhere; needs neither weights nor prompts."
+            min=1, help="With --dry-run: check for this many GPUs elsewhere; needs neither weights nor prompts."
         ),
     ] = None,
     gpu_memory: Annotated[float, typer.Option(help="With --world-size: GiB of each of those GPUs.")] = 80.0,
 ) -> None:
-    """Distil a teacher into a student.
+    """Distils a teacher into a student.
 
-    Starts the workers on this machine, or joins them where torchrun or srun already did. An unfinished run in
-    run.folder is continued from its newest checkpoint.
+    Starts the workers on this machine, unless torchrun or srun already did. Continues an unfinished run in run.folder
+    from its newest checkpoint.
 
-    Exit codes: 0 the run is finished; 2 the input is refused; 128 + n the command was ended by signal n; 75 a worker
-    was told to stop and has saved (a second signal: 128 + n, nothing saved); 1 any other error. Whatever the code, the
+    Exit codes: 0 the run is finished; 2 the input is invalid; 128 + n signal n ended the command; 75 a worker received
+    a stop signal and saved (after a second signal: 128 + n, nothing saved); 1 any other error. Whatever the code, the
     same command continues the run from its newest checkpoint.
     """
     config = load_config(config_path, overrides or [])
@@ -80,7 +80,7 @@ def command(
 
 
 def check_elsewhere(config: Config, world_size: int, gpu_memory_gib: float) -> None:
-    """Checks a run of so many GPUs elsewhere and reports to the standard error what it comes to."""
+    """Checks a run for `world_size` GPUs elsewhere and prints the report to standard error."""
     from megatron_tip.planning.dry_run import dry_run  # imports torch and transformers, not Megatron
 
     result = dry_run(config, world_size, gpu_memory_gib=gpu_memory_gib)
@@ -88,8 +88,8 @@ def check_elsewhere(config: Config, world_size: int, gpu_memory_gib: float) -> N
 
 
 def _check(config: Config, num_workers: int | None, *, fresh: bool) -> int:
-    """Checks a run here as its workers will, and returns how many of them there are to be."""
-    from megatron_tip.planning.inputs import default_num_workers  # a wrong key is reported before torch's seconds
+    """Checks a run on this machine as its workers will, and returns how many workers to start."""
+    from megatron_tip.planning.inputs import default_num_workers  # late: a wrong key is reported before torch loads
     from megatron_tip.planning.plan import plan_run
 
     num_workers = num_workers or default_num_workers(config)
@@ -116,10 +116,10 @@ def _start(arguments: list[str], config: Config, num_workers: int) -> None:
 
 
 def _join(config: Config, *, fresh: bool) -> None:
-    """Becomes a worker of the world that torchrun, srun or `_start` started."""
+    """Turns this process into a worker of the world that torchrun, srun or `_start` started."""
     restarted = is_restarted(os.environ)
     if restarted and RunFolder(config.run.folder).summary.exists():
-        typer.echo(f"{config.run.folder} holds the finished run of this job: nothing is left to do", err=True)
+        typer.echo(f"{config.run.folder} holds this job's finished run: nothing left to do", err=True)
         return
     run_worker(lambda: _work(config, fresh=fresh and not restarted), threads=config.run.threads)
 
@@ -127,7 +127,7 @@ def _join(config: Config, *, fresh: bool) -> None:
 def _work(config: Config, *, fresh: bool) -> None:
     configure_logging(int(os.environ["RANK"]))
     with lean_imports():
-        from megatron_tip.training.loop import train  # imports torch and Megatron: in the workers alone
+        from megatron_tip.training.loop import train  # imports torch and Megatron: only in workers
 
     make_gauge = None
     if config.diagnostics.every_steps:

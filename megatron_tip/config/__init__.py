@@ -1,4 +1,4 @@
-"""The run configuration: typed, frozen, read from TOML; an unknown key or a wrong type is an error.
+"""The run configuration: typed, frozen, read from TOML. Unknown keys and wrong types are errors.
 
 `megatron-tip train --help` prints the text under each field. Names contain units.
 """
@@ -51,9 +51,9 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _folder_is_named(self) -> "RunConfig":
-        if self.folder == Path():  # what an unset variable of a script leaves of run.folder=$RUN
+        if self.folder == Path():  # run.folder=$RUN with an unset variable
             raise ValueError(
-                "run.folder: expected a folder of the run's own, got an empty text or the current directory; name it"
+                "run.folder: expected a separate folder for the run, got an empty text or the current directory"
             )
         return self
 
@@ -82,5 +82,5 @@ class Config(Section):
 
     @property
     def longest_sequence(self) -> int:
-        """Most tokens that a prompt and its response may have together."""
+        """Maximum tokens of a prompt and its response together."""
         return self.prompts.max_prompt_tokens + self.rollout.max_response_tokens

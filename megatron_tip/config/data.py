@@ -1,4 +1,4 @@
-"""Prompts to train on and to measure on."""
+"""Prompts for training and for held-out measurements."""
 
 from pathlib import Path
 from typing import Literal

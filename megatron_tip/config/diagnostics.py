@@ -1,4 +1,4 @@
-"""The fixed-context diagnostic: its bank, and what is measured on it."""
+"""The fixed-context diagnostic: its bank and the measurements on it."""
 
 from pathlib import Path
 
@@ -40,7 +40,7 @@ class DiagnosticsConfig(Section):
             or len(set(self.support_sizes)) < len(self.support_sizes)
         ):
             raise ValueError(
-                f"diagnostics.support_sizes: expected different numbers from 1 to {MAX_SUPPORT_SIZE}, got "
+                f"diagnostics.support_sizes: expected distinct numbers from 1 to {MAX_SUPPORT_SIZE}, got "
                 f"{list(self.support_sizes)}"
             )
         if not self.retention_ratios or not all(0 < ratio <= 1 for ratio in self.retention_ratios):

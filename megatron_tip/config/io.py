@@ -1,4 +1,4 @@
-"""Configurations in and out: TOML and command-line overrides to `Config`, back to TOML, and the printed reference."""
+"""Reading and writing of configurations: TOML plus command-line overrides, and the printed reference of all keys."""
 
 import difflib
 import json
@@ -25,11 +25,11 @@ _BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Returns the configuration of a TOML file with `section.key=value` overrides applied.
 
-    The value of an override is read as TOML; what is not TOML is taken as text, so `model.dtype=bfloat16` needs no
-    quotes. A later override wins. Relative paths, in the file as in overrides, are relative to the current directory.
+    The value of an override is read as TOML, or as text if it is not TOML: `model.dtype=bfloat16` needs no quotes.
+    Later overrides win. Relative paths in the file and in overrides are relative to the current directory.
 
     Raises:
-        ConfigError: the file cannot be read, or keys are unknown, missing or of a wrong type; all are listed together.
+        ConfigError: the file cannot be read, or keys are unknown, missing or of a wrong type; lists all of them.
     """
     values = _read_toml(Path(path))
     overridden = set()
@@ -40,7 +40,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         values[section][key] = value
         overridden.add(f"{section}.{key}")
     try:
-        # Strict, in JSON mode: "3" is no integer, but a text is a path and a list is a tuple.
+        # Strict JSON mode refuses "3" as an integer, but accepts a text as a path and a list as a tuple.
         return Config.model_validate_json(json.dumps(values, default=str), strict=True)
     except ValidationError as error:
         lines = [_explain(detail, overridden) for detail in error.errors()]
@@ -48,7 +48,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def dump_config(config: Config) -> str:
-    """Returns `config` as TOML with every key resolved; `load_config` of it gives an equal configuration."""
+    """Returns `config` as TOML with every key; `load_config` reads an equal configuration from it."""
     return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
 
 
@@ -89,7 +89,7 @@ def _all_keys() -> dict[str, _Key]:
 
 
 def _expected(field: FieldInfo) -> str:
-    """What a field takes, in words: `integer >= 1`, `"auto" | "float32"`, `list of integers`."""
+    """Returns what a field accepts, in words: `integer >= 1`, `"auto" | "float32"`, `list of integers`."""
     bounds = [
         f"{sign} {getattr(bound, name)}"
         for bound in field.metadata
@@ -156,7 +156,7 @@ def _checked_toml(text: str) -> dict[str, Any]:
 
 
 def _explain(detail: ErrorDetails, overridden: set[str]) -> str:
-    """One line about one pydantic error: key, what was expected, what came."""
+    """Returns one line about one pydantic error: key, expected value, actual value."""
     name = ".".join(str(part) for part in detail["loc"][:2])
     origin = " (on the command line)" if name in overridden else ""
     if detail["type"] == "value_error":
@@ -171,7 +171,7 @@ def _explain(detail: ErrorDetails, overridden: set[str]) -> str:
 
 
 def _nearest(name: str) -> str:
-    """Points to the existing key or section most like `name`: by the key's own name, its section's keys first."""
+    """Returns a hint at the existing key or section closest to `name`; keys of the same section come first."""
     section, _, key = name.rpartition(".")
     by_key = {known.partition(".")[2]: known for known in _all_keys()}
     in_section = {known.partition(".")[2]: known for known in _all_keys() if known.startswith(f"{section}.")}

@@ -33,7 +33,7 @@ class SelectionConfig(Section):
     """Log how far the other rules agree with this one, as far as the statistics allow."""
 
     def settings(self) -> dict[str, Any]:
-        """Returns the arguments of `selection.Selector` but for its seed, which is the run's. It calls "auto" None."""
+        """Returns the arguments of `selection.Selector` except the seed, which is the run's; "auto" becomes None."""
         return {name: None if value == "auto" else value for name, value in self if name != "support_size"}
 
 

@@ -69,7 +69,7 @@ class TeacherConfig(Section):
             raise ValueError(f'teacher.urls: expected URLs with teacher.kind = "sglang" and only then, got {got}')
         names = {name for name, _ in self.routes}
         if "" in names and len(names) > 1:
-            raise ValueError('teacher.urls: expected all of them as "name=http://host:port", or none')
+            raise ValueError('teacher.urls: expected all or none of them as "name=http://host:port"')
         return self
 
     @property

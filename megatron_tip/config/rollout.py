@@ -53,8 +53,8 @@ class RolloutConfig(Section):
     def _ahead_has_servers(self) -> "RolloutConfig":
         if self.ahead and self.engine != "sglang":
             raise ValueError(
-                f'rollout.ahead: expected 0 with rollout.engine = "{self.engine}", got {self.ahead}; servers alone '
-                'generate beside the training: set rollout.engine = "sglang"'
+                f'rollout.ahead: expected 0 with rollout.engine = "{self.engine}", got {self.ahead}; only servers '
+                'generate during training: set rollout.engine = "sglang"'
             )
         return self
 

@@ -6,7 +6,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, field_validator
 
 MAX_SUPPORT_SIZE = 1024
-"""The largest K of the top-K supports: the ids of two supports are compared with each other, K x K per token."""
+"""The largest K of the top-K supports: comparing the ids of two supports takes K x K operations per token."""
 
 
 class Section(BaseModel):

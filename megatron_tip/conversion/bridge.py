@@ -14,10 +14,10 @@ from megatron_tip.conversion.architecture import ModelArchitecture
 from megatron_tip.conversion.model_folder import ModelFolder
 from megatron_tip.conversion.safetensors_io import HfCheckpoint, write_safetensors
 from megatron_tip.conversion.weight_map import WeightMap, checkpoint_name, hf_shapes, output_head, weight_maps
-from megatron_tip.errors import OutputError, WeightsError
+from megatron_tip.errors import WeightsError
 from megatron_tip.files import new_folder
-from megatron_tip.parallel.collectives import broadcast_json
 from megatron_tip.parallel.groups import ModelGroups
+from megatron_tip.parallel.together import together
 
 
 @torch.no_grad()
@@ -84,31 +84,24 @@ def save_hf(
 ) -> None:
     """Writes the model as a Hugging Face directory `target`, with the config and tokenizer of `source`.
 
-    Streams through `export_hf`: collective over data-parallel replica 0; other replicas return at once. The first rank
-    writes beside `target`, and renames once everything is on disk. `dtype`: of the files; None: the parameters'.
+    Streams through `export_hf` on data-parallel replica 0, whose first rank writes beside `target` and renames once
+    everything is on disk. Collective over the world. `dtype`: of the files; None: the parameters'.
 
     Raises:
-        OutputError: `target` cannot be written, or exists and `overwrite` is not set; on every rank of the replica.
+        OutputError: `target` cannot be written, or exists and `overwrite` is not set; on every rank.
     """
-    if groups.dp_rank != 0:
-        return
-    stream = export_hf(model, source.architecture, groups)
     parameter = next(model.parameters())
-    failure = None
-    if groups.tp_rank == 0 and groups.is_first_stage:
+    stream = export_hf(model, source.architecture, groups) if groups.dp_rank == 0 else iter(())
+    with together(device=parameter.device):
         try:
-            with new_folder(target, overwrite=overwrite) as folder:
-                written_dtype = dtype or parameter.dtype
-                source.write_description(folder, written_dtype)
-                write_safetensors(folder, stream, hf_shapes(source.architecture), written_dtype)
-        except OutputError as error:
-            failure = str(error)
-    for _ in stream:  # on the other ranks; and after a failure, because the others still send the rest
-        pass
-    first_rank = groups.grid.rank_at(tp=0, dp=0, pp=0)
-    failure = broadcast_json(failure, source=first_rank, device=parameter.device, group=groups.model_group)
-    if failure is not None:
-        raise OutputError(failure)
+            if groups.dp_rank == groups.tp_rank == groups.pp_rank == 0:
+                with new_folder(target, overwrite=overwrite) as folder:
+                    written_dtype = dtype or parameter.dtype
+                    source.write_description(folder, written_dtype)
+                    write_safetensors(folder, stream, hf_shapes(source.architecture), written_dtype)
+        finally:
+            for _ in stream:  # on the other ranks; and after a failure, because the others still send the rest
+                pass
 
 
 def _local_parameters(

@@ -24,9 +24,9 @@ from megatron_tip.conversion.background_save import InProcessSave
 from megatron_tip.conversion.model_folder import ModelFolder, read_json
 from megatron_tip.conversion.tensor_load import INDEX_NAME, load_tensors, read_index, reason_of
 from megatron_tip.errors import OutputError, WeightsError
-from megatron_tip.files import new_folder, write_json
-from megatron_tip.parallel.collectives import broadcast_json
+from megatron_tip.files import new_folder, output_errors, write_json
 from megatron_tip.parallel.groups import ModelGroups
+from megatron_tip.parallel.together import run_on, together
 
 MANIFEST_NAME = "megatron_tip.json"
 WEIGHTS_NAME = "weights"
@@ -66,29 +66,27 @@ def save_megatron_checkpoint(
         OutputError: `target` cannot be written, or exists and `overwrite` is not set; on every rank.
     """
     parameter = next(model.parameters())
+    is_writer = dist.get_rank() == 0
     with ExitStack() as stack:
-        folder, failure = target, None
-        if dist.get_rank() == 0:
-            try:
+
+        def begin() -> str:
+            with output_errors(target, setting="folder"):
                 folder = stack.enter_context(new_folder(target, overwrite=overwrite))
                 source.write_description(folder, parameter.dtype)
                 write_json(folder / MANIFEST_NAME, _manifest(groups))
                 (folder / WEIGHTS_NAME).mkdir()
-            except OSError as error:
-                failure = str(error)
-        folder = Path(_agreed(str(folder), failure, parameter.device))
+            return str(folder / WEIGHTS_NAME)
+
+        weights = run_on(0, begin, device=parameter.device)
         try:
             state = {"model": model.sharded_state_dict(metadata={"dp_cp_group": groups.collection.dp_cp})}
-            dist_checkpointing.save(state, str(folder / WEIGHTS_NAME), sharded_strategy=InProcessSave(copies=False))
+            dist_checkpointing.save(state, weights, sharded_strategy=InProcessSave(copies=False))
         except (CheckpointException, OSError) as error:
             reason = reason_of(error)
             raise OutputError(f"{target}: cannot be written: {reason}; free space, or give another folder") from error
-        if dist.get_rank() == 0:
-            try:
-                stack.close()
-            except OSError as error:
-                failure = str(error)
-    _agreed(None, failure, parameter.device)
+        with together(device=parameter.device):
+            if is_writer:
+                stack.close()  # renames the folder
 
 
 def load_megatron_checkpoint(model: GPTModel, checkpoint: MegatronCheckpoint, groups: ModelGroups) -> None:
@@ -120,11 +118,3 @@ def _manifest(groups: ModelGroups) -> dict[str, Any]:
         "layout": {"tp": grid.tp_size, "pp": grid.pp_size, "dp": grid.dp_size},
         "versions": {name: version(name) for name in ("megatron_core", "torch")},
     }
-
-
-def _agreed(value: Any, failure: str | None, device: torch.device) -> Any:
-    """Returns rank 0's `value` on every rank, or raises rank 0's failure on every rank."""
-    value, failure = broadcast_json([value, failure], source=0, device=device)
-    if failure is not None:
-        raise OutputError(failure)
-    return value

@@ -1,4 +1,4 @@
-"""The arms of an intervention: which there are, and what became of each, one JSON line an arm."""
+"""The arms of an intervention and their results, one JSON line per arm."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from megatron_tip.statistics import STATISTICS
 
 @dataclass(frozen=True)
 class Arm:
-    """One training from the start: a rule at an exact budget and a K, on the contexts of a seed."""
+    """One training from the start: a rule with an exact budget and a K, on the contexts of a seed."""
 
     rule: str
     retention_ratio: float
@@ -30,11 +30,11 @@ class Arm:
 
 @dataclass(frozen=True)
 class ArmResult:
-    """What an arm did on contexts that it was not trained on.
+    """The result of an arm on held-out contexts.
 
-    `contexts`: the held-out contexts. `num_tokens`, `before`, `after`: by held-out context, its tokens and the sums of
-    KL(teacher || student) in nats over them. `num_valid`, `num_selected`: tokens over all steps. `metrics`: of the
-    selection and the loss, means over the steps. `cpu_seconds`: of this process, its threads together.
+    `contexts`: the held-out contexts. `num_tokens`, `before`, `after`: per held-out context, its tokens and the sums of
+    KL(teacher || student) over them in nats. `num_valid`, `num_selected`: tokens over all steps. `metrics`: of the
+    selection and the loss, means over the steps. `cpu_seconds`: of all threads of this process.
     """
 
     arm: Arm
@@ -55,10 +55,10 @@ class ArmResult:
 
 
 def planned_arms(config: Config) -> list[Arm]:
-    """All arms, so that an early end leaves the most: plain distillation, then the main budget, the others, other K.
+    """Returns all arms, the most useful first: plain distillation, the main budget, other budgets, other K.
 
     Raises:
-        ConfigError: an unknown rule.
+        ConfigError: a rule is unknown.
     """
     settings, selection = config.diagnostics, config.selection
     seeds, main = range(1, settings.seeds + 1), selection.retention_ratio
@@ -78,12 +78,12 @@ def planned_arms(config: Config) -> list[Arm]:
 
 
 def settings_digest(settings: dict[str, Any]) -> str:
-    """SHA-256 of the settings under which arms are comparable; what was trained beside them bears it."""
+    """Returns the SHA-256 of the settings that arms must share to be comparable; scores trained with them record it."""
     return hashlib.sha256(json.dumps(_as_read(settings), sort_keys=True).encode()).hexdigest()
 
 
 class ArmsFile:
-    """`arms.jsonl` in a folder, and beside it the `settings.json` under which its arms are comparable."""
+    """`arms.jsonl` in a folder, with `settings.json`, the settings that make its arms comparable."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -91,41 +91,41 @@ class ArmsFile:
         self._settings = folder / "settings.json"
 
     def check(self, settings: dict[str, Any]) -> None:
-        """Refuses a folder whose arms could not be compared with those of `settings`, or cannot be read. Only looks.
+        """Checks, without writing, that the folder's arms are readable and comparable with those of `settings`.
 
         Raises:
-            ConfigError: arms of other settings, or of unknown ones, lie there. InputError: a file of it is broken.
+            ConfigError: the folder has arms of other or unknown settings. InputError: one of its files is broken.
         """
-        has_arms = self._path.exists()  # looked at first: another rank, which may be writing, makes the settings first
+        has_arms = self._path.exists()  # checked first: another rank may be writing, and it writes the settings first
         if self._settings.exists():
             before, settings = self.settings(), _as_read(settings)
             if changed := sorted(key for key in {*before, *settings} if before.get(key) != settings.get(key)):
                 raise ConfigError(
-                    f"{self.folder}: holds arms of other settings, which would not be comparable; set them back, or "
-                    "give another run.folder: "
+                    f"{self.folder}: holds arms of other settings, which are not comparable; restore the settings, or "
+                    "choose another run.folder: "
                     + "; ".join(f"{key}: {before.get(key)!r}, now {settings.get(key)!r}" for key in changed)
                 )
         elif has_arms:
             raise ConfigError(
-                f"{self._settings}: expected the settings of the arms beside it, found none; bring it back, or give "
-                "another run.folder"
+                f"{self._settings}: expected the settings of the arms next to it, found none; restore the file, or "
+                "choose another run.folder"
             )
         if has_arms:
             self.read()
 
     def begin(self, settings: dict[str, Any]) -> None:
-        """Makes the folder, or goes on in it: an unfinished last line is cut off. By one process; errors of `check`."""
+        """Creates the folder or drops an unfinished last line in it; raises as `check`. For one process."""
         self.check(settings)
         with output_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        if not self._settings.exists():  # first, so that no arms are without
+        if not self._settings.exists():  # first, so that arms always have settings
             atomic_write_text(self._settings, json.dumps(_as_read(settings), indent=1) + "\n")
         whole = "".join(self._whole_lines()) if self._path.exists() else None
         if whole is None or len(whole) < len(self._path.read_text(encoding="utf-8")):
             atomic_write_text(self._path, whole or "")
 
     def settings(self) -> dict[str, Any]:
-        """Under which the arms are comparable.
+        """Returns the settings that make the arms comparable.
 
         Raises:
             InputError: there is no such file, or it is broken.
@@ -135,14 +135,14 @@ class ArmsFile:
         except (OSError, ValueError, TypeError) as error:
             raise InputError(
                 f"{self._settings}: expected the settings of an intervention's arms, cannot read them "
-                f"({type(error).__name__}); bring the file back, or train the arms anew in another run.folder"
+                f"({type(error).__name__}); restore the file, or train the arms again in another run.folder"
             ) from error
 
     def read(self) -> list[ArmResult]:
-        """All arms that are done; an unfinished last line, which a crash leaves, is none.
+        """Returns all finished arms; ignores an unfinished last line, which a crash leaves.
 
         Raises:
-            InputError: there is no such file, or a line of it is broken.
+            InputError: there is no such file, or one of its lines is broken.
         """
         if not self._path.exists():
             raise InputError(
@@ -164,11 +164,11 @@ class ArmsFile:
             return ArmResult(**{**record, "arm": Arm(**record["arm"])})
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(
-                f"{self._path}, line {number}: expected an arm, got a broken line ({error}); mend it, or remove the "
-                "line and `megatron-tip diagnose intervene` trains that arm again"
+                f"{self._path}, line {number}: expected an arm, got a broken line ({error}); repair the line, or "
+                "remove it and `megatron-tip diagnose intervene` trains that arm again"
             ) from error
 
 
 def _as_read(settings: dict[str, Any]) -> dict[str, Any]:
-    """As JSON gives them back: lists for tuples."""
+    """Returns the settings as JSON restores them: lists for tuples."""
     return json.loads(json.dumps(settings))

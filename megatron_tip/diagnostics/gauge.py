@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch.distributed as dist
 
 from megatron_tip.config import Config
 from megatron_tip.diagnostics.bank import ContextBank, warn_of_strangers
@@ -16,7 +15,7 @@ from megatron_tip.diagnostics.parquet import read_table, write_table
 from megatron_tip.diagnostics.session import open_bank
 from megatron_tip.errors import InputError
 from megatron_tip.observability.run_folder import RunFolder
-from megatron_tip.parallel.collectives import broadcast_json
+from megatron_tip.parallel.together import run_on
 from megatron_tip.planning.plan import RunPlan
 from megatron_tip.training.run import TrainingRun
 
@@ -56,9 +55,8 @@ class BankGauge:
         values = forward_kl(self._run, self._frozen).double().numpy()
         if step == 0:
             self._before = values
-            if dist.get_rank() == 0:
-                table, about = pa.table({"forward_kl": values}), {"format": FORMAT, **self._about}
-                write_table(self._path, table, about, setting="run.folder")
+            table, about = pa.table({"forward_kl": values}), {"format": FORMAT, **self._about}
+            run_on(0, lambda: write_table(self._path, table, about, setting="run.folder"), device=self._run.device)
         metrics = {"diagnostics/forward_kl": float(values.mean())}
         if self._before is not None:
             gain, before = float((self._before - values).mean()), float(self._before.mean())
@@ -67,16 +65,10 @@ class BankGauge:
 
     def _agreed_start(self) -> np.ndarray | None:
         """Returns the start's KL on this bank, `[tokens]` float64; None if not measured. Two broadcasts."""
-        found: dict[str, Any] = {}
-        if dist.get_rank() == 0 and self._path.exists():
-            try:
-                found["values"] = _read_start(self._path, self._about)
-            except InputError as error:
-                found["error"] = str(error)
-        found = broadcast_json(found, source=0, device=self._run.device)
-        if "error" in found:
-            raise InputError(found["error"])
-        return np.array(found["values"], dtype=np.float64) if "values" in found else None
+        found = run_on(
+            0, lambda: _read_start(self._path, self._about) if self._path.exists() else None, device=self._run.device
+        )
+        return np.array(found, dtype=np.float64) if found is not None else None
 
 
 def _read_start(path: Path, about: Mapping[str, Any]) -> list[float]:

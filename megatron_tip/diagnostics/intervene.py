@@ -24,7 +24,7 @@ from megatron_tip.diagnostics.scores import about_in, scores_of, write_scores
 from megatron_tip.diagnostics.session import Subject
 from megatron_tip.diagnostics.snapshot import StudentStart
 from megatron_tip.errors import InputError, NotFiniteError
-from megatron_tip.parallel.collectives import broadcast_json
+from megatron_tip.parallel.together import run_on
 from megatron_tip.planning.settings import make_selector
 from megatron_tip.statistics import TokenStatistics
 from megatron_tip.training.run import TrainingRun
@@ -112,10 +112,12 @@ def intervene(run: TrainingRun, subject: Subject, file: ArmsFile) -> None:
     """
     config, bank = run.config, subject.bank
     warn_of_strangers(bank, student=subject.student, teacher=subject.teacher)
-    if dist.get_rank() == 0:
+
+    def begin() -> list[str]:
         file.begin(comparable_settings(config, subject))
-    arms = planned_arms(config)
-    done = _agreed_done(file, run)
+        return [str(result.arm) for result in file.read()]
+
+    arms, done = planned_arms(config), run_on(0, begin, device=run.device)
     todo = [arm for arm in arms if str(arm) not in done]
     start = StudentStart(run.student)
     states: dict[int, SeedState] = {}
@@ -281,12 +283,6 @@ def comparable_settings(config: Config, subject: Subject) -> dict[str, Any]:
         "normaliser": config.selection.normaliser,
         "loss_scale": config.selection.loss_scale,
     }
-
-
-def _agreed_done(file: ArmsFile, run: TrainingRun) -> list[str]:
-    """Returns the file's arms, as rank 0 reads them, on every rank."""
-    names = [str(result.arm) for result in file.read()] if dist.get_rank() == 0 else None
-    return broadcast_json(names, source=0, device=run.device)
 
 
 def _means(steps: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Scores the student, as it is, on contexts: distributed like a training step, with the same kernels."""
+"""Scoring of the current student on contexts, distributed like a training step and with the same kernels."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,10 +18,10 @@ from megatron_tip.training.run import TrainingRun
 
 @dataclass(frozen=True)
 class FrozenContexts:
-    """Contexts with what the teacher says of them, which never changes.
+    """Contexts with the teacher's output, which never changes.
 
-    `teacher_rows`: of this replica's `n` rows, on the last stage; None elsewhere. `row_of`: `[all rows]` int64, the
-    place of each replica's rows, one replica after the other, in the order of contexts and positions.
+    `teacher_rows`: of this replica's `n` rows, on the last stage; None elsewhere. `row_of`: per replica, int64 indices
+    of its rows in the order of contexts and positions over all replicas.
     """
 
     batch: StepBatch
@@ -34,7 +34,7 @@ class FrozenContexts:
 
 
 def freeze(run: TrainingRun, contexts: Sequence[Rollout]) -> FrozenContexts:
-    """Asks the teacher once. Collective over the world."""
+    """Returns the contexts with the teacher's output, computed once. Collective over the world."""
     batch = run.batch_of(contexts)
     indices = [batch.token_index(replica) for replica in range(run.student.groups.grid.dp_size)]
     num_positions = 1 + max((int(index.position.max()) for index in indices if len(index)), default=0)
@@ -47,10 +47,10 @@ def freeze(run: TrainingRun, contexts: Sequence[Rollout]) -> FrozenContexts:
 def score_supports(
     run: TrainingRun, frozen: FrozenContexts, support_sizes: Sequence[int]
 ) -> dict[int, TokenStatistics]:
-    """Returns statistics of this replica's rows at each K, on the last stage; nothing elsewhere.
+    """Returns the statistics of this replica's rows for each K, on the last stage; nothing elsewhere.
 
-    One forward pass of the student without gradient, however many K; both heads are applied once per K. NaN where the
-    logits are not finite.
+    Runs one forward pass of the student, without gradient, for all K, and applies both heads once per K. Statistics are
+    NaN where the logits are not finite.
     """
 
     def score(hidden: Tensor, rows: TeacherRows, labels: Tensor) -> dict[int, TokenStatistics]:
@@ -67,7 +67,7 @@ def score_supports(
 def gathered(
     run: TrainingRun, frozen: FrozenContexts, columns: dict[str, Tensor] | None, names: Sequence[str]
 ) -> Tensor:
-    """`[rows, names]` float32 on the CPU, in the order of contexts and positions, equal on every rank.
+    """Returns `[rows, names]` float32 on the CPU, in the order of contexts and positions, the same on every rank.
 
     Args:
         columns: `[n]` by name, this replica's rows, on the last stage; None elsewhere.
@@ -86,7 +86,7 @@ def gathered(
 
 
 def score_contexts(run: TrainingRun, frozen: FrozenContexts, support_sizes: Sequence[int]) -> dict[str, Tensor]:
-    """All columns of `scores` for the student as it is, `[rows]` float32, equal on every rank. Collective."""
+    """Returns all columns of `scores` for the current student, `[rows]` float32, the same on every rank. Collective."""
     scored = score_supports(run, frozen, support_sizes)
     names = column_names(support_sizes)
     columns = None
@@ -96,7 +96,7 @@ def score_contexts(run: TrainingRun, frozen: FrozenContexts, support_sizes: Sequ
 
 
 def forward_kl(run: TrainingRun, frozen: FrozenContexts) -> Tensor:
-    """`[rows]` float32: KL(teacher || student) in nats at each position, equal on every rank. Collective."""
+    """Returns KL(teacher || student) per position in nats, `[rows]` float32, the same on every rank. Collective."""
     scored = score_supports(run, frozen, (1,))
     columns = {"forward_kl": _column(scored, "forward_kl")} if scored else None
     return gathered(run, frozen, columns, ["forward_kl"])[:, 0]

@@ -1,4 +1,4 @@
-"""What a checkpoint makes of a bank: one row a position, written as Parquet beside the bank."""
+"""The scores of a checkpoint on a bank: one row per position, stored as Parquet in the bank."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,10 +19,10 @@ FORMAT = "megatron_tip bank scores 1"
 
 _SCORED = {name: statistic for name, statistic in STATISTICS.items() if statistic.in_scores}
 WHOLE = tuple(name for name, statistic in _SCORED.items() if statistic.over != "support")
-"""Statistics that are the same for every K."""
+"""Statistics that do not depend on K."""
 
 SUPPORT = tuple(name for name, statistic in _SCORED.items() if statistic.over == "support")
-"""Statistics of the top-K supports; the column of K = 16 is called "compatibility_k16"."""
+"""Statistics of the top-K supports; a column for K = 16 is called, for example, "compatibility_k16"."""
 
 _PLACE = ("context", "prompt", "position")
 _ABOUT = ("bank", "checkpoint", "student", "teacher", "temperature", "support_sizes")
@@ -34,11 +34,11 @@ def column_names(support_sizes: Sequence[int]) -> list[str]:
 
 @dataclass(frozen=True)
 class Scores:
-    """`columns`: `[tokens]` float32 by name. `context`, `prompt`, `position`: `[tokens]` int64, as in the bank.
+    """Scores. `columns`: `[tokens]` float32 by name. `context`, `prompt`, `position`: `[tokens]` int64, as in the bank.
 
     `about`: the bank's checksum, the checkpoint, the fingerprints of student and teacher, the temperature, the support
-    sizes, and the contexts that the checkpoint was trained on, where that is known; for the plain distillation of an
-    intervention also the digest of its settings.
+    sizes, and the contexts that the checkpoint was trained on, if known; for the plain distillation of an intervention
+    also the digest of its settings.
     """
 
     context: np.ndarray
@@ -55,13 +55,13 @@ class Scores:
         return self.about["support_sizes"]
 
     def statistic(self, name: str, support_size: int) -> np.ndarray:
-        """`[tokens]` float32: the statistic, at that K if it depends on one."""
+        """Returns the statistic, `[tokens]` float32, at `support_size` if it depends on K."""
         return self.columns[name if name in WHOLE else f"{name}_k{support_size}"]
 
     def statistics(self, support_size: int) -> TokenStatistics:
-        """All statistics at K, as the selection takes them."""
+        """Returns all statistics at K = `support_size`, as the selection takes them."""
         if support_size not in self.support_sizes:
-            raise InputError(f"support size {support_size}: the scores have those of {self.support_sizes} alone")
+            raise InputError(f"support size: expected one of the scores' {self.support_sizes}, got {support_size}")
         values = {name: torch.from_numpy(self.statistic(name, support_size)) for name in (*WHOLE, *SUPPORT)}
         return TokenStatistics(**values)
 
@@ -69,20 +69,20 @@ class Scores:
         return TokenIndex(torch.from_numpy(self.context), torch.from_numpy(self.position))
 
     def without_contexts(self, contexts: Sequence[int]) -> "Scores":
-        """The rows of all other contexts."""
+        """Returns the rows of all other contexts."""
         kept = ~np.isin(self.context, np.asarray(contexts, dtype=np.int64))
         columns = {name: values[kept] for name, values in self.columns.items()}
         return Scores(self.context[kept], self.prompt[kept], self.position[kept], columns, self.about)
 
 
 def scores_of(bank: ContextBank, columns: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> Scores:
-    """The scores of all rows of `bank`, in its order."""
+    """Returns the scores of all rows of `bank`, in its order."""
     context, position = bank.rows.T
     return Scores(context, bank.prompts[context], position, dict(columns), {**about, "bank": bank.sha256})
 
 
 def write_scores(path: Path, scores: Scores) -> None:
-    """Writes scores, whole or not at all; replaces older ones."""
+    """Writes scores atomically; replaces older ones."""
     table = pa.table(
         {"context": scores.context, "prompt": scores.prompt, "position": scores.position, **scores.columns}
     )
@@ -90,21 +90,21 @@ def write_scores(path: Path, scores: Scores) -> None:
 
 
 def about_in(path: Path) -> dict[str, Any]:
-    """What the scores in `path` say about themselves; reads no column. Raises InputError for a file of another kind."""
+    """Returns `about` of the scores in `path` without reading columns. Raises InputError for a file of another kind."""
     return read_about(path, format_name=FORMAT)
 
 
 def read_scores(path: Path, bank: ContextBank) -> Scores:
-    """The scores in `path`, which must be those of `bank`.
+    """Returns the scores in `path`, which must belong to `bank`.
 
     Raises:
-        InputError: no such file, a truncated or incomplete one, or one that was made on another bank.
+        InputError: there is no such file, or it is truncated, incomplete or belongs to another bank.
     """
     if not path.exists():
-        there = ", ".join(sorted(other.stem for other in path.parent.glob("*.parquet"))) or "none"
+        existing = ", ".join(sorted(other.stem for other in path.parent.glob("*.parquet"))) or "none"
         raise InputError(
-            f"{path}: expected the name of scores in the bank, got {path.stem!r}; there: {there}; `megatron-tip "
-            "diagnose score` makes others"
+            f"{path}: expected the name of scores in the bank, got {path.stem!r}; existing: {existing}; "
+            "`megatron-tip diagnose score` creates others"
         )
     table, about = read_table(path, format_name=FORMAT, columns=_PLACE, keys=_ABOUT)
     if about["bank"] != bank.sha256:
@@ -112,13 +112,13 @@ def read_scores(path: Path, bank: ContextBank) -> Scores:
             f"{path}: expected scores of the bank {bank.folder} (SHA-256 {bank.sha256:.12}), got those of another one "
             f"({about['bank']:.12}); score the checkpoint on this bank"
         )
-    columns = {name: table.column(name).to_numpy().copy() for name in table.column_names}  # torch wants to write
+    columns = {name: table.column(name).to_numpy().copy() for name in table.column_names}  # torch needs writable arrays
     lacking = [name for name in column_names(about["support_sizes"]) if name not in columns]
     context, prompt, position = (columns.pop(name) for name in _PLACE)
     if lacking or not np.array_equal(np.stack([context, position], axis=1), bank.rows):
         raise InputError(
-            f"{path}: expected {len(bank.rows)} rows, one a token of {bank.folder} in its order, with every statistic "
-            f"at K = {about['support_sizes']}, got {len(table)} rows without {lacking or 'that order'}; score the "
-            "checkpoint anew"
+            f"{path}: expected {len(bank.rows)} rows, one per token of {bank.folder} in its order, with every "
+            f"statistic at K = {about['support_sizes']}, got {len(table)} rows without {lacking or 'that order'}; "
+            "score the checkpoint again"
         )
     return Scores(context, prompt, position, columns, about)

@@ -1,4 +1,4 @@
-"""TensorBoard event files: the only file that imports tensorboardX."""
+"""The TensorBoard tracker; the only module that imports tensorboardX."""
 
 import io
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from megatron_tip.observability.token_view import quadrant_png
 
 
 class TensorBoardTracker:
-    """Event files under tensorboard/ in the run's folder; a continued run adds a file, TensorBoard joins them."""
+    """Event files in tensorboard/ of the run's folder. A continued run adds a file; TensorBoard joins them."""
 
     name = "tensorboard"
 
@@ -25,13 +25,13 @@ class TensorBoardTracker:
         return None
 
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Takes the metrics of `step`."""
+        """Writes the metrics of `step`."""
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
     def log_view(self, step: int, view: TokenTable) -> None:
-        """Takes the responses as Markdown with selected tokens in bold, and the scatter of quadrants."""
+        """Writes the responses as Markdown with selected tokens in bold, and the scatter plot of quadrants."""
         for place, viewed in enumerate(view.facts.rollouts):
             tokens = view.tokens_of(viewed)
             pairs = zip(*(tokens.column(name).to_pylist() for name in ("text", "selected")), strict=True)
@@ -42,7 +42,7 @@ class TensorBoardTracker:
             self._writer.add_image("view/quadrants", pixels, step, dataformats="HWC")
 
     def log_student(self, path: Path) -> None:
-        """Nothing: event files hold no models."""
+        """Does nothing: event files hold no models."""
 
     def finish(self, *, failed: bool) -> None:
         """Closes the event file."""

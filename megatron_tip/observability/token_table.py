@@ -1,7 +1,7 @@
-"""A view: the tokens of some responses with all that is known of each. Pages, pictures and the report are made of it.
+"""A view: the tokens of some responses and all facts about them; the source of pages, pictures and the report.
 
-One row per token of each viewed response, the environment's tokens too. As bytes it is Parquet; facts of the whole view
-are JSON in the metadata, so that a file is whole by itself and readable by any Parquet reader.
+A view has one row per token of each response, including the environment's. It is stored as Parquet with facts about the
+whole view as JSON in the metadata, so a file is self-contained and any Parquet reader can read it.
 """
 
 import io
@@ -21,11 +21,11 @@ from megatron_tip.statistics import STATISTICS
 FORMAT = 1
 _KEY = "megatron_tip.token_table"
 VALUES = (*(name for name, statistic in STATISTICS.items() if statistic.in_views), "score")
-"""Columns of float32, null where not known: statistics, and what the rule says."""
+"""The float32 columns, null where unknown: statistics and the rule's score."""
 
 SCHEMA = pa.schema(
     [
-        ("rollout", pa.int32()),  # place in the step's rollout list
+        ("rollout", pa.int32()),  # index in the step's list of rollouts
         ("position", pa.int32()),  # within the response
         ("token_id", pa.int32()),
         ("text", pa.string()),
@@ -40,7 +40,7 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class ViewedRollout:
-    """Which rollout a response is: its place in the step's list, its prompt's index and text."""
+    """A response's rollout: its index in the step's list, its prompt's index and text."""
 
     rollout: int
     prompt_index: int
@@ -51,11 +51,11 @@ class ViewedRollout:
 
 @dataclass(frozen=True)
 class TokenTableFacts:
-    """What holds for a whole table.
+    """Facts about a whole table.
 
-    `divergence`, `medians`: the second axis of the quadrants, and where both axes part, over the whole batch; "" and
-    None without statistics. `points`: [entropy, divergence, selected] of some tokens of the replica. `id_texts`: the
-    text of every id in a support.
+    `divergence`: the second axis of the quadrants; "" without statistics. `medians`: the whole batch's medians, which
+    divide both axes; None without statistics. `points`: [entropy, divergence, selected] of some tokens of the replica.
+    `id_texts`: the text of every id in a support.
     """
 
     step: int
@@ -72,14 +72,14 @@ class TokenTableFacts:
 
 @dataclass(frozen=True)
 class TokenTable:
-    """A view. `tokens`: of the columns of SCHEMA."""
+    """A view. `tokens` has the columns of SCHEMA."""
 
     facts: TokenTableFacts
     tokens: pa.Table
 
     @staticmethod
     def of_columns(facts: TokenTableFacts, columns: Mapping[str, Sequence[Any] | pa.Array]) -> "TokenTable":
-        """Returns the table of `columns`: those of SCHEMA, of one length, a missing one being null everywhere."""
+        """Returns the table of `columns`, which have one length; missing columns of SCHEMA become null."""
         num_rows = len(columns["token_id"])
         arrays = [
             pa.array(columns[name], type=kind) if name in columns else pa.nulls(num_rows, type=kind)
@@ -88,18 +88,18 @@ class TokenTable:
         return TokenTable(facts, pa.Table.from_arrays(arrays, schema=SCHEMA))
 
     def tokens_of(self, viewed: ViewedRollout) -> pa.Table:
-        """Returns the rows of one response, which stand together."""
+        """Returns the rows of one response, which are contiguous."""
         (rows,) = np.nonzero(self.tokens.column("rollout").to_numpy() == viewed.rollout)
         return self.tokens.slice(int(rows[0]), len(rows)) if len(rows) else self.tokens.slice(0, 0)
 
 
 def token_table_file(folder: Path, step: int) -> Path:
-    """Returns where the table of `step` lies in views/."""
+    """Returns the file of the table of `step` in `folder`, the run's views/."""
     return folder / f"step_{step:06d}.parquet"
 
 
 def encode_token_table(table: TokenTable) -> bytes:
-    """Returns the file's content."""
+    """Returns the table as the bytes of a Parquet file."""
     content = io.BytesIO()
     with pq.ParquetWriter(content, SCHEMA, compression="zstd") as writer:
         writer.write_table(table.tokens)
@@ -108,10 +108,10 @@ def encode_token_table(table: TokenTable) -> bytes:
 
 
 def decode_token_table(content: bytes, where: str = "view") -> TokenTable:
-    """Returns the table that `encode_token_table` was given. `where`: what a message names.
+    """Returns the table that `encode_token_table` encoded. `where`: the source's name in error messages.
 
     Raises:
-        InputError: truncated content, or content of another kind or format.
+        InputError: the content is truncated, or of another kind or format.
     """
     try:
         with pq.ParquetFile(io.BytesIO(content)) as file:
@@ -131,7 +131,7 @@ def read_token_table(path: Path) -> TokenTable:
     """Returns the table of a view.
 
     Raises:
-        InputError: no such file, or one that `decode_token_table` refuses.
+        InputError: there is no such file, or `decode_token_table` refuses it.
     """
     try:
         content = path.read_bytes()
@@ -142,7 +142,7 @@ def read_token_table(path: Path) -> TokenTable:
 
 def _unreadable(where: str, error: Exception) -> InputError:
     return InputError(
-        f"{where}: expected a token table as tracking.view_every_steps writes it, cannot read it: "
+        f"{where}: expected a token table as written with tracking.view_every_steps, cannot read it: "
         f"{type(error).__name__}: {error!s:.200}; remove the file, or restore it"
     )
 

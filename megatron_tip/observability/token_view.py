@@ -1,4 +1,4 @@
-"""How a view is shown to a person: responses with the selected tokens coloured, tokens by quadrant."""
+"""Views for people: responses with the selected tokens coloured, and tokens by quadrant."""
 
 import html
 import io
@@ -13,7 +13,7 @@ _KEPT, _DROPPED = "#D55E00", "#999999"
 
 
 def response_html(tokens: pa.Table) -> str:
-    """Returns a response as HTML: selected tokens on a coloured ground, each token's reverse KL as its tooltip."""
+    """Returns a response as HTML: selected tokens on a coloured background, each token's reverse KL as tooltip."""
     spans = []
     columns = (tokens.column(name).to_pylist() for name in ("text", "selected", "reverse_kl"))
     for text, selected, reverse_kl in zip(*columns, strict=True):
@@ -24,7 +24,7 @@ def response_html(tokens: pa.Table) -> str:
 
 
 def num_selected(tokens: pa.Table) -> int:
-    """Returns how many of the tokens are supervised."""
+    """Returns the number of selected tokens."""
     return sum(tokens.column("selected").to_pylist())
 
 
@@ -43,7 +43,7 @@ def page_html(view: TokenTable, title: str) -> str:
 
 
 def quadrant_png(view: TokenTable) -> bytes | None:
-    """Returns a PNG of the tokens by student entropy and divergence, parted at the medians; None without points."""
+    """Returns a PNG of the tokens by student entropy and divergence, divided at the medians; None without points."""
     facts = view.facts
     if not facts.points:
         return None

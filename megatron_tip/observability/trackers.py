@@ -1,4 +1,4 @@
-"""Where a run's numbers go besides its own files, and why a failure there never reaches the training."""
+"""Trackers, which take a run's metrics besides its own files, and the isolation of training from their failures."""
 
 import importlib.util
 import json
@@ -21,16 +21,16 @@ logger = logging.getLogger(__name__)
 
 IDENTITIES_NAME = "trackers.json"
 MAX_FAILURES = 3
-"""Failures in a row after which a tracker is left alone."""
+"""Consecutive failures after which a tracker is no longer used."""
 
 
 class Tracker(Protocol):
-    """A place that a run's numbers go to. Each method may raise anything and may be slow, but must return."""
+    """A destination of a run's metrics. Each method may raise anything and may be slow, but must return."""
 
     name: str
 
     def start(self, config: Config, folder: RunFolder, identity: str | None) -> str | None:
-        """Begins, or goes on under `identity`; returns under which identity a continued run is to go on."""
+        """Starts, or continues under `identity`; returns the identity under which a continued run should continue."""
         ...
 
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None: ...
@@ -38,14 +38,14 @@ class Tracker(Protocol):
     def log_view(self, step: int, view: TokenTable) -> None: ...
 
     def log_student(self, path: Path) -> None:
-        """Takes the exported student, a Hugging Face directory."""
+        """Stores the exported student, a Hugging Face directory."""
         ...
 
     def finish(self, *, failed: bool) -> None: ...
 
 
 class FolderTracker:
-    """views/ in the run's folder: a page, a picture and a table of each view. Metrics are in metrics.jsonl anyway."""
+    """views/ in the run's folder: a page, a picture and a table per view. metrics.jsonl already has the metrics."""
 
     name = "views"
 
@@ -70,21 +70,21 @@ class FolderTracker:
 
 
 class Trackers:
-    """All trackers of a run, in the first process. No method raises: a failure is logged, and after three in a row the
-    tracker is left alone.
+    """All trackers of a run, in the first process. No method raises: failures are logged, and after three in a row a
+    tracker is no longer used.
     """
 
     def __init__(self, trackers: Sequence[Tracker]) -> None:
         self._failures = dict.fromkeys(trackers, 0)
 
     def start(self, config: Config, folder: RunFolder, identities: MutableMapping[str, str]) -> None:
-        """Starts all and leaves out those that fail; `identities`, by tracker name, are read and brought up to date.
+        """Starts all trackers and drops those that fail; reads and updates `identities`, by tracker name.
 
-        They come from the checkpoint. A job that is started again before its first one finds them in the run's folder.
+        Identities come from the checkpoint. A job restarted before its first checkpoint finds them in the run's folder.
         """
         path = folder.path / IDENTITIES_NAME
         if not identities and is_restarted(os.environ):
-            with suppress(OSError, ValueError):  # there were none, or they are lost
+            with suppress(OSError, ValueError):  # there are none, or they are lost
                 identities.update(json.loads(path.read_text()))
         for tracker in list(self._failures):
 
@@ -123,7 +123,7 @@ class Trackers:
             call()
         except Exception as error:
             self._failures[tracker] += 1
-            last = "; it is left alone from now on" if self._failures[tracker] == MAX_FAILURES else ""
+            last = "; it is no longer used" if self._failures[tracker] == MAX_FAILURES else ""
             logger.warning("tracker %s, %s: %s: %s%s", tracker.name, what, type(error).__name__, error, last)
             return False
         self._failures[tracker] = 0
@@ -131,7 +131,7 @@ class Trackers:
 
 
 def check_trackers(settings: TrackingConfig) -> None:
-    """Raises OptionalDependencyError for a tracker whose package is not installed; equal on all ranks."""
+    """Raises OptionalDependencyError for a tracker whose package is not installed; the same on all ranks."""
     needed = {"wandb": settings.wandb != "disabled", "tensorboardX": settings.tensorboard}
     for package, is_needed in needed.items():
         if is_needed and importlib.util.find_spec(package) is None:
@@ -143,7 +143,7 @@ def check_trackers(settings: TrackingConfig) -> None:
 
 
 def make_trackers(settings: TrackingConfig) -> Trackers:
-    """Returns the trackers that the configuration names, not yet started."""
+    """Returns the configured trackers, not yet started."""
     trackers: list[Tracker] = [FolderTracker()] if settings.view_every_steps else []
     if settings.wandb != "disabled":
         from megatron_tip.observability.wandb_tracker import WandbTracker

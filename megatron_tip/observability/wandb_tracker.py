@@ -1,4 +1,4 @@
-"""Weights & Biases: the only file that imports wandb."""
+"""The Weights & Biases tracker; the only module that imports wandb."""
 
 import io
 import logging
@@ -15,7 +15,7 @@ from megatron_tip.observability.run_folder import RunFolder
 from megatron_tip.observability.token_table import TokenTable
 from megatron_tip.observability.token_view import num_selected, quadrant_png, response_html
 
-# Read at the import: an offline run on a cluster without a way out has nobody to report wandb's own errors to.
+# wandb reads this on import; a cluster without internet access cannot report wandb's own errors.
 os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
 import wandb
 
@@ -25,16 +25,16 @@ _LOGIN_SECONDS, _START_SECONDS, _FINISH_SECONDS = 10, 60, 60
 
 
 class WandbTracker:
-    """One W&B run a training run, also over restarts: the identity that `start` returns is the W&B run id.
+    """One W&B run per training run, even across restarts: the identity that `start` returns is the W&B run id.
 
-    Online without a network, or without a login, the run is kept offline instead; `wandb sync` uploads it later.
-    Steps that a restart repeats are not taken twice: W&B keeps the first.
+    In online mode without a network or login, the run stays offline; `wandb sync` uploads it later. If a restart
+    repeats steps, W&B keeps the first values.
     """
 
     name = "wandb"
 
     def start(self, config: Config, folder: RunFolder, identity: str | None) -> str | None:
-        """Begins a W&B run, or goes on with the one of id `identity`; returns its id."""
+        """Starts a W&B run, or continues the one with the id `identity`; returns its id."""
         self._folder = folder
         self._artifact = config.tracking.wandb_artifact
         try:
@@ -42,16 +42,16 @@ class WandbTracker:
         except wandb.Error as error:
             if config.tracking.wandb != "online":
                 raise
-            logger.warning("wandb: cannot go online (%s); kept offline: wandb sync %s", error, folder.path / "wandb")
+            logger.warning("wandb: cannot go online (%s); stays offline: wandb sync %s", error, folder.path / "wandb")
             self._run = self._init(config, identity, "offline")
         return self._run.id
 
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Takes the metrics of `step`."""
+        """Logs the metrics of `step`."""
         self._run.log(dict(metrics), step=step)
 
     def log_view(self, step: int, view: TokenTable) -> None:
-        """Takes a table of responses with the selected tokens coloured, and the scatter of quadrants."""
+        """Logs a table of responses with the selected tokens coloured, and the scatter plot of quadrants."""
         table = wandb.Table(columns=["prompt", "response", "num_selected", "num_tokens"])
         for viewed in view.facts.rollouts:
             tokens = view.tokens_of(viewed)
@@ -62,14 +62,14 @@ class WandbTracker:
         self._run.log(logged, step=step)
 
     def log_student(self, path: Path) -> None:
-        """Stores the exported student as a model artifact, where the configuration asks for it."""
+        """Stores the exported student as a model artifact, if configured."""
         if self._artifact:
             artifact = wandb.Artifact(f"student-{self._run.id}", type="model")
             artifact.add_dir(str(path))
             self._run.log_artifact(artifact)
 
     def finish(self, *, failed: bool) -> None:
-        """Closes the run. An upload that does not end is left behind; `wandb sync` takes it up."""
+        """Closes the run. Abandons an upload that takes too long; `wandb sync` resumes it."""
         _bounded(
             lambda: self._run.finish(exit_code=int(failed)), _FINISH_SECONDS, f"wandb sync {self._folder.path}/wandb"
         )
@@ -85,8 +85,8 @@ class WandbTracker:
             tags=list(tracking.wandb_tags),
             config=config.model_dump(mode="json"),
             id=identity,
-            resume="allow" if mode == "online" else None,  # offline files of one id are joined by `wandb sync`
-            # The log, the machine and its GPUs are this package's own business.
+            resume="allow" if mode == "online" else None,  # `wandb sync` joins offline files of one id
+            # This package itself records the log, the machine and its GPUs.
             settings=wandb.Settings(
                 console="off",
                 quiet=True,

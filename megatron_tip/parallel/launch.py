@@ -144,7 +144,7 @@ def _put_on_record(error: Exception) -> None:
         return
     vars(error)[_ON_RECORD] = True
     get_error_handler().record_exception(error)
-    is_another_ranks = hasattr(error, "met_on_rank")  # that rank shows it itself: see `together`
+    is_another_ranks = isinstance(error, MegatronTipError) and error.met_on_rank is not None  # which shows it itself
     if not os.environ.get(_LAUNCHER_PID) and not is_another_ranks:
         _report(error)
 

@@ -1,9 +1,10 @@
-"""How ranks fail together: what one of them meets is raised on all, so that none is left waiting in a collective."""
+"""Failure of ranks together: an error of one rank is raised on all, so none is left waiting in a collective."""
 
 import json
 import logging
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -33,16 +34,16 @@ def run_on(
     """Runs `action` on one rank and returns its result on every rank of `group`, or raises its failure on every rank.
 
     Args:
-        rank: the global rank that runs `action`; on the others it is never called.
-        device: where the travelling bytes lie; what the group's backend carries.
+        rank: the only global rank that runs `action`.
+        device: device of the broadcast bytes; the group's backend must support it.
         group: `None` means the world.
-        encode, decode: how the result travels; by default as JSON. On `rank` itself it does not travel.
+        encode, decode: conversion of the result to bytes and back; JSON by default. `rank` itself does not convert.
 
     Collectives: two broadcasts (length, bytes).
 
     Raises:
-        What `action` raises: on `rank` itself as it is, on the others the same class with the same message if it is a
-        StopRequested or one of `errors`; otherwise a PeerError, since another rank cannot have the same traceback.
+        What `action` raises: on `rank` the original error; on the others the same class with the same message if it
+        is a StopRequested or one of `errors`, otherwise a PeerError, because they do not have the traceback.
     """
     if dist.get_rank() != rank:
         content = broadcast_bytes(b"", source=rank, device=device, group=group)
@@ -52,7 +53,7 @@ def run_on(
     try:
         value = action()
         content = _RETURNED + encode(value)
-    except BaseException as error:  # Ctrl-C too: the other ranks wait in the broadcast
+    except BaseException as error:  # even Ctrl-C: the other ranks wait in the broadcast
         broadcast_bytes(_RAISED + json.dumps(_described(error)).encode(), source=rank, device=device, group=group)
         raise
     broadcast_bytes(content, source=rank, device=device, group=group)
@@ -62,46 +63,62 @@ def run_on(
 def raise_together(
     failure: BaseException | None, *, device: torch.device | str, group: dist.ProcessGroup | None = None
 ) -> None:
-    """Returns if no rank of `group` met a failure; otherwise raises one of the failures, the same on all ranks.
+    """Raises one failure of the group, the same on all ranks; returns if no rank of `group` has one.
 
-    A failure that is not one of `errors` comes first: it is a fault of the program. Among equals the lowest rank's is
-    raised. A rank whose own failure is another one logs it.
+    A failure that is not one of `errors` comes first, because it is a bug; then the lowest rank's. A rank with another
+    failure logs its own.
 
     Args:
-        failure: what this rank met, if anything.
-        device: where the travelling values lie.
+        failure: this rank's failure, if any.
+        device: device of the exchanged values.
         group: `None` means the world.
 
-    Collectives: one all-reduce of an integer; after a failure two all-gathers more.
+    Collectives: one all-reduce of an integer; after a failure also two all-gathers.
 
     Raises:
-        As of `run_on`.
+        As `run_on`.
     """
     met = torch.tensor(failure is not None, dtype=torch.int32, device=device)
     dist.all_reduce(met, op=dist.ReduceOp.MAX, group=group)
     if not met:
         return
-    told = gather_json(_described(failure) if failure is not None else None, device=device, group=group)
-    place = min((i for i, one in enumerate(told) if one), key=lambda i: (_class_of(told[i][0]) is not None, i))
+    gathered = gather_json(_described(failure) if failure is not None else None, device=device, group=group)
+    place = min((i for i, one in enumerate(gathered) if one), key=lambda i: (_class_of(gathered[i][0]) is not None, i))
     rank = dist.get_global_rank(group, place) if group is not None else place
     if failure is not None:
         if dist.get_rank() == rank:
             raise failure
-        logger.error("%s: %s", type(failure).__name__, failure)
-    raise _failure_of(rank, *told[place]) from failure
+        if list(_described(failure)) != gathered[place]:
+            logger.error("%s: %s", type(failure).__name__, failure)
+    raise _failure_of(rank, *gathered[place]) from failure
+
+
+@contextmanager
+def together(*, device: torch.device | str, group: dist.ProcessGroup | None = None) -> Iterator[None]:
+    """Runs a block on every rank of `group` and raises what any of them met in it on all of them.
+
+    The block may do different things on different ranks, but its collectives must come to their end whatever fails in
+    it. Collectives and errors are those of `raise_together`.
+    """
+    failure = None
+    try:
+        yield
+    except BaseException as error:  # Ctrl-C too: the other ranks wait in the collective
+        failure = error
+    raise_together(failure, device=device, group=group)
 
 
 def _described(error: BaseException) -> tuple[str, str]:
-    """Returns the class and the message of `error`, from which `_failure_of` makes it again.
+    """Returns the class name and message of `error`, from which `_failure_of` recreates it.
 
-    Of a class that `errors` does not have, but a class above it, that one counts.
+    The class is the nearest base class that `errors` has; if there is none, the error's own.
     """
     names = [kind.__name__ for kind in type(error).__mro__]
     return next((name for name in names if _class_of(name)), names[0]), str(error)
 
 
 def _class_of(name: str) -> type[BaseException] | None:
-    """Returns the class of that name if it can be raised on any rank, `None` otherwise."""
+    """Returns the class called `name` if any rank can raise it, otherwise `None`."""
     if name == StopRequested.__name__:
         return StopRequested
     found = getattr(errors, name, None)
@@ -110,12 +127,13 @@ def _class_of(name: str) -> type[BaseException] | None:
 
 
 def _failure_of(rank: int, name: str, message: str) -> BaseException:
-    """Returns what rank `rank` met, for another rank to raise."""
+    """Returns the failure of rank `rank`, for another rank to raise."""
     kind = _class_of(name)
     if kind is StopRequested:
         return StopRequested(signal.Signals[message])
     if kind is None:
-        return PeerError(f"rank {rank} failed with {name}: {message}; its own message says where")
+        return PeerError(f"rank {rank} failed with {name}: {message}; see that rank's own message for the place")
     failure = kind(message)
-    failure.met_on_rank = rank  # type: ignore[attr-defined]  # `launch` shows it once, from the rank that met it
+    assert isinstance(failure, MegatronTipError), "checked by _class_of"
+    failure.met_on_rank = rank
     return failure

@@ -1,1 +1,1 @@
-"""What a run will be, found and checked before it starts: models, layouts, settings, memory."""
+"""The plan of a run, checked before it starts: models, layouts, settings, memory."""

@@ -1,4 +1,4 @@
-"""A configuration checked for another machine: no weights, no GPUs, no prompts needed."""
+"""The check of a configuration for another machine; needs no weights, GPUs or prompts."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from megatron_tip.planning.plan import Outline, outline_run
 
 @dataclass(frozen=True)
 class DryRun:
-    """A configuration that can run on `world_size` GPUs, as far as this machine can tell. `notes`: what it cannot."""
+    """A configuration that can run on `world_size` GPUs. `notes`: what this machine could not check."""
 
     world_size: int
     outline: Outline
@@ -19,7 +19,7 @@ class DryRun:
     notes: tuple[str, ...]
 
     def report(self, gpu_memory_gib: float) -> str:
-        """Returns the result in words."""
+        """Returns the result as text."""
         grids = ", ".join(
             f"{owner} tp {grid.tp_size} x pp {grid.pp_size} x dp {grid.dp_size}"
             for owner, grid in (("student", self.outline.student_grid), ("teacher", self.outline.teacher_grid))
@@ -27,7 +27,7 @@ class DryRun:
         total = self.memory.total_bytes / 2**30
         lines = [
             f"{self.world_size} workers: {grids}",
-            f"memory of the fullest GPU, to the first order: {total:.1f} of {gpu_memory_gib:g} GiB",
+            f"memory of the fullest GPU, roughly: {total:.1f} of {gpu_memory_gib:g} GiB",
             *self.memory.lines(),
             *(f"not checked here: {note}" for note in self.notes),
         ]
@@ -35,24 +35,24 @@ class DryRun:
 
 
 def dry_run(config: Config, world_size: int, *, gpu_memory_gib: float) -> DryRun:
-    """Checks a run elsewhere as it will be checked there, but for what this machine lacks; estimates its memory.
+    """Checks a run for another machine, except what this machine lacks, and estimates its memory.
 
-    A model whose folder is missing here is known by its folder's name (`known_models`).
+    A model whose folder is missing here is looked up by the folder's name (`known_models`).
 
     Raises:
-        ConfigError: an estimate beyond `gpu_memory_gib`. Other errors as of `outline_run`.
+        ConfigError: the estimate exceeds `gpu_memory_gib`. For other errors see `outline_run`.
     """
     machine = Machine(is_elsewhere=True)
     outline = outline_run(config, world_size, machine)
     if has_servers_beside(config, world_size) and not config.sglang.memory_fraction:
-        machine.notes.append("what SGLang takes beside the trainer: set sglang.memory_fraction, or sglang.gpus")
+        machine.notes.append("SGLang's memory on the trainer's GPUs: set sglang.memory_fraction, or sglang.gpus")
     memory = estimate_memory(config, outline, gpu_memory_gib=gpu_memory_gib)
     result = DryRun(world_size, outline, memory, tuple(machine.notes))
     if memory.total_bytes > gpu_memory_gib * 2**30:
         raise ConfigError(
-            f"memory: expected at most {gpu_memory_gib:g} GiB a GPU (--gpu-memory), got an estimate of "
+            f"memory: expected at most {gpu_memory_gib:g} GiB per GPU (--gpu-memory), got an estimate of "
             f"{memory.total_bytes / 2**30:.1f} GiB; raise tensor or pipeline parallel sizes, set optimizer.distributed "
-            "or model.recompute_activations, lower training.max_tokens_per_micro_batch, or give servers beside the "
-            "trainer less (sglang.memory_fraction) or GPUs of their own (sglang.gpus)\n" + result.report(gpu_memory_gib)
+            "or model.recompute_activations, lower training.max_tokens_per_micro_batch, or give servers "
+            "less memory (sglang.memory_fraction) or separate GPUs (sglang.gpus)\n" + result.report(gpu_memory_gib)
         )
     return result

@@ -1,4 +1,4 @@
-"""The types of weights and activations that a configuration comes to, its "auto" resolved."""
+"""The dtypes of weights and activations of a configuration, with "auto" resolved."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from megatron_tip.config import Config
 
 @dataclass(frozen=True)
 class Dtypes:
-    """Of the student, of the teacher, and of the student's weights in the embedded engine or in servers of our own."""
+    """Dtypes of student, teacher, and the student's weights in the embedded engine or in our own servers."""
 
     student: torch.dtype
     teacher: torch.dtype
@@ -17,7 +17,7 @@ class Dtypes:
 
     @classmethod
     def of(cls, config: Config, *, on_gpu: bool | None = None) -> "Dtypes":
-        """Returns those of a run on GPUs or on CPUs; by default on what this machine has."""
+        """Returns the dtypes of a run on GPUs or on CPUs; the default is what this machine has."""
         on_gpu = torch.cuda.is_available() if on_gpu is None else on_gpu
         auto = "bfloat16" if on_gpu else "float32"
         student, teacher, engine = config.model.dtype, config.teacher.dtype, config.rollout.dtype

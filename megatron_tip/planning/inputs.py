@@ -1,4 +1,4 @@
-"""Packages and files that a configuration needs, whatever its engine and its teacher: there, and usable."""
+"""Checks of the packages and files that a configuration needs, whatever its engine and teacher."""
 
 import math
 from importlib.util import find_spec
@@ -16,7 +16,7 @@ MAX_GENERATED_PROMPTS = 1_000_000
 
 
 def default_num_workers(config: Config) -> int:
-    """Returns how many workers to start on this machine: one per GPU, or without GPUs the fewest for both models."""
+    """Returns how many workers to start here: one per GPU; without GPUs, the fewest that hold both models."""
     if torch.cuda.is_available():
         return torch.cuda.device_count()
     models = (config.model, config.teacher)
@@ -24,7 +24,7 @@ def default_num_workers(config: Config) -> int:
 
 
 def check_packages(config: Config, machine: Machine) -> None:
-    """Raises OptionalDependencyError for a package that the configuration needs and a machine of the run lacks."""
+    """Raises OptionalDependencyError for a missing package that the configuration needs; elsewhere, notes it."""
     with machine.lacks_packages():
         check_trackers(config.tracking)
     for owner, model in (("model", config.model), ("teacher", config.teacher)):
@@ -37,11 +37,11 @@ def check_packages(config: Config, machine: Machine) -> None:
 
 
 def check_inputs(config: Config, machine: Machine) -> None:
-    """Reads the prompts and refuses what cannot be used; a bank has only to exist.
+    """Checks that the prompts are usable and that the bank exists.
 
     Raises:
-        ConfigError, InputError: a file that is missing here or holds something else.
-        OptionalDependencyError: reasoning-gym is asked for and not installed.
+        ConfigError, InputError: a file is missing here or has the wrong content.
+        OptionalDependencyError: reasoning-gym is needed but not installed.
     """
     prompts = config.prompts
     num_prompts = prompts.num_prompts or config.rollout.prompts_per_step * config.training.steps

@@ -1,7 +1,7 @@
-"""What a run takes of one GPU's memory, to the first order: for choosing a layout, not for the last gigabyte.
+"""A first-order estimate of a run's memory per GPU: good enough to choose a layout, not exact to the gigabyte.
 
-Counted from shapes: weights, gradients, optimizer, activations, the teacher's rows, the loss, the embedded engine. Not
-counted: CUDA's context, NCCL's buffers, fragmentation; leave them a tenth.
+It counts, from shapes: weights, gradients, optimizer, activations, the teacher's rows, the loss, the embedded engine.
+It does not count CUDA's context, NCCL's buffers and fragmentation; leave a tenth for them.
 """
 
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ from megatron_tip.vocab_parallel import padded_vocab_size
 
 _FLOAT32 = 4
 _LOSS_BUFFERS = 6
-"""Chunks of float32 logits alive at once in the loss: both models' logits, exponentials and gradients."""
+"""Chunks of float32 logits that the loss holds at once: both models' logits, exponentials and gradients."""
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes by purpose on the rank that takes the most."""
+    """Bytes by purpose on the rank that needs the most."""
 
     parts: dict[str, float]
 
@@ -47,7 +47,7 @@ class _Model:
 
     @property
     def parameters_per_rank(self) -> float:
-        """Of the fullest stage: its layers, and embedding, head or both."""
+        """Parameters of the fullest stage: its layers, and embedding, head or both."""
         a, tp = self.architecture, self.grid.tp_size
         matrix = padded_vocab_size(a.vocab_size, tp) * a.hidden_size / tp
         matrices = 1 if a.tied_embeddings or self.grid.pp_size > 1 else 2
@@ -55,12 +55,12 @@ class _Model:
 
 
 def estimate_memory(config: Config, outline: Outline, *, gpu_memory_gib: float) -> MemoryEstimate:
-    """Returns the estimate for GPUs, where "auto" is bfloat16. `gpu_memory_gib`: what servers take a share of."""
+    """Returns the estimate for GPUs, where "auto" is bfloat16. Servers take a share of `gpu_memory_gib`."""
     dtypes = Dtypes.of(config, on_gpu=True)
     student, grid = outline.student.architecture, outline.student_grid
     trained = _Model(student, grid, dtypes.student.itemsize)
     parameters = trained.parameters_per_rank
-    # Megatron keeps gradients in float32, two moments, and with bfloat16 weights a float32 copy of them.
+    # Megatron keeps float32 gradients, two moments, and for bfloat16 weights a float32 copy.
     optimizer_values = 3 if trained.bytes_per_value < _FLOAT32 else 2
     shards = grid.dp_size if config.optimizer.distributed else 1
     shard = outline.padded_vocab_size / grid.tp_size
@@ -85,15 +85,14 @@ def estimate_memory(config: Config, outline: Outline, *, gpu_memory_gib: float) 
         parts["embedded engine, first GPU: weights and cache"] = engine
     if has_servers_beside(config, grid.world_size):
         servers = config.sglang.memory_fraction * (1 if config.sglang.gpus else config.rollout.servers)
-        parts["SGLang beside the trainer (sglang.memory_fraction)"] = servers * gpu_memory_gib * 2**30
+        parts["SGLang on the trainer's GPUs (sglang.memory_fraction)"] = servers * gpu_memory_gib * 2**30
     return MemoryEstimate(parts)
 
 
 def has_servers_beside(config: Config, world_size: int) -> bool:
-    """Returns whether servers of our own take memory from the trainer.
+    """Returns whether our own servers take memory from the trainer.
 
-    Without GPUs of their own all of them begin at the first; those of sglang.gpus are apart, and beside a worker where
-    there are so many workers.
+    Without sglang.gpus they share the first GPUs with workers; with it, only where a worker has the same GPU.
     """
     if config.rollout.engine != "sglang" or config.rollout.server_urls:
         return False
@@ -101,16 +100,16 @@ def has_servers_beside(config: Config, world_size: int) -> bool:
 
 
 def _rows(config: Config, grid: ModelGrid) -> float:
-    """Response tokens of a replica's share of a step, at most."""
+    """Returns the maximum number of response tokens in a replica's share of a step."""
     rollouts = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
     return -(-rollouts // grid.dp_size) * config.rollout.max_response_tokens
 
 
 def _activations(config: Config, model: _Model) -> float:
-    """What the backward pass finds, with fused attention: nothing of length x length.
+    """Returns the bytes kept for the backward pass; fused attention keeps nothing of size length x length.
 
     A layer keeps the inputs of its two norms and of its four matrix products, q, k, v and the products of SwiGLU. With
-    recomputation it keeps its input, and one layer at a time all of it. Up to pp micro-batches are under way.
+    recomputation it keeps only its input, except one layer at a time. Up to pp micro-batches are in flight.
     """
     a, tp = model.architecture, model.grid.tp_size
     tokens = max(config.training.max_tokens_per_micro_batch, config.longest_sequence)
@@ -126,7 +125,7 @@ def _activations(config: Config, model: _Model) -> float:
 
 
 def _embedded_engine(config: Config, student: ModelArchitecture, bytes_per_value: int) -> float:
-    """The whole student and the keys and values of a batch, on the first GPU."""
+    """Returns the bytes of the whole student and of a batch's keys and values, on the first GPU."""
     whole = _Model(student, ModelGrid(1, 1, 1), bytes_per_value)
     cached = 2 * student.num_layers * student.num_query_groups * student.head_dim * whole.bytes_per_value
     sequences = min(config.rollout.batch_size, config.rollout.prompts_per_step * config.rollout.samples_per_prompt)

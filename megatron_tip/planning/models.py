@@ -1,4 +1,4 @@
-"""The two models of a run, with weights or by their shapes alone, and what their tokenizers share."""
+"""The two models of a run, with weights or only by shape, and the tokenizer that they share."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,15 +15,15 @@ from megatron_tip.machine import Machine
 from megatron_tip.teachers.setup import teacher_limits
 
 FoundModel = HfCheckpoint | ModelFolder | KnownModel
-"""A model with its weights; elsewhere also its config.json alone, or no more than its published shape."""
+"""A model with its weights; for a run elsewhere also only its config.json or its published shape."""
 
 
 def find_model(section: str, path: Path, machine: Machine, drop_layers: Sequence[int] = ()) -> FoundModel:
-    """Returns the model in `path`, on a machine of the run with its weights. Errors name the key in `section`.
+    """Returns the model in `path`, with its weights if the run starts here. Errors name the key in `section`.
 
     Raises:
-        WeightsError: a directory that is incomplete or not supported.
-        ConfigError: no directory, and its name is that of no known model.
+        WeightsError: the directory is incomplete or not supported.
+        ConfigError: there is no directory, and its name is not that of a known model.
     """
     try:
         if machine.is_elsewhere and not _is_described(path):
@@ -31,7 +31,7 @@ def find_model(section: str, path: Path, machine: Machine, drop_layers: Sequence
             machine.notes.append(f"{path} is not on this machine; its shape: {known.source}")
             return known
         if machine.is_elsewhere and not any(path.glob("*.safetensors")):
-            machine.notes.append(f"weights of {path} are not on this machine; its config.json is")
+            machine.notes.append(f"weights of {path} are not on this machine, only its config.json")
             return ModelFolder(path, drop_layers)
         return HfCheckpoint(path, drop_layers)
     except WeightsError as error:
@@ -39,7 +39,7 @@ def find_model(section: str, path: Path, machine: Machine, drop_layers: Sequence
 
 
 def served_limits(config: Config, machine: Machine) -> tuple[int, int]:
-    """Returns vocabulary and positions of a teacher behind servers, which needs no weights. Errors as `find_model`."""
+    """Returns vocabulary and positions of a teacher behind servers, which needs no weights. Raises as `find_model`."""
     path = config.teacher.path
     if machine.is_elsewhere and not _is_described(path):
         return limits(find_model("teacher", path, machine))
@@ -47,20 +47,20 @@ def served_limits(config: Config, machine: Machine) -> tuple[int, int]:
 
 
 def limits(model: FoundModel) -> tuple[int, int]:
-    """Returns vocabulary and positions."""
+    """Returns the model's vocabulary size and number of positions."""
     return model.architecture.vocab_size, model.architecture.max_position_embeddings
 
 
 def shared_tokenizer(config: Config, machine: Machine, vocab_sizes: Sequence[int]) -> PreTrainedTokenizerBase | None:
     """Returns the student's tokenizer, which must map every token to the same id as the teacher's.
 
-    None where the run is elsewhere and a tokenizer is missing here; those of known models are compared all the same.
+    Returns None if the run is elsewhere and a tokenizer is missing here; known models are still compared.
 
     Args:
-        vocab_sizes: of the embeddings of student and teacher.
+        vocab_sizes: embedding rows of student and teacher.
 
     Raises:
-        ConfigError: a tokenizer that cannot be read, two different ones, or embeddings smaller than the vocabulary.
+        ConfigError: a tokenizer cannot be read, the two differ, or embeddings are smaller than the vocabulary.
     """
     paths = (config.model.path, config.teacher.path)
     if not machine.is_elsewhere or all(any(path.glob("tokenizer*")) for path in paths):
@@ -143,7 +143,7 @@ def _check_same(config: Config, student: PreTrainedTokenizerBase, teacher: PreTr
             f"teacher.path: expected the student's tokenizer ({config.model.path}), got another one in "
             f"{config.teacher.path}: {len(different)} entries differ, for example {example!r} at id {place}; "
             "distillation compares probabilities id by id, so both models must share one tokenizer "
-            "(teacher.special_tokens says what of it)"
+            "(teacher.special_tokens can exempt special tokens)"
         )
 
 
@@ -169,7 +169,7 @@ def _check_known(config: Config, student: KnownTokenizer, teacher: KnownTokenize
 def _check_vocabulary(largest: int, sizes: Sequence[int]) -> None:
     if largest >= min(sizes):
         raise ConfigError(
-            f"vocabulary: expected embeddings of {largest + 1} rows or more in both models, as the tokenizer's largest "
-            f"id is {largest}, got {sizes[0]} in the student and {sizes[1]} in the teacher; one of them does not "
-            "belong to this tokenizer"
+            f"vocabulary: expected embeddings of {largest + 1} rows or more in both models, because the tokenizer's "
+            f"largest id is {largest}, got {sizes[0]} in the student and {sizes[1]} in the teacher; one of them does "
+            "not belong to this tokenizer"
         )

@@ -1,4 +1,4 @@
-"""What a run will be, found and checked from files alone: before any process group or weight exists."""
+"""The plan of a run, checked by reading files only, before any process group or weights exist."""
 
 from dataclasses import dataclass
 
@@ -15,17 +15,17 @@ from megatron_tip.planning.settings import check_settings, make_selector
 from megatron_tip.rollout.engines import engine_kind
 from megatron_tip.rollout.multi_turn import check_environment
 from megatron_tip.selection import Selector
-from megatron_tip.teachers.setup import check_teacher
+from megatron_tip.teachers.setup import check_teacher, teacher_kind
 from megatron_tip.vocab_parallel import padded_vocab_size
 
 
 @dataclass(frozen=True)
 class Outline:
-    """What a configuration comes to on a number of workers, as far as one machine can tell.
+    """A configuration resolved for a number of workers, as far as this machine can tell.
 
-    `teacher`: None behind servers. `vocab_size`: the entries that both models have, which their distributions are
-    over. `padded_vocab_size`: of the student's embeddings and of both LM heads, a multiple of the student's tp size.
-    `tokenizer`, `stop_token_ids`: None and empty where the tokenizers are not on this machine.
+    `teacher`: None behind servers. `vocab_size`: entries that both models have; their distributions cover these.
+    `padded_vocab_size`: rows of the student's embeddings and of both LM heads, a multiple of the student's tp size.
+    `tokenizer`, `stop_token_ids`: None and empty if the tokenizers are not on this machine.
     """
 
     student: FoundModel
@@ -49,38 +49,38 @@ class RunPlan(Outline):
 
     @property
     def pad_token_id(self) -> int:
-        """Any id of the vocabulary: no model reads the padding."""
+        """Any id of the vocabulary, because no model reads the padding."""
         return self.stop_token_ids[0]
 
 
 def plan_run(config: Config, world_size: int) -> RunPlan:
     """Returns the plan of a run that starts on this machine; see `outline_run`.
 
-    Needs no process group; every rank comes to the same result or raises the same error.
+    Needs no process group; every rank returns the same plan or raises the same error.
     """
     return RunPlan(**vars(outline_run(config, world_size, Machine())))
 
 
 def outline_run(config: Config, world_size: int, machine: Machine) -> Outline:
-    """Checks that a run fits together, be it here or elsewhere, and returns what it will be.
+    """Checks a run, here or elsewhere, and returns its outline.
 
     Reads both models' headers, the tokenizers, the prompts and the other files that the configuration names. What is
-    missing on `machine` is an error, or becomes one of its notes where the run is elsewhere.
+    missing on `machine` is an error; if the run is elsewhere, it is noted instead.
 
     Raises:
-        ConfigError: layouts, lengths, schedule, rule, tokenizers or vocabularies that cannot run.
-        WeightsError: a model directory that is incomplete or not supported.
-        InputError, EngineError: prompts, or rollouts to replay, that cannot be used.
-        OptionalDependencyError: a package that is asked for and not installed.
+        ConfigError: layouts, lengths, schedule, rule, tokenizers or vocabularies cannot run.
+        WeightsError: a model directory is incomplete or not supported.
+        InputError, EngineError: prompts, or rollouts to replay, cannot be used.
+        OptionalDependencyError: a package is needed but not installed.
     """
     check_packages(config, machine)
     student = find_model("model", config.model.path, machine, config.model.drop_layers)
-    teacher = find_model("teacher", config.teacher.path, machine) if config.teacher.kind == "megatron" else None
+    teacher = find_model("teacher", config.teacher.path, machine) if teacher_kind(config).has_weights else None
     grids = _grids(config, student, teacher, world_size)
     sizes, positions = zip(limits(student), limits(teacher) if teacher else served_limits(config, machine), strict=True)
     check_settings(config, dict(zip(("student", "teacher"), positions, strict=True)))
     selector = make_selector(config)
-    check_teacher(config, selector, machine)
+    check_teacher(config, machine)
     check_inputs(config, machine)
     tokenizer = shared_tokenizer(config, machine, sizes)
     engine_kind(config).check(config, sizes, machine)
@@ -103,7 +103,7 @@ def outline_run(config: Config, world_size: int, machine: Machine) -> Outline:
 def _grids(
     config: Config, student: FoundModel, teacher: FoundModel | None, world_size: int
 ) -> tuple[ModelGrid, ModelGrid]:
-    """The grids of student and teacher; that of a teacher behind servers is the student's."""
+    """Returns the grids of student and teacher; a teacher behind servers takes the student's."""
     grids: list[ModelGrid] = []
     models = (("model", "student", config.model, student), ("teacher", "teacher", config.teacher, teacher))
     for section, owner, model, found in models:

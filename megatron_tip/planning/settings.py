@@ -1,4 +1,4 @@
-"""Settings that must fit together and the models; no file is read."""
+"""Checks that settings fit each other and the models; they read no files."""
 
 from collections.abc import Mapping
 
@@ -6,15 +6,14 @@ from megatron_tip.config import Config
 from megatron_tip.errors import ConfigError
 from megatron_tip.rollout.engines import engine_kind
 from megatron_tip.selection import Selector, rollout_budget
-from megatron_tip.teachers.setup import known_statistics
-from megatron_tip.vocab_parallel.statistics import FULL_STATISTICS
+from megatron_tip.teachers.setup import known_statistics, teacher_in_words, teacher_kind
 
 
 def check_settings(config: Config, positions: Mapping[str, int]) -> None:
-    """Refuses lengths, schedules and samplings that do not fit together or the models.
+    """Refuses lengths, schedules and sampling settings that do not fit each other or the models.
 
     Args:
-        positions: most tokens that a sequence may have, of "student" and "teacher".
+        positions: maximum tokens of a sequence, for "student" and "teacher".
     """
     _check_one_pass(config)
     for owner, limit in positions.items():
@@ -41,15 +40,15 @@ def check_whole_teacher(config: Config) -> None:
 
 
 def make_selector(config: Config) -> Selector:
-    """Returns the selector that the configuration describes, whose budget leaves something of the longest response.
+    """Returns the configured selector.
 
     Raises:
-        ConfigError: there can be none.
+        ConfigError: its settings are invalid, or its budget keeps no token even of the longest response.
     """
     selection = config.selection
     try:
         selector = Selector(seed=config.run.seed, **selection.settings())
-    except ConfigError as error:  # names the setting, and knows no sections
+    except ConfigError as error:  # it names the setting without its section
         raise ConfigError(f"selection.{error}") from error
     longest = config.rollout.max_response_tokens
     if selector.resolved_scope == "rollout" and not rollout_budget(
@@ -59,7 +58,7 @@ def make_selector(config: Config) -> Selector:
             f"selection.retention_ratio: expected at least one token of the longest response, got floor("
             f"{selection.retention_ratio} x {longest}) = 0 for every rollout; raise it or selection.minimum_per_rollout"
         )
-    selector.check_available(FULL_STATISTICS, "the teacher in this process")
+    selector.check_available(known_statistics(config), teacher_in_words(config))
     return selector
 
 
@@ -101,7 +100,7 @@ def _check_sampling(config: Config) -> None:
 
 
 def _check_one_pass(config: Config) -> None:
-    """Refuses what needs every score before the training pass where the selection is made within it."""
+    """Refuses settings that need all scores before the training pass if the selection happens within that pass."""
     selection = config.selection
     if selection.scope == "micro_batch":
         setting = 'selection.scope = "micro_batch"'
@@ -109,10 +108,10 @@ def _check_one_pass(config: Config) -> None:
         setting = 'selection.thresholds = "last_step"'
     else:
         return
-    if config.teacher.kind == "sglang":
+    if not teacher_kind(config).scores_rows:
         raise ConfigError(f'{setting}: expected teacher.kind = "megatron", got "sglang"; servers score whole batches')
     if config.rollout.importance_cap:
         raise ConfigError(
             f"{setting}: expected rollout.importance_cap = 0, got {config.rollout.importance_cap}; importance weights "
-            "are taken from a scoring pass"
+            "come from a scoring pass"
         )

@@ -1,11 +1,11 @@
-"""Token tables as the page's inspector takes them: a manifest, and a small block of bytes a response.
+"""Token tables for the page's inspector: a manifest, and a compact block of bytes per response.
 
-A block holds, for n tokens, in planes (`packing.planes`):
-3 bytes a token: its place in the run's vocabulary; 1 byte: flags; 2 bytes for each of the view's statistics, in
-thousandths; 1 byte for the number of candidates of the student, 1 byte for those of the teacher. Then, of all
-candidates, the student's before the teacher's: 1 byte that says which token it is, 2 bytes of probability in
-ten-thousandths; and 3 bytes of vocabulary for each that is neither the sampled token (SAMPLED) nor, of the teacher's,
-the student's k-th candidate (k, from 1). A coarse block has 1 byte where 2 are said (`packing.coarse`).
+A block of n tokens holds, in planes (`packing.planes`):
+per token, 3 bytes: its index in the run's vocabulary; 1 byte: flags; 2 bytes per statistic of the view, in thousandths;
+1 byte each for the number of the student's and of the teacher's candidates. Then, per candidate, the student's before
+the teacher's, 1 byte: which token it is; 2 bytes: its probability in ten-thousandths; and 3 bytes of vocabulary index
+for each candidate that is neither the sampled token (SAMPLED) nor, for the teacher's, the student's k-th candidate (k,
+from 1). A coarse block has 1 byte in place of each 2 (`packing.coarse`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,8 +30,8 @@ _SUPPORTS = tuple((f"{model}_support_ids", f"{model}_support_logprobs") for mode
 
 @dataclass(frozen=True)
 class Detail:
-    """How much of a table the page carries: of the recorded top-K at most `most` candidates a model and token, none
-    below `least` (a share); numbers in thousandths, or `coarse`: a byte each, within some percent.
+    """How much of a table the page contains: per model and token at most `most` candidates of the recorded top-K, none
+    with a probability below `least`; numbers in thousandths, or `coarse`: one byte each, accurate to some percent.
     """
 
     most: int
@@ -50,12 +50,12 @@ LADDER = (
     Detail(2, 1e-1, coarse=True),
     Detail(0, 1.0, coarse=True),
 )
-"""What is tried, one after the other, until a page is small enough."""
+"""The details to try, in this order, until a page is small enough."""
 
 
 @dataclass
 class Blocks:
-    """The page's blocks of bytes so far; a manifest names one by its place."""
+    """The page's blocks of bytes so far; a manifest refers to a block by its index."""
 
     blocks: list[str] = field(default_factory=list)
 
@@ -69,7 +69,7 @@ class Blocks:
 
 
 class RunPacker:
-    """Packs the tables of one run, as often as it takes: what does not depend on the detail is found once."""
+    """A packer of one run's tables at several details; it computes once what does not depend on the detail."""
 
     def __init__(self, tables: Sequence[TokenTable]) -> None:
         self.tables = [replace(table, tokens=table.tokens.combine_chunks()) for table in tables]
@@ -80,8 +80,8 @@ class RunPacker:
         self._packed_vocabulary = packed_json({"ids": self._ids.tolist(), "texts": texts})
 
     def pack(self, blocks: Blocks, detail: Detail, *, every_view: int = 1) -> dict[str, Any]:
-        """Returns the manifest and puts the content into `blocks`: of the views the last, and each `every_view`-th
-        before it; with 0 none.
+        """Returns the manifest and adds the content to `blocks`: the last view and every `every_view`-th one before it;
+        with 0, no views.
         """
         views = list(zip(self.tables, self._scales, strict=True))[::-1][::every_view][::-1] if every_view else []
         if not views:
@@ -93,7 +93,7 @@ class RunPacker:
         }
 
     def estimate(self, detail: Detail) -> float:
-        """Returns about how many characters `pack` makes, from one response in SAMPLED_RESPONSES."""
+        """Returns an estimate of `pack`'s number of characters, from one response in SAMPLED_RESPONSES."""
         total = float(len(self._packed_vocabulary))
         for table, scales in zip(self.tables, self._scales, strict=True):
             sampled, blocks = table.facts.rollouts[::SAMPLED_RESPONSES], Blocks()
@@ -102,13 +102,13 @@ class RunPacker:
         return total
 
     def places_of(self, ids: np.ndarray) -> np.ndarray:
-        """Returns the places of token ids in the run's vocabulary."""
+        """Returns the indices of token ids in the run's vocabulary."""
         return np.searchsorted(self._ids, ids)
 
 
 def statistic_labels() -> dict[str, dict[str, str]]:
-    """Returns what the page calls the rule's score and each statistic of views, but for those of the sampled token."""
-    labels = {"score": {"symbol": "Score", "meaning": "what the rule ranks by", "unit": ""}}
+    """Returns the page's labels of the rule's score and of the views' statistics, except the sampled token's."""
+    labels = {"score": {"symbol": "Score", "meaning": "the value that the rule ranks by", "unit": ""}}
     for name, one in STATISTICS.items():
         if one.in_views and one.over != "label":
             meaning = f"{one.meaning}, nats" if one.unit == "nats" else one.meaning
@@ -117,7 +117,7 @@ def statistic_labels() -> dict[str, dict[str, str]]:
 
 
 def quadrants(entropy: np.ndarray, divergence: np.ndarray, medians: tuple[float, float] | None) -> np.ndarray:
-    """Returns 1 to 4 for TIP's quadrants, 0 where they are not known. High is above the batch's median."""
+    """Returns TIP's quadrants, 1 to 4, or 0 where unknown. High means above the batch's median."""
     if medians is None:
         return np.zeros(len(entropy), dtype=np.uint8)
     high_entropy, high_divergence = entropy > medians[0], divergence > medians[1]
@@ -126,7 +126,7 @@ def quadrants(entropy: np.ndarray, divergence: np.ndarray, medians: tuple[float,
 
 
 def _vocabulary(tables: Sequence[TokenTable]) -> dict[int, str]:
-    """Every id that occurs, and its text."""
+    """Returns the text of every id that occurs."""
     vocabulary: dict[int, str] = {}
     for table in tables:
         vocabulary |= table.facts.id_texts
@@ -137,7 +137,7 @@ def _vocabulary(tables: Sequence[TokenTable]) -> dict[int, str]:
 
 
 def _scales(tokens: pa.Table) -> dict[str, float]:
-    """Returns, of each statistic that is there, the size that few of its values exceed."""
+    """Returns the 98 % quantile of each existing statistic."""
     scales = {}
     for name in VALUES:
         if tokens.column(name).null_count < tokens.num_rows:
@@ -156,10 +156,10 @@ def _pack_table(
     blocks: Blocks,
     detail: Detail,
 ) -> dict[str, Any]:
-    """`scales`: of the statistics that the table has."""
+    """Returns one view's manifest and adds its blocks. `scales`: those of the table's statistics."""
     facts = table.facts
     names = list(scales)
-    if detail.coarse:  # the candidates tell what the sampled token's probabilities are
+    if detail.coarse:  # the candidates include the sampled token's probabilities
         names = [name for name in names if not name.endswith("logprobs")]
     points = np.array(facts.points or np.empty((0, 3)), dtype=float)
     responses = []
@@ -191,7 +191,7 @@ def _pack_response(
     packer: RunPacker,
     detail: Detail,
 ) -> tuple[dict[str, Any], str]:
-    """Returns what the manifest says of one response, and its block."""
+    """Returns the manifest's entry of one response, and its block."""
     ids, texts = part.column("token_id").to_numpy(), part.column("text").to_pylist()
     selected, valid = (part.column(name).to_numpy(zero_copy_only=False).astype(bool) for name in ("selected", "valid"))
     columns = {name: part.column(name).to_numpy(zero_copy_only=False).astype(float) for name in names}
@@ -217,7 +217,7 @@ def _pack_response(
 
 
 def _candidate_pieces(part: pa.Table, sampled: np.ndarray, packer: RunPacker, detail: Detail) -> list[bytes]:
-    """The planes of both models' candidates; `sampled`: `[n]` int64, the token ids of the response."""
+    """Returns the planes of both models' candidates. `sampled`: `[n]` int64, the token ids of the response."""
     student, teacher = (_carried(part, *names, detail) for names in _SUPPORTS)
     (rows_s, ranks_s, ids_s, shares_s), (rows_t, _, ids_t, shares_t) = student, teacher
     n = len(sampled)
@@ -242,7 +242,7 @@ def _candidate_pieces(part: pa.Table, sampled: np.ndarray, packer: RunPacker, de
 def _carried(
     part: pa.Table, ids_name: str, logprobs_name: str, detail: Detail
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Returns, of one model's candidates that the page carries: token, rank, id, probability."""
+    """Returns row, rank, id and probability of one model's candidates that the page contains."""
     ids, logprobs = (part.column(name).combine_chunks() for name in (ids_name, logprobs_name))
     # A column that is null everywhere, or a token without candidates, has length 0.
     lengths = np.nan_to_num(pc.call_function("list_value_length", [ids]).to_numpy(zero_copy_only=False))

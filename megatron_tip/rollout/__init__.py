@@ -1,1 +1,1 @@
-"""Prompts, engines that generate, and the way from rollouts to micro-batches."""
+"""Rollouts: the engines that generate them, their formats, and their way to the ranks."""

@@ -1,4 +1,4 @@
-"""Generation of the next batch while this one is trained on."""
+"""Generation of the next batch during training on the current one."""
 
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,9 +11,9 @@ from megatron_tip.rollout.engine import EngineWrapper, RolloutEngine, SamplingPa
 
 
 class AheadEngine(EngineWrapper):
-    """An engine of servers that generates one batch ahead, in a thread that waits for them and leaves the CPU free.
+    """An engine over servers that generates one batch ahead, in a thread that only waits for the servers.
 
-    New weights go to the servers only when nothing is being generated: they must not change in the middle of a batch.
+    New weights go to the servers only between batches, because they must not change in the middle of one.
     """
 
     def __init__(self, engine: RolloutEngine) -> None:
@@ -23,29 +23,29 @@ class AheadEngine(EngineWrapper):
         self._future: Future[list[Rollout]] | None = None
 
     def start_next(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> None:
-        """Begins the batch that `sampling.batch_name` names; at most one is under way."""
-        assert self._future is None, f"{self._batch_name} has not been taken"
+        """Starts the batch `sampling.batch_name`; at most one batch may be in progress."""
+        assert self._future is None, f"{self._batch_name} has not been collected"
         self._batch_name = sampling.batch_name
         self._future = self._executor.submit(self._engine.generate, prompts, sampling)
 
     def wait(self) -> None:
-        """Returns when nothing is being generated; what went wrong is raised by `generate`."""
+        """Waits until nothing is being generated; `generate` raises any failure."""
         if self._future is not None:
             wait_for([self._future])
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
-        """Returns the batch of this name, begun earlier or now; raises what its generation raised."""
+        """Returns the batch of this name, started earlier or now; raises what its generation raised."""
         if self._future is None or self._batch_name != sampling.batch_name:
             return self._engine.generate(prompts, sampling)
         future, self._future = self._future, None
         return future.result()
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], weight_version: int) -> None:
-        """Waits for the batch under way, then takes the weights."""
+        """Waits for the batch in progress, then updates the weights."""
         self.wait()
         self._engine.update_weights(weights, weight_version)
 
     def close(self) -> None:
-        """Gives up the batch under way and closes the engine."""
+        """Abandons the batch in progress and closes the engine."""
         self._executor.shutdown(wait=False, cancel_futures=True)
         self._engine.close()

@@ -1,4 +1,4 @@
-"""Rollouts outside of Python: as an Arrow table, as its bytes, and as JSON records; one schema for all."""
+"""Rollouts as an Arrow table, as its bytes, and as JSON records, all with one schema."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
@@ -31,7 +31,7 @@ _OPTIONAL = {one.name for one in fields(Rollout) if one.default is not MISSING}
 
 
 def rollouts_to_table(rollouts: Sequence[Rollout]) -> pa.Table:
-    """Returns a table of SCHEMA, a row per rollout; floats keep every bit."""
+    """Returns a table of SCHEMA with one row per rollout; floats stay bit-exact."""
     for rollout in rollouts:
         assert len(rollout.rollout_logprobs) == len(rollout.response_ids), "one logprob per response token"
     columns = [pa.array([getattr(one, column.name) for one in rollouts], type=column.type) for column in SCHEMA]
@@ -55,22 +55,22 @@ def encode_rollouts(rollouts: Sequence[Rollout] | None) -> bytes:
 
 
 def decode_rollouts(content: bytes) -> list[Rollout] | None:
-    """Returns what `encode_rollouts` was given."""
+    """Returns the rollouts that `encode_rollouts` encoded."""
     return rollouts_from_table(pa.ipc.open_stream(content).read_all()) if content else None
 
 
 def rollout_to_record(rollout: Rollout) -> dict[str, Any]:
-    """Returns the rollout's fields by name, as `json.dumps` takes them."""
+    """Returns the rollout's fields by name, ready for `json.dumps`."""
     return {name: getattr(rollout, name) for name in SCHEMA.names}
 
 
 def rollout_from_record(record: Any) -> Rollout:
-    """Returns the rollout whose fields `record` holds as JSON has them; other keys are ignored.
+    """Returns the rollout whose fields are in `record`, as parsed from JSON; ignores other keys.
 
-    Fields with a default may be missing: files from before they existed lack them.
+    Fields with a default may be missing, because older files lack them.
 
     Raises:
-        ValueError: a field is missing or of another type, or fields contradict each other; it says which.
+        ValueError: a field is missing or of the wrong type, or fields contradict each other; the message names it.
     """
     if not isinstance(record, dict):
         raise ValueError(f"{type(record).__name__} instead of an object")
@@ -82,7 +82,7 @@ def rollout_from_record(record: Any) -> Rollout:
 
 
 def _values(array: pa.Array) -> list[Any]:
-    """Returns the array's values, lists as tuples; `to_pylist` would make an Arrow scalar of each element first."""
+    """Returns the array's values, lists as tuples; `to_pylist` is slower: it makes a scalar of each element first."""
     if pa.types.is_list(array.type):
         values = _values(array.values)
         return [tuple(values[start:end]) for start, end in pairwise(array.offsets.to_pylist())]
@@ -123,5 +123,5 @@ def _check_content(record: Mapping[str, Any]) -> None:
     if spans and any(left >= right for left, right in pairwise(bounds)):
         raise ValueError(
             f"environment_spans is {spans!r:.80}: expected ranges in order within {num_response_tokens} response ids, "
-            "generated ones before, between and behind them"
+            "with generated ids before, between and after them"
         )

@@ -1,4 +1,4 @@
-"""What the training loop asks of a rollout engine, and what an engine is built from."""
+"""The interface between the training loop and rollout engines, and the inputs of an engine's construction."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -18,10 +18,10 @@ FINISH_REASONS = ("stop", "length", "turns")
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How responses are sampled. `stop_token_ids` end a response and are kept as its last id.
+    """Parameters of sampling. A response ends with the first of `stop_token_ids`, which it includes.
 
-    Every random choice of a call follows from `seed` and from the places in the list of prompts. `batch_name` says
-    which batch of the run the call makes ("step_000001"); it is the name under which its rollouts are kept.
+    `seed` and the positions in the list of prompts determine every random choice of a call. `batch_name` names the
+    batch of the run ("step_000001"); its rollouts are stored under this name.
     """
 
     max_response_tokens: int
@@ -33,22 +33,22 @@ class SamplingParams:
     batch_name: str = ""
 
     def for_step(self, step: int) -> "SamplingParams":
-        """Returns the same parameters for training step `step` (counted from 1), with a seed of its own."""
+        """Returns the parameters for training step `step` (from 1), with a separate seed."""
         return replace(self, seed=derive_seed(self.seed, 1, step), batch_name=f"step_{step:06d}")
 
     def for_heldout(self, step: int) -> "SamplingParams":
-        """Returns those for the held-out prompts after `step` steps: one sample, the same seed at every step."""
+        """Returns the parameters for the held-out prompts after `step` steps: one sample, the same seed always."""
         return replace(self, samples_per_prompt=1, seed=derive_seed(self.seed, 2), batch_name=f"heldout_{step:06d}")
 
 
 @dataclass(frozen=True)
 class EngineNeeds:
-    """What engines are built from; each takes what it needs.
+    """The inputs that engines are built from.
 
-    `student`: as it is trained, without its dropped layers. `vocab_size`: ids that student and teacher share. `device`:
-    of the first process. `num_threads`: CPU threads of all workers of this machine together, which an engine in the
-    first process may use while the others wait for it. `dtype`: of the engine's weights. `weights_dtype`: of the
-    student's parameters, as they come.
+    `student`: as trained, without its dropped layers. `vocab_size`: ids that student and teacher share. `device`: the
+    first process's. `num_threads`: CPU threads of all workers on this machine; an engine in the first process may use
+    all of them, because the others wait for it. `dtype`: of the engine's weights. `weights_dtype`: of the student's
+    parameters in the stream.
     """
 
     config: Config
@@ -63,60 +63,56 @@ class EngineNeeds:
 
 
 class RolloutEngine(ABC):
-    """Generates responses with the student's weights. Lives in the first process of the run.
+    """A generator of responses with the student's weights, in the first process of the run.
 
-    An engine implements the first three methods. The others have defaults that hold for one that generates only when
-    it is asked to, within this process.
+    An engine implements the first three methods. The defaults of the others suit an engine that generates in this
+    process and only when asked.
     """
 
     @abstractmethod
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
         """Returns `samples_per_prompt` rollouts per prompt, prompt-major, tagged with the current weight version.
 
-        An engine over servers leaves out samples that kept failing, and counts them in its metrics.
+        An engine over servers omits samples that keep failing and counts them in its metrics.
 
         Raises:
-            WeightsLostError: the weights are gone; after `update_weights` the same call continues where it stopped.
-            EngineError: the engine failed or answered with something other than rollouts.
+            WeightsLostError: the weights are lost; after `update_weights` the same call continues where it stopped.
+            EngineError: the engine failed or returned something other than rollouts.
         """
 
     @abstractmethod
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], weight_version: int) -> None:
-        """Takes the student's weights as a stream of Hugging Face names and tensors; consumes it to its end.
+        """Loads the student's weights from a stream of Hugging Face names and tensors.
 
-        The stream is consumed even when a tensor is refused: its collectives hold other ranks.
+        Consumes the whole stream even if it refuses a tensor, because other ranks take part in its collectives.
         """
 
-    @abstractmethod
-    def health(self) -> None:
-        """Returns when the engine can generate; raises EngineError, saying what is wrong, when it cannot."""
-
     def start_next(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> None:  # noqa: B027
-        """Begins a batch that `generate` will be asked for, where the engine can work while the student trains."""
+        """Starts the batch of a later `generate` call, if the engine can work while the student trains."""
 
     def wait(self) -> None:  # noqa: B027
-        """Returns when nothing is being generated."""
+        """Waits until nothing is being generated."""
 
     def input_logprobs(self, input_ids: Sequence[int]) -> dict[str, list[float]]:
-        """Returns, by server that holds the last weights, the logprob of each id but the first after those before it.
+        """Returns the logprobs of all ids but the first, given the ids before them, by server with the last weights.
 
-        Asked of engines with `EngineKind.verifies_weights`.
+        Only for engines with `EngineKind.verifies_weights`.
         """
         return {}
 
     def distrust(self, url: str) -> None:  # noqa: B027
-        """Has a server generate nothing until it has received weights again."""
+        """Stops a server from generating until it has received weights again."""
 
     def take_metrics(self, batch_name: str) -> dict[str, float]:
-        """Returns what became of that batch, of the last sync, and of the servers so far."""
+        """Returns metrics of that batch, of the last sync, and of the servers so far."""
         return {}
 
     def close(self) -> None:  # noqa: B027
-        """Ends what the engine started."""
+        """Stops what the engine started."""
 
 
 class EngineWrapper(RolloutEngine):
-    """An engine that adds something to another one, `_engine`, and leaves the rest to it."""
+    """Base of engines that extend another one, `_engine`; delegates everything to it by default."""
 
     def __init__(self, engine: RolloutEngine) -> None:
         self._engine = engine
@@ -126,9 +122,6 @@ class EngineWrapper(RolloutEngine):
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], weight_version: int) -> None:
         self._engine.update_weights(weights, weight_version)
-
-    def health(self) -> None:
-        self._engine.health()
 
     def start_next(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> None:
         self._engine.start_next(prompts, sampling)

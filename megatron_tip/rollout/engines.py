@@ -1,4 +1,4 @@
-"""The table of rollout engines. A new engine is a file with its class, a row here, and its name in `RolloutConfig`."""
+"""The table of rollout engines. A new engine needs a file with its class, a row here, and a name in `RolloutConfig`."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,13 +19,12 @@ def check_nothing(config: Config, vocab_sizes: Sequence[int], machine: Machine) 
 
 @dataclass(frozen=True)
 class EngineKind:
-    """What is known of an engine by its name, on every rank.
+    """The facts about a kind of engine that every rank knows.
 
-    `build`: makes it, in the first process. `check`: refuses, from files alone and before anything starts, what it
-    cannot do; gets the configuration, the vocabulary sizes of student and teacher, and the machine. `generates`: False
-    if it gives back whole rollouts of an earlier run: of whatever weights those were, with their turns, and new weights
-    change nothing.
-    `verifies_weights`: it has `input_logprobs`, by which a sync can be checked.
+    `build`: creates the engine, in the first process. `check`: refuses unsupported settings before anything starts, by
+    reading files only; takes the configuration, the vocabulary sizes of student and teacher, and the machine.
+    `generates`: False if it returns whole rollouts of an earlier run, which new weights do not change.
+    `verifies_weights`: it implements `input_logprobs`, which can verify a sync.
     """
 
     build: Callable[[EngineNeeds], RolloutEngine]
@@ -39,16 +38,16 @@ ENGINES = {
     "sglang": EngineKind(build_sglang_engine, check_served, verifies_weights=True),
     "replay": EngineKind(build_replay_engine, check_replay, generates=False),
 }
-"""By the name in rollout.engine."""
+"""The kinds of engines by the name in rollout.engine."""
 
 
 def engine_kind(config: Config) -> EngineKind:
-    """Returns the row of the configuration's engine."""
+    """Returns the kind of the configured engine."""
     return ENGINES[config.rollout.engine]
 
 
 def build_engine(needs: EngineNeeds) -> RolloutEngine:
-    """Returns the configuration's engine, in turns with an environment and a batch ahead where it asks for them."""
+    """Returns the configured engine, with an environment and one batch ahead if configured."""
     kind, rollout = engine_kind(needs.config), needs.config.rollout
     engine = kind.build(needs)
     if kind.generates:

@@ -1,4 +1,4 @@
-"""Rollouts of several turns, with an environment that answers between them, on top of any rollout engine."""
+"""Multi-turn rollouts with an environment, on top of any rollout engine."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -16,16 +16,16 @@ from megatron_tip.seeds import derive_seed
 
 
 class MultiTurnEngine(EngineWrapper):
-    """A rollout engine whose rollouts are whole episodes: the student's turns and what an environment said between.
+    """A rollout engine whose rollouts are whole episodes: the student's turns and the environment's answers.
 
-    All episodes of a batch go through the engine together, turn by turn. Ids are only ever appended: what the student
-    sampled is what it reads in its next turn, and what the trainer scores. `sampling.max_response_tokens` bounds an
-    episode's ids behind the prompt, the environment's included.
+    All episodes of a batch go through the engine together, turn by turn. Ids are only ever appended: the student reads
+    in its next turn, and the trainer scores, exactly what was sampled. `sampling.max_response_tokens` limits an
+    episode's ids after the prompt, including the environment's.
 
     Args:
         engine: generates the turns; may finish a turn with "stop" or "length".
-        make_environment: called once a rollout.
-        max_turns: turns of the student in an episode; one that is not done by then ends as "turns".
+        make_environment: called once per rollout.
+        max_turns: turns of the student per episode; an episode that is not done by then ends with "turns".
     """
 
     def __init__(
@@ -38,11 +38,11 @@ class MultiTurnEngine(EngineWrapper):
         self._interrupted: _Batch | None = None
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
-        """Returns `samples_per_prompt` episodes a prompt, prompt-major, without those that the engine left out.
+        """Returns `samples_per_prompt` episodes per prompt, prompt-major, without those that the engine omitted.
 
         Raises:
-            WeightsLostError: the engine lost its weights; after `update_weights` the same call goes on where it was.
-            EngineError: the engine failed or answered with something else than was asked for; an environment raised.
+            WeightsLostError: the weights are lost; after `update_weights` the same call continues where it stopped.
+            EngineError: the engine failed or returned other rollouts than requested, or an environment raised.
         """
         batch, self._interrupted = self._interrupted, None
         if batch is None or batch.name != sampling.batch_name:
@@ -62,7 +62,7 @@ class MultiTurnEngine(EngineWrapper):
         return [episode.rollout() for episode in batch.episodes]
 
     def _begin(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> "_Batch":
-        """The episodes of a batch after their first turn."""
+        """Returns the batch's episodes after their first turn."""
         by_index = {prompt.index: prompt for prompt in prompts}
         longest = max((len(prompt.prompt_ids) for prompt in prompts), default=0) + sampling.max_response_tokens
         batch = _Batch(sampling.batch_name, longest)
@@ -77,10 +77,10 @@ class MultiTurnEngine(EngineWrapper):
     def _continuations(
         self, batch: "_Batch", active: "Sequence[_Episode]", sampling: SamplingParams
     ) -> list[Rollout | None]:
-        """What the engine writes behind each of the `active` episodes; None where it left one out.
+        """Returns the engine's continuation of each `active` episode; None for those that it omitted.
 
-        No sequence gets longer than the longest that the first turn could make, whatever engines allow: an episode
-        that is cut off before its own budget is used up goes on in the next call.
+        No sequence becomes longer than the first turn could make it, so that every engine can hold it. An episode that
+        is cut off before its budget is used up continues in the next call.
         """
         prompts = [episode.as_prompt() for episode in active]
         room = batch.longest - max(len(prompt.prompt_ids) for prompt in prompts)
@@ -101,12 +101,12 @@ class MultiTurnEngine(EngineWrapper):
         if left:
             raise EngineError(
                 f"multi-turn rollouts: expected at most one continuation of each of {len(prompts)} episodes in their "
-                f"order, got {len(parts)} rollouts, {len(left)} of them of other prompts or in another order"
+                f"order, got {len(parts)} rollouts, {len(left)} of them for other prompts or in another order"
             )
         return found
 
     def _advance(self, episode: "_Episode", part: Rollout) -> None:
-        """Takes what the student wrote and, where that ends a turn, the environment's answer."""
+        """Appends the student's text and, if that ends a turn, the environment's answer."""
         episode.append_generated(part)
         if episode.finish_reason or not episode.turn_is_complete:
             return
@@ -137,7 +137,7 @@ class MultiTurnEngine(EngineWrapper):
 
 @dataclass
 class _Batch:
-    """A batch in the making. `longest`: tokens of the longest sequence that it can make."""
+    """A batch in progress. `longest`: maximum tokens of its sequences."""
 
     name: str
     longest: int
@@ -147,7 +147,7 @@ class _Batch:
 
 @dataclass(eq=False)
 class _Episode:
-    """One rollout in the making. `finish_reason` is empty while it goes on."""
+    """A rollout in progress. `finish_reason` is empty until it ends."""
 
     environment: Environment
     first_turn: Rollout
@@ -168,15 +168,15 @@ class _Episode:
         return len(self.spans) + 1
 
     def as_prompt(self) -> Prompt:
-        """All that the student has before it when it goes on."""
+        """Returns all that the student reads before it continues."""
         return Prompt(self.first_turn.prompt_index, "", (*self.first_turn.prompt_ids, *self.ids))
 
     def turn_ids(self) -> list[int]:
-        """Of the present turn."""
+        """Returns the ids of the current turn."""
         return self.ids[self.spans[-1][1] if self.spans else 0 :]
 
     def append_generated(self, part: Rollout) -> None:
-        """Appends what was sampled, as far as the budget goes: the same ids as if sampling had been cut off there."""
+        """Appends the sampled ids up to the budget, as if sampling had stopped there."""
         fits = len(part.response_ids) <= self.budget
         self.turn_is_complete = fits and part.finish_reason == "stop"
         generated = part.response_ids[: self.budget]
@@ -187,7 +187,7 @@ class _Episode:
             self.finish_reason = "length"
 
     def append_observation(self, ids: tuple[int, ...]) -> None:
-        """Appends what the student did not sample; an observation that leaves no room for a turn ends the episode."""
+        """Appends the environment's ids; an observation that leaves no room for another turn ends the episode."""
         if len(ids) >= self.budget:
             self.finish_reason = "length"
             return
@@ -198,7 +198,7 @@ class _Episode:
 
     def rollout(self) -> Rollout:
         length = len(self.ids)
-        if self.spans and self.spans[-1][1] == length:  # an observation to which nothing was said
+        if self.spans and self.spans[-1][1] == length:  # an observation without an answer
             length = self.spans.pop()[0]
         return replace(
             self.first_turn,
@@ -213,10 +213,10 @@ class _Episode:
 def with_environment(
     engine: RolloutEngine, config: RolloutConfig, tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[int]
 ) -> RolloutEngine:
-    """Returns `engine` as it is, or, where the configuration names an environment, in turns with it.
+    """Returns `engine`, wrapped in a MultiTurnEngine if the configuration names an environment.
 
     Raises:
-        ConfigError: an environment, role or chat template that cannot be used; `check_environment` finds them early.
+        ConfigError: environment, role or chat template are unusable; `check_environment` finds that early.
     """
     if not config.environment:
         return engine
@@ -225,7 +225,7 @@ def with_environment(
 
 
 def check_environment(config: RolloutConfig, tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[int]) -> None:
-    """Raises ConfigError, before anything starts, for an environment that `with_environment` could not use."""
+    """Raises ConfigError, before anything starts, if `with_environment` would fail."""
     if config.environment:
         load_environment(config.environment)
         TurnTemplate.of(tokenizer, config.observation_role, stop_token_ids)

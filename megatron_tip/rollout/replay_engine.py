@@ -1,4 +1,4 @@
-"""The rollout engine that gives back what an earlier run wrote: the same tokens under any layout or loss."""
+"""The rollout engine that replays an earlier run: the same tokens under any layout or loss."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,16 +14,16 @@ from megatron_tip.rollout.storage import read_rollouts, rollout_file
 
 
 class ReplayEngine(RolloutEngine):
-    """Reads each batch's rollouts from `folder`, the `rollouts/` of an earlier run.
+    """An engine that reads each batch's rollouts from `folder`, the `rollouts/` of an earlier run.
 
-    They keep the weight version that they were generated with; new weights are accepted and ignored.
+    Rollouts keep the weight version that generated them; new weights are accepted and ignored.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def health(self) -> None:
-        """Raises EngineError when the folder is missing or holds no rollouts."""
+        """Raises EngineError if the folder is missing or has no rollouts."""
         if not any(self._folder.glob("*.jsonl")):
             raise EngineError(
                 f"rollout.replay_folder: expected the rollouts/ folder of an earlier run, found no .jsonl file in "
@@ -31,23 +31,23 @@ class ReplayEngine(RolloutEngine):
             )
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], weight_version: int) -> None:
-        """Consumes the stream, whose collectives hold other ranks, and keeps nothing."""
+        """Consumes the stream, because other ranks take part in its collectives, and keeps nothing."""
         for _ in weights:
             pass
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
-        """Returns the recorded rollouts of the batch that `sampling.batch_name` names.
+        """Returns the recorded rollouts of the batch `sampling.batch_name`.
 
         Raises:
-            EngineError: the earlier run has no such batch, or it was generated for other prompts.
-            InputError: a broken line.
+            EngineError: the earlier run has no such batch, or generated it for other prompts.
+            InputError: a line is broken.
         """
         path = rollout_file(self._folder, sampling.batch_name)
         if not path.exists():
             self.health()
             raise EngineError(
-                f"replay: {path} does not exist; the earlier run has fewer steps or measured at others: lower "
-                "training.steps or use its heldout settings"
+                f"replay: {path} does not exist; the earlier run had fewer steps or another held-out schedule; "
+                "lower training.steps or use its heldout settings"
             )
         rollouts = read_rollouts(path)
         expected = [
@@ -72,24 +72,24 @@ class ReplayEngine(RolloutEngine):
 
 
 def check_replay(config: Config, vocab_sizes: Sequence[int], machine: Machine) -> None:
-    """Refuses rollouts to replay that do not exist or are the run's own; see `EngineKind.check`.
+    """Checks that the rollouts to replay exist and are not the run's own; see `EngineKind.check`.
 
     Raises:
-        ConfigError: the folder is missing, or within the run's own. EngineError: there are no rollouts in it.
+        ConfigError: the folder is missing, or within run.folder. EngineError: the folder has no rollouts.
     """
     folder = config.rollout.replay_folder
     assert folder is not None, "checked by the configuration"
     if folder.resolve().is_relative_to(config.run.folder.resolve()):
         raise ConfigError(
             f"rollout.replay_folder: expected a folder of another run, got {folder} within run.folder, where this "
-            "run's own rollouts go; give another run.folder"
+            "run's own rollouts go; choose another run.folder"
         )
     if machine.has(folder, "rollout.replay_folder"):
         ReplayEngine(folder).health()
 
 
 def build_replay_engine(needs: EngineNeeds) -> ReplayEngine:
-    """Returns the engine over the configuration's folder; raises EngineError where it holds no rollouts."""
+    """Returns the engine for the configured folder; raises EngineError if it has no rollouts."""
     assert needs.config.rollout.replay_folder is not None, "checked by the configuration"
     engine = ReplayEngine(needs.config.rollout.replay_folder)
     engine.health()

@@ -1,7 +1,7 @@
-"""The rollouts of a run on disk: one JSONL file a batch, one rollout a line.
+"""The rollouts of a run on disk: one JSONL file per batch, one rollout per line.
 
-JSONL and not Parquet: a line can be read by eye, by jq and by any later tool; a damaged one is named by its number;
-and Python's shortest decimal form gives every float back bit for bit.
+JSONL rather than Parquet: people, jq and any later tool can read it, errors can name a damaged line by its number, and
+Python's shortest decimal form restores every float bit for bit.
 """
 
 import json
@@ -15,15 +15,15 @@ from megatron_tip.rollout.codec import rollout_from_record, rollout_to_record
 
 
 def rollout_file(folder: Path, batch_name: str) -> Path:
-    """Returns where the rollouts of a batch lie: `step_000001.jsonl`, `heldout_000000.jsonl`."""
+    """Returns the file of a batch's rollouts: `step_000001.jsonl`, `heldout_000000.jsonl`."""
     return folder / f"{batch_name}.jsonl"
 
 
 def write_rollouts(folder: Path, batch_name: str, rollouts: Sequence[Rollout], prompts: Sequence[Prompt]) -> None:
-    """Writes a batch's rollouts with the texts of their prompts, whole or not at all; makes the folder.
+    """Writes a batch's rollouts and the texts of their prompts atomically; creates the folder.
 
     Raises:
-        OutputError: the disk is full or the folder cannot be written to.
+        OutputError: the disk is full or the folder is not writable.
     """
     texts = {prompt.index: prompt.text for prompt in prompts}
     lines = [
@@ -38,10 +38,10 @@ def write_rollouts(folder: Path, batch_name: str, rollouts: Sequence[Rollout], p
 
 
 def read_rollouts(path: Path) -> list[Rollout]:
-    """Returns the rollouts of one file in its order.
+    """Returns the rollouts of one file, in order.
 
     Raises:
-        InputError: no such file, or a line that is broken, cut off or not a rollout; it names file and line.
+        InputError: there is no such file, or a line is broken, cut off or not a rollout; names file and line.
     """
     try:
         lines = path.read_bytes().splitlines(keepends=True)
@@ -53,9 +53,9 @@ def read_rollouts(path: Path) -> list[Rollout]:
 def _rollout(where: str, line: bytes) -> Rollout:
     try:
         if not line.endswith(b"\n"):
-            raise ValueError("the line has no end: the file was cut off")
+            raise ValueError("the line has no newline: the file was cut off")
         return rollout_from_record(json.loads(line))
     except ValueError as error:
         raise InputError(
-            f"{where}: expected a rollout as write_rollouts leaves it, got a broken line: {error}"
+            f"{where}: expected a rollout as written by write_rollouts, got a broken line: {error}"
         ) from error

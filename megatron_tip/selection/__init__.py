@@ -1,4 +1,4 @@
-"""Token selection: which response tokens of a rollout batch are supervised, exact on any layout. Needs torch alone."""
+"""Token selection: the supervised response tokens of a rollout batch, exact on any layout. Depends only on torch."""
 
 from megatron_tip.selection.budget import rollout_budget
 from megatron_tip.selection.calibration import BatchTotals, Calibration

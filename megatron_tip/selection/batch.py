@@ -1,4 +1,4 @@
-"""The rollout batch as one replica sees it: its own rows, and what all replicas must know before they select."""
+"""The rollout batch as one replica sees it: its own rows, and the shared facts needed for selection."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass, fields
@@ -17,10 +17,10 @@ _ALWAYS_COMPUTED = frozenset(field.name for field in fields(TokenStatistics) if 
 
 @dataclass(frozen=True)
 class Batch:
-    """This replica's rows, and facts of the whole batch that are equal on all replicas.
+    """This replica's rows, and facts about the whole batch that are equal on all replicas.
 
     `values`: `[n]` float32 by name, the statistics that are finite on every row of the batch. `num_valid`: rows of the
-    batch. `num_budgeted`: sum of the replicas' own budgets. `num_positions`: one more than the largest position.
+    batch. `num_budgeted`: sum of the replicas' own budgets. `num_positions`: the largest position plus one.
     """
 
     index: TokenIndex
@@ -32,14 +32,14 @@ class Batch:
     key_bits: int
 
     def token_order(self) -> Tensor:
-        """Returns `[n]` int64 below 2^key_bits, distinct over the batch: by rollout, then by position."""
+        """Returns `[n]` int64 keys below 2^key_bits, distinct over the batch, by rollout, then by position."""
         return self.index.keys(self.num_positions)
 
 
 def read_values(statistics: TokenStatistics | None, required: Collection[str] = ()) -> dict[str, Tensor]:
-    """Returns the `required` statistics and all that every scoring pass computes, as far as they are there, as float32.
+    """Returns the available `required` statistics, and those that every scoring pass computes, as float32.
 
-    Optional ones that are not required are left out, so that all replicas agree on the names and their order.
+    Leaves out optional ones that are not required, so that all replicas agree on the names and their order.
     """
     found = {name: getattr(statistics, name, None) for name in sorted(_ALWAYS_COMPUTED.union(required))}
     return {name: value.to(torch.float32) for name, value in found.items() if value is not None}
@@ -54,14 +54,16 @@ def read_batch(
     rule_name: str = "",
     num_budgeted: int = 0,
 ) -> Batch:
-    """Returns the batch of which `values` and `index` are this replica's rows. 1 all-gather of a few integers.
+    """Returns the batch from this replica's rows, `values` and `index`. 1 all-gather of a few integers.
 
     Args:
         values: `[n]` by name; the same names on all replicas.
         required: names that `rule_name` reads. num_budgeted: this replica's own budget, if it has one.
 
-    Raises (alike on all replicas): InputError for an index that is negative or does not fit the statistics;
-    TrainingError for a batch without rows, NotFiniteError for a required statistic that is not finite.
+    Raises:
+        InputError: an index is negative or does not match the statistics; on all replicas.
+        TrainingError: the batch has no rows; on all replicas.
+        NotFiniteError: a required statistic is not finite; on all replicas.
     """
     facts = replicas.gather(_own_facts(values, index, num_budgeted)).cpu()
     misfits = (facts[:, 0] == 0).nonzero().flatten().tolist()
@@ -76,12 +78,12 @@ def read_batch(
     if num_valid == 0:
         raise TrainingError(
             "the rollout batch has no valid token: every loss_mask is empty on every replica; check that responses are "
-            "not empty and that the filters on finish_reason leave something"
+            "not empty and that the filters on finish_reason do not remove all of them"
         )
     if broken := sorted(not_finite.intersection(required)):
         raise NotFiniteError(
-            f"rule {rule_name!r}: the statistics {broken} hold NaN or infinity; the student or the teacher gives "
-            "logits that are not finite"
+            f"rule {rule_name!r}: the statistics {broken} contain NaN or infinity, so logits of the student or the "
+            "teacher are not finite"
         )
     key_bits = max(1, (num_rollouts * num_positions - 1).bit_length())
     if key_bits > MAX_KEY_BITS:
@@ -101,7 +103,7 @@ def read_batch(
 
 
 def _own_facts(values: Mapping[str, Tensor], index: TokenIndex, num_budgeted: int) -> Tensor:
-    """Returns int64: whether the rows fit, their number, their budget, the index's extents, and per value a flaw."""
+    """Returns int64: whether rows match, their number and budget, two index extents, one non-finite flag per value."""
     num_rows = len(index)
     fits = index.position.shape == (num_rows,) and all(value.shape == (num_rows,) for value in values.values())
     parts = (index.rollout_index, index.position)

@@ -1,6 +1,6 @@
-"""What a selection looks like: quadrants, means of kept and dropped rows, positions, agreement with other rules.
+"""Metrics of a selection: quadrants, means of kept and dropped rows, positions, agreement with other rules.
 
-Every figure is made of sums over rows, so that one all-reduce serves them all.
+All metrics are computed from sums over rows, so one all-reduce is enough.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -16,7 +16,7 @@ from megatron_tip.statistics import STATISTICS
 
 _DESCRIBED = tuple(name for name, statistic in STATISTICS.items() if statistic.described)
 QUADRANT_DIVERGENCES = ("reverse_kl", "support_divergence", "forward_kl")
-"""What the second axis of the quadrants may be, the preferred first."""
+"""The candidates for the second axis of the quadrants, in order of preference."""
 QUADRANTS = ("q1", "q2", "q3", "q4")
 NUM_POSITION_BINS = 10
 
@@ -24,16 +24,16 @@ Sums = Mapping[str, float]
 
 
 def sum_rows(rows: Mapping[str, Tensor], replicas: Replicas) -> Sums:
-    """Returns the sum of each `[n]` tensor over all rows of all replicas, in float64, equal on all. 1 all-reduce."""
+    """Returns the float64 sum of each `[n]` tensor over the rows of all replicas, equal on all. 1 all-reduce."""
     total = replicas.sum(torch.stack([tensor.sum(dtype=torch.float64) for tensor in rows.values()]))
     return dict(zip(rows, total.tolist(), strict=True))
 
 
 def quadrant_axes(names: Collection[str], preferred: Collection[str]) -> tuple[str, ...]:
-    """Returns the statistics of the two axes of the quadrants, or nothing if `names` lacks one.
+    """Returns the statistics of the quadrants' two axes, or an empty tuple if `names` lacks one.
 
-    The entropy axis is the student's. The divergence axis is the one that the rule itself reads (`preferred`), else
-    TIP's reverse KL, else what there is.
+    The first is the student's entropy. The second is the divergence that the rule itself reads (`preferred`), else
+    TIP's reverse KL, else any available one.
     """
     candidates = [name for name in QUADRANT_DIVERGENCES if name in names]
     candidates.sort(key=lambda name: name not in preferred)
@@ -41,7 +41,7 @@ def quadrant_axes(names: Collection[str], preferred: Collection[str]) -> tuple[s
 
 
 def quadrant_rows(batch: Batch, quantiles: Quantiles, axes: Sequence[str]) -> dict[str, Tensor]:
-    """Returns `[n]` bool for each quadrant (TIP): high is above the batch median. Nothing without axes."""
+    """Returns `[n]` bool for each quadrant (TIP), where "high" means above the batch median. Empty without axes."""
     if not axes:
         return {}
     entropy, divergence = (batch.values[name] > quantiles[name, 0.5] for name in axes)
@@ -55,7 +55,8 @@ def described_rows(
     """Returns the `[n]` rows whose sums `selection_metrics` reads.
 
     Args:
-        mask: the kept rows. quantiles: holds the medians of both `axes`. others: by rule, the rows it would keep.
+        mask: the kept rows. quantiles: must include the medians of both `axes`. others: the rows kept by each other
+            rule, by its name.
     """
     counted: dict[str, Tensor] = {name: batch.values[name] for name in _DESCRIBED if name in batch.values}
     place = batch.index.position * NUM_POSITION_BINS // batch.num_positions
@@ -71,11 +72,11 @@ def selection_metrics(sums: Sums, num_valid: int, quantiles: Quantiles, axes: Se
     """Returns the metrics of a selection from the sums of `described_rows`, each named `selection/...`:
 
     - `num_valid`, `num_selected`, `retention_ratio`;
-    - `kept_<statistic>_mean`, `dropped_<statistic>_mean`, where rows were kept or dropped;
-    - `median_<statistic>` of both axes, the thresholds of the quadrants; `q1_share` to `q4_share` of all rows,
-      `kept_q1_share` to `kept_q4_share` of the kept ones. High is above the median;
+    - `kept_<statistic>_mean`, `dropped_<statistic>_mean`, if any rows were kept or dropped;
+    - `median_<statistic>` of both axes, the thresholds of the quadrants ("high" is above the median); `q1_share` to
+      `q4_share` of all rows, `kept_q1_share` to `kept_q4_share` of the kept rows;
     - `retention_position_<k>`: the share kept in the k-th tenth of the positions of the longest response;
-    - `jaccard_<rule>`: rows kept by both rules over rows kept by either, both of the same budget.
+    - `jaccard_<rule>`: rows kept by both rules over rows kept by either, with the same budget.
     """
     num_selected = sums["selected"]
     num_dropped = num_valid - num_selected
@@ -106,7 +107,7 @@ def selection_metrics(sums: Sums, num_valid: int, quantiles: Quantiles, axes: Se
 
 
 def threshold_metrics(threshold: Threshold | None, num_selected: int) -> dict[str, float]:
-    """Returns the lowest kept score, and the share of the kept rows that owe their place to the tie order."""
+    """Returns the lowest kept score, and the share of kept rows that were chosen by the tie order."""
     if threshold is None:
         return {}
     num_tied = threshold.num_tied if threshold.num_tied < threshold.num_equal else 0

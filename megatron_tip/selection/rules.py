@@ -1,4 +1,4 @@
-"""The selection rules by name: each row names one published combination of score, normalisers and budget scope."""
+"""The selection rules by name: each is one published combination of score, normalisers and budget scope."""
 
 import difflib
 import importlib
@@ -31,11 +31,11 @@ class Input:
 
 @dataclass(frozen=True)
 class Rule:
-    """A selection rule: adding one is a score function and a row.
+    """A selection rule. To add one, write a score function and a row of the table.
 
-    `score(*inputs)` gives `[n]` scores and does not write into its inputs. `take`: "all" rows; the "top" or "bottom" of
+    `score(*inputs)` returns `[n]` scores and must not modify its inputs. `take`: "all" rows; the "top" or "bottom" of
     the scores; or a "sample" without replacement with probability proportional to the score (no score: uniform).
-    `scope`: the budget's scope in the paper, used unless the selector is told another.
+    `scope`: the budget's scope in the paper, which the selector can override.
     """
 
     name: str
@@ -50,11 +50,11 @@ class Rule:
 
     @property
     def required_quantiles(self) -> frozenset[tuple[str, float]]:
-        """Pairs of a statistic and a probability."""
+        """The required quantiles, as pairs of a statistic and a probability."""
         return frozenset((item.statistic, p) for item in self.inputs for p in item.normaliser.probabilities)
 
     def with_normaliser(self, normaliser: Normaliser) -> "Rule":
-        """Returns the rule with every input normalised so, except for the cuts of quadrants, which stay cuts."""
+        """Returns the rule with this normaliser for every input, except for the cuts of quadrants."""
         inputs = (i if i.normaliser is ABOVE_MEDIAN else replace(i, normaliser=normaliser) for i in self.inputs)
         return replace(self, inputs=tuple(inputs))
 
@@ -101,11 +101,14 @@ RULES = {rule.name: rule for rule in _ROWS}
 
 
 def load_rule(name: str) -> Rule:
-    """Returns the rule of that name: a published one, an installed package's, or that of an import path.
+    """Returns the rule with this name: a published one, one of an installed package, or one at an import path.
 
     Packages offer rules as entry points of the group "megatron_tip.selection_rules"; an import path is
-    "package.module:attribute". Both lead to a `Rule`, or to a score function whose parameters are named after
-    statistics; each is then given Norm_B of that statistic. Raises ConfigError for anything else.
+    "package.module:attribute". Both refer to a `Rule`, or to a score function whose parameters are named after
+    statistics; each parameter then receives Norm_B of its statistic.
+
+    Raises:
+        ConfigError: no such rule, or it is invalid.
     """
     if name in RULES:
         return RULES[name]
@@ -114,7 +117,7 @@ def load_rule(name: str) -> Rule:
     unknown = rule.required_statistics - STATISTICS.keys()
     if unknown:
         raise ConfigError(
-            f"rule {name!r}: asks for {sorted(unknown)}, which are no per-token statistics; "
+            f"rule {name!r}: asks for {sorted(unknown)}, which are not per-token statistics; "
             f"expected names among {sorted(STATISTICS)}"
         )
     return rule
@@ -132,12 +135,12 @@ def _imported(path: str) -> Any:
 
 
 def _installed(name: str) -> Any:
-    """Returns what the entry point of that name leads to."""
+    """Returns the object that the entry point with this name refers to."""
     offered = entry_points(group=ENTRY_POINTS)
     found = list(offered.select(name=name))
     if len(found) > 1:
         packages = sorted(point.dist.name if point.dist else "?" for point in found)
-        raise ConfigError(f"rule {name!r}: expected one package that offers it, got {packages}; use an import path")
+        raise ConfigError(f"rule {name!r}: expected one package to offer it, got {packages}; use an import path")
     if found:
         return _imported(found[0].value)
     names = [*RULES, *sorted(offered.names)]
@@ -149,7 +152,7 @@ def _installed(name: str) -> Any:
 
 
 def _rule_of_function(name: str, function: Any) -> Rule:
-    """Returns a rule that gives `function` Norm_B of the statistics that its parameters name."""
+    """Returns a rule that passes `function` Norm_B of the statistics named by its parameters."""
     if not inspect.isfunction(function):
         raise ConfigError(f"rule {name!r}: expected a Rule or a score function, got {type(function).__name__}")
     return Rule(name, function, tuple(Input(parameter) for parameter in inspect.signature(function).parameters))

@@ -1,4 +1,4 @@
-"""The selector: from the statistics of a rollout batch to the rows that are supervised, equal on every layout."""
+"""The selector of the supervised rows of a rollout batch, with the same result on every layout."""
 
 from dataclasses import replace
 
@@ -28,7 +28,7 @@ from megatron_tip.statistics import TokenStatistics
 
 
 class Selector(SelectionSettings):
-    """Chooses the supervised rows of a rollout batch; its arguments are those of SelectionSettings."""
+    """The selector of the supervised rows of a rollout batch. It takes the arguments of SelectionSettings."""
 
     def select(
         self,
@@ -49,22 +49,23 @@ class Selector(SelectionSettings):
         step: int,
         dp_group: dist.ProcessGroup | None = None,
     ) -> tuple[TokenSelection, Calibration | None]:
-        """Returns the selection of this replica's rows, and for scope "batch" what `select_micro_batch` can reuse.
+        """Returns the selection of this replica's rows and, for scope "batch", what `select_micro_batch` can reuse.
 
-        Masks and weights are a pure function of the whole batch's set of rows: the same on every layout.
+        Masks and weights depend only on the set of rows of the whole batch, so they are the same on every layout.
 
         Args:
-            statistics: of this replica's rows, in any order; possibly of none. None only where nothing is required.
-            index: of the same rows, on the same device, that of the group's backend. For scope "rollout", all rows of
-                a rollout lie on one replica.
-            step: of the training; feeds the random draws.
-            dp_group: the data-parallel group; every rank of it must call. None: a single replica.
+            statistics: of this replica's rows, in any order, possibly empty. None only if the rule requires none.
+            index: of the same rows, on the same device, which must suit the group's backend. For scope "rollout", all
+                rows of a rollout must be on one replica.
+            step: the training step, which seeds the random draws.
+            dp_group: the data-parallel group; all its ranks must call. None: a single replica.
 
         Collectives: 1 all-gather of a few integers and at most 7 all-reduces of small histograms and sums, plus
-        ceil(bits of the token order / 11) where ties straddle a threshold.
+        ceil(bits of the token order / 11) if ties straddle a threshold.
 
-        Raises: InputError for a missing statistic, or (alike on all ranks) an index that does not fit; TrainingError,
-        alike on all ranks, for a batch without valid rows or budget, or scores that are not finite.
+        Raises:
+            InputError: a statistic is missing, or (on all ranks) an index does not match.
+            TrainingError: the batch has no valid rows or no budget, or scores are not finite; on all ranks.
         """
         if self.resolved_scope == "micro_batch" and not self.keeps_all:
             raise InputError("scope 'micro_batch' selects each micro-batch on its own: call select_micro_batch")
@@ -73,7 +74,7 @@ class Selector(SelectionSettings):
     def select_among(
         self, replicas: Replicas, statistics: TokenStatistics | None, index: TokenIndex, step: int
     ) -> tuple[TokenSelection, Calibration | None]:
-        """Returns what `select_and_calibrate` does, for replicas of any kind."""
+        """Returns the same as `select_and_calibrate`, for any kind of replicas."""
         batch, budget = self._read(statistics, index, replicas)
         rules = [self.active_rule, *self.compared_rules(batch.values)]
         axes = quadrant_axes(batch.values, self.resolved_rule.required_statistics)
@@ -105,9 +106,9 @@ class Selector(SelectionSettings):
         *,
         dp_group: dist.ProcessGroup | None = None,
     ) -> dict[str, float]:
-        """Returns the metrics of a mask over the batch's rows that was made in one pass; without agreements.
+        """Returns the metrics of a mask that was selected in one pass, without agreements with other rules.
 
-        Collectives: 1 all-gather and at most 4 all-reduces. Raises as `select`.
+        Collectives: 1 all-gather and at most 4 all-reduces. Raises what `select` raises.
         """
         batch = read_batch(read_values(statistics), index, Replicas(dp_group))
         axes = quadrant_axes(batch.values, self.resolved_rule.required_statistics)
@@ -116,7 +117,7 @@ class Selector(SelectionSettings):
         return selection_metrics(sums, batch.num_valid, found, axes)
 
     def _read(self, statistics: TokenStatistics | None, index: TokenIndex, replicas: Replicas) -> tuple[Batch, Budget]:
-        """Returns the batch and the budget that its size gives. 1 all-gather."""
+        """Returns the batch and its budget. 1 all-gather."""
         per_rollout = self.resolved_scope == "rollout" and not self.keeps_all
         own = RolloutBudget.of(index, self.retention_ratio, self.minimum_per_rollout) if per_rollout else None
         values = read_values(statistics, self.required_statistics)
@@ -148,10 +149,10 @@ class Selector(SelectionSettings):
         return [rank_rows(rule, batch, inputs, compared if place else active) for place, rule in enumerate(rules)]
 
     def _check_sums(self, sums: Sums, num_selected: int) -> None:
-        """Raises, alike on all ranks, for scores or rows that cannot be ranked."""
+        """Raises on all ranks if scores or rows cannot be ranked."""
         self.check_scores(int(sums["nan"]))
         if sums["selected"] != num_selected:
             raise InputError(
                 f"token index: {int(sums['selected'])} rows were kept instead of {num_selected}, so a (rollout_index, "
-                "position) pair occurs more than once; every row needs its own"
+                "position) pair occurs more than once; pairs must be unique"
             )

@@ -1,4 +1,4 @@
-"""What a run says about its selection, checked before anything runs."""
+"""The settings of a run's selection, checked before anything runs."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -20,26 +20,27 @@ Thresholds = Literal["this_step", "last_step"]
 
 @dataclass(frozen=True)
 class SelectionSettings:
-    """How the supervised rows of a rollout batch are chosen.
+    """The settings for choosing the supervised rows of a rollout batch.
 
     Args:
-        rule: a name of `rules.RULES`, or an import path "package.module:attribute" (see `load_rule`).
-        retention_ratio: rho in (0, 1], the share of the valid rows to keep; 1 keeps all, whatever the rule.
-        scope: what the budget is a share of: "batch", ceil(rho |I|) of the whole batch; "rollout", floor(rho m) of
-            each rollout; "micro_batch", ceil(rho m) of each micro-batch, in one pass (`select_micro_batch`). None: as
-            the rule was published.
-        thresholds: whose quantiles and threshold decide: those of "this_step", exact; or those of the "last_step", in
-            one pass, the budget met on average. Scope "batch" only.
+        rule: a name in `rules.RULES`, an installed rule, or an import path (see `load_rule`).
+        retention_ratio: rho in (0, 1], the share of the valid rows to keep; 1 keeps all, for every rule.
+        scope: the unit of the budget: "batch", ceil(rho |I|) of the whole batch; "rollout", floor(rho m) of each
+            rollout; "micro_batch", ceil(rho m) of each micro-batch, in one pass (`select_micro_batch`). None: as the
+            rule was published.
+        thresholds: the source of quantiles and threshold: "this_step", exact; or "last_step", in one pass, which meets
+            the budget on average. Scope "batch" only.
         normaliser: one of `normalise.NORMALISERS` for all inputs of the rule; None: the rule's own.
-        tie_break: of rows with equal scores keep those first in "token_order" (rollout, then position), or those first
-            in a "random" order drawn from seed and step.
+        tie_break: of rows with equal scores, keep the first in "token_order" (rollout, then position), or the first in
+            a "random" order drawn from seed and step.
         loss_scale: divide the summed loss by the number of rows "selected", or by the number "valid"; or by the number
-            valid and each row's inclusion probability ("importance", for the rules that sample).
-        seed: of the rules that sample, and of random ties.
-        minimum_per_rollout: rows kept of a rollout so short that floor(rho m) is less; scope "rollout" only.
+            valid and each row's inclusion probability ("importance", for rules that sample).
+        seed: for rules that sample, and for random ties.
+        minimum_per_rollout: rows to keep of a rollout if floor(rho m) is smaller; scope "rollout" only.
         compare: report the agreement with every other rule that the statistics allow.
 
-    Raises: ConfigError for arguments that cannot work, by name.
+    Raises:
+        ConfigError: invalid arguments.
     """
 
     rule: str
@@ -74,19 +75,19 @@ class SelectionSettings:
         if self.loss_scale == "importance" and take not in ("all", "sample"):
             sampling = [name for name, rule in RULES.items() if rule.take == "sample"]
             raise ConfigError(
-                f"loss_scale 'importance' needs a rule that samples ({', '.join(sampling)}), got {self.rule!r}, whose "
-                "rows are kept or dropped for certain; use 'selected' or 'valid'"
+                f"loss_scale 'importance' needs a rule that samples ({', '.join(sampling)}), got {self.rule!r}, which "
+                "does not; use 'selected' or 'valid'"
             )
 
     @cached_property
     def resolved_rule(self) -> Rule:
-        """The rule with the normaliser that was asked for."""
+        """The rule with the configured normaliser."""
         rule = load_rule(self.rule)
         return rule if self.normaliser is None else rule.with_normaliser(NORMALISERS[self.normaliser])
 
     @property
     def active_rule(self) -> Rule:
-        """The rule that is at work: "full" where all rows are kept anyway."""
+        """The rule in effect: "full" if all rows are kept anyway."""
         return RULES["full"] if self.keeps_all else self.resolved_rule
 
     @property
@@ -99,21 +100,21 @@ class SelectionSettings:
 
     @property
     def required_statistics(self) -> frozenset[str]:
-        """The fields of TokenStatistics without which nothing can be selected; empty if no scoring pass is needed."""
+        """The fields of TokenStatistics that selection requires; empty if it needs no scoring pass."""
         return self.active_rule.required_statistics
 
     def selects_in_one_pass(self, calibration: Calibration | None) -> bool:
-        """Returns whether `select_micro_batch` can choose the rows while they train: no scoring pass.
+        """Returns whether `select_micro_batch` can choose the rows during training, without a scoring pass.
 
         Args:
-            calibration: of the last step that was selected, if there was one.
+            calibration: of the last step with a selection, if any.
         """
         if self.keeps_all:
-            return False  # there is nothing to choose, and nothing to score
+            return False  # nothing to choose or score
         return self.resolved_scope == "micro_batch" or (self.thresholds == "last_step" and calibration is not None)
 
     def check_available(self, available: Collection[str], source: str) -> None:
-        """Raises ConfigError if the rule needs a statistic that the run cannot compute; for the start of a run.
+        """Raises ConfigError at the start of a run if the rule needs a statistic that it cannot compute.
 
         Args:
             available: fields of TokenStatistics. source: what computes them, for the message.
@@ -122,27 +123,27 @@ class SelectionSettings:
         if missing:
             possible = [name for name, rule in RULES.items() if rule.required_statistics <= set(available)]
             raise ConfigError(
-                f"rule {self.rule!r} needs {missing}, which {source} does not give; rules that can run on it: "
+                f"rule {self.rule!r} needs {missing}, which {source} does not provide; rules that can run on it: "
                 f"{', '.join(possible)}"
             )
 
     def check_scores(self, num_nan: int) -> None:
-        """Raises TrainingError if the rule's scores hold NaN, which has no rank."""
+        """Raises TrainingError if the rule's scores contain NaN, which cannot be ranked."""
         if num_nan:
             raise TrainingError(
                 f"rule {self.rule!r}: {num_nan} scores are NaN although {sorted(self.required_statistics)} are finite; "
-                "mend the score function"
+                "fix the score function"
             )
 
     def compared_rules(self, available: Collection[str]) -> list[Rule]:
-        """Returns the published rules, other than this one, that can be evaluated on the statistics `available`."""
+        """Returns the other published rules that can be evaluated on the `available` statistics."""
         if not self.compare or self.keeps_all:
             return []
         others = (rule for rule in RULES.values() if rule.take != "all" and rule != self.resolved_rule)
         return [rule for rule in others if rule.required_statistics <= set(available)]
 
     def tie_order(self, batch: Batch, step: int) -> TieOrder:
-        """Returns the order that decides between rows of equal scores."""
+        """Returns the order of rows with equal scores."""
         keys = batch.token_order()
         if self.tie_break == "random":
             keys = shuffled(keys, batch.key_bits, self.seed, step)

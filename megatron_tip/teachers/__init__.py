@@ -1,1 +1,1 @@
-"""Teachers: one interface, in the trainer's own processes or behind servers."""
+"""Teachers in the trainer's own processes or behind servers, with one interface."""

@@ -1,4 +1,4 @@
-"""A frozen teacher in the trainer's own processes: it hands its hidden states to the student's ranks."""
+"""A frozen teacher in the trainer's own processes, which sends its hidden states to the student's ranks."""
 
 from dataclasses import dataclass
 
@@ -31,8 +31,8 @@ class MegatronTeacher(Teacher[HiddenRows]):
     """A teacher in its own tp x pp layout.
 
     `output_head`: `[V_padded / student_tp, H]`, this rank's shard of the teacher's LM head, sharded over the
-    *student's* tp group; None away from the student's last stage. `vocabulary`: the ids shared with the student.
-    `support_size`: K. `with_jsd`: the run's rule reads it.
+    *student's* tp group; None except on the student's last stage. `vocabulary`: the ids shared with the student.
+    `support_size`: K. `with_jsd`: whether the run's rule reads the JSD.
     """
 
     heldout_statistic = "reverse_kl"
@@ -49,14 +49,14 @@ class MegatronTeacher(Teacher[HiddenRows]):
 
     @property
     def head(self) -> Tensor:
-        """The LM head's shard; on the student's last stage only."""
+        """The shard of the LM head; on the student's last stage only."""
         assert self.output_head is not None, "the teacher's head is on the student's last stage"
         return self.output_head
 
     def ask(self, batch: StepBatch) -> HiddenRows | None:
-        """Returns the hidden states of this rank's student replica; see `Teacher.ask`.
+        """Returns the hidden states for this rank's student replica; see `Teacher.ask`.
 
-        Hidden states travel, logits never do: H numbers per token instead of V.
+        Ranks exchange hidden states instead of logits: H numbers per token, not V.
         """
         outgoing = self._forward(batch)
         student = self.student_groups
@@ -134,10 +134,10 @@ class MegatronTeacher(Teacher[HiddenRows]):
 
 
 def build(config: Config, site: TeacherSite) -> MegatronTeacher:
-    """Returns the teacher with its weights loaded. Collective over the world.
+    """Builds the teacher and loads its weights. Collective over the world.
 
     Raises:
-        WeightsError: they are incomplete or damaged.
+        WeightsError: the weights are incomplete or damaged.
     """
     checkpoint, groups, student = site.checkpoint, site.groups, site.student_groups
     assert checkpoint is not None, "the plan opens the checkpoint of a teacher in the trainer's own processes"

@@ -1,4 +1,4 @@
-"""A teacher behind servers as the ranks of a run see it: who asks, who is told, and what is made of the answers."""
+"""A teacher behind servers: one rank per replica queries it and broadcasts the answers."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,7 +12,7 @@ from megatron_tip.batching.step_batch import StepBatch
 from megatron_tip.config import Config, LossConfig
 from megatron_tip.models.student import Student
 from megatron_tip.parallel.groups import ModelGroups
-from megatron_tip.parallel.together import raise_together
+from megatron_tip.parallel.together import together
 from megatron_tip.records import Rollout, TeacherTopK
 from megatron_tip.rollout.sglang.client import SGLangClient, Timeouts
 from megatron_tip.rollout.sglang.setup import read_keys
@@ -33,11 +33,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ServedTeacher(Teacher[TeacherTopK]):
-    """A teacher, or several, behind SGLang servers.
+    """One or several teachers behind SGLang servers.
 
-    One rank of each of the student's replicas asks about that replica's rollouts: the first of its last stage's tp
-    group, which tells the others. `scorer`: on those ranks; None elsewhere. `groups`: the student's. `support_size`: K.
-    `vocabulary`: the ids shared with the student.
+    In each replica of the student, the first rank of the last stage's tp group queries the servers about the replica's
+    rollouts and broadcasts the answers. `scorer`: None except on those ranks. `groups`: the student's. `support_size`:
+    K. `vocabulary`: the ids shared with the student.
     """
 
     heldout_statistic = "topk_reverse_kl"
@@ -51,10 +51,10 @@ class ServedTeacher(Teacher[TeacherTopK]):
     settings: LossConfig
 
     def ask(self, batch: StepBatch) -> TeacherTopK | None:
-        """Returns what the teachers say of this rank's replica; see `Teacher.ask`.
+        """Returns the teachers' log-probabilities for this rank's replica; see `Teacher.ask`.
 
         Raises:
-            EngineError: no server answered a rank that asks; on every rank.
+            EngineError: no server answered one of the querying ranks; raised on every rank.
         """
         rollouts = _in_row_order(batch, self.groups.dp_rank)
         answer = self._asked(lambda scorer: scorer.top_k(rollouts, [rollout.teacher for rollout in rollouts]))
@@ -67,12 +67,16 @@ class ServedTeacher(Teacher[TeacherTopK]):
             support_logprobs=self._told(answer.support_logprobs if answer is not None else None, (n, k), torch.float32),
         )
 
+    def close(self) -> None:
+        if self.scorer is not None:
+            self.scorer.close()
+
     def score(
         self, student: Student, batch: StepBatch, rows: TeacherTopK | None, *, with_support: bool = False
     ) -> tuple[TokenStatistics | None, TeacherTopK | None]:
-        """Returns statistics and rows, which are of the student's top-K as well where the run asks about it.
+        """Returns statistics and rows; see `Teacher.score`. Raises what `ask` raises.
 
-        See `Teacher.score`; the supports are always there. Raises as `ask`.
+        The rows also cover the student's top-K if the run asks about it. Supports are always included.
         """
 
         def score(hidden: Tensor, part: TeacherTopK, labels: Tensor) -> StudentStatistics:
@@ -103,7 +107,7 @@ class ServedTeacher(Teacher[TeacherTopK]):
     def _with_student_support(
         self, batch: StepBatch, rows: TeacherTopK | None, ids: Tensor | None
     ) -> TeacherTopK | None:
-        """Returns `rows` with the teachers' logprobs of the student's top-K `ids` `[n, K]`. As collective as `ask`."""
+        """Returns `rows` with the teachers' logprobs of the student's top-K `ids` `[n, K]`. Collective like `ask`."""
         rollouts = _in_row_order(batch, self.groups.dp_rank)
 
         def ask(scorer: ServerTeacher) -> Tensor:
@@ -117,18 +121,15 @@ class ServedTeacher(Teacher[TeacherTopK]):
         return replace(rows, student_support_ids=ids, student_support_logprobs=logprobs)
 
     def _asked(self, ask: Callable[[ServerTeacher], T]) -> T | None:
-        """Returns what `ask` does on the ranks that ask, None elsewhere; what it raises is raised on every rank."""
-        answer, failure = None, None
-        if self.scorer is not None:
-            try:
+        """Returns the result of `ask` on the querying ranks, None elsewhere; raises its error on every rank."""
+        answer = None
+        with together(device=self.device):
+            if self.scorer is not None:
                 answer = ask(self.scorer)
-            except BaseException as error:  # Ctrl-C too: the other ranks wait in the collective
-                failure = error
-        raise_together(failure, device=self.device)
         return answer
 
     def _told(self, values: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Returns `values` of the asking rank on all ranks of its tp group. One broadcast."""
+        """Returns the querying rank's `values` on all ranks of its tp group. One broadcast."""
         told = torch.empty(shape, dtype=dtype, device=self.device)
         if values is not None:
             assert values.shape == shape, f"{list(values.shape)} for rows {list(shape)}"
@@ -139,27 +140,31 @@ class ServedTeacher(Teacher[TeacherTopK]):
 
 
 def _in_row_order(batch: StepBatch, replica: int) -> list[Rollout]:
-    """Returns the replica's rollouts, whose generated tokens are its rows, one rollout after the other."""
+    """Returns the replica's rollouts in the order of its rows, which are their generated tokens."""
     return [batch.rollouts[place] for micro_batch in batch.plan[replica] for place in micro_batch]
 
 
 def _unknown(rows: TeacherTopK) -> StudentStatistics:
-    """Returns NaN for rows of which the student says nothing finite; the teacher's ids stand for the student's."""
+    """Returns NaN for rows whose student logits are not finite, with the teacher's ids in place of the student's."""
     nothing, nowhere = (torch.full_like(values, torch.nan) for values in (rows.label_logprobs, rows.support_logprobs))
     return StudentStatistics(nothing, nothing, rows.support_ids, nowhere, nowhere)
 
 
 def build(config: Config, site: TeacherSite) -> ServedTeacher:
-    """Returns the teacher, its servers checked by the ranks that will ask them.
+    """Builds the teacher; the querying ranks check its servers. Collective over the world.
 
     Raises:
-        ServerMismatchError, ServerError: a server that is something else or does not answer.
+        ServerMismatchError: a server cannot score for this run.
+        ServerError: a server does not answer.
     """
     groups, vocab_size = site.student_groups, site.vocabulary.vocab_size
-    assert vocab_size is not None, "the ids that a run's models share are counted"
-    asks = groups.is_last_stage and groups.tp_rank == 0
+    assert vocab_size is not None, "a run's vocabulary has a known size"
+    scorer = None
+    with together(device=site.device):
+        if groups.is_last_stage and groups.tp_rank == 0:
+            scorer = _scorer(config, vocab_size)
     return ServedTeacher(
-        scorer=_scorer(config, vocab_size) if asks else None,
+        scorer=scorer,
         groups=groups,
         device=site.device,
         support_size=min(config.selection.support_size, vocab_size),

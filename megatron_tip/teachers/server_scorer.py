@@ -1,4 +1,4 @@
-"""A teacher behind SGLang servers: scores rollouts by the log-probabilities of their own tokens; no collective here."""
+"""The client side of teachers behind SGLang servers: requests for log-probabilities of rollouts. No collectives."""
 
 import logging
 import math
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 MAX_PAUSE_SECONDS = 30.0
 
-# Asked for besides the top-K where a server has more ids than are shared: those of its padding are left out.
+# Extra ids to request beyond K if a server's vocabulary is larger than the shared one, as its padding ids are dropped.
 _SPARE_IDS = 8
 
 T = TypeVar("T")
@@ -28,11 +28,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ScoringSettings:
-    """How rollouts are scored.
+    """Settings for scoring rollouts.
 
-    `vocab_size`: ids that student and teacher share. `support_size`: K. `window_tokens`: response tokens that share a
-    request about the student's top-K; a server takes one list of ids a request, so that its answer grows with the
-    square. `max_concurrent`: requests in flight. `wait_seconds`: how long to go on while no server answers.
+    `vocab_size`: ids that student and teacher share. `support_size`: K. `window_tokens`: response tokens per request
+    about the student's top-K; a server takes one list of ids per request, so the answer grows with its square.
+    `max_concurrent`: requests in flight. `wait_seconds`: how long to retry while no server answers.
     """
 
     vocab_size: int
@@ -45,11 +45,11 @@ class ScoringSettings:
 class ServerTeacher:
     """One or several teachers, each behind one or several servers that hold the same weights.
 
-    Servers of one teacher are taken in turn; what one fails to answer, the next is asked. Input log-probabilities are
-    those of temperature 1 whatever is asked, which is why a run with such a teacher has no other temperature.
+    Requests rotate over a teacher's servers; if one fails, the next is tried. SGLang always returns input
+    log-probabilities at temperature 1, so a run with such a teacher must use that temperature.
 
     Args:
-        routes: by name of a teacher, its servers. A single teacher has the name "".
+        routes: the servers of each teacher, by the teacher's name. A single teacher has the name "".
     """
 
     def __init__(self, routes: Mapping[str, Sequence[SGLangClient]], settings: ScoringSettings) -> None:
@@ -57,30 +57,25 @@ class ServerTeacher:
         self._settings = settings
         self._num_asked = dict.fromkeys(routes, settings.support_size)
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Of the teachers."""
-        return tuple(self._routes)
-
     def close(self) -> None:
-        """Ends all connections."""
+        """Closes all connections."""
         for clients in self._routes.values():
             for client in clients:
                 client.close()
 
     def check(self, *, asks_student_support: bool) -> None:
-        """Returns when every server scores ids of the shared vocabulary, and names given ids where that is needed.
+        """Checks that every server scores the shared vocabulary and, if needed, returns logprobs of given ids.
 
         Raises:
-            ServerMismatchError: it is no SGLang server, its vocabulary is smaller, it lacks what is needed.
-            ServerError: it does not answer.
+            ServerMismatchError: not an SGLang server, a vocabulary that is too small, or a missing feature.
+            ServerError: a server does not answer.
         """
         for name, clients in self._routes.items():
             spare = [self._check_server(client, asks_student_support) for client in clients]
             self._num_asked[name] += _SPARE_IDS * any(spare)
 
     def _check_server(self, client: SGLangClient, asks_student_support: bool) -> bool:
-        """Whether its vocabulary is larger than the shared one."""
+        """Checks one server and returns whether its vocabulary is larger than the shared one."""
         vocab_size = self._settings.vocab_size
         body = _scoring_body([0, 0], 0) | {"top_logprobs_num": 1, "token_ids_logprob": [vocab_size - 1]}
         try:
@@ -103,13 +98,13 @@ class ServerTeacher:
         return True
 
     def top_k(self, rollouts: Sequence[Rollout], teachers: Sequence[str]) -> TeacherTopK:
-        """What the teachers say of the generated tokens of `rollouts`, one rollout behind the other.
+        """Returns the teachers' log-probabilities for the generated tokens of `rollouts`, in order.
 
         Args:
             teachers: the name of each rollout's teacher.
 
         Raises:
-            EngineError: no server of a teacher gave an answer that can be used.
+            EngineError: no server of a teacher gave a usable answer.
         """
         jobs = [
             (place, rollout, name)
@@ -124,10 +119,10 @@ class ServerTeacher:
     def student_support(
         self, rollouts: Sequence[Rollout], teachers: Sequence[str], student_support_ids: Tensor
     ) -> Tensor:
-        """`[n, K]` float32: the teachers' logprobs of `student_support_ids` `[n, K]`, in the rows' order of `top_k`.
+        """Returns the teachers' logprobs of `student_support_ids` `[n, K]`: `[n, K]` float32, rows in `top_k`'s order.
 
         Raises:
-            EngineError: as `top_k`.
+            EngineError: as in `top_k`.
         """
         rows = student_support_ids.cpu().split([rollout.num_generated for rollout in rollouts])
         jobs = [
@@ -143,7 +138,7 @@ class ServerTeacher:
             return list(pool.map(function, jobs))
 
     def _windows(self, rollout: Rollout, ids: Tensor) -> Iterator[tuple[list[int], Tensor]]:
-        """Generated positions of the response that share a request, and their `[w, K]` ids."""
+        """Yields the generated positions of the response that share a request, and their `[w, K]` ids."""
         places = generated_positions(rollout)
         first = 0
         while first < len(places):
@@ -154,7 +149,7 @@ class ServerTeacher:
             first = end
 
     def _top_k_of(self, place: int, rollout: Rollout, teacher: str) -> tuple[Tensor, Tensor, Tensor]:
-        """`[g]` logprobs of the rollout's generated tokens, `[g, K]` ids and logprobs of the teacher's top-K."""
+        """Returns the generated tokens' `[g]` logprobs, and `[g, K]` ids and logprobs of the teacher's top-K."""
         settings, length = self._settings, len(rollout.response_ids)
         asked = self._num_asked[teacher]
         body = _scoring_body([*rollout.prompt_ids, *rollout.response_ids], len(rollout.prompt_ids) - 1)
@@ -172,7 +167,7 @@ class ServerTeacher:
     def _window_logprobs(
         self, place: int, rollout: Rollout, teacher: str, positions: Sequence[int], ids: Tensor
     ) -> Tensor:
-        """`[w, K]` logprobs of `[w, K]` ids at `positions` of the response."""
+        """Returns `[w, K]` logprobs of `[w, K]` ids at `positions` of the response."""
         first, end = positions[0], positions[-1] + 1
         union = ids.unique()  # sorted
         prompt_length = len(rollout.prompt_ids)
@@ -186,9 +181,9 @@ class ServerTeacher:
         return self._ask(teacher, body | {"token_ids_logprob": wanted}, place, read)
 
     def _ask(self, teacher: str, body: Mapping[str, Any], place: int, read: Callable[[MetaInfo, str], T]) -> T:
-        """What `read` makes of the answer of the first server that gives one that can be used.
+        """Returns what `read` makes of the first usable answer.
 
-        While none answers at all it asks them again and again; an answer that cannot be used ends that.
+        Retries while no server answers, up to `wait_seconds`; an unusable answer ends the retries.
         """
         clients, name = self._routes[teacher], f"teacher {teacher!r}" if teacher else "teacher"
         deadline, pause = time.monotonic() + self._settings.wait_seconds, 1.0
@@ -203,29 +198,31 @@ class ServerTeacher:
             is_final = any(isinstance(failure, ServerRefusedError | ServerAnswerError) for failure in failures)
             if is_final or time.monotonic() + pause > deadline:
                 raise EngineError(
-                    f"{name}: none of its {len(clients)} servers scored a rollout; the last said: {failures[-1]}"
+                    f"{name}: none of its {len(clients)} servers scored a rollout; the last error: {failures[-1]}"
                 )
-            logger.warning("%s: no server answers (%s); asked again in %.0f s", name, failures[-1], pause)
+            logger.warning("%s: no server answers (%s); retrying in %.0f s", name, failures[-1], pause)
             time.sleep(pause)
             pause = min(2 * pause, MAX_PAUSE_SECONDS)
 
 
 def generated_positions(rollout: Rollout) -> list[int]:
-    """Positions of the response that the student generated."""
+    """Returns the positions of the response that the student generated."""
     given = {position for start, end in rollout.environment_spans for position in range(start, end)}
     return [position for position in range(len(rollout.response_ids)) if position not in given]
 
 
 def _as_named(ids: Sequence[int], vocab_size: int, triples: Sequence[LogprobTriple]) -> list[int]:
-    """`ids` as SGLang names them: in input_token_logprobs the last id of its vocabulary is called 0, with its own
-    logprob (scheduler_components/logprob_result_processor.py of 0.5.23).
+    """Returns `ids` as SGLang reports them in input_token_logprobs.
+
+    There, the last id of the vocabulary appears as 0, with its own logprob
+    (scheduler_components/logprob_result_processor.py of 0.5.23).
     """
     got = [triple[1] for triple in triples] if len(triples) == len(ids) else ids
     return [0 if token == vocab_size - 1 and name == 0 else token for token, name in zip(ids, got, strict=True)]
 
 
 def _scoring_body(input_ids: Sequence[int], logprob_start: int) -> dict[str, Any]:
-    """A request that generates nothing: logprobs of `input_ids` from behind place `logprob_start` on."""
+    """Returns the body of a request that only scores: logprobs of `input_ids` after index `logprob_start`."""
     return {
         "input_ids": list(input_ids),
         "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
@@ -235,10 +232,10 @@ def _scoring_body(input_ids: Sequence[int], logprob_start: int) -> dict[str, Any
 
 
 def _tops(meta: MetaInfo, length: int, k: int, *, vocab_size: int, where: str) -> tuple[Tensor, Tensor]:
-    """`[length, k]` ids and logprobs of the server's top-K, descending; ids from `vocab_size` on are left out.
+    """Returns `[length, k]` ids and logprobs of the server's top-K, descending, without ids of `vocab_size` or above.
 
     Raises:
-        ServerAnswerError: fewer positions or ids, an id twice, a logprob that is none.
+        ServerAnswerError: a wrong number of positions, too few ids, a repeated id or an invalid logprob.
     """
     rows = _positions(meta.input_top_logprobs, length, "input_top_logprobs", where)
     kept = [[triple for triple in row if triple[1] < vocab_size][:k] for row in rows]
@@ -246,14 +243,14 @@ def _tops(meta: MetaInfo, length: int, k: int, *, vocab_size: int, where: str) -
         ids = [triple[1] for triple in row]
         if len(set(ids)) != k or min(ids) < 0:
             raise ServerAnswerError(
-                f"{where}: expected {k} different ids in [0, {vocab_size}) at place {place} of input_top_logprobs, got "
-                f"{ids}"
+                f"{where}: expected {k} different ids in [0, {vocab_size}) at position {place} of input_top_logprobs, "
+                f"got {ids}"
             )
     return torch.tensor([[triple[1] for triple in row] for row in kept]).reshape(length, k), _values(kept, where)
 
 
 def _table(meta: MetaInfo, length: int, ids: Sequence[int], *, where: str) -> Tensor:
-    """`[length, len(ids)]` logprobs of the `ids` that were asked for."""
+    """Returns `[length, len(ids)]` logprobs of the requested `ids`."""
     rows = _positions(meta.input_token_ids_logprobs, length, "input_token_ids_logprobs", where)
     return torch.tensor([checked_logprobs(row, ids, where=where) for row in rows])
 
@@ -261,10 +258,10 @@ def _table(meta: MetaInfo, length: int, ids: Sequence[int], *, where: str) -> Te
 def _positions(
     values: Sequence[list[LogprobTriple] | None] | None, length: int, name: str, where: str
 ) -> list[list[LogprobTriple]]:
-    """The entries of `length` positions, without the first, which is of a token that nothing predicts."""
+    """Returns the entries of `length` positions, without the first, whose token has no prediction."""
     rows = [row for row in (values or [])[1:] if row is not None]
     if len(rows) != length:
-        raise ServerAnswerError(f"{where}: expected {name} of {length} tokens, got those of {len(rows)}")
+        raise ServerAnswerError(f"{where}: expected {name} of {length} tokens, got {len(rows)}")
     return rows
 
 

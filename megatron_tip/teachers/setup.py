@@ -1,4 +1,4 @@
-"""Kinds of teachers by `teacher.kind`: what each one can do, checked before anything starts, and how it is built."""
+"""The kinds of teachers by `teacher.kind`: early checks of what each supports, and its construction."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,37 +11,48 @@ from megatron_tip.conversion.model_folder import read_json
 from megatron_tip.errors import ConfigError
 from megatron_tip.machine import Machine
 from megatron_tip.rollout.sglang.setup import read_keys
-from megatron_tip.selection import Selector
 from megatron_tip.vocab_parallel.statistics import FULL_STATISTICS
 from megatron_tip.vocab_parallel.topk_divergence import TOPK_DIVERGENCES
-from megatron_tip.vocab_parallel.topk_statistics import TOPK_STATISTICS
+from megatron_tip.vocab_parallel.topk_statistics import ON_STUDENT_SUPPORT, TOPK_STATISTICS
 
 if TYPE_CHECKING:
     from megatron_tip.teachers.teacher import Teacher, TeacherSite
 
 
 def known_statistics(config: Config) -> frozenset[str]:
-    """Returns the fields of TokenStatistics that the run's teacher makes known."""
-    return TEACHER_KINDS[config.teacher.kind].known_statistics(config)
+    """Returns the fields of TokenStatistics that the run's teacher can provide."""
+    return teacher_kind(config).known_statistics(config)
+
+
+def teacher_kind(config: Config) -> "TeacherKind":
+    """Returns the row of the configuration's teacher."""
+    return TEACHER_KINDS[config.teacher.kind]
+
+
+def teacher_in_words(config: Config) -> str:
+    """Returns what messages call the run's teacher."""
+    asked = f' with teacher.student_support = "{config.teacher.student_support}"'
+    return f'teacher.kind = "{config.teacher.kind}"' + (asked if config.teacher.kind == "sglang" else "")
 
 
 def build_teacher(config: Config, site: "TeacherSite") -> "Teacher[Any]":
-    """Returns the teacher of the run. Collective over the world; raises as the `build` of its kind."""
+    """Builds the run's teacher. Collective over the world; raises what `build` of its kind raises."""
     # Imported here: Megatron-Core takes seconds, and neither a dry run nor a submission needs it.
-    return import_module(TEACHER_KINDS[config.teacher.kind].module).build(config, site)
+    return import_module(teacher_kind(config).module).build(config, site)
 
 
-def check_teacher(config: Config, selector: Selector, machine: Machine) -> None:
-    """Refuses what the run's kind of teacher cannot do: losses, rules and temperatures by name. Reads files alone.
+def check_teacher(config: Config, machine: Machine) -> None:
+    """Rejects losses, rules and temperatures that the run's kind of teacher does not support. Reads only files.
 
     Raises:
-        ConfigError: a loss or a rule that needs the teacher's whole distribution from one behind servers, a
-            temperature other than 1 there, several teachers without a field that chooses; or the reverse.
+        ConfigError: with a teacher behind servers, a loss or rule that needs its whole distribution, or a temperature
+            other than 1; a loss for the top-K only with another teacher; several teachers without a field that
+            chooses between them, or the reverse.
     """
-    TEACHER_KINDS[config.teacher.kind].check(config, selector, machine)
+    teacher_kind(config).check(config, machine)
 
 
-def _check_in_trainer(config: Config, selector: Selector, machine: Machine) -> None:
+def _check_in_trainer(config: Config, machine: Machine) -> None:
     if config.loss.divergence == "topk_reverse_kl":
         raise ConfigError(
             'loss.divergence = "topk_reverse_kl": expected teacher.kind = "sglang"; a teacher in the trainer\'s own '
@@ -51,20 +62,18 @@ def _check_in_trainer(config: Config, selector: Selector, machine: Machine) -> N
         raise ConfigError('prompts.teacher_field: expected several teachers with teacher.kind = "sglang", got one')
 
 
-def _check_served(config: Config, selector: Selector, machine: Machine) -> None:
+def _check_served(config: Config, machine: Machine) -> None:
     teacher, loss = config.teacher, config.loss
     if loss.temperature != 1.0:
         raise ConfigError(
             f'loss.temperature: expected 1 with teacher.kind = "sglang", got {loss.temperature}; SGLang gives the '
-            "log-probabilities of a prompt's tokens, by which the teacher scores, at temperature 1 whatever is asked"
+            "log-probabilities of a prompt's tokens, by which the teacher scores, at temperature 1 only"
         )
     if loss.divergence not in TOPK_DIVERGENCES:
         raise ConfigError(
             f'loss.divergence: expected one of {", ".join(TOPK_DIVERGENCES)} with teacher.kind = "sglang", got '
-            f'"{loss.divergence}", which needs the teacher\'s whole distribution; servers give its top-K'
+            f'"{loss.divergence}", which needs the teacher\'s whole distribution; servers give only its top-K'
         )
-    source = f'a teacher behind servers with teacher.student_support = "{teacher.student_support}"'
-    selector.check_available(known_statistics(config), source)
     _check_routes(config)
     if teacher.keys_file is not None and machine.has(teacher.keys_file, "teacher.keys_file"):
         read_keys(teacher.keys_file, setting="teacher.keys_file")
@@ -86,11 +95,11 @@ def _check_routes(config: Config) -> None:
 
 
 def teacher_limits(folder: Path) -> tuple[int, int]:
-    """Returns vocabulary and positions from `folder`'s config.json, which may be of any architecture; no weights.
+    """Returns vocabulary size and number of positions from `folder`'s config.json, for any architecture; no weights.
 
     Raises:
-        WeightsError: no config.json that can be read.
-        ConfigError: it lacks one of them.
+        WeightsError: config.json cannot be read.
+        ConfigError: one of the two values is missing.
     """
     content = read_json(folder / "config.json")
     content |= content.get("text_config") or {}
@@ -106,25 +115,32 @@ def _known_in_trainer(config: Config) -> frozenset[str]:
 
 
 def _known_of_servers(config: Config) -> frozenset[str]:
-    return TOPK_STATISTICS | ({"compatibility"} if config.teacher.student_support == "ask" else set())
+    return TOPK_STATISTICS | (ON_STUDENT_SUPPORT if config.teacher.student_support == "ask" else set())
 
 
 @dataclass(frozen=True)
 class TeacherKind:
     """One kind of teacher.
 
-    `check`: refuses what it cannot do, from the configuration, the run's selector and files of the machine.
-    `known_statistics`: the fields of TokenStatistics that it makes known. `module`: has its class and
-    `build(config, site)`.
+    `check`: rejects what it does not support, given the configuration and the machine's files.
+    `known_statistics`: the fields of TokenStatistics that it can provide. `module`: the module with its class and
+    `build(config, site)`. `has_weights`: the run loads its weights; otherwise `teacher.path` only describes it.
+    `scores_rows`: it has `Teacher.statistics`, which selection while training needs.
     """
 
-    check: Callable[[Config, Selector, Machine], None]
+    check: Callable[[Config, Machine], None]
     known_statistics: Callable[[Config], frozenset[str]]
     module: str
+    has_weights: bool
+    scores_rows: bool
 
 
 TEACHER_KINDS = {
-    "megatron": TeacherKind(_check_in_trainer, _known_in_trainer, "megatron_tip.teachers.megatron"),
-    "sglang": TeacherKind(_check_served, _known_of_servers, "megatron_tip.teachers.served"),
+    "megatron": TeacherKind(
+        _check_in_trainer, _known_in_trainer, "megatron_tip.teachers.megatron", has_weights=True, scores_rows=True
+    ),
+    "sglang": TeacherKind(
+        _check_served, _known_of_servers, "megatron_tip.teachers.served", has_weights=False, scores_rows=False
+    ),
 }
-"""`teacher.kind` -> what is known of it."""
+"""`teacher.kind` -> the kind."""

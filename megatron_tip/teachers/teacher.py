@@ -1,4 +1,4 @@
-"""What a run asks of a teacher, whatever kind it is: what it says of rollouts, statistics of that, and the loss."""
+"""The interface of every teacher: its output for rollouts, the statistics and the loss."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -22,21 +22,24 @@ Rows = TypeVar("Rows", bound=TeacherRows)
 
 
 class Teacher(ABC, Generic[Rows]):
-    """The teacher of a run. `Rows`: what it says; the run only splits, selects and sends them.
+    """The teacher of a run. `Rows`: its output, which the run only splits, selects and sends.
 
-    `heldout_statistic`: the field of TokenStatistics whose mean over held-out responses is measured.
+    `heldout_statistic`: the field of TokenStatistics that the held-out measurement averages.
     """
 
     heldout_statistic: ClassVar[str]
 
+    def close(self) -> None:
+        """Closes what the teacher holds open."""
+
     @property
     def heldout_metric(self) -> str:
-        """The name of that mean among the metrics."""
+        """The name of the held-out metric."""
         return f"heldout/{self.heldout_statistic}"
 
     @abstractmethod
     def ask(self, batch: StepBatch) -> Rows | None:
-        """Returns what the teacher says of this rank's replica of the student, in the order of its rows.
+        """Returns the teacher's output for this rank's replica of the student, in the order of its rows.
 
         On the student's last stage, equal on all its tp ranks; None elsewhere. Collective over the world.
         """
@@ -45,14 +48,14 @@ class Teacher(ABC, Generic[Rows]):
     def score(
         self, student: Student, batch: StepBatch, rows: Rows | None, *, with_support: bool = False
     ) -> tuple[TokenStatistics | None, Rows | None]:
-        """Returns the statistics of every valid token of this rank's replica, and what is known of the same rows then.
+        """Returns the statistics of every valid token of this rank's replica, and its rows, possibly with more fields.
 
-        On the last stage; None elsewhere. NaN where the student's logits are not finite. One forward pass of the
-        student without gradient. Collective over the world.
+        Both are on the last stage; None elsewhere. Statistics are NaN in micro-batches whose student logits are not
+        finite. One forward pass of the student without gradient. Collective over the world.
 
         Args:
-            rows: as of `ask`.
-            with_support: with the top-K of both models, even if the teacher could do without.
+            rows: from `ask`.
+            with_support: includes the top-K of both models even if the teacher does not need them.
         """
 
     def statistics(
@@ -65,24 +68,24 @@ class Teacher(ABC, Generic[Rows]):
         support_size: int | None = None,
         with_support: bool = False,
     ) -> TokenStatistics:
-        """Returns the statistics of n rows while they train, or for another K than the run's; no gradient.
+        """Returns the statistics of n rows, during training or for a K other than the run's; no gradient.
 
-        Only of a teacher that needs nothing but its rows for that; the plan refuses others. Collective over the tp
-        group of the last stage, equal on all its ranks.
+        Only for teachers that need nothing but their rows; the plan rejects others. Collective over the tp group of the
+        last stage, equal on all its ranks.
 
         Args:
             hidden: `[n, H]`, the student's. labels: `[n]`.
-            support_size: K; None: the configuration's.
-            with_support: with the ids of both models' supports and their logprobs.
+            support_size: K; None: the configured one.
+            with_support: includes the ids of both models' supports and their logprobs.
 
         Raises:
-            NotFiniteError: the logits are not; on all tp ranks.
+            NotFiniteError: the logits are not finite; on all tp ranks.
         """
-        raise AssertionError(f"{type(self).__name__} scores whole batches; the plan refuses anything else")
+        raise AssertionError(f"{type(self).__name__} scores whole batches; the plan rejects anything else")
 
     @abstractmethod
     def loss(self, student: Student, hidden: Tensor, rows: Rows, labels: Tensor, row_weights: Tensor) -> Tensor:
-        """Returns the loss of supervised rows, summed with their weights: float32 scalar, equal on all tp ranks.
+        """Returns the weighted sum of the loss over the supervised rows: float32 scalar, equal on all tp ranks.
 
         Args:
             hidden: `[k, H]`, the student's, with gradient. labels, row_weights: `[k]`.
@@ -91,11 +94,11 @@ class Teacher(ABC, Generic[Rows]):
 
 @dataclass(frozen=True)
 class TeacherSite:
-    """What a teacher is built from, besides the configuration.
+    """The inputs for building a teacher, besides the configuration.
 
-    `checkpoint`: its weights; None for a teacher that is not in the trainer's processes. `groups`: this rank's place in
-    the teacher's layout. `vocabulary`: the ids shared with the student; `padded_vocab_size`: rows of both LM heads.
-    `required_statistics`: what the run's rule reads.
+    `checkpoint`: its weights; None for a teacher outside the trainer's processes. `groups`: this rank's groups in the
+    teacher's layout. `vocabulary`: the ids shared with the student. `padded_vocab_size`: rows of both LM heads.
+    `required_statistics`: those that the run's rule reads.
     """
 
     checkpoint: HfCheckpoint | None
@@ -115,13 +118,13 @@ def score_micro_batches(
     score: Callable[[Tensor, Rows, Tensor], T],
     unknown: Callable[[Rows], T],
 ) -> list[T]:
-    """Returns what `score` makes of each micro-batch of this rank's replica, on the last stage; nothing elsewhere.
+    """Returns the result of `score` for each micro-batch of this rank's replica on the last stage; empty elsewhere.
 
-    One forward pass without gradient. What is alive at once is a micro-batch's hidden states and a chunk of logits.
+    One forward pass without gradient. Only one micro-batch's hidden states and one chunk of logits exist at a time.
 
     Args:
-        score: of the student's hidden states `[n, H]`, the teacher's rows and the labels `[n]`.
-        unknown: what stands for the micro-batch if `score` raises NotFiniteError.
+        score: takes the student's hidden states `[n, H]`, the teacher's rows and the labels `[n]`.
+        unknown: gives the result for a micro-batch for which `score` raises NotFiniteError.
     """
     replica = student.groups.dp_rank
     micro_batches = batch.micro_batches(replica)
@@ -132,7 +135,7 @@ def score_micro_batches(
         mask = micro_batches[index].loss_mask
         try:
             value = score(student.rows(hidden_states, mask), parts[index], micro_batches[index].labels[mask])
-        except NotFiniteError:  # the same on all tp ranks; the other replicas and stages must not be left alone
+        except NotFiniteError:  # the same on all tp ranks; continue, as other replicas and stages wait for this one
             value = unknown(parts[index])
         found.append(value)
 

@@ -1,1 +1,1 @@
-"""The training run: set-up, one step as named stages, held-out measurement, the loop."""
+"""The training run: set-up, the stages of a step, the held-out measurement and the loop."""

@@ -1,4 +1,4 @@
-"""What a run leaves when it has taken its last step: models, samples, report, summary."""
+"""The outputs of a finished run: models, samples, report and summary."""
 
 import logging
 import math
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 def finish_run(
     run: TrainingRun, plan: RunPlan, folder: RunFolder, recorder: RunRecorder, before: Heldout, after: Heldout
 ) -> None:
-    """Writes models, samples, report and summary of a run that took its last step. Collective over the world."""
+    """Writes the models, samples, report and summary after the last step. Collective over the world."""
     write_models(run, plan, folder)
     summary = summarise(run, recorder.state, before, after)
     if dist.get_rank():
@@ -33,12 +33,15 @@ def finish_run(
     recorder.finish_run()
     folder.write_summary(summary)
     if math.isfinite(before.reverse_kl):
-        logger.info("held-out reverse KL %.3f -> %.3f nats a token", before.reverse_kl, after.reverse_kl)
+        logger.info("held-out reverse KL %.3f -> %.3f nats per token", before.reverse_kl, after.reverse_kl)
     logger.info("done in %.0f s; see %s", summary["seconds"]["total"], folder.report)
 
 
 def write_models(run: TrainingRun, plan: RunPlan, folder: RunFolder) -> None:
-    """Writes the student as Megatron's shards and as a Hugging Face directory. Collective over the world."""
+    """Writes the student as a Megatron checkpoint and as a Hugging Face folder, as configured.
+
+    Collective over the world.
+    """
     with run.timer.phase("save"):
         model, groups = run.student.model, run.student.groups
         if run.config.output.save_checkpoint:

@@ -1,4 +1,4 @@
-"""KL(student || teacher) on prompts that are never trained on, over the student's own responses."""
+"""KL(student || teacher) on the student's responses to held-out prompts, which are never trained on."""
 
 import torch.distributed as dist
 
@@ -9,12 +9,13 @@ from megatron_tip.training.run import TrainingRun
 
 
 def measure_heldout(run: TrainingRun, step: int) -> tuple[float, list[Rollout]]:
-    """Returns the mean of the teacher's `heldout_statistic` per response token after `step` steps, and the responses.
+    """Returns the mean `heldout_statistic` per response token after `step` steps, and the responses.
 
-    In nats: the reverse KL over the full vocabulary; with a teacher behind servers, its lower bound `topk_reverse_kl`.
+    The mean is in nats: the reverse KL over the full vocabulary or, for a teacher behind servers, its lower bound
+    `topk_reverse_kl`. It is NaN if no response has a token.
 
-    Equal on every rank. The sampling seed is the same at every call, so that two calls differ by the student alone.
-    NaN where no response has a token. Collective over the world.
+    Both are equal on every rank. Every call uses the same sampling seed, so two calls differ only by the student.
+    Collective over the world.
     """
     rollouts = heldout_rollouts(run, step)
     batch = run.batch_of(rollouts)

@@ -1,4 +1,4 @@
-"""How far the engine's distribution is from the student's, and the weights that make up for it."""
+"""The mismatch between the engine's and the student's distributions, and the weights that correct it."""
 
 from dataclasses import replace
 from itertools import accumulate
@@ -23,9 +23,9 @@ def comparable_ratios(
 
 
 def log_ratios(batch: StepBatch, replica: int, statistics: TokenStatistics) -> Tensor:
-    """Returns `[n]` float32: ln p_student(y) - ln p_rollout(y) of each row of the replica. On the last stage.
+    """Returns ln p_student(y) - ln p_rollout(y) for each row of the replica: `[n]` float32, on the last stage.
 
-    Both are at the same temperature; the plan refuses importance weights where they are not.
+    Both must be at the same temperature; the plan rejects importance weights otherwise.
     """
     assert statistics.student_logprobs is not None, "the step scores with labels"
     index = batch.token_index(replica)
@@ -40,6 +40,6 @@ def log_ratios(batch: StepBatch, replica: int, statistics: TokenStatistics) -> T
 
 
 def with_importance(selection: TokenSelection, ratios: Tensor, cap: float) -> TokenSelection:
-    """Returns the selection with every row's weight times min(exp(`ratios`), `cap`): truncated importance sampling."""
+    """Returns the selection with its weights multiplied by min(exp(`ratios`), `cap`): truncated importance sampling."""
     weights = ratios.exp().clamp(max=cap)
     return replace(selection, row_weights=selection.row_weights * weights)

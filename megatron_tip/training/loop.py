@@ -1,4 +1,4 @@
-"""The run from its first file to its last."""
+"""The whole run, from start or resume to the final files."""
 
 import logging
 import os
@@ -43,29 +43,30 @@ from megatron_tip.training.weight_sync import update_engine
 logger = logging.getLogger(__name__)
 
 MakeGauge = Callable[[Config, RunPlan], Callable[[TrainingRun], Gauge]]
-"""Checks from files alone what else is measured, before the first collective; what it returns builds it, at the
-student's start."""
+"""Factory of an extra measurement. The first call checks its inputs from files alone, before the first collective. The
+function that it returns builds the gauge while the student still has its initial weights.
+"""
 
 LOCK_SECONDS = 180.0
 """NFS gives a dead machine's locks back after 90 s."""
 
 AGREEMENT = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
-"""By the coarser dtype of both models, the reverse KL in nats below which a student has nothing to learn: most likely
-it was given as its own teacher.
+"""The held-out reverse KL in nats, by the coarser dtype of both models, below which there is nothing to learn: most
+likely the student is its own teacher.
 """
 
 
 def train(config: Config, *, fresh: bool = False, make_gauge: MakeGauge | None = None) -> None:
     """Runs `config` as one worker of its world. Every rank calls it; rank 0 writes the run's files.
 
-    An unfinished run in the folder is continued from its newest whole checkpoint; with `fresh` it is removed.
+    An unfinished run in the folder continues from its newest complete checkpoint; `fresh` removes it instead.
 
     Args:
-        make_gauge: what else is measured; `diagnostics`, which knows banks, lies above.
+        make_gauge: makes an extra measurement. It is passed in because this package must not import `diagnostics`.
 
     Raises:
-        MegatronTipError: what a user can mend; before the first collective where it can be known by then.
-        StopRequested: a signal ended the run; it is saved.
+        MegatronTipError: an error that the user can fix; raised before the first collective where possible.
+        StopRequested: a signal ended the run, and its state is saved.
     """
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     plan = plan_run(config, world_size)
@@ -82,14 +83,14 @@ def train(config: Config, *, fresh: bool = False, make_gauge: MakeGauge | None =
     seconds = config.fault.step_timeout_seconds
     with (
         run.stop,  # a signal ends the run between steps or while it generates; it does not interrupt the final writes
-        left_together(),  # outside of the recorder, which closes the trackers
+        left_together(),  # outside the recorder, which closes the trackers
         recorder,
     ):
         with (
             recorder.display,
             HangWatchdog(folder.stacks, rank, timeout_seconds=seconds, on_hang=end_worker_with) as watchdog,
             closing(run),
-            failures_on_record(),  # innermost: the launcher learns of a failure before the clean-up begins
+            failures_on_record(),  # innermost, so that the launcher learns of a failure before the clean-up begins
         ):
             files = CheckpointFiles(folder.checkpoints)
             checkpointer = Checkpointer(run, recorder, files, run.stop, resumed_step=progress.step)
@@ -121,13 +122,13 @@ def run_to_continue(
     *,
     fresh: bool,
 ) -> tuple[TrainingRun, RunProgress, RecorderState]:
-    """Returns the run with where it stood in its newest whole checkpoint; without one, a new run in a cleared folder.
+    """Returns the run, its progress and its totals from the newest complete checkpoint.
 
-    The gauge is built at the student's start. Collective over the world. Errors as of `newest_whole`, `build_run` and
-    `restore`.
+    Without a checkpoint, clears the folder and returns a new run. The gauge is built before the weights are restored.
+    Collective over the world. Raises what `newest_whole`, `build_run` and `restore` raise.
 
     Args:
-        fresh: whether to remove what is in the folder first.
+        fresh: clears the folder first.
     """
     files = CheckpointFiles(folder.checkpoints)
     if worker.rank == 0 and fresh:
@@ -141,7 +142,9 @@ def run_to_continue(
     if build_gauge:
         run = replace(run, gauge=build_gauge(run))
     age = time.time() - psutil.Process().create_time()
-    logger.info("models and engine are there after %.1f s, %.1f s into this process", time.monotonic() - start, age)
+    logger.info(
+        "models and engine are ready after %.1f s, %.1f s after the process started", time.monotonic() - start, age
+    )
     if worker.rank == 0 and (ends := ends_of_the_teacher_alone(config, plan.stop_token_ids)):
         logger.warning(
             "the teacher stops at the ids %s and the student does not: its responses go on after them; see "
@@ -159,9 +162,9 @@ def run_to_continue(
 
 @contextmanager
 def left_together() -> Iterator[None]:
-    """Holds each rank, when all of them end the run together, until rank 0 has closed its trackers.
+    """Makes all ranks wait for rank 0 to close its trackers when they end the run together.
 
-    srun and our launcher end every rank as soon as one has left with an exit code that is not 0.
+    srun and our launcher kill the other ranks as soon as one exits with a non-zero code.
     """
     try:
         yield
@@ -172,22 +175,22 @@ def left_together() -> Iterator[None]:
 
 
 def is_shared(reason: BaseException) -> bool:
-    """Returns whether `reason` ends a run on all ranks, in a state that can be saved."""
+    """Returns whether `reason` is raised on all ranks and leaves a state that can be saved."""
     return isinstance(reason, StopRequested | EngineError | TooManySkips)
 
 
 def collective_timeout_seconds(fault: FaultConfig) -> float:
-    """Returns after how long a collective fails: later than the watchdog, which knows more to say."""
+    """Returns the time-out of collectives: longer than the watchdog's, whose report says more."""
     return fault.step_timeout_seconds + 120.0 if fault.step_timeout_seconds else 7 * 24 * 3600.0
 
 
 def run_steps(
     run: TrainingRun, recorder: RunRecorder, checkpointer: Checkpointer, watchdog: HangWatchdog, progress: RunProgress
 ) -> tuple[Heldout, Heldout]:
-    """Takes all steps that are left; returns the held-out measurements before the first and after the last.
+    """Takes the remaining steps; returns the held-out measurements before the first step and after the last.
 
-    What ends the run on all ranks, a signal or a failed engine, is raised again once its state is saved. `progress` is
-    kept up to date.
+    Updates `progress`. If a signal, a failed engine or too many skips end the run on all ranks, saves the state and
+    re-raises.
     """
     try:
         return _run_steps(run, recorder, checkpointer, watchdog, progress)
@@ -197,16 +200,16 @@ def run_steps(
         checkpointer.save(progress)
         checkpointer.finish()
         if dist.get_rank() == 0 and progress.step:
-            logger.warning("ended by %s; saved after step %d: the same command continues", reason, progress.step)
+            logger.warning("ended by %s; saved after step %d; the same command continues it", reason, progress.step)
         raise
 
 
 def _run_steps(
     run: TrainingRun, recorder: RunRecorder, checkpointer: Checkpointer, watchdog: HangWatchdog, progress: RunProgress
 ) -> tuple[Heldout, Heldout]:
-    """A step: generate, ask, score, select and train, which are `train_step`'s; then sync, record, save.
+    """Runs the loop: `train_step`, then sync, record and save.
 
-    A checkpoint is continued with the sync of its weights, after which a step is recorded that was not yet.
+    A resumed run first syncs the checkpoint's weights and then records its step, unless that was done already.
     """
     if progress.before is None:
         progress.unrecorded = run.on_source(_prompt_metrics)
@@ -228,7 +231,7 @@ def _run_steps(
 def _sync_and_record(
     run: TrainingRun, recorder: RunRecorder, checkpointer: Checkpointer, progress: RunProgress, *, first: bool = False
 ) -> Heldout | None:
-    """Gives the engine the weights of the last step, then records that step; returns its held-out measurement."""
+    """Syncs the last step's weights to the engine, then records that step; returns its held-out measurement."""
     checkpointer.heed_stop()  # before weights go to servers that the same signal may have ended
     synced = update_engine(run, weight_version=progress.step, first=first)
     if progress.unrecorded is None:
@@ -238,7 +241,7 @@ def _sync_and_record(
 
 
 def record_step(run: TrainingRun, recorder: RunRecorder, progress: RunProgress) -> Heldout:
-    """Records the last step, with the held-out measurement if it is due; returns that, or an empty one."""
+    """Records the last step, with the held-out measurement if it is due; returns the measurement or an empty one."""
     assert progress.unrecorded is not None, "something to record"
     step, heldout = progress.step, Heldout(float("nan"), [])
     metrics = progress.unrecorded
@@ -263,10 +266,10 @@ def record_step(run: TrainingRun, recorder: RunRecorder, progress: RunProgress) 
 
 
 def end_after_skips(config: Config, progress: RunProgress) -> None:
-    """Ends a run that is to take another step although too many in a row were not finite.
+    """Raises if too many steps in a row were skipped because they were not finite.
 
     Raises:
-        TooManySkips: fault.max_skipped_steps of them; on every rank. The count begins anew when the run is continued.
+        TooManySkips: after fault.max_skipped_steps of them, on every rank. A resumed run counts from 0 again.
     """
     most = config.fault.max_skipped_steps
     if progress.skipped_in_a_row >= most:
@@ -299,7 +302,7 @@ def _measures_after(config: Config, step: int) -> bool:
 
 
 def _prompt_metrics(source: RolloutSource) -> dict[str, float]:
-    """Returns what was left out of the prompts."""
+    """Returns how many prompts were left out, as metrics."""
     return {
         "prompts/num_skipped": float(source.prompts.num_skipped),
         "prompts/num_duplicates": float(source.prompts.num_duplicates),

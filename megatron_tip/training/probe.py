@@ -1,4 +1,4 @@
-"""A sequence whose logprobs tell whether an engine holds the student's weights."""
+"""A fixed token sequence whose logprobs show whether an engine holds the student's weights."""
 
 import numpy as np
 import torch
@@ -16,18 +16,18 @@ PROBE_SEED = 20_240_506
 
 
 def probe_ids(vocab_size: int) -> tuple[int, ...]:
-    """Returns the probe: ids from all over the vocabulary, always the same.
+    """Returns the probe: fixed ids drawn uniformly from the vocabulary.
 
-    Unlikely ones move most when weights are wrong.
+    Unlikely ids react most to wrong weights.
     """
     return tuple(np.random.default_rng(PROBE_SEED).integers(vocab_size, size=PROBE_LENGTH).tolist())
 
 
 def probe_logprobs(student: Student, vocab_size: int, device: torch.device) -> list[float]:
-    """Returns the student's own logprobs of the probe after its first id, at temperature 1; on rank 0 of the world.
+    """Returns the student's logprobs of the probe ids after the first, at temperature 1, on global rank 0.
 
-    Collective over data-parallel replica 0: one forward pass of one sequence, and one broadcast of a float64 per id
-    over the replica. Others, replicas and ranks, get an empty list; other replicas need not call it.
+    All other ranks get an empty list. Collective over data-parallel replica 0 (other replicas need not call it): one
+    forward pass of one sequence, and one broadcast of one float64 per id over each pipeline group.
     """
     groups = student.groups
     if groups.dp_rank != 0:
@@ -37,7 +37,7 @@ def probe_logprobs(student: Student, vocab_size: int, device: torch.device) -> l
         [Rollout(0, 0, ids[:1], ids[1:], (0.0,) * (len(ids) - 1), "length", weight_version=0)],
         dp_size=1,
         max_tokens=PROBE_LENGTH,
-        pad_token_id=ids[0],  # any id of the vocabulary: padding comes after what is read
+        pad_token_id=ids[0],  # any id will do: padding comes after the tokens that are read
         sequence_multiple=student.sequence_multiple,
         device=device,
     )

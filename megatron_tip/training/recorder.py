@@ -1,4 +1,4 @@
-"""What a run measures of itself, writes down and shows while it goes: metrics, trackers, time lines, totals."""
+"""The recorder of a run: metrics, trackers, traces, totals and the progress display."""
 
 import contextlib
 import logging
@@ -24,9 +24,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class RecorderState:
-    """What a checkpoint holds of the recorder: totals over the steps so far, equal on every rank.
+    """The recorder's part of a checkpoint: totals over the steps so far, equal on every rank.
 
-    `step`: the last that was recorded. `tracker_ids`: by tracker, under which id this run continues there.
+    `step`: the last recorded step. `tracker_ids`: the run's id at each tracker, by tracker name.
     """
 
     step: int = 0
@@ -39,10 +39,10 @@ class RecorderState:
 
 
 class RunRecorder:
-    """Adds what it measures to each step's metrics and keeps their totals, on every rank; writes on rank 0.
+    """Recorder of each step's metrics and their totals. Every rank measures and keeps totals; rank 0 writes.
 
-    A context manager: it begins with `state`, that of the process that this one continues, and cuts off metrics of
-    later steps. `display` is entered by whoever takes the steps.
+    Used as a context manager. Set `state` to a checkpoint's before entering; metrics of later steps are then cut from
+    the file. The caller enters `display`.
     """
 
     def __init__(self, config: Config, folder: RunFolder, worker: Worker, throughput: Throughput) -> None:
@@ -61,13 +61,13 @@ class RunRecorder:
         self._stack = contextlib.ExitStack()
 
     def phase_ended(self, name: str, start: float, seconds: float) -> None:
-        """Takes a phase that ended; see `PhaseTimer`."""
+        """Records the end of a phase; see `PhaseTimer`."""
         self._memory.phase_ended(name)
         if self._trace:
             self._trace.phase(name, start, seconds)
 
     def record(self, step: int, metrics: Mapping[str, float], view: TokenTable | None = None) -> None:
-        """Takes the metrics of `step`; step 0 is what was measured before the first. Collective over the world.
+        """Records the metrics of `step`; step 0 is the measurement before the first. Collective over the world.
 
         Raises:
             OutputError: metrics.jsonl cannot be written.
@@ -88,18 +88,18 @@ class RunRecorder:
             self._trackers.log_view(step, view)
 
     def finish_run(self) -> None:
-        """Gives the student to the trackers and joins the time lines. Rank 0, after the last collective of the run."""
+        """Passes the student to the trackers and joins the traces. Rank 0 only, after the run's last collective."""
         if self._folder.hf.exists():
             self._trackers.log_student(self._folder.hf)
         if self._trace:
             try:
                 join_traces(self._folder.trace, self._folder.path / "trace.json")
-            except OutputError as error:  # the run is done, and its time line no reason to say otherwise
+            except OutputError as error:  # must not fail a finished run
                 logger.warning("trace.json: %s", error)
         self._trackers.finish()
 
     def _extended(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
-        """Returns the metrics of `step` with throughput, memory and monitoring; collective with monitoring."""
+        """Returns `metrics` with throughput, memory and monitoring added. Collective if the run is monitored."""
         if self._trace:
             self._trace.step(step)
         extended = {**metrics, **self._throughput.metrics(metrics), **self._memory.step_metrics()}
@@ -121,5 +121,5 @@ class RunRecorder:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._stack.close()
-        if kind is not None:  # a run that succeeds has told them in `finish_run`
+        if kind is not None:  # a successful run did so in `finish_run`
             self._trackers.finish(failed=issubclass(kind, Exception))

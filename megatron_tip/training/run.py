@@ -1,4 +1,4 @@
-"""Everything that a training run holds between steps."""
+"""The objects that a training run keeps between steps."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RolloutSource:
-    """Where rollouts come from: the prompts of every step, and the engine that answers them."""
+    """The source of rollouts: the prompts of every step, and the engine that answers them."""
 
     prompts: PromptSource
     engine: RolloutEngine
@@ -34,23 +34,22 @@ class RolloutSource:
 
 @dataclass
 class LastStep:
-    """What a step leaves for the next one, if the run asks for it; equal on every rank."""
+    """State that a step leaves for the next one, if the run uses it; equal on every rank."""
 
     calibration: Calibration | None = None
 
 
 Gauge = Callable[[int], dict[str, float]]
-"""What else is measured after so many steps, 0 too: metrics, equal on every rank. Collective over the world."""
+"""An extra measurement after a given number of steps, 0 included. Returns metrics, equal on every rank. Collective."""
 
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """What every rank of a run has.
+    """The state of a run on one rank.
 
-    `architecture`: the student's, after dropped layers. `vocabulary`: the entries that student and teacher share,
-    at the temperature of the loss.
-    `source`: in the first process only; None elsewhere. `stop`: what may end the run before its last step. `gauge`:
-    the context bank, where the run is measured on one.
+    `architecture`: the student's, without dropped layers. `vocabulary`: the ids that student and teacher share, at the
+    loss temperature. `source`: None except on rank 0. `stop`: signals that may end the run early. `gauge`: measures on
+    the context bank, if the run has one.
     """
 
     config: Config
@@ -70,9 +69,9 @@ class TrainingRun:
     gauge: Gauge | None = None
 
     def on_source(self, action: Callable[[RolloutSource], T]) -> T:
-        """Returns, on every rank, what `action` does with the source in the first process; its result travels as JSON.
+        """Runs `action` on rank 0 and returns its result on every rank. The result is sent as JSON.
 
-        Collectives and errors as of `run_on`.
+        Collectives and errors are those of `run_on`.
         """
 
         def act() -> T:
@@ -82,7 +81,7 @@ class TrainingRun:
         return run_on(0, act, device=self.device)
 
     def batch_of(self, rollouts: Sequence[Rollout]) -> StepBatch:
-        """Returns the rollouts in micro-batches over the student's replicas."""
+        """Returns the rollouts as micro-batches, distributed over the student's replicas."""
         return StepBatch.over(
             rollouts,
             dp_size=self.student.groups.grid.dp_size,
@@ -93,6 +92,7 @@ class TrainingRun:
         )
 
     def close(self) -> None:
-        """Ends the run's own servers, in the first process; they also end with it."""
+        """Stops the run's own servers, in the first process, and closes the teacher's connections."""
+        self.teacher.close()
         if self.source is not None:
             self.source.engine.close()

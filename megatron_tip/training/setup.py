@@ -1,4 +1,4 @@
-"""From a checked plan to a run that can take its first step."""
+"""Set-up of a run from a checked plan, ready for its first step."""
 
 import torch
 
@@ -10,6 +10,7 @@ from megatron_tip.models.student import Student, build_student
 from megatron_tip.observability.timing import PhaseTimer
 from megatron_tip.parallel.distributed import Worker
 from megatron_tip.parallel.groups import ModelGroups, build_groups
+from megatron_tip.parallel.together import together
 from megatron_tip.planning.dtypes import Dtypes
 from megatron_tip.planning.plan import RunPlan
 from megatron_tip.prompts.source import PromptSource, load_prompts
@@ -25,12 +26,12 @@ from megatron_tip.vocab_parallel import ShardedVocabulary
 def build_run(
     config: Config, plan: RunPlan, worker: Worker, timer: PhaseTimer, *, num_threads: int, generates: bool = True
 ) -> TrainingRun:
-    """Returns models, optimizer, prompts and engine of a run. Collective over the world.
+    """Returns the run with its models, optimizer, prompts and engine. Collective over the world.
 
     Args:
-        generates: False: without prompts and engine, for work on rollouts that exist already.
-        num_threads: CPU threads of all workers of this machine together, which the embedded engine may use while the
-            others wait for it.
+        generates: if False, leaves out prompts and engine, for work on existing rollouts.
+        num_threads: CPU threads of all workers on this machine together. The embedded engine uses them all while the
+            other workers wait.
     """
     student_groups = build_groups(plan.student_grid)
     teacher_groups = build_groups(plan.teacher_grid) if plan.teacher_grid != plan.student_grid else student_groups
@@ -41,7 +42,10 @@ def build_run(
         chunk_rows=config.loss.chunk_rows or None,
         compiled=config.loss.compile,
     )
-    source = _source(config, plan, worker.device, num_threads) if worker.rank == 0 and generates else None
+    source = None
+    with together(device=worker.device):
+        if worker.rank == 0 and generates:
+            source = _source(config, plan, worker.device, num_threads)
     teacher_site = TeacherSite(
         checkpoint=plan.teacher,
         groups=teacher_groups,
@@ -60,18 +64,23 @@ def build_run(
         architecture=plan.student.architecture,
         vocabulary=vocabulary,
         selector=plan.selector,
-        sampling=SamplingParams(
-            max_response_tokens=config.rollout.max_response_tokens,
-            temperature=config.rollout.temperature,
-            top_p=config.rollout.top_p,
-            samples_per_prompt=config.rollout.samples_per_prompt,
-            stop_token_ids=plan.stop_token_ids,
-            seed=config.run.seed,
-        ),
+        sampling=_sampling(config, plan),
         pad_token_id=plan.pad_token_id,
         source=source,
         timer=timer,
         views=TokenViews(config, plan.tokenizer, student_groups),
+    )
+
+
+def _sampling(config: Config, plan: RunPlan) -> SamplingParams:
+    rollout = config.rollout
+    return SamplingParams(
+        max_response_tokens=rollout.max_response_tokens,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        samples_per_prompt=rollout.samples_per_prompt,
+        stop_token_ids=plan.stop_token_ids,
+        seed=config.run.seed,
     )
 
 
@@ -121,7 +130,7 @@ def _prompts(config: Config, plan: RunPlan) -> PromptSource:
         for prompt in (*source.training, *source.heldout):
             if prompt.teacher not in known:
                 raise InputError(
-                    f"prompt {prompt.index}: expected {config.prompts.teacher_field!r} to be a name of teacher.urls "
+                    f"prompt {prompt.index}: expected {config.prompts.teacher_field!r} to be a name in teacher.urls "
                     f"({', '.join(known)}), got {prompt.teacher!r}"
                 )
     return source

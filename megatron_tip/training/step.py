@@ -1,4 +1,4 @@
-"""One training step as named stages: generate, ask, score, select, train."""
+"""The stages of one training step: generate, ask, score, select, train."""
 
 import math
 from collections.abc import Callable
@@ -25,20 +25,20 @@ from megatron_tip.training.step_metrics import rollout_metrics, supervision_metr
 from megatron_tip.training.supervision import Scored, SelectedRows, SelectedWhileTraining, Supervise, Trained
 
 SKIPPED_NOT_FINITE = "train/skipped_not_finite"
-"""The metric, 1, of a step that updated nothing because its loss or gradient was not finite."""
+"""The metric that is 1 for a step without an update because its loss or gradient was not finite."""
 
 
 def train_step(run: TrainingRun, step: int) -> dict[str, float]:
     """Runs step `step` (from 1) and returns its metrics, equal on every rank. Collective over the world.
 
-    The engine holds the weights of the step before, and still does so afterwards: `weight_sync.update_engine` is next.
+    The engine keeps the previous step's weights until the caller runs `weight_sync.update_engine`.
 
-    A step whose loss or gradient is not finite updates nothing; its metrics hold SKIPPED_NOT_FINITE, and its rollouts
-    are kept in skipped/, for the replay engine.
+    A step whose loss or gradient is not finite updates nothing. Its metrics then contain SKIPPED_NOT_FINITE, and its
+    rollouts go to skipped/, for the replay engine.
 
     Raises:
-        TrainingError: rollouts of other weights than the last; nothing was updated.
-        StopRequested: the run was told to stop while it generated; nothing was updated.
+        TrainingError: the rollouts are not from the latest weights; nothing was updated.
+        StopRequested: a stop signal arrived during generation; nothing was updated.
     """
     with run.timer.phase("rollout"):
         rollouts = training_rollouts(run, step)
@@ -47,7 +47,7 @@ def train_step(run: TrainingRun, step: int) -> dict[str, float]:
         versions = sorted({rollout.weight_version for rollout in rollouts})
         raise TrainingError(
             f"step {step}: expected rollouts of weight version {step - 1}, got versions {versions} among "
-            f"{len(rollouts)} rollouts; the engine did not take the last weights"
+            f"{len(rollouts)} rollouts; the engine did not load the latest weights"
         )
     batch = run.batch_of(rollouts)
     if not batch.num_valid():
@@ -61,10 +61,10 @@ def train_step(run: TrainingRun, step: int) -> dict[str, float]:
 
 
 def learn(run: TrainingRun, batch: StepBatch, step: int) -> dict[str, float]:
-    """Asks, scores, selects, trains on one batch and takes the optimizer's step; returns their metrics.
+    """Runs all stages after generation on one batch, updates the weights and returns the metrics.
 
     Raises:
-        NotFiniteError: hidden states, logits, loss or gradient are not; nothing was updated. On every rank.
+        NotFiniteError: hidden states, logits, loss or gradient are not finite; nothing was updated. On every rank.
     """
     timer = run.timer
     with timer.phase("teacher"):
@@ -85,7 +85,7 @@ def learn(run: TrainingRun, batch: StepBatch, step: int) -> dict[str, float]:
 def score(run: TrainingRun, batch: StepBatch, teacher_rows: TeacherRows | None, step: int) -> Scored:
     """Returns the batch with the statistics of every valid token, if the rule, importance weights or a view need them.
 
-    One forward pass of its own, without gradient. Collective over the world.
+    Takes a separate forward pass without gradient. Collective over the world.
     """
     statistics = None
     with run.timer.phase("score"):
@@ -97,19 +97,21 @@ def score(run: TrainingRun, batch: StepBatch, teacher_rows: TeacherRows | None, 
 
 
 def select_then_train(run: TrainingRun, scored: Scored, step: int) -> Trained:
-    """Selects among the scored rows and trains on what the selection leaves of the batch. Collective over the world."""
+    """Selects among the scored rows and trains on the batch cut to them. Collective over the world."""
     groups = run.student.groups
     with run.timer.phase("select"):
         selection = select(run, scored, step)
         batch, selected = cut_to_selection(groups, scored, selection)
     with run.timer.phase("train"):
         rows = selected.by_micro_batch(batch.micro_batches(groups.dp_rank)) if selected is not None else []
-        loss = train(run.student, run.teacher, batch, lambda index, *_: rows[index])
+        loss = accumulate_gradients(run.student, run.teacher, batch, lambda index, *_: rows[index])
     return Trained(scored, selection, batch, loss)
 
 
 def select_while_training(run: TrainingRun, batch: StepBatch, teacher_rows: TeacherRows | None, step: int) -> Trained:
-    """Scores and selects within each micro-batch as it trains: one forward pass, over the whole sequences.
+    """Scores and selects within each micro-batch as it trains: one forward pass over the uncut sequences.
+
+    Collective over the world.
 
     Raises:
         NotFiniteError: a micro-batch's statistics or loss are not finite; on every rank.
@@ -117,23 +119,23 @@ def select_while_training(run: TrainingRun, batch: StepBatch, teacher_rows: Teac
     groups = run.student.groups
     with run.timer.phase("train"):
         chooser = SelectedWhileTraining(run, batch, teacher_rows, step) if teacher_rows is not None else None
-        loss = train(run.student, run.teacher, batch, chooser.rows if chooser is not None else None)
+        loss = accumulate_gradients(run.student, run.teacher, batch, chooser.rows if chooser is not None else None)
         expected = f"step {step}: expected finite scores and a finite loss in every micro-batch"
         raise_together(None if math.isfinite(loss) else NotFiniteError(expected), device=run.device)
     with run.timer.phase("select"):
 
         def finish() -> tuple[TokenSelection, Calibration | None]:
-            assert chooser is not None, "the last stage has rows of the teacher"
+            assert chooser is not None, "the last stage has the teacher's rows"
             return chooser.finish(batch.token_index(groups.dp_rank))
 
         selection = selected_on_last_stage(run, finish)
-    statistics = chooser.statistics() if chooser is not None else None
+    statistics = chooser.statistics if chooser is not None else None
     ratios = comparable_ratios(run.config, batch, groups.dp_rank, statistics)
     return Trained(Scored(batch, teacher_rows, statistics, ratios), selection, batch, loss)
 
 
 def select(run: TrainingRun, scored: Scored, step: int) -> TokenSelection | None:
-    """Returns the selection among the rows that this replica scored, on the last stage; None elsewhere.
+    """Returns the selection among this replica's scored rows on the last stage; None elsewhere.
 
     Raises:
         NotFiniteError: statistics that the rule needs are not finite; on every rank.
@@ -153,10 +155,10 @@ def select(run: TrainingRun, scored: Scored, step: int) -> TokenSelection | None
 def selected_on_last_stage(
     run: TrainingRun, choose: Callable[[], tuple[TokenSelection, Calibration | None]]
 ) -> TokenSelection | None:
-    """Returns the selection that `choose` makes on the last stage, which alone calls it; None elsewhere.
+    """Calls `choose` on the last stage and returns its selection there; None elsewhere.
 
-    Every stage keeps the calibration, if the next step is to reuse it, and raises what `choose` raises. Collective
-    over the pipeline.
+    Every stage keeps the calibration if the next step reuses it, and raises what `choose` raises. Collective over the
+    pipeline group.
     """
     selection, groups = None, run.student.groups
 
@@ -173,8 +175,10 @@ def selected_on_last_stage(
 def cut_to_selection(
     groups: ModelGroups, scored: Scored, selection: TokenSelection | None
 ) -> tuple[StepBatch, SelectedRows | None]:
-    """Returns the batch without what the selection leaves unused, balanced anew, equal on every rank; and on the last
-    stage the selected rows of this replica in it. Collective over the world.
+    """Returns the batch cut after the last selected tokens, and this replica's selected rows in it.
+
+    The batch is balanced again and equal on every rank; the rows are on the last stage, None elsewhere. Collective over
+    the world.
     """
     batch, selected = scored.batch, None
     last_selected = torch.full((len(batch.rollouts),), -1, dtype=torch.int64, device=batch.device)
@@ -184,31 +188,33 @@ def cut_to_selection(
         dist.all_reduce(last_selected, op=dist.ReduceOp.MAX, group=groups.dp_group)
     if groups.grid.pp_size > 1:
         dist.broadcast(last_selected, src=groups.last_stage_rank, group=groups.pp_group)
-    trained = batch.cut_behind(last_selected.tolist())
+    trained = batch.cut_after(last_selected.tolist())
     if selected is not None and groups.grid.dp_size > 1:
         selected = selected.sent_to(trained.replica_of()[selected.index.rollout_index], groups.dp_group)
     return trained, selected
 
 
-def train(student: Student, teacher: Teacher[Any], batch: StepBatch, supervise: Supervise | None) -> float:
-    """Accumulates the gradients of the supervised rows; returns this replica's part of the loss, 0 off the last stage.
+def accumulate_gradients(
+    student: Student, teacher: Teacher[Any], batch: StepBatch, supervise: Supervise | None
+) -> float:
+    """Accumulates the gradients of the supervised rows and returns this replica's part of the loss.
 
-    The LM head is applied, with gradient, to those rows only.
+    It is 0 except on the last stage. The LM head is applied, with gradient, to those rows only.
 
     Args:
-        supervise: which rows they are; asked on the last stage only.
+        supervise: chooses the rows; called on the last stage only.
     """
     micro_batches = batch.micro_batches(student.groups.dp_rank)
     total = torch.zeros((), device=batch.device)
 
     def loss_of(index: int, hidden_states: Tensor) -> Tensor:
-        assert supervise is not None, "the loss is taken on the last stage"
+        assert supervise is not None, "the loss is computed on the last stage"
         micro_batch = micro_batches[index]
         try:
             rows = supervise(index, micro_batch, hidden_states)
             hidden, labels = student.rows(hidden_states, rows.mask), micro_batch.labels[rows.mask]
             loss = teacher.loss(student, hidden, rows.teacher_rows, labels, rows.row_weights)
-        except NotFiniteError:  # the schedule continues, for the other ranks' sake; the loss tells all of them
+        except NotFiniteError:  # finish the schedule, as other ranks wait in it; the NaN loss tells them all
             loss = hidden_states.sum() * float("nan")
         total.add_(loss.detach())
         return loss

@@ -1,4 +1,4 @@
-"""A step's numbers, summed over the replicas and equal on every rank."""
+"""The metrics of a step, summed over the replicas and equal on every rank."""
 
 from collections.abc import Sequence
 
@@ -13,13 +13,14 @@ from megatron_tip.statistics import STATISTICS
 from megatron_tip.training.supervision import Trained
 
 MEANS = {f"train/{name}": name for name, statistic in STATISTICS.items() if statistic.logged}
-"""Metric -> the statistic whose mean over all valid tokens of the batch it is."""
+"""Metric -> the statistic that it averages over all valid tokens of the batch."""
 
 
 def rollout_metrics(rollouts: Sequence[Rollout], *, weight_version: int, ahead: int = 0) -> dict[str, float]:
-    """Counts and lengths of a step's rollouts; stale are those that are not of the last `1 + ahead` weight versions.
+    """Returns counts and lengths of a step's rollouts.
 
-    Lengths are of what the student generated. A truncated rollout is one without an end of its own.
+    A rollout is stale if it is not from the last `1 + ahead` weight versions, and truncated if it did not end with a
+    stop id. Lengths count generated tokens.
     """
     ages = [weight_version - rollout.weight_version for rollout in rollouts]
     lengths = [rollout.num_generated for rollout in rollouts]
@@ -41,7 +42,7 @@ def supervision_metrics(groups: ModelGroups, trained: Trained, *, pass_seconds: 
     """Returns loss, means over valid tokens and token counts of the whole batch, equal on every rank.
 
     Args:
-        pass_seconds: what this rank's training pass took, forward and backward.
+        pass_seconds: the duration of this rank's training pass, forward and backward.
 
     Collectives: one all-reduce over dp on the last stage, then `broadcast_json` over the world.
     """
@@ -77,10 +78,10 @@ def supervision_metrics(groups: ModelGroups, trained: Trained, *, pass_seconds: 
 
 
 def saved_metrics(scored: StepBatch, trained: StepBatch, pass_seconds: float) -> dict[str, float]:
-    """Returns what the cut after the last selected tokens took off the training pass.
+    """Returns how much the training pass saved by cutting responses after their last selected token.
 
-    `train/saved_token_share`: of the tokens of the uncut batch. `perf/saved_train_seconds`: an estimate, as if the pass
-    took time in proportion to the padded tokens of the replica that has most of them.
+    `train/saved_token_share` is a share of the uncut batch's tokens. `perf/saved_train_seconds` is an estimate: it
+    assumes time proportional to the padded tokens of the replica with the most.
     """
     tokens, uncut = trained.num_model_tokens(), scored.num_model_tokens()
     slowdown = max(scored.num_padded_tokens()) / max(trained.num_padded_tokens())

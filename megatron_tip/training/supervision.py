@@ -1,7 +1,8 @@
-"""Which rows of each micro-batch are trained on: known before the training pass, or chosen while it runs."""
+"""The rows of each micro-batch to train on: selected before the training pass, or during it."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -17,10 +18,10 @@ from megatron_tip.training.run import TrainingRun
 
 @dataclass(frozen=True)
 class Scored:
-    """A batch with what is known of this replica's rows, on the last stage; None elsewhere.
+    """A batch and what is known about this replica's rows, which is None except on the last stage.
 
-    `statistics`: None also where nothing asks for them. `ratios`: `[n]`, ln p_student - ln p_rollout of the label; None
-    also where they are not comparable.
+    `statistics`: None also if nothing needs them. `ratios`: `[n]`, ln p_student - ln p_rollout of the label; None also
+    if the two are not comparable.
     """
 
     batch: StepBatch
@@ -31,10 +32,10 @@ class Scored:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training pass leaves besides gradients.
+    """The results of a training pass, apart from the gradients.
 
-    `selection`: among the scored rows of this replica, on the last stage; None elsewhere. `batch`: as it went through
-    the pass, over all replicas. `loss`: this replica's part, 0 off the last stage.
+    `selection`: among this replica's scored rows, on the last stage; None elsewhere. `batch`: the trained batch of all
+    replicas. `loss`: this replica's part; 0 except on the last stage.
     """
 
     scored: Scored
@@ -45,7 +46,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class MicroBatchRows:
-    """`k` rows of one micro-batch: `mask` `[b, s]` bool holds at them. `row_weights`: `[k]` float32."""
+    """The `k` rows of one micro-batch to train on. `mask`: `[b, s]` bool, true there. `row_weights`: `[k]` float32."""
 
     mask: Tensor
     teacher_rows: TeacherRows
@@ -53,14 +54,14 @@ class MicroBatchRows:
 
 
 Supervise = Callable[[int, MicroBatch, Tensor], MicroBatchRows]
-"""What a training pass asks on the last stage, in order: the rows of micro-batch `index`, its `hidden_states` given."""
+"""A function that returns the rows of a micro-batch from its index, the micro-batch and its hidden states. The training
+pass calls it on the last stage, in the order of the micro-batches.
+"""
 
 
 @dataclass(frozen=True)
 class SelectedRows:
-    """Rows that were selected before the training pass: `index`, `teacher_rows`, `row_weights` `[k]` float32 of the
-    same k rows.
-    """
+    """The k rows selected before the training pass. `row_weights`: `[k]` float32."""
 
     index: TokenIndex
     teacher_rows: TeacherRows
@@ -68,18 +69,18 @@ class SelectedRows:
 
     @classmethod
     def of(cls, selection: TokenSelection, index: TokenIndex, teacher_rows: TeacherRows) -> "SelectedRows":
-        """The selected ones of this replica's scored rows."""
+        """Returns the selected rows among this replica's scored rows."""
         mask = selection.selection_mask
         kept = TokenIndex(index.rollout_index[mask], index.position[mask])
         return cls(kept, teacher_rows[mask], selection.row_weights[mask])
 
     def sent_to(self, destination: Tensor, dp_group: dist.ProcessGroup) -> "SelectedRows":
-        """Returns the rows that all replicas, this one too, send to this one.
+        """Sends each row to its replica and returns the rows that this replica receives, its own included.
 
         Args:
             destination: `[k]` int64, the replica that each row goes to.
 
-        Collectives: 1 all-to-all over `dp_group` of counts, then 1 for each tensor, of the selected rows alone.
+        Collectives: 1 all-to-all of counts over `dp_group`, then 1 per tensor of the selected rows.
         """
         order = destination.argsort(stable=True)
         num_sent = torch.bincount(destination, minlength=dp_group.size())
@@ -97,13 +98,13 @@ class SelectedRows:
         return SelectedRows(TokenIndex(*places.unbind(dim=1)), teacher_rows, moved(self.row_weights))
 
     def by_micro_batch(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatchRows]:
-        """Returns the rows of each of `micro_batches`, which hold them all."""
+        """Returns the rows grouped by micro-batch; `micro_batches` must contain all of them."""
         index = token_index(micro_batches)
         num_positions = int(index.position.max()) + 1 if len(index) else 1
         keys, own_keys = index.keys(num_positions), self.index.keys(num_positions)
         is_selected = torch.isin(keys, own_keys)
         wanted = keys[is_selected]
-        assert len(wanted) == len(own_keys), "selected rows are rows of the loss masks, each of its own"
+        assert len(wanted) == len(own_keys), "selected rows are distinct rows of the loss masks"
         order = torch.empty_like(own_keys)
         order[wanted.argsort()] = own_keys.argsort()
         parts = is_selected.split([micro_batch.num_valid() for micro_batch in micro_batches])
@@ -121,7 +122,7 @@ class SelectedRows:
 
 
 class SelectedWhileTraining:
-    """Scores each micro-batch by the output of the training pass itself, without gradient; on the last stage only."""
+    """Scorer and selector of each micro-batch during its training pass, without gradient; on the last stage only."""
 
     def __init__(self, run: TrainingRun, batch: StepBatch, teacher_rows: TeacherRows, step: int) -> None:
         """Counts the rows of the batch. Collectives: 1 all-reduce over dp."""
@@ -135,7 +136,7 @@ class SelectedWhileTraining:
         self._selections: list[TokenSelection] = []
 
     def rows(self, index: int, micro_batch: MicroBatch, hidden_states: Tensor) -> MicroBatchRows:
-        """Returns the rows of micro-batch `index` that the training pass is to supervise; see `Supervise`."""
+        """Returns the rows of micro-batch `index` to train on; see `Supervise`."""
         run, teacher_rows, statistics = self._run, self._teacher_parts[index], None
         if run.selector.required_statistics or run.views.is_due(self._step):
             statistics = run.teacher.statistics(
@@ -158,21 +159,22 @@ class SelectedWhileTraining:
         mask = selection.selection_mask
         return MicroBatchRows(rows_mask(micro_batch, mask), teacher_rows[mask], selection.row_weights[mask])
 
+    @cached_property
     def statistics(self) -> TokenStatistics | None:
-        """Returns those of the replica after the pass; None where nothing asked for them."""
+        """The replica's statistics, once the pass is over; None if nothing needs them."""
         return TokenStatistics.concatenate(self._statistics) if self._statistics else None
 
     def finish(self, index: TokenIndex) -> tuple[TokenSelection, Calibration | None]:
-        """Returns the replica's selection with metrics, and what the next step may reuse.
+        """Returns the replica's selection with metrics, and the calibration for the next step.
 
-        Call it after the pass. Under thresholds "last_step" the exact selection is made as well, after the fact: it
-        gives the next step's thresholds, and tells how far this step's choice was off. Collectives: `Selector`'s.
+        Call it after the pass. With thresholds "last_step" it also makes the exact selection, which gives the next
+        step's thresholds and shows how far off this step's selection was. Collectives are those of `Selector`.
 
         Args:
             index: of the replica's rows.
         """
         selector, group = self._run.selector, self._run.student.groups.dp_group
-        statistics = self.statistics()
+        statistics = self.statistics
         mask = torch.cat([selection.selection_mask for selection in self._selections])
         weights = torch.cat([selection.row_weights for selection in self._selections])
         metrics, calibration = selector.describe(statistics, index, mask, dp_group=group), None
@@ -190,7 +192,7 @@ class SelectedWhileTraining:
 
 
 def rows_mask(micro_batch: MicroBatch, row_is_selected: Tensor) -> Tensor:
-    """`[b, s]` bool: the micro-batch's `loss_mask` without the rows that were not selected."""
+    """Returns the micro-batch's `loss_mask` without the rows that were not selected: `[b, s]` bool."""
     mask = micro_batch.loss_mask.clone()
     mask[micro_batch.loss_mask] = row_is_selected
     return mask

@@ -1,4 +1,4 @@
-"""Tokens per second of each phase, and the share of the devices' peak that the model's own operations make up."""
+"""Tokens per second of each phase, and model FLOPs utilisation."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,15 +12,15 @@ from megatron_tip.parallel.distributed import Worker
 from megatron_tip.planning.plan import RunPlan
 
 PEAK_TFLOPS = {"B200": 2250.0, "H200": 989.0, "H100": 989.0, "H800": 989.0, "A100": 312.0, "A800": 312.0}
-"""Dense bfloat16 TFLOP/s by a part of the GPU's name: SXM boards, NVIDIA's data sheets, without sparsity."""
+"""Part of the GPU's name -> peak bfloat16 TFLOP/s without sparsity, from NVIDIA's data sheets of the SXM boards."""
 
 
 @dataclass(frozen=True)
 class Throughput:
-    """What a step's counts and seconds say about speed.
+    """Throughput metrics from the counts and durations of a step.
 
-    `teacher`: None where it is behind servers, whose work is not counted.
-    `peak_tflops`: of one worker's device; 0 where it is not known, and utilisation is left out.
+    `teacher`: None if it is behind servers, whose work is not counted. `peak_tflops`: of one worker's device; 0 if
+    unknown, which leaves out utilisation.
     """
 
     student: ModelArchitecture
@@ -30,7 +30,7 @@ class Throughput:
 
     @classmethod
     def of_run(cls, config: Config, plan: RunPlan, worker: Worker) -> "Throughput":
-        """Returns that of a planned run on the devices of its workers."""
+        """Returns the `Throughput` of a planned run on its workers' devices."""
         return cls(
             plan.student.architecture,
             plan.teacher.architecture if plan.teacher else None,
@@ -39,13 +39,14 @@ class Throughput:
         )
 
     def metrics(self, step: Mapping[str, float]) -> dict[str, float]:
-        """Returns `perf/...` of a step's metrics:
+        """Returns the `perf/...` metrics of a step from its other metrics:
 
-        - `<phase>_tokens_per_second`: rollout: generated; teacher, score: prompts and responses, padding not counted;
-          train: those left by the cut behind the selection; `step`: generated, over the whole step's seconds;
-        - `<phase>_tflops_per_rank` of teacher, score and train: the operations that the mathematics needs, whatever
-          was recomputed. Train counts three forward passes of the layers, and of the heads on the selected rows alone;
-        - `<phase>_mfu`: those over `peak_tflops`.
+        - `<phase>_tokens_per_second`: for rollout, generated tokens; for teacher and score, prompt and response tokens
+          without padding; for train, those left after the cut to the selection; for `step`, generated tokens over the
+          duration of the whole step, held-out measurement excluded;
+        - `<phase>_tflops_per_rank` of teacher, score and train: model FLOPs, recomputation not counted. Train counts
+          three forward passes of the student's layers, and the heads on selected rows only;
+        - `<phase>_mfu`: `<phase>_tflops_per_rank` over `peak_tflops`.
         """
         seconds = {phase: step.get(f"time/{phase}_seconds", 0.0) for phase in ("rollout", "teacher", "score", "train")}
         tokens = {
@@ -90,7 +91,7 @@ class Throughput:
 
 
 def peak_tflops_of(device: torch.device) -> float:
-    """Returns the dense bfloat16 peak of `device` by its name, 0 if it is not in the table."""
+    """Returns the peak of `device` in PEAK_TFLOPS, or 0 if its name is not there."""
     if device.type != "cuda":
         return 0.0
     name = torch.cuda.get_device_name(device)

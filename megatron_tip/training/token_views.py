@@ -1,4 +1,4 @@
-"""A sample of a step's tokens for a person to look at, brought from the last stage to the first process."""
+"""Views: samples of a step's tokens for people to inspect, sent from the last stage to rank 0."""
 
 from dataclasses import dataclass, field
 
@@ -17,8 +17,9 @@ from megatron_tip.training.view_table import view_table
 
 @dataclass
 class TokenViews:
-    """Takes a view of every `tracking.view_every_steps`-th step. `latest`: that of the last step, where one was taken,
-    in the first process.
+    """Views of every `tracking.view_every_steps`-th step.
+
+    `latest`: the last step's view on rank 0; None elsewhere, and if that step has none.
     """
 
     config: Config
@@ -27,21 +28,22 @@ class TokenViews:
     latest: TokenTable | None = field(default=None, init=False)
 
     def is_due(self, step: int) -> bool:
-        """Whether `step` is viewed; its tokens are then scored whatever the rule needs."""
+        """Returns whether `step` has a view; its tokens are then scored even if the rule does not need it."""
         every = self.config.tracking.view_every_steps
         return every > 0 and step % every == 0
 
     def shows_support(self, step: int) -> bool:
-        """Whether this rank's replica is to keep the top-K of its tokens for the view of `step`."""
+        """Returns whether this rank's replica must keep the top-K of its tokens for the view of `step`."""
         return self.is_due(step) and self.groups.dp_rank == 0
 
     def capture(
         self, step: int, batch: StepBatch, statistics: TokenStatistics | None, selection: TokenSelection | None
     ) -> None:
-        """Takes the view of replica 0, if it is due at `step`. Collective over the world: `run_on`.
+        """Takes a view of replica 0 if one is due at `step`. Collective over the world, through `run_on`.
 
         Args:
-            batch: before the cut. statistics, selection: this replica's, on the last stage; None elsewhere.
+            batch: the uncut batch.
+            statistics, selection: this replica's, on the last stage; None elsewhere.
         """
         self.latest = None
         if not self.is_due(step):

@@ -1,4 +1,4 @@
-"""What a view is made of: each token of some responses with its statistics, score and both models' top-K."""
+"""The table of a view: the tokens of some responses with their statistics, scores and both models' top-K."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -14,7 +14,7 @@ from megatron_tip.records import Rollout, TokenIndex, TokenSelection
 from megatron_tip.selection.metrics import QUADRANT_DIVERGENCES
 from megatron_tip.statistics import STATISTICS, TokenStatistics
 
-_MOST_PARTS = 6  # tokens that one character can be cut into: 4 bytes, and some slack
+_MOST_PARTS = 6  # tokens that one character can be split into: 4 bytes, and some slack
 _CUT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -27,11 +27,11 @@ def view_table(
     config: Config,
     step: int,
 ) -> TokenTable:
-    """Returns the view of `step`: the first `tracking.view_samples` rollouts of a replica; no collective.
+    """Returns the view of `step`: the first `tracking.view_samples` rollouts of a replica. No collective.
 
     Args:
-        index, statistics, selection: of this replica's rows, with supports where the table is to have them.
-        rollouts: the step's.
+        index, statistics, selection: of this replica's rows. The table has supports if `statistics` has them.
+        rollouts: all rollouts of the step.
     """
     places = index.rollout_index.unique()[: config.tracking.view_samples].tolist()
     columns = _columns(places, index, statistics, selection, rollouts)
@@ -57,7 +57,7 @@ def view_table(
 def _points(
     statistics: TokenStatistics | None, selection: TokenSelection, axis: str, most: int
 ) -> tuple[tuple[float, float, bool], ...]:
-    """Returns entropy, divergence and "supervised" of at most `most` tokens, evenly from all of the replica's."""
+    """Returns (entropy, divergence, is supervised) of at most `most` tokens, evenly spaced over the replica's."""
     if not statistics or not axis:
         return ()
     stride = -(-len(statistics) // most)
@@ -67,9 +67,10 @@ def _points(
 
 
 def token_texts(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Returns the text of each token; a character cut into several stands at its last one, the others are "".
+    """Returns the text of each token.
 
-    Joined, they are the response's text as far as the tokenizer decodes token by token.
+    A character split over several tokens is the text of the last; the others are "". The joined texts are the
+    response's text, as far as the tokenizer decodes token by token.
     """
     texts: list[str] = []
     place = 0
@@ -93,7 +94,7 @@ def _columns(
     selection: TokenSelection,
     rollouts: Sequence[Rollout],
 ) -> dict[str, Any]:
-    """Returns the columns of all tokens of the rollouts at `places`, null where a token is no row."""
+    """Returns the columns of all tokens of the rollouts at `places`; null for tokens that are not rows."""
     lengths = [len(rollouts[place].response_ids) for place in places]
     starts = dict(zip(places, np.cumsum([0, *lengths])[:-1].tolist(), strict=True))
     num_tokens = sum(lengths)
@@ -131,7 +132,7 @@ def _columns(
 def _supports(
     statistics: TokenStatistics, rows: list[int], where: np.ndarray, num_tokens: int
 ) -> Iterable[tuple[str, pa.Array]]:
-    """The top-K columns as lists, empty where a token is no row."""
+    """Yields the top-K columns by name: lists, empty for tokens that are not rows."""
     for model in ("student", "teacher"):
         for name, dtype in ((f"{model}_support_ids", np.int32), (f"{model}_support_logprobs", np.float16)):
             values = getattr(statistics, name)

@@ -1,4 +1,4 @@
-"""New weights to whoever generates, and the proof that they arrived."""
+"""The sync of new weights to the engine, and its verification."""
 
 import logging
 from functools import partial
@@ -7,9 +7,9 @@ import torch
 
 from megatron_tip.config import Config
 from megatron_tip.conversion.bridge import export_hf
-from megatron_tip.errors import EngineError, MegatronTipError
+from megatron_tip.errors import EngineError
 from megatron_tip.parallel.stop import StopSignals
-from megatron_tip.parallel.together import raise_together
+from megatron_tip.parallel.together import together
 from megatron_tip.rollout.engines import engine_kind
 from megatron_tip.training.probe import probe_ids, probe_logprobs
 from megatron_tip.training.run import RolloutSource, TrainingRun
@@ -18,17 +18,17 @@ logger = logging.getLogger(__name__)
 
 FLOAT32_TOLERANCE = 1e-4
 REDUCED_TOLERANCE = 0.05
-"""Default limits of the mean difference of a probe's logprobs, in nats; the second where bfloat16 takes part."""
+"""Default limits of the mean absolute difference of a probe's logprobs, in nats. REDUCED_TOLERANCE is for bfloat16."""
 
 
 def update_engine(run: TrainingRun, *, weight_version: int, first: bool = False) -> dict[str, float]:
-    """Gives the engine the student's weights, once it has generated what it generates ahead.
+    """Syncs the student's weights to the engine, once it has finished the batch that it generates ahead.
 
-    Returns the metrics of engine and sync, equal on every rank. Collective over the world. Arguments and errors as of
-    `sync_engine`.
+    Returns the metrics of engine and sync, equal on every rank. Collective over the world. For arguments and further
+    errors see `sync_engine`.
 
     Raises:
-        StopRequested: the first process was told to stop while it waited for the batch ahead; on every rank.
+        StopRequested: rank 0 received a stop signal while it waited for that batch; raised on every rank.
     """
     if run.config.rollout.ahead:
         with run.timer.phase("rollout"):
@@ -45,17 +45,16 @@ def _wait(source: RolloutSource, stop: StopSignals) -> None:
 
 
 def sync_engine(run: TrainingRun, *, weight_version: int, first: bool = False) -> dict[str, float]:
-    """Syncs the weights and, where `sync.verify` asks for it, compares the probe's logprobs; returns what it measured.
+    """Syncs the weights, compares the probe's logprobs if `sync.verify` says so, and returns the gap as a metric.
 
-    Servers whose logprobs differ get the weights once more. Collective over the world; the measures are equal on every
-    rank.
+    If logprobs differ, syncs once more. Collective over the world; the metric is equal on every rank.
 
     Args:
         first: whether this is the first sync of this process.
 
     Raises:
-        EngineError: the engine did not take the weights, or logprobs differ after a second sync; on every rank.
-        ServersLostError: no server within the limit; on every rank.
+        EngineError: the engine did not load the weights, or logprobs differ after a second sync; on every rank.
+        ServersLostError: no server was available within the limit; on every rank.
     """
     _sync(run, weight_version)
     verify = run.config.sync.verify
@@ -79,31 +78,28 @@ def sync_engine(run: TrainingRun, *, weight_version: int, first: bool = False) -
 def _sync(run: TrainingRun, weight_version: int) -> None:
     """Streams the student's weights to the engine, one Hugging Face tensor at a time.
 
-    Collective over the tp x pp ranks of replica 0, whose first one has the engine; other replicas hold the same
-    weights. Then every rank learns whether the engine took them: one all-reduce over the world. Engines consume the
-    stream to its end whatever happens, so that a failure of theirs leaves no rank in a collective.
+    Collective over the tp x pp ranks of replica 0, the first of which has the engine; other replicas hold the same
+    weights. One all-reduce over the world then shares the outcome. Engines consume the whole stream even if they fail,
+    so that no rank is left waiting in a collective.
 
     Raises:
-        MegatronTipError: what the engine raised; on every rank.
+        MegatronTipError: the engine's error; raised on every rank.
     """
-    failure = None
-    if run.student.groups.dp_rank == 0:
-        stream = export_hf(run.student.model, run.architecture, run.student.groups)
-        try:
-            if run.source is not None:
-                run.source.engine.update_weights(stream, weight_version)
-            else:
-                for _ in stream:
+    with together(device=run.device):
+        if run.student.groups.dp_rank == 0:
+            stream = export_hf(run.student.model, run.architecture, run.student.groups)
+            try:
+                if run.source is not None:
+                    run.source.engine.update_weights(stream, weight_version)
+            finally:
+                for _ in stream:  # on the other ranks; and after a failure, because the others still send the rest
                     pass
-        except MegatronTipError as error:
-            failure = error
-    raise_together(failure, device=run.device)
 
 
 def probe_gaps(run: TrainingRun, tolerance: float) -> dict[str, float]:
-    """Returns, by server, the mean absolute difference of the probe's logprobs, in nats; equal on every rank.
+    """Returns the mean absolute difference of the probe's logprobs per server, in nats; equal on every rank.
 
-    A server with a gap beyond `tolerance` is not trusted from then on. Collective over the world.
+    A server with a gap above `tolerance` is no longer trusted. Collective over the world.
     """
     vocab_size = run.architecture.vocab_size
     expected = probe_logprobs(run.student, vocab_size, run.device)
@@ -120,12 +116,12 @@ def probe_gaps(run: TrainingRun, tolerance: float) -> dict[str, float]:
 
 
 def is_bad(gaps: dict[str, float], tolerance: float) -> bool:
-    """Returns whether a gap is more than rounding; NaN is within no tolerance."""
+    """Returns whether a gap exceeds `tolerance`; NaN does."""
     return not all(gap <= tolerance for gap in gaps.values())
 
 
 def tolerance_of(config: Config, device: torch.device) -> float:
-    """Returns the largest mean difference that is rounding."""
+    """Returns the largest mean difference that rounding explains, in nats."""
     names = {config.model.dtype, config.rollout.dtype} - {"auto"}
     exact = names == {"float32"} or (not names and device.type == "cpu")
     return config.sync.tolerance or (FLOAT32_TOLERANCE if exact else REDUCED_TOLERANCE)

@@ -1,6 +1,6 @@
 """Exact statistics and losses of two next-token distributions whose vocabulary is sharded over a tensor-parallel group.
 
-The distributions are given as hidden states and LM head shards; their logits exist only for a chunk of rows at a time.
+The inputs are hidden states and LM head shards; logits exist only for one chunk of rows at a time.
 """
 
 from megatron_tip.vocab_parallel.divergence import DIVERGENCES, divergence_loss

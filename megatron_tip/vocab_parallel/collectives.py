@@ -1,4 +1,4 @@
-"""The only places where this package talks to other ranks. `group=None` means "not sharded": nobody to talk to."""
+"""All communication of this package between ranks. `group=None` means "not sharded": no communication."""
 
 import torch
 import torch.distributed as dist
@@ -9,14 +9,14 @@ from megatron_tip.errors import InputError, PeerError
 
 
 def all_reduce_sum(values: Tensor, group: ProcessGroup | None) -> Tensor:
-    """`values` summed over `group`, in place. One all-reduce."""
+    """Sums `values` over `group` in place and returns them. One all-reduce."""
     if group is not None:
         dist.all_reduce(values, group=group)
     return values
 
 
 def all_gather(values: Tensor, group: ProcessGroup | None) -> Tensor:
-    """`[tp, *values.shape]`: `values` of every rank of `group`, in rank order. One all-gather."""
+    """Returns `values` of every rank of `group`, in rank order: `[tp, *values.shape]`. One all-gather."""
     if group is None:
         return values.unsqueeze(0)
     gathered = values.new_empty(group.size(), *values.shape)
@@ -33,11 +33,14 @@ def agree(
     *,
     error: type[InputError] = InputError,
 ) -> None:
-    """Raises on every rank of `group` if any of them has a `problem`, or if they differ in one of the named `sizes`.
+    """Raises on every rank of `group` if any rank has a `problem`, or if ranks differ in one of the named `sizes`.
 
-    `error` where the problem is, PeerError on the others.
+    One all-gather of 8 bytes, plus 8 per size. Without it, ranks would wait for one that rejects its own values.
 
-    One all-gather of 8 bytes, and 8 a size. Without it a rank that stops over its own values leaves the others waiting.
+    Raises:
+        error: this rank has a problem.
+        PeerError: another rank has one.
+        InputError: sizes differ.
     """
     facts = torch.tensor([problem is not None, *sizes.values()], device=device)
     stopped, *columns = all_gather(facts, group).unbind(1)
@@ -45,10 +48,10 @@ def agree(
         raise error(f"{where}: {problem}")
     if stopped.any():
         ranks = stopped.nonzero().flatten().tolist()
-        raise PeerError(f"{where}: ranks {ranks} of tp_group reject their inputs; their own messages say why.")
+        raise PeerError(f"{where}: ranks {ranks} of tp_group reject their inputs; see their own messages.")
     for name, values in zip(sizes, columns, strict=True):
         if (values != values[0]).any():
             raise InputError(
-                f"{where}: expected one number of {name} on all ranks of tp_group, got {values.tolist()}; hidden "
-                "states are the same on all of them, gathered if they were sequence-parallel, and shards are equal."
+                f"{where}: expected the same number of {name} on all ranks of tp_group, got {values.tolist()}; pass "
+                "the same hidden states on all of them (gather sequence-parallel ones) and shards of equal size."
             )

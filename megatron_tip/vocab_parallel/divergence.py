@@ -1,4 +1,4 @@
-"""Divergences between student p and teacher q, both given as hidden states and head shards, as losses."""
+"""Divergence losses between student p and teacher q, both given as hidden states and head shards."""
 
 from torch import Tensor
 
@@ -23,9 +23,9 @@ def divergence_loss(
 ) -> Tensor:
     """Returns the sum over rows of weight x divergence: a float32 scalar, equal on all ranks of the tp group.
 
-    Pass only the rows that are supervised; no other row costs anything then. Gradient: flows to the student's hidden
-    states and head where they require it. That of the hidden states is the *complete* one on every rank of the tp group
-    (already summed over the shards; do not reduce it again), that of the head is this shard's own.
+    Pass only the supervised rows; the others then cost nothing. Gradients flow to the student's hidden states and head
+    if they require them. The gradient of the hidden states is *complete* on every rank of the tp group (already summed
+    over the shards; do not reduce it again); that of the head is this shard's own.
 
     Args:
         student, teacher: each model's hidden states `[n, H]`, the same on all ranks of the tp group, and this rank's
@@ -34,17 +34,18 @@ def divergence_loss(
         divergence: "reverse_kl" KL(p || q) (TIP Eq. 1, TA-OPD Eq. 6); "forward_kl" KL(q || p); "jsd" the generalised
             Jensen-Shannon divergence beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p, with
             forward KL at beta 0 and reverse KL at beta 1; "sampled_token" log p(y) - log q(y) of the label y
-            (TA-OPD after Eq. 6), with the gradient (log p(y) - log q(y)) d log p(y): over y drawn from p at this
-            temperature its mean is the gradient of the reverse KL; that of plain differentiation, d log p(y), is zero.
+            (TA-OPD after Eq. 6), with the gradient (log p(y) - log q(y)) d log p(y). For y drawn from p at this
+            temperature, its mean is the gradient of the reverse KL. Plain differentiation would give d log p(y), whose
+            mean is zero.
         row_weights: `[n]` float32 without gradient; `None`: all 1.
         labels: `[n]` int64 in [0, vocab_size), for "sampled_token".
         jsd_beta: in [0, 1].
 
-    Memory: two float32 logit chunks, the head's gradient in float32, and `[n, H]`; nothing of `[n, V]` outlives its
-    chunk. The backward pass only scales, runs no collective, and can run once.
+    Memory: two float32 logit chunks, the head's gradient in float32, and `[n, H]`; no `[n, V]` values are kept. The
+    backward pass only scales the gradients, has no collective, and can run once.
 
     Raises:
-        InputError: arguments that do not fit together (before the first collective), or logits that are not finite.
+        InputError: arguments do not match (before the first collective), or logits are not finite.
     """
     if divergence not in DIVERGENCES:
         raise InputError(f"divergence_loss: expected divergence in {', '.join(DIVERGENCES)}, got {divergence!r}.")
@@ -62,6 +63,6 @@ def _row_function(divergence: str, labels: Tensor | None, jsd_beta: float) -> Ro
         return lambda chunk: row_functions.sampled_token(chunk, labels[chunk.rows])
     if divergence == "jsd" and 0 < jsd_beta < 1:
         return lambda chunk: row_functions.jsd(chunk, beta=jsd_beta)
-    # At its ends the generalised JSD is taken for the divergence that it tends to, divided by its vanishing weight.
+    # At beta 0 and 1, the generalised JSD stands for its limit after division by the vanishing weight.
     is_reverse = divergence == "reverse_kl" or (divergence == "jsd" and jsd_beta == 1)
     return row_functions.reverse_kl if is_reverse else row_functions.forward_kl

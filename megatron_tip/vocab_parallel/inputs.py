@@ -1,4 +1,4 @@
-"""What the functions of this package accept: one or two models' hidden states and head shards that fit together."""
+"""The checked inputs of this package: matching hidden states and head shards of one or two models."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,10 +28,10 @@ class Model:
 
     @classmethod
     def checked(cls, name: str, hidden: Tensor, head: Tensor) -> "Model":
-        """Returns the model; raises InputError for tensors that do not fit each other."""
+        """Returns the model; raises InputError if the tensors do not match."""
         if hidden.dim() != 2 or head.dim() != 2 or hidden.shape[1] != head.shape[1]:
             raise InputError(
-                f"expected {name}_hidden [n, H] and {name}_head [V_padded / tp, H] with one H, got "
+                f"expected {name}_hidden [n, H] and {name}_head [V_padded / tp, H] with the same H, got "
                 f"{list(hidden.shape)} and {list(head.shape)}."
             )
         if hidden.dtype != head.dtype or hidden.dtype not in FLOAT_DTYPES:
@@ -48,9 +48,9 @@ class Model:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Arguments that fit together, the same on all ranks of the partition's group but for the head shards.
+    """Arguments that match each other and, except for the head shards, are the same on all ranks of the group.
 
-    `models`: the student, and the teacher where its hidden states are known. `chunk_rows`: as chosen.
+    `models`: the student, and the teacher if its hidden states are known. `chunk_rows`: rows per chunk.
     """
 
     where: str
@@ -72,7 +72,7 @@ class Inputs:
         return model.head[: self.partition.num_local]
 
     def chunks(self) -> Iterator[Chunk]:
-        """Yields all rows, chunk by chunk, each in the memory of the one before. No rows make one empty chunk."""
+        """Yields all rows in chunks that reuse the same memory. Without rows, yields one empty chunk."""
         buffers = tuple(
             LogitBuffer(self.local_head(model), self.chunk_rows, self.vocabulary.temperature) for model in self.models
         )
@@ -83,12 +83,12 @@ class Inputs:
             yield Chunk(rows, logits, buffers, blocks, self.partition)
 
     def check_finite(self, values: Tensor) -> None:
-        """Raises NotFiniteError if `values`, the same on all ranks, show that a rank's logits are not finite."""
+        """Raises NotFiniteError if `values`, which are equal on all ranks, are not finite."""
         if not values.isfinite().all():
             rows = (~values.isfinite()).nonzero()[:8, 0].tolist()
             raise NotFiniteError(
                 f"{self.where}: expected finite logits, got NaN or inf in rows {rows} (first 8): a head is not "
-                "finite on some rank of tp_group, or its logits overflow."
+                "finite on some rank of tp_group, or logits overflow."
             )
 
 
@@ -100,11 +100,18 @@ def checked_inputs(
     labels: Tensor | None = None,
     row_weights: Tensor | None = None,
 ) -> Inputs:
-    """Returns the arguments of function `where` as `Inputs`; `models`: the student, or student and teacher.
+    """Checks the arguments of function `where` and returns them as `Inputs`.
 
-    Shapes, dtypes and settings, which all ranks share, are checked before the first collective; values, which a fault
-    may have changed on one rank, after an exchange that lets all ranks stop together (one all-gather of 40 bytes).
-    Raises InputError.
+    Shapes, dtypes and settings, which all ranks share, are checked before the first collective. Values may be wrong on
+    one rank only, so one all-gather of 40 bytes shares the result of their check.
+
+    Args:
+        models: the student, or student and teacher.
+
+    Raises:
+        InputError: arguments do not match or are invalid.
+        NotFiniteError: hidden states or weights on this rank are not finite.
+        PeerError: another rank found an error in its values.
     """
     try:
         checked = tuple(Model.checked(name, *pair) for name, pair in zip(("student", "teacher"), models, strict=False))
@@ -118,13 +125,13 @@ def checked_inputs(
     not_finite = _not_finite(checked, row_weights)
     problem = not_finite or _problem_with_labels(labels, partition.vocab_size)
     error = NotFiniteError if not_finite else InputError
-    sizes = {"rows": n, "rows a chunk": chunk_rows, **partition.sizes}
+    sizes = {"rows": n, "rows per chunk": chunk_rows, **partition.sizes}
     agree(where, problem, sizes, inputs.device, vocabulary.tp_group, error=error)
     return inputs
 
 
 def _check_fit(models: Sequence[Model], labels: Tensor | None, row_weights: Tensor | None) -> None:
-    """Raises InputError for shapes and devices that do not fit the student's."""
+    """Raises InputError for shapes and devices that do not match the student's."""
     student, *others = models
     n, shard_size, device = student.hidden.shape[0], student.head.shape[0], student.hidden.device
     for teacher in others:
@@ -133,7 +140,7 @@ def _check_fit(models: Sequence[Model], labels: Tensor | None, row_weights: Tens
         if teacher.head.shape[0] != shard_size:
             raise InputError(
                 f"expected teacher_head with the student's {shard_size} rows, got {teacher.head.shape[0]}; pad both "
-                "heads to one size and shard them over tp_group alike."
+                "heads to the same size and shard both over tp_group."
             )
         if teacher.hidden.device != device:
             raise InputError(f"expected the teacher on the student's device {device}, got {teacher.hidden.device}.")
@@ -149,7 +156,7 @@ def _check_fit(models: Sequence[Model], labels: Tensor | None, row_weights: Tens
 
 
 def _not_finite(models: Sequence[Model], row_weights: Tensor | None) -> str | None:
-    """Returns which values on this rank are not finite, or None."""
+    """Returns a message if values on this rank are not finite, or None."""
     for model in models:
         if not model.hidden.isfinite().all():
             return f"expected finite {model.name}_hidden, got NaN or inf."

@@ -1,8 +1,8 @@
-"""Arithmetic on one rank's logits: no collective, no loop over rows, plain tensors in and out.
+"""Arithmetic on one rank's logits: plain tensors in and out, no collectives, no loops over rows.
 
-`z_s`, `z_t`: `[r, v]` float32 logits of student and teacher over the ids that this rank owns. Sums are taken in this
-rank's *frame*: x = z - maximum over its ids, e = exp(x), d = x_s - x_t. softmax_normaliser.py brings the frames of all
-ranks together. Scratch tensors are memory of a block's shape, or None to allocate it.
+`z_s`, `z_t`: `[r, v]` float32 logits of student and teacher over the ids that this rank owns. Sums are in this rank's
+*frame*: x = z - maximum over its ids, e = exp(x), d = x_s - x_t. softmax_normaliser.py combines the frames of all
+ranks. Scratch tensors have a block's shape; None allocates new memory.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from megatron_tip.vocab_parallel.topk import group_maxima
 
 Scratch = Sequence[Tensor | None]
 
-# The maximum of a shard without real ids: below every logit, yet finite, so that no inf - inf arises.
+# The maximum of a shard without real ids: below every logit, but finite to avoid inf - inf.
 _NO_MAXIMUM = -1e30
 
 
@@ -28,7 +28,7 @@ def _sum(values: Tensor) -> Tensor:
 
 
 def statistics_sums(z_s: Tensor, z_t: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor, Tensor]:
-    """`[r, 8]`: maxima, Σe_s, Σe_t, Σe_s x_s, Σe_t x_t, Σe_s d, Σe_t d; and the group maxima of both for the top-K."""
+    """Returns `[r, 8]` maxima, Σe_s, Σe_t, Σe_s x_s, Σe_t x_t, Σe_s d, Σe_t d; and both group maxima for the top-K."""
     groups_s, groups_t = group_maxima(z_s), group_maxima(z_t)
     max_s, max_t = _maximum(groups_s), _maximum(groups_t)
     x_s, x_t = torch.sub(z_s, max_s, out=scratch[0]), torch.sub(z_t, max_t, out=scratch[1])
@@ -43,7 +43,7 @@ def statistics_sums(z_s: Tensor, z_t: Tensor, scratch: Scratch) -> tuple[Tensor,
 
 
 def partition_sums(*models_and_scratch: Any) -> tuple[Tensor]:
-    """`[r, 2 m]` maxima and Σe of m models' logits, maxima first. Leaves the logits as they are."""
+    """Returns `[r, 2 m]` maxima and Σe of m models' logits, maxima first. Does not change the logits."""
     *models, scratch = models_and_scratch
     maxima = [_maximum(z) for z in models]
     sums = [_sum(torch.sub(z, m, out=scratch[0]).exp_()) for z, m in zip(models, maxima, strict=True)]
@@ -51,7 +51,7 @@ def partition_sums(*models_and_scratch: Any) -> tuple[Tensor]:
 
 
 def entropy_and_topk_sums(z: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
-    """`[r, 3]`: maximum, Σe, Σe x; and the group maxima for the top-K. Leaves z as it is."""
+    """Returns `[r, 3]` maximum, Σe, Σe x; and the group maxima for the top-K. Does not change z."""
     groups = group_maxima(z)
     maximum = _maximum(groups)
     x = torch.sub(z, maximum, out=scratch[0])
@@ -60,7 +60,7 @@ def entropy_and_topk_sums(z: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
 
 
 def reverse_kl_sums(z_s: Tensor, z_t: Tensor, scratch: Scratch) -> tuple[Tensor]:
-    """`[r, 5]`: maxima, Σe_s, Σe_t, Σe_s d. Turns z_s into e_s and z_t into d."""
+    """Returns `[r, 5]` maxima, Σe_s, Σe_t, Σe_s d. Turns z_s into e_s and z_t into d."""
     max_s, max_t = _maximum(z_s), _maximum(z_t)
     z_s.sub_(max_s)
     z_t.sub_(max_t)
@@ -71,7 +71,7 @@ def reverse_kl_sums(z_s: Tensor, z_t: Tensor, scratch: Scratch) -> tuple[Tensor]
 
 
 def forward_kl_sums(z_s: Tensor, z_t: Tensor, scratch: Scratch) -> tuple[Tensor]:
-    """`[r, 5]`: maxima, Σe_s, Σe_t, Σe_t d. Turns z_s into e_s and z_t into e_t."""
+    """Returns `[r, 5]` maxima, Σe_s, Σe_t, Σe_t d. Turns z_s into e_s and z_t into e_t."""
     max_s, max_t = _maximum(z_s), _maximum(z_t)
     z_s.sub_(max_s)
     z_t.sub_(max_t)
@@ -81,13 +81,15 @@ def forward_kl_sums(z_s: Tensor, z_t: Tensor, scratch: Scratch) -> tuple[Tensor]
 
 
 def jsd_sums(z_s: Tensor, z_t: Tensor, offsets: Tensor, mix: Tensor, scratch: Scratch) -> tuple[Tensor]:
-    """`[r, 2]` this rank's part of KL(p || m) and KL(q || m), m = βq + (1 - β)p. Turns z_s into p, z_t into ln(p / m).
+    """Returns `[r, 2]`, this rank's part of KL(p || m) and KL(q || m), m = βq + (1 - β)p.
+
+    Turns z_s into p and z_t into ln(p / m).
 
     `offsets`: `[r, 4]` maxima and lse of both models. `mix`: `[r, 2]`, 1 - β and β.
     """
     log_p = z_s.sub_(offsets[:, 0:1]).sub_(offsets[:, 2:3])
     log_ratio = z_t.sub_(offsets[:, 1:2]).sub_(offsets[:, 3:4]).sub_(log_p)  # ln(q / p)
-    # ln(m / p) = ln((1 - β) + β q/p), by way of the smaller of q/p and p/q: exact where p = q, and never an overflow.
+    # ln(m / p) = ln((1 - β) + β q/p), computed from the smaller of q/p and p/q: exact for p = q, and cannot overflow.
     weight = torch.where(log_ratio > 0, mix[:, 0:1], mix[:, 1:2], out=scratch[1])
     log_m = torch.abs(log_ratio, out=scratch[0]).neg_().expm1_().mul_(weight).log1p_()
     log_m.add_(torch.clamp(log_ratio, min=0, out=scratch[1]))
@@ -100,7 +102,7 @@ def jsd_sums(z_s: Tensor, z_t: Tensor, offsets: Tensor, mix: Tensor, scratch: Sc
 
 def product_gradient(a: Tensor, b: Tensor, rows: Tensor, scratch: Scratch) -> tuple[()]:
     """Turns `a` into scale x a x (b + shift), with `rows` `[r, 2]`: shift, scale."""
-    # In scratch and not in b, which would have to go back to main memory.
+    # In scratch rather than in b, which would have to be written back to main memory.
     a.mul_(torch.add(b, rows[:, :1], out=scratch[0]).mul_(rows[:, 1:]))
     return ()
 
@@ -112,6 +114,6 @@ def scaled_probabilities(z_s: Tensor, rows: Tensor, scratch: Scratch) -> tuple[(
 
 
 def difference_gradient(a: Tensor, b: Tensor, rows: Tensor, scratch: Scratch) -> tuple[()]:
-    """Turns `a` into a x (first of `rows`) - b x (second)."""
+    """Turns `a` into a x first - b x second, with `rows` `[r, 2]`: first, second."""
     a.mul_(rows[:, :1]).sub_(torch.mul(b, rows[:, 1:], out=scratch[0]))
     return ()

@@ -1,4 +1,4 @@
-"""The weighted sum of a divergence over rows, with its gradients made in the forward pass."""
+"""The weighted sum of a divergence over rows, with gradients computed in the forward pass."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +21,7 @@ def weighted_sum(
 ) -> Tensor:
     """Returns the sum over rows of weight x value of `row_function`, differentiable with respect to `student`.
 
-    A float32 scalar, equal on all ranks. `row_weights`: `[n]`, without gradient; `None`: all 1.
+    The result is a float32 scalar, equal on all ranks. `row_weights`: `[n]`, without gradient; `None`: all 1.
     """
     wanted = [torch.is_grad_enabled() and tensor.requires_grad for tensor in student]
     return _WeightedSum.apply(*student, inputs, row_weights, row_function, *wanted)
@@ -53,9 +53,9 @@ class _WeightedSum(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         if ctx.grads is None:
             raise RuntimeError(
-                f"{ctx.where}: backward ran a second time, but the first handed its gradients over; make a new loss."
+                f"{ctx.where}: backward ran a second time, but the first freed the gradients; compute the loss again."
             )
-        # Without a reference of ours, autograd takes the tensors as they are instead of copying them.
+        # Autograd copies the tensors if we keep a reference.
         grads, ctx.grads = ctx.grads, None
         return *(None if grad is None else grad.mul_(grad_outputs[0]) for grad in grads), *[None] * 5
 

@@ -1,4 +1,4 @@
-"""Which rank of a tensor-parallel group owns which part of the vocabulary."""
+"""The partition of the vocabulary over the ranks of a tensor-parallel group."""
 
 from dataclasses import dataclass
 
@@ -10,9 +10,10 @@ from megatron_tip.errors import InputError
 
 
 def padded_vocab_size(vocab_size: int, tp_size: int, multiple_of: int = 1) -> int:
-    """The smallest size from `vocab_size` up that splits into `tp_size` equal shards, each a multiple of `multiple_of`.
+    """Returns the smallest size >= `vocab_size` that gives `tp_size` equal shards, each a multiple of `multiple_of`.
 
-    Raises InputError for a size, tp size or multiple below 1.
+    Raises:
+        InputError: an argument is below 1.
     """
     for name, value in (("vocab_size", vocab_size), ("tp_size", tp_size), ("multiple_of", multiple_of)):
         if value < 1:
@@ -23,11 +24,11 @@ def padded_vocab_size(vocab_size: int, tp_size: int, multiple_of: int = 1) -> in
 
 @dataclass(frozen=True)
 class VocabPartition:
-    """The token ids that this rank owns: half-open, the ranks of `group` hold equal shards of the padded vocabulary.
+    """The token ids that this rank owns. The ranks of `group` hold equal shards of the padded vocabulary.
 
-    `vocab_start_index` and `vocab_end_index` bound the *real* ids of this rank. Ids from `vocab_size` up to
-    `padded_vocab_size` are padding, belong to nobody and have probability zero, so a rank's range may be shorter than
-    its shard, or empty. `group=None`: the vocabulary is not sharded.
+    This rank's *real* ids are the half-open range from `vocab_start_index` to `vocab_end_index`. Ids from `vocab_size`
+    up to `padded_vocab_size` are padding: no rank owns them, and their probability is zero. A rank's range may
+    therefore be shorter than its shard, or empty. `group=None`: the vocabulary is not sharded.
     """
 
     vocab_size: int
@@ -38,16 +39,19 @@ class VocabPartition:
 
     @classmethod
     def of_shard(cls, shard_size: int, vocab_size: int | None, group: ProcessGroup | None) -> "VocabPartition":
-        """The partition in which this rank of `group` holds `shard_size` rows; `vocab_size=None` means no padding.
+        """Returns the partition in which each rank of `group` holds `shard_size` rows. No collective.
 
-        Raises InputError if `vocab_size` does not lie in [1, shard_size x tp size]. No collective.
+        `vocab_size=None` means no padding.
+
+        Raises:
+            InputError: `vocab_size` is not in [1, shard_size x tp size].
         """
         tp_size, tp_rank = (1, 0) if group is None else (group.size(), group.rank())
         padded = shard_size * tp_size
         vocab_size = padded if vocab_size is None else vocab_size
         if not 1 <= vocab_size <= padded:
             raise InputError(
-                f"expected vocab_size of 1 to {padded} ({shard_size} rows a shard x tp size {tp_size}), got "
+                f"expected vocab_size of 1 to {padded} ({shard_size} rows per shard x tp size {tp_size}), got "
                 f"{vocab_size}; pass the unpadded size, and this rank's own shard."
             )
         start = min(tp_rank * shard_size, vocab_size)
@@ -60,7 +64,7 @@ class VocabPartition:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """What all ranks of the group must agree on, by the names that messages use."""
+        """The sizes that all ranks of the group must agree on, by their names in messages."""
         return {"real ids": self.vocab_size, "ids with padding": self.padded_vocab_size}
 
     @property
@@ -69,14 +73,14 @@ class VocabPartition:
         return 0 if self.group is None else self.group.rank()
 
     def owned(self, values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """`[c, k]` entries of `values` `[c, num_local]` at global `ids`, zero where not owned; and which are."""
+        """Returns `[c, k]` entries of `values` `[c, num_local]` at global `ids`, zero if not owned, and which are."""
         columns, is_owned = self._columns(ids)
         if self.num_local == 0:
             return values.new_zeros(ids.shape), is_owned
         return torch.where(is_owned, values.gather(1, columns), 0.0), is_owned
 
     def add_owned(self, values: Tensor, ids: Tensor, addend: Tensor) -> None:
-        """Adds `[c, k]` `addend` to `values` `[c, num_local]` at those global `ids` that this rank owns, in place."""
+        """Adds `[c, k]` `addend` in place to `values` `[c, num_local]` at the global `ids` that this rank owns."""
         columns, is_owned = self._columns(ids)
         if self.num_local:
             values.scatter_add_(1, columns, torch.where(is_owned, addend, 0.0))

@@ -1,4 +1,4 @@
-"""The matrix products of a chunk of rows with an output layer: its logits, and the gradients behind theirs.
+"""The matrix products of a chunk of rows with an output layer: the logits, and their gradients passed back.
 
 `hidden`: `[c, H]`, `head`: `[v, H]`, `grad_logits`: `[c, v]`, all of one dtype on one device.
 """
@@ -8,12 +8,12 @@ from torch import Tensor
 
 from megatron_tip.cpu.onednn import is_for_onednn, onednn_linear
 
-# Rows of the head whose product is made at a time where it cannot be made in the memory that it is to lie in.
+# Rows of the head per product, if the product cannot be written directly to its destination.
 _HEAD_SLICE = 2048
 
 
 def logits_into(out: Tensor, hidden: Tensor, head: Tensor, scale: float) -> None:
-    """Writes scale x hidden headᵀ into `[c, v]` `out`, of the same dtype."""
+    """Writes scale x hidden headᵀ to `[c, v]` `out`, which has the same dtype."""
     if not is_for_onednn(hidden, head):
         out.addmm_(hidden, head.T, beta=0, alpha=scale)
         return
@@ -22,7 +22,7 @@ def logits_into(out: Tensor, hidden: Tensor, head: Tensor, scale: float) -> None
 
 
 def hidden_gradient(grad_logits: Tensor, head: Tensor) -> Tensor:
-    """`[c, H]` grad_logits head."""
+    """Returns grad_logits head: `[c, H]`."""
     return onednn_linear(grad_logits, head.T) if is_for_onednn(grad_logits, head) else grad_logits @ head
 
 
@@ -31,7 +31,7 @@ def add_head_gradient(grad_head: Tensor, grad_logits: Tensor, hidden: Tensor, *,
     if hidden.dtype == torch.float32:
         grad_head.addmm_(grad_logits.T, hidden, beta=0 if first else 1)
         return
-    # A product of lower precision, as large as the head, is made and added slice by slice.
+    # The product has lower precision and the head's size, so it is computed and added in slices.
     for rows_of_head, columns in zip(grad_head.split(_HEAD_SLICE), grad_logits.split(_HEAD_SLICE, 1), strict=True):
         product = columns.T @ hidden
         rows_of_head.copy_(product) if first else rows_of_head.add_(product)

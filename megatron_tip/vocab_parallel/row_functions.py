@@ -1,6 +1,6 @@
-"""One function per quantity: `[c]` values on all ranks, and the gradient with respect to this rank's logits.
+"""Divergences per row: `[c]` values on all ranks, and the gradient with respect to this rank's logits.
 
-Each overwrites the chunk's logits and returns `RowValues`. p is the student's distribution, q the teacher's.
+Each function overwrites the chunk's logits and returns `RowValues`. p is the student's distribution, q the teacher's.
 """
 
 from collections.abc import Callable
@@ -17,9 +17,10 @@ from megatron_tip.vocab_parallel.softmax_normaliser import SoftmaxNormaliser
 
 @dataclass(frozen=True)
 class RowValues:
-    """`values`: `[c]`, equal on all ranks. `gradient(weights)`: `[c, v]`, `[c]` weights x d value / d logits of p.
+    """The values of a chunk's rows and their gradient.
 
-    The gradient is written into the memory of the logits; take it at most once.
+    `values`: `[c]`, equal on all ranks. `gradient(weights)`: `[c, v]`, `[c]` weights x d value / d logits of p. It
+    overwrites the logits; call it at most once.
     """
 
     values: Tensor
@@ -70,7 +71,7 @@ def jsd(chunk: Chunk, *, beta: float) -> RowValues:
 
 
 def jsd_of_normalised(chunk: Chunk, normaliser: SoftmaxNormaliser, *, beta: float) -> RowValues:
-    """Returns what `jsd` does, for logits whose normaliser is known. One all-reduce."""
+    """Returns the same as `jsd` for logits whose normaliser is known. One all-reduce."""
     (z_s, z_t), rank = chunk.logits, chunk.partition.rank
     offsets = torch.cat([normaliser.maxima[rank], normaliser.lse[rank]], 1)
     mix = offsets.new_tensor([1 - beta, beta]).expand(len(z_s), 2)
@@ -87,9 +88,9 @@ def jsd_of_normalised(chunk: Chunk, normaliser: SoftmaxNormaliser, *, beta: floa
 def sampled_token(chunk: Chunk, labels: Tensor, teacher_logprobs: Tensor | None = None) -> RowValues:
     """Returns ln p(y) - ln q(y) of the `[c]` labels y; TA-OPD, after Eq. 6. One all-gather.
 
-    `teacher_logprobs`: `[c]` ln q(y), where the chunk is the student's alone.
+    `teacher_logprobs`: `[c]` ln q(y), if the chunk has only the student's logits.
 
-    Gradient (ln p(y) - ln q(y)) d ln p(y): over y drawn from p its mean is the gradient of KL(p || q). Differentiating
+    Gradient (ln p(y) - ln q(y)) d ln p(y): for y drawn from p, its mean is the gradient of KL(p || q). Differentiating
     the value itself would give d ln p(y), whose mean is zero.
     """
     m, z_s, partition = len(chunk.logits), chunk.logits[0], chunk.partition

@@ -15,7 +15,7 @@ from megatron_tip.vocab_parallel.topk import exchange_topk
 from megatron_tip.vocab_parallel.vocabulary import ShardedVocabulary
 
 FULL_STATISTICS = frozenset(name for name, statistic in STATISTICS.items() if statistic.needs != "top_k_alone")
-"""What a teacher gives whose whole distribution is known."""
+"""The statistics available from a teacher whose whole distribution is known."""
 
 
 @torch.no_grad()
@@ -34,17 +34,17 @@ def token_statistics(
     Args:
         student, teacher: each model's hidden states `[n, H]` in float32, bfloat16 or float16, the same on all ranks of
             the tp group, and this rank's rows of its output layer, `[V_padded / tp, H]`, in the same dtype. The models'
-            H may differ. Sequence-parallel hidden states are gathered before.
+            H may differ. Gather sequence-parallel hidden states first.
         vocabulary: the real ids, the temperature of both models, and the tp group.
-        labels: `[n]` int64 in [0, vocab_size): the sampled tokens, whose logprobs are then returned.
-        support_size: K of the top-K sets; a K above the vocabulary means the whole vocabulary.
+        labels: `[n]` int64 in [0, vocab_size): the sampled tokens; their logprobs are then returned.
+        support_size: K of the top-K sets, at most the vocabulary size.
         with_jsd, with_support: also return the JSD, and the top-K ids with their own model's logprobs.
 
-    Collectives: 1 all-gather and 1 all-reduce per chunk, 1 all-reduce more with `with_jsd`; 1 all-gather of 40 bytes
-    per call. No rows make one empty chunk. Arithmetic on logits is float32.
+    Collectives: 1 all-gather and 1 all-reduce per chunk, 1 more all-reduce with `with_jsd`; 1 all-gather of 40 bytes
+    per call. Without rows there is one empty chunk. Arithmetic on logits is float32.
 
     Raises:
-        InputError: arguments that do not fit together, or logits that are not finite; the same on all ranks.
+        InputError: arguments do not match, or logits are not finite; on all ranks.
     """
     if support_size < 1:
         raise InputError(f"token_statistics: expected support_size of at least 1, got {support_size}.")
@@ -71,7 +71,7 @@ def _chunk_statistics(
     maxima, (sum_s, sum_t, sum_s_x, sum_t_x, sum_s_d, sum_t_d) = sums[..., :2], sums[..., 2:].unbind(-1)
     normaliser = SoftmaxNormaliser.of(maxima, sums[..., 2:4])
 
-    # What only the owner of an id can tell: each model's logprob on the other's support, and both on the label.
+    # Known only to the owner of an id: each model's logprob on the other's support, and both on the label.
     questions = [(0, ids_t), (1, ids_s)]
     if labels is not None:
         questions += [(model, labels.unsqueeze(1)) for model in (0, 1)]
@@ -92,7 +92,7 @@ def _chunk_statistics(
     if with_jsd:
         asked["jsd"] = jsd_of_normalised(chunk, normaliser, beta=0.5).values.clamp(min=0)
     shift = normaliser.log_ratio_shift
-    # Rounding can put a nearly zero entropy or divergence a hair below zero.
+    # Rounding can make a nearly zero entropy or divergence slightly negative.
     return TokenStatistics(
         student_entropy=-normaliser.expectation(0, sum_s, sum_s_x, -normaliser.lse[..., 0]).clamp(max=0),
         teacher_entropy=-normaliser.expectation(1, sum_t, sum_t_x, -normaliser.lse[..., 1]).clamp(max=0),
@@ -111,7 +111,7 @@ def support_statistics(
     s_in_t, t_in_s = same.any(2), same.any(1)
     overlap = t_in_s.sum(-1).float()
     lower_bound = (q_on_t.exp() * t_in_s).sum(-1)
-    # The union: all of S_T, and S_S without the ids that S_T has too.
+    # The union: S_T, and the ids of S_S that are not in S_T.
     union_p = torch.cat([p_on_t, p_on_s.masked_fill(s_in_t, float("-inf"))], 1).log_softmax(-1)
     union_q = torch.cat([q_on_t, q_on_s.masked_fill(s_in_t, float("-inf"))], 1).log_softmax(-1)
     terms = union_q.exp() * (union_q - union_p)

@@ -9,28 +9,28 @@ from torch.nn.functional import pad
 from megatron_tip.vocab_parallel.collectives import all_gather
 from megatron_tip.vocab_parallel.partition import VocabPartition
 
-# Columns whose maximum stands for all of them in the first round of a top-K.
+# Columns per group; the first round of a top-K searches only the groups' maxima.
 _GROUP_SIZE = 64
 
 
 def group_maxima(logits: Tensor) -> Tensor:
-    """`[r, ceil(v / 64)]` maxima of neighbouring columns of `[r, v]` `logits`: what `local_topk` searches first."""
+    """Returns maxima over 64 neighbouring columns of `[r, v]` `logits`: `[r, ceil(v / 64)]`, for `local_topk`."""
     num_whole, rest = logits.shape[1] // _GROUP_SIZE, logits.shape[1] % _GROUP_SIZE  # torch.compile knows no divmod
     maxima = logits[:, : num_whole * _GROUP_SIZE].unflatten(1, (num_whole, _GROUP_SIZE)).amax(-1)
     return torch.cat([maxima, logits[:, -rest:].amax(-1, keepdim=True)], 1) if rest else maxima
 
 
 def local_topk(logits: Tensor, maxima: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The `k` largest of `[c, v]` float32 `logits` and their columns, descending, ties by lower column.
+    """Returns the `k` largest of `[c, v]` float32 `logits` and their columns, descending, ties by lower column.
 
-    `maxima`: the logits' `group_maxima`. The winners lie in the `k` groups with the largest maxima (of equal ones the
-    first), so that only those are searched. Where `v < k` the rest is -inf, at columns from `v` up.
+    `maxima`: the logits' `group_maxima`. Only the `k` groups with the largest maxima (the first of equal ones) are
+    searched, as they contain the result. If `v < k`, the rest is -inf at columns from `v` up.
     """
     c, v = logits.shape
     num_groups = maxima.shape[1]
     if num_groups < k:
         maxima = pad(maxima, (0, k - num_groups), value=float("-inf"))
-    groups = _ordered_topk_indices(maxima, k).sort(-1).values  # in column order again, which breaks ties
+    groups = _ordered_topk_indices(maxima, k).sort(-1).values  # back in column order, which breaks ties
     columns = torch.add(groups.unsqueeze(-1) * _GROUP_SIZE, torch.arange(_GROUP_SIZE, device=logits.device)).flatten(1)
     if v == 0:
         return logits.new_full((c, k), float("-inf")), columns[:, :k]
@@ -45,12 +45,12 @@ def local_topk(logits: Tensor, maxima: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def exchange_topk(
     models: Sequence[Tensor], maxima: Sequence[Tensor], sums: Tensor, k: int, partition: VocabPartition
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """Every rank's `[tp, c, ...]` sums, and each model's top-K logits and ids `[c, k]` over the whole vocabulary.
+    """Returns every rank's `[tp, c, ...]` sums, and each model's global top-K: logits and ids `[c, k]`.
 
-    `models`: `[c, v]` local logits, `maxima`: their group maxima, `sums`: `[c, ...]` float32 that travel along. One
-    all-gather, of 8 bytes x k a row and model besides the sums.
+    `models`: `[c, v]` local logits. `maxima`: their group maxima. `sums`: `[c, ...]` float32, gathered in the same
+    message. One all-gather of 8 bytes x k per row and model, plus the sums.
     """
-    packed = [sums.view(torch.int32)]  # floats travel as their bits, so that logits and ids share one message
+    packed = [sums.view(torch.int32)]  # floats are sent as their bits, so that logits and ids share one message
     for logits, groups in zip(models, maxima, strict=True):
         values, columns = local_topk(logits, groups, k)
         packed += [values.view(torch.int32), (columns + partition.vocab_start_index).int()]
@@ -61,18 +61,18 @@ def exchange_topk(
 
 
 def _merged(values: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The `k` largest of all ranks' `[tp, c, k]` top logits and their ids, `[c, k]`, descending, ties by lower id."""
-    # Rank order is id order, and each rank's ties are in id order, so that the place breaks ties as the id would.
+    """Returns the `k` largest of `[tp, c, k]` top logits and their ids: `[c, k]`, descending, ties by lower id."""
+    # Ranks, and ties within each rank, are in id order, so breaking ties by place is the same as by id.
     values, ids = values.transpose(0, 1).flatten(1), ids.transpose(0, 1).flatten(1)
     places = _ordered_topk_indices(values, k)
     return values.gather(1, places), ids.gather(1, places)
 
 
 def _ordered_topk_indices(values: Tensor, k: int) -> Tensor:
-    """`[c, k]` indices of the `k` largest of `[c, m]` float32 `values`, descending, ties by lower index.
+    """Returns `[c, k]` indices of the `k` largest of `[c, m]` float32 `values`, descending, ties by lower index.
 
-    `torch.topk` leaves ties open, so it is given keys without ties: the bits of the value, made to sort as an integer,
-    above the index counted down.
+    `torch.topk` does not define the order of ties, so it gets unique int64 keys: the high bits are the value's bits
+    mapped to a sortable integer, the low bits are the reversed index.
     """
     m = values.shape[1]
     bits = (values + 0.0).view(torch.int32)  # + 0.0 makes -0.0 equal to 0.0

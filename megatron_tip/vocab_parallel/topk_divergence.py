@@ -1,7 +1,7 @@
-"""Losses against a teacher of whom only some log-probabilities are known, with gradients made in the forward pass.
+"""Losses for a teacher with only some known log-probabilities, with gradients computed in the forward pass.
 
-p is the student's distribution, q the teacher's. U is a row's set of ids whose q is known; what lies outside is one
-bucket, the tail, whose mass is what U leaves.
+p is the student's distribution, q the teacher's. U is a row's set of ids with known q; all other ids form one bucket,
+the tail, which holds the remaining mass.
 """
 
 import torch
@@ -20,11 +20,11 @@ from megatron_tip.vocab_parallel.vocabulary import ShardedVocabulary
 TOPK_DIVERGENCES = ("topk_reverse_kl", "sampled_token")
 
 NO_ID = -1
-"""Stands in a row of ids for "no id here", so that rows may know different numbers of them."""
+"""The placeholder for "no id", so that rows can have different numbers of known ids."""
 
-# What a sum of float32 probabilities of about 1 can be off by: a smaller tail of the teacher's is not known.
+# The rounding error of a sum of float32 probabilities near 1: a smaller teacher tail is not known.
 _TEACHER_TAIL_FLOOR = 1e-6
-# Hides a logit from the tail: below every one, yet finite, so that no inf - inf arises.
+# Hides a logit from the tail: below every logit, but finite to avoid inf - inf.
 _HIDDEN = -1e30
 
 
@@ -41,22 +41,21 @@ def topk_divergence_loss(
 ) -> Tensor:
     """Returns the sum over rows of weight x divergence: a float32 scalar, equal on all ranks of the tp group.
 
-    Gradient, memory, sharding, `student`, `row_weights` and `labels` are those of `divergence_loss`.
+    Gradient, memory, sharding, `student`, `row_weights` and `labels` are as in `divergence_loss`.
 
     Args:
-        vocabulary: its temperature is the student's alone, for the teacher's log-probabilities are what they are.
-        divergence: "topk_reverse_kl", KL(p || q) after all ids outside U were put into one bucket:
-            Σ_U p ln(p / q) + p_tail ln(p_tail / q_tail), a lower bound of the full KL(p || q) that is exact where U is
-            the vocabulary; "sampled_token", log p(y) - log q(y) of the label y, with the gradient that
-            `divergence_loss` gives it.
-        teacher_ids: `[n, m]` int64, the distinct ids of U, -1 where a row knows fewer. teacher_id_logprobs: `[n, m]`
-            float32, ln q of those ids, whatever at -1. Both are the same on all ranks.
+        vocabulary: its temperature applies to the student only; the teacher's log-probabilities are used as given.
+        divergence: "topk_reverse_kl", KL(p || q) with all ids outside U in one bucket:
+            Σ_U p ln(p / q) + p_tail ln(p_tail / q_tail), a lower bound of the full KL(p || q) that is exact if U is the
+            vocabulary; "sampled_token", log p(y) - log q(y) of the label y, with the gradient as in `divergence_loss`.
+        teacher_ids: `[n, m]` int64, the distinct ids of U, padded with -1.
+        teacher_id_logprobs: `[n, m]` float32, ln q of those ids, ignored at -1. Both are the same on all ranks.
         teacher_label_logprobs: `[n]` float32, ln q(y).
 
     Collectives: 1 all-gather per chunk, of 4 (2 + m) bytes per row; then 1 all-reduce of the hidden states' gradient.
 
     Raises:
-        InputError: arguments that do not fit together (before the first collective), or values that are not finite.
+        InputError: arguments do not match (before the first collective), or values are not finite.
     """
     where, n = "topk_divergence_loss", len(student[0])
     if divergence not in TOPK_DIVERGENCES:
@@ -67,7 +66,7 @@ def topk_divergence_loss(
         row_function = _sampled_token(labels, teacher_label_logprobs)
     else:
         if teacher_ids is None or teacher_id_logprobs is None or teacher_ids.shape != teacher_id_logprobs.shape:
-            raise InputError(f"{where}: expected teacher_ids and teacher_id_logprobs of one shape [{n}, m].")
+            raise InputError(f"{where}: expected teacher_ids and teacher_id_logprobs of the same shape [{n}, m].")
         if teacher_ids.dim() != 2 or len(teacher_ids) != n or teacher_ids.dtype != torch.int64:
             got = f"{list(teacher_ids.shape)} {teacher_ids.dtype}"
             raise InputError(f"{where}: expected teacher_ids [{n}, m] torch.int64, got {got}.")
@@ -87,7 +86,7 @@ def _topk_reverse_kl(ids: Tensor, teacher_logprobs: Tensor) -> RowFunction:
 def topk_reverse_kl(chunk: Chunk, ids: Tensor, teacher_logprobs: Tensor) -> RowValues:
     """Returns L = Σ_b p_b (ln p_b - ln q_b) over the ids of U and the tail. One all-gather.
 
-    Gradient p_j (ln p_b - ln q_b - L) with b the bucket of j: within the tail every id moves as the bucket does.
+    Gradient p_j (ln p_b - ln q_b - L), b the bucket of j: all ids of the tail share the bucket's log-ratio.
     """
     (z,), partition = chunk.logits, chunk.partition
     is_known = ids != NO_ID
@@ -100,7 +99,7 @@ def topk_reverse_kl(chunk: Chunk, ids: Tensor, teacher_logprobs: Tensor) -> RowV
     values = (p * log_ratio).sum(-1) + p_tail * torch.where(p_tail > 0, tail_log_ratio, 0.0)
 
     def gradient(weights: Tensor) -> Tensor:
-        # The known ids' logits are hidden, and so add nothing here; theirs is put in their place.
+        # The known ids' logits are hidden and contribute nothing here; their gradient is added below.
         maximum = tail.maxima[partition.rank, :, 0]
         lse = tail.lse[partition.rank, :, 0] - log_p_tail  # of the whole row in this rank's frame of the tail
         scale = weights * torch.where(p_tail > 0, tail_log_ratio - values, 0.0)
@@ -112,9 +111,9 @@ def topk_reverse_kl(chunk: Chunk, ids: Tensor, teacher_logprobs: Tensor) -> RowV
 
 
 def tail_and_known(chunk: Chunk, ids: Tensor) -> tuple[SoftmaxNormaliser, Tensor]:
-    """Returns the normaliser of the ids outside `ids`, and `[c, m]` logits of `ids` (0 at -1), on all ranks.
+    """Returns the normaliser of the tail, and `[c, m]` logits of `ids` (0 at -1), on all ranks.
 
-    Hides the logits of `ids` in the chunk. One all-gather.
+    Overwrites the logits of `ids` in the chunk to hide them. One all-gather.
     """
     (z,), partition = chunk.logits, chunk.partition
     owned, _ = partition.owned(z, ids)
@@ -128,7 +127,7 @@ def tail_and_known(chunk: Chunk, ids: Tensor) -> tuple[SoftmaxNormaliser, Tensor
 def log_buckets(tail: SoftmaxNormaliser, logits: Tensor, is_known: Tensor) -> tuple[Tensor, Tensor]:
     """Returns `[c, m]` ln p of the known ids, -inf elsewhere, and `[c]` ln p_tail.
 
-    Nothing cancels, however small the tail.
+    No cancellation occurs, however small the tail.
     """
     known = torch.where(is_known, logits, float("-inf"))
     maximum = torch.cat([known, tail.top], 1).amax(-1, keepdim=True)
@@ -138,6 +137,6 @@ def log_buckets(tail: SoftmaxNormaliser, logits: Tensor, is_known: Tensor) -> tu
 
 
 def teacher_log_tail(logprobs: Tensor, is_known: Tensor) -> Tensor:
-    """Returns `[c]` ln of the teacher's mass outside the known ids, as far as float32 log-probabilities tell it."""
+    """Returns `[c]` ln of the teacher's mass outside the known ids, within the accuracy of float32 logprobs."""
     mass = torch.where(is_known, logprobs.double(), float("-inf")).exp().sum(-1)
     return (1 - mass).clamp(min=_TEACHER_TAIL_FLOOR).log().float()

@@ -1,4 +1,4 @@
-"""Per-token statistics of student p and a teacher q of whom only some log-probabilities are known."""
+"""Per-token statistics of student p and a teacher q with only some known log-probabilities."""
 
 from dataclasses import dataclass, fields
 from typing import Any
@@ -21,15 +21,18 @@ from megatron_tip.vocab_parallel.vocabulary import ShardedVocabulary
 TOPK_STATISTICS = frozenset(
     name for name, statistic in STATISTICS.items() if statistic.needs in ("nothing", "top_k", "top_k_alone")
 )
-"""What a teacher's top-K gives; `needs="student_top_k"` needs the teacher to be asked about the student's too."""
+"""The statistics available from a teacher's top-K alone, so without those of `needs="student_top_k"`."""
 
-# Stands for ln q where q counts as zero: finite, so that no 0 x inf arises, and gone after exp.
+ON_STUDENT_SUPPORT = frozenset(name for name, statistic in STATISTICS.items() if statistic.needs == "student_top_k")
+"""The statistics that also need the teacher's logprobs of the student's top-K."""
+
+# Stands for ln q if q counts as zero: finite to avoid 0 x inf, and exactly zero after exp.
 _NOTHING = -1e4
 
 
 @dataclass(frozen=True)
 class StudentStatistics:
-    """What n rows of the student say by themselves, equal on all tp ranks; natural logs.
+    """The student's part of the statistics of n rows, equal on all tp ranks; natural logs.
 
     `entropy`, `label_logprobs`: `[n]` float32. `support_ids`, `support_logprobs`: `[n, K]`, its top-K, ties by lower
     id. `teacher_support_logprobs`: `[n, K]`, its logprobs of the teacher's top-K.
@@ -43,7 +46,7 @@ class StudentStatistics:
 
     @staticmethod
     def concatenate(parts: "list[StudentStatistics]") -> "StudentStatistics":
-        """The rows of `parts` one after another."""
+        """Returns the rows of all `parts`, in order."""
         names = [field.name for field in fields(StudentStatistics)]
         return StudentStatistics(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
 
@@ -52,16 +55,16 @@ class StudentStatistics:
 def student_statistics(
     student: HiddenAndHead, vocabulary: ShardedVocabulary, *, teacher_support_ids: Tensor, labels: Tensor
 ) -> StudentStatistics:
-    """Returns the `StudentStatistics` of n rows, for supports of the size of the teacher's.
+    """Returns the `StudentStatistics` of n rows, for a support of the same size as the teacher's.
 
     Args:
-        student, vocabulary: as of `token_statistics`.
+        student, vocabulary: as in `token_statistics`.
         teacher_support_ids: `[n, K]` int64, distinct. labels: `[n]` int64.
 
-    Collectives: 1 all-gather per chunk, 1 of 40 bytes per call.
+    Collectives: 1 all-gather per chunk, and 1 of 40 bytes per call.
 
     Raises:
-        InputError: arguments that do not fit together, or logits that are not finite; the same on all ranks.
+        InputError: arguments do not match, or logits are not finite; on all ranks.
     """
     n, ids = len(student[0]), teacher_support_ids
     if ids.dim() != 2 or len(ids) != n or ids.dtype != torch.int64:
@@ -76,10 +79,10 @@ def student_statistics(
 
 
 def combined_statistics(student: StudentStatistics, teacher: TeacherTopK) -> TokenStatistics:
-    """The statistics of both; pure arithmetic on `[n, K]`, no collective.
+    """Returns the statistics of student and teacher; arithmetic on `[n, K]`, no collective.
 
-    Where the teacher was not asked about the student's top-K, C is None, and in D its mass there counts as zero, as it
-    does in the lower bound of C (TA-OPD Eq. 17).
+    If the teacher was not asked about the student's top-K, C is None, and D counts its unknown mass there as zero, like
+    the lower bound of C (TA-OPD Eq. 17).
     """
     q_on_s = teacher_on_student_support(student.support_ids, teacher)
     supports: dict[str, Any] = support_statistics(
@@ -111,9 +114,9 @@ def combined_statistics(student: StudentStatistics, teacher: TeacherTopK) -> Tok
 
 
 def known_ids(teacher: TeacherTopK) -> tuple[Tensor, Tensor]:
-    """`[n, m]` ids whose q is known, -1 for those that are there twice, and ln q: what `topk_divergence_loss` takes.
+    """Returns `[n, m]` ids with known q, duplicates replaced by -1, and their ln q, for `topk_divergence_loss`.
 
-    The teacher's top-K, and the student's behind it where the teacher was asked about it.
+    They are the teacher's top-K, followed by the student's if the teacher was asked about it.
     """
     if teacher.student_support_ids is None or teacher.student_support_logprobs is None:
         return teacher.support_ids, teacher.support_logprobs
@@ -123,7 +126,7 @@ def known_ids(teacher: TeacherTopK) -> tuple[Tensor, Tensor]:
 
 
 def teacher_on_student_support(student_support_ids: Tensor, teacher: TeacherTopK) -> Tensor:
-    """`[n, K]` ln q of the student's top-K: as asked, else from the teacher's top-K and nothing outside of it."""
+    """Returns `[n, K]` ln q of the student's top-K: the teacher's answer, or else its top-K with no mass outside."""
     if teacher.student_support_logprobs is not None:
         return teacher.student_support_logprobs
     same = student_support_ids.unsqueeze(2) == teacher.support_ids.unsqueeze(1)
@@ -131,7 +134,7 @@ def teacher_on_student_support(student_support_ids: Tensor, teacher: TeacherTopK
 
 
 def _topk_reverse_kl(p: Tensor, q: Tensor, is_known: Tensor) -> Tensor:
-    """`[n]` Σ over the known ids and the tail of p ln(p / q), from `[n, m]` logprobs."""
+    """Returns `[n]` Σ of p ln(p / q) over the known ids and the tail, from `[n, m]` logprobs."""
     terms = torch.where(is_known, p.exp() * (p - q), 0.0).sum(-1)
     mass = torch.where(is_known, p.double().exp(), 0.0).sum(-1)
     tail = (1 - mass).clamp(min=0)

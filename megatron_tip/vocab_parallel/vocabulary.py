@@ -1,4 +1,4 @@
-"""The vocabulary that distributions are over, as the calls of this package take it."""
+"""The description of a sharded vocabulary, an argument of this package's functions."""
 
 import math
 from dataclasses import dataclass
@@ -12,18 +12,18 @@ from megatron_tip.errors import InputError
 class ShardedVocabulary:
     """A vocabulary sharded over a tensor-parallel group, and how distributions over it are computed.
 
-    Every model's distribution is softmax(hidden headᵀ / temperature) over the real ids. One record serves all calls of
-    a run; every rank of `tp_group` passes the same values.
+    Every model's distribution is softmax(hidden headᵀ / temperature) over the real ids. All calls of a run can share
+    one object; every rank of `tp_group` must pass the same values.
 
     Attributes:
         vocab_size: number of real ids; padded rows of the heads have probability zero. `None`: no padding.
         temperature: divides the logits of every model.
-        tp_group: over which the heads are sharded in equal parts; `None`: not sharded.
-        chunk_rows: rows whose logits exist at a time; `None`: chosen from the shapes.
-        compiled: run the elementwise arithmetic through torch.compile.
+        tp_group: the group over which the heads are sharded in equal parts; `None`: not sharded.
+        chunk_rows: rows whose logits exist at the same time; `None`: chosen from the shapes.
+        compiled: whether the elementwise arithmetic runs through torch.compile.
 
     Raises:
-        InputError: a temperature or a number of rows that cannot be.
+        InputError: an invalid temperature or number of rows.
     """
 
     vocab_size: int | None = None

@@ -2,8 +2,9 @@ import pytest
 import torch.distributed as dist
 
 from megatron_tip.errors import EngineError, PeerError, ServersLostError
+from megatron_tip.parallel.together import run_on
 from megatron_tip.records import Rollout
-from megatron_tip.rollout.transfer import broadcast_rollouts
+from megatron_tip.rollout.codec import decode_rollouts, encode_rollouts
 from tests.helpers.distributed import run_workers
 
 ROLLOUTS = [
@@ -12,6 +13,12 @@ ROLLOUTS = [
     Rollout(4, 1, (9, 3), (8, 7, 6, 5, 4), (-1.0, 0.0, -1.0, 0.0, -1.0), "turns", 6, ((1, 2), (3, 4))),
     Rollout(4, 0, (9,), (8, 7, 6), (-1 / 3, 0.0, -1e-30), "length", 6, teacher="maths"),
 ]
+
+
+def broadcast_rollouts(generate, group=None):
+    """As a step sends its rollouts from the first rank of `group`."""
+    source = dist.get_global_rank(group, 0) if group is not None else 0
+    return run_on(source, generate, device="cpu", group=group, encode=encode_rollouts, decode=decode_rollouts)
 
 
 def _send(source_group: list[int]) -> tuple[list[Rollout], list[Rollout]]:

@@ -70,9 +70,6 @@ class ServedFake(RolloutEngine):
     def distrust(self, url):
         self.distrusted.append(url)
 
-    def health(self):
-        pass
-
 
 def served_run(folder, layout, **fake):
     config = make_config(folder, layout, **SERVED)

@@ -37,7 +37,7 @@ def move(dtype: torch.dtype) -> tuple[list[tuple[int, ...]], int]:
         0, selected.index.rollout_index, selected.index.position, "amax"
     )
     dist.all_reduce(last, op=dist.ReduceOp.MAX)
-    cut = batch.cut_behind(last.tolist())
+    cut = batch.cut_after(last.tolist())
     arrived = selected.sent_to(cut.replica_of()[selected.index.rollout_index], dist.group.WORLD)
     assert arrived.teacher_rows.states.dtype == dtype
     foreign = int((batch.replica_of()[arrived.index.rollout_index] != rank).sum())

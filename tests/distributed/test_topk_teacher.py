@@ -285,7 +285,7 @@ def test_a_student_without_a_teacher_has_the_logprobs_of_its_labels():
     "changes, message",
     [
         ({"divergence": "reverse_kl"}, "expected divergence in topk_reverse_kl, sampled_token, got 'reverse_kl'"),
-        ({"teacher_ids": None}, r"expected teacher_ids and teacher_id_logprobs of one shape \[9, m\]"),
+        ({"teacher_ids": None}, r"expected teacher_ids and teacher_id_logprobs of the same shape \[9, m\]"),
         ({"teacher_ids": torch.zeros(9, 10)}, r"expected teacher_ids \[9, m\] torch.int64"),
         ({"divergence": "sampled_token", "labels": None}, "expected labels and teacher_label_logprobs"),
         ({"teacher_id_logprobs": torch.full((9, 10), torch.nan)}, "expected finite logits, got NaN or inf in rows"),

@@ -74,9 +74,6 @@ class FixedEngine(RolloutEngine):
         self.rollouts = [replace(rollout, weight_version=weight_version) for rollout in self.rollouts]
         self.weights = {name: tensor.clone() for name, tensor in weights}
 
-    def health(self) -> None:
-        return None
-
 
 class FixedPrompts:
     """Those of the rollouts, at every step."""

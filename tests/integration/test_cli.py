@@ -116,7 +116,7 @@ def test_a_job_that_is_requeued_behind_its_end_has_nothing_left_to_do(config_pat
     place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "SLURM_RESTART_COUNT": "1"}
     ended = run("train", config_path, environ=environ | place)
     assert ended.returncode == 0
-    assert "holds the finished run of this job" in ended.stderr
+    assert "holds this job's finished run" in ended.stderr
 
 
 def test_unfinished_run_is_not_made_another_one(config_path, environ, stand_in, tmp_path):

@@ -3,8 +3,6 @@
 python -m tests.integration.test_config_keys    prints the table
 """
 
-from __future__ import annotations
-
 import json
 import tempfile
 from dataclasses import dataclass

@@ -10,47 +10,6 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "megatron_tip"
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 
-NOT_YET_DONE = {
-    "cli.py",
-    "records.py",
-    "commands",
-    "config",
-    "diagnostics/arms.py",
-    "diagnostics/bank.py",
-    "diagnostics/measure.py",
-    "diagnostics/scores.py",
-    "observability/tensorboard_tracker.py",
-    "observability/token_table.py",
-    "observability/token_view.py",
-    "observability/trackers.py",
-    "observability/wandb_tracker.py",
-    "parallel/together.py",
-    "planning",
-    "report/tokens.py",
-    "rollout/ahead.py",
-    "rollout/embedded/engine.py",
-    "rollout/engine.py",
-    "rollout/multi_turn.py",
-    "rollout/replay_engine.py",
-    "rollout/sglang/cpu_shim",
-    "rollout/sglang/engine.py",
-    "rollout/sglang/jobs.py",
-    "rollout/sglang/pool.py",
-    "rollout/sglang/setup.py",
-    "rollout/storage.py",
-    "rollout/transfer.py",
-    "selection/batch.py",
-    "selection/metrics.py",
-    "selection/rules.py",
-    "selection/selector.py",
-    "selection/settings.py",
-    "selection/simulated.py",
-    "teachers",
-    "training",
-    "vocab_parallel",
-}
-"""Files, and folders without their subfolders, that other branches are still rewriting."""
-
 NOT_VERBS = {"Always", "Arguments", "As", "Columns", "Has", "Is", "Its", "Rows", "This", "Thus", "Tokens", "Was"}
 """Words that end like a verb in the third person and begin no docstring of a function."""
 
@@ -59,8 +18,6 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 @pytest.mark.parametrize("file", FILES)
 def test_functions_begin_with_a_verb(file: str) -> None:
-    if _is_not_yet_done(file):
-        pytest.skip("not yet in this style")
     wrong = [
         f"{file}:{function.lineno} {function.name}: {text.splitlines()[0]}"
         for function in _functions(_tree(file))
@@ -118,10 +75,6 @@ def begins_with_a_verb(text: str) -> bool:
     """Returns whether the first word is a capitalised one that ends in s and is not known to be no verb."""
     first = text.split(maxsplit=1)[0].rstrip(",:;") if text.strip() else ""
     return re.fullmatch(r"[A-Z][a-z]*s", first) is not None and first not in NOT_VERBS
-
-
-def _is_not_yet_done(file: str) -> bool:
-    return file in NOT_YET_DONE or file.rpartition("/")[0] in NOT_YET_DONE
 
 
 def _tree(file: str) -> ast.Module:

@@ -1,4 +1,4 @@
-"""The rollout engine inside the trainer's first process: transformers' own `generate` on a copy of the student."""
+"""The rollout engine in the trainer's first process: transformers' `generate` on a copy of the student."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,17 +18,17 @@ from megatron_tip.seeds import derive_seed
 
 
 class EmbeddedEngine(RolloutEngine):
-    """Generates with a transformers model whose weights arrive through `update_weights`, the first ones too.
+    """An engine around a transformers model; all weights, even the first, arrive through `update_weights`.
 
-    A rollout follows from the weights, the prompt, its place in the list and the sampling parameters. `batch_size`
-    enters by rounding alone, the state of any global random generator not at all.
+    Weights, prompt, its position in the list and the sampling parameters determine a rollout. `batch_size` matters only
+    through rounding, and no global random generator matters.
 
     Args:
-        hf_config: of the student as it is trained, that is with its dropped layers left out.
+        hf_config: the student's as trained, without its dropped layers.
         dtype: of the engine's weights and activations; `rollout_logprobs` are computed in float32.
-        batch_size: sequences that are generated together.
-        num_threads: CPU threads while generating; restored behind it.
-        vocab_size: ids from here on, which the teacher does not know, are never sampled; None: all may be.
+        batch_size: sequences to generate together.
+        num_threads: CPU threads while generating; the previous number is restored afterwards.
+        vocab_size: ids from here on, which the teacher does not know, are never sampled; None: no limit.
     """
 
     def __init__(
@@ -49,19 +49,19 @@ class EmbeddedEngine(RolloutEngine):
         self._weight_version: int | None = None
 
     def health(self) -> None:
-        """Raises EngineError while the model does not hold one complete set of weights."""
+        """Raises EngineError unless the model holds one complete set of weights."""
         if self._weight_version is None:
             raise EngineError(
-                "embedded engine: expected complete weights, got none or only a part; call update_weights first and, "
-                "if it failed, once more"
+                "embedded engine: expected complete weights, got none or only some; call update_weights first, and "
+                "again if it failed"
             )
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], weight_version: int) -> None:
-        """Copies `weights` into the model in place. A tied output head may be missing from the stream.
+        """Copies `weights` into the model in place. The stream may omit a tied output head.
 
         Raises:
-            EngineError: a tensor is missing, unknown or of another shape; the engine then refuses to generate until
-                an update succeeds.
+            EngineError: a tensor is missing, unknown or of the wrong shape; the engine does not generate until an
+                update succeeds.
         """
         self._weight_version = None
         parameters = dict(self._model.named_parameters(remove_duplicate=False))
@@ -85,15 +85,14 @@ class EmbeddedEngine(RolloutEngine):
         self._weight_version = weight_version
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
-        """Returns `samples_per_prompt` rollouts a prompt, prompt-major.
+        """Returns `samples_per_prompt` rollouts per prompt, prompt-major.
 
         Raises:
-            EngineError: no complete weights, or NaN among them; a prompt and its response would not fit into the
-                model's positions.
+            EngineError: the weights are incomplete or NaN, or a prompt and its response exceed the model's positions.
         """
         self.health()
         self._check_lengths(prompts, sampling)
-        # Neighbours in length share a batch: less padding.
+        # Prompts of similar length share a batch: less padding.
         jobs = [(place, sample) for place in range(len(prompts)) for sample in range(sampling.samples_per_prompt)]
         jobs.sort(key=lambda job: len(prompts[job[0]].prompt_ids))
         rollouts: dict[tuple[int, int], Rollout] = {}
@@ -139,9 +138,7 @@ class EmbeddedEngine(RolloutEngine):
         responses = sequences[:, input_ids.shape[1] :].tolist()
         logprobs = sampler.sampled_logprobs()
         if not logprobs.isfinite().all():
-            raise EngineError(
-                f"embedded engine: the weights of version {self._weight_version} give logits that are NaN"
-            )
+            raise EngineError(f"embedded engine: the weights of version {self._weight_version} produce NaN logits")
         for (place, sample), response, response_logprobs in zip(jobs, responses, logprobs.tolist(), strict=True):
             length = _length_to_stop(response, sampling.stop_token_ids)
             assert self._weight_version is not None, "health() has passed"
@@ -164,7 +161,7 @@ class EmbeddedEngine(RolloutEngine):
 
 
 def build_embedded_engine(needs: EngineNeeds) -> EmbeddedEngine:
-    """Returns the engine of a student, still without weights."""
+    """Returns the engine of a student, without weights."""
     return EmbeddedEngine(
         AutoConfig.for_model(**needs.student.config),
         dtype=needs.dtype,
@@ -176,20 +173,20 @@ def build_embedded_engine(needs: EngineNeeds) -> EmbeddedEngine:
 
 
 def _build_model(hf_config: PretrainedConfig, dtype: torch.dtype, device: torch.device | str) -> Any:
-    """A frozen transformers model (their types do not hold) of uninitialised weights; no random number is drawn."""
+    """Returns a frozen model with uninitialised weights, without random draws; transformers' types are unreliable."""
     attention = register_grouped_attention()
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, attn_implementation=attention)
     model.tie_weights()
-    model.generation_config = GenerationConfig()  # no default of the checkpoint's creeps into sampling
-    # Behind the prompt the head gets a slice, [b, 1, h], that is not contiguous; for bfloat16 on a CPU torch would
-    # multiply it by b copies of the head's weight.
+    model.generation_config = GenerationConfig()  # keeps the checkpoint's defaults out of sampling
+    # After the prompt the head gets a non-contiguous slice, [b, 1, h]; for bfloat16 on a CPU torch would multiply it by
+    # b copies of the head's weight.
     model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
     return model.to(device).eval().requires_grad_(False)
 
 
 def _length_to_stop(response: Sequence[int], stop_token_ids: Sequence[int]) -> int:
-    """Tokens up to the first stop id, with it; all of them when there is none."""
+    """Returns the number of tokens up to and including the first stop id; all of them without one."""
     return next((place + 1 for place, token in enumerate(response) if token in stop_token_ids), len(response))
 
 

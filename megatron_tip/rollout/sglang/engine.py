@@ -1,4 +1,4 @@
-"""The rollout engine on SGLang servers: generation over a pool, weights by a transport, faults survived."""
+"""The rollout engine over SGLang servers; it survives the failure of servers."""
 
 import json
 import logging
@@ -23,17 +23,18 @@ from megatron_tip.rollout.sglang.weights.transport import WeightTransport
 logger = logging.getLogger(__name__)
 
 MAX_SYNCS = 4
-"""Syncs in a row that reach no server, or after which no response is finished, before the run gives up."""
+"""Consecutive syncs that reach no server, or after which no response finishes, before the run gives up."""
 
 MAX_EMPTY_BATCHES = 3
-"""Batches in a row of which nothing is left before the run gives up."""
+"""Consecutive batches without any response before the run gives up."""
 
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """`run_id` tells this run's weights from another trainer's on the same server. `attempts`: failures of a sample
-    before it is set aside into `set_aside_path`. `drop_wrong_version`: leave out what was generated with other weights
-    instead of generating it anew."""
+    """Settings of an SGLangEngine. `run_id` distinguishes this run's weights from another trainer's on the same server.
+    `attempts`: failures of a sample before it is set aside in `set_aside_path`. `drop_wrong_version`: drop responses of
+    other weights instead of regenerating them.
+    """
 
     run_id: str
     attempts: int
@@ -42,15 +43,15 @@ class EngineSettings:
 
 
 def new_run_id() -> str:
-    """A random name, short enough to be part of every weight version."""
+    """Returns a random name, short enough to be part of every weight version."""
     return secrets.token_hex(4)
 
 
 class SGLangEngine(RolloutEngine):
-    """Generates on `pool`, with weights that `transport` brings there. Starts the pool; `close` ends both.
+    """An engine that generates on `pool` with weights from `transport`. It starts the pool; `close` closes both.
 
-    No server generates unless it holds all of the last weights that were synced. Sampling on the servers is random:
-    SGLang takes no seed a request, so that a run does not repeat itself token by token.
+    A server generates only if it holds all of the last synced weights. Sampling on the servers is random: SGLang takes
+    no seed per request, so a repeated run samples other tokens.
     """
 
     def __init__(self, pool: ServerPool, transport: WeightTransport, settings: EngineSettings) -> None:
@@ -67,20 +68,13 @@ class SGLangEngine(RolloutEngine):
         pool.on_back = self._weights_of_returned
         pool.start()
 
-    def health(self) -> None:
-        """Raises EngineError unless a server is up and holds the last weights."""
-        if self._version is None:
-            raise EngineError("sglang: expected weights, got none yet; call update_weights first")
-        if not self._pool.up(self._version):
-            raise WeightsLostError(f"sglang: no server that is up holds the weights {self._version}")
-
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
-        """Returns `samples_per_prompt` rollouts a prompt, prompt-major, without those set aside or dropped.
+        """Returns `samples_per_prompt` rollouts per prompt, prompt-major, without those set aside or dropped.
 
         Raises:
-            WeightsLostError: no server holds the weights; after `update_weights` the same call goes on where it was.
-            ServersLostError: no server is left within the limit, or they keep losing the weights.
-            EngineError: several batches in a row were set aside or dropped whole.
+            WeightsLostError: no server holds the weights; after `update_weights` the same call continues.
+            ServersLostError: no server came up within the limit, or servers keep losing the weights.
+            EngineError: all responses of several consecutive batches were set aside or dropped.
         """
         progress = self._progress_of(sampling.batch_name)
         begin = time.monotonic()
@@ -95,14 +89,14 @@ class SGLangEngine(RolloutEngine):
         return [progress.rollouts[job] for job in sorted(progress.rollouts)]
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], weight_version: int) -> None:
-        """Brings `weights` to every server that is up, as their version `weight_version`; consumes the stream.
+        """Sends `weights` to every running server as version `weight_version`; consumes the stream.
 
-        A server that does not take all of them generates nothing until a later sync. When none does, the next
+        A server that does not take all of them generates nothing until a later sync. If no server does, the next
         `generate` raises WeightsLostError.
 
         Raises:
-            OutputError: the shared folder cannot be written.
-            ServersLostError: no server is up within the limit, or several syncs in a row reached none.
+            OutputError: the shared folder is not writable.
+            ServersLostError: no server came up within the limit, or several consecutive syncs reached none.
         """
         stream = iter(weights)
         version = f"{self._settings.run_id}/{weight_version}"
@@ -129,7 +123,7 @@ class SGLangEngine(RolloutEngine):
         }
 
     def input_logprobs(self, input_ids: Sequence[int]) -> dict[str, list[float]]:
-        """By server that holds the weights: the logprob of each id after the ids before it, without the first."""
+        """Returns the logprobs of all ids but the first, given the ids before them, by server with the last weights."""
         body = {
             "input_ids": list(input_ids),
             "sampling_params": {"max_new_tokens": 1, "temperature": 1.0},
@@ -148,20 +142,18 @@ class SGLangEngine(RolloutEngine):
         return found
 
     def distrust(self, url: str) -> None:
-        """Has the server at `url` generate nothing until it got weights anew."""
+        """Stops the server at `url` from generating until it has received weights again."""
         for server in self._pool.up():
             if server.url == url:
                 self._pool.set_weights(server, None)
 
     def take_metrics(self, batch_name: str) -> dict[str, float]:
-        """What became of that batch, its further calls (named "<batch>_...") included, of the last sync, and of the
-        servers so far.
-        """
+        """Returns metrics of that batch with its further calls (named "<batch>_..."), the last sync and the servers."""
         own, later = Counter[str](), {}
         for name, values in self._batch_metrics.items():
             if name == batch_name or name.startswith(f"{batch_name}_"):
                 own.update(values)
-            elif name > batch_name:  # held-out batches and those of earlier steps nobody will ask for
+            elif name > batch_name:  # earlier ones are no longer needed
                 later[name] = values
         self._batch_metrics = later
         return {
@@ -173,12 +165,12 @@ class SGLangEngine(RolloutEngine):
         }
 
     def close(self) -> None:
-        """Ends the servers of our own and leaves the others to themselves."""
+        """Stops our own servers; leaves given servers running."""
         self._transport.close()
         self._pool.close()
 
     def _finish(self, prompts: Sequence[Prompt], sampling: SamplingParams, progress: Progress) -> None:
-        """Runs the jobs of a batch that are not over yet. Raises as `generate`."""
+        """Runs the unfinished jobs of a batch. Raises as `generate`."""
         if self._version is None:
             raise WeightsLostError("sglang: the servers have no complete weights")
         run = BatchRun(
@@ -197,8 +189,8 @@ class SGLangEngine(RolloutEngine):
             if progress.note_stall() < MAX_SYNCS:
                 raise
             raise ServersLostError(
-                f"sglang: the servers lost the weights {MAX_SYNCS} times before one response was finished ({error}); "
-                "does another trainer use them?"
+                f"sglang: the servers lost the weights {MAX_SYNCS} times before any response finished ({error}); "
+                "is another trainer using them?"
             ) from error
 
     def _progress_of(self, batch_name: str) -> Progress:
@@ -207,8 +199,8 @@ class SGLangEngine(RolloutEngine):
         return self._progress
 
     def _weights_of_returned(self, server: PooledServer) -> str | None:
-        """What a server that is back, or has started, holds: the last weights still, or once more where the transport
-        kept them. Raises ServerMismatchError for one that cannot take them.
+        """Returns the weight version of a started or returned server: the last if it still has it or the transport can
+        resend it. Raises ServerMismatchError if the server cannot take the weights.
         """
         self._transport.check(server)
         if self._version is not None and server.http.model_info().weight_version == self._version:
@@ -216,13 +208,13 @@ class SGLangEngine(RolloutEngine):
         return self._transport.refresh(server)
 
     def _note_emptiness(self, batch_name: str, progress: Progress) -> None:
-        """Raises EngineError when nothing was left of several batches in a row: that is no prompt's fault."""
+        """Raises EngineError if several consecutive batches are empty: the prompts cannot be the cause."""
         self._empty_batches = 0 if progress.rollouts or not progress.num_over else self._empty_batches + 1
         if self._empty_batches < MAX_EMPTY_BATCHES:
             return
         last = next((entry.error for entry in progress.set_aside.values()), "generated with other weights")
         raise EngineError(
-            f"sglang: nothing was left of {MAX_EMPTY_BATCHES} batches in a row, the last of them {batch_name} of "
+            f"sglang: no response was left in {MAX_EMPTY_BATCHES} batches in a row, the last of them {batch_name} with "
             f"{progress.num_over} responses; see {self._settings.set_aside_path}. The last error: {last}"
         )
 

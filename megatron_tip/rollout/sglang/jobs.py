@@ -1,4 +1,4 @@
-"""The requests of one batch: run over the servers, repeated elsewhere when they fail, set aside at last."""
+"""The requests of one batch: sent to the servers, repeated elsewhere after failures, and finally set aside."""
 
 import logging
 import threading
@@ -18,12 +18,12 @@ from megatron_tip.seeds import derive_seed
 logger = logging.getLogger(__name__)
 
 Job = tuple[int, int]
-"""Place of the prompt in the batch, number of the sample."""
+"""Position of the prompt in the batch, number of the sample."""
 
 
 @dataclass(frozen=True)
 class SetAside:
-    """A sample that failed as often as is allowed, with its last error."""
+    """A sample that used up its attempts, with its last error."""
 
     prompt: Prompt
     sample_index: int
@@ -33,7 +33,7 @@ class SetAside:
 
 @dataclass
 class Progress:
-    """What became of each job of one batch; a batch that was interrupted goes on from here.
+    """The state of each job of one batch, from which an interrupted batch continues.
 
     Every job ends in exactly one of `rollouts`, `set_aside` and `dropped`.
     """
@@ -49,13 +49,13 @@ class Progress:
     _num_over_at_stall: int = -1
 
     def note_stall(self) -> int:
-        """Notes that the weights were lost; returns how often in a row that was before any further job was over."""
+        """Counts a loss of the weights; returns how many there were since a job last ended."""
         self.num_stalls = self.num_stalls + 1 if self.num_over == self._num_over_at_stall else 1
         self._num_over_at_stall = self.num_over
         return self.num_stalls
 
     def metrics(self) -> dict[str, float]:
-        """Counts, by the names of a step's metrics."""
+        """Returns the counts under the names of a step's metrics."""
         return {
             "rollout/num_set_aside": float(len(self.set_aside)),
             "rollout/num_dropped": float(len(self.dropped)),
@@ -72,7 +72,7 @@ class Progress:
 
 
 class ProgressClock:
-    """Logs, now and then, how far a batch is. `note` may be called from any thread."""
+    """Periodic log of a batch's progress. Any thread may call `note`."""
 
     def __init__(self, num_jobs: int, every_seconds: float = 30.0) -> None:
         self._num_jobs = num_jobs
@@ -82,7 +82,7 @@ class ProgressClock:
         self._lock = threading.Lock()
 
     def note(self, job: Job, num_tokens: int, num_finished: int) -> None:
-        """Takes the tokens that `job` has so far."""
+        """Records the number of tokens that `job` has so far."""
         with self._lock:
             self._tokens[job] = num_tokens
             now = time.monotonic()
@@ -95,14 +95,14 @@ class ProgressClock:
 
 
 class BatchRun:
-    """Runs the open jobs of one batch with the weights `version`; at most the pool's concurrency at once.
+    """A run of the open jobs of one batch with the weights `version`, limited by the pool's concurrency.
 
     Args:
-        weight_version: training step of `version`, which the rollouts carry.
+        weight_version: training step of `version`, recorded in the rollouts.
         attempts: failures after which a sample is set aside.
-        drop_wrong_version: leave a response of other weights out instead of generating it anew.
+        drop_wrong_version: drop responses of other weights instead of regenerating them.
 
-    While it runs it logs, every half minute, how far it is, tokens of unfinished responses included.
+    It logs its progress every half minute, including tokens of unfinished responses.
     """
 
     def __init__(
@@ -130,10 +130,10 @@ class BatchRun:
         self._lock = threading.Lock()
 
     def run(self) -> None:
-        """Returns when every job is over.
+        """Runs until every job has ended.
 
         Raises:
-            WeightsLostError: no server holds the weights any more; what is finished is in the progress.
+            WeightsLostError: no server holds the weights any more; the progress keeps what has finished.
             ServersLostError: no server is left.
         """
         samples = range(self._sampling.samples_per_prompt)
@@ -148,7 +148,7 @@ class BatchRun:
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
             for future in done:
                 future.result()
-        except BaseException:  # also Ctrl-C: what is still being generated is for nothing
+        except BaseException:  # even Ctrl-C: nobody will use what is still being generated
             self._stopped.set()
             self._pool.abort_all()
             raise
@@ -157,7 +157,7 @@ class BatchRun:
             executor.shutdown(wait=True, cancel_futures=True)
 
     def _finish(self, job: Job) -> None:
-        """Repeats one job until it is over."""
+        """Repeats one job until it has ended."""
         while not self._stopped.is_set() and not self._progress.is_over(job):
             with self._pool.lease(self._version, self._stopped) as server:
                 client = self._pool.client_for(server, self._version)
@@ -195,18 +195,18 @@ class BatchRun:
         )
 
     def _check(self, generation: Generation, url: str) -> None:
-        """Raises ServerError for a response that was cut off by the server, or ended where no stop id of the run is."""
+        """Raises ServerError if the server aborted the response or stopped it without a stop id of the run."""
         if generation.finish_reason not in FINISH_REASONS:
             raise ServerError(f"{url}: the response was aborted: {generation.abort_message or 'no reason given'}")
         last, stops = generation.response_ids[-1:], self._sampling.stop_token_ids
         if generation.finish_reason == "stop" and last and last[0] not in stops:
             raise ServerAnswerError(
-                f"{url}: expected a response to end with one of {stops}, got {last[0]}; the server's eos_token_id is "
-                "not the run's"
+                f"{url}: expected a response to end with one of {stops}, got {last[0]}; the server's eos_token_id "
+                "differs from the run's"
             )
 
     def _accept(self, job: Job, generation: Generation) -> None:
-        """Takes a response in."""
+        """Records a finished response."""
         prompt = self._prompts[job[0]]
         rollout = Rollout(
             prompt_index=prompt.index,
@@ -222,7 +222,7 @@ class BatchRun:
 
     def _wrong_version(self, server: PooledServer, client: SGLangClient, job: Job, version: str) -> None:
         logger.warning(
-            "%s generated with the weights %s instead of %s: does another trainer use it?",
+            "%s generated with the weights %s instead of %s: is another trainer using it?",
             client.url,
             version,
             self._version,

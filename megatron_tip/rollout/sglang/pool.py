@@ -1,4 +1,4 @@
-"""The servers of a run: which are up, what weights they hold, who takes the next request; dead ones come back."""
+"""The servers of a run: their state and weights, the choice of a server per request, and the return of dead ones."""
 
 import logging
 import threading
@@ -20,11 +20,11 @@ ROUTER_PAUSE_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class PoolSettings:
-    """Times in seconds.
+    """Limits of a pool; times in seconds.
 
-    `concurrency`: requests at one server at once. `heartbeat`: between two looks at a server; `heartbeat_timeout`:
-    until a look counts as missed; `missed_heartbeats` in a row and the server counts as dead. `start_timeout`: until a
-    server of our own must be healthy. `wait`: how long to go on without any server.
+    `concurrency`: concurrent requests per server. `heartbeat`: interval between checks of a server, each of which is
+    missed after `heartbeat_timeout`; after `missed_heartbeats` in a row the server counts as dead. `start_timeout`:
+    limit for one of our own servers to become healthy. `wait`: how long to wait without any server.
     """
 
     concurrency: int = 64
@@ -38,9 +38,9 @@ class PoolSettings:
 class PooledServer:
     """One server of the pool; its fields change under the pool's lock.
 
-    `process`: None where the server is somebody else's. `weights`: the version that it holds complete, None while it
-    is not known. `is_suspect`: a request failed on the way, and nobody has looked at it since. `incarnation` counts its
-    restarts. `tp_size`: ranks that share each layer; `num_replicas`: pipeline stages times data-parallel replicas.
+    `process`: None for a given server. `weights`: the version that it holds completely, None if unknown. `is_suspect`:
+    a request failed and the server has not been checked since. `incarnation` counts its restarts. `tp_size`: ranks that
+    share each layer; `num_replicas`: pipeline stages times data-parallel replicas.
     """
 
     def __init__(self, connect: Callable[[str], SGLangClient], *, url: str = "", process: SGLangServer | None = None):
@@ -68,14 +68,14 @@ class PooledServer:
 
 
 class ServerPool:
-    """Keeps `servers` running and hands them out. Every public method may be called from any thread.
+    """A pool that keeps `servers` running and leases them. Any thread may call its public methods.
 
-    `on_back`: called with a server that is about to be taken in, in the thread that watches it; may give it weights,
+    `on_back`: called with a server before it joins the pool, in the thread that watches it; may give the server weights
     and then returns their version.
 
     Args:
-        model_type: what every server must serve, in its config.json's word.
-        router: chooses who generates while all servers hold the weights; it must be over exactly these.
+        model_type: the model_type in config.json that every server must serve.
+        router: chooses the server while all of them hold the weights; must route to exactly these servers.
     """
 
     def __init__(
@@ -99,11 +99,11 @@ class ServerPool:
         self._keepers: list[threading.Thread] = []
 
     def start(self) -> None:
-        """Starts the servers that are ours, waits for all, checks them, and begins to watch them.
+        """Starts our own servers, waits for all servers, checks them, and begins to watch them.
 
         Raises:
-            ServerError: one does not start, or a given one does not answer. ServerMismatchError: a given one serves
-                something else.
+            ServerError: a server does not start or does not answer.
+            ServerMismatchError: a given server serves another model.
         """
         try:
             for server in self.servers:
@@ -120,7 +120,7 @@ class ServerPool:
             keeper.start()
 
     def close(self) -> None:
-        """Ends the servers that are ours and all connections."""
+        """Stops our own servers and closes all connections."""
         self._closing.set()
         for server in self.servers:
             server.look_now.set()
@@ -135,18 +135,18 @@ class ServerPool:
             keeper.join(timeout=30.0)
         for server in self.servers:
             if server.process:
-                server.process.stop()  # a keeper may have been about to start it
+                server.process.stop()  # a keeper may just have started it
 
     def up(self, weights: str | None = None) -> list[PooledServer]:
-        """The servers that are up, those alone that hold `weights` where it is given."""
+        """Returns the running servers, only those that hold `weights` if it is given."""
         with self._changed:
             return [server for server in self.servers if server.is_up and weights in (None, server.weights)]
 
     def wait_for_any(self) -> list[PooledServer]:
-        """The servers that are up, as soon as there is one.
+        """Waits for at least one running server and returns all that are running.
 
         Raises:
-            ServersLostError: there is none within the limit.
+            ServersLostError: no server came up within the limit.
         """
         with self._changed:
             if not self._changed.wait_for(lambda: any(s.is_up for s in self.servers), self.settings.wait):
@@ -155,18 +155,18 @@ class ServerPool:
 
     @contextmanager
     def lease(self, weights: str, stopped: threading.Event | None = None) -> Iterator[PooledServer]:
-        """A server with `weights` and room for one more request, the least loaded; waits for one.
+        """Yields the least loaded server that holds `weights` and has room for a request; waits for one.
 
         Raises:
-            WeightsLostError: servers are up, and none of them holds `weights`.
-            ServersLostError: no server is up within the limit, or `stopped` is set while it waits.
+            WeightsLostError: servers are up, but none of them holds `weights`.
+            ServersLostError: no server came up within the limit, or `stopped` was set during the wait.
         """
         deadline = time.monotonic() + self.settings.wait
         with self._changed:
             while (server := self._least_loaded(weights)) is None:
                 up = [server for server in self.servers if server.is_up]
                 if up and not any(server.weights == weights for server in up):
-                    raise WeightsLostError(f"no server holds the weights {weights}; {len(up)} are up and wait for them")
+                    raise WeightsLostError(f"no server holds the weights {weights}; {len(up)} are waiting for them")
                 if up:
                     deadline = time.monotonic() + self.settings.wait
                 if time.monotonic() >= deadline or self._closing.is_set() or (stopped and stopped.is_set()):
@@ -181,8 +181,8 @@ class ServerPool:
                 self._changed.notify_all()
 
     def client_for(self, server: PooledServer, weights: str) -> SGLangClient:
-        """Whom to ask for a response of `weights` under a lease of `server`: the router, where that cannot send it to a
-        server without them; else `server`.
+        """Returns the client for a request with `weights` under a lease of `server`: the router if all its servers hold
+        them, otherwise `server`.
         """
         with self._changed:
             all_ready = all(one.is_up and one.weights == weights for one in self.servers)
@@ -191,23 +191,23 @@ class ServerPool:
         return server.http
 
     def pass_over_router(self) -> None:
-        """After a failure by way of the router, asks the servers themselves for a while: they know whose it was."""
+        """Bypasses the router for a while after a failure, so that a faulty server can be identified."""
         self._router_back_at = time.monotonic() + ROUTER_PAUSE_SECONDS
 
     def set_weights(self, server: PooledServer, weights: str | None) -> None:
-        """Notes what `server` holds."""
+        """Records the weights that `server` holds."""
         with self._changed:
             server.weights = weights
             self._changed.notify_all()
 
     def suspect(self, server: PooledServer) -> None:
-        """Gives `server`, to which a request failed, no more of them until it has been looked at, now."""
+        """Sends no more requests to `server`, where one failed, until an immediate check succeeds."""
         with self._changed:
             server.is_suspect = True
         server.look_now.set()
 
     def abort_all(self) -> None:
-        """Has every server give up what it generates."""
+        """Aborts all generation on every server."""
         for server in self.up():
             with suppress(ServerError):
                 server.http.abort()
@@ -226,12 +226,12 @@ class ServerPool:
     def _lost(self) -> ServersLostError:
         return ServersLostError(
             f"rollout: none of the {len(self.servers)} servers came back within {self.settings.wait:.0f} s "
-            f"({', '.join(server.url for server in self.servers)}); see their logs in the run's folder, start them "
-            "again or raise sglang.wait_seconds"
+            f"({', '.join(server.url for server in self.servers)}); see their logs in the run's folder, restart "
+            "them or raise sglang.wait_seconds"
         )
 
     def _bring_up(self, server: PooledServer) -> None:
-        """Waits until a server is healthy, checks what it serves, and takes it in."""
+        """Waits until a server is healthy, checks its model, and adds it to the running servers."""
         if server.process:
             server.process.wait_until_healthy(self.settings.start_timeout)
             if server.client:
@@ -267,14 +267,14 @@ class ServerPool:
                 gone = server.process is not None and not server.process.is_running
                 if gone or missed >= self.settings.missed_heartbeats:
                     self._take_down(server, "its process ended" if gone else f"{missed} heartbeats missed")
-                else:  # look again before its time, but not at once: a server may refuse for a moment
+                else:  # check again soon, but not at once: the failure may be transient
                     self._closing.wait(min(MISSED_PAUSE_SECONDS, self.settings.heartbeat))
                     server.look_now.set()
 
     def _is_alive(self, server: PooledServer) -> bool:
         if server.process and not server.process.is_running:
             return False
-        if server.busy_with_sync:  # it samples nothing, and would not answer; the sync has time-outs of its own
+        if server.busy_with_sync:  # it cannot answer during a sync, which has its own time-outs
             return True
         try:
             server.http.check_alive(timeout_seconds=self.settings.heartbeat_timeout)
@@ -295,13 +295,13 @@ class ServerPool:
             server.is_up, server.weights = False, None
             self.num_lost += 1
             self._changed.notify_all()
-        logger.warning("server %s is lost: %s; its unfinished prompts go to others", server.url, reason)
+        logger.warning("server %s is lost: %s; other servers take its unfinished prompts", server.url, reason)
         old, server.client = server.http, server.connect(server.url)
-        old.close()  # no further request takes one of its connections
+        old.close()  # no later request reuses its connections
         server.look_now.set()
 
     def _revive(self, server: PooledServer) -> bool:
-        """Tries to bring a dead server back, with weights where somebody has them at hand."""
+        """Tries to bring back a dead server, with weights if the transport kept them; returns whether it succeeded."""
         try:
             if server.process:
                 server.process.start()

@@ -1,4 +1,4 @@
-"""From a configuration to an SGLang engine: servers of our own or given ones, and the way of the weights to them."""
+"""Construction of an SGLang engine from a configuration: our own or given servers, and the weight transport."""
 
 import hashlib
 import json
@@ -26,16 +26,16 @@ from megatron_tip.seeds import derive_seed
 
 
 def check_sglang(config: Config) -> None:
-    """Raises ConfigError for settings of SGLang servers that do not fit together. Reads no files."""
+    """Raises ConfigError if settings of SGLang servers do not fit together. Reads no files."""
     rollout, sglang = config.rollout, config.sglang
     if rollout.top_p != 1.0:
         raise ConfigError(
             f'rollout.top_p: expected 1 with rollout.engine = "sglang", got {rollout.top_p}; SGLang reports logprobs '
-            "of the whole distribution, not of the nucleus that it samples from"
+            "under the whole distribution, not under the nucleus that it samples from"
         )
     if sglang.router_url and not rollout.server_urls:
         raise ConfigError(
-            "sglang.router_url: expected rollout.server_urls as well, got none; weights go to the servers themselves"
+            "sglang.router_url: expected rollout.server_urls as well, got none; weights go directly to the servers"
         )
     if rollout.server_urls:
         urls = [*rollout.server_urls, *filter(None, [sglang.router_url])]
@@ -53,11 +53,11 @@ def check_sglang(config: Config) -> None:
 
 
 def check_served(config: Config, vocab_sizes: Sequence[int], machine: Machine) -> None:
-    """Refuses what rollouts by servers cannot be; see `EngineKind.check`.
+    """Refuses settings that servers do not support; see `EngineKind.check`.
 
     Raises:
-        ConfigError: settings that do not fit together, or unreadable passwords.
-        OptionalDependencyError: servers of our own, and SGLang is not installed.
+        ConfigError: settings do not fit together, or passwords are unreadable.
+        OptionalDependencyError: our own servers are configured, but SGLang is not installed.
     """
     check_sglang(config)
     keys_file = config.sglang.keys_file
@@ -76,10 +76,10 @@ def check_served(config: Config, vocab_sizes: Sequence[int], machine: Machine) -
 
 
 def read_keys(path: Path | None, *, setting: str = "sglang.keys_file") -> ServerKeys:
-    """Returns the passwords in `path`, which `setting` names; none without a path.
+    """Returns the passwords in `path`, the value of `setting`; none without a path.
 
     Raises:
-        ConfigError: it cannot be read, or holds something else. The message shows nothing of its content.
+        ConfigError: the file is unreadable or has the wrong content. The message reveals nothing of the content.
     """
     if path is None:
         return ServerKeys()
@@ -94,13 +94,13 @@ def read_keys(path: Path | None, *, setting: str = "sglang.keys_file") -> Server
 
 
 def build_sglang_engine(needs: EngineNeeds) -> SGLangEngine:
-    """Returns the engine with its servers started, healthy and checked; they have no weights yet.
+    """Returns the engine with its servers started, healthy and checked, but without weights.
 
-    Servers of our own are on the kind of device of the first process.
+    Our own servers use the first process's type of device.
 
     Raises:
         ServerError, ServerMismatchError: a server does not start, does not answer, or serves another model.
-        OutputError: the run's folder cannot be written.
+        OutputError: the run's folder is not writable.
     """
     config, student, device = needs.config, needs.student, needs.device
     rollout, sglang = config.rollout, config.sglang
@@ -132,7 +132,7 @@ def build_sglang_engine(needs: EngineNeeds) -> SGLangEngine:
 
 
 def _connector(config: Config, student: ModelFolder, keys: ServerKeys) -> Callable[[str], SGLangClient]:
-    """Returns what makes clients of the run's servers, all with the same `keys`, from a URL."""
+    """Returns a function that creates a client from a server's URL, always with the same `keys`."""
     sglang = config.sglang
     num_at_once = sglang.concurrency * (len(config.rollout.server_urls) if sglang.router_url else 1)
     return partial(
@@ -140,14 +140,14 @@ def _connector(config: Config, student: ModelFolder, keys: ServerKeys) -> Callab
         vocab_size=student.architecture.vocab_size,
         keys=keys,
         timeouts=Timeouts(silence=sglang.silence_seconds, control=config.sync.timeout_seconds),
-        max_connections=num_at_once + 16,  # heartbeats and weight calls besides
+        max_connections=num_at_once + 16,  # 16 for heartbeats and weight calls
     )
 
 
 def _own_servers(
     config: Config, student: ModelFolder, dtype: torch.dtype, keys: ServerKeys, *, on_gpu: bool
 ) -> list[ServerSettings]:
-    """Servers of the student's architecture; their weights come with the first sync."""
+    """Returns the settings of servers with the student's architecture; the first sync brings their weights."""
     rollout, sglang = config.rollout, config.sglang
     description = config.run.folder / "servers" / "model"
     with new_folder(description, overwrite=True) as folder:

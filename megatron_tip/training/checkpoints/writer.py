@@ -19,7 +19,7 @@ from megatron_tip.conversion.tensor_load import reason_of
 from megatron_tip.errors import OutputError
 from megatron_tip.parallel.collectives import agree_on_maxima, gather_json
 from megatron_tip.parallel.stop import StopRequested, StopSignals
-from megatron_tip.parallel.together import run_on
+from megatron_tip.parallel.together import raise_together, run_on
 from megatron_tip.training.checkpoints.files import (
     SHARDS_NAME,
     STATE_NAME,
@@ -164,10 +164,10 @@ class Checkpointer:
                     finalize()
             except (CheckpointException, OSError) as error:
                 raise _not_written(pending, reason_of(error)) from error
+            failure = _not_written(pending, pending.failure) if pending.failure else None
+            raise_together(failure, device=self._run.device)
             checksums = {}
-            for part, failure in gather_json([pending.checksums, pending.failure], device=self._run.device):
-                if failure:
-                    raise _not_written(pending, failure)
+            for part in gather_json(pending.checksums, device=self._run.device):
                 checksums |= part
             self._on_writer(lambda: self._commit(pending, checksums))
 

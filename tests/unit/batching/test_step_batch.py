@@ -1,4 +1,4 @@
-"""A step's layout before and after the cut behind the selected tokens."""
+"""A step's layout before and after the cut after the selected tokens."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def test_what_is_left_is_balanced_over_the_replicas_again():
     first = [place for places in batch.plan[0] for place in places]
     last_selected = [39 if place in first else 0 for place in range(len(LENGTHS))]  # replica 1 keeps next to nothing
     last_selected[5] = -1
-    cut = batch.cut_behind([min(last, length - 1) for last, length in zip(last_selected, LENGTHS, strict=True)])
+    cut = batch.cut_after([min(last, length - 1) for last, length in zip(last_selected, LENGTHS, strict=True)])
     loads = cut.num_padded_tokens()
     longest = max(-(-length // 4) * 4 for length in cut.num_kept_tokens)
     assert max(loads) - min(loads) <= longest
@@ -33,7 +33,7 @@ def test_what_is_left_is_balanced_over_the_replicas_again():
 
 @pytest.mark.parametrize("multiple", [1, 4])
 def test_token_counts_are_those_of_the_micro_batches(multiple):
-    batch = make_batch(3, sequence_multiple=multiple).cut_behind([7, 3, -1, 33, 0, -1, 2, 1])
+    batch = make_batch(3, sequence_multiple=multiple).cut_after([7, 3, -1, 33, 0, -1, 2, 1])
     micro_batches = [batch.micro_batches(replica) for replica in range(3)]
     padded = [sum(micro_batch.input_ids.numel() for micro_batch in own) for own in micro_batches]
     assert batch.num_padded_tokens() == padded
@@ -44,7 +44,7 @@ def test_token_counts_are_those_of_the_micro_batches(multiple):
 
 
 def test_a_replica_without_rollouts_pads_one_sequence():
-    batch = make_batch(2).cut_behind([3, *[-1] * 7])
+    batch = make_batch(2).cut_after([3, *[-1] * 7])
     assert batch.num_padded_tokens() == [8, 4]
     assert batch.micro_batch(1, 0).input_ids.shape == (1, 4)
 
@@ -61,6 +61,6 @@ def test_the_stages_of_a_step_share_what_is_built_and_a_cut_builds_anew():
     batch = make_batch(2)
     assert batch.micro_batches(1)[0] is batch.micro_batch(1, 0)
     assert batch.token_index(0) is batch.token_index(0)
-    cut = batch.cut_behind([3] * 5 + [-1] + [3] * 2)
+    cut = batch.cut_after([3] * 5 + [-1] + [3] * 2)
     assert len(cut.token_index(0)) < len(batch.token_index(0))
     assert len(batch.token_index(0)) + len(batch.token_index(1)) == batch.num_valid()

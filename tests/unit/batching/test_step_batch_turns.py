@@ -55,6 +55,6 @@ def test_rows_are_the_generated_tokens(dp_size: int):
     "last_selected", [[8, -1, 4, 11], [5, -1, 0, 0], [4, -1, -1, 11], [0, -1, 2, -1], [7, -1, 4, 0]]
 )
 def test_a_cut_keeps_the_rows_up_to_the_last_selected(last_selected: list[int]):
-    cut = batch_over(1).cut_behind(last_selected)
+    cut = batch_over(1).cut_after(last_selected)
     assert sorted(rows_of(cut, 0)) == [row for row in expected_rows() if row[1] <= last_selected[row[0]]]
     assert cut.num_rows() == [[micro_batch.num_valid() for micro_batch in cut.micro_batches(0)]]

@@ -12,4 +12,4 @@ STUDY = Path(__file__).parents[3] / "examples/fixed_context_study/study.toml"
 def test_scores_of_a_checkpoint_do_not_replace_those_of_the_start(tmp_path: Path):
     ended = CliRunner().invoke(app, ["diagnose", "score", str(STUDY), "--checkpoint", str(tmp_path)])
     assert ended.exit_code == 2
-    assert 'another name than "start"' in ended.output
+    assert 'a name other than "start"' in ended.output

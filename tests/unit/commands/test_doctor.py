@@ -43,11 +43,11 @@ def test_slurm_is_told_with_its_partitions():
 def test_a_slurm_that_does_not_answer_is_a_note(slurm: Path):
     for script, why in {
         "echo 'sinfo: error: no controller' >&2; exit 1": "sinfo: error: no controller",
-        "exit 3": "sinfo ended with exit code 3",
+        "exit 3": "sinfo exited with code 3",
     }.items():
         write_program(slurm / "sinfo", script)
         (finding,) = [finding for finding in doctor._slurm(None) if "does not answer" in finding.text]
-        assert (finding.state, finding.text) == ("note", f"SLURM is installed and does not answer: {why}")
+        assert (finding.state, finding.text) == ("note", f"SLURM is installed but does not answer: {why}")
 
 
 def missing(models: Path, world_size: int | None = None, **sections: Any) -> list[str]:
@@ -61,7 +61,7 @@ def test_a_machine_without_a_gpu_lacks_nothing():
     assert "MISSING" not in ended.stdout
     for name in ("torch", "megatron-core", "transformer-engine", "apex", "sglang", "wandb", "SLURM", "disk", "ports"):
         assert name in ended.stdout
-    assert 'mend: pip install "megatron_tip[transformer-engine]"' in ended.stdout
+    assert 'fix: pip install "megatron_tip[transformer-engine]"' in ended.stdout
 
 
 def test_a_run_that_can_start_lacks_nothing(models: Path):
@@ -79,10 +79,10 @@ def test_what_the_configuration_needs_is_missing(models: Path, monkeypatch: pyte
 def test_online_tracking_needs_a_login(models: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    assert any("no login here" in text for text in missing(models, tracking={"wandb": "online"}))
+    assert any("no login found here" in text for text in missing(models, tracking={"wandb": "online"}))
     monkeypatch.setenv("WANDB_API_KEY", "secret-key")
     findings = examine(make_config(models, Layout(1), tracking={"wandb": "online"}), world_size=None)
-    assert not any("no login here" in finding.text for finding in findings)
+    assert not any("no login found here" in finding.text for finding in findings)
     assert not any("secret-key" in finding.line() for finding in findings)
 
 

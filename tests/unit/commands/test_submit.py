@@ -66,7 +66,7 @@ def test_an_unknown_script_is_refused_with_the_known_ones(tmp_path: Path):
 
 def test_without_slurm_the_command_to_run_elsewhere_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("shutil.which", lambda name: None)
-    with pytest.raises(ConfigError, match="expected SLURM on this machine, found none; run this where it is: sbatch"):
+    with pytest.raises(ConfigError, match="found none; where it is installed, run: sbatch"):
         submit(Submission(Path("a.toml"), environ=ENVIRON), make_config(tmp_path, Layout(1)), dry_run=False)
 
 
@@ -77,7 +77,7 @@ def test_a_configuration_is_checked_as_the_script_will_run_it(tmp_path: Path):
         assert served.rollout.engine == "sglang"
         assert served.rollout.server_urls
     replay = make_config(tmp_path, Layout(1), rollout={"engine": "replay", "replay_folder": tmp_path})
-    with pytest.raises(ConfigError, match=r"which slurm/train_disaggregated\.sbatch starts"):
+    with pytest.raises(ConfigError, match=r"that slurm/train_disaggregated\.sbatch starts"):
         as_served(replay, alone, "train_disaggregated")
 
 

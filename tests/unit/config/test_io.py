@@ -88,7 +88,7 @@ def test_malformed_override_is_refused(minimal, override):
         ('model.drop_layers=[1, "x"]', "model.drop_layers (on the command line), element 1: expected list of integers"),
         ("selection.retention_ratio=1.5", "expected number > 0 and <= 1, got 1.5 (number)"),
         ("selection.support_size=100000", "expected integer >= 1 and <= 1024, got 100000"),
-        ("run.folder=", "run.folder: expected a folder of the run's own, got an empty text"),
+        ("run.folder=", "run.folder: expected a separate folder for the run, got an empty text"),
         ("optimizer.lr=nan", "optimizer.lr (on the command line): expected number > 0, got NaN"),
         ("optimizer.lr=inf", "expected number > 0, got Infinity"),
         ("rollout.engine=replay", 'rollout.replay_folder: expected a folder with rollout.engine = "replay", got none'),

@@ -90,11 +90,11 @@ def test_scores_come_back_and_belong_to_their_bank(tmp_path):
 
 def test_scores_that_are_not_there_are_answered_with_those_that_are(tmp_path):
     bank = make_bank(tmp_path / "bank")
-    with pytest.raises(InputError, match="got 'ende'; there: none;"):
+    with pytest.raises(InputError, match="got 'ende'; existing: none;"):
         read_scores(bank.scores_path("ende"), bank)
     for name in ("start", "end"):
         write_scores(bank.scores_path(name), make_scores(bank))
-    with pytest.raises(InputError, match="expected the name of scores in the bank, got 'ende'; there: end, start;"):
+    with pytest.raises(InputError, match="expected the name of scores in the bank, got 'ende'; existing: end, start;"):
         read_scores(bank.scores_path("ende"), bank)
 
 
@@ -111,9 +111,9 @@ def test_a_start_that_did_not_write_the_contexts_is_named(tmp_path):
     own = make_bank(tmp_path / "own")
     assert strangers(own, student="s", teacher="t") == []
     (sentence,) = strangers(own, student="another", teacher="t")
-    assert "not known as the student that wrote the contexts" in sentence
+    assert "differs from the student that wrote the contexts" in sentence
     (sentence,) = strangers(own, student="s", teacher="another")
-    assert "the teacher (fingerprint another) is another one" in sentence
+    assert "the teacher (fingerprint another) differs from" in sentence
 
 
 @pytest.mark.parametrize("student", [None, MANIFEST["student"]])
@@ -163,7 +163,7 @@ def test_scores_that_lack_a_part_are_refused_by_name(tmp_path, change, message):
         read_scores(path, bank)
 
 
-def test_contexts_are_cut_behind_a_token_of_the_student(tmp_path):
+def test_contexts_are_cut_after_a_token_of_the_student(tmp_path):
     context = replace(make_contexts(1)[0], environment_spans=((3, 6), (12, 14)))
     (cut,) = cut_contexts([context], 1, 13)
     assert (len(cut.response_ids), cut.environment_spans, cut.finish_reason) == (12, ((3, 6),), "length")

@@ -180,7 +180,7 @@ def test_a_start_that_did_not_write_the_contexts_is_told_in_the_facts(written):
         {**first.start.about, "student": "another"},
     )
     stranger = Evidence(first.bank, start, first.gains, [])
-    assert "Note: the start (fingerprint another) is not known as the student" in facts(stranger)
+    assert "Note: the start (fingerprint another) differs from the student" in facts(stranger)
     assert "Note: the start" not in facts(first)
 
 

@@ -58,12 +58,12 @@ def test_quickstart_runs_on_three_workers():
         (["loss.divergence=jsd", "rollout.top_p=0.9"], 'rollout.top_p: expected 1 with rollout.engine = "sglang"'),
         (["rollout.engine=sglang", "sglang.gpus=[7]", "rollout.servers=2"], "sglang.gpus: expected 2 for"),
         (["rollout.engine=sglang", 'rollout.server_urls=["n7:1"]'], 'rollout.server_urls: expected "http://host:port"'),
-        (["rollout.engine=sglang", "sglang.memory_fraction=0.97"], "or give servers beside the trainer less (sglang."),
+        (["rollout.engine=sglang", "sglang.memory_fraction=0.97"], "or give servers less memory (sglang."),
         ([*SERVED_TEACHER, "loss.divergence=jsd"], "loss.divergence: expected one of"),
         (["model.drop_layers=[28]"], "drop_layers: expected different layers among 0..27"),
         (
             ["training.max_tokens_per_micro_batch=4000000"],
-            "memory: expected at most 80 GiB a GPU (--gpu-memory), got an estimate of",
+            "memory: expected at most 80 GiB per GPU (--gpu-memory), got an estimate of",
         ),
     ],
 )
@@ -85,7 +85,7 @@ def test_what_could_not_be_seen_is_told(monkeypatch: pytest.MonkeyPatch):
         "models/Qwen3-1.7B",
         "models/Qwen3-4B",
         "data/dapo-math-17k.parquet",
-        "what SGLang takes beside the trainer: set sglang.memory_fraction, or sglang.gpus",
+        "SGLang's memory on the trainer's GPUs: set sglang.memory_fraction, or sglang.gpus",
     ]
 
 
@@ -122,7 +122,7 @@ def test_memory_follows_the_layout():
 
 
 def test_servers_of_our_own_take_their_share_of_the_gpus_that_they_share():
-    name, gib = "SGLang beside the trainer (sglang.memory_fraction)", 2.0**30
+    name, gib = "SGLang on the trainer's GPUs (sglang.memory_fraction)", 2.0**30
     served = ["rollout.engine=sglang", "sglang.memory_fraction=0.3"]
     assert parts(recipe(*served))[name] == pytest.approx(0.3 * 10_000 * gib)
     assert parts(recipe(*served, "rollout.servers=2"))[name] == pytest.approx(0.6 * 10_000 * gib)

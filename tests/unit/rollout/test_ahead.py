@@ -25,9 +25,6 @@ class SlowEngine(RolloutEngine):
     def update_weights(self, weights, weight_version):
         self.done.append(("sync", weight_version, list(weights)))
 
-    def health(self):
-        self.done.append("health")
-
     def input_logprobs(self, input_ids):
         return {"server": [-1.0]}
 
@@ -75,14 +72,13 @@ def test_the_batch_begun_is_taken_once_and_others_are_generated_now(inner, ahead
 def test_a_batch_that_nobody_took_is_not_passed_over(inner, ahead):
     inner.release.set()
     ahead.start_next(PROMPTS, SAMPLING.for_step(1))
-    with pytest.raises(AssertionError, match="step_000001 has not been taken"):
+    with pytest.raises(AssertionError, match="step_000001 has not been collected"):
         ahead.start_next(PROMPTS, SAMPLING.for_step(2))
 
 
 def test_the_rest_is_the_engines_own(inner, ahead):
     assert ahead.input_logprobs([1, 2]) == {"server": [-1.0]}
     assert ahead.take_metrics("step_000001") == {"step_000001": 1.0}
-    ahead.health()
     ahead.distrust("server")
     ahead.close()
-    assert inner.done == ["health", ("distrust", "server"), "close"]
+    assert inner.done == [("distrust", "server"), "close"]

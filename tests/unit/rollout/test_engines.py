@@ -26,9 +26,6 @@ class ToyEngine(RolloutEngine):
     def update_weights(self, weights, weight_version):
         pass
 
-    def health(self):
-        pass
-
 
 def config_of(tmp_path, **rollout):
     return SimpleNamespace(

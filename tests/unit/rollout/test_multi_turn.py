@@ -52,9 +52,6 @@ class ScriptedEngine(RolloutEngine):
     def update_weights(self, weights, weight_version):
         self.weight_version = weight_version
 
-    def health(self):
-        raise EngineError("not well")
-
 
 class Echo:
     """Says what it was told and which prompt it began with; done when told "bye"."""
@@ -221,7 +218,7 @@ def test_an_engine_that_answers_for_others_is_refused():
             rollouts = super().generate(prompts, sampling)
             return rollouts if len(self.calls) == 1 else [rollouts[2], *rollouts]
 
-    with pytest.raises(EngineError, match=r"of each of 4 episodes .* got 5 rollouts, 4 of them of other prompts"):
+    with pytest.raises(EngineError, match=r"of each of 4 episodes .* got 5 rollouts, 4 of them for other prompts"):
         MultiTurnEngine(Forgetful(["a", "b"]), Echo, TEMPLATE, max_turns=3).generate(PROMPTS, SAMPLING)
 
 
@@ -256,12 +253,10 @@ def test_a_batch_goes_on_where_its_weights_were_lost():
     assert len({sampling.batch_name for _, sampling in inner.calls}) == 3, "an engine tells the calls of a batch apart"
 
 
-def test_health_and_weights_are_the_engines_own():
+def test_weights_are_the_engines_own():
     engine, inner = engine_of([])
     engine.update_weights([], 12)
     assert inner.weight_version == 12
-    with pytest.raises(EngineError, match="not well"):
-        engine.health()
 
 
 def test_the_configuration_names_an_environment():

@@ -45,7 +45,7 @@ def test_a_file_that_was_cut_off_is_named_with_the_line(tmp_path, missing_bytes)
         ({"finish_reason": "abort"}, "finish_reason is 'abort'"),
         ({"prompt_ids": []}, "prompt_ids is empty"),
         ({"environment_spans": [1, 2]}, r"environment_spans is \[1, 2\], not a list of \[start, end\]"),
-        ({"environment_spans": [[0, 1]]}, "generated ones before, between and behind them"),
+        ({"environment_spans": [[0, 1]]}, "with generated ids before, between and after them"),
         ({"environment_spans": [[1, 2]]}, "within 2 response ids"),
         ({"environment_spans": [[1, 1]]}, "ranges in order"),
     ],

@@ -54,5 +54,5 @@ def test_installed_packages_offer_rules(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="the nearest name is 'surprise'"):
         Selector("surprize", 0.5)
     install(tmp_path / "second", "other", "surprise = surprising:LOWEST", monkeypatch)
-    with pytest.raises(ConfigError, match=r"one package that offers it, got \['other', 'surprising'\]"):
+    with pytest.raises(ConfigError, match=r"one package to offer it, got \['other', 'surprising'\]"):
         Selector("surprise", 0.5)

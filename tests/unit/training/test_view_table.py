@@ -150,7 +150,9 @@ def test_files_that_are_no_tables_are_refused_by_name(tmp_path):
     content = encode_token_table(view_of(None, index, selection))
     for name, broken in (("cut", content[:-50]), ("empty", b""), ("other", b"PAR1" + b"\0" * 50 + b"PAR1")):
         (tmp_path / name).write_bytes(broken)
-        with pytest.raises(InputError, match=f"{name}: expected a token table as tracking.view_every_steps"):
+        with pytest.raises(
+            InputError, match=f"{name}: expected a token table as written with tracking.view_every_steps"
+        ):
             read_token_table(tmp_path / name)
     with pytest.raises(InputError, match="nowhere"):
         read_token_table(tmp_path / "nowhere")

@@ -39,7 +39,7 @@ def test_ranks_own_each_real_id_once_and_no_padding():
 
 @pytest.mark.parametrize("vocab_size", [0, -1, 25])
 def test_a_vocabulary_that_does_not_fit_the_shards_is_refused(vocab_size):
-    with pytest.raises(InputError, match=r"vocab_size of 1 to 24 \(6 rows a shard x tp size 4\)"):
+    with pytest.raises(InputError, match=r"vocab_size of 1 to 24 \(6 rows per shard x tp size 4\)"):
         VocabPartition.of_shard(6, vocab_size, _Rank(0, 4))
 
 

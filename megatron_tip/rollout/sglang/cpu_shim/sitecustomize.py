@@ -1,21 +1,21 @@
-"""What SGLang 0.5.23 lacks on a machine without a GPU. Python imports this by its name at the start of a process.
+"""Stand-ins for packages that SGLang 0.5.23 needs on a machine without a GPU.
 
-`server.py` puts this folder on PYTHONPATH of the servers that it starts with device "cpu", and of no other
-process: SGLang spawns several processes and each must have it before it imports anything. Standard library alone.
+Python imports this module by its name at the start of a process. `server.py` puts this folder on PYTHONPATH only for
+the servers that it starts with device "cpu": SGLang spawns several processes, and each needs it before any other
+import. It uses only the standard library.
 
-1. `sgl_kernel` comes as a CUDA-only wheel. On the CPU it is imported by name and serves speculative decoding alone: a
-   call of anything in it raises.
-2. `triton` (1 GB) is imported for kernels that are never launched on a CPU: its decorators give the function back;
+1. `sgl_kernel` is a CUDA-only wheel. On the CPU SGLang imports it by name and needs it only for speculative decoding;
+   calling anything in it raises.
+2. `triton` (1 GB) is imported for kernels that are never launched on a CPU. Its decorators return the function;
    launching one, `kernel[grid](...)`, is a TypeError.
-
 3. `torchvision` is imported for vision models, which are not served here. It must not be installed: the package
-   index's is linked against a CUDA torch, and beside a CPU torch its mere presence ends every import of a transformers
-   model with "operator torchvision::nms does not exist", in the trainer too.
+   index's wheel is linked against a CUDA torch, and next to a CPU torch its mere presence breaks every import of a
+   transformers model with "operator torchvision::nms does not exist", in the trainer too.
 
 A package that is really installed is found first and wins.
 
-It also announces a plugin to SGLang, which finds plugins as entry points of installed distributions: its hooks, in
-`cpu_hooks.py`, make decoding on a CPU faster and have it follow the requests' seeds.
+The module also announces a plugin to SGLang, which finds plugins as entry points of installed distributions. Its hooks,
+in `cpu_hooks.py`, make decoding on a CPU faster and make it respect the requests' seeds.
 """
 
 import importlib.abc
@@ -30,7 +30,7 @@ STAND_INS = ("sgl_kernel", "torchvision", "triton")
 
 
 class StandInClass(type):
-    """The type of a class whose attributes, such as an enumeration's members, are their own names."""
+    """The type of a stand-in class; each attribute, such as an enumeration's member, is its own name."""
 
     def __getattr__(cls, name):
         if name.startswith("__") and name.endswith("__"):
@@ -39,7 +39,7 @@ class StandInClass(type):
 
 
 class StandIn(types.ModuleType):
-    """A module in which every name exists: a capitalised one is a class, any other a module that can be called."""
+    """A module in which every name exists: a capitalised name is a class, any other a callable module."""
 
     def __getattr__(self, name):
         if name.startswith("__") and name.endswith("__"):
@@ -65,7 +65,7 @@ class StandIn(types.ModuleType):
 
 
 class StandInFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds the stand-ins; last in line, behind every real package."""
+    """The finder of the stand-ins; it comes last, after every real package."""
 
     def find_spec(self, fullname, path=None, target=None):
         if fullname.split(".")[0] in STAND_INS:
@@ -86,7 +86,7 @@ class StandInFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 class PluginDistribution(importlib.metadata.Distribution):
-    """A distribution of nothing but an entry point."""
+    """A distribution that consists only of an entry point."""
 
     def read_text(self, filename):
         texts = {"METADATA": "Name: megatron-tip-cpu\nVersion: 0\n", "entry_points.txt": PLUGIN}
@@ -97,7 +97,7 @@ class PluginDistribution(importlib.metadata.Distribution):
 
 
 class PluginFinder(importlib.abc.MetaPathFinder):
-    """Finds that distribution, and no module."""
+    """The finder of that distribution; it finds no modules."""
 
     def find_spec(self, fullname, path=None, target=None):
         return None

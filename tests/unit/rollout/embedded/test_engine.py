@@ -174,7 +174,7 @@ def test_weights_that_are_not_numbers_are_refused():
     model = reference_model(tiny_config())
     with torch.no_grad():
         model.get_parameter("model.norm.weight")[3] = torch.nan
-    with pytest.raises(EngineError, match="weights of version 7 give logits that are NaN"):
+    with pytest.raises(EngineError, match="weights of version 7 produce NaN logits"):
         ready_engine(model).generate(prompts(3), sampling())
 
 

@@ -224,7 +224,7 @@ def test_a_run_of_which_nothing_is_left_ends_instead_of_going_on(stack, tmp_path
     for fake in cluster.fakes:
         fake.misbehave = refuse
     assert batch(4) == batch(5) == []
-    with pytest.raises(EngineError, match=r"3 batches in a row, the last of them step_6 of 4 .*HTTP 400"):
+    with pytest.raises(EngineError, match=r"3 batches in a row, the last of them step_6 with 4 .*HTTP 400"):
         batch(6)
 
 
