@@ -158,7 +158,7 @@ class _IndexUnpickler(pickle.Unpickler):
                 return found
             if isinstance(found, torch.dtype) or found in (torch.Size, torch.serialization._get_layout):
                 return found
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in it; do not load checkpoints you do not trust")
+        raise pickle.UnpicklingError(f"{module}.{name} does not belong in it; do not load checkpoints you do not trust")
 
 
 _INDEX_MODULES = (
