@@ -46,6 +46,10 @@ def command(
     allow_code_execution: Annotated[
         bool, typer.Option("--allow-code-execution", help="humaneval: run the model's code, under limits.")
     ] = False,
+    allow_code_execution_as_root: Annotated[
+        bool,
+        typer.Option("--allow-code-execution-as-root", help="humaneval: run it even with the rights of root."),
+    ] = False,
 ) -> None:
     """Evaluates a run's student on benchmarks: mean and standard deviation over several seeds.
 
@@ -72,5 +76,6 @@ def command(
         data=data,
         limit=limit,
         allow_code_execution=allow_code_execution,
+        allow_code_execution_as_root=allow_code_execution_as_root,
     )
     typer.echo(table(run_benchmarks(request, run)))

@@ -40,7 +40,7 @@ class Request:
     data: Path | None
     limit: int | None
     allow_code_execution: bool
-    allow_code_execution_as_root: bool = False
+    allow_code_execution_as_root: bool
 
 
 def run_benchmarks(request: Request, run: Path) -> list[dict[str, Any]]:

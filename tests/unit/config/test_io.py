@@ -156,3 +156,22 @@ def test_reference_describes_every_key():
             assert f"  {key}: " in text
             assert value.description, f"{name}.{key} has no description"
     assert "  retention_ratio: number > 0 and <= 1, default 0.05" in text
+
+
+def test_a_home_folder_is_found(minimal, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = load_config(minimal, ["model.path=~/models/student"])
+    assert config.model.path == tmp_path / "models" / "student"
+    assert "home folder is known" in message_of(minimal, ["model.path=~nobody-of-this-name/x"])
+
+
+def test_a_byte_order_mark_is_no_part_of_the_file(minimal):
+    minimal.write_bytes(b"\xef\xbb\xbf" + minimal.read_bytes())
+    assert load_config(minimal).training.steps == 3
+
+
+@pytest.mark.parametrize("value", ["[" * 3000 + "]" * 3000, "9" * 5000])
+def test_what_toml_cannot_hold_is_named(minimal, value):
+    assert "run.seed" in message_of(minimal, [f"run.seed={value}"])
+    minimal.write_text(MINIMAL.replace("[run]", f"[run]\nseed = {value}"))
+    assert f"{minimal}: expected TOML" in message_of(minimal)

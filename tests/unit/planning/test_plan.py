@@ -59,6 +59,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
             1,
             "rollout.replay_folder: expected an existing",
         ),
+        (
+            {"rollout": {"importance_cap": 2.0, "top_p": 0.9}},
+            1,
+            "rollout.importance_cap: expected rollout.top_p = 1, got 0.9",
+        ),
         ({"optimizer": {"min_lr": 1.0}}, 1, "optimizer.min_lr: expected at most optimizer.lr = 0.001, got 1.0"),
     ],
 )
