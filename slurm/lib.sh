@@ -79,7 +79,8 @@ tip_train() {
   local nodes=$1 nodelist=$2 first
   shift 2
   first=$(scontrol show hostnames "$nodelist" | head -n 1)
-  MASTER_ADDR=${MASTER_ADDR:-$(tip_address "$first")}
+  # tip_fail within $(...) ends only that subshell; an assignment of its own returns its exit code.
+  if [[ -z ${MASTER_ADDR:-} ]]; then MASTER_ADDR=$(tip_address "$first") || exit; fi
   export MASTER_ADDR
   mapfile -t arguments < <(tip_srun_arguments "$nodes" "$TIP_TASKS_PER_NODE" "$nodelist")
   tip_run srun "${arguments[@]}" "$TIP_PYTHON" -m megatron_tip.cli train "$@"
@@ -96,7 +97,7 @@ tip_serve() {
   TIP_URLS=()
   read -ra further <<<"$TIP_SGLANG_ARGUMENTS"
   for node in $(scontrol show hostnames "$nodelist"); do
-    address=$(tip_address "$node")
+    address=$(tip_address "$node") || exit
     for ((index = 0; index < per_node; index++)); do
       port=$((TIP_SGLANG_PORT + index))
       gpus=$(seq -s, $((index * TIP_SGLANG_TP)) $(((index + 1) * TIP_SGLANG_TP - 1)))

@@ -35,6 +35,14 @@ class Submission:
     teacher_nodes: int = 0
     environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
 
+    def __post_init__(self) -> None:
+        """Raises ConfigError if no node is left for the trainer, or none is given to the rollouts."""
+        if self.script == "train_disaggregated" and (self.trainer_nodes < 1 or self.rollout_nodes < 1):
+            raise ConfigError(
+                f"--nodes: expected at least one trainer and one rollout node, got {self.nodes} in total with "
+                f"--rollout-nodes {self.rollout_nodes} and --teacher-nodes {self.teacher_nodes}"
+            )
+
     @property
     def trainer_nodes(self) -> int:
         return self.nodes - self.rollout_nodes - self.teacher_nodes
@@ -110,11 +118,6 @@ def _split(submission: Submission) -> list[str]:
     """Returns the environment variables that tell the script how many nodes each kind gets."""
     if submission.script != "train_disaggregated":
         return []
-    if submission.trainer_nodes < 1 or submission.rollout_nodes < 1:
-        raise ConfigError(
-            f"--nodes: expected at least one trainer and one rollout node, got {submission.nodes} in total with "
-            f"--rollout-nodes {submission.rollout_nodes} and --teacher-nodes {submission.teacher_nodes}"
-        )
     return [f"TIP_ROLLOUT_NODES={submission.rollout_nodes}", f"TIP_TEACHER_NODES={submission.teacher_nodes}"]
 
 

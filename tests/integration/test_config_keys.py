@@ -32,7 +32,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "rms_norm_eps = 0.1": {"rms_norm_eps": 0.1},
     "rms_norm_eps left out": {"rms_norm_eps": REMOVED},
     "rope_theta = 500, the old way": OLD | {"rope_theta": 500.0},
-    "no word of the base": OLD,
+    "no rope_theta anywhere": OLD,
     "rope_theta as a whole number": OLD | {"rope_theta": 500},
     "rope_theta beside rope_parameters without it": {"rope_parameters": {"rope_type": "default"}, "rope_theta": 500.0},
     "rope_theta in both": {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "rope_theta": 70.0},
@@ -64,7 +64,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         "max_window_layers": 1,
         "layer_types": REMOVED,
     },
-    "sliding window, behind the last layer": {
+    "sliding window, after the last layer": {
         "use_sliding_window": True,
         "sliding_window": 8,
         "max_window_layers": 9,
@@ -77,7 +77,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "head_dim left out": {"head_dim": REMOVED},
     "head_dim = 16": {"head_dim": 16},
     "num_key_value_heads left out": {"num_key_value_heads": REMOVED},
-    "tie_word_embeddings turned round": {"tie_word_embeddings": "other"},
+    "tie_word_embeddings reversed": {"tie_word_embeddings": "other"},
     "tie_word_embeddings left out": {"tie_word_embeddings": REMOVED},
     "model_type of another family": {"model_type": "mistral"},
     "model_type left out": {"model_type": REMOVED},

@@ -165,3 +165,20 @@ def test_a_warning_while_servers_start_ends_the_wait_and_the_job_goes_back():
     ended = shell(start + wait + hosts + "tip_serve n1 1 model 0.5 keys; tip_wait_for_servers", SLURM_JOB_ID="7")
     assert ended.returncode == 75
     assert "requeue 7\n" in ended.stderr
+
+
+@pytest.mark.parametrize("nodes", [{"nodes": 2, "rollout_nodes": 2}, {"nodes": 2}, {"nodes": 3, "rollout_nodes": 1}])
+def test_nodes_that_do_not_add_up_are_refused_before_the_layout_is(nodes):
+    teacher_nodes = nodes["nodes"] - 1
+    with pytest.raises(ConfigError, match="--nodes: expected at least one trainer and one rollout node"):
+        Submission(Path("run.toml"), script="train_disaggregated", teacher_nodes=teacher_nodes, **nodes)
+
+
+def test_a_node_without_an_address_ends_the_job_before_anything_starts():
+    """In the scripts `tip_train ... || code=$?` turns errexit off."""
+    ran = shell(
+        "unset MASTER_ADDR; scontrol() { echo node1; }; srun() { echo started; }; "
+        "TIP_PYTHON=python; code=0; tip_train 1 node1 run.toml || code=$?; echo went on"
+    )
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert "scontrol show node node1: expected a NodeAddr, got none" in ran.stderr
