@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from megatron_tip.conversion.bridge import save_hf
 from megatron_tip.conversion.megatron_checkpoint import save_megatron_checkpoint
+from megatron_tip.errors import OutputError
 from megatron_tip.observability.memory import peak_rss_bytes
 from megatron_tip.observability.run_folder import RunFolder, Sample
 from megatron_tip.planning.plan import RunPlan
@@ -41,13 +42,25 @@ def write_models(run: TrainingRun, plan: RunPlan, folder: RunFolder) -> None:
     """Writes the student as a Megatron checkpoint and as a Hugging Face folder, as configured.
 
     Collective over the world.
+
+    Raises:
+        OutputError: one of them cannot be written, on every rank. If only the export failed, the log has the command
+            that makes it from the checkpoint.
     """
     with run.timer.phase("save"):
         model, groups = run.student.model, run.student.groups
         if run.config.output.save_checkpoint:
             save_megatron_checkpoint(model, plan.student, groups, folder.checkpoint, overwrite=True)
         if run.config.output.export_hf:
-            save_hf(model, plan.student, groups, folder.hf, overwrite=True)
+            try:
+                save_hf(model, plan.student, groups, folder.hf, overwrite=True)
+            except OutputError:
+                if run.config.output.save_checkpoint and dist.get_rank() == 0:
+                    logger.error(
+                        "the trained student is in %s; to export it: python tools/convert_megatron_to_hf.py %s %s",
+                        *(folder.checkpoint, folder.checkpoint, folder.hf),
+                    )
+                raise
 
 
 def summarise(run: TrainingRun, totals: RecorderState, before: Heldout, after: Heldout) -> dict[str, Any]:
