@@ -19,16 +19,17 @@ def finite_json(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def atomic_write_text(path: Path, text: str, *, setting: str = "run.folder") -> None:
+def atomic_write_text(path: Path, text: str, *, setting: str = "run.folder", mode: int = 0o666) -> None:
     """Writes UTF-8 `text` to `path`; see `atomic_write_bytes`."""
-    atomic_write_bytes(path, text.encode(), setting=setting)
+    atomic_write_bytes(path, text.encode(), setting=setting, mode=mode)
 
 
-def atomic_write_bytes(path: Path, content: bytes, *, setting: str = "run.folder") -> None:
+def atomic_write_bytes(path: Path, content: bytes, *, setting: str = "run.folder", mode: int = 0o666) -> None:
     """Writes `content` beside `path`, syncs and renames it: readers of `path` find the old or the new content whole.
 
     Args:
         setting: the setting that gave `path`, for errors.
+        mode: the permissions of the file, which the umask reduces.
 
     Raises:
         OutputError: the disk is full, or the folder is not writable; `path` is unchanged.
@@ -36,7 +37,8 @@ def atomic_write_bytes(path: Path, content: bytes, *, setting: str = "run.folder
     beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with output_errors(path, setting=setting):
         try:
-            with beside.open("wb") as file:
+            beside.unlink(missing_ok=True)  # its mode would stay
+            with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
@@ -83,9 +85,9 @@ def new_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
         partial.mkdir(parents=True)
         yield partial
         for path in [*partial.rglob("*"), partial]:
-            _sync(path)
+            sync_path(path)
         _put_in_place(partial, target, replaced)
-        _sync(target.parent)
+        sync_path(target.parent)
     except OutputError:
         raise
     except OSError as error:
@@ -109,7 +111,8 @@ def _put_in_place(partial: Path, target: Path, replaced: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
+def sync_path(path: Path) -> None:
+    """Brings a file's content or a folder's entries to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -10,7 +10,6 @@ environment or a log. Servers log only warnings, because at the level below they
 """
 
 import json
-import os
 import secrets
 import sys
 import time
@@ -22,26 +21,22 @@ import httpx
 from megatron_tip.config import Config
 from megatron_tip.config.io import load_config
 from megatron_tip.errors import EngineError, MegatronTipError
+from megatron_tip.files import atomic_write_text
 
 
 def write_keys(path: Path) -> None:
     """Writes new random passwords to `path`, as sglang.keys_file reads them; keeps a whole file that exists.
 
-    A crash leaves no half-written file: the file is written beside and renamed, readable by its owner alone.
+    Only its owner can read the file.
+
+    Raises:
+        OutputError: it cannot be written.
     """
     if _are_keys(path):
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     keys = {"api": secrets.token_urlsafe(32), "admin": secrets.token_urlsafe(32)}
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-            json.dump(keys, file)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    atomic_write_text(path, json.dumps(keys), mode=0o600)
 
 
 def _are_keys(path: Path) -> bool:

@@ -86,11 +86,7 @@ def stop_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...
         ConfigError: there are none, so that no response would ever end; or they are not token ids.
     """
     eos: Any = tokenizer.eos_token_id
-    ids = {eos} if isinstance(eos, int) else set()
-    for name in ("generation_config.json", "config.json"):
-        if (folder / name).exists() and (named := _end_ids(folder / name)):
-            ids |= named
-            break
+    ids = _named_ends(folder) | ({eos} if isinstance(eos, int) else set())
     if not ids:
         raise ConfigError(
             f"{folder}: expected an end-of-sequence id in the tokenizer, generation_config.json or config.json, found "
@@ -112,9 +108,13 @@ def _end_ids(path: Path) -> set[int]:
 
 def ends_of_the_teacher_alone(config: Config, stop_token_ids: Sequence[int]) -> set[int]:
     """Returns the ids at which the teacher stops and the student does not: its rollouts then go on after them."""
-    files = [config.teacher.path / name for name in ("generation_config.json", "config.json")]
-    named = [_end_ids(path) for path in files if path.exists()]
-    return next((ids for ids in named if ids), set()) - set(stop_token_ids)
+    return _named_ends(config.teacher.path) - set(stop_token_ids)
+
+
+def _named_ends(folder: Path) -> set[int]:
+    """Returns the ids of generation_config.json or, if it names none, of config.json."""
+    named = [_end_ids(path) for name in ("generation_config.json", "config.json") if (path := folder / name).exists()]
+    return next((ids for ids in named if ids), set())
 
 
 def _is_described(path: Path) -> bool:

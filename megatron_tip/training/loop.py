@@ -95,6 +95,7 @@ def train(config: Config, *, fresh: bool = False, make_gauge: MakeGauge | None =
             files = CheckpointFiles(folder.checkpoints)
             checkpointer = Checkpointer(run, recorder, files, run.stop, resumed_step=progress.step)
             before, after = run_steps(run, recorder, checkpointer, watchdog, progress)
+            end_without_updates(config, progress)
         finish_run(run, plan, folder, recorder, before, after)
     lock.release()
     destroy_distributed()
@@ -223,7 +224,6 @@ def _run_steps(
         after = _sync_and_record(run, recorder, checkpointer, progress)
     watchdog.step_done()
     checkpointer.finish()
-    end_without_updates(run.config, progress)
     assert progress.before is not None, "measured before the first step"
     return progress.before, after or progress.before
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tip.errors import CheckpointError
-from megatron_tip.files import output_errors
+from megatron_tip.files import output_errors, sync_path
 
 FORMAT = "megatron_tip checkpoint 1"
 MANIFEST_NAME = "manifest.json"
@@ -71,13 +71,13 @@ class CheckpointFiles:
         target = self.step_folder(step)
         with output_errors(target):
             _write_synced(partial / MANIFEST_NAME, json.dumps(manifest, indent=1).encode())
-            _sync_folder(partial / SHARDS_NAME)
-            _sync_folder(partial)
+            sync_path(partial / SHARDS_NAME)
+            sync_path(partial)
             replaced = target.with_name(f".{target.name}.replaced.partial")
             if target.exists():  # renamed, not removed: removal takes time, during which neither would exist
                 target.rename(replaced)
             partial.rename(target)
-            _sync_folder(self.folder)
+            sync_path(self.folder)
             shutil.rmtree(replaced, ignore_errors=True)
 
     def prune(self, *, keep_last: int, keep_every_steps: int) -> None:
@@ -149,11 +149,3 @@ def _write_synced(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
