@@ -96,7 +96,7 @@ def zipped_common_state(shards: Path) -> str:
 
 def index_of_a_foreign_class(shards: Path) -> str:
     write(shards, Metadata({"a": Attack()}))  # type: ignore[dict-item]
-    return "has no place in it"
+    return "does not belong in it"
 
 
 def index_of_something_else(shards: Path) -> str:
