@@ -72,13 +72,7 @@ class MegatronTeacher(Teacher[HiddenRows]):
 
     def _forward(self, batch: StepBatch) -> dict[tuple[int, int], Tensor]:
         """Returns the `[n, H]` rows of the micro-batches that this rank's teacher replica serves, on its last stage."""
-        grid, teacher = self.student_groups.grid, self.groups
-        work = [
-            (replica, index)
-            for replica, micro_batches in enumerate(batch.plan)
-            for index in range(len(micro_batches))
-            if teacher_replica(replica, index, len(micro_batches), grid, teacher.grid) == teacher.dp_rank
-        ]
+        teacher, work = self.groups, self.served(batch)
         micro_batches = [batch.micro_batch(replica, index) for replica, index in work]
         rows: dict[tuple[int, int], Tensor] = {}
 
@@ -88,6 +82,16 @@ class MegatronTeacher(Teacher[HiddenRows]):
 
         run_forward(self.model, teacher, micro_batches, keep)
         return rows
+
+    def served(self, batch: StepBatch) -> list[tuple[int, int]]:
+        """Returns the (replica, micro-batch) pairs that this rank's teacher replica serves."""
+        student, teacher = self.student_groups.grid, self.groups
+        return [
+            (replica, index)
+            for replica, micro_batches in enumerate(batch.plan)
+            for index in range(len(micro_batches))
+            if teacher_replica(replica, index, len(micro_batches), student, teacher.grid) == teacher.dp_rank
+        ]
 
     def score(
         self, student: Student, batch: StepBatch, rows: HiddenRows | None, *, with_support: bool = False

@@ -56,7 +56,7 @@ def sync_engine(run: TrainingRun, *, weight_version: int, first: bool = False) -
         EngineError: the engine did not load the weights, or logprobs differ after a second sync; on every rank.
         ServersLostError: no server was available within the limit; on every rank.
     """
-    _sync(run, weight_version)
+    stream_weights(run, weight_version)
     verify = run.config.sync.verify
     if not engine_kind(run.config).verifies_weights or verify == "never" or (verify == "first" and not first):
         return {}
@@ -64,7 +64,7 @@ def sync_engine(run: TrainingRun, *, weight_version: int, first: bool = False) -
     gaps = probe_gaps(run, tolerance)
     if is_bad(gaps, tolerance):
         logger.warning("probe after the sync of version %d: logprobs differ by %s; syncing again", weight_version, gaps)
-        _sync(run, weight_version)
+        stream_weights(run, weight_version)
         gaps = probe_gaps(run, tolerance)
         if is_bad(gaps, tolerance):
             raise EngineError(
@@ -75,7 +75,7 @@ def sync_engine(run: TrainingRun, *, weight_version: int, first: bool = False) -
     return {"sync/probe_gap": max(gaps.values())} if gaps else {}
 
 
-def _sync(run: TrainingRun, weight_version: int) -> None:
+def stream_weights(run: TrainingRun, weight_version: int) -> None:
     """Streams the student's weights to the engine, one Hugging Face tensor at a time.
 
     Collective over the tp x pp ranks of replica 0, the first of which has the engine; other replicas hold the same

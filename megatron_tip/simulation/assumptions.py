@@ -1,0 +1,156 @@
+"""What a simulated step assumes where the product reads values: rollouts, statistics, and the selection among them.
+
+Nothing else in this package makes up a value, except `tensors.SimulatedTensors` for single numbers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_tip.batching.step_batch import StepBatch
+from megatron_tip.config import Config
+from megatron_tip.records import Rollout, TokenIndex, TokenSelection
+from megatron_tip.selection import Calibration, Selector
+from megatron_tip.selection.replicas import Replicas
+from megatron_tip.statistics import STATISTICS, TokenStatistics
+
+TYPICAL_SHARES = (0.1, 0.7)
+"""The shortest and the longest response of a typical batch, as shares of rollout.max_response_tokens."""
+
+STEP = 1
+"""The step that is simulated: the seed of random draws."""
+
+
+def assumed_rollouts(config: Config, *, longest: bool) -> list[Rollout]:
+    """Returns a step's rollouts: all of the longest length, or a typical batch.
+
+    In a typical batch, responses are evenly spread between `TYPICAL_SHARES` of the longest (40 % on average), and
+    prompts have half of their longest length.
+    """
+    rollout, most = config.rollout, config.rollout.max_response_tokens
+    count = rollout.prompts_per_step * rollout.samples_per_prompt
+    prompt = config.prompts.max_prompt_tokens if longest else max(1, config.prompts.max_prompt_tokens // 2)
+    low, high = TYPICAL_SHARES
+    found = []
+    for place in range(count):
+        share = 1.0 if longest else low + (high - low) * (place * 7919 % count + 0.5) / count
+        found.append(_rollout(place, rollout.samples_per_prompt, prompt, max(1, round(share * most))))
+    return found
+
+
+def _rollout(place: int, samples: int, num_prompt_tokens: int, num_response_tokens: int) -> Rollout:
+    return Rollout(
+        prompt_index=place // samples,
+        sample_index=place % samples,
+        prompt_ids=(1,) * num_prompt_tokens,
+        response_ids=(1,) * num_response_tokens,
+        rollout_logprobs=(-1.0,) * num_response_tokens,
+        finish_reason="stop",
+        weight_version=STEP - 1,
+    )
+
+
+class WholeReplicas(Replicas):
+    """The replicas of a selection that already sees the rows of all of them: sums are complete, messages are sent."""
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        super().gather(tensor)
+        return tensor[None]
+
+
+@dataclass(frozen=True)
+class AssumedSelection:
+    """The selection in a batch whose statistics are independent and uniform in [0, 1), the same on every rank.
+
+    All rows of all replicas are at hand here: one process stands for the world. `starts`: of each replica's rows.
+    `trained`: the batch cut to the selection.
+    """
+
+    index: TokenIndex
+    statistics: TokenStatistics
+    starts: list[int]
+    selection: TokenSelection
+    last_selected: Tensor
+    trained: StepBatch
+    metrics_json: dict[str, bytes] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, selector: Selector, batch: StepBatch) -> "AssumedSelection":
+        """Returns the selection by `selector` among all rows of `batch`."""
+        parts = [batch.token_index(replica) for replica in range(len(batch.plan))]
+        index = TokenIndex(
+            torch.cat([part.rollout_index for part in parts]), torch.cat([part.position for part in parts])
+        )
+        starts = [0]
+        for part in parts:
+            starts.append(starts[-1] + len(part))
+        statistics = _random_statistics(len(index), with_jsd="jsd" in selector.required_statistics)
+        selection = selector.select(_needed(selector, statistics), index, step=STEP)
+        mask = selection.selection_mask
+        last_selected = torch.full((len(batch.rollouts),), -1, dtype=torch.int64)
+        last_selected.scatter_reduce_(0, index.rollout_index[mask], index.position[mask], "amax")
+        trained = batch.cut_after(last_selected.tolist())
+        return cls(index, statistics, starts, selection, last_selected, trained)
+
+    def rows_of(self, replica: int) -> slice:
+        return slice(self.starts[replica], self.starts[replica + 1])
+
+    def statistics_of(self, replica: int, num_rows: Sequence[int]) -> list[TokenStatistics]:
+        """Returns the statistics of a replica's micro-batches, which have these numbers of rows."""
+        own, ends, found = self.rows_of(replica), self.starts[replica], []
+        assert sum(num_rows) == own.stop - own.start, "the numbers of rows are those of the scored batch"
+        for count in num_rows:
+            part = slice(ends, ends + count)
+            found.append(_map(self.statistics, lambda values, part=part: values[part].clone()))
+            ends += count
+        return found
+
+    def arrivals(self, replica: int) -> tuple[Tensor, Tensor]:
+        """Returns what `SelectedRows.sent_to` receives on a replica: counts `[dp]`, places `[k, 2]` in its order."""
+        destinations = self.trained.replica_of()
+        counts, places = [], []
+        for source in range(len(self.starts) - 1):
+            rows = self.rows_of(source)
+            mask = self.selection.selection_mask[rows]
+            sent = torch.stack([self.index.rollout_index[rows][mask], self.index.position[rows][mask]], dim=1)
+            arriving = sent[destinations[sent[:, 0]] == replica]
+            counts.append(len(arriving))
+            places.append(arriving)
+        return torch.tensor(counts), torch.cat(places)
+
+
+def _needed(selector: Selector, statistics: TokenStatistics) -> TokenStatistics | None:
+    return statistics if selector.required_statistics else None
+
+
+def _random_statistics(num_rows: int, *, with_jsd: bool) -> TokenStatistics:
+    generator = torch.Generator().manual_seed(0)
+    names = [name for name, one in STATISTICS.items() if one.needs != "top_k_alone" and (with_jsd or name != "jsd")]
+    values: dict[str, Any] = {name: torch.rand(num_rows, generator=generator) for name in names}
+    return TokenStatistics(**values)
+
+
+def _map(statistics: TokenStatistics, function: Any) -> TokenStatistics:
+    values = {one.name: getattr(statistics, one.name) for one in fields(TokenStatistics)}
+    return TokenStatistics(**{name: None if value is None else function(value) for name, value in values.items()})
+
+
+def selected_rows_of(
+    selector: Selector,
+    assumed: AssumedSelection,
+    *,
+    is_scored: bool,
+    replica: int,
+    dp_group: dist.ProcessGroup,
+) -> tuple[TokenSelection, Calibration | None]:
+    """Returns a replica's selection, made by the product's selector among the rows of all replicas."""
+    statistics = assumed.statistics if is_scored else None
+    whole, calibration = selector.select_among(WholeReplicas(dp_group), statistics, assumed.index, STEP)
+    rows = assumed.rows_of(replica)
+    scores = None if whole.scores is None else whole.scores[rows].clone()
+    mask, weights = whole.selection_mask[rows].clone(), whole.row_weights[rows].clone()
+    return TokenSelection(mask, weights, whole.num_valid, whole.num_selected, whole.metrics, scores), calibration

@@ -1,0 +1,153 @@
+"""The account of what one rank does in a step: live bytes, traffic, arithmetic and host syncs, by phase."""
+
+import weakref
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+BUILD = "build"
+"""The phase before the first step: models, optimizer and groups."""
+
+
+@dataclass
+class Peak:
+    """The most bytes that were live at once, and what they belonged to."""
+
+    total: int = 0
+    parts: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class Work:
+    """Arithmetic of a phase. `memory_bytes`: read and written by operations other than matrix products."""
+
+    matrix_flops: int = 0
+    matrix_bytes: int = 0
+    memory_bytes: int = 0
+    num_operations: int = 0
+
+
+@dataclass(frozen=True)
+class Route:
+    """The class of a message. `group`: a label such as "tp"; `ranks`: who takes part; `peer`: of a point-to-point one.
+
+    `operation`: of torch.distributed, "all_reduce" for example.
+    """
+
+    phase: str
+    operation: str
+    group: str
+    ranks: tuple[int, ...]
+    peer: int | None = None
+
+
+@dataclass
+class Traffic:
+    """Messages of one route. `num_bytes`: of the tensor that the operation fills, or of the one that is sent.
+
+    That is: all-reduce, broadcast and send: the tensor; all-gather: all parts together; reduce-scatter: all parts
+    together; gather: this rank's part; all-to-all: everything that this rank sends.
+    """
+
+    num_messages: int = 0
+    num_bytes: int = 0
+
+
+class Ledger:
+    """The account of one rank. Every live storage counts once, for the purpose under which it was created."""
+
+    def __init__(self) -> None:
+        self.live: Counter[str] = Counter()
+        self.peaks: dict[str, Peak] = defaultdict(Peak)
+        self.work: dict[str, Work] = defaultdict(Work)
+        self.traffic: dict[Route, Traffic] = defaultdict(Traffic)
+        self.host_syncs: Counter[str] = Counter()
+        self.labels: dict[str, tuple[str, tuple[int, ...]]] = {}
+        self._phases = [BUILD]
+        self._purposes = ["other"]
+        self._share = 1.0
+        self._total = 0
+        self._storages: dict[int, tuple[weakref.ref[torch.UntypedStorage], str, int]] = {}
+
+    @property
+    def phase(self) -> str:
+        return self._phases[-1]
+
+    def enter(self, phase: str) -> None:
+        """Begins a phase, possibly within another one; a PhaseTimer's `on_enter`."""
+        self._phases.append(phase)
+        self._update_peak()
+
+    def leave(self, *_: object) -> None:
+        """Ends the phase; a PhaseTimer's `on_exit`."""
+        self._phases.pop()
+        self._update_peak()
+
+    @contextmanager
+    def purpose(self, name: str) -> Iterator[None]:
+        """Charges what is created in the block to `name`."""
+        self._purposes.append(name)
+        try:
+            yield
+        finally:
+            self._purposes.pop()
+
+    @contextmanager
+    def share(self, share: float) -> Iterator[None]:
+        """Counts only a share of the bytes created in the block: it holds the rows of several ranks at once."""
+        outer, self._share = self._share, share
+        try:
+            yield
+        finally:
+            self._share = outer
+
+    def hold(self, tensor: Tensor) -> None:
+        """Counts a tensor's storage from now on until it is freed, unless it is counted already."""
+        storage = tensor.untyped_storage()
+        key = id(storage)
+        if key in self._storages:
+            return
+        num_bytes = int(storage.nbytes() * self._share)
+        reference = weakref.ref(storage, lambda _: self._free(key))
+        purpose = self._purposes[-1]
+        self._storages[key] = (reference, purpose, num_bytes)
+        self._add(purpose, num_bytes)
+
+    def assign(self, purpose: str, tensors: Sequence[Tensor]) -> None:
+        """Moves storages that are counted already, or not yet, to `purpose`."""
+        for tensor in tensors:
+            self.hold(tensor)
+            key = id(tensor.untyped_storage())
+            reference, former, num_bytes = self._storages[key]
+            self._storages[key] = (reference, purpose, num_bytes)
+            self.live[former] -= num_bytes
+            self.live[purpose] += num_bytes
+
+    def send(
+        self, operation: str, group: str, tensors: Sequence[Tensor], *, peer: int | None = None
+    ) -> None:
+        """Counts one message of `tensors` in the group of that name."""
+        label, ranks = self.labels.get(group, (group, ()))
+        traffic = self.traffic[Route(self.phase, operation, label, ranks, peer)]
+        traffic.num_messages += 1
+        traffic.num_bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def _free(self, key: int) -> None:
+        _, purpose, num_bytes = self._storages.pop(key)
+        self._add(purpose, -num_bytes)
+
+    def _add(self, purpose: str, num_bytes: int) -> None:
+        self.live[purpose] += num_bytes
+        self._total += num_bytes
+        if num_bytes > 0:
+            self._update_peak()
+
+    def _update_peak(self) -> None:
+        peak = self.peaks[self.phase]
+        if self._total > peak.total:
+            peak.total = self._total
+            peak.parts = {name: size for name, size in self.live.items() if size}

@@ -1,0 +1,161 @@
+"""The parts of a simulated run: the product's own student, teacher and selector, with assumed values where they read.
+
+Each subclass calls the product's method; it adds what other ranks would send, and the purpose of what is created.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_tip.batching.step_batch import StepBatch
+from megatron_tip.conversion.architecture import ModelArchitecture
+from megatron_tip.conversion.safetensors_io import HfCheckpoint
+from megatron_tip.conversion.weight_map import hf_shapes
+from megatron_tip.models.pipeline import LastStage
+from megatron_tip.models.student import Student
+from megatron_tip.parallel.groups import ModelGroups
+from megatron_tip.records import MicroBatch, TokenIndex, TokenSelection
+from megatron_tip.selection import Calibration, Selector
+from megatron_tip.simulation.assumptions import AssumedSelection, selected_rows_of
+from megatron_tip.simulation.ledger import Ledger
+from megatron_tip.simulation.world import Answers
+from megatron_tip.statistics import TokenStatistics
+from megatron_tip.teachers.megatron import HiddenRows, MegatronTeacher
+
+
+class ShapesOnly(HfCheckpoint):
+    """A checkpoint without files: every tensor has its shape."""
+
+    def __init__(self, architecture: ModelArchitecture, dtype: torch.dtype) -> None:
+        """Stands for the weights of `architecture`."""
+        self._shapes = hf_shapes(architecture)
+        self._own_architecture, self._dtype = architecture, dtype
+
+    @property
+    def architecture(self) -> ModelArchitecture:
+        return self._own_architecture
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._dtype
+
+    def read(self, name: str) -> Tensor:
+        return torch.empty(self._shapes[name], dtype=self._dtype)
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        return torch.empty((stop - start, *self._shapes[name][1:]), dtype=self._dtype)
+
+    def read_columns(self, name: str, start: int, stop: int) -> Tensor:
+        return torch.empty((self._shapes[name][0], stop - start), dtype=self._dtype)
+
+
+@dataclass(frozen=True)
+class Pipe:
+    """What a model's pipeline receives on this rank. `hidden_size`: of the model; `sequence_parts`: a sequence's."""
+
+    groups: ModelGroups
+    hidden_size: int
+    sequence_parts: int
+    answers: Answers
+
+    def expect(self, micro_batches: Sequence[MicroBatch], *, backward: bool) -> None:
+        """Tells the shapes of one pass, which every stage learns from its neighbours."""
+        shapes = [(batch.shape[1] // self.sequence_parts, batch.shape[0], self.hidden_size) for batch in micro_batches]
+        if not self.groups.is_first_stage:
+            self.answers.forward_shapes.extend(shapes)
+        if backward and not self.groups.is_last_stage:
+            self.answers.backward_shapes.extend(shapes)
+
+
+@dataclass(frozen=True)
+class SimulatedStudent(Student):
+    """The student of a simulated run."""
+
+    ledger: Ledger
+    pipe: Pipe
+
+    def forward(self, micro_batches: Sequence[MicroBatch], on_hidden_states: LastStage) -> None:
+        self.pipe.expect(micro_batches, backward=False)
+        with self.ledger.purpose("student: activations"):
+            super().forward(micro_batches, on_hidden_states)
+
+    def accumulate_gradients(self, micro_batches: Sequence[MicroBatch], loss_of: LastStage) -> None:
+        self.pipe.expect(micro_batches, backward=True)
+        with self.ledger.purpose("student: activations"):
+            super().accumulate_gradients(micro_batches, loss_of)
+
+    def apply_gradients(self, step: int) -> dict[str, float]:
+        with self.ledger.purpose("student: optimizer"):
+            return super().apply_gradients(step)
+
+
+@dataclass(frozen=True)
+class SimulatedTeacher(MegatronTeacher):
+    """A teacher of a simulated run, in the trainer's own processes. `remaining`: of the pass that scores."""
+
+    ledger: Ledger
+    pipe: Pipe
+    assumed: AssumedSelection
+    remaining: list[TokenStatistics]
+
+    def ask(self, batch: StepBatch) -> HiddenRows | None:
+        self.pipe.expect([batch.micro_batch(*place) for place in self.served(batch)], backward=False)
+        with self.ledger.purpose("teacher: activations"):
+            rows = super().ask(batch)
+        if rows is not None:
+            self.ledger.assign("teacher: rows of a step", [rows.states])
+            replica = self.student_groups.dp_rank
+            self.remaining[:] = self.assumed.statistics_of(replica, batch.num_rows()[replica])
+        return rows
+
+    def statistics(
+        self,
+        student: Student,
+        hidden: Tensor,
+        rows: HiddenRows,
+        labels: Tensor,
+        *,
+        support_size: int | None = None,
+        with_support: bool = False,
+    ) -> TokenStatistics:
+        with self.ledger.purpose("statistics"):
+            super().statistics(
+                student, hidden, rows, labels, support_size=support_size, with_support=with_support
+            )
+            return TokenStatistics.concatenate([self.remaining.pop(0)])
+
+    def loss(self, student: Student, hidden: Tensor, rows: HiddenRows, labels: Tensor, row_weights: Tensor) -> Tensor:
+        with self.ledger.purpose("loss"):
+            return super().loss(student, hidden, rows, labels, row_weights)
+
+
+@dataclass(frozen=True)
+class SimulatedSelector(Selector):
+    """The selector of a simulated run: it selects among the assumed rows of all replicas and returns this one's."""
+
+    ledger: Any = None
+    assumed: Any = None
+    replica: int = 0
+
+    def select_and_calibrate(
+        self,
+        statistics: TokenStatistics | None,
+        index: TokenIndex,
+        *,
+        step: int,
+        dp_group: dist.ProcessGroup | None = None,
+    ) -> tuple[TokenSelection, Calibration | None]:
+        assert dp_group is not None, "the training step passes its group"
+        with self.ledger.share(len(index) / len(self.assumed.index)):
+            return selected_rows_of(
+                self, self.assumed, is_scored=statistics is not None, replica=self.replica, dp_group=dp_group
+            )
+
+
+def settings_of(instance: Any, names: Collection[str]) -> dict[str, Any]:
+    """Returns the fields of a dataclass instance, for its subclass."""
+    return {name: getattr(instance, name) for name in names}

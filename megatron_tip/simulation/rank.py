@@ -1,0 +1,198 @@
+"""One rank's step in a simulated world, and what it costs."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+
+from megatron_tip.batching.step_batch import StepBatch
+from megatron_tip.config import Config
+from megatron_tip.models.gpt import prepare_megatron
+from megatron_tip.models.student import Student
+from megatron_tip.observability.timing import PhaseTimer
+from megatron_tip.parallel.distributed import Worker
+from megatron_tip.parallel.groups import ModelGroups
+from megatron_tip.planning.dtypes import Dtypes
+from megatron_tip.planning.plan import Outline, RunPlan
+from megatron_tip.records import Rollout
+from megatron_tip.simulation.assumptions import STEP, AssumedSelection
+from megatron_tip.simulation.ledger import Ledger
+from megatron_tip.simulation.parts import (
+    Pipe,
+    ShapesOnly,
+    SimulatedSelector,
+    SimulatedStudent,
+    SimulatedTeacher,
+    settings_of,
+)
+from megatron_tip.simulation.tensors import SimulatedTensors
+from megatron_tip.simulation.world import Answers, simulated_world
+from megatron_tip.teachers.megatron import MegatronTeacher
+from megatron_tip.training import weight_sync
+from megatron_tip.training.run import TrainingRun
+from megatron_tip.training.setup import build_run
+from megatron_tip.training.step import learn
+
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class SimulatedRank:
+    """A rank after one simulated step. `micro_batches`: how many it trained; `metrics`: of the step."""
+
+    rank: int
+    ledger: Ledger
+    num_scored: int
+    num_trained: int
+    num_taught: int
+    metrics: dict[str, float]
+
+
+def step_batch(config: Config, outline: Outline, rollouts: Sequence[Rollout]) -> StepBatch:
+    """Returns the rollouts as every rank of the run would lay them out."""
+    model = config.model
+    return StepBatch.over(
+        rollouts,
+        dp_size=outline.student_grid.dp_size,
+        max_tokens=config.training.max_tokens_per_micro_batch,
+        pad_token_id=0,
+        sequence_multiple=model.tensor_parallel_size if model.sequence_parallel else 1,
+        device=_CPU,
+    )
+
+
+def simulate_rank(
+    config: Config,
+    outline: Outline,
+    rank: int,
+    batch: StepBatch,
+    assumed: AssumedSelection,
+    *,
+    metrics: dict[str, float] | None = None,
+) -> SimulatedRank:
+    """Returns one rank of the world after a step of `batch` and a sync of the weights.
+
+    `assumed`: the selection in `batch`, which costs the same for all ranks. `metrics`: those of the step, which the
+    last stage computes and sends; None: simulate that stage's first rank first.
+    """
+    ledger, answers = Ledger(), Answers()
+    world_size = outline.student_grid.world_size
+    prepare_megatron()
+    with simulated_world(ledger, answers, rank=rank, world_size=world_size), SimulatedTensors(ledger):
+        timer = PhaseTimer(_CPU, on_enter=ledger.enter, on_exit=ledger.leave)
+        run = _build(config, outline, Worker(rank, world_size, 0, _CPU), timer)
+        run = with_assumptions(run, ledger, answers, assumed)
+        _expect(run, assumed, answers, metrics)
+        batch = replace(batch)  # each rank builds its own micro-batches
+        found = learn(run, batch, STEP)
+        answers.check_used()
+        with timer.phase("sync"), ledger.purpose("sync: gathered weights"):
+            weight_sync.stream_weights(run, STEP)
+        assert isinstance(run.teacher, MegatronTeacher), "checked by `plan`"
+        replica = run.student.groups.dp_rank
+        return SimulatedRank(
+            rank=rank,
+            ledger=ledger,
+            num_scored=len(batch.plan[replica]),
+            num_trained=len(assumed.trained.plan[replica]),
+            num_taught=len(run.teacher.served(batch)),
+            metrics=found,
+        )
+
+
+def _build(config: Config, outline: Outline, worker: Worker, timer: PhaseTimer) -> TrainingRun:
+    dtypes = Dtypes.of(config)
+    assert outline.teacher is not None, "checked by `plan`"
+    models: dict[str, Any] = {
+        "student": ShapesOnly(outline.student.architecture, dtypes.student),
+        "teacher": ShapesOnly(outline.teacher.architecture, dtypes.teacher),
+    }
+    shapes = {one.name: getattr(outline, one.name) for one in fields(Outline)}
+    plan = RunPlan(**shapes | models | {"stop_token_ids": outline.stop_token_ids or (0,)})
+    return build_run(config, plan, worker, timer, num_threads=1, generates=False)
+
+
+def with_assumptions(run: TrainingRun, ledger: Ledger, answers: Answers, assumed: AssumedSelection) -> TrainingRun:
+    """Returns the run with the simulated parts in place of its own, and labels what it has built."""
+    student, teacher, selector = run.student, run.teacher, run.selector
+    assert isinstance(teacher, MegatronTeacher), "checked by `plan`"
+    label_groups(ledger, student.groups, teacher.groups)
+    assign_purposes(ledger, student, teacher)
+    own_pipe = Pipe(student.groups, run.architecture.hidden_size, student.sequence_multiple, answers)
+    names = [one.name for one in fields(Student)]
+    simulated_student = SimulatedStudent(**settings_of(student, names), ledger=ledger, pipe=own_pipe)
+    simulated_teacher = SimulatedTeacher(
+        **settings_of(teacher, [one.name for one in fields(MegatronTeacher)]),
+        ledger=ledger,
+        pipe=Pipe(teacher.groups, teacher.hidden_size, 1, answers),
+        assumed=assumed,
+        remaining=[],
+    )
+    simulated_selector = SimulatedSelector(
+        **settings_of(selector, [one.name for one in fields(selector)]),
+        ledger=ledger,
+        assumed=assumed,
+        replica=student.groups.dp_rank,
+    )
+    return replace(run, student=simulated_student, teacher=simulated_teacher, selector=simulated_selector)
+
+
+def label_groups(ledger: Ledger, student: ModelGroups, teacher: ModelGroups) -> None:
+    """Names the process groups as reports call them, with their ranks."""
+    world = torch.distributed.group.WORLD
+    assert world is not None, "the world exists while a rank is simulated"
+    ledger.labels[world.group_name] = ("world", tuple(range(student.grid.world_size)))
+    for prefix, groups in (("teacher ", teacher), ("", student)):
+        for name in ("cp", "tp_dp_cp", "mp", "embd", "dp", "pp", "tp"):
+            group = getattr(groups.collection, name)
+            if group is not None:
+                ranks = tuple(torch.distributed.get_process_group_ranks(group))
+                ledger.labels[group.group_name] = (prefix + _LABELS.get(name, name), ranks)
+
+
+_LABELS = {"cp": "self", "tp_dp_cp": "tp x dp", "mp": "tp x pp", "embd": "first and last stage"}
+
+
+def assign_purposes(ledger: Ledger, student: Student, teacher: MegatronTeacher) -> None:
+    """Charges what the set-up has built to its purposes."""
+    weights = list(student.model.parameters())
+    optimizer = [
+        parameter
+        for part in student.optimizer.chained_optimizers
+        for group in part.optimizer.param_groups
+        for parameter in group["params"]
+    ]
+    ledger.assign("student: optimizer", optimizer)
+    buffers = [*student.wrapped.buffers, *student.wrapped.expert_parallel_buffers]
+    ledger.assign("student: gradients", [buffer.grad_data for buffer in buffers])
+    ledger.assign("student: weights", weights)
+    ledger.assign("teacher: weights", list(teacher.model.parameters()))
+    if teacher.output_head is not None:
+        ledger.assign("teacher: head", [teacher.output_head])
+
+
+def _expect(run: TrainingRun, assumed: AssumedSelection, answers: Answers, metrics: dict[str, float] | None) -> None:
+    """Tells what the other ranks of the world will send during the step."""
+    groups = run.student.groups
+    if groups.is_last_stage:
+        answers.replicas.append(assumed.last_selected)
+        if groups.grid.dp_size > 1:
+            answers.replicas.extend(assumed.arrivals(groups.dp_rank))
+    else:
+        nothing = b"\0" + json.dumps(None).encode()  # the last stage has no calibration to share
+        answers.broadcasts.extend((_length(nothing), _bytes(nothing), assumed.last_selected))
+    reporter = groups.grid.rank_at(tp=0, dp=0, pp=groups.grid.pp_size - 1)
+    if groups.rank != reporter:
+        assert metrics is not None, "the reporting rank is simulated first"
+        content = json.dumps(metrics).encode()
+        answers.broadcasts.extend((_length(content), _bytes(content)))
+
+
+def _length(content: bytes) -> torch.Tensor:
+    return torch.tensor([len(content)], dtype=torch.int64)
+
+
+def _bytes(content: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)

@@ -1,0 +1,189 @@
+"""Tensor operations of a simulated rank: large values have only a shape, small and integer ones are real."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils import flop_counter
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from megatron_tip.simulation.ledger import Ledger
+
+aten = torch.ops.aten
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_FACTORIES = (aten.empty, aten.zeros, aten.ones, aten.full, aten.empty_strided, aten.rand, aten.randn)
+_FREE = (aten.detach, aten.lift_fresh, aten.alias, torch.ops.prim.device)
+
+
+class CountedTensors(TorchDispatchMode):
+    """A mode that enters each operation into a ledger: the storages it creates, its arithmetic, its messages."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        super().__init__()
+        self.ledger = ledger
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace == "c10d":
+            self._count_message(func, args)
+            return func(*args, **kwargs)
+        if func is aten._local_scalar_dense.default:
+            self.ledger.host_syncs[self.ledger.phase] += 1
+        result = self.run(func, args, kwargs)
+        tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        for tensor in tensors:
+            self.ledger.hold(tensor)
+        self._count_work(func, args, kwargs, result, tensors)
+        return result
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Returns the operation's result."""
+        return func(*args, **kwargs)
+
+    def _count_work(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, outputs: Sequence[Tensor]
+    ) -> None:
+        packet = func.overloadpacket
+        if not outputs or func.is_view or packet in _FREE or packet in (aten.empty, aten.new_empty, aten.empty_strided):
+            return
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in (*inputs, *outputs))
+        work = self.ledger.work[self.ledger.phase]
+        work.num_operations += 1
+        flops = _flops(packet, args, kwargs, result)
+        if flops:
+            work.matrix_flops += flops
+            work.matrix_bytes += num_bytes
+        else:
+            work.memory_bytes += num_bytes
+
+    def _count_message(self, func: Any, args: tuple[Any, ...]) -> None:
+        """Enters a message of a real process group."""
+        name = func.overloadpacket._qualified_op_name.removeprefix("c10d::")
+        if name not in _MESSAGES:
+            return
+        operation, place, has_peer = _MESSAGES[name]
+        group = next(torch.distributed.ProcessGroup.unbox(arg) for arg in args if isinstance(arg, torch.ScriptObject))
+        tensors = [leaf for leaf in tree_leaves(args[place]) if isinstance(leaf, Tensor)]
+        peer = torch.distributed.get_global_rank(group, args[2]) if has_peer else None
+        self.ledger.send(operation, group.group_name, tensors, peer=peer)
+
+
+_MESSAGES = {
+    "allreduce_": ("all_reduce", 0, False),
+    "allreduce_coalesced_": ("all_reduce", 0, False),
+    "broadcast_": ("broadcast", 0, False),
+    "allgather_": ("all_gather", 0, False),
+    "_allgather_base_": ("all_gather", 0, False),
+    "allgather_into_tensor_coalesced_": ("all_gather", 0, False),
+    "reduce_scatter_": ("reduce_scatter", 1, False),
+    "_reduce_scatter_base_": ("reduce_scatter", 1, False),
+    "reduce_scatter_tensor_coalesced_": ("reduce_scatter", 1, False),
+    "gather_": ("gather", 1, False),
+    "alltoall_base_": ("all_to_all", 1, False),
+    "send": ("send", 0, True),
+    "recv_": ("recv", 0, True),
+}
+"""c10d's operation -> its name, the place of the counted tensors among its arguments, whether the third is a peer."""
+
+
+class SimulatedTensors(CountedTensors):
+    """A mode in which floating-point tensors made from a size alone have a shape and no memory.
+
+    Integers, masks, float64 and scalars are real, so that the product's own planning and selection run on values. An operation with a tensor without values returns one. Where the product reads such a value back to the
+    host, it gets: of a float 1, of an integer 0, of a bool True ("all values are finite").
+    """
+
+    def __init__(self, ledger: Ledger) -> None:
+        super().__init__(ledger)
+        self._shapes = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if not any(isinstance(leaf, FakeTensor) for leaf in leaves):
+            if leaves or not _is_shape_alone(func, args, kwargs):
+                return func(*args, **kwargs)
+        elif func is aten._local_scalar_dense.default:
+            return _assumed_scalar(args[0].dtype)
+        packet = func.overloadpacket
+        if packet in (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_, aten._unsafe_index_put):
+            args = (args[0], _as_places(args[1]), *args[2:])
+        with self._shapes:
+            result = func(*args, **kwargs)
+        # An operation in place on a real tensor leaves it as it is: nothing reads its value.
+        is_in_place = packet.__name__.endswith("_") and not packet.__name__.startswith("__")
+        if is_in_place and args and isinstance(args[0], Tensor) and not isinstance(args[0], FakeTensor):
+            return args[0]
+        return result
+
+    def without_values(self, tensor: Tensor) -> Tensor:
+        """Returns a tensor of the same shape and dtype without values."""
+        with self._shapes:
+            return torch.empty_like(tensor)
+
+
+def _assumed_scalar(dtype: torch.dtype) -> float | int | bool:
+    return 1.0 if dtype.is_floating_point else dtype == torch.bool
+
+
+def _is_shape_alone(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    if func.overloadpacket not in _FACTORIES:
+        return False
+    dtype = kwargs.get("dtype") or torch.get_default_dtype()
+    if func.overloadpacket is aten.full and not isinstance(args[1], float):
+        return False  # without a dtype, it has that of the value
+    return dtype in _FLOATS and len(args[0]) > 0
+
+
+def _as_places(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Returns the indices with each real mask replaced by the places where it holds."""
+    places: list[Tensor | None] = []
+    for index in indices:
+        if index is not None and index.dtype == torch.bool:
+            assert not isinstance(index, FakeTensor), "a mask without values was used to choose rows"
+            places += index.nonzero(as_tuple=True)
+        else:
+            places.append(index)
+    return places
+
+
+def _flops(packet: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
+    """Returns the floating-point operations of a matrix product or of attention; 0 for anything else."""
+    if packet in _OWN_FLOPS:
+        return _OWN_FLOPS[packet](*args)
+    if packet in flop_counter.flop_registry:
+        return flop_counter.flop_registry[packet](*args, **kwargs, out_val=result)
+    return 0
+
+
+def _addmm(_: Tensor, a: Tensor, b: Tensor, *__: Any) -> int:
+    return 2 * a.shape[0] * a.shape[1] * b.shape[1]
+
+
+def _linear(inputs: Tensor, weight: Tensor, *_: Any) -> int:
+    return 2 * inputs.numel() * weight.shape[0]
+
+
+def _attention(query: Tensor, key: Tensor, _: Tensor, __: float = 0.0, is_causal: bool = False, *___: Any) -> int:
+    """Two products of length x length; a causal kernel skips half of each."""
+    b, heads, length, head_dim = query.shape
+    return 4 * b * heads * length * key.shape[2] * head_dim // (2 if is_causal else 1)
+
+
+def _attention_backward(_: Tensor, query: Tensor, key: Tensor, value: Tensor, *others: Any) -> int:
+    return _attention(query, key, value, 0.0, others[3]) * 5 // 2
+
+
+_OWN_FLOPS: dict[Any, Callable[..., int]] = {
+    aten.addmm_: _addmm,
+    torch.ops.mkldnn._linear_pointwise: _linear,
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+"""Operations that torch's own table lacks."""
+
+__all__ = ["CountedTensors", "SimulatedTensors", "tree_map_only"]
