@@ -89,8 +89,11 @@ class SimulatedStudent(Student):
             super().accumulate_gradients(micro_batches, loss_of)
 
     def apply_gradients(self, step: int) -> dict[str, float]:
+        self.ledger.enter("update")
         with self.ledger.purpose("student: optimizer"):
-            return super().apply_gradients(step)
+            metrics = super().apply_gradients(step)
+        self.ledger.leave()
+        return metrics
 
 
 @dataclass(frozen=True)

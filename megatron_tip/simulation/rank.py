@@ -27,7 +27,7 @@ from megatron_tip.simulation.parts import (
     SimulatedTeacher,
     settings_of,
 )
-from megatron_tip.simulation.tensors import SimulatedTensors
+from megatron_tip.simulation.tensors import ReadBack, SimulatedTensors
 from megatron_tip.simulation.world import Answers, simulated_world
 from megatron_tip.teachers.megatron import MegatronTeacher
 from megatron_tip.training import weight_sync
@@ -80,7 +80,8 @@ def simulate_rank(
     ledger, answers = Ledger(), Answers()
     world_size = outline.student_grid.world_size
     prepare_megatron()
-    with simulated_world(ledger, answers, rank=rank, world_size=world_size), SimulatedTensors(ledger):
+    world = simulated_world(ledger, answers, rank=rank, world_size=world_size)
+    with world, SimulatedTensors(ledger), ReadBack(ledger):
         timer = PhaseTimer(_CPU, on_enter=ledger.enter, on_exit=ledger.leave)
         run = _build(config, outline, Worker(rank, world_size, 0, _CPU), timer)
         run = with_assumptions(run, ledger, answers, assumed)

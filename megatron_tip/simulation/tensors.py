@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map
 
 from megatron_tip.simulation.ledger import Ledger
 
@@ -126,6 +127,10 @@ class SimulatedTensors(CountedTensors):
             return torch.empty_like(tensor)
 
 
+def _value_of(leaf: Any) -> Any:
+    return _assumed_scalar(leaf.dtype) if isinstance(leaf, FakeTensor) else leaf
+
+
 def _assumed_scalar(dtype: torch.dtype) -> float | int | bool:
     return 1.0 if dtype.is_floating_point else dtype == torch.bool
 
@@ -186,4 +191,16 @@ _OWN_FLOPS: dict[Any, Callable[..., int]] = {
 }
 """Operations that torch's own table lacks."""
 
-__all__ = ["CountedTensors", "SimulatedTensors", "tree_map_only"]
+
+class ReadBack(TorchFunctionMode):
+    """A mode for what `SimulatedTensors` does not see: `torch.tensor` of tensors, which reads each one's memory."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        super().__init__()
+        self._ledger = ledger
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func is torch.tensor and isinstance(args[0], list):
+            self._ledger.host_syncs[self._ledger.phase] += sum(isinstance(one, Tensor) for one in tree_leaves(args[0]))
+            args = (tree_map(_value_of, args[0]), *args[1:])
+        return func(*args, **(kwargs or {}))
