@@ -4,7 +4,7 @@ Nothing else in this package makes up a value, except `tensors.SimulatedTensors`
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -25,14 +25,14 @@ STEP = 1
 """The step that is simulated: the seed of random draws."""
 
 
-def assumed_rollouts(config: Config, *, longest: bool) -> list[Rollout]:
-    """Returns a step's rollouts: all of the longest length, or a typical batch.
+def assumed_rollouts(config: Config, *, longest: bool, count: int | None = None) -> list[Rollout]:
+    """Returns a step's rollouts, or `count`: all of the longest length, or a typical batch.
 
     In a typical batch, responses are evenly spread between `TYPICAL_SHARES` of the longest (40 % on average), and
     prompts have half of their longest length.
     """
     rollout, most = config.rollout, config.rollout.max_response_tokens
-    count = rollout.prompts_per_step * rollout.samples_per_prompt
+    count = count or rollout.prompts_per_step * rollout.samples_per_prompt
     prompt = config.prompts.max_prompt_tokens if longest else max(1, config.prompts.max_prompt_tokens // 2)
     low, high = TYPICAL_SHARES
     found = []
@@ -76,7 +76,6 @@ class AssumedSelection:
     selection: TokenSelection
     last_selected: Tensor
     trained: StepBatch
-    metrics_json: dict[str, bytes] = field(default_factory=dict)
 
     @classmethod
     def of(cls, selector: Selector, batch: StepBatch) -> "AssumedSelection":

@@ -7,6 +7,7 @@ the memory's bandwidth, and no phase is faster than its operations can be starte
 import difflib
 import time
 import tomllib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -109,14 +110,16 @@ def calibrate(path: Path) -> Device:
         memory_share=1.0,
         link_share=1.0,
     )
-    lines = [f"{key} = {value!r}" if not isinstance(value, str) else f'{key} = "{value}"' for key, value in
-             asdict(device).items() if key != "name"]
+    lines = [
+        f"{key} = {value!r}" if not isinstance(value, str) else f'{key} = "{value}"'
+        for key, value in asdict(device).items()
+        if key != "name"
+    ]
     path.write_text("\n".join(["[cpu]", *lines, ""]))
     return device
 
 
-def _best_seconds(action: object, repeats: int) -> float:
-    assert callable(action), "an action to time"
+def _best_seconds(action: Callable[[], object], repeats: int) -> float:
     found = []
     for _ in range(repeats):
         start = time.perf_counter()

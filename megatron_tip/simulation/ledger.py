@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-BUILD = "build"
-"""The phase before the first step: models, optimizer and groups."""
+BUILD, BETWEEN = "build", "between"
+"""The phase of set-up (models, optimizer, groups), and what happens between the phases of a step."""
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Route:
-    """The class of a message. `group`: a label such as "tp"; `ranks`: who takes part; `peer`: of a point-to-point one.
+    """The class of a message. `group`: a label such as "tp"; `ranks`: who takes part; `peer`: of a message to one rank.
 
     `operation`: of torch.distributed, "all_reduce" for example.
     """
@@ -60,7 +60,9 @@ class Traffic:
 class Ledger:
     """The account of one rank. Every live storage counts once, for the purpose under which it was created."""
 
-    def __init__(self) -> None:
+    def __init__(self, rank: int = 0) -> None:
+        """Opens an empty account of global rank `rank`."""
+        self.rank = rank
         self.live: Counter[str] = Counter()
         self.peaks: dict[str, Peak] = defaultdict(Peak)
         self.work: dict[str, Work] = defaultdict(Work)
@@ -76,6 +78,11 @@ class Ledger:
     @property
     def phase(self) -> str:
         return self._phases[-1]
+
+    def end_build(self) -> None:
+        """Ends the set-up: what follows outside of a step's phases is between them."""
+        assert self._phases == [BUILD], "called once, outside of any phase"
+        self._phases = [BETWEEN]
 
     def enter(self, phase: str) -> None:
         """Begins a phase, possibly within another one; a PhaseTimer's `on_enter`."""
@@ -127,11 +134,11 @@ class Ledger:
             self.live[former] -= num_bytes
             self.live[purpose] += num_bytes
 
-    def send(
-        self, operation: str, group: str, tensors: Sequence[Tensor], *, peer: int | None = None
-    ) -> None:
+    def send(self, operation: str, group: str, tensors: Sequence[Tensor], *, peer: int | None = None) -> None:
         """Counts one message of `tensors` in the group of that name."""
         label, ranks = self.labels.get(group, (group, ()))
+        if peer is not None:
+            ranks = (self.rank, peer)
         traffic = self.traffic[Route(self.phase, operation, label, ranks, peer)]
         traffic.num_messages += 1
         traffic.num_bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -126,9 +126,7 @@ class SimulatedTeacher(MegatronTeacher):
         with_support: bool = False,
     ) -> TokenStatistics:
         with self.ledger.purpose("statistics"):
-            super().statistics(
-                student, hidden, rows, labels, support_size=support_size, with_support=with_support
-            )
+            super().statistics(student, hidden, rows, labels, support_size=support_size, with_support=with_support)
             return TokenStatistics.concatenate([self.remaining.pop(0)])
 
     def loss(self, student: Student, hidden: Tensor, rows: HiddenRows, labels: Tensor, row_weights: Tensor) -> Tensor:
@@ -153,7 +151,7 @@ class SimulatedSelector(Selector):
         dp_group: dist.ProcessGroup | None = None,
     ) -> tuple[TokenSelection, Calibration | None]:
         assert dp_group is not None, "the training step passes its group"
-        with self.ledger.share(len(index) / len(self.assumed.index)):
+        with self.ledger.purpose("selection"), self.ledger.share(len(index) / len(self.assumed.index)):
             return selected_rows_of(
                 self, self.assumed, is_scored=statistics is not None, replica=self.replica, dp_group=dp_group
             )

@@ -40,13 +40,13 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class SimulatedRank:
-    """A rank after one simulated step. `micro_batches`: how many it trained; `metrics`: of the step."""
+    """A rank after one simulated step: its account, its micro-batches in each pass, and the step's metrics."""
 
     rank: int
     ledger: Ledger
+    num_taught: int
     num_scored: int
     num_trained: int
-    num_taught: int
     metrics: dict[str, float]
 
 
@@ -77,7 +77,7 @@ def simulate_rank(
     `assumed`: the selection in `batch`, which costs the same for all ranks. `metrics`: those of the step, which the
     last stage computes and sends; None: simulate that stage's first rank first.
     """
-    ledger, answers = Ledger(), Answers()
+    ledger, answers = Ledger(rank), Answers()
     world_size = outline.student_grid.world_size
     prepare_megatron()
     world = simulated_world(ledger, answers, rank=rank, world_size=world_size)
@@ -85,6 +85,7 @@ def simulate_rank(
         timer = PhaseTimer(_CPU, on_enter=ledger.enter, on_exit=ledger.leave)
         run = _build(config, outline, Worker(rank, world_size, 0, _CPU), timer)
         run = with_assumptions(run, ledger, answers, assumed)
+        ledger.end_build()
         _expect(run, assumed, answers, metrics)
         batch = replace(batch)  # each rank builds its own micro-batches
         found = learn(run, batch, STEP)

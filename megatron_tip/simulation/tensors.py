@@ -65,8 +65,9 @@ class CountedTensors(TorchDispatchMode):
     def _count_message(self, func: Any, args: tuple[Any, ...]) -> None:
         """Enters a message of a real process group."""
         name = func.overloadpacket._qualified_op_name.removeprefix("c10d::")
-        if name not in _MESSAGES:
+        if name == "barrier":
             return
+        assert name in _MESSAGES, f"c10d::{name} is not counted"
         operation, place, has_peer = _MESSAGES[name]
         group = next(torch.distributed.ProcessGroup.unbox(arg) for arg in args if isinstance(arg, torch.ScriptObject))
         tensors = [leaf for leaf in tree_leaves(args[place]) if isinstance(leaf, Tensor)]
@@ -95,8 +96,9 @@ _MESSAGES = {
 class SimulatedTensors(CountedTensors):
     """A mode in which floating-point tensors made from a size alone have a shape and no memory.
 
-    Integers, masks, float64 and scalars are real, so that the product's own planning and selection run on values. An operation with a tensor without values returns one. Where the product reads such a value back to the
-    host, it gets: of a float 1, of an integer 0, of a bool True ("all values are finite").
+    Integers, masks, float64 and scalars are real, so that the product's own planning and selection run on values. An
+    operation with a tensor without values returns one. Where the product reads such a value back to the host, it gets:
+    of a float 1, of an integer 0, of a bool True ("all values are finite").
     """
 
     def __init__(self, ledger: Ledger) -> None:

@@ -20,7 +20,7 @@ LAYERS = [
     {"teachers", "report"},
     {"planning"},
     {"training"},
-    {"evaluation", "diagnostics"},
+    {"evaluation", "diagnostics", "simulation"},
     {"commands"},
     {"cli", "tools"},
 ]

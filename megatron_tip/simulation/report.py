@@ -1,0 +1,139 @@
+"""A plan as text of 80 columns, and as values for JSON."""
+
+from typing import Any
+
+from megatron_tip.simulation.plan import PER_TOKEN, PHASES, Plan, PlannedRank
+
+_GIB = 2**30
+
+
+def as_text(plan: Plan) -> str:
+    """Returns the plan as a table for people."""
+    device = plan.device
+    lines = [
+        f"{plan.world_size} x {device.name}, {plan.gpus_per_node} per node: {_grids(plan)}",
+        *_memory_lines(plan),
+        "",
+        *(line for batch in plan.generation for line in _time_lines(plan, batch)),
+        *_traffic_lines(plan),
+        "",
+        f"device: {device.source}",
+        "assumed: devices.toml, shares of the peaks reached; docs/plan.md, the batches",
+        *(f"not checked here: {note}" for note in plan.notes),
+    ]
+    return "\n".join(wrapped for line in lines for wrapped in _wrap(line))
+
+
+def as_values(plan: Plan) -> dict[str, Any]:
+    """Returns the plan as JSON values; bytes, seconds and floating-point operations of a whole step."""
+    return {
+        "device": plan.device.name,
+        "world_size": plan.world_size,
+        "gpus_per_node": plan.gpus_per_node,
+        "student": vars(plan.outline.student_grid),
+        "teacher": vars(plan.outline.teacher_grid),
+        "fits": plan.fits,
+        "missing_bytes": max(0.0, plan.missing_bytes),
+        "batches": {batch: _batch_values(plan, batch) for batch in plan.generation},
+        "ranks": [_rank_values(rank) for rank in plan.ranks],
+        "notes": plan.notes,
+    }
+
+
+def _batch_values(plan: Plan, batch: str) -> dict[str, Any]:
+    generation, seconds = plan.generation[batch], plan.step_seconds(batch)
+    return {
+        "response_tokens": generation.num_tokens,
+        "step_seconds": seconds,
+        "response_tokens_per_second": generation.num_tokens / seconds,
+        "gpu_hours": _gpu_hours(plan, batch),
+        "phase_seconds": {"rollout": generation.seconds, **plan.phase_seconds(batch)},
+        "bubble": plan.bubble(batch),
+    }
+
+
+def _rank_values(rank: PlannedRank) -> dict[str, Any]:
+    ledger = rank.simulated.ledger
+    return {
+        "rank": rank.kind.rank,
+        "stages": rank.kind.stages,
+        "count": rank.kind.count,
+        "has_server": rank.kind.has_server,
+        "batch": rank.batch,
+        "peak_phase": rank.peak_phase,
+        "peak_bytes": rank.peak_bytes,
+        "live_bytes": {phase: rank.parts(phase) for phase in ledger.peaks},
+        "matrix_flops": {phase: rank.flops(phase) for phase in PHASES},
+        "message_bytes": [
+            {"phase": phase, "group": group, "between_nodes": between, "bytes": num_bytes}
+            for (phase, group, between), num_bytes in rank.bytes_sent().items()
+        ],
+        "host_syncs": {
+            phase: count * (rank.scale if phase in PER_TOKEN else 1) for phase, count in ledger.host_syncs.items()
+        },
+        "seconds": rank.seconds,
+    }
+
+
+def _grids(plan: Plan) -> str:
+    grids = (("student", plan.outline.student_grid), ("teacher", plan.outline.teacher_grid))
+    return ", ".join(f"{name} tp {grid.tp_size} x pp {grid.pp_size} x dp {grid.dp_size}" for name, grid in grids)
+
+
+def _memory_lines(plan: Plan) -> list[str]:
+    limit = 0.9 * plan.device.memory_gib
+    fullest = max(plan.ranks, key=lambda rank: rank.peak_bytes)
+    state = "fits" if plan.fits else f"does NOT fit: {plan.missing_bytes / _GIB:.1f} GiB are missing"
+    lines = [f"memory: {state} ({plan.device.memory_gib:g} GiB less a tenth: {limit:.1f} GiB)", ""]
+    lines.append(f"{'GiB at the peak, by kind of rank':<44}{'batch':<10}{'peak':>8}  phase")
+    for rank in plan.ranks:
+        server = ", with a server" if rank.kind.has_server else ""
+        name = f"{rank.kind.stages}{server} ({rank.kind.count})"
+        lines.append(f"{name:<44.43}{rank.batch:<10}{rank.peak_bytes / _GIB:>8.1f}  {rank.peak_phase}")
+    lines += ["", f"the fullest: rank {fullest.kind.rank}, {fullest.batch} batch, in {fullest.peak_phase}"]
+    parts = sorted(fullest.parts(fullest.peak_phase).items(), key=lambda part: -part[1])
+    return lines + [f"{size / _GIB:>8.2f} GiB  {name}" for name, size in parts if size >= 0.005 * _GIB]
+
+
+def _time_lines(plan: Plan, batch: str) -> list[str]:
+    generation, total = plan.generation[batch], plan.step_seconds(batch)
+    phases = {"rollout": generation.seconds, **plan.phase_seconds(batch)}
+    slowest = max(phases, key=lambda name: phases[name])
+    rate = generation.num_tokens / total
+    return [
+        f"{batch} batch: {total:.1f} s a step, bound by {slowest}; {rate:,.0f} response tokens/s,",
+        f"  {_gpu_hours(plan, batch):,.0f} GPU hours for {plan.config.training.steps} steps, "
+        f"pipeline bubble {100 * plan.bubble(batch):.0f} %",
+        "  " + "  ".join(f"{name} {seconds:.1f} s" for name, seconds in phases.items()),
+        "",
+    ]
+
+
+def _traffic_lines(plan: Plan) -> list[str]:
+    first = next(iter(plan.generation))
+    totals: dict[tuple[str, str, bool], float] = {}
+    for rank in plan.ranks:
+        if rank.batch == first:
+            for key, num_bytes in rank.bytes_sent().items():
+                totals[key] = max(totals.get(key, 0.0), num_bytes)
+    lines = [f"{f'messages of a step, {first} batch, most of a rank':<44}{'GiB':>10}"]
+    for (phase, group, between), num_bytes in sorted(totals.items(), key=lambda item: -item[1])[:10]:
+        link = "between nodes" if between else "within a node"
+        lines.append(f"  {phase:<10}{group:<22}{link:<14}{num_bytes / _GIB:>6.2f}")
+    return lines
+
+
+def _gpu_hours(plan: Plan, batch: str) -> float:
+    return plan.step_seconds(batch) * plan.config.training.steps * plan.world_size / 3600
+
+
+def _wrap(line: str) -> list[str]:
+    """Returns the line in parts of at most 80 columns, cut at spaces."""
+    parts = []
+    while len(line) > 80:
+        cut = line.rfind(" ", 0, 80)
+        if cut <= 4:
+            break
+        parts.append(line[:cut])
+        line = "    " + line[cut + 1 :]
+    return [*parts, line]

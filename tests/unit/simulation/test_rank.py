@@ -1,0 +1,63 @@
+"""A simulated rank costs what a real one does: live bytes by phase, and the bytes of every message."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_tip.config import Config
+from megatron_tip.machine import Machine
+from megatron_tip.planning.plan import Outline, outline_run
+from megatron_tip.simulation.assumptions import AssumedSelection, assumed_rollouts
+from megatron_tip.simulation.measured import measure_rank, peaks_of, traffic_of
+from megatron_tip.simulation.rank import SimulatedRank, simulate_rank, step_batch
+from tests.helpers.distributed import run_workers
+from tests.helpers.training import Layout, make_config, make_models, this_worker
+
+# A rule whose choice depends on neither model, so that both runs train on the same rows; the scoring pass and the
+# quantiles of its statistics run for the comparison with other rules.
+SECTIONS: dict[str, dict[str, Any]] = {
+    "rollout": {"prompts_per_step": 8, "max_response_tokens": 64},
+    "selection": {"rule": "random", "retention_ratio": 0.3},
+    "training": {"steps": 4, "max_tokens_per_micro_batch": 200},
+    "optimizer": {"lr": 1e-3, "clip_grad": 1.0},
+}
+LAYOUTS = {
+    "1x1x1": Layout(1),
+    "3x1x1": Layout(3, (3, 1), (3, 1), sequence_parallel=True),
+    "1x2x1": Layout(2, (1, 2), (2, 1)),
+    "2x1x2": Layout(4, (2, 1), (1, 2)),
+}
+
+
+def simulated(config: Config, world_size: int) -> list[SimulatedRank]:
+    outline: Outline = outline_run(config, world_size, Machine(is_elsewhere=True))
+    batch = step_batch(config, outline, assumed_rollouts(config, longest=False))
+    assumed = AssumedSelection.of(outline.selector, batch)
+    grid = outline.student_grid
+    reporter = grid.rank_at(tp=0, dp=0, pp=grid.pp_size - 1)
+    first = simulate_rank(config, outline, reporter, batch, assumed)
+    return [
+        first if rank == reporter else simulate_rank(config, outline, rank, batch, assumed, metrics=first.metrics)
+        for rank in range(world_size)
+    ]
+
+
+def measured(config: Config) -> tuple[dict[str, int], dict[Any, tuple[int, int]], int]:
+    ledger = measure_rank(config, this_worker(), assumed_rollouts(config, longest=False))
+    return peaks_of(ledger), traffic_of(ledger), sum(work.matrix_flops for work in ledger.work.values())
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.timeout(900)
+def test_a_simulated_rank_costs_what_a_real_one_does(name: str, tmp_path: Path):
+    layout = LAYOUTS[name]
+    config = make_config(make_models(tmp_path), layout, **SECTIONS)
+    real = run_workers(measured, layout.world_size, tmp_path, config, timeout_seconds=600)
+    for rank, (peaks, traffic, flops) in zip(simulated(config, layout.world_size), real, strict=True):
+        assert traffic_of(rank.ledger) == traffic
+        assert sum(work.matrix_flops for work in rank.ledger.work.values()) == flops
+        found = peaks_of(rank.ledger)
+        assert found.keys() == peaks.keys()
+        for phase, num_bytes in peaks.items():
+            assert found[phase] == pytest.approx(num_bytes, rel=0.1), phase
