@@ -118,7 +118,7 @@ class Plan:
 
     @property
     def missing_bytes(self) -> float:
-        """By how much the fullest GPU exceeds its memory, less a tenth for CUDA, NCCL and fragmentation."""
+        """The bytes that the fullest GPU lacks, with a tenth of it left for CUDA, NCCL and fragmentation."""
         return max(rank.peak_bytes for rank in self.ranks) - 0.9 * self.device.memory_gib * 2**30
 
     def phase_seconds(self, batch: str) -> dict[str, float]:
@@ -168,7 +168,9 @@ def make_plan(
         assumed = AssumedSelection.of(outline.selector, batch)
         metrics = None
         for kind in kinds:
-            simulated = simulate_rank(config, outline, kind.rank, batch, assumed, metrics=metrics)
+            simulated = simulate_rank(
+                config, outline, kind.rank, batch, assumed, metrics=metrics, on_gpu=device.name != "cpu"
+            )
             metrics = metrics or simulated.metrics
             server = server_bytes(config, device) if kind.has_server else 0.0
             seconds = seconds_of(simulated, outline, device, gpus_per_node, scale)

@@ -1,7 +1,8 @@
 """One rank's step in a simulated world, and what it costs."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -34,6 +35,7 @@ from megatron_tip.training import weight_sync
 from megatron_tip.training.run import TrainingRun
 from megatron_tip.training.setup import build_run
 from megatron_tip.training.step import learn
+from megatron_tip.vocab_parallel import chunks
 
 _CPU = torch.device("cpu")
 
@@ -71,9 +73,11 @@ def simulate_rank(
     assumed: AssumedSelection,
     *,
     metrics: dict[str, float] | None = None,
+    on_gpu: bool = False,
 ) -> SimulatedRank:
     """Returns one rank of the world after a step of `batch` and a sync of the weights.
 
+    `on_gpu`: its vocabulary-parallel work is cut into blocks as on a GPU; the tensors are always the CPU's.
     `assumed`: the selection in `batch`, which costs the same for all ranks. `metrics`: those of the step, which the
     last stage computes and sends; None: simulate that stage's first rank first.
     """
@@ -81,7 +85,8 @@ def simulate_rank(
     world_size = outline.student_grid.world_size
     prepare_megatron()
     world = simulated_world(ledger, answers, rank=rank, world_size=world_size)
-    with world, SimulatedTensors(ledger), ReadBack(ledger):
+    blocks = gpu_blocks() if on_gpu else nullcontext()
+    with world, blocks, SimulatedTensors(ledger), ReadBack(ledger):
         timer = PhaseTimer(_CPU, on_enter=ledger.enter, on_exit=ledger.leave)
         run = _build(config, outline, Worker(rank, world_size, 0, _CPU), timer)
         run = with_assumptions(run, ledger, answers, assumed)
@@ -102,6 +107,17 @@ def simulate_rank(
             num_taught=len(run.teacher.served(batch)),
             metrics=found,
         )
+
+
+@contextmanager
+def gpu_blocks() -> Iterator[None]:
+    """Gives logits on the CPU the blocks of a GPU: a CPU's fit its caches, a row each for a large vocabulary."""
+    before = chunks._CPU_BLOCK_BYTES_PER_THREAD
+    chunks._CPU_BLOCK_BYTES_PER_THREAD = chunks._GPU_BLOCK_BYTES // torch.get_num_threads()
+    try:
+        yield
+    finally:
+        chunks._CPU_BLOCK_BYTES_PER_THREAD = before
 
 
 def _build(config: Config, outline: Outline, worker: Worker, timer: PhaseTimer) -> TrainingRun:
