@@ -13,8 +13,8 @@ from pathlib import Path
 
 from megatron_tip.simulation.measured import peaks_of, traffic_of
 from tests.helpers.distributed import run_workers
-from tests.helpers.training import make_config, make_models
-from tests.unit.simulation.test_rank import LAYOUTS, SECTIONS, measured, simulated
+from tests.helpers.training import make_models
+from tests.unit.simulation.test_rank import LAYOUTS, configured, measured, simulated
 
 TOLERANCE = 0.1
 
@@ -30,10 +30,10 @@ def main() -> None:
 def _check(name: str) -> bool:
     is_good = True
     with tempfile.TemporaryDirectory() as folder:
-        models, layout = make_models(Path(folder)), LAYOUTS[name]
-        config = make_config(models, layout, **SECTIONS)
-        real = run_workers(measured, layout.world_size, models, config, timeout_seconds=600)
-        for rank, (peaks, traffic, flops) in zip(simulated(config, layout.world_size), real, strict=True):
+        models, world_size = make_models(Path(folder)), LAYOUTS[name].world_size
+        config = configured(name, models)
+        real = run_workers(measured, world_size, models, config, timeout_seconds=600)
+        for rank, (peaks, traffic, flops) in zip(simulated(config, world_size), real, strict=True):
             found = peaks_of(rank.ledger)
             for phase, num_bytes in peaks.items():
                 difference = found[phase] / num_bytes - 1
