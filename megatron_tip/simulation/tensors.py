@@ -1,6 +1,6 @@
 """Tensor operations of a simulated rank: large values have only a shape, small and integer ones are real."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ aten = torch.ops.aten
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _FACTORIES = (aten.empty, aten.zeros, aten.ones, aten.full, aten.empty_strided, aten.rand, aten.randn)
-_FREE = (aten.detach, aten.lift_fresh, aten.alias, torch.ops.prim.device)
+_FREE = {aten.detach, aten.lift_fresh, aten.alias, aten.empty, aten.new_empty, aten.empty_strided, aten.empty_like}
+"""Operations that touch no values."""
 
 
 class CountedTensors(TorchDispatchMode):
@@ -34,25 +35,26 @@ class CountedTensors(TorchDispatchMode):
             return func(*args, **kwargs)
         if func is aten._local_scalar_dense.default:
             self.ledger.host_syncs[self.ledger.phase] += 1
-        result = self.run(func, args, kwargs)
-        tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        for tensor in tensors:
+        inputs = [*_tensors_in(args), *_tensors_in(kwargs.values())]
+        result = self.run(func, args, kwargs, inputs)
+        outputs = _tensors_in([result]) if isinstance(result, Tensor | list | tuple) else []
+        for tensor in outputs:
             self.ledger.hold(tensor)
-        self._count_work(func, args, kwargs, result, tensors)
+        if outputs and not func.is_view:
+            self._count_work(func, args, kwargs, result, (*inputs, *outputs))
         return result
 
-    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Returns the operation's result."""
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: Sequence[Tensor]) -> Any:
+        """Returns the operation's result. `inputs`: the tensors among its arguments."""
         return func(*args, **kwargs)
 
     def _count_work(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, outputs: Sequence[Tensor]
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, tensors: Sequence[Tensor]
     ) -> None:
         packet = func.overloadpacket
-        if not outputs or func.is_view or packet in _FREE or packet in (aten.empty, aten.new_empty, aten.empty_strided):
+        if packet in _FREE:
             return
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in (*inputs, *outputs))
+        num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         work = self.ledger.work[self.ledger.phase]
         work.num_operations += 1
         flops = _flops(packet, args, kwargs, result)
@@ -105,10 +107,9 @@ class SimulatedTensors(CountedTensors):
         super().__init__(ledger)
         self._shapes = FakeTensorMode(allow_non_fake_inputs=True)
 
-    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if not any(isinstance(leaf, FakeTensor) for leaf in leaves):
-            if leaves or not _is_shape_alone(func, args, kwargs):
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: Sequence[Tensor]) -> Any:
+        if not any(isinstance(tensor, FakeTensor) for tensor in inputs):
+            if inputs or not _is_shape_alone(func, args, kwargs):
                 return func(*args, **kwargs)
         elif func is aten._local_scalar_dense.default:
             return _assumed_scalar(args[0].dtype)
@@ -127,6 +128,17 @@ class SimulatedTensors(CountedTensors):
         """Returns a tensor of the same shape and dtype without values."""
         with self._shapes:
             return torch.empty_like(tensor)
+
+
+def _tensors_in(values: Iterable[Any]) -> list[Tensor]:
+    """Returns the tensors among an operation's arguments or results, at most one level deep."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += [one for one in value if isinstance(one, Tensor)]
+    return found
 
 
 def _value_of(leaf: Any) -> Any:
