@@ -134,8 +134,9 @@ def _random_statistics(num_rows: int, *, with_jsd: bool) -> TokenStatistics:
 
 
 def _map(statistics: TokenStatistics, function: Any) -> TokenStatistics:
-    values = {one.name: getattr(statistics, one.name) for one in fields(TokenStatistics)}
-    return TokenStatistics(**{name: None if value is None else function(value) for name, value in values.items()})
+    found = {one.name: getattr(statistics, one.name) for one in fields(TokenStatistics)}
+    values: dict[str, Any] = {name: None if value is None else function(value) for name, value in found.items()}
+    return TokenStatistics(**values)
 
 
 def selected_rows_of(

@@ -128,7 +128,8 @@ def _build(config: Config, outline: Outline, worker: Worker, timer: PhaseTimer) 
         "teacher": ShapesOnly(outline.teacher.architecture, dtypes.teacher),
     }
     shapes = {one.name: getattr(outline, one.name) for one in fields(Outline)}
-    plan = RunPlan(**shapes | models | {"stop_token_ids": outline.stop_token_ids or (0,)})
+    values: dict[str, Any] = shapes | models | {"stop_token_ids": outline.stop_token_ids or (0,)}
+    plan = RunPlan(**values)
     return build_run(config, plan, worker, timer, num_threads=1, generates=False)
 
 
@@ -183,7 +184,8 @@ def assign_purposes(ledger: Ledger, student: Student, teacher: MegatronTeacher) 
         for parameter in group["params"]
     ]
     ledger.assign("student: optimizer", optimizer)
-    buffers = [*student.wrapped.buffers, *student.wrapped.expert_parallel_buffers]
+    wrapped: Any = student.wrapped
+    buffers = [*wrapped.buffers, *wrapped.expert_parallel_buffers]
     ledger.assign("student: gradients", [buffer.grad_data for buffer in buffers])
     ledger.assign("student: weights", weights)
     ledger.assign("teacher: weights", list(teacher.model.parameters()))

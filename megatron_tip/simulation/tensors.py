@@ -188,7 +188,7 @@ def _linear(inputs: Tensor, weight: Tensor, *_: Any) -> int:
 
 
 def _attention(query: Tensor, key: Tensor, _: Tensor, __: float = 0.0, is_causal: bool = False, *___: Any) -> int:
-    """Two products of length x length; a causal kernel skips half of each."""
+    """Counts two products of length x length, of which a causal kernel skips half."""
     b, heads, length, head_dim = query.shape
     return 4 * b * heads * length * key.shape[2] * head_dim // (2 if is_causal else 1)
 

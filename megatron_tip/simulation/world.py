@@ -8,7 +8,10 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import Work, _create_work_from_future
+from torch._C._distributed_c10d import (
+    Work,
+    _create_work_from_future,  # pyright: ignore[reportAttributeAccessIssue]: torch's stub lacks it
+)
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.futures import Future
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -16,6 +19,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from megatron_tip.simulation.ledger import Ledger
 
 _BACKEND = "simulated"
+
+# torch calls the methods by position; its stub would also prescribe the names of their parameters.
+_PythonGroup: Any = dist.ProcessGroup
 
 
 class Answers:
@@ -36,7 +42,7 @@ class Answers:
         assert not left, f"the simulated step did not ask for {left}: the order of its messages has changed"
 
 
-class SimulatedGroup(dist.ProcessGroup):
+class SimulatedGroup(_PythonGroup):
     """A process group whose other ranks hold what this one holds, unless `answers` says otherwise.
 
     A sum is thus left as it is, and gathered parts are copies.
