@@ -181,7 +181,9 @@ def make_plan(
 def as_simulated(config: Config, *, on_gpu: bool) -> tuple[Config, list[str]]:
     """Returns the configuration as it is simulated, and what that changes."""
     sections = config.model_dump()
-    notes = ["layers: torch's own, with fused attention; Transformer Engine's keep about as much"]
+    notes = ["Transformer Engine's layers: torch's own, with fused attention, are simulated in their place"]
+    if config.rollout.engine == "embedded":
+        notes.append("the memory of the embedded engine on the first GPU; train --dry-run estimates it")
     for name in ("model", "teacher"):
         if sections[name]["dtype"] == "auto" and on_gpu:
             sections[name]["dtype"] = "bfloat16"
