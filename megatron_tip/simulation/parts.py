@@ -134,13 +134,13 @@ class SimulatedTeacher(MegatronTeacher):
             return super().loss(student, hidden, rows, labels, row_weights)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SimulatedSelector(Selector):
     """The selector of a simulated run: it selects among the assumed rows of all replicas and returns this one's."""
 
-    ledger: Any = None
-    assumed: Any = None
-    replica: int = 0
+    ledger: Ledger
+    assumed: AssumedSelection
+    replica: int
 
     def select_and_calibrate(
         self,
