@@ -37,8 +37,8 @@ class RankKind:
     has_server: bool
 
 
-_GROW_WITH_ROWS = ("teacher: rows of a step", "selection")
-"""Purposes whose bytes grow with the rows of a step; all other live bytes are of a few micro-batches."""
+TEACHER_ROWS = "teacher: rows of a step"
+"""The purpose whose bytes grow with the rows of a step. Others are of a few micro-batches, or of a few numbers per row."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,8 @@ class PlannedRank:
     def parts(self, phase: str) -> dict[str, float]:
         """Returns the bytes at the phase's peak by purpose, of a whole step."""
         parts: dict[str, float] = dict(self.simulated.ledger.peaks[phase].parts)
-        for name in _GROW_WITH_ROWS:
-            if name in parts:
-                parts[name] *= self.scale
+        if TEACHER_ROWS in parts:
+            parts[TEACHER_ROWS] *= self.scale
         return parts | ({"SGLang server": self.server_bytes} if self.server_bytes else {})
 
     def flops(self, phase: str) -> float:

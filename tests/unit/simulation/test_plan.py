@@ -48,7 +48,7 @@ def test_a_few_micro_batches_scaled_to_the_step_cost_what_all_of_them_do(tmp_pat
         planned.append(PlannedRank(RankKind(0, "", 1, False), "longest", simulated, scale, 0.0, seconds, 8))
     whole, short = planned
     assert short.scale == 3.0, "2 of 6 micro-batches"
-    assert short.peak_bytes == pytest.approx(whole.peak_bytes, rel=0.02)
+    assert short.peak_bytes == pytest.approx(whole.peak_bytes, rel=0.05)
     for phase in PHASES:
         assert short.flops(phase) == pytest.approx(whole.flops(phase), rel=0.02), phase
         assert short.seconds[phase] == pytest.approx(whole.seconds[phase], rel=0.1), phase
