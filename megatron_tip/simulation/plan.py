@@ -38,7 +38,7 @@ class RankKind:
 
 
 TEACHER_ROWS = "teacher: rows of a step"
-"""The purpose whose bytes grow with the rows of a step; others belong to a few micro-batches or a few numbers per row."""
+"""The purpose whose bytes grow with the rows of a step; others belong to a few micro-batches, or are small."""
 
 
 @dataclass(frozen=True)
