@@ -1,7 +1,7 @@
 """The records shared between packages: prompts, rollouts, micro-batches, teacher rows and selections.
 
-Shape letters: `b` sequences of a micro-batch, `s` positions, `n` valid tokens ("rows") of one data-parallel replica,
-`K` support size. A row is one position of `loss_mask`. Rows are ordered by micro-batch, then sequence, then position.
+Shape letters: `s` tokens of a micro-batch, `n` valid tokens ("rows") of one data-parallel replica, `K` support size. A
+row is one position of `loss_mask`. Rows are ordered by micro-batch, then sequence, then position.
 """
 
 from collections.abc import Callable
@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 from itertools import accumulate
 from typing import Self
 
+import torch
 from torch import Tensor
 
 
@@ -66,23 +67,30 @@ class Rollout:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Sequences that go through the model together, padded on the right; equal on all tp and pp ranks of a replica.
+    """Whole sequences that go through the model as one, packed end to end; equal on all tp and pp ranks of a replica.
 
-    All other tensors are `[b, s]`; `rollout_indices` is `[b]`, each sequence's place in the step's rollout list.
-    `labels[:, t] == input_ids[:, t + 1]` wherever `response_mask` is True, so position t is scored for the next token.
-    `response_mask`: the label was generated. `loss_mask` (a subset): the label may be supervised.
+    `lengths`: the tokens of each sequence, in order. A token attends to its own sequence only. Padding, if the layout
+    asks for it, is one more sequence at the end. All tensors are `[s]`, so that a part of the tokens is a part of each.
+
+    `position_ids`: the token's place in its sequence. `labels`: the sequence's next token, for which the position is
+    scored, wherever `response_mask` is True. `response_mask`: the label was generated. `loss_mask` (a subset): the
+    label may be supervised. `rollout_indices`: the sequence's place in the step's rollout list; -1 for padding.
+    `response_positions`: the label's 0-based place in the response; below 0 if it belongs to the prompt.
     """
 
+    lengths: tuple[int, ...]
     input_ids: Tensor
     position_ids: Tensor
     labels: Tensor
     response_mask: Tensor
     loss_mask: Tensor
     rollout_indices: Tensor
+    response_positions: Tensor
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.input_ids.shape[0], self.input_ids.shape[1]
+    def to(self, device: torch.device) -> "MicroBatch":
+        """Returns the micro-batch with its tensors on `device`."""
+        tensors = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "lengths"}
+        return MicroBatch(self.lengths, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
     def num_valid(self) -> int:
         return int(self.loss_mask.sum())

@@ -223,8 +223,9 @@ def _run(config: Config, world_size: int | None) -> Iterator[Finding]:
     from megatron_tip.planning.plan import outline_run
 
     num_workers = world_size or default_num_workers(config)
-    dtype = str(Dtypes.of(config).student).removeprefix("torch.")
-    layers = resolve_transformer_impl(config.model.transformer_impl)
+    student = Dtypes.of(config).student
+    dtype = str(student).removeprefix("torch.")
+    layers = resolve_transformer_impl(config.model.transformer_impl, student)
     yield Finding(
         "ok", f"the run would use: {num_workers} workers, {dtype}, {layers} layers, {config.rollout.engine} engine"
     )

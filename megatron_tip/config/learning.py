@@ -84,4 +84,4 @@ class TrainingConfig(Section):
     steps: int = Field(ge=1)
     """Optimizer steps."""
     max_tokens_per_micro_batch: int = Field(default=16384, ge=1)
-    """Padded tokens that go through the model together; a longer sequence gets its own micro-batch."""
+    """Tokens that go through the model together, packed end to end; a longer sequence gets its own micro-batch."""

@@ -40,12 +40,12 @@ class Student:
         return output_head_weight(self.model)
 
     @property
-    def sequence_multiple(self) -> int:
-        """Divisor of the padded lengths that the model takes: sequence parallelism splits them over the tp ranks."""
+    def token_multiple(self) -> int:
+        """Divisor of a micro-batch's tokens: sequence parallelism splits them evenly over the tp ranks."""
         return self.groups.grid.tp_size if get_model_config(self.model).sequence_parallel else 1
 
     def rows(self, hidden_states: Tensor, mask: Tensor) -> Tensor:
-        """Returns the last stage's output where `mask` `[b, s]` holds, `[n, H]`."""
+        """Returns the last stage's output where `mask` `[s]` holds, `[n, H]`."""
         sequence_parallel = get_model_config(self.model).sequence_parallel
         return masked_rows(hidden_states, mask, tp_group=self.groups.tp_group, sequence_parallel=sequence_parallel)
 

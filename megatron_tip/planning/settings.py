@@ -26,6 +26,7 @@ def check_settings(config: Config, positions: Mapping[str, int]) -> None:
     _check_sampling(config)
     if config.model.sequence_parallel and config.model.tensor_parallel_size == 1:
         raise ConfigError("model.sequence_parallel: expected model.tensor_parallel_size above 1, got 1; turn it off")
+    _check_layers(config)
     if config.diagnostics.every_steps:
         check_whole_teacher(config)
 
@@ -60,6 +61,15 @@ def make_selector(config: Config) -> Selector:
         )
     selector.check_available(known_statistics(config), teacher_in_words(config))
     return selector
+
+
+def _check_layers(config: Config) -> None:
+    for owner, model in (("model", config.model), ("teacher", config.teacher)):
+        if model.transformer_impl == "transformer_engine" and model.dtype == "float32":
+            raise ConfigError(
+                f'{owner}.transformer_impl: expected "auto" or "local" with {owner}.dtype = "float32", got '
+                '"transformer_engine", which has no attention for packed sequences in float32'
+            )
 
 
 def _check_schedule(config: Config) -> None:

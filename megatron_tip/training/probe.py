@@ -38,7 +38,7 @@ def probe_logprobs(student: Student, vocab_size: int, device: torch.device) -> l
         dp_size=1,
         max_tokens=PROBE_LENGTH,
         pad_token_id=ids[0],  # any id will do: padding comes after the tokens that are read
-        sequence_multiple=student.sequence_multiple,
+        token_multiple=student.token_multiple,
         device=device,
     )
     micro_batches = batch.micro_batches(0)

@@ -87,7 +87,7 @@ class TrainingRun:
             dp_size=self.student.groups.grid.dp_size,
             max_tokens=self.config.training.max_tokens_per_micro_batch,
             pad_token_id=self.pad_token_id,
-            sequence_multiple=self.student.sequence_multiple,
+            token_multiple=self.student.token_multiple,
             device=self.device,
         )
 

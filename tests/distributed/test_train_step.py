@@ -20,7 +20,12 @@ from tests.helpers.tiny import make_qwen
 from tests.helpers.training import Layout, build_tiny_run, engine_of, make_config, make_models, make_rollouts
 
 ROLLOUTS = make_rollouts([12, 0, 7, 15, 9, 1])
-DIFFERENT_BY_LAYOUT = {"perf/saved_train_seconds", "train/num_micro_batches", "train/num_micro_batches_uncut"}
+DIFFERENT_BY_LAYOUT = {
+    "perf/saved_train_seconds",
+    "train/num_micro_batches",
+    "train/num_micro_batches_uncut",
+    "train/padding_token_share",
+}
 Row = tuple[int, int, float]
 """Rollout, position in the response, weight."""
 

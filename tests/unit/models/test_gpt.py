@@ -1,6 +1,7 @@
 """Layouts that a model cannot take."""
 
 import pytest
+import torch
 from transformers import LlamaConfig
 
 from megatron_tip.conversion.architecture import ModelArchitecture
@@ -38,6 +39,6 @@ def test_layouts_that_do_not(tp_size: int, pp_size: int, message: str) -> None:
 
 @pytest.mark.skipif(has_transformer_engine(), reason="Transformer Engine is installed")
 def test_transformer_engine_that_is_not_installed() -> None:
-    assert resolve_transformer_impl("auto") == "local"
+    assert resolve_transformer_impl("auto", torch.bfloat16) == "local"
     with pytest.raises(OptionalDependencyError, match=r"megatron_tip\[transformer-engine\]"):
         transformer_engine_block(2, qk_norm=False)
