@@ -6,6 +6,7 @@ import torch
 from megatron_tip.batching.micro_batches import token_index
 from megatron_tip.batching.step_batch import StepBatch
 from megatron_tip.errors import InputError
+from megatron_tip.training.step_metrics import saved_metrics
 from tests.helpers.training import make_rollouts
 
 LENGTHS = [40, 38, 36, 34, 12, 0, 10, 8]
@@ -37,6 +38,10 @@ def test_token_counts_are_those_of_the_micro_batches(multiple):
     padded = [sum(micro_batch.input_ids.numel() for micro_batch in own) for own in micro_batches]
     assert batch.num_padded_tokens() == padded
     assert batch.num_micro_batches() == sum(map(len, micro_batches))
+    is_padding = torch.cat([micro_batch.rollout_indices < 0 for own in micro_batches for micro_batch in own])
+    share = saved_metrics(batch, batch, 1.0)["train/padding_token_share"]
+    assert share == pytest.approx(float(is_padding.double().mean()))
+    assert (share > 0) == (multiple > 1)
     places = [places for own in micro_batches for m in own for places in m.rollout_indices.tolist() if places >= 0]
     assert batch.num_model_tokens() == len(places)
     for place, length in enumerate(batch.num_kept_tokens):
