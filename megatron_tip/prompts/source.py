@@ -58,8 +58,8 @@ class PromptSource:
     def batch(self, step: int) -> list[Prompt]:
         """Returns the prompts of training step `step`, counted from 1: a pure function of the seed and the step.
 
-        Each epoch goes through all training prompts once, in its own order; a step may reach into the next epoch. Copies
-        in a file do not count: each distinct prompt is drawn once.
+        Each epoch goes through all training prompts once, in its own order; a step may reach into the next epoch.
+        Copies in a file do not count: each distinct prompt is drawn once.
         """
         assert step >= 1, f"steps are counted from 1, got {step}"
         size = len(self.training)
