@@ -6,6 +6,7 @@ Planning needs lengths only, so every rank computes the same plan without a coll
 import heapq
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from megatron_tip.errors import InputError
@@ -99,7 +100,7 @@ def build_micro_batch(
         rollout = rollouts[index]
         assert rollout.prompt_ids, f"rollout {index} has no prompt: nothing predicts its first token"
         assert 0 < length <= rollout.num_tokens, f"rollout {index}: {length} of {rollout.num_tokens} tokens kept"
-        ids = torch.tensor(rollout.prompt_ids + rollout.response_ids)
+        ids = torch.from_numpy(np.concatenate([rollout.prompt_ids.array, rollout.response_ids.array]))
         num_labels = min(length, len(ids) - 1)
         input_ids[row, :length] = ids[:length]
         labels[row, :num_labels] = ids[1 : num_labels + 1]

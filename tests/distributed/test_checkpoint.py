@@ -136,7 +136,7 @@ def test_a_resumed_run_is_the_same_bit_for_bit(
 
 
 def read_of_the_optimizer(config: Config, folder: Path) -> tuple[int, int, int, int]:
-    """Restores a run. Bytes of the optimizer that this rank read and made room for; of all of it; of its largest part."""
+    """Restores a run. Bytes of the optimizer: that this rank read, and made room for; all of it; its largest part."""
     run, files = build_tiny_run(config, ROLLOUTS), CheckpointFiles(folder / "checkpoints")
     take_step(run, 1)
     checkpointer = checkpointer_of(run, files)
@@ -162,7 +162,8 @@ def read_of_the_optimizer(config: Config, folder: Path) -> tuple[int, int, int, 
 
 def test_each_rank_reads_its_own_part_of_the_distributed_optimizer(models: Path, tmp_path: Path):
     config = make_config(models, Layout(2), optimizer={"distributed": True})
-    reads, rooms, (total, _), (largest, _) = zip(*run_workers(read_of_the_optimizer, 2, tmp_path, config, tmp_path))
+    ranks = run_workers(read_of_the_optimizer, 2, tmp_path, config, tmp_path)
+    reads, rooms, (total, _), (largest, _) = zip(*ranks, strict=True)
     assert sum(reads) <= total + 3 * largest, "three states of the parameter that both hold a part of are read twice"
     assert max(reads) <= total / 2 + 3 * largest < total
     assert sum(rooms) <= total, "and room is made for little more than a rank's own elements"
