@@ -16,9 +16,11 @@ import random
 import resource
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from try_faults import Trial
 
 from megatron_tip.config import Config
@@ -29,35 +31,32 @@ KINDS = ("jsonl", "jsonl, ids", "parquet")
 WORDS = ["let", "find", "number", "of", "all", "positive", "integers", "x^2 + y^2 = 1", "triangle ABC", "sqrt{5}"]
 
 
-def rows_of(num_distinct: int, copies: int, *, with_ids: bool) -> Iterator[dict]:
-    """Yields rows like those of DAPO's file: all distinct ones, then all again."""
-    for row in range(num_distinct * copies):
-        draw = random.Random(row % num_distinct)
-        text = f"Problem {row % num_distinct}: " + " ".join(draw.choices(WORDS, k=90))
-        messages = [{"role": "user", "content": text}]
-        index = row if with_ids else row % num_distinct
-        yield {"data_source": "generated", "prompt": messages, "extra_info": {"index": f"{index:036}"}}
+def texts_of(num_distinct: int) -> list[str]:
+    draw = random.Random(1)
+    return [f"Problem {place}: " + " ".join(draw.choices(WORDS, k=90)) for place in range(num_distinct)]
+
+
+def row_of(text: str, index: int) -> dict[str, Any]:
+    """Returns a row like those of DAPO's file."""
+    messages = [{"role": "user", "content": text}]
+    return {"data_source": "generated", "prompt": messages, "extra_info": {"index": f"{index:036}"}}
 
 
 def write_file(path: Path, kind: str, num_distinct: int, copies: int) -> None:
-    """Writes the rows; of identical copies only the first are made."""
-    if kind == "jsonl, ids":
-        with path.open("w") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows_of(num_distinct, copies, with_ids=True))
+    """Writes all distinct rows, then all of them again, and so on."""
+    texts = texts_of(num_distinct)
+    rows = [row_of(text, index) for index, text in enumerate(texts)]
+    if kind == "parquet":
+        table = pa.Table.from_pylist(rows)
+        with pq.ParquetWriter(path, table.schema) as writer:
+            for _ in range(copies):
+                writer.write_table(table)
         return
-    rows = list(rows_of(num_distinct, 1, with_ids=False))
-    if kind == "jsonl":
-        content = "".join(json.dumps(row) + "\n" for row in rows)
-        with path.open("w") as file:
-            file.writelines(content for _ in range(copies))
-        return
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    table = pa.Table.from_pylist(rows)
-    with pq.ParquetWriter(path, table.schema) as writer:
-        for _ in range(copies):
-            writer.write_table(table)
+    with path.open("w") as file:
+        for copy in range(copies):
+            if kind == "jsonl, ids":
+                rows = [row_of(text, copy * num_distinct + index) for index, text in enumerate(texts)]
+            file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def read(config: Config) -> tuple[float, float, float]:
