@@ -74,6 +74,14 @@ tip_srun_arguments() {
   fi
 }
 
+# tip_newest_checkpoint: prints the name of the run's newest checkpoint, such as step_000020; nothing without one.
+TIP_FOLDER=
+TIP_CHECKPOINT_BEFORE=
+tip_newest_checkpoint() {
+  local found=("$TIP_FOLDER"/checkpoints/step_*)
+  if [[ -n $TIP_FOLDER && -e ${found[0]} ]]; then printf '%s\n' "${found[@]##*/}" | sort -V | tail -n 1; fi
+}
+
 # tip_train NODES NODELIST CONFIG [section.key=value ...]: trains on those nodes and returns srun's exit code.
 tip_train() {
   local nodes=$1 nodelist=$2 first
@@ -82,6 +90,8 @@ tip_train() {
   # tip_fail within $(...) ends only that subshell; an assignment of its own returns its exit code.
   if [[ -z ${MASTER_ADDR:-} ]]; then MASTER_ADDR=$(tip_address "$first") || exit; fi
   export MASTER_ADDR
+  TIP_FOLDER=$(tip_setting run.folder "$@" 2>/dev/null) || TIP_FOLDER= # the run itself says what is wrong
+  TIP_CHECKPOINT_BEFORE=$(tip_newest_checkpoint)
   mapfile -t arguments < <(tip_srun_arguments "$nodes" "$TIP_TASKS_PER_NODE" "$nodelist")
   tip_run srun "${arguments[@]}" "$TIP_PYTHON" -m megatron_tip.cli train "$@"
 }
@@ -127,11 +137,16 @@ tip_stop_servers() {
   TIP_SERVER_INPUTS=()
 }
 
-# tip_setting SECTION.KEY CONFIG [section.key=value ...]: prints one value of the configuration.
+# tip_setting SECTION.KEY CONFIG [section.key=value ...]: prints one value of the configuration. The interpreter may exist
+# in the container alone.
 tip_setting() {
-  local name=$1
+  local name=$1 arguments=()
   shift
-  "$TIP_PYTHON" -c 'import sys; from megatron_tip.config.io import load_config
+  if [[ -n $TIP_CONTAINER_IMAGE ]]; then
+    mapfile -t arguments < <(tip_srun_arguments 1 1 | grep -v -e --label)
+    arguments=(srun "${arguments[@]}" --overlap)
+  fi
+  "${arguments[@]}" "$TIP_PYTHON" -c 'import sys; from megatron_tip.config.io import load_config
 config = load_config(sys.argv[2], sys.argv[3:])
 section, key = sys.argv[1].split(".")
 print(getattr(getattr(config, section), key))' "$name" "$@"
@@ -174,15 +189,16 @@ tip_forward() {
 }
 
 # tip_finish CODE: ends the script, and requeues the job if the warning before the time limit ended a run that can
-# continue. It does not requeue after scancel: a user who cancels a job does not want it back. SLURM itself requeues after
-# pre-emption (PreemptMode=REQUEUE) and node failure. A warning that comes while the workers are still starting ends them
-# by the signal itself, and srun ends the remaining ones by SIGTERM or SIGKILL a moment after the first: nothing is lost,
-# and the job is requeued as well. A task of an array needs its array name: the last task's own number means the whole
-# array.
+# continue and has another newest checkpoint than when this start began: a run that had no time for a step would not have
+# it the next time either. It does not requeue after scancel: a user who cancels a job does not want it back. SLURM itself
+# requeues after pre-emption (PreemptMode=REQUEUE) and node failure. A warning that comes while the workers are still
+# starting ends them by the signal itself, and srun ends the remaining ones by SIGTERM or SIGKILL a moment after the first:
+# nothing is lost. A task of an array needs its array name: the last task's own number means the whole array.
 tip_finish() {
-  local code=$1 job=$SLURM_JOB_ID
+  local code=$1 job=$SLURM_JOB_ID newest
   if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
   tip_stop_servers
+  newest=$(tip_newest_checkpoint)
   if [[ -n $TIP_WARNED ]]; then
     case $((code - 128)) in "$(kill -l USR1)" | "$(kill -l TERM)" | "$(kill -l KILL)") code=$TIP_EXIT_RESUMABLE ;; esac
   fi
@@ -191,11 +207,15 @@ tip_finish() {
   elif ((code != TIP_EXIT_RESUMABLE)); then
     tip_log "failed with exit code $code; the first error is above"
   elif [[ -z $TIP_WARNED ]]; then
-    tip_log "stopped with a checkpoint; submit the same command again to continue"
+    if [[ -n $newest ]]; then newest="with a checkpoint"; else newest="before the first step was done"; fi
+    tip_log "stopped $newest; submit the same command again to continue"
+  elif [[ $newest == "$TIP_CHECKPOINT_BEFORE" ]]; then
+    tip_log "not requeued: this start finished no step (newest checkpoint: ${newest:-none}), and the next one would not" \
+      "either; submit the same command again with a longer --time"
   elif ((${SLURM_RESTART_COUNT:-0} >= TIP_MAX_RESTARTS)); then
     tip_log "not requeued: restarted $SLURM_RESTART_COUNT times already (TIP_MAX_RESTARTS)"
   else
-    tip_log "requeued: the run continues from its last checkpoint" # SLURM may end this script during the next line
+    tip_log "requeued: the run continues from its last checkpoint, $newest" # SLURM may end this script during the next line
     scontrol requeue "$job" || tip_log "but the requeue failed (see above); submit the same command again to continue"
   fi
   exit "$code"

@@ -6,6 +6,7 @@ Planning needs lengths only, so every rank computes the same plan without a coll
 import heapq
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -114,7 +115,7 @@ def _sequence(rollout: Rollout, index: int, length: int) -> dict[str, Tensor]:
     """Returns the first `length` tokens of a rollout by field of MicroBatch, all but its loss_mask."""
     assert rollout.prompt_ids, f"rollout {index} has no prompt: nothing predicts its first token"
     assert 0 < length <= rollout.num_tokens, f"rollout {index}: {length} of {rollout.num_tokens} tokens kept"
-    ids = torch.tensor(rollout.prompt_ids + rollout.response_ids)
+    ids = torch.from_numpy(np.concatenate([rollout.prompt_ids.array, rollout.response_ids.array]))
     positions = torch.arange(length)
     places = positions + 1 - len(rollout.prompt_ids)
     is_generated = (places >= 0) & (places < len(rollout.response_ids))

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from megatron_tip.commands.outcome import errors_reported
+from megatron_tip.commands.time_limit import check_time_limit
 from megatron_tip.commands.train import check_elsewhere
 from megatron_tip.config import Config
 from megatron_tip.config.io import load_config
@@ -88,7 +89,7 @@ def sbatch_command(submission: Submission, config: Config) -> list[str]:
     """Returns the sbatch command: site values, job name and log from the run, then the script and its arguments.
 
     Raises:
-        ConfigError: the script does not exist next to the package.
+        ConfigError: the script does not exist next to the package, or the time limit leaves no time for a step.
     """
     script = _ROOT / "slurm" / f"{submission.script}.sbatch"
     if not script.exists():
@@ -98,6 +99,7 @@ def sbatch_command(submission: Submission, config: Config) -> list[str]:
             f"{submission.script} in {script.parent}; install the package from a clone: pip install --editable ."
         )
     site = site_values(submission.environ)
+    check_time_limit(site["TIP_TIME"], submission.options)
     folder = config.run.folder.absolute()
     is_array = submission.script == "sweep"
     options = {
@@ -106,7 +108,7 @@ def sbatch_command(submission: Submission, config: Config) -> list[str]:
         "--partition": site["TIP_PARTITION"],
         "--account": site["TIP_ACCOUNT"],
         "--time": site["TIP_TIME"],
-        "--output": str(folder / "slurm" / ("%A_%a.out" if is_array else "%j.out")),
+        "--output": f"{folder}/slurm/".replace("%", "%%") + ("%A_%a.out" if is_array else "%j.out"),
         "--export": ",".join(["ALL", f"TIP_ROOT={_ROOT}", *_split(submission)]),
     }
     named = [f"{name}={value}" for name, value in options.items() if value]

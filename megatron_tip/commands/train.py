@@ -72,7 +72,7 @@ def command(
         check_elsewhere(config, world_size, gpu_memory)
         typer.echo(dump_config(config), nl=False)
     else:
-        num_workers = _check(config, nproc, fresh=fresh)
+        num_workers = _check(config, nproc, fresh=fresh, reads_prompts=dry_run)
         if dry_run:
             typer.echo(dump_config(config), nl=False)
         else:
@@ -87,13 +87,17 @@ def check_elsewhere(config: Config, world_size: int, gpu_memory_gib: float) -> N
     typer.echo(result.report(gpu_memory_gib), err=True)
 
 
-def _check(config: Config, num_workers: int | None, *, fresh: bool) -> int:
-    """Checks a run on this machine as its workers will, and returns how many workers to start."""
+def _check(config: Config, num_workers: int | None, *, fresh: bool, reads_prompts: bool) -> int:
+    """Checks a run on this machine as its workers will, and returns how many workers to start.
+
+    Args:
+        reads_prompts: False if workers follow, the first of which reads the prompt file before anything else happens.
+    """
     from megatron_tip.planning.inputs import default_num_workers  # late: a wrong key is reported before torch loads
     from megatron_tip.planning.plan import plan_run
 
     num_workers = num_workers or default_num_workers(config)
-    plan = plan_run(config, num_workers)
+    plan = plan_run(config, num_workers, reads_prompts=reads_prompts)
     if config.diagnostics.every_steps:
         from megatron_tip.diagnostics.session import open_bank  # imports Megatron
 

@@ -142,7 +142,7 @@ def check_bank(bank: ContextBank, *, tokenizer: str, vocab_size: int) -> None:
             f"{bank.manifest['tokenizer']:.12}, the models' is {tokenizer:.12}); its ids mean other texts; create "
             "a bank with these models"
         )
-    largest = max(max(context.prompt_ids + context.response_ids) for context in bank.contexts)
+    largest = max(max(*context.prompt_ids, *context.response_ids) for context in bank.contexts)
     if largest >= vocab_size or bank.manifest["vocab_size"] != vocab_size:
         raise ConfigError(
             f"diagnostics.bank: {bank.folder} was made for {bank.manifest['vocab_size']} vocabulary entries shared by "

@@ -238,11 +238,11 @@ def _outcome_of(exit_codes: Mapping[int, int], error_files: Mapping[int, str], i
     if STOPPED_EXIT_CODE in exit_codes.values():
         what_is_left = _CONTINUES if is_saved() else _BEGINS_ANEW
         return Outcome(STOPPED_EXIT_CODE, f"the workers were told to stop; {what_is_left}")
-    return Outcome(1, _first_failure(exit_codes, error_files))
+    return _first_failure(exit_codes, error_files)
 
 
-def _first_failure(exit_codes: Mapping[int, int], error_files: Mapping[int, str]) -> str:
-    """Returns the message of the worker that caused the failure; its peers fail because it is gone.
+def _first_failure(exit_codes: Mapping[int, int], error_files: Mapping[int, str]) -> Outcome:
+    """Returns the failure of the worker that caused it; its peers fail because it is gone. Exit code 2: refused input.
 
     Our own errors take precedence: a peer's failure never raises one. Next is a death by a signal that we did not send,
     which leaves no record; then the earliest record.
@@ -251,22 +251,23 @@ def _first_failure(exit_codes: Mapping[int, int], error_files: Mapping[int, str]
     records.sort(key=lambda item: item[1].time_ns)
     for _, record in records:
         if record.is_ours:
-            return record.message
+            return Outcome(2 if record.is_refusal else 1, record.message)
     for rank, code in exit_codes.items():
         if code < 0 and code != -signal.SIGTERM:
             name = signal.Signals(-code).name
             hint = "; the system may have run out of memory" if name == "SIGKILL" else ""
-            return f"rank {rank} was ended by {name}{hint}"
+            return Outcome(1, f"rank {rank} was ended by {name}{hint}")
     for rank, record in sorted(records, key=lambda item: item[1].is_of_a_peer):
-        return f"rank {rank} failed\n{record.traceback}"
+        return Outcome(1, f"rank {rank} failed\n{record.traceback}")
     rank, code = next(iter(exit_codes.items()))
-    return f"rank {rank} ended with exit code {code}"
+    return Outcome(1, f"rank {rank} ended with exit code {code}")
 
 
 @dataclass(frozen=True)
 class _ErrorRecord:
     time_ns: int
     is_ours: bool
+    is_refusal: bool
     is_of_a_peer: bool
     message: str
     traceback: str
@@ -285,6 +286,7 @@ def _read_record(path: str) -> _ErrorRecord | None:
     return _ErrorRecord(
         time_ns,
         is_ours=hasattr(errors, name) and not is_of_a_peer,
+        is_refusal=name in [kind.__name__ for kind in errors.REFUSALS],
         is_of_a_peer=is_of_a_peer,
         message=message,
         traceback=content["extraInfo"]["py_callstack"].rstrip(),

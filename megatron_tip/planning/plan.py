@@ -9,9 +9,10 @@ from megatron_tip.conversion.safetensors_io import HfCheckpoint
 from megatron_tip.machine import Machine
 from megatron_tip.models.layout import check_layout
 from megatron_tip.parallel.grid import ModelGrid
-from megatron_tip.planning.inputs import check_inputs, check_packages
+from megatron_tip.planning.inputs import check_inputs, check_packages, read_prompts
 from megatron_tip.planning.models import FoundModel, find_model, limits, served_limits, shared_tokenizer, stop_ids
 from megatron_tip.planning.settings import check_settings, make_selector
+from megatron_tip.prompts.files import PromptFile
 from megatron_tip.rollout.engines import engine_kind
 from megatron_tip.rollout.multi_turn import check_environment
 from megatron_tip.selection import Selector
@@ -25,7 +26,8 @@ class Outline:
 
     `teacher`: None behind servers. `vocab_size`: entries that both models have; their distributions cover these.
     `padded_vocab_size`: rows of the student's embeddings and of both LM heads, a multiple of the student's tp size.
-    `tokenizer`, `stop_token_ids`: None and empty if the tokenizers are not on this machine.
+    `tokenizer`, `stop_token_ids`: None and empty if the tokenizers are not on this machine. `prompts`: what the prompt
+    file holds; None if prompts are generated, the file is elsewhere, or this process did not read it.
     """
 
     student: FoundModel
@@ -37,6 +39,7 @@ class Outline:
     padded_vocab_size: int
     tokenizer: PreTrainedTokenizerBase | None
     stop_token_ids: tuple[int, ...]
+    prompts: PromptFile | None
 
 
 @dataclass(frozen=True)
@@ -53,19 +56,23 @@ class RunPlan(Outline):
         return self.stop_token_ids[0]
 
 
-def plan_run(config: Config, world_size: int) -> RunPlan:
+def plan_run(config: Config, world_size: int, *, reads_prompts: bool = True) -> RunPlan:
     """Returns the plan of a run that starts on this machine; see `outline_run`.
 
     Needs no process group; every rank returns the same plan or raises the same error.
     """
-    return RunPlan(**vars(outline_run(config, world_size, Machine())))
+    return RunPlan(**vars(outline_run(config, world_size, Machine(), reads_prompts=reads_prompts)))
 
 
-def outline_run(config: Config, world_size: int, machine: Machine) -> Outline:
+def outline_run(config: Config, world_size: int, machine: Machine, *, reads_prompts: bool = True) -> Outline:
     """Checks a run, here or elsewhere, and returns its outline.
 
     Reads both models' headers, the tokenizers, the prompts and the other files that the configuration names. What is
     missing on `machine` is an error; if the run is elsewhere, it is noted instead.
+
+    Args:
+        reads_prompts: False for workers, whose prompt file only the first process reads (`with_prompts`), and for work
+            without prompts.
 
     Raises:
         ConfigError: layouts, lengths, schedule, rule, tokenizers or vocabularies cannot run.
@@ -87,6 +94,7 @@ def outline_run(config: Config, world_size: int, machine: Machine) -> Outline:
     stop_token_ids = stop_ids(config.model.path, tokenizer) if tokenizer else ()
     if tokenizer:
         check_environment(config.rollout, tokenizer, stop_token_ids)
+    prompts = read_prompts(config, machine) if reads_prompts else None  # last: a large file takes a while
     return Outline(
         student=student,
         teacher=teacher,
@@ -97,6 +105,7 @@ def outline_run(config: Config, world_size: int, machine: Machine) -> Outline:
         padded_vocab_size=padded_vocab_size(max(sizes) if teacher else sizes[0], grids[0].tp_size),
         tokenizer=tokenizer,
         stop_token_ids=stop_token_ids,
+        prompts=prompts,
     )
 
 

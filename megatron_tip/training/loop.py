@@ -35,7 +35,7 @@ from megatron_tip.training.finish import finish_run
 from megatron_tip.training.heldout import measure_heldout
 from megatron_tip.training.recorder import RecorderState, RunRecorder
 from megatron_tip.training.run import Gauge, RolloutSource, TrainingRun
-from megatron_tip.training.setup import build_run
+from megatron_tip.training.setup import build_run, with_prompts
 from megatron_tip.training.step import SKIPPED_NOT_FINITE, train_step
 from megatron_tip.training.throughput import Throughput
 from megatron_tip.training.weight_sync import update_engine
@@ -69,7 +69,7 @@ def train(config: Config, *, fresh: bool = False, make_gauge: MakeGauge | None =
         StopRequested: a signal ended the run, and its state is saved.
     """
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    plan = plan_run(config, world_size)
+    plan = plan_run(config, world_size, reads_prompts=False)
     folder = RunFolder.create(config.run.folder)
     if not fresh:
         check_same_run(config)
@@ -126,12 +126,13 @@ def run_to_continue(
     """Returns the run, its progress and its totals from the newest complete checkpoint.
 
     Without a checkpoint, clears the folder and returns a new run. The gauge is built before the weights are restored.
-    Collective over the world. Raises what `newest_whole`, `build_run` and `restore` raise.
+    Collective over the world. Raises what `with_prompts`, `newest_whole`, `build_run` and `restore` raise.
 
     Args:
         fresh: clears the folder first.
     """
     files = CheckpointFiles(folder.checkpoints)
+    plan = with_prompts(config, plan, worker)  # before anything is removed; not kept after the set-up
     if worker.rank == 0 and fresh:
         folder.clear()
     step = newest_whole(files, worker.device)
@@ -304,6 +305,7 @@ def _measures_after(config: Config, step: int) -> bool:
 def _prompt_metrics(source: RolloutSource) -> dict[str, float]:
     """Returns how many prompts were left out, as metrics."""
     return {
+        "prompts/num_copies": float(source.prompts.num_copies),
         "prompts/num_skipped": float(source.prompts.num_skipped),
         "prompts/num_duplicates": float(source.prompts.num_duplicates),
     }

@@ -1,10 +1,13 @@
 """Set-up of a run from a checked plan, ready for its first step."""
 
+from dataclasses import replace
+
 import torch
 
 from megatron_tip.config import Config
 from megatron_tip.conversion.bridge import load_hf
 from megatron_tip.errors import InputError
+from megatron_tip.machine import Machine
 from megatron_tip.models.gpt import build_gpt
 from megatron_tip.models.student import Student, build_student
 from megatron_tip.observability.timing import PhaseTimer
@@ -12,6 +15,7 @@ from megatron_tip.parallel.distributed import Worker
 from megatron_tip.parallel.groups import ModelGroups, build_groups
 from megatron_tip.parallel.together import together
 from megatron_tip.planning.dtypes import Dtypes
+from megatron_tip.planning.inputs import read_prompts
 from megatron_tip.planning.plan import RunPlan
 from megatron_tip.prompts.source import PromptSource, load_prompts
 from megatron_tip.rollout.engine import EngineNeeds, SamplingParams
@@ -21,6 +25,18 @@ from megatron_tip.teachers.teacher import TeacherSite
 from megatron_tip.training.run import RolloutSource, TrainingRun
 from megatron_tip.training.token_views import TokenViews
 from megatron_tip.vocab_parallel import ShardedVocabulary
+
+
+def with_prompts(config: Config, plan: RunPlan, worker: Worker) -> RunPlan:
+    """Returns `plan` with the content of the prompt file on rank 0, which alone reads it. Collective over the world.
+
+    Raises:
+        ConfigError, InputError: as `read_prompts`, on every rank.
+    """
+    with together(device=worker.device):
+        if worker.rank == 0:
+            plan = replace(plan, prompts=read_prompts(config, Machine()))
+    return plan
 
 
 def build_run(
@@ -124,6 +140,7 @@ def _prompts(config: Config, plan: RunPlan) -> PromptSource:
         prompts_per_step=config.rollout.prompts_per_step,
         steps=config.training.steps,
         seed=config.run.seed,
+        file=plan.prompts,
     )
     if config.prompts.teacher_field:
         known = sorted({name for name, _ in config.teacher.routes})

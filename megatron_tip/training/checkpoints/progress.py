@@ -1,10 +1,10 @@
 """The state of a run between two steps, apart from weights and optimizer."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from megatron_tip.records import Rollout
-from megatron_tip.rollout.codec import rollout_from_record
+from megatron_tip.rollout.codec import rollout_from_record, rollout_to_record
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,11 @@ class RunProgress:
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if is_skipped else 0
 
     def as_json(self) -> dict[str, Any]:
-        return asdict(self)
+        before = self.before and {
+            "reverse_kl": self.before.reverse_kl,
+            "rollouts": [rollout_to_record(rollout) for rollout in self.before.rollouts],
+        }
+        return {**vars(self), "before": before}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "RunProgress":

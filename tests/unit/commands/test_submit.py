@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_tip.commands.submit import Submission, as_served, sbatch_command, site_values, submit, trainer_share
+from megatron_tip.commands.time_limit import WARNING_SECONDS, seconds_of
 from megatron_tip.errors import ConfigError
 from tests.helpers.training import Layout, make_config
 
@@ -20,7 +21,7 @@ def test_site_values_and_run_become_options_and_the_command_line_wins(tmp_path: 
     config = make_config(tmp_path, Layout(1))
     environ = ENVIRON | {"TIP_PARTITION": "h800", "TIP_TIME": "12:00:00"}
     submission = Submission(
-        Path("my run.toml"), ["run.seed=2"], nodes=8, options=["--qos=high", "--time=1:00"], environ=environ
+        Path("my run.toml"), ["run.seed=2"], nodes=8, options=["--qos=high", "--time=1:00:00"], environ=environ
     )
     command = sbatch_command(submission, config)
     assert command == [
@@ -32,7 +33,7 @@ def test_site_values_and_run_become_options_and_the_command_line_wins(tmp_path: 
         f"--output={tmp_path}/run/slurm/%j.out",
         f"--export=ALL,TIP_ROOT={ROOT}",
         "--qos=high",
-        "--time=1:00",
+        "--time=1:00:00",
         f"{SLURM}/train.sbatch",
         f"{Path.cwd()}/my run.toml",
         "run.seed=2",
@@ -45,6 +46,53 @@ def test_the_job_of_a_sweep_logs_each_run_apart(tmp_path: Path):
         Submission(Path("a.toml"), script="sweep", environ=ENVIRON), make_config(tmp_path, Layout(1))
     )
     assert f"--output={tmp_path}/run/slurm/%A_%a.out" in command
+
+
+def test_a_percent_sign_in_a_folder_is_no_pattern_of_slurm(tmp_path: Path):
+    config = make_config(tmp_path / "50%j", Layout(1))
+    command = sbatch_command(Submission(Path("a.toml"), environ=ENVIRON), config)
+    assert f"--output={tmp_path}/50%%j/run/slurm/%j.out" in command
+
+
+@pytest.mark.parametrize(
+    "options, limit",
+    [
+        ([], "3"),
+        (["--time=2"], "24:00:00"),
+        (["-t3:00"], "24:00:00"),
+        (["--time=10", "--signal=B:USR1@600"], ""),
+        (["--signal=USR1@90000"], "1-00"),
+    ],
+)
+def test_a_time_limit_without_time_for_a_step_is_refused(tmp_path: Path, options, limit):
+    submission = Submission(Path("a.toml"), options=options, environ=ENVIRON | {"TIP_TIME": limit})
+    with pytest.raises(ConfigError, match=r"--time: expected more than the \d+ s before the limit at which SLURM"):
+        sbatch_command(submission, make_config(tmp_path, Layout(1)))
+    longer = Submission(Path("a.toml"), options=[*options, "--time=2-0:00"], environ=submission.environ)
+    assert sbatch_command(longer, make_config(tmp_path, Layout(1)))
+
+
+@pytest.mark.parametrize(
+    "limit, seconds",
+    [
+        ("7", 420),
+        ("7:30", 450),
+        ("1:00:05", 3605),
+        ("2-3", 183600),
+        ("2-3:04", 183840),
+        ("2-3:04:05", 183845),
+        ("UNLIMITED", None),
+        ("", None),
+        ("1:2:3:4", None),
+    ],
+)
+def test_time_limits_as_slurm_writes_them(limit, seconds):
+    assert seconds_of(limit) == seconds
+
+
+def test_the_warning_is_that_of_the_scripts():
+    for script in ("train", "train_disaggregated", "sweep"):
+        assert f"#SBATCH --signal=B:USR1@{WARNING_SECONDS}\n" in (SLURM / f"{script}.sbatch").read_text()
 
 
 def test_another_site_file_is_read_by_bash(tmp_path: Path):
@@ -131,12 +179,69 @@ def test_network_settings_of_the_site_reach_the_tasks_and_the_caller_wins():
         (75, "1", "5", "not requeued: restarted 5 times already"),
     ],
 )
-def test_a_job_goes_back_to_the_queue_only_after_a_warning_and_a_checkpoint(code, warned, restarts, expected):
-    script = f'scontrol() {{ echo "$@" >&2; }}; TIP_WARNED={warned}; tip_finish {code}'
+def test_a_job_goes_back_to_the_queue_only_after_a_warning_and_a_checkpoint(code, warned, restarts, expected, tmp_path):
+    (tmp_path / "checkpoints" / "step_000002").mkdir(parents=True)
+    script = f'scontrol() {{ echo "$@" >&2; }}; TIP_FOLDER={tmp_path}; TIP_WARNED={warned}; tip_finish {code}'
     ended = shell(script, SLURM_JOB_ID="7", SLURM_RESTART_COUNT=restarts, TIP_MAX_RESTARTS="5")
     assert ended.returncode == (75 if warned and code > 128 else code)
     assert expected in ended.stderr
     assert ("requeue 7" in ended.stderr) == (expected == "requeue 7")
+
+
+FINISH = 'scontrol() { echo "$@" >&2; }; TIP_CHECKPOINT_BEFORE=$(tip_newest_checkpoint); '
+
+
+@pytest.mark.parametrize(
+    "before, after, expected",
+    [
+        ([], [], "not requeued: this start finished no step (newest checkpoint: none)"),
+        ([2, 999999], [], "not requeued: this start finished no step (newest checkpoint: step_999999)"),
+        ([], [2], "from its last checkpoint, step_000002\nrequeue 7\n"),
+        ([2, 999999], [1000000], "from its last checkpoint, step_1000000\nrequeue 7\n"),
+    ],
+)
+@pytest.mark.parametrize("code", [75, 138])
+def test_a_start_without_a_step_is_the_last_one(before, after, expected, code, tmp_path):
+    """Otherwise a time limit that is too short would requeue the job again and again."""
+    folder = tmp_path / "my run" / "checkpoints"
+    for step in before:
+        (folder / f"step_{step:06d}").mkdir(parents=True)
+    steps = " ".join(f"step_{step:06d}" for step in after)
+    made = f'for step in {steps}; do mkdir -p "$TIP_FOLDER/checkpoints/$step"; done; '
+    ended = shell(
+        f"TIP_FOLDER='{folder.parent}'; {FINISH}{made}TIP_WARNED=1; code={code}; tip_finish $code", SLURM_JOB_ID="7"
+    )
+    assert expected in ended.stderr
+    assert ended.returncode == 75
+    assert ("requeue 7" in ended.stderr) == bool(after)
+
+
+@pytest.mark.parametrize("steps, expected", [([], "before the first step was done"), ([3], "with a checkpoint")])
+def test_a_cancelled_job_says_what_it_left(steps, expected, tmp_path):
+    for step in steps:
+        (tmp_path / "checkpoints" / f"step_{step:06d}").mkdir(parents=True)
+    ended = shell(f"TIP_FOLDER={tmp_path}; {FINISH}tip_finish 75", SLURM_JOB_ID="7")
+    assert f"stopped {expected}; submit the same command again to continue" in ended.stderr
+
+
+def test_the_folder_of_the_run_is_known_before_it_starts(tmp_path):
+    (tmp_path / "checkpoints" / "step_000004").mkdir(parents=True)
+    stand_ins = "tip_address() { echo n1; }; scontrol() { echo n1; }; srun() { :; }; TIP_TASKS_PER_NODE=1; "
+    python = f'python() {{ echo "{tmp_path}"; }}; TIP_PYTHON=python; '
+    ran = shell(stand_ins + python + 'tip_train 1 n1 run.toml; echo "$TIP_FOLDER $TIP_CHECKPOINT_BEFORE"')
+    assert ran.stdout == f"{tmp_path} step_000004\n"
+
+
+@pytest.mark.parametrize("script", ["train", "train_disaggregated", "sweep", "convert"])
+def test_a_script_that_does_not_find_the_repository_says_what_to_do(script, tmp_path):
+    command = ["bash", str(SLURM / f"{script}.sbatch"), "run.toml"]
+    ran = subprocess.run(
+        command, env=ENVIRON | {"SLURM_SUBMIT_DIR": str(tmp_path)}, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 2
+    assert (
+        f"expected the repository in {tmp_path}: run sbatch in its root, or with --export=ALL,TIP_ROOT=" in ran.stderr
+    )
 
 
 def test_signals_go_on_to_the_workers_and_their_exit_code_comes_back():
@@ -145,9 +250,10 @@ def test_signals_go_on_to_the_workers_and_their_exit_code_comes_back():
     assert shell(script).stdout.split("\n")[:3] == ["ready", "got USR1", "75 1"]
 
 
-def test_a_task_of_an_array_is_requeued_alone():
+def test_a_task_of_an_array_is_requeued_alone(tmp_path):
     """SLURM's own number of an array's last task is that of the array: by it all tasks would be requeued."""
-    script = 'scontrol() { echo "$@" >&2; }; TIP_WARNED=1; tip_finish 75'
+    (tmp_path / "checkpoints" / "step_000002").mkdir(parents=True)
+    script = f'scontrol() {{ echo "$@" >&2; }}; TIP_FOLDER={tmp_path}; TIP_WARNED=1; tip_finish 75'
     ended = shell(script, SLURM_JOB_ID="7", SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID="3")
     assert "requeue 7_3\n" in ended.stderr
 
@@ -158,13 +264,15 @@ def test_a_warning_before_the_workers_start_is_not_lost():
     assert ended.stdout == "75 1\n"
 
 
-def test_a_warning_while_servers_start_ends_the_wait_and_the_job_goes_back():
+def test_a_warning_while_servers_start_ends_the_wait_and_the_job():
+    """It had no time for a step, and would not have it after a requeue either."""
     start = "tip_network() { :; }; tip_setup; tip_address() { echo node; }; srun() { cat >/dev/null; }; "
     wait = "python() { case $3 in wait) exec sleep 60 ;; esac; }; TIP_PYTHON=python; (sleep 0.5; kill -USR1 $$) & "
     hosts = 'scontrol() { [[ $1 == requeue ]] && echo "$@" >&2 || echo node; }; '
     ended = shell(start + wait + hosts + "tip_serve n1 1 model 0.5 keys; tip_wait_for_servers", SLURM_JOB_ID="7")
     assert ended.returncode == 75
-    assert "requeue 7\n" in ended.stderr
+    assert "requeue 7\n" not in ended.stderr
+    assert "not requeued: this start finished no step (newest checkpoint: none)" in ended.stderr
 
 
 @pytest.mark.parametrize("nodes", [{"nodes": 2, "rollout_nodes": 2}, {"nodes": 2}, {"nodes": 3, "rollout_nodes": 1}])
