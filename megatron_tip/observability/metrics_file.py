@@ -16,6 +16,9 @@ logger = logging.getLogger(__name__)
 MEASURED = ("time/", "memory/", "perf/", "gpu/", "host/")
 """Prefixes of metrics that measure the machine; they differ between runs that are otherwise identical."""
 
+RecordedStep = tuple[int, Mapping[str, float]]
+"""A step and its metrics."""
+
 
 class MetricsWriter:
     """A writer that appends steps to a JSON-lines file. Only rank 0 creates one.
@@ -92,6 +95,22 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
                 raise InputError(f"{path}, line {number}: expected a JSON object with a step, got {error}") from None
             logger.warning("%s: the last line is cut off and left out", path)
     return steps
+
+
+def recorded_steps(path: Path) -> list[RecordedStep]:
+    """Returns the steps of a metrics.jsonl in order as they were given to `MetricsWriter`: NaN for null.
+
+    Raises:
+        InputError: as for `read_metrics`.
+    """
+
+    def value_of(value: float | None) -> float:
+        return float("nan") if value is None else value
+
+    return [
+        (record["step"], {name: value_of(value) for name, value in record.items() if name != "step"})
+        for record in read_metrics(path)
+    ]
 
 
 def _step(record: Any) -> dict[str, Any]:

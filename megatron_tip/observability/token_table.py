@@ -23,14 +23,19 @@ _KEY = "megatron_tip.token_table"
 VALUES = (*(name for name, statistic in STATISTICS.items() if statistic.in_views), "score")
 """The float32 columns, null where unknown: statistics and the rule's score."""
 
+_KNOWN = (
+    ("rollout", pa.int32()),  # index in the step's list of rollouts
+    ("position", pa.int32()),  # within the response
+    ("token_id", pa.int32()),
+    ("text", pa.string()),
+    ("valid", pa.bool_()),  # may be supervised
+    ("selected", pa.bool_()),
+)
+"""The columns that every view has, without nulls."""
+
 SCHEMA = pa.schema(
     [
-        ("rollout", pa.int32()),  # index in the step's list of rollouts
-        ("position", pa.int32()),  # within the response
-        ("token_id", pa.int32()),
-        ("text", pa.string()),
-        ("valid", pa.bool_()),  # may be supervised
-        ("selected", pa.bool_()),
+        *_KNOWN,
         *((name, pa.float32()) for name in VALUES),
         *((f"{model}_support_ids", pa.list_(pa.int32())) for model in ("student", "teacher")),
         *((f"{model}_support_logprobs", pa.list_(pa.float16())) for model in ("student", "teacher")),
@@ -110,6 +115,8 @@ def encode_token_table(table: TokenTable) -> bytes:
 def decode_token_table(content: bytes, where: str = "view") -> TokenTable:
     """Returns the table that `encode_token_table` encoded. `where`: the source's name in error messages.
 
+    A statistic that the version which wrote the table did not record is null; one that only it recorded is left out.
+
     Raises:
         InputError: the content is truncated, or of another kind or format.
     """
@@ -119,10 +126,10 @@ def decode_token_table(content: bytes, where: str = "view") -> TokenTable:
             facts = json.loads((file.metadata.metadata or {})[_KEY.encode()])
         if facts["format"] != FORMAT:
             raise InputError(f"{where}: expected a token table of format {FORMAT}, got {facts['format']}")
-        missing = sorted(set(SCHEMA.names) - set(tokens.column_names))
-        if missing:
-            raise InputError(f"{where}: expected a token table, got one without the columns {missing}")
-        return TokenTable(_facts_of(facts), tokens)
+        lacking = [name for name, _ in _KNOWN if name not in tokens.column_names or tokens.column(name).null_count]
+        if lacking:
+            raise InputError(f"{where}: expected a token table, got one without values in the columns {lacking}")
+        return TokenTable(_facts_of(facts), _in_schema(tokens))
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
         raise error if isinstance(error, InputError) else _unreadable(where, error) from error
 
@@ -138,6 +145,17 @@ def read_token_table(path: Path) -> TokenTable:
     except OSError as error:
         raise _unreadable(str(path), error) from error
     return decode_token_table(content, str(path))
+
+
+def _in_schema(tokens: pa.Table) -> pa.Table:
+    """Returns the columns of SCHEMA, null where `tokens` lacks one."""
+    columns = [
+        tokens.column(field.name).cast(field.type)
+        if field.name in tokens.column_names
+        else pa.nulls(tokens.num_rows, type=field.type)
+        for field in SCHEMA
+    ]
+    return pa.Table.from_arrays(columns, schema=SCHEMA)
 
 
 def _unreadable(where: str, error: Exception) -> InputError:

@@ -12,6 +12,7 @@ from typing import Protocol
 from megatron_tip.config import Config, TrackingConfig
 from megatron_tip.errors import OptionalDependencyError, OutputError
 from megatron_tip.files import atomic_write_bytes, atomic_write_text
+from megatron_tip.observability.metrics_file import RecordedStep
 from megatron_tip.observability.run_folder import RunFolder
 from megatron_tip.observability.token_table import TokenTable, encode_token_table, token_table_file
 from megatron_tip.observability.token_view import page_html, quadrant_png
@@ -33,6 +34,14 @@ class Tracker(Protocol):
         """Starts, or continues under `identity`; returns the identity under which a continued run should continue."""
         ...
 
+    def fill_gaps(self, steps: Sequence[RecordedStep]) -> None:
+        """Logs those of `steps` that the tracker's own record lost when an earlier start of the run was killed.
+
+        Args:
+            steps: all that metrics.jsonl has, in order; the run continues after the last.
+        """
+        ...
+
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
     def log_view(self, step: int, view: TokenTable) -> None: ...
@@ -51,6 +60,9 @@ class FolderTracker:
 
     def start(self, config: Config, folder: RunFolder, identity: str | None) -> str | None:
         self._folder = folder.views
+
+    def fill_gaps(self, steps: Sequence[RecordedStep]) -> None:
+        pass
 
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         pass
@@ -98,6 +110,10 @@ class Trackers:
         if identities:
             with suppress(OutputError):  # the checkpoint will hold them
                 atomic_write_text(path, json.dumps(dict(identities)))
+
+    def fill_gaps(self, steps: Sequence[RecordedStep]) -> None:
+        """Logs what the trackers' own records lost of `steps`, those that metrics.jsonl has; call it after `start`."""
+        self._each("gaps", lambda tracker: tracker.fill_gaps(steps))
 
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         self._each("metrics", lambda tracker: tracker.log_metrics(step, metrics))
