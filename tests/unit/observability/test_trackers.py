@@ -3,7 +3,6 @@
 import json
 import logging
 import re
-import struct
 from collections.abc import Mapping, Sequence
 from multiprocessing import Queue, get_context
 from pathlib import Path
@@ -21,6 +20,7 @@ from megatron_tip.observability.run_folder import RunFolder
 from megatron_tip.observability.token_table import TokenTable, TokenTableFacts, ViewedRollout, read_token_table
 from megatron_tip.observability.trackers import MAX_FAILURES, FolderTracker, Trackers, check_trackers, make_trackers
 from megatron_tip.observability.wandb_tracker import wandb  # first: it sets wandb's environment
+from tests.helpers.tensorboard_files import values_of
 from tests.helpers.training import Layout, make_config
 from tests.helpers.wandb_files import finished_records_of, history_of, records_of
 
@@ -232,20 +232,13 @@ def test_the_exported_student_becomes_an_artifact_on_request(
 
 
 def test_tensorboard_gets_scalars_text_and_picture(tmp_path: Path):
-    from tensorboardX.proto.event_pb2 import Event
-
     config = config_of(tmp_path, tensorboard=True)
     trackers = started(config, {})
     trackers.log_metrics(3, {"train/loss": 0.25})
     trackers.log_view(3, VIEW)
     trackers.finish()
-    data = next((config.run.folder / "tensorboard").iterdir()).read_bytes()
-    values, start = {}, 0
-    while start < len(data):  # a TFRecord: length, its checksum, content, its checksum
-        (length,) = struct.unpack_from("<Q", data, start)
-        event = Event.FromString(data[start + 12 : start + 12 + length])
-        values |= {value.tag: (event.step, value) for value in event.summary.value}
-        start += 12 + length + 4
+    (path,) = (config.run.folder / "tensorboard").iterdir()
+    values = {value.tag: (step, value) for step, value in values_of(path)}
     step, loss = values["train/loss"]
     assert (step, loss.simple_value) == (3, 0.25)
     assert b"**`4`**" in values["view/response_0/text_summary"][1].tensor.string_val[0]
