@@ -19,6 +19,18 @@ def finite_json(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def finite_number(value: Any) -> float | None:
+    """Returns a number of a JSON file as a float; None for what is no number, or none that float32 can hold.
+
+    Sums and differences of such numbers stay finite.
+    """
+    is_number = isinstance(value, int | float) and -_LARGEST <= value <= _LARGEST
+    return float(value) if is_number else None
+
+
+_LARGEST = 3.4e38
+
+
 def atomic_write_text(path: Path, text: str, *, setting: str = "run.folder", mode: int = 0o666) -> None:
     """Writes UTF-8 `text` to `path`; see `atomic_write_bytes`."""
     atomic_write_bytes(path, text.encode(), setting=setting, mode=mode)

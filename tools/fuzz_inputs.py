@@ -168,6 +168,8 @@ def run_cases(numbers: range, seed: int, good: Path, seconds: float, out: Path |
             what, ending, fault = run_case(kind, f"{seed}:{number}", good, seconds)
             os.chdir(home)
             counts[kind.name, "fault" if fault else "success" if not ending.code else "refused"] += 1
+            if not number % 50:
+                print(f"at case {number}", file=sys.stderr, flush=True)
             if is_single:
                 print(what, ending.out, ending.err, f"exit code {ending.code}, {ending.seconds:.1f} s", sep="\n")
             if fault:

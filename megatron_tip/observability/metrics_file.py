@@ -83,7 +83,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         InputError: the file cannot be read, or a line before the last is broken.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_bytes().splitlines()
     except OSError as error:
         raise InputError(f"{path}: expected a run's metrics, got: {error.strerror}") from None
     steps = []
