@@ -12,6 +12,18 @@ from typing import Any
 from megatron_tip.errors import OutputError
 
 
+def parse_json(text: str | bytes) -> Any:
+    """Returns the value of a JSON text from a file that anyone may have written.
+
+    Raises:
+        ValueError: it is not JSON, or nests deeper than Python can follow.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it nests too deep") from None
+
+
 def finite_json(value: Any) -> Any:
     """Returns `value` with None in place of floats that are not finite: JSON has no NaN."""
     if isinstance(value, Mapping):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from megatron_tip.errors import InputError
-from megatron_tip.files import atomic_write_bytes, finite_json, output_errors
+from megatron_tip.files import atomic_write_bytes, finite_json, output_errors, parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -69,9 +69,9 @@ def _lines_until(path: Path, step: int) -> Iterator[bytes]:
     """Yields the lines of steps up to `step`, and stops at a broken line."""
     for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
         try:
-            if _step(json.loads(line))["step"] > step or not line.endswith(b"\n"):
+            if _step(parse_json(line))["step"] > step or not line.endswith(b"\n"):
                 return
-        except (ValueError, RecursionError):
+        except ValueError:
             return
         yield line
 
@@ -89,8 +89,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     steps = []
     for number, line in enumerate(lines, start=1):
         try:
-            steps.append(_step(json.loads(line)))
-        except (ValueError, RecursionError) as error:
+            steps.append(_step(parse_json(line)))
+        except ValueError as error:
             if number < len(lines):
                 raise InputError(f"{path}, line {number}: expected a JSON object with a step, got {error}") from None
             logger.warning("%s: the last line is cut off and left out", path)

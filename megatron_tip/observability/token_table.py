@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from pydantic import TypeAdapter
 
 from megatron_tip.errors import InputError
+from megatron_tip.files import parse_json
 from megatron_tip.statistics import STATISTICS
 
 FORMAT = 1
@@ -129,14 +130,14 @@ def decode_token_table(content: bytes, where: str = "view") -> TokenTable:
         with pq.ParquetFile(io.BytesIO(content)) as file:
             tokens = file.read()
             described = (file.metadata.metadata or {})[_KEY.encode()]
-        facts = json.loads(described)
+        facts = parse_json(described)
         if facts["format"] != FORMAT:
             raise InputError(f"{where}: expected a token table of format {FORMAT}, got {facts['format']}")
         lacking = [name for name, _ in _KNOWN if name not in tokens.column_names or tokens.column(name).null_count]
         if lacking:
             raise InputError(f"{where}: expected a token table, got one without values in the columns {lacking}")
         return TokenTable(_FACTS.validate_json(described, strict=True), _in_schema(tokens))
-    except (RecursionError, OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
+    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
         raise error if isinstance(error, InputError) else _unreadable(where, error) from error
 
 

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from megatron_tip.config import Config, TrackingConfig
 from megatron_tip.errors import OptionalDependencyError, OutputError
-from megatron_tip.files import atomic_write_bytes, atomic_write_text
+from megatron_tip.files import atomic_write_bytes, atomic_write_text, parse_json
 from megatron_tip.observability.metrics_file import RecordedStep
 from megatron_tip.observability.run_folder import RunFolder
 from megatron_tip.observability.token_table import TokenTable, encode_token_table, token_table_file
@@ -97,7 +97,10 @@ class Trackers:
         path = folder.path / IDENTITIES_NAME
         if not identities and is_restarted(os.environ):
             with suppress(OSError, ValueError):  # there are none, or they are lost
-                identities.update(json.loads(path.read_text()))
+                known = parse_json(path.read_bytes())
+                identities.update(
+                    {str(name): str(one) for name, one in known.items()} if isinstance(known, dict) else {}
+                )
         for tracker in list(self._failures):
 
             def start(tracker: Tracker = tracker) -> None:

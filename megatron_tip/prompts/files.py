@@ -1,6 +1,5 @@
 """Prompts from JSONL and Parquet files; errors name the file and the line or row."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_tip.errors import InputError
+from megatron_tip.files import parse_json
 
 # A text, or chat messages with the texts "role" and "content"; other keys are for the chat template.
 RawPrompt = str | list[dict[str, Any]]
@@ -54,8 +54,8 @@ def _read_jsonl(path: Path, field: str) -> Iterator[tuple[str, Any]]:
             if not line.strip():
                 raise InputError(f"{where}: expected a JSON object, got an empty line; remove it")
             try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:  # also a line that is not UTF-8
+                record = parse_json(line)
+            except ValueError as error:  # also a line that is not UTF-8
                 raise InputError(f"{where}: expected a JSON object, got a broken line ({error})") from error
             if not isinstance(record, dict):
                 raise InputError(f"{where}: expected a JSON object, got {type(record).__name__}")

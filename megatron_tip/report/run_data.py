@@ -1,6 +1,5 @@
 """The content of a run's folder, read for the report. The run need not be finished."""
 
-import json
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tip.errors import InputError
-from megatron_tip.files import finite_number
+from megatron_tip.files import finite_number, parse_json
 from megatron_tip.observability.metrics_file import read_metrics
 from megatron_tip.observability.run_folder import RunFolder
 from megatron_tip.observability.token_table import TokenTable, read_token_table
@@ -129,11 +128,11 @@ def _summary(path: Path, notes: list[str]) -> Mapping[str, Any] | None:
         notes.append("the run has no summary.json: it is not finished, or was ended")
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
         if isinstance(content, dict) and all(isinstance(content.get(name, {}), dict) for name in _SECTIONS):
             return content
         reason: object = f"expected an object with objects for {', '.join(_SECTIONS)}"
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         reason = error
     notes.append(f"{path.name} cannot be read: {reason}")
     return None
@@ -151,8 +150,8 @@ def _json_lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
         return
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
+            record = parse_json(line)
+        except ValueError:
             record = None
         if isinstance(record, dict) and isinstance(record.get("protocol") or {}, dict):
             yield record

@@ -1,11 +1,10 @@
 """A timeline of a run's phases in its first and last steps, from what `monitoring.trace` recorded on rank 0."""
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_tip.files import finite_number
+from megatron_tip.files import finite_number, parse_json
 
 STEPS_AT_EACH_END = 3
 MOST_PHASES = 400
@@ -41,8 +40,8 @@ def read_timeline(folder: Path) -> list[Step]:
 def _events(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
     for line in lines:
         try:
-            event = json.loads(line)
-        except (ValueError, RecursionError):  # truncated, by the end of the run or of our reading
+            event = parse_json(line)
+        except ValueError:  # truncated, by the end of the run or of our reading
             continue
         if isinstance(event, dict) and {"name", "ph", "ts"} <= event.keys():
             start, duration = finite_number(event["ts"]), finite_number(event.get("dur", 0.0))
