@@ -97,10 +97,8 @@ class Trackers:
         path = folder.path / IDENTITIES_NAME
         if not identities and is_restarted(os.environ):
             with suppress(OSError, ValueError):  # there are none, or they are lost
-                known = parse_json(path.read_bytes())
-                identities.update(
-                    {str(name): str(one) for name, one in known.items()} if isinstance(known, dict) else {}
-                )
+                if isinstance(known := parse_json(path.read_bytes()), dict):
+                    identities.update({name: str(identity) for name, identity in known.items()})
         for tracker in list(self._failures):
 
             def start(tracker: Tracker = tracker) -> None:

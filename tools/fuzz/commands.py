@@ -16,8 +16,7 @@ from megatron_tip.parallel.distributed import init_distributed
 from megatron_tip.planning.plan import plan_run
 from megatron_tip.prompts.source import load_prompts
 from megatron_tip.training.checkpoints.files import CheckpointFiles
-from megatron_tip.training.checkpoints.progress import RunProgress
-from megatron_tip.training.checkpoints.resume import newest_whole
+from megatron_tip.training.checkpoints.resume import newest_whole, read_progress
 from megatron_tip.training.checkpoints.same_run import check_same_run
 from megatron_tip.training.loop import take_folder
 from megatron_tip.training.recorder import RecorderState
@@ -67,9 +66,7 @@ def _resume(overrides: list[str]) -> None:
     files, state = CheckpointFiles(folder.checkpoints), RecorderState()
     step = newest_whole(files, device)
     if step is not None:
-        saved = files.read_state(step)
-        state = RecorderState(**saved["recorder"])
-        RunProgress.from_json(saved["progress"])
+        _, state = read_progress(files, step)
     with MetricsWriter(folder.metrics, keep_until_step=state.step):
         recorded_steps(folder.metrics)
 
