@@ -25,6 +25,7 @@ FORMAT = "megatron_tip checkpoint 1"
 MANIFEST_NAME = "manifest.json"
 STATE_NAME = "state.json"
 STATE_SECTIONS = ("settings", "progress", "recorder")
+"""The parts of a state that are objects themselves."""
 SHARDS_NAME = "shards"
 
 Checksums = Mapping[str, tuple[int, str]]
@@ -124,10 +125,9 @@ class CheckpointFiles:
             state = parse_json(path.read_bytes())
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path}: cannot be read: {error}") from error
-        if not isinstance(state, dict) or not all(isinstance(state.get(name), dict) for name in STATE_SECTIONS):
+        if not isinstance(state, dict) or not all(isinstance(state.get(name, {}), dict) for name in STATE_SECTIONS):
             raise CheckpointError(
-                f"{path}: expected a run's state, an object with objects for {', '.join(STATE_SECTIONS)}, got "
-                f"{state!r:.80}"
+                f"{path}: expected a run's state, in it objects for {', '.join(STATE_SECTIONS)}, got {state!r:.80}"
             )
         return state
 

@@ -320,6 +320,9 @@ def test_a_job_that_is_requeued_before_its_first_checkpoint_goes_on_under_its_id
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert ids_of_a_start({}) == {"broken": "first"}
     assert ids_of_a_start({"broken": "of the checkpoint"}) == {"broken": "of the checkpoint"}
+    for broken in ("[1]", "{", "null"):
+        (tmp_path / "trackers.json").write_text(broken)
+        assert ids_of_a_start({}) == {"broken": "new"}
     monkeypatch.delenv("SLURM_RESTART_COUNT")
     assert ids_of_a_start({}) == {"broken": "new"}, "another run in this folder, whose settings may be others"
 

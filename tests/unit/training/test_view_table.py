@@ -108,9 +108,10 @@ def test_a_view_of_another_version_is_read_with_gaps():
     statistics, index = make_batch(1, LENGTHS)
     view = view_of(with_supports(statistics, len(index)), index, selection_of(index.position == 1))
 
-    def read(tokens: pa.Table) -> TokenTable:
+    def read(tokens: pa.Table, **changes: object) -> TokenTable:
         content = io.BytesIO()
-        kept = tokens.replace_schema_metadata({"megatron_tip.token_table": json.dumps(asdict(view.facts))})
+        facts = json.dumps({**asdict(view.facts), **changes})
+        kept = tokens.replace_schema_metadata({"megatron_tip.token_table": facts})
         pq.write_table(kept, content)
         return decode_token_table(content.getvalue(), "older.parquet")
 
@@ -127,6 +128,14 @@ def test_a_view_of_another_version_is_read_with_gaps():
         read(view.tokens.set_column(0, "rollout", pa.nulls(len(view.tokens), pa.int32())))
     with pytest.raises(InputError, match=r"older\.parquet: expected a token table"):
         read(view.tokens.set_column(6, SCHEMA.names[6], [["high"] * len(view.tokens)]))
+    for changes in ({"medians": [1.0]}, {"points": [["x", 1.0, True]]}, {"rollouts": [{"rollout": 0}]}, {"step": "7"}):
+        with pytest.raises(InputError, match=r"older\.parquet: expected a token table"):
+            read(view.tokens, **changes)
+    assert read(view.tokens, novel="a fact of a later version").facts == view.facts
+    place = SCHEMA.names.index("student_support_ids")
+    short = pa.array([[1]] * len(view.tokens), pa.list_(pa.int32()))
+    with pytest.raises(InputError, match=r"the lists of student_support_ids .* differ in length"):
+        read(view.tokens.set_column(place, "student_support_ids", short))
 
 
 def test_a_view_shows_the_tokens_of_the_first_responses_and_points_of_all():
