@@ -21,7 +21,7 @@ import httpx
 from megatron_tip.config import Config
 from megatron_tip.config.io import load_config
 from megatron_tip.errors import EngineError, MegatronTipError
-from megatron_tip.files import atomic_write_text
+from megatron_tip.files import atomic_write_text, parse_json
 
 
 def write_keys(path: Path) -> None:
@@ -41,7 +41,7 @@ def write_keys(path: Path) -> None:
 
 def _are_keys(path: Path) -> bool:
     try:
-        content = json.loads(path.read_text())
+        content = parse_json(path.read_text())
     except (OSError, ValueError):
         return False
     return isinstance(content, dict) and all(isinstance(content.get(name), str) for name in ("api", "admin"))
@@ -122,7 +122,7 @@ def main(arguments: Sequence[str]) -> None:
         case ["student", config_path, *overrides]:
             print(student_to_serve(load_config(Path(config_path), overrides)))
         case ["arguments", model, host, port, tp_size, memory_fraction, keys_file, *further]:
-            keys = json.loads(Path(keys_file).read_text())
+            keys = parse_json(Path(keys_file).read_text())
             own = server_arguments(model, host, int(port), int(tp_size), float(memory_fraction), keys)
             print(json.dumps(own + further))
         case ["wait", seconds, *urls]:

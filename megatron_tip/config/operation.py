@@ -48,7 +48,7 @@ class TrackingConfig(Section):
     """Trackers besides metrics.jsonl, which is always written. The failure of a tracker never ends a run."""
 
     wandb: Literal["disabled", "offline", "online"] = "disabled"
-    """Weights & Biases; offline: files in wandb/ of the run's folder, which `wandb sync` uploads later."""
+    """Weights & Biases; offline: files in wandb/ of the run's folder, which `wandb sync --append` uploads later."""
     wandb_project: str = "megatron-tip"
     """Project of the run."""
     wandb_entity: str = ""

@@ -7,7 +7,6 @@
 TA-OPD section 3 and appendix C.
 """
 
-import json
 import logging
 import re
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ import numpy as np
 
 from megatron_tip.diagnostics.parquet import read_table, write_table
 from megatron_tip.errors import ConfigError, InputError
-from megatron_tip.files import new_folder, write_json
+from megatron_tip.files import new_folder, parse_json, write_json
 from megatron_tip.records import Rollout
 from megatron_tip.rollout.codec import SCHEMA, rollouts_from_table, rollouts_to_table
 
@@ -109,7 +108,7 @@ def read_bank(folder: Path) -> ContextBank:
     """
     path = folder / _MANIFEST
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = parse_json(path.read_bytes())
         name = manifest["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(

@@ -1,7 +1,6 @@
 """Distinct prompts of JSONL and Parquet files, read in one pass; errors name the file and the line or row."""
 
 import hashlib
-import json
 import marshal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_tip.errors import InputError
+from megatron_tip.files import parse_json
 
 # A text, or chat messages with the texts "role" and "content"; other keys are for the chat template.
 RawPrompt = str | list[dict[str, Any]]
@@ -116,8 +116,8 @@ def _values(where: str, line: bytes, fields: Sequence[str]) -> list[Any]:
     if not line.strip():
         raise InputError(f"{where}: expected a JSON object, got an empty line; remove it")
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:  # also a line that is not UTF-8
+        record = parse_json(line)
+    except ValueError as error:  # also a line that is not UTF-8
         raise InputError(f"{where}: expected a JSON object, got a broken line ({error})") from error
     if not isinstance(record, dict):
         raise InputError(f"{where}: expected a JSON object, got {type(record).__name__}")

@@ -36,7 +36,7 @@ from megatron_tip.training.heldout import measure_heldout
 from megatron_tip.training.recorder import RecorderState, RunRecorder
 from megatron_tip.training.run import Gauge, RolloutSource, TrainingRun
 from megatron_tip.training.setup import build_run, with_prompts
-from megatron_tip.training.step import SKIPPED_NOT_FINITE, train_step
+from megatron_tip.training.step import SKIPPED_NO_VALID_TOKEN, SKIPPED_NOT_FINITE, train_step
 from megatron_tip.training.throughput import Throughput
 from megatron_tip.training.weight_sync import update_engine
 
@@ -221,7 +221,8 @@ def _run_steps(
         watchdog.step_done()
         checkpointer.between_steps(progress)
         metrics = train_step(run, progress.step + 1)
-        progress.take_step(metrics, is_skipped=SKIPPED_NOT_FINITE in metrics)
+        is_finite = SKIPPED_NOT_FINITE not in metrics
+        progress.take_step(metrics, is_update=is_finite and SKIPPED_NO_VALID_TOKEN not in metrics, is_finite=is_finite)
         after = _sync_and_record(run, recorder, checkpointer, progress)
     watchdog.step_done()
     checkpointer.finish()
@@ -283,16 +284,16 @@ def end_after_skips(config: Config, progress: RunProgress) -> None:
 
 
 def end_without_updates(config: Config, progress: RunProgress) -> None:
-    """Ends a run that took all of its steps and updated nothing in any of them.
+    """Ends a run that took all of its steps, however often it was continued, and updated nothing in any of them.
 
     Raises:
-        TooManySkips: no step was finite; on every rank.
+        TooManySkips: no step updated the student; on every rank.
     """
-    if progress.skipped_in_a_row >= progress.step:
+    if not progress.num_updates:
         raise TooManySkips(
-            f"none of the {progress.step} steps was finite, so that the student is as it was; their rollouts are in "
-            f"{RunFolder(config.run.folder).skipped}, readable by the replay engine; start anew with --fresh and other "
-            "settings"
+            f"none of the {progress.step} steps updated the student: each lacked a finite loss or gradient, whose "
+            f"rollouts are in {RunFolder(config.run.folder).skipped}, readable by the replay engine, or a token to "
+            "supervise; start over with --fresh and other settings"
         )
 
 

@@ -26,6 +26,8 @@ from megatron_tip.training.supervision import Scored, SelectedRows, SelectedWhil
 
 SKIPPED_NOT_FINITE = "train/skipped_not_finite"
 """The metric that is 1 for a step without an update because its loss or gradient was not finite."""
+SKIPPED_NO_VALID_TOKEN = "train/skipped_no_valid_token"
+"""The metric that is 1 for a step without an update because none of its tokens may be supervised."""
 
 
 def train_step(run: TrainingRun, step: int) -> dict[str, float]:
@@ -51,7 +53,7 @@ def train_step(run: TrainingRun, step: int) -> dict[str, float]:
         )
     batch = run.batch_of(rollouts)
     if not batch.num_valid():
-        return {**metrics, "train/skipped_no_valid_token": 1.0}
+        return {**metrics, SKIPPED_NO_VALID_TOKEN: 1.0}
     try:
         metrics |= learn(run, batch, step)
     except NotFiniteError as error:

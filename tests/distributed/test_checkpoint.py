@@ -331,11 +331,12 @@ def test_what_all_ranks_meet_alike_ends_the_run_when_it_is_saved(models: Path, t
     progress = RunProgress.from_json(files.read_state(2)["progress"])
     if broken_head:
         assert all(message.startswith("TooManySkips: step 2: the loss or the gradient") for message in messages)
-        assert (progress.unrecorded, progress.skipped_in_a_row) == (None, 0)
+        assert (progress.unrecorded, progress.skipped_in_a_row, progress.num_updates) == (None, 0, 0)
         assert len(list((tmp_path / "run" / "skipped").iterdir())) == 2
     else:  # the step is taken, its metrics are not yet written
         assert messages == ["EngineError: all servers are gone"] * 2
         assert progress.unrecorded is not None
+        assert progress.num_updates == 2
         assert "train/loss" in progress.unrecorded
 
 
