@@ -16,10 +16,10 @@ def test_ranges_cover_every_row_once(num_rows, rows_each):
 @pytest.mark.parametrize("num_rows", [0, 1, 511, 2048, 8192])
 @pytest.mark.parametrize("num_columns", [1, 1000, 49_152, 151_936, 10**9])
 def test_chunks_keep_to_their_byte_budget(num_rows, num_columns):
-    rows = default_chunk_rows(num_rows, num_columns)
+    rows = default_chunk_rows(num_rows, num_columns, torch.device("cpu"))
     assert 1 <= rows <= max(num_rows, 1)
-    assert rows == 1 or 4 * rows * num_columns <= chunks._CHUNK_BYTES
-    most = max(1, chunks._CHUNK_BYTES // (4 * num_columns))
+    assert rows == 1 or 4 * rows * num_columns <= chunks._CPU_CHUNK_BYTES
+    most = max(1, chunks._CPU_CHUNK_BYTES // (4 * num_columns))
     num_chunks = len(list(row_ranges(num_rows, rows)))
     assert num_chunks == len(list(row_ranges(num_rows, most))), "as few as the budget allows"
     assert rows == 1 or len(list(row_ranges(num_rows, rows - 1))) > num_chunks, "shared out evenly"
