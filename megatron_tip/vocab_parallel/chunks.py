@@ -126,7 +126,7 @@ class RowBlocks:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A range of rows with each model's `[c, v]` logits over the ids that this rank owns, in float32 or what `blocks` read.
+    """A range of rows with each model's `[c, v]` logits over the ids of this rank, in float32 or what `blocks` read.
 
     The student comes first. The logits are in `buffers`, may be overwritten, and are valid until the next chunk.
     """

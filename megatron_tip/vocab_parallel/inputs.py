@@ -181,9 +181,8 @@ def _faults(
         is_met = ((labels < 0) | (labels >= vocab_size)).any()
         faults.append(_Fault(is_met, InputError, lambda: _range_of(labels, vocab_size)))
     problem = triton_problem(models[0].hidden.device) if kernels == "triton" else None
-    faults.append(
-        _Fault(problem is not None, InputError, lambda: f'expected kernels for this device, got "triton": {problem}.')
-    )
+    message = f'expected kernels that run on this device, got "triton": {problem}.'
+    faults.append(_Fault(problem is not None, InputError, lambda: message))
     return faults
 
 

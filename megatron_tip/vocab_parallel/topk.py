@@ -47,8 +47,8 @@ def exchange_topk(
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     """Returns every rank's `[tp, c, ...]` sums, and each model's global top-K: logits and ids `[c, k]`.
 
-    `models`: `[c, v]` local logits. `maxima`: their float32 group maxima. `sums`: `[c, ...]` float32, gathered in the same
-    message. One all-gather of 8 bytes x k per row and model, plus the sums.
+    `models`: `[c, v]` local logits. `maxima`: their group maxima, float32. `sums`: `[c, ...]` float32, gathered in the
+    same message. One all-gather of 8 bytes x k per row and model, plus the sums.
     """
     packed = [sums.view(torch.int32)]  # floats are sent as their bits, so that logits and ids share one message
     for logits, groups in zip(models, maxima, strict=True):
