@@ -16,8 +16,8 @@ from megatron_tip.vocab_parallel import padded_vocab_size
 from megatron_tip.vocab_parallel.chunks import most_rows_on_gpu
 
 _FLOAT32 = 4
-_LOSS_BUFFERS = 6
-"""Chunks of float32 logits that the loss holds at once: both models' logits, exponentials and gradients."""
+_LOSS_BUFFERS = 3
+"""Chunks of float32 logits that the loss holds at most: both models' in bfloat16 and, for eager kernels, float32."""
 
 
 @dataclass(frozen=True)

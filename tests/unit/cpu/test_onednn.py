@@ -33,8 +33,8 @@ def check() -> None:
     cases = [(torch.randn(2, 5, 7, generator=generator), torch.randn(7, 3, generator=generator))]
     cases += [(torch.randn(n, 7, generator=generator), torch.randn(7, 3, generator=generator)) for n in (0, 1, 33)]
     expected = [gradients(a.double(), b.double()) for a, b in cases]
-    onednn.use_onednn()
-    onednn.use_onednn()
+    onednn.use_faster_products()
+    onednn.use_faster_products()
     for (a, b), values in zip(cases, expected, strict=True):
         for got, value in zip(gradients(a, b), values, strict=True):
             torch.testing.assert_close(got.double(), value, rtol=1e-5, atol=1e-5)
@@ -54,7 +54,7 @@ def kept_memory() -> int:
 
 
 def memory_of_many_shapes() -> None:
-    onednn.use_onednn()
+    onednn.use_faster_products()
     weight = torch.randn(1536, 576)
     torch.mm(torch.randn(2400, 576), weight.t())
     before = kept_memory()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_tip.vocab_parallel import DIVERGENCES, divergence_loss
+from megatron_tip.vocab_parallel import DIVERGENCES, divergence_loss, kernels
 from tests.helpers import reference
 from tests.helpers.vocab_parallel import called
 
