@@ -3,6 +3,7 @@
 The interpreter rounds to bfloat16 by cutting bits off, a GPU to the nearest: both are within the tolerance.
 """
 
+import os
 from collections import Counter
 from dataclasses import fields, replace
 
@@ -20,7 +21,7 @@ from megatron_tip.vocab_parallel.topk_statistics import StudentStatistics, known
 from tests.distributed import test_topk_teacher as topk_teacher
 from tests.distributed.test_vocab_parallel import check_equal_models, check_loss, check_statistics
 from tests.helpers.distributed import run_workers
-from tests.helpers.triton_interpreter import use_interpreter
+from tests.helpers.triton_interpreter import find_triton, use_interpreter
 from tests.helpers.vocab_parallel import Case, called
 
 LOSSES = [("reverse_kl", 0.5), ("forward_kl", 0.5), ("jsd", 0.1), ("sampled_token", 0.5)]
@@ -149,6 +150,36 @@ def check_bytes() -> None:
     expected = {"reverse_kl": 10, "forward_kl": 10, "jsd": 14, "sampled_token": 8, "statistics": 4, "with_jsd": 8}
     assert per_pair == pytest.approx(expected, rel=0.05)
     assert max(per_pair.values()) <= 16
+
+
+def check_compiles(cache: str) -> None:
+    """What the interpreter cannot see: types, and what the assembler of a Hopper GPU takes."""
+    os.environ["TRITON_CACHE_DIR"] = cache
+    find_triton()
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from megatron_tip.vocab_parallel import triton_kernels as kernels
+
+    def check(kernel, names: str, **constants) -> None:
+        signature = {name: "*bf16" if name.startswith("z") else "*fp32" for name in names.split()}
+        signature |= dict.fromkeys(constants, "constexpr")
+        compiled = compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32))
+        assert compiled.asm["cubin"]
+
+    for kind in ("statistics", "reverse_kl", "forward_kl"):
+        check(kernels._pair_sums, "z_s z_t out groups", width=1000, kind=kind)
+    for kind in ("reverse_kl", "forward_kl", "jsd"):
+        check(kernels._pair_gradient, "z_s z_t offsets mix rows", width=1000, kind=kind)
+    check(kernels._pair_sums, "z_s z_t out groups", width=0, kind="statistics")
+    check(kernels._jsd_sums, "z_s z_t offsets mix out", width=1000)
+    check(kernels._model_sums, "z out groups", width=1000, first=1, step=2, size=4)
+    check(kernels._model_sums, "z out groups", width=1000, first=0, step=1, size=3)
+    check(kernels._scaled_probabilities, "z rows", width=1000)
+
+
+def test_every_kernel_compiles_for_a_gpu(tmp_path):
+    run_workers(check_compiles, 1, tmp_path, str(tmp_path), timeout_seconds=200)
 
 
 def test_triton_matches_the_float64_formulas_where_shards_are_many(tmp_path):
