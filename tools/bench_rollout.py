@@ -34,7 +34,7 @@ from transformers import AutoConfig, AutoTokenizer
 from megatron_tip.config import HeldoutConfig, PromptsConfig
 from megatron_tip.conversion.safetensors_io import HfCheckpoint
 from megatron_tip.conversion.weight_map import hf_shapes
-from megatron_tip.cpu.onednn import use_onednn
+from megatron_tip.cpu.onednn import use_faster_products
 from megatron_tip.files import new_folder
 from megatron_tip.prompts.source import load_prompts
 from megatron_tip.records import Prompt
@@ -83,7 +83,7 @@ def main(
 ) -> None:
     """Compare SGLang with the embedded engine."""
     torch.set_num_threads(threads)
-    use_onednn()  # as in the trainer, whose process the embedded engine shares
+    use_faster_products()  # as in the trainer, whose process the embedded engine shares
     student = HfCheckpoint(model, tuple(DROPPED_LAYERS))
     weights = {name: student.read(name).float() for name in hf_shapes(student.architecture)}
     prompts = prompts_of(model, requests)

@@ -155,6 +155,10 @@ def _checked_toml(text: str) -> dict[str, Any]:
     return values
 
 
+_REPLACED = {"loss.compile": 'loss.kernels = "compiled" or "eager"'}
+"""Keys of earlier versions, and what took their place."""
+
+
 def _explain(detail: ErrorDetails, overridden: set[str]) -> str:
     """Returns one line about one pydantic error: key, expected value, actual value."""
     name = ".".join(str(part) for part in detail["loc"][:2])
@@ -172,6 +176,8 @@ def _explain(detail: ErrorDetails, overridden: set[str]) -> str:
 
 def _nearest(name: str) -> str:
     """Returns a hint at the existing key or section closest to `name`; keys of the same section come first."""
+    if name in _REPLACED:
+        return f"; use {_REPLACED[name]}"
     section, _, key = name.rpartition(".")
     by_key = {known.partition(".")[2]: known for known in _all_keys()}
     in_section = {known.partition(".")[2]: known for known in _all_keys() if known.startswith(f"{section}.")}

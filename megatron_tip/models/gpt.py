@@ -18,7 +18,7 @@ from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from torch import Tensor
 
 from megatron_tip.conversion.architecture import ModelArchitecture, RopeScaling
-from megatron_tip.cpu.onednn import use_onednn
+from megatron_tip.cpu.onednn import use_faster_products
 from megatron_tip.errors import ConfigError
 from megatron_tip.models.layers import RecomputedLayer, local_block
 from megatron_tip.models.layout import check_layout
@@ -65,13 +65,13 @@ def prepare_megatron() -> None:
     """Sets up the process state that Megatron-Core expects. Further calls do nothing.
 
     This is a random tracker that forks no CUDA generator (there is no dropout), the buffer of its sequence-parallel
-    layers and, without a CUDA device, the CPU in its place, with oneDNN's matrix products.
+    layers and, without a CUDA device, the CPU in its place, with the processor's faster matrix products.
     """
     if not torch.cuda.is_available():
         from megatron_tip.cpu import cuda_on_cpu
 
         cuda_on_cpu.install()
-        use_onednn()
+        use_faster_products()
     initialize_rng_tracker(inference_rng_tracker=True)
     if parallel_state._GLOBAL_MEMORY_BUFFER is None:
         parallel_state._set_global_memory_buffer()

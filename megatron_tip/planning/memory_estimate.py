@@ -13,10 +13,11 @@ from megatron_tip.parallel.grid import ModelGrid
 from megatron_tip.planning.dtypes import Dtypes
 from megatron_tip.planning.plan import Outline
 from megatron_tip.vocab_parallel import padded_vocab_size
+from megatron_tip.vocab_parallel.chunks import most_rows_on_gpu
 
 _FLOAT32 = 4
-_LOSS_BUFFERS = 6
-"""Chunks of float32 logits that the loss holds at once: both models' logits, exponentials and gradients."""
+_LOSS_BUFFERS = 3
+"""Chunks of float32 logits that the loss holds at most: both models' in bfloat16 and, for eager kernels, float32."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +64,14 @@ def estimate_memory(config: Config, outline: Outline, *, gpu_memory_gib: float) 
     # Megatron keeps float32 gradients, two moments, and for bfloat16 weights a float32 copy.
     optimizer_values = 3 if trained.bytes_per_value < _FLOAT32 else 2
     shards = grid.dp_size if config.optimizer.distributed else 1
-    shard = outline.padded_vocab_size / grid.tp_size
+    shard = outline.padded_vocab_size // grid.tp_size
+    chunk_rows = config.loss.chunk_rows or most_rows_on_gpu(shard, int(gpu_memory_gib * 2**30))
     parts = {
         "student: weights": parameters * trained.bytes_per_value,
         "student: gradients, float32": parameters * _FLOAT32,
         "student: optimizer": parameters * optimizer_values * _FLOAT32 / shards,
         "student: activations of a micro-batch": _activations(config, trained),
-        "loss: logits of a chunk": (config.loss.chunk_rows or 1024) * shard * _FLOAT32 * _LOSS_BUFFERS,
+        "loss: logits of a chunk": chunk_rows * shard * _FLOAT32 * _LOSS_BUFFERS,
         "loss: gradient of the head": shard * student.hidden_size * _FLOAT32,
     }
     if outline.teacher is not None:

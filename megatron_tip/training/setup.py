@@ -56,7 +56,7 @@ def build_run(
         temperature=config.loss.temperature,
         tp_group=student_groups.tp_group,
         chunk_rows=config.loss.chunk_rows or None,
-        compiled=config.loss.compile,
+        kernels=config.loss.kernels,
     )
     source = None
     with together(device=worker.device):

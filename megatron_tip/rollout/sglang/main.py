@@ -28,14 +28,14 @@ def register_cpu_hooks() -> None:
 
     It is SGLang's plugin, named by `cpu_shim/sitecustomize.py`, and called in each of the server's processes.
 
-    Matrix products there use oneDNN, as in the trainer.
+    Matrix products there are the trainer's.
     """
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType  # pyright: ignore[reportMissingImports]
 
-    from megatron_tip.cpu.onednn import use_onednn
+    from megatron_tip.cpu.onednn import use_faster_products
     from megatron_tip.rollout.sglang import cpu_hooks as hooks
 
-    use_onednn()
+    use_faster_products()
     attention = "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend._run_sdpa_forward_decode"
     HookRegistry.register(attention, hooks.decode_attention, HookType.AROUND)
     batch_info = "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo.from_schedule_batch"
