@@ -124,8 +124,9 @@ def measure(
         run_id=run_id, bucket_bytes=BUCKET_BYTES, backend="gloo", device="cpu", timeout_seconds=120.0
     )
     pool = ServerPool([server], PoolSettings(concurrency=len(prompts)), model_type=student.config["model_type"])
+    settings = EngineSettings(run_id, 4, folder / "set_aside.jsonl", student.architecture.num_layers)
     begin = time.monotonic()
-    sglang = SGLangEngine(pool, by_broadcast, EngineSettings(run_id, 4, folder / "set_aside.jsonl"))
+    sglang = SGLangEngine(pool, by_broadcast, settings)
     seconds_to_healthy = time.monotonic() - begin
     say(f"server healthy after {seconds_to_healthy:.1f} s")
     try:

@@ -93,6 +93,9 @@ class RolloutEngine(ABC):
     def wait(self) -> None:  # noqa: B027
         """Waits until nothing is being generated."""
 
+    def wait_for_receivers(self) -> None:  # noqa: B027
+        """Waits until `update_weights` can send; a stop signal may interrupt this, but not `update_weights`."""
+
     def input_logprobs(self, input_ids: Sequence[int]) -> dict[str, list[float]]:
         """Returns the logprobs of all ids but the first, given the ids before them, by server with the last weights.
 
@@ -128,6 +131,9 @@ class EngineWrapper(RolloutEngine):
 
     def wait(self) -> None:
         self._engine.wait()
+
+    def wait_for_receivers(self) -> None:
+        self._engine.wait_for_receivers()
 
     def input_logprobs(self, input_ids: Sequence[int]) -> dict[str, list[float]]:
         return self._engine.input_logprobs(input_ids)

@@ -31,6 +31,7 @@ pytestmark = [pytest.mark.sglang, pytest.mark.timeout(280)]
 
 PYTHON = (sys.executable,)
 VOCAB_SIZE = 307
+LAYERS = 6
 KEYS = ServerKeys(api="api-key-of-the-test", admin="admin-key-of-the-test")
 PROBE = list(range(3, 43))
 PROMPTS = [Prompt(place, f"prompt {place}", tuple(range(3, 9 + place))) for place in range(8)]
@@ -110,7 +111,9 @@ def engine(student, folder):
         model_type="llama",
     )
     run_id = new_run_id()
-    engine = SGLangEngine(pool, broadcast(run_id), EngineSettings(run_id, 6, folder / "set_aside.jsonl"))
+    engine = SGLangEngine(
+        pool, broadcast(run_id), EngineSettings(run_id, 6, folder / "set_aside.jsonl", num_layers=LAYERS)
+    )
     try:
         engine.update_weights(student.weights(), 0)
         yield engine

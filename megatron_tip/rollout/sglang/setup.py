@@ -126,6 +126,7 @@ def build_sglang_engine(needs: EngineNeeds) -> SGLangEngine:
         run_id=run_id,
         attempts=rollout.attempts,
         set_aside_path=config.run.folder / "set_aside.jsonl",
+        num_layers=student.architecture.num_layers,
         drop_wrong_version=rollout.on_wrong_version == "drop",
     )
     return SGLangEngine(pool, _transport(config, student, run_id, needs.weights_dtype, device), settings)
