@@ -4,10 +4,12 @@ import itertools
 import logging
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from megatron_tip.config import Config
 from megatron_tip.conversion.bridge import export_hf
@@ -91,24 +93,33 @@ def _sync(run: TrainingRun, weight_version: int) -> None:
     """Streams the student's weights to the engine, one Hugging Face tensor at a time.
 
     Collective over the tp x pp ranks of replica 0, the first of which has the engine; other replicas hold the same
-    weights. One all-reduce over the world then shares the outcome. Engines consume the whole stream even if they fail,
-    so that no rank is left waiting in a collective.
+    weights, and take part only with an exchange of handles (sync.transport = "ipc"). One all-reduce over the world then
+    shares the outcome. Engines consume the whole stream even if they fail, so that no rank is left waiting in a
+    collective.
 
     Raises:
         StopRequested: rank 0 received a stop signal while it waited for a server; raised on every rank.
         MegatronTipError: the engine's error; raised on every rank.
     """
     with together(device=run.device):
-        if run.student.groups.dp_rank == 0:
-            stream = export_hf(run.student.model, run.architecture, run.student.groups)
-            try:
-                if run.source is not None:
-                    with run.stop.interruptible():
-                        run.source.engine.wait_for_receivers()
-                    run.source.engine.update_weights(stream, weight_version)
-            finally:
-                for _ in stream:  # on the other ranks; and after a failure, because the others still send the rest
-                    pass
+        stream = _stream(run)
+        try:
+            if run.source is not None:
+                with run.stop.interruptible():
+                    run.source.engine.wait_for_receivers()
+                run.source.engine.update_weights(stream, weight_version)
+        finally:
+            for _ in stream:  # on the other ranks; and after a failure, because the others still send the rest
+                pass
+
+
+def _stream(run: TrainingRun) -> Iterator[tuple[str, Tensor]]:
+    """Returns the weights on the engine's rank; on the others, what must be exhausted meanwhile."""
+    groups = run.student.groups
+    if run.exchange is None:
+        return export_hf(run.student.model, run.architecture, groups) if groups.dp_rank == 0 else iter(())
+    weights = export_hf(run.student.model, run.architecture, groups, everywhere=True)
+    return run.exchange.lead(weights) if dist.get_rank() == 0 else run.exchange.follow(weights)
 
 
 def _probe(run: TrainingRun) -> tuple[str, dict[str, float]]:

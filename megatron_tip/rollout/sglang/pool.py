@@ -42,10 +42,18 @@ class PooledServer:
     `process`: None for a given server. `weights`: the version that it holds completely, None if unknown. `is_suspect`:
     a request or a sync failed and the server has not been checked since. `incarnation` counts its restarts. `tp_size`:
     ranks that share each layer; `num_replicas`: pipeline stages times data-parallel replicas. `is_quantized`: it keeps
-    its weights in another form than they are sent in.
+    its weights in another form than they are sent in. `neighbours`: the trainer's rank on the GPU of each of its ranks,
+    for sync.transport = "ipc"; empty: rank 0 for all.
     """
 
-    def __init__(self, connect: Callable[[str], SGLangClient], *, url: str = "", process: SGLangServer | None = None):
+    def __init__(
+        self,
+        connect: Callable[[str], SGLangClient],
+        *,
+        url: str = "",
+        process: SGLangServer | None = None,
+        neighbours: Sequence[int] = (),
+    ) -> None:
         self.connect = connect
         self.process = process
         self.client = connect(url) if process is None else None
@@ -57,6 +65,7 @@ class PooledServer:
         self.tp_size = 1
         self.num_replicas = 1
         self.is_quantized = False
+        self.neighbours = tuple(neighbours)
         self.look_now = threading.Event()
         self.busy_with_sync = False
 

@@ -6,7 +6,13 @@ import stat
 import pytest
 
 from megatron_tip.errors import ConfigError
-from megatron_tip.parallel.environment import available_threads, is_worker, thread_environment, worker_environment
+from megatron_tip.parallel.environment import (
+    available_threads,
+    gloo_interface,
+    is_worker,
+    thread_environment,
+    worker_environment,
+)
 
 STEP = {
     "SLURM_JOB_ID": "4711",
@@ -106,3 +112,24 @@ def test_torchrun_place_is_left_alone():
 )
 def test_threads_are_shared_and_the_user_s_choice_holds(threads, local_workers, environ, expected):
     assert thread_environment(threads, local_workers, environ)["OMP_NUM_THREADS"] == expected
+
+
+INTERFACES = {"lo": ["127.0.0.1", "::1"], "eth0": ["10.1.0.9", "fe80::1"], "ib0": ["10.2.0.9"]}
+OVER_HOSTS = {"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}
+
+
+@pytest.mark.parametrize(
+    "environ, sources, expected",
+    [
+        (OVER_HOSTS, ["10.2.0.9", "10.1.0.9"], "ib0"),  # the route to MASTER_ADDR
+        (OVER_HOSTS, ["127.0.1.1", "10.1.0.9"], "eth0"),  # the first host, whose name resolves to loopback
+        (OVER_HOSTS, ["127.0.1.1"], ""),
+        (OVER_HOSTS, [], ""),
+        (OVER_HOSTS, ["10.3.0.9"], ""),
+        ({**OVER_HOSTS, "GLOO_SOCKET_IFNAME": "eth7"}, ["10.2.0.9"], ""),
+        ({"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"}, ["10.2.0.9"], ""),
+        ({}, ["10.2.0.9"], ""),
+    ],
+)
+def test_gloo_listens_where_other_hosts_reach_it(environ, sources, expected):
+    assert gloo_interface(environ, sources, INTERFACES) == expected
