@@ -14,6 +14,7 @@ import psutil
 
 from megatron_tip.errors import ConfigError
 
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _FAR_AWAY = "192.0.2.1"  # reserved for documentation: the default route leads there
 
 _FIRST_PORT, _NUM_PORTS = 20_000, 12_000  # below the range of ephemeral ports
@@ -68,12 +69,12 @@ def gloo_interface(environ: Mapping[str, str], sources: Sequence[str], addresses
     host reaches it there.
 
     Args:
-        environ: with WORLD_SIZE and LOCAL_WORLD_SIZE; a GLOO_SOCKET_IFNAME of the user's is respected.
+        environ: with WORLD_SIZE, LOCAL_WORLD_SIZE and MASTER_ADDR; a GLOO_SOCKET_IFNAME of the user's is respected.
         sources: this host's addresses on the routes to the others, the best one first.
         addresses: of each of this host's interfaces.
     """
     is_one_host = environ.get("LOCAL_WORLD_SIZE", "1") == environ.get("WORLD_SIZE", "1")
-    if is_one_host or "GLOO_SOCKET_IFNAME" in environ:
+    if is_one_host or environ.get("MASTER_ADDR") in _LOOPBACK or "GLOO_SOCKET_IFNAME" in environ:
         return ""
     outward = [source for source in sources if not ip_address(source).is_loopback]
     return next((name for name, own in addresses.items() if outward and outward[0] in own), "")

@@ -16,6 +16,7 @@ from megatron_tip.rollout.sglang.weights.ipc import IpcTransport
 from megatron_tip.training.weight_sync import sync_engine
 from tests.helpers.distributed import run_workers
 from tests.helpers.fake_sglang import VOCAB_SIZE
+from tests.helpers.processes import wait_until
 from tests.helpers.shared_weights import OpeningSGLang, assert_same_tensors
 from tests.helpers.training import Layout, build_tiny_run, make_config, make_models, with_source
 
@@ -46,6 +47,8 @@ def synced(folder, layout, neighbours, fails_at):
     run, engine = served_run(folder, layout, fakes, neighbours)
     for version in range(2):
         sync_engine(run, weight_version=version)
+        if engine is not None:  # a server that failed is left alone until a health check
+            wait_until(lambda: not any(server.is_suspect for server in engine._pool.servers))
     groups = run.student.groups
     stream = export_hf(run.student.model, run.architecture, groups) if groups.dp_rank == 0 else ()
     expected = {name: tensor.clone() for name, tensor in stream}
@@ -70,13 +73,15 @@ def synced(folder, layout, neighbours, fails_at):
     ids=str,
 )
 def test_every_neighbour_hands_over_the_full_weights_whatever_the_layout(tmp_path, layout, neighbours):
-    versions, *_ = run_workers(synced, layout.world_size, tmp_path, make_models(tmp_path), layout, neighbours, -1)
+    versions, *_ = run_workers(
+        synced, layout.world_size, tmp_path, make_models(tmp_path), layout, neighbours, -1, timeout_seconds=240
+    )
     assert versions == ["run/1"] * len(neighbours)
 
 
 def test_a_server_that_fails_in_mid_sync_is_left_out_and_takes_the_next_sync(tmp_path):
     layout, neighbours = Layout(2, student=(2, 1)), ((0,), (1,))
-    versions, _ = run_workers(synced, 2, tmp_path, make_models(tmp_path), layout, neighbours, 1)
+    versions, _ = run_workers(synced, 2, tmp_path, make_models(tmp_path), layout, neighbours, 1, timeout_seconds=240)
     assert versions == ["run/1", "run/1"]
 
 
@@ -98,5 +103,5 @@ def failed(folder, layout):
 
 def test_shared_memory_that_another_rank_lacks_is_the_same_error_on_every_rank(tmp_path):
     layout = Layout(2, student=(2, 1))
-    results = run_workers(failed, 2, tmp_path, make_models(tmp_path), layout)
+    results = run_workers(failed, 2, tmp_path, make_models(tmp_path), layout, timeout_seconds=240)
     assert results == [("/dev/shm: full", 0)] * 2

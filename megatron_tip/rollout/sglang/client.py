@@ -287,11 +287,7 @@ class SGLangClient:
             raise ServerRefusedError(f"{self.url}/{name}: {outcome.message}")
 
     def weight_checksums(self, skipped: Sequence[str]) -> list[dict[str, str]]:
-        """Returns the checksum of each tensor by name, per rank, without tensors whose name contains one of `skipped`.
-
-        Raises:
-            ServerRefusedError: the server cannot compute them. ServerError: it does not answer.
-        """
+        """Returns each tensor's checksum by name, per rank, but for names with one of `skipped`; raises as above."""
         body = {"action": "checksum", "skip_tensor_list": list(skipped), "selector": "target"}
         answer = parse(WeightChecksums, self._control("/weights_checker", body), f"{self.url}/weights_checker")
         if not answer.success:

@@ -1,11 +1,14 @@
 """A worker's place and thread settings from environment variables."""
 
 import os
+import socket
 import stat
 
+import psutil
 import pytest
 
 from megatron_tip.errors import ConfigError
+from megatron_tip.parallel import environment as environment_module
 from megatron_tip.parallel.environment import (
     available_threads,
     gloo_interface,
@@ -33,6 +36,7 @@ def scontrol(tmp_path, monkeypatch):
     program.write_text('#!/bin/sh\n[ "$*" = "show hostnames node[07-09]" ] && printf "node07\\nnode08\\nnode09\\n"\n')
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(environment_module, "_source_to", lambda host: "127.0.0.1" if host == "node07" else "")
 
 
 @pytest.mark.parametrize(
@@ -126,6 +130,7 @@ OVER_HOSTS = {"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}
         (OVER_HOSTS, ["127.0.1.1"], ""),
         (OVER_HOSTS, [], ""),
         (OVER_HOSTS, ["10.3.0.9"], ""),
+        ({**OVER_HOSTS, "MASTER_ADDR": "127.0.0.1"}, ["127.0.0.1", "10.1.0.9"], ""),  # all on one host after all
         ({**OVER_HOSTS, "GLOO_SOCKET_IFNAME": "eth7"}, ["10.2.0.9"], ""),
         ({"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"}, ["10.2.0.9"], ""),
         ({}, ["10.2.0.9"], ""),
@@ -133,3 +138,15 @@ OVER_HOSTS = {"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}
 )
 def test_gloo_listens_where_other_hosts_reach_it(environ, sources, expected):
     assert gloo_interface(environ, sources, INTERFACES) == expected
+
+
+def test_a_worker_of_several_hosts_gets_the_interface_of_the_route_to_the_first(scontrol, monkeypatch):
+    name, own = next(
+        (name, one.address)
+        for name, all_own in psutil.net_if_addrs().items()
+        for one in all_own
+        if one.family == socket.AF_INET and not one.address.startswith("127.")
+    )
+    monkeypatch.setattr(environment_module, "_source_to", lambda host: own if host == "node07" else "")
+    assert worker_environment(STEP, threads=8)["GLOO_SOCKET_IFNAME"] == name
+    assert "GLOO_SOCKET_IFNAME" not in worker_environment({"RANK": "0", "WORLD_SIZE": "1"}, threads=8)

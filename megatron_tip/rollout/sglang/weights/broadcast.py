@@ -133,8 +133,9 @@ class WeightGroup:
         """
         deadline = time.monotonic() + self._timeout_seconds
         while not (begun.done() and (begun.exception() or _work_of(begun).is_completed())):
-            if any(call.done() and call.exception() for call in calls.values()):
-                raise ServerError("weight sync: a server failed in the middle of a broadcast")
+            errors = [call.exception() for call in calls.values() if call.done()]
+            if error := next(filter(None, errors), None):
+                raise ServerError(f"weight sync: a server failed in the middle of a broadcast: {error}")
             if time.monotonic() > deadline:
                 raise ServerError(f"weight sync: a broadcast took more than {self._timeout_seconds:.0f} s")
             time.sleep(POLL_SECONDS)

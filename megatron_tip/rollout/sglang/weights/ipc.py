@@ -107,14 +107,17 @@ class IpcTransport:
         for server in servers:
             own = [available[rank].pop() if available.get(rank) else "" for rank in _neighbours(server)]
             calls |= start_on_all(self._executor, [server], partial(_load, bucket_handles=own))
-        return those_that_did(calls)
+        done = those_that_did(calls)
+        if self._device.type == "cuda":
+            torch.cuda.ipc_collect()  # frees what servers have let go of
+        return done
 
 
 def _is_here(url: str) -> bool:
     """Returns whether the server at `url` is on this machine."""
-    host = urlsplit(url).hostname or ""
-    addresses = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
-    return any(ip_address(address).is_loopback for address in addresses) or own_address([url]) in addresses
+    own = own_address([url])
+    addresses = {str(info[4][0]) for info in socket.getaddrinfo(urlsplit(url).hostname or "", None)}
+    return ip_address(own).is_loopback or own in addresses
 
 
 def _neighbours(server: PooledServer) -> Sequence[int]:

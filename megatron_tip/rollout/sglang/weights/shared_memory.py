@@ -32,17 +32,17 @@ def shared_buffer(num_bytes: int, device: torch.device | str) -> Tensor:
     Raises:
         OutputError: /dev/shm has no space for it. Writing to it would end this process with SIGBUS.
     """
-    buffer = torch.empty(num_bytes, dtype=torch.uint8, device=device)
-    if buffer.device.type == "cpu":
-        free = shutil.disk_usage(SHARED_MEMORY).free
-        if free < num_bytes:
-            raise OutputError(
-                f"{SHARED_MEMORY}: expected {num_bytes / 1e6:.0f} MB for a bucket of weights, got {free / 1e6:.0f} MB "
-                "free; lower sync.bucket_bytes, or give the container more shared memory (--shm-size)"
-            )
-        with _shared_by_name():
-            buffer.share_memory_()
-    return buffer
+    if torch.device(device).type != "cpu":
+        return torch.empty(num_bytes, dtype=torch.uint8, device=device)
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    if free < num_bytes:
+        raise OutputError(
+            f"{SHARED_MEMORY}: expected {num_bytes / 1e6:.0f} MB for a bucket of weights, got {free / 1e6:.0f} MB "
+            "free; lower sync.bucket_bytes, or give the container more shared memory (--shm-size)"
+        )
+    with _shared_by_name():
+        storage = torch.UntypedStorage._new_shared(num_bytes)
+    return torch.empty(0, dtype=torch.uint8).set_(storage)
 
 
 def handles(bucket: WeightBucket, count: int) -> list[str]:
