@@ -42,10 +42,11 @@ def worker_environment(environ: Mapping[str, str], *, threads: int) -> dict[str,
         ConfigError: srun's variables are incomplete, or the first host cannot be found.
     """
     place = {} if "RANK" in environ else _place_in_slurm_step(environ)
-    local_workers = int((environ | place).get("LOCAL_WORLD_SIZE", "1"))
+    placed = {**environ, **place}
+    local_workers = int(placed.get("LOCAL_WORLD_SIZE", "1"))
     if place and not threads and "SLURM_CPUS_PER_TASK" in environ:
         threads, local_workers = int(environ["SLURM_CPUS_PER_TASK"]), 1
-    return place | thread_environment(threads, local_workers, environ) | _network_environment(environ | place)
+    return place | thread_environment(threads, local_workers, environ) | _network_environment(placed)
 
 
 def thread_environment(threads: int, local_workers: int, environ: Mapping[str, str]) -> dict[str, str]:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_tip.config import Config
 from megatron_tip.conversion.model_folder import ModelFolder
 from megatron_tip.records import Prompt, Rollout
-from megatron_tip.rollout.sglang.weights.exchange import HandleExchange
+from megatron_tip.rollout.handover.exchange import HandleExchange
 from megatron_tip.seeds import derive_seed
 
 FINISH_REASONS = ("stop", "length", "turns")

@@ -16,7 +16,7 @@ from megatron_tip.parallel.together import run_on
 from megatron_tip.prompts.source import PromptSource
 from megatron_tip.records import Rollout
 from megatron_tip.rollout.engine import RolloutEngine, SamplingParams
-from megatron_tip.rollout.sglang.weights.exchange import HandleExchange
+from megatron_tip.rollout.handover.exchange import HandleExchange
 from megatron_tip.selection import Calibration, Selector
 from megatron_tip.teachers.teacher import Teacher
 from megatron_tip.training.token_views import TokenViews

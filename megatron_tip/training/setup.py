@@ -16,7 +16,7 @@ from megatron_tip.planning.plan import RunPlan
 from megatron_tip.prompts.source import PromptSource, load_prompts
 from megatron_tip.rollout.engine import EngineNeeds, SamplingParams
 from megatron_tip.rollout.engines import build_engine
-from megatron_tip.rollout.sglang.weights.exchange import HandleExchange
+from megatron_tip.rollout.handover.exchange import HandleExchange
 from megatron_tip.rollout.sglang.weights.neighbours import build_exchange
 from megatron_tip.teachers.setup import build_teacher
 from megatron_tip.teachers.teacher import TeacherSite

@@ -7,11 +7,11 @@ import torch.distributed as dist
 
 from megatron_tip.conversion.bridge import export_hf
 from megatron_tip.errors import OutputError
+from megatron_tip.rollout.handover import exchange as exchange_module
+from megatron_tip.rollout.handover.exchange import HandleExchange
 from megatron_tip.rollout.sglang.client import SGLangClient
 from megatron_tip.rollout.sglang.engine import EngineSettings, SGLangEngine
 from megatron_tip.rollout.sglang.pool import PooledServer, PoolSettings, ServerPool
-from megatron_tip.rollout.sglang.weights import exchange as exchange_module
-from megatron_tip.rollout.sglang.weights.exchange import HandleExchange
 from megatron_tip.rollout.sglang.weights.ipc import IpcTransport
 from megatron_tip.training.weight_sync import sync_engine
 from tests.helpers.distributed import run_workers

@@ -26,8 +26,8 @@ from torch.distributed.distributed_c10d import (
 )
 
 from megatron_tip.errors import ServerError, ServerMismatchError
+from megatron_tip.rollout.handover.buckets import WeightBucket, weight_buckets
 from megatron_tip.rollout.sglang.pool import PooledServer
-from megatron_tip.rollout.sglang.weights.buckets import WeightBucket, weight_buckets
 from megatron_tip.rollout.sglang.weights.session import close_session, open_session
 from megatron_tip.rollout.sglang.weights.transport import start_on_all, that_report, those_that_did, without_heartbeats
 
@@ -160,7 +160,7 @@ class WeightGroup:
             left.result(timeout=LEAVE_SECONDS)
         del left
         servers = [server for server, incarnation in self.members if server.is_up and server.incarnation == incarnation]
-        body = {"group_name": self.name}
+        body: dict[str, object] = {"group_name": self.name}
         calls = start_on_all(self._executor, servers, _endpoint("destroy_weights_update_group", body))
         for call in calls.values():
             with suppress(ServerError):

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from megatron_tip.errors import ServerError, ServerMismatchError
+from megatron_tip.rollout.handover.buckets import WeightBucket, weight_buckets
+from megatron_tip.rollout.handover.exchange import HandleExchange
+from megatron_tip.rollout.handover.shared_memory import handles, shared_buffer
 from megatron_tip.rollout.sglang.client import SGLangClient
 from megatron_tip.rollout.sglang.pool import PooledServer
 from megatron_tip.rollout.sglang.weights.broadcast import own_address
-from megatron_tip.rollout.sglang.weights.buckets import WeightBucket, weight_buckets
-from megatron_tip.rollout.sglang.weights.exchange import HandleExchange
 from megatron_tip.rollout.sglang.weights.session import close_session, open_session
-from megatron_tip.rollout.sglang.weights.shared_memory import handles, shared_buffer
 from megatron_tip.rollout.sglang.weights.transport import start_on_all, that_report, those_that_did, without_heartbeats
 
 
@@ -61,7 +61,7 @@ class IpcTransport:
     def send(
         self, servers: Sequence[PooledServer], weights: Iterable[tuple[str, Tensor]], version: str
     ) -> list[PooledServer]:
-        """Has every server copy each bucket; returns those that took all of them.
+        """Makes every server copy each bucket; returns those that took all of them.
 
         Raises:
             OutputError: there is no shared memory for a bucket.

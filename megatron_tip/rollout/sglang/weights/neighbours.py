@@ -4,7 +4,7 @@ import torch
 
 from megatron_tip.config import Config
 from megatron_tip.errors import ConfigError
-from megatron_tip.rollout.sglang.weights.exchange import HandleExchange
+from megatron_tip.rollout.handover.exchange import HandleExchange
 
 
 def neighbours_of(config: Config, *, on_gpu: bool, world_size: int) -> list[tuple[int, ...]]:

@@ -137,4 +137,4 @@ def _sample(tensor: Tensor) -> bytes:
     """
     flat = tensor.detach().flatten()
     few = flat[:: max(1, flat.numel() // SAMPLE_SIZE)].to(torch.bfloat16).cpu()
-    return hashlib.sha256(few.view(torch.uint8).numpy()).digest()
+    return hashlib.sha256(few.view(torch.uint8).numpy().tobytes()).digest()

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from megatron_tip.errors import ConfigError, OutputError, ServerMismatchError
+from megatron_tip.rollout.handover import shared_memory
+from megatron_tip.rollout.handover.buckets import weight_buckets
+from megatron_tip.rollout.handover.shared_memory import handles, shared_buffer
 from megatron_tip.rollout.sglang.client import SGLangClient
 from megatron_tip.rollout.sglang.pool import PooledServer
 from megatron_tip.rollout.sglang.weights import ipc as ipc_module
-from megatron_tip.rollout.sglang.weights import shared_memory
-from megatron_tip.rollout.sglang.weights.buckets import weight_buckets
 from megatron_tip.rollout.sglang.weights.ipc import IpcTransport
 from megatron_tip.rollout.sglang.weights.neighbours import build_exchange, neighbours_of
-from megatron_tip.rollout.sglang.weights.shared_memory import handles, shared_buffer
 from tests.helpers.fake_sglang import VOCAB_SIZE, FakeSGLang
 from tests.helpers.shared_weights import OpeningSGLang, assert_same_tensors
 from tests.helpers.training import Layout, make_config

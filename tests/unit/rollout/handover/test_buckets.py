@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_tip.rollout.sglang.weights.buckets import weight_buckets
+from megatron_tip.rollout.handover.buckets import weight_buckets
 
 new_buffer = partial(torch.empty, dtype=torch.uint8)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from megatron_tip.errors import OutputError
 from megatron_tip.parallel.collectives import broadcast_json, gather_bytes
-from megatron_tip.rollout.sglang.weights.buckets import BucketBounds, weight_buckets
-from megatron_tip.rollout.sglang.weights.shared_memory import handles, shared_buffer
+from megatron_tip.rollout.handover.buckets import BucketBounds, weight_buckets
+from megatron_tip.rollout.handover.shared_memory import handles, shared_buffer
 
 
 class HandleExchange:

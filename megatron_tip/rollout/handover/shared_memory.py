@@ -3,7 +3,6 @@
 import io
 import shutil
 from base64 import b64encode
-from collections import ChainMap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.reduction import ForkingPickler
@@ -15,7 +14,7 @@ from torch import Tensor, multiprocessing
 from torch.multiprocessing import reductions
 
 from megatron_tip.errors import OutputError
-from megatron_tip.rollout.sglang.weights.buckets import WeightBucket
+from megatron_tip.rollout.handover.buckets import WeightBucket
 
 SHARED_MEMORY = "/dev/shm"
 
@@ -74,8 +73,7 @@ def _metadata(bucket: WeightBucket) -> list[SimpleNamespace]:
 def _pickled(content: dict[str, Any]) -> bytes:
     stream = io.BytesIO()
     pickler = ForkingPickler(stream)
-    own: dict[type, Callable[[Any], Any]] = {torch.Tensor: _reduced}
-    pickler.dispatch_table = ChainMap(own, pickler.dispatch_table)
+    pickler.dispatch_table = {**pickler.dispatch_table, torch.Tensor: _reduced}
     pickler.dump(content)
     return stream.getvalue()
 
