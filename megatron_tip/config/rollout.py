@@ -106,15 +106,17 @@ class SGLangConfig(Section):
 class SyncConfig(Section):
     """How new weights reach the servers; used with rollout.engine = "sglang"."""
 
-    transport: Literal["broadcast", "folder"] = "broadcast"
-    """broadcast: in a process group with the servers (NCCL on GPUs, gloo on CPUs); folder: as files that they read."""
+    transport: Literal["broadcast", "ipc", "folder"] = "broadcast"
+    """broadcast: in a process group with the servers (NCCL on GPUs, gloo on CPUs); ipc: servers on the trainer's GPUs,
+    or on its host, copy out of its memory; folder: as files that they read."""
     folder: Path | None = None
     """With transport = "folder": folder that trainer and servers share; none: weights/ in the run's folder."""
     bucket_bytes: int = Field(default=268_435_456, ge=1)
-    """Maximum bytes per broadcast bucket or file; a larger tensor goes alone."""
+    """Maximum bytes per bucket or file; a larger tensor goes alone."""
     verify: Literal["always", "first", "never"] = "first"
     """After which syncs to compare the servers' logprobs of a probe sequence with the student's own."""
     tolerance: float = Field(default=0.0, ge=0)
-    """Largest mean difference of the probe's logprobs in nats; 0: 1e-4 if everything is float32, else 0.05."""
+    """Largest median difference of the probe's logprobs in nats; 0: 1e-4 if everything is float32, else 5% of their
+    spread."""
     timeout_seconds: float = Field(default=120.0, gt=0)
     """Time limit for a bucket to arrive; after it the sync starts again without the servers that failed."""

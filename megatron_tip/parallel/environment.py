@@ -5,10 +5,17 @@ Free of torch: the thread counts must be set before torch is imported.
 
 import os
 import re
+import socket
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from ipaddress import ip_address
+
+import psutil
 
 from megatron_tip.errors import ConfigError
+
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_FAR_AWAY = "192.0.2.1"  # reserved for documentation: the default route leads there
 
 _FIRST_PORT, _NUM_PORTS = 20_000, 12_000  # below the range of ephemeral ports
 
@@ -28,17 +35,18 @@ def is_restarted(environ: Mapping[str, str]) -> bool:
 
 
 def worker_environment(environ: Mapping[str, str], *, threads: int) -> dict[str, str]:
-    """Returns the variables to set in a worker before torch is imported: its place, if from srun, and its threads.
+    """Returns the variables to set in a worker before torch is imported: its place, if from srun, its threads, and the
+    network interface that reaches the other hosts.
 
     Raises:
         ConfigError: srun's variables are incomplete, or the first host cannot be found.
     """
-    if "RANK" in environ:
-        return thread_environment(threads, int(environ.get("LOCAL_WORLD_SIZE", "1")), environ)
-    place = _place_in_slurm_step(environ)
-    if not threads and "SLURM_CPUS_PER_TASK" in environ:
-        return place | thread_environment(int(environ["SLURM_CPUS_PER_TASK"]), 1, environ)
-    return place | thread_environment(threads, int(place["LOCAL_WORLD_SIZE"]), environ)
+    place = {} if "RANK" in environ else _place_in_slurm_step(environ)
+    placed = {**environ, **place}
+    local_workers = int(placed.get("LOCAL_WORLD_SIZE", "1"))
+    if place and not threads and "SLURM_CPUS_PER_TASK" in environ:
+        threads, local_workers = int(environ["SLURM_CPUS_PER_TASK"]), 1
+    return place | thread_environment(threads, local_workers, environ) | _network_environment(placed)
 
 
 def thread_environment(threads: int, local_workers: int, environ: Mapping[str, str]) -> dict[str, str]:
@@ -53,6 +61,43 @@ def thread_environment(threads: int, local_workers: int, environ: Mapping[str, s
     if not threads:
         count = environ.get("OMP_NUM_THREADS", count)
     return {"OMP_NUM_THREADS": count}
+
+
+def gloo_interface(environ: Mapping[str, str], sources: Sequence[str], addresses: Mapping[str, Sequence[str]]) -> str:
+    """Returns the network interface that gloo is to use; empty if gloo's own choice is right.
+
+    By itself gloo takes the address that the host's name resolves to, which on many machines is 127.0.1.1: no other
+    host reaches it there.
+
+    Args:
+        environ: with WORLD_SIZE, LOCAL_WORLD_SIZE and MASTER_ADDR; a GLOO_SOCKET_IFNAME of the user's is respected.
+        sources: this host's addresses on the routes to the others, the best one first.
+        addresses: of each of this host's interfaces.
+    """
+    is_one_host = environ.get("LOCAL_WORLD_SIZE", "1") == environ.get("WORLD_SIZE", "1")
+    if is_one_host or environ.get("MASTER_ADDR") in _LOOPBACK or "GLOO_SOCKET_IFNAME" in environ:
+        return ""
+    outward = [source for source in sources if not ip_address(source).is_loopback]
+    return next((name for name, own in addresses.items() if outward and outward[0] in own), "")
+
+
+def _network_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """Returns GLOO_SOCKET_IFNAME by the route to the first host, or on that host by the default route."""
+    sources = [source for target in (environ.get("MASTER_ADDR", ""), _FAR_AWAY) if (source := _source_to(target))]
+    addresses = {name: [one.address for one in own] for name, own in psutil.net_if_addrs().items()}
+    name = gloo_interface(environ, sources, addresses)
+    return {"GLOO_SOCKET_IFNAME": name} if name else {}
+
+
+def _source_to(host: str) -> str:
+    """Returns this host's address on the route to `host`; empty if there is none. Sends nothing."""
+    try:
+        family, *_, destination = socket.getaddrinfo(host, 1, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as way:
+            way.connect(destination)
+            return str(way.getsockname()[0])
+    except OSError:
+        return ""
 
 
 def available_threads() -> int:

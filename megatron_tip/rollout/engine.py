@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_tip.config import Config
 from megatron_tip.conversion.model_folder import ModelFolder
 from megatron_tip.records import Prompt, Rollout
+from megatron_tip.rollout.handover.exchange import HandleExchange
 from megatron_tip.seeds import derive_seed
 
 FINISH_REASONS = ("stop", "length", "turns")
@@ -48,7 +49,7 @@ class EngineNeeds:
     `student`: as trained, without its dropped layers. `vocab_size`: ids that student and teacher share. `device`: the
     first process's. `num_threads`: CPU threads of all workers on this machine; an engine in the first process may use
     all of them, because the others wait for it. `dtype`: of the engine's weights. `weights_dtype`: of the student's
-    parameters in the stream.
+    parameters in the stream. `exchange`: this rank's part in weight syncs by IPC, if other ranks take part.
     """
 
     config: Config
@@ -60,6 +61,7 @@ class EngineNeeds:
     num_threads: int
     dtype: torch.dtype
     weights_dtype: torch.dtype
+    exchange: HandleExchange | None = None
 
 
 class RolloutEngine(ABC):
@@ -92,6 +94,9 @@ class RolloutEngine(ABC):
 
     def wait(self) -> None:  # noqa: B027
         """Waits until nothing is being generated."""
+
+    def wait_for_receivers(self) -> None:  # noqa: B027
+        """Waits until `update_weights` can send; a stop signal may interrupt this, but not `update_weights`."""
 
     def input_logprobs(self, input_ids: Sequence[int]) -> dict[str, list[float]]:
         """Returns the logprobs of all ids but the first, given the ids before them, by server with the last weights.
@@ -128,6 +133,9 @@ class EngineWrapper(RolloutEngine):
 
     def wait(self) -> None:
         self._engine.wait()
+
+    def wait_for_receivers(self) -> None:
+        self._engine.wait_for_receivers()
 
     def input_logprobs(self, input_ids: Sequence[int]) -> dict[str, list[float]]:
         return self._engine.input_logprobs(input_ids)

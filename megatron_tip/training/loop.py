@@ -12,7 +12,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from megatron_tip.config import Config, FaultConfig
+from megatron_tip.config import Config
 from megatron_tip.errors import EngineError, TooManySkips
 from megatron_tip.observability.run_folder import RunFolder
 from megatron_tip.observability.run_lock import RunLock
@@ -74,7 +74,7 @@ def train(config: Config, *, fresh: bool = False, make_gauge: MakeGauge | None =
     if not fresh:
         check_same_run(config)
     build_gauge = make_gauge(config, plan) if make_gauge else None
-    worker = init_distributed(timeout_seconds=collective_timeout_seconds(config.fault))
+    worker = init_distributed(timeout_seconds=config.fault.collective_timeout_seconds)
     lock = RunLock(folder.path)
     run_on(0, partial(take_folder, folder, lock), device=worker.device)
     recorder = RunRecorder(config, folder, worker, Throughput.of_run(config, plan, worker))
@@ -179,11 +179,6 @@ def left_together() -> Iterator[None]:
 def is_shared(reason: BaseException) -> bool:
     """Returns whether `reason` is raised on all ranks and leaves a state that can be saved."""
     return isinstance(reason, StopRequested | EngineError | TooManySkips)
-
-
-def collective_timeout_seconds(fault: FaultConfig) -> float:
-    """Returns the time-out of collectives: longer than the watchdog's, whose report says more."""
-    return fault.step_timeout_seconds + 120.0 if fault.step_timeout_seconds else 7 * 24 * 3600.0
 
 
 def run_steps(

@@ -16,6 +16,7 @@ from megatron_tip.parallel.together import run_on
 from megatron_tip.prompts.source import PromptSource
 from megatron_tip.records import Rollout
 from megatron_tip.rollout.engine import RolloutEngine, SamplingParams
+from megatron_tip.rollout.handover.exchange import HandleExchange
 from megatron_tip.selection import Calibration, Selector
 from megatron_tip.teachers.teacher import Teacher
 from megatron_tip.training.token_views import TokenViews
@@ -49,7 +50,8 @@ class TrainingRun:
 
     `architecture`: the student's, without dropped layers. `vocabulary`: the ids that student and teacher share, at the
     loss temperature. `source`: None except on rank 0. `stop`: signals that may end the run early. `gauge`: measures on
-    the context bank, if the run has one.
+    the context bank, if the run has one. `exchange`: this rank's part in weight syncs by IPC, if ranks other than the
+    first take part.
     """
 
     config: Config
@@ -67,6 +69,7 @@ class TrainingRun:
     last_step: LastStep = field(default_factory=LastStep)
     stop: StopSignals = field(default_factory=StopSignals)
     gauge: Gauge | None = None
+    exchange: HandleExchange | None = None
 
     def on_source(self, action: Callable[[RolloutSource], T]) -> T:
         """Runs `action` on rank 0 and returns its result on every rank. The result is sent as JSON.

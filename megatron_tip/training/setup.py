@@ -20,6 +20,8 @@ from megatron_tip.planning.plan import RunPlan
 from megatron_tip.prompts.source import PromptSource, load_prompts
 from megatron_tip.rollout.engine import EngineNeeds, SamplingParams
 from megatron_tip.rollout.engines import build_engine
+from megatron_tip.rollout.handover.exchange import HandleExchange
+from megatron_tip.rollout.sglang.weights.neighbours import build_exchange
 from megatron_tip.teachers.setup import build_teacher
 from megatron_tip.teachers.teacher import TeacherSite
 from megatron_tip.training.run import RolloutSource, TrainingRun
@@ -49,8 +51,10 @@ def build_run(
         num_threads: CPU threads of all workers on this machine together. The embedded engine uses them all while the
             other workers wait.
     """
-    student_groups = build_groups(plan.student_grid)
-    teacher_groups = build_groups(plan.teacher_grid) if plan.teacher_grid != plan.student_grid else student_groups
+    timeout = config.fault.collective_timeout_seconds
+    student_groups = teacher_groups = build_groups(plan.student_grid, timeout_seconds=timeout)
+    if plan.teacher_grid != plan.student_grid:
+        teacher_groups = build_groups(plan.teacher_grid, timeout_seconds=timeout)
     vocabulary = ShardedVocabulary(
         vocab_size=plan.vocab_size,
         temperature=config.loss.temperature,
@@ -58,10 +62,11 @@ def build_run(
         chunk_rows=config.loss.chunk_rows or None,
         kernels=config.loss.kernels,
     )
+    exchange = build_exchange(config, worker.device, worker.world_size) if generates else None
     source = None
     with together(device=worker.device):
         if worker.rank == 0 and generates:
-            source = _source(config, plan, worker.device, num_threads)
+            source = _source(config, plan, worker.device, num_threads, exchange)
     teacher_site = TeacherSite(
         checkpoint=plan.teacher,
         groups=teacher_groups,
@@ -85,6 +90,7 @@ def build_run(
         source=source,
         timer=timer,
         views=TokenViews(config, plan.tokenizer, student_groups),
+        exchange=exchange,
     )
 
 
@@ -114,7 +120,9 @@ def _student(config: Config, plan: RunPlan, groups: ModelGroups) -> Student:
     return build_student(model, groups, config.optimizer, num_steps=config.training.steps)
 
 
-def _source(config: Config, plan: RunPlan, device: torch.device, num_threads: int) -> RolloutSource:
+def _source(
+    config: Config, plan: RunPlan, device: torch.device, num_threads: int, exchange: HandleExchange | None
+) -> RolloutSource:
     dtypes = Dtypes.of(config)
     engine = build_engine(
         EngineNeeds(
@@ -127,6 +135,7 @@ def _source(config: Config, plan: RunPlan, device: torch.device, num_threads: in
             num_threads=num_threads,
             dtype=dtypes.engine,
             weights_dtype=dtypes.student,
+            exchange=exchange,
         )
     )
     return RolloutSource(_prompts(config, plan), engine)

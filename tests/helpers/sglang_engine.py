@@ -1,5 +1,7 @@
 """An engine over several fake servers, and what its tests share."""
 
+import torch
+
 from megatron_tip.records import Prompt
 from megatron_tip.rollout.engine import SamplingParams
 from megatron_tip.rollout.sglang.client import SGLangClient, Timeouts
@@ -62,12 +64,13 @@ class Cluster:
         self.engine = SGLangEngine(
             self.pool,
             self.transport,
-            EngineSettings("run", engine_values.pop("attempts", 3), self.set_aside_path, **engine_values),
+            EngineSettings("run", engine_values.pop("attempts", 3), self.set_aside_path, num_layers=1, **engine_values),
         )
         stack.callback(self.engine.close)
 
     def sync(self, version=0):
-        stream = iter([("a", None), ("b", None)])
+        weight = torch.full((8,), float(version))
+        stream = iter([("model.layers.0.self_attn.o_proj.weight", weight), ("b", weight)])
         self.engine.update_weights(stream, version)
         assert next(stream, None) is None, "the stream was not consumed to its end"
 

@@ -24,6 +24,7 @@ from megatron_tip.rollout.sglang.pool import PooledServer, PoolSettings, ServerP
 from megatron_tip.rollout.sglang.server import ServerSettings, SGLangServer
 from megatron_tip.rollout.sglang.weights.broadcast import BroadcastTransport
 from megatron_tip.rollout.sglang.weights.folder import FolderTransport
+from megatron_tip.rollout.sglang.weights.ipc import IpcTransport
 from tests.helpers.processes import is_alive, wait_until
 from tests.helpers.tiny import make_llama
 
@@ -31,6 +32,7 @@ pytestmark = [pytest.mark.sglang, pytest.mark.timeout(280)]
 
 PYTHON = (sys.executable,)
 VOCAB_SIZE = 307
+LAYERS = 6
 KEYS = ServerKeys(api="api-key-of-the-test", admin="admin-key-of-the-test")
 PROBE = list(range(3, 43))
 PROMPTS = [Prompt(place, f"prompt {place}", tuple(range(3, 9 + place))) for place in range(8)]
@@ -110,7 +112,9 @@ def engine(student, folder):
         model_type="llama",
     )
     run_id = new_run_id()
-    engine = SGLangEngine(pool, broadcast(run_id), EngineSettings(run_id, 6, folder / "set_aside.jsonl"))
+    engine = SGLangEngine(
+        pool, broadcast(run_id), EngineSettings(run_id, 6, folder / "set_aside.jsonl", num_layers=LAYERS)
+    )
     try:
         engine.update_weights(student.weights(), 0)
         yield engine
@@ -182,8 +186,11 @@ def test_no_password_is_in_a_log_or_a_process_list(engine, folder):
     assert KEYS.admin not in seen
 
 
-def test_weights_through_a_folder(engine, student, folder):
-    transport = FolderTransport(folder / "weights", student.checkpoint, dtype=torch.float32, bucket_bytes=200_000)
+@pytest.mark.parametrize("way", ["folder", "ipc"])
+def test_weights_in_other_ways_than_by_broadcast(engine, student, folder, way):
+    transport = IpcTransport(bucket_bytes=40_000, device=torch.device("cpu"))
+    if way == "folder":
+        transport = FolderTransport(folder / "weights", student.checkpoint, dtype=torch.float32, bucket_bytes=200_000)
     by_broadcast, engine._transport = engine._transport, transport
     try:
         student.change()
@@ -194,7 +201,7 @@ def test_weights_through_a_folder(engine, student, folder):
         engine._transport = by_broadcast
         transport.close()
     student.change()
-    engine.update_weights(student.weights(), 4)  # and back: a folder leaves a server able to take a broadcast
+    engine.update_weights(student.weights(), 4)  # and back: a server stays able to take a broadcast
     assert student.largest_gap(engine) < 1e-4
 
 

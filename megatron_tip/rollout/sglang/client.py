@@ -26,6 +26,7 @@ from megatron_tip.rollout.sglang.answers import (
     ModelInfo,
     Outcome,
     ServerInfo,
+    WeightChecksums,
     checked_generation,
     parse,
 )
@@ -284,6 +285,14 @@ class SGLangClient:
         outcome = parse(Outcome, self._control(f"/{name}", body or {}), f"{self.url}/{name}")
         if not outcome.success:
             raise ServerRefusedError(f"{self.url}/{name}: {outcome.message}")
+
+    def weight_checksums(self, skipped: Sequence[str]) -> list[dict[str, str]]:
+        """Returns each tensor's checksum by name, per rank, but for names with one of `skipped`; raises as above."""
+        body = {"action": "checksum", "skip_tensor_list": list(skipped), "selector": "target"}
+        answer = parse(WeightChecksums, self._control("/weights_checker", body), f"{self.url}/weights_checker")
+        if not answer.success:
+            raise ServerRefusedError(f"{self.url}/weights_checker: {answer.message}")
+        return [rank.checksums for rank in answer.ranks]
 
     # -- HTTP
 

@@ -4,6 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
@@ -39,11 +40,20 @@ class PooledServer:
     """One server of the pool; its fields change under the pool's lock.
 
     `process`: None for a given server. `weights`: the version that it holds completely, None if unknown. `is_suspect`:
-    a request failed and the server has not been checked since. `incarnation` counts its restarts. `tp_size`: ranks that
-    share each layer; `num_replicas`: pipeline stages times data-parallel replicas.
+    a request or a sync failed and the server has not been checked since. `incarnation` counts its restarts. `tp_size`:
+    ranks that share each layer; `num_replicas`: pipeline stages times data-parallel replicas. `is_quantized`: it keeps
+    its weights in another form than they are sent in. `neighbours`: the trainer's rank on the GPU of each of its ranks,
+    for sync.transport = "ipc"; empty: rank 0 for all.
     """
 
-    def __init__(self, connect: Callable[[str], SGLangClient], *, url: str = "", process: SGLangServer | None = None):
+    def __init__(
+        self,
+        connect: Callable[[str], SGLangClient],
+        *,
+        url: str = "",
+        process: SGLangServer | None = None,
+        neighbours: Sequence[int] = (),
+    ) -> None:
         self.connect = connect
         self.process = process
         self.client = connect(url) if process is None else None
@@ -54,6 +64,8 @@ class PooledServer:
         self.incarnation = 0
         self.tp_size = 1
         self.num_replicas = 1
+        self.is_quantized = False
+        self.neighbours = tuple(neighbours)
         self.look_now = threading.Event()
         self.busy_with_sync = False
 
@@ -109,8 +121,7 @@ class ServerPool:
             for server in self.servers:
                 if server.process:
                     server.process.start()
-            for server in self.servers:
-                self._bring_up(server)
+            self._bring_up_all()
         except BaseException:
             self.close()
             raise
@@ -143,15 +154,15 @@ class ServerPool:
             return [server for server in self.servers if server.is_up and weights in (None, server.weights)]
 
     def wait_for_any(self) -> list[PooledServer]:
-        """Waits for at least one running server and returns all that are running.
+        """Waits for at least one running server that is not suspect and returns all of them.
 
         Raises:
             ServersLostError: no server came up within the limit.
         """
         with self._changed:
-            if not self._changed.wait_for(lambda: any(s.is_up for s in self.servers), self.settings.wait):
+            if not self._changed.wait_for(self._sound, self.settings.wait):
                 raise self._lost()
-            return [server for server in self.servers if server.is_up]
+            return self._sound()
 
     @contextmanager
     def lease(self, weights: str, stopped: threading.Event | None = None) -> Iterator[PooledServer]:
@@ -201,7 +212,7 @@ class ServerPool:
             self._changed.notify_all()
 
     def suspect(self, server: PooledServer) -> None:
-        """Sends no more requests to `server`, where one failed, until an immediate check succeeds."""
+        """Sends nothing more to `server`, where a request or a sync failed, until an immediate check succeeds."""
         with self._changed:
             server.is_suspect = True
         server.look_now.set()
@@ -211,6 +222,9 @@ class ServerPool:
         for server in self.up():
             with suppress(ServerError):
                 server.http.abort()
+
+    def _sound(self) -> list[PooledServer]:
+        return [server for server in self.servers if server.is_up and not server.is_suspect]
 
     def _least_loaded(self, weights: str) -> PooledServer | None:
         ready = [
@@ -230,6 +244,16 @@ class ServerPool:
             "them or raise sglang.wait_seconds"
         )
 
+    def _bring_up_all(self) -> None:
+        """Brings up all servers at once; raises the first error without waiting for the others."""
+        executor = ThreadPoolExecutor(len(self.servers), thread_name_prefix="start")
+        try:
+            starts = [executor.submit(self._bring_up, server) for server in self.servers]
+            for start in wait(starts, return_when=FIRST_EXCEPTION).done:
+                start.result()
+        finally:
+            executor.shutdown(wait=False)
+
     def _bring_up(self, server: PooledServer) -> None:
         """Waits until a server is healthy, checks its model, and adds it to the running servers."""
         if server.process:
@@ -242,6 +266,7 @@ class ServerPool:
         server.http.check_model(model_type=self._model_type)
         info = server.http.server_info()
         server.tp_size, server.num_replicas = info.tp_size, info.pp_size * info.dp_size
+        server.is_quantized = info.quantization is not None
         weights = self.on_back(server)
         with self._changed:
             server.is_up, server.is_suspect, server.weights = True, False, weights

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 
 from megatron_tip.config import Config
 from megatron_tip.conversion.model_folder import ModelFolder
@@ -21,6 +22,8 @@ from megatron_tip.rollout.sglang.pool import PooledServer, PoolSettings, ServerP
 from megatron_tip.rollout.sglang.server import ServerSettings, SGLangServer, new_keys, require_sglang
 from megatron_tip.rollout.sglang.weights.broadcast import BroadcastTransport
 from megatron_tip.rollout.sglang.weights.folder import FolderTransport
+from megatron_tip.rollout.sglang.weights.ipc import IpcTransport
+from megatron_tip.rollout.sglang.weights.neighbours import neighbours_of
 from megatron_tip.rollout.sglang.weights.transport import WeightTransport
 from megatron_tip.seeds import derive_seed
 
@@ -111,6 +114,10 @@ def build_sglang_engine(needs: EngineNeeds) -> SGLangEngine:
     if not servers:
         own = _own_servers(config, student, needs.dtype, keys, on_gpu=device.type == "cuda")
         servers = [PooledServer(connect, process=SGLangServer(server)) for server in own]
+    if config.sync.transport == "ipc":
+        neighbours = neighbours_of(config, on_gpu=device.type == "cuda", world_size=dist.get_world_size())
+        for server, ranks in zip(servers, neighbours, strict=False):
+            server.neighbours = ranks
     pool = ServerPool(
         servers,
         PoolSettings(
@@ -126,9 +133,10 @@ def build_sglang_engine(needs: EngineNeeds) -> SGLangEngine:
         run_id=run_id,
         attempts=rollout.attempts,
         set_aside_path=config.run.folder / "set_aside.jsonl",
+        num_layers=student.architecture.num_layers,
         drop_wrong_version=rollout.on_wrong_version == "drop",
     )
-    return SGLangEngine(pool, _transport(config, student, run_id, needs.weights_dtype, device), settings)
+    return SGLangEngine(pool, _transport(needs, run_id), settings)
 
 
 def _connector(config: Config, student: ModelFolder, keys: ServerKeys) -> Callable[[str], SGLangClient]:
@@ -177,14 +185,16 @@ def _own_servers(
     ]
 
 
-def _transport(
-    config: Config, student: ModelFolder, run_id: str, weights_dtype: torch.dtype, device: torch.device
-) -> WeightTransport:
-    sync = config.sync
+def _transport(needs: EngineNeeds, run_id: str) -> WeightTransport:
+    config, device, sync = needs.config, needs.device, needs.config.sync
     if sync.transport == "folder":
         folder = sync.folder or config.run.folder / "weights"
         owner = hashlib.sha256(str(config.run.folder.absolute()).encode()).hexdigest()[:12]
-        return FolderTransport(folder, student, dtype=weights_dtype, bucket_bytes=sync.bucket_bytes, owner=owner)
+        return FolderTransport(
+            folder, needs.student, dtype=needs.weights_dtype, bucket_bytes=sync.bucket_bytes, owner=owner
+        )
+    if sync.transport == "ipc":
+        return IpcTransport(bucket_bytes=sync.bucket_bytes, device=device, exchange=needs.exchange)
     return BroadcastTransport(
         run_id=run_id,
         bucket_bytes=sync.bucket_bytes,

@@ -1,12 +1,21 @@
 """A worker's place and thread settings from environment variables."""
 
 import os
+import socket
 import stat
 
+import psutil
 import pytest
 
 from megatron_tip.errors import ConfigError
-from megatron_tip.parallel.environment import available_threads, is_worker, thread_environment, worker_environment
+from megatron_tip.parallel import environment as environment_module
+from megatron_tip.parallel.environment import (
+    available_threads,
+    gloo_interface,
+    is_worker,
+    thread_environment,
+    worker_environment,
+)
 
 STEP = {
     "SLURM_JOB_ID": "4711",
@@ -27,6 +36,7 @@ def scontrol(tmp_path, monkeypatch):
     program.write_text('#!/bin/sh\n[ "$*" = "show hostnames node[07-09]" ] && printf "node07\\nnode08\\nnode09\\n"\n')
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(environment_module, "_source_to", lambda host: "127.0.0.1" if host == "node07" else "")
 
 
 @pytest.mark.parametrize(
@@ -106,3 +116,37 @@ def test_torchrun_place_is_left_alone():
 )
 def test_threads_are_shared_and_the_user_s_choice_holds(threads, local_workers, environ, expected):
     assert thread_environment(threads, local_workers, environ)["OMP_NUM_THREADS"] == expected
+
+
+INTERFACES = {"lo": ["127.0.0.1", "::1"], "eth0": ["10.1.0.9", "fe80::1"], "ib0": ["10.2.0.9"]}
+OVER_HOSTS = {"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}
+
+
+@pytest.mark.parametrize(
+    "environ, sources, expected",
+    [
+        (OVER_HOSTS, ["10.2.0.9", "10.1.0.9"], "ib0"),  # the route to MASTER_ADDR
+        (OVER_HOSTS, ["127.0.1.1", "10.1.0.9"], "eth0"),  # the first host, whose name resolves to loopback
+        (OVER_HOSTS, ["127.0.1.1"], ""),
+        (OVER_HOSTS, [], ""),
+        (OVER_HOSTS, ["10.3.0.9"], ""),
+        ({**OVER_HOSTS, "MASTER_ADDR": "127.0.0.1"}, ["127.0.0.1", "10.1.0.9"], ""),  # all on one host after all
+        ({**OVER_HOSTS, "GLOO_SOCKET_IFNAME": "eth7"}, ["10.2.0.9"], ""),
+        ({"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"}, ["10.2.0.9"], ""),
+        ({}, ["10.2.0.9"], ""),
+    ],
+)
+def test_gloo_listens_where_other_hosts_reach_it(environ, sources, expected):
+    assert gloo_interface(environ, sources, INTERFACES) == expected
+
+
+def test_a_worker_of_several_hosts_gets_the_interface_of_the_route_to_the_first(scontrol, monkeypatch):
+    name, own = next(
+        (name, one.address)
+        for name, all_own in psutil.net_if_addrs().items()
+        for one in all_own
+        if one.family == socket.AF_INET and not one.address.startswith("127.")
+    )
+    monkeypatch.setattr(environment_module, "_source_to", lambda host: own if host == "node07" else "")
+    assert worker_environment(STEP, threads=8)["GLOO_SOCKET_IFNAME"] == name
+    assert "GLOO_SOCKET_IFNAME" not in worker_environment({"RANK": "0", "WORLD_SIZE": "1"}, threads=8)

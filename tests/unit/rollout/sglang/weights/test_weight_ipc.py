@@ -1,0 +1,122 @@
+"""Weights that servers copy out of the trainer's shared memory. Real servers do so in tests/integration."""
+
+import shutil
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+
+from megatron_tip.errors import ConfigError, OutputError, ServerMismatchError
+from megatron_tip.rollout.handover import shared_memory
+from megatron_tip.rollout.handover.buckets import weight_buckets
+from megatron_tip.rollout.handover.shared_memory import handles, shared_buffer
+from megatron_tip.rollout.sglang.client import SGLangClient
+from megatron_tip.rollout.sglang.pool import PooledServer
+from megatron_tip.rollout.sglang.weights import ipc as ipc_module
+from megatron_tip.rollout.sglang.weights.ipc import IpcTransport
+from megatron_tip.rollout.sglang.weights.neighbours import build_exchange, neighbours_of
+from tests.helpers.fake_sglang import VOCAB_SIZE, FakeSGLang
+from tests.helpers.shared_weights import OpeningSGLang, assert_same_tensors
+from tests.helpers.training import Layout, make_config
+
+WEIGHTS = {f"weight_{place}": torch.full((5, 3), float(place), dtype=torch.bfloat16) for place in range(7)}
+CPU = torch.device("cpu")
+
+
+def served(fake, **values):
+    server = PooledServer(lambda url: SGLangClient(url, vocab_size=VOCAB_SIZE), url=fake.url, **values)
+    server.tp_size = fake.layout.get("tp_size", 1)
+    return server
+
+
+def test_another_process_reads_what_a_handle_stands_for():
+    (bucket,) = weight_buckets(WEIGHTS.items(), 1000, partial(shared_buffer, device=CPU))
+    code = "import sys; from tests.helpers.shared_weights import opened; print(opened(sys.argv[1])['weight_6'].sum())"
+    for handle in handles(bucket, 2):  # each is for one process
+        done = subprocess.run([sys.executable, "-c", code, handle], capture_output=True, text=True, check=False)
+        assert done.stdout == "tensor(90., dtype=torch.bfloat16)\n", done.stderr
+
+
+def test_every_rank_of_every_server_copies_all_buckets_and_a_failing_server_is_left_out():
+    transport = IpcTransport(bucket_bytes=70, device=CPU)
+    with OpeningSGLang(tp_size=2) as good, OpeningSGLang(fails_at=1) as failing:
+        servers = [served(good), served(failing)]
+        assert transport.send(servers, iter(WEIGHTS.items()), "run/0") == servers[:1]
+        for taken in good.taken:
+            assert_same_tensors(taken, WEIGHTS)
+        assert good.num_buckets == 4
+        assert failing.num_buckets == 2
+        assert (good.version, failing.version) == ("run/0", "run/0 incomplete")
+    assert transport.num_bytes == 7 * 30
+    transport.close()
+
+
+def test_a_sync_ends_with_the_last_server():
+    transport = IpcTransport(bucket_bytes=70, device=CPU)
+    with OpeningSGLang(fails_at=0) as failing:
+        stream = iter(WEIGHTS.items())
+        assert transport.send([served(failing)], stream, "run/0") == []
+        assert next(stream, None) is not None, "the rest is left to the caller"
+
+
+def test_too_little_shared_memory_is_an_error_with_a_remedy_before_it_is_written(monkeypatch):
+    usage = shutil.disk_usage("/dev/shm")._replace(free=60)
+    monkeypatch.setattr(shared_memory.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(OutputError, match=r"/dev/shm: .*lower sync.bucket_bytes"):
+        shared_buffer(61, CPU)
+    assert shared_buffer(60, CPU).is_shared()
+
+
+@pytest.mark.parametrize(
+    "layout, neighbours, message",
+    [
+        ({"tp_size": 2, "pp_size": 2}, (), "got 2 stages or replicas"),
+        (
+            {"tp_size": 2},
+            (0,),
+            r"of tp_size 1 on the GPUs of the trainer's ranks \(0,\), got tp_size 2",
+        ),
+    ],
+)
+def test_layouts_that_cannot_open_handles_are_refused(layout, neighbours, message):
+    with FakeSGLang() as fake:
+        fake.layout = layout
+        server = served(fake, neighbours=neighbours)
+        server.num_replicas = layout.get("pp_size", 1)
+        with pytest.raises(ServerMismatchError, match=message):
+            IpcTransport(bucket_bytes=8, device=CPU).check(server)
+
+
+def test_a_server_on_another_machine_is_refused(monkeypatch):
+    transport = IpcTransport(bucket_bytes=8, device=CPU)
+    monkeypatch.setattr(ipc_module, "own_address", lambda urls: "10.0.0.1")
+    server = PooledServer(lambda url: SGLangClient(url, vocab_size=VOCAB_SIZE), url="http://10.0.0.2:1")
+    with pytest.raises(ServerMismatchError, match="expected a server on this machine"):
+        transport.check(server)
+    transport.check(PooledServer(lambda url: SGLangClient(url, vocab_size=VOCAB_SIZE), url="http://10.0.0.1:1"))
+
+
+def served_config(folder, gpus=(), tp=1, servers=2, urls=()):
+    rollout = {"engine": "sglang", "servers": servers, "server_urls": urls}
+    sglang = {"gpus": gpus, "tensor_parallel_size": tp}
+    return make_config(folder, Layout(4), rollout=rollout, sglang=sglang, sync={"transport": "ipc"})
+
+
+@pytest.mark.parametrize(
+    "gpus, tp, expected", [((), 1, [(0,), (0,)]), ((2, 3), 1, [(2,), (3,)]), ((0, 1, 3, 2), 2, [(0, 1), (3, 2)])]
+)
+def test_a_servers_neighbours_are_the_ranks_on_its_gpus(tmp_path, gpus, tp, expected):
+    config = served_config(tmp_path, gpus, tp)
+    assert neighbours_of(config, on_gpu=True, world_size=4) == expected
+    assert neighbours_of(config, on_gpu=False, world_size=4) == [(), ()]
+    assert (build_exchange(config, torch.device("cuda"), 4) is None) == (not gpus)
+    assert build_exchange(config, CPU, 4) is None
+
+
+def test_gpus_of_no_trainer_rank_and_given_servers_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"sglang.gpus: expected GPUs of the trainer's 4 ranks .* got \(3, 4\)"):
+        neighbours_of(served_config(tmp_path, (3, 4)), on_gpu=True, world_size=4)
+    with pytest.raises(ConfigError, match=r"sync.transport: expected .* with rollout.server_urls"):
+        neighbours_of(served_config(tmp_path, urls=("http://a:1",)), on_gpu=True, world_size=4)
