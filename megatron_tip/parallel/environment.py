@@ -10,7 +10,10 @@ from collections.abc import Mapping
 
 from megatron_tip.errors import ConfigError
 
-_FIRST_PORT, _NUM_PORTS = 20_000, 12_000  # below the range of ephemeral ports
+RENDEZVOUS_PORTS = range(20_000, 30_000)
+"""Ports of the workers' first contact under srun: below the range of ephemeral ports and below the servers' ports."""
+
+_NCCL_DEFAULTS = {"NCCL_CUMEM_ENABLE": "0", "NCCL_NVLS_ENABLE": "0"}
 
 
 def is_worker(environ: Mapping[str, str]) -> bool:
@@ -27,12 +30,29 @@ def is_restarted(environ: Mapping[str, str]) -> bool:
     return any(int(environ.get(name, "0")) > 0 for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
 
 
-def worker_environment(environ: Mapping[str, str], *, threads: int) -> dict[str, str]:
-    """Returns the variables to set in a worker before torch is imported: its place, if from srun, and its threads.
+def nccl_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """Returns the settings of NCCL that all processes of one communicator on a node must share; kept if set.
+
+    SGLang turns both off in its processes unless they are set, because its CUDA graphs and memory saver need that, and
+    NCCL negotiates neither: a peer with other settings waits for a buffer that never comes.
+    """
+    return {name: environ.get(name, value) for name, value in _NCCL_DEFAULTS.items()}
+
+
+def worker_environment(environ: Mapping[str, str], *, threads: int, joins_servers: bool = False) -> dict[str, str]:
+    """Returns the variables to set in a worker before torch is imported: its place, if from srun, threads and NCCL.
+
+    Args:
+        joins_servers: whether it shares an NCCL communicator with SGLang servers.
 
     Raises:
         ConfigError: srun's variables are incomplete, or the first host cannot be found.
     """
+    shared = nccl_environment(environ) if joins_servers else {}
+    return shared | _place_and_threads(environ, threads)
+
+
+def _place_and_threads(environ: Mapping[str, str], threads: int) -> dict[str, str]:
     if "RANK" in environ:
         return thread_environment(threads, int(environ.get("LOCAL_WORLD_SIZE", "1")), environ)
     place = _place_in_slurm_step(environ)
@@ -68,7 +88,7 @@ def _place_in_slurm_step(environ: Mapping[str, str]) -> dict[str, str]:
         local_world_size = tasks_per_node[int(environ["SLURM_NODEID"])]
     except (KeyError, IndexError) as error:
         raise ConfigError(f"srun: expected the variables of a job step, got none for {error}") from None
-    port = _FIRST_PORT + (64 * int(job) + int(step)) % _NUM_PORTS
+    port = RENDEZVOUS_PORTS[(64 * int(job) + int(step)) % len(RENDEZVOUS_PORTS)]
     return {
         "RANK": rank,
         "WORLD_SIZE": environ["SLURM_STEP_NUM_TASKS"],

@@ -104,6 +104,7 @@ def _source(config: Config, plan: RunPlan, device: torch.device, num_threads: in
         EngineNeeds(
             config=config,
             student=plan.student,
+            placement=plan.placement,
             vocab_size=plan.vocab_size,
             tokenizer=plan.tokenizer,
             stop_token_ids=plan.stop_token_ids,

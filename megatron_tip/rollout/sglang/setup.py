@@ -14,6 +14,7 @@ from megatron_tip.conversion.model_folder import ModelFolder
 from megatron_tip.errors import ConfigError
 from megatron_tip.files import new_folder
 from megatron_tip.machine import Machine
+from megatron_tip.placement.placement import PlacedServer
 from megatron_tip.rollout.engine import EngineNeeds
 from megatron_tip.rollout.sglang.client import ServerKeys, SGLangClient, Timeouts
 from megatron_tip.rollout.sglang.engine import EngineSettings, SGLangEngine, new_run_id
@@ -43,13 +44,6 @@ def check_sglang(config: Config) -> None:
         if bad:
             name = "sglang.router_url" if bad[0] == sglang.router_url else "rollout.server_urls"
             raise ConfigError(f'{name}: expected "http://host:port", got {bad[0]!r}')
-        return
-    needed = rollout.servers * sglang.tensor_parallel_size
-    if sglang.gpus and len(sglang.gpus) < needed:
-        raise ConfigError(
-            f"sglang.gpus: expected {needed} for rollout.servers = {rollout.servers} of tensor_parallel_size "
-            f"{sglang.tensor_parallel_size}, got {len(sglang.gpus)}"
-        )
 
 
 def check_served(config: Config, vocab_sizes: Sequence[int], machine: Machine) -> None:
@@ -102,14 +96,14 @@ def build_sglang_engine(needs: EngineNeeds) -> SGLangEngine:
         ServerError, ServerMismatchError: a server does not start, does not answer, or serves another model.
         OutputError: the run's folder is not writable.
     """
-    config, student, device = needs.config, needs.student, needs.device
+    config, student = needs.config, needs.student
     rollout, sglang = config.rollout, config.sglang
     run_id = new_run_id()
     keys = read_keys(sglang.keys_file) if rollout.server_urls else new_keys(sglang.host)
     connect = _connector(config, student, keys)
     servers = [PooledServer(connect, url=url) for url in rollout.server_urls]
     if not servers:
-        own = _own_servers(config, student, needs.dtype, keys, on_gpu=device.type == "cuda")
+        own = _own_servers(config, student, needs.placement.students, needs.dtype, keys)
         servers = [PooledServer(connect, process=SGLangServer(server)) for server in own]
     pool = ServerPool(
         servers,
@@ -128,7 +122,7 @@ def build_sglang_engine(needs: EngineNeeds) -> SGLangEngine:
         set_aside_path=config.run.folder / "set_aside.jsonl",
         drop_wrong_version=rollout.on_wrong_version == "drop",
     )
-    return SGLangEngine(pool, _transport(config, student, run_id, needs.weights_dtype, device), settings)
+    return SGLangEngine(pool, _transport(needs, run_id), settings)
 
 
 def _connector(config: Config, student: ModelFolder, keys: ServerKeys) -> Callable[[str], SGLangClient]:
@@ -145,7 +139,7 @@ def _connector(config: Config, student: ModelFolder, keys: ServerKeys) -> Callab
 
 
 def _own_servers(
-    config: Config, student: ModelFolder, dtype: torch.dtype, keys: ServerKeys, *, on_gpu: bool
+    config: Config, student: ModelFolder, placed: Sequence[PlacedServer], dtype: torch.dtype, keys: ServerKeys
 ) -> list[ServerSettings]:
     """Returns the settings of servers with the student's architecture; the first sync brings their weights."""
     rollout, sglang = config.rollout, config.sglang
@@ -154,37 +148,38 @@ def _own_servers(
         student.write_description(folder, dtype)
     batch = max(rollout.prompts_per_step * rollout.samples_per_prompt, config.heldout.num_prompts)
     name: Literal["float32", "bfloat16"] = "float32" if dtype == torch.float32 else "bfloat16"
-    size = sglang.tensor_parallel_size
+    cpu_tokens = min(batch, sglang.concurrency) * config.longest_sequence + 256
     return [
         ServerSettings(
             model_path=description.absolute(),
-            log_path=config.run.folder / "servers" / f"server_{index}.log",
+            log_path=config.run.folder / "servers" / f"server_{server.index}.log",
             dtype=name,
-            device="cuda" if on_gpu else "cpu",
+            device="cuda" if server.gpus_on(0) else "cpu",
             host=sglang.host,
-            tp_size=size,
+            tp_size=len(server.places),
             threads=sglang.threads,
-            gpus=sglang.gpus[index * size : (index + 1) * size],
-            max_total_tokens=sglang.max_total_tokens
-            or (0 if on_gpu else min(batch, sglang.concurrency) * config.longest_sequence + 256),
-            memory_fraction=sglang.memory_fraction or (0.0 if on_gpu else 0.5),
+            gpus=server.gpus_on(0),
+            max_total_tokens=sglang.max_total_tokens or (0 if server.gpus_on(0) else cpu_tokens),
+            memory_fraction=server.memory_fraction,
             dummy_weights=True,
-            seed=derive_seed(config.run.seed, 3, index) % 2**31,
+            seed=derive_seed(config.run.seed, 3, server.index) % 2**31,
             extra_arguments=sglang.arguments,
             keys=keys,
         )
-        for index in range(rollout.servers)
+        for server in placed
     ]
 
 
-def _transport(
-    config: Config, student: ModelFolder, run_id: str, weights_dtype: torch.dtype, device: torch.device
-) -> WeightTransport:
-    sync = config.sync
-    if sync.transport == "folder":
+def _transport(needs: EngineNeeds, run_id: str) -> WeightTransport:
+    config, sync, device = needs.config, needs.config.sync, needs.device
+    if needs.placement.transport == "ipc":
+        raise ConfigError('sync.transport: "ipc" is not available yet; set "folder", or give servers GPUs of their own')
+    if needs.placement.transport == "folder":
         folder = sync.folder or config.run.folder / "weights"
         owner = hashlib.sha256(str(config.run.folder.absolute()).encode()).hexdigest()[:12]
-        return FolderTransport(folder, student, dtype=weights_dtype, bucket_bytes=sync.bucket_bytes, owner=owner)
+        return FolderTransport(
+            folder, needs.student, dtype=needs.weights_dtype, bucket_bytes=sync.bucket_bytes, owner=owner
+        )
     return BroadcastTransport(
         run_id=run_id,
         bucket_bytes=sync.bucket_bytes,

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import TCPStore
-from torch.distributed.distributed_c10d import GroupName, PrefixStore, _new_process_group_helper, _world
+from torch.distributed.distributed_c10d import PrefixStore, _new_process_group_helper, _world
 
 from megatron_tip.errors import ServerError, ServerMismatchError, ServerRefusedError
 from megatron_tip.rollout.sglang.client import SGLangClient
@@ -76,7 +76,7 @@ class WeightGroup:
                 [],
                 backend,
                 PrefixStore(self.name, store),
-                group_name=GroupName(self.name),
+                group_name=self.name,  # pyright: ignore[reportArgumentType]  # GroupName, which older torch lacks
                 timeout=timeout,
             )
             _world.pg_group_ranks[self._group] = {rank: rank for rank in range(world_size)}
