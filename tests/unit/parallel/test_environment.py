@@ -6,7 +6,13 @@ import stat
 import pytest
 
 from megatron_tip.errors import ConfigError
-from megatron_tip.parallel.environment import available_threads, is_worker, thread_environment, worker_environment
+from megatron_tip.parallel.environment import (
+    available_threads,
+    is_worker,
+    nccl_environment,
+    thread_environment,
+    worker_environment,
+)
 
 STEP = {
     "SLURM_JOB_ID": "4711",
@@ -106,3 +112,12 @@ def test_torchrun_place_is_left_alone():
 )
 def test_threads_are_shared_and_the_user_s_choice_holds(threads, local_workers, environ, expected):
     assert thread_environment(threads, local_workers, environ)["OMP_NUM_THREADS"] == expected
+
+
+def test_nccl_is_set_for_trainer_and_servers_alike_unless_the_user_has_set_it():
+    off = {"NCCL_CUMEM_ENABLE": "0", "NCCL_NVLS_ENABLE": "0"}  # SGLang's own defaults for its processes
+    assert nccl_environment({}) == off
+    assert nccl_environment({"NCCL_NVLS_ENABLE": "1"}) == off | {"NCCL_NVLS_ENABLE": "1"}
+    worker = {"RANK": "0", "WORLD_SIZE": "1"}
+    assert worker_environment(worker, threads=1, joins_servers=True) == {"OMP_NUM_THREADS": "1"} | off
+    assert worker_environment(worker, threads=1) == {"OMP_NUM_THREADS": "1"}
