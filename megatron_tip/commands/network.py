@@ -85,6 +85,13 @@ def network_findings(environ: Mapping[str, str]) -> Iterator[Finding]:
                 f"{variable}={value}: this machine has {', '.join(known)}",
                 f"export {variable}=<one of them that the other hosts reach>, or unset it",
             )
+    built_for, here = _torch_of_sglang(), importlib.metadata.version("torch").split("+")[0]
+    if built_for not in ("", here):
+        yield Finding(
+            "note",
+            f"SGLang asks for torch {built_for}, here is {here}: servers from another environment have another NCCL",
+            "python -c 'import torch; print(torch.cuda.nccl.version())' in both environments must print the same",
+        )
     shared = nccl_environment(environ)
     told = ", ".join(f"{name}={value}" for name, value in shared.items())
     yield Finding("ok", f"NCCL: {told} in the trainer and in servers that it or its job starts")
@@ -136,6 +143,15 @@ def _given_server(setting: str, url: str, api_key: str | None, keys_setting: str
             "python -c 'import torch; print(torch.cuda.nccl.version())' in both environments must print the same",
         )
     return Finding("ok", f"{url}: SGLang {version} answers")
+
+
+def _torch_of_sglang() -> str:
+    """Returns the version of torch that the installed SGLang requires exactly; empty without one."""
+    try:
+        requirements = importlib.metadata.requires("sglang") or []
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+    return next((one.removeprefix("torch==") for one in requirements if one.startswith("torch==")), "")
 
 
 def _own_sglang() -> str:

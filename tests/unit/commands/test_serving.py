@@ -140,7 +140,7 @@ def test_a_split_without_a_trainer_is_refused():
 def test_the_wait_ends_with_the_first_server_that_ended():
     with subprocess.Popen([sys.executable, "-c", ""]) as ended:
         pass
-    with pytest.raises(EngineError, match="http://127.0.0.1:1: the server ended while it started"):
+    with pytest.raises(EngineError, match=r"http://127\.0\.0\.1:1: the server ended while it started"):
         wait_for_servers(["http://127.0.0.1:1"], 60.0, [os.getpid(), ended.pid])
     with pytest.raises(EngineError, match="expected a healthy server within 0 s"):
         wait_for_servers(["http://127.0.0.1:1"], 0.0, [os.getpid()])
