@@ -302,17 +302,12 @@ def _transport(config: Config, students: Sequence[PlacedServer], trainers: Seque
     Raises:
         ConfigError: the configured one is impossible.
     """
-    wanted = config.sync.transport
+    wanted, first = config.sync.transport, trainers[0]
     apart = next((server for server in students if not server.is_beside_trainers), None)
     can_share = bool(students) and apart is None
-    first = trainers[0]
     in_the_way = next((server for server in students if first.gpu is not None and first in server.places), None)
     if wanted == "ipc" and not can_share:
-        got = f"{apart} on {apart.places[0]}" if apart else "servers that are only given by URL"
-        raise ConfigError(
-            'sync.transport = "ipc": expected all student servers on GPUs of this run\'s trainer, got '
-            f'{got}; set sync.transport = "auto", or sglang.share_gpus = true'
-        )
+        raise _no_ipc(apart)
     if wanted == "broadcast" and in_the_way is not None:
         raise ConfigError(
             f'sync.transport = "broadcast": expected student servers on other GPUs than that of trainer rank 0, got '
@@ -324,3 +319,11 @@ def _transport(config: Config, students: Sequence[PlacedServer], trainers: Seque
     if can_share and (first.gpu is not None or _IPC_ON_CPU):
         return "ipc"
     return "folder" if in_the_way is not None else "broadcast"
+
+
+def _no_ipc(apart: PlacedServer | None) -> ConfigError:
+    got = f"{apart} on {apart.places[0]}" if apart else "servers that are only given by URL"
+    return ConfigError(
+        f'sync.transport = "ipc": expected all student servers on GPUs of this run\'s trainer, got {got}; set '
+        'sync.transport = "auto", or sglang.share_gpus = true'
+    )

@@ -91,11 +91,7 @@ def outline_run(config: Config, world_size: int, machine: Machine, hosts: Hosts 
         OptionalDependencyError: a package is needed but not installed.
     """
     check_packages(config, machine)
-    if hosts is None and machine.is_elsewhere:
-        hosts = hosts_elsewhere(world_size, GPUS_PER_NODE)
-    elif hosts is None:
-        hosts = hosts_here(world_size, os.environ, torch.cuda.device_count())
-    placement = place(config, hosts)
+    placement = place(config, hosts or _hosts(world_size, machine))
     student = find_model("model", config.model.path, machine, config.model.drop_layers)
     teacher = find_model("teacher", config.teacher.path, machine) if teacher_kind(config).has_weights else None
     grids = _grids(config, student, teacher, world_size)
@@ -121,6 +117,12 @@ def outline_run(config: Config, world_size: int, machine: Machine, hosts: Hosts 
         tokenizer=tokenizer,
         stop_token_ids=stop_token_ids,
     )
+
+
+def _hosts(world_size: int, machine: Machine) -> Hosts:
+    if machine.is_elsewhere:
+        return hosts_elsewhere(world_size, GPUS_PER_NODE)
+    return hosts_here(world_size, os.environ, torch.cuda.device_count())
 
 
 def _grids(
