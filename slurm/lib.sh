@@ -22,10 +22,13 @@ tip_setup() {
   # shellcheck source=slurm/site.sh
   source "${MEGATRON_TIP_SITE:-$TIP_ROOT/slurm/site.sh}"
   if [[ -n $TIP_PROLOGUE ]]; then eval "$TIP_PROLOGUE"; fi
-  if [[ -z $TIP_TASKS_PER_NODE ]]; then
-    TIP_TASKS_PER_NODE=$({ nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l)
-    ((TIP_TASKS_PER_NODE > 0)) || TIP_TASKS_PER_NODE=1
+  if [[ -z $TIP_GPUS_PER_NODE ]]; then
+    TIP_GPUS_PER_NODE=${SLURM_GPUS_ON_NODE:-$({ nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l)}
+    # An empty list, other than none at all, asks for the CPU.
+    if [[ -z ${CUDA_VISIBLE_DEVICES-unset} ]]; then TIP_GPUS_PER_NODE=0; fi
   fi
+  if [[ -z $TIP_TASKS_PER_NODE ]]; then TIP_TASKS_PER_NODE=$((TIP_GPUS_PER_NODE > 0 ? TIP_GPUS_PER_NODE : 1)); fi
+  export TIP_GPUS_PER_NODE # a worker that is promised GPUs and sees none refuses to run
   if [[ -z $TIP_PYTHON ]]; then
     if [[ -n $TIP_CONTAINER_IMAGE ]]; then TIP_PYTHON=python3; else TIP_PYTHON=$TIP_ROOT/.venv/bin/python; fi
   fi
@@ -33,7 +36,7 @@ tip_setup() {
   export PYTHONUNBUFFERED=1
   tip_network
   tip_log "job ${SLURM_JOB_ID:-none}, restart ${SLURM_RESTART_COUNT:-0}, nodes ${SLURM_JOB_NODELIST:-none}," \
-    "$TIP_TASKS_PER_NODE tasks per node${TIP_CONTAINER_IMAGE:+, container $TIP_CONTAINER_IMAGE}"
+    "$TIP_TASKS_PER_NODE tasks and $TIP_GPUS_PER_NODE GPUs per node${TIP_CONTAINER_IMAGE:+, container $TIP_CONTAINER_IMAGE}"
 }
 
 # Exports the network settings; a value that the caller has already exported takes precedence.
@@ -96,39 +99,48 @@ tip_train() {
   tip_run srun "${arguments[@]}" "$TIP_PYTHON" -m megatron_tip.cli train "$@"
 }
 
-# tip_serve NODELIST PER_NODE MODEL MEMORY_FRACTION KEYS_FILE: starts SGLang servers of MODEL, PER_NODE on each node, and
-# puts their URLs into TIP_URLS. A server reads its arguments and passwords from its standard input, and exits when that
-# closes. tip_wait_for_servers then waits until all of them answer.
+# tip_serve CONFIG [section.key=value ...]: starts the SGLang servers that the placement has on the job's nodes, if it is
+# for the job to start them, and puts the trainer's further settings into TIP_SERVED. A server reads its arguments and
+# passwords from its standard input, and exits when that closes. tip_wait_for_servers then waits until all of them answer.
 TIP_SERVER_INPUTS=()
+TIP_SERVER_PROCESSES=()
 TIP_URLS=()
-TIP_ALL_URLS=()
+TIP_SERVED=()
 tip_serve() {
-  local nodelist=$1 per_node=$2 model=$3 memory=$4 keys=$5 node address index port gpus input further
-  TIP_URLS=()
-  read -ra further <<<"$TIP_SGLANG_ARGUMENTS"
-  for node in $(scontrol show hostnames "$nodelist"); do
+  local nodes=() addresses=() visible node address lines kind role index gpus url arguments options input
+  if ((TIP_ROLLOUT_NODES + TIP_TEACHER_NODES == 0)); then
+    # On a single node the run starts its servers itself; without any, no interpreter is needed here.
+    if ((SLURM_JOB_NUM_NODES == 1)) || ! { [[ $* == *sglang* ]] || grep -q sglang "$1"; }; then return 0; fi
+  fi
+  mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+  for node in "${nodes[@]}"; do
     address=$(tip_address "$node") || exit
-    for ((index = 0; index < per_node; index++)); do
-      port=$((TIP_SGLANG_PORT + index))
-      gpus=$(seq -s, $((index * TIP_SGLANG_TP)) $(((index + 1) * TIP_SGLANG_TP - 1)))
-      mapfile -t arguments < <(tip_srun_arguments 1 1 "$node")
-      # --overlap: servers and the trainer's step may share nodes. env: takes effect after SLURM sets the variable itself.
-      exec {input}> >(exec srun "${arguments[@]}" --overlap \
-        env "CUDA_VISIBLE_DEVICES=$gpus" "$TIP_PYTHON" -m megatron_tip.rollout.sglang.main)
-      "$TIP_PYTHON" -m megatron_tip.commands.serving arguments "$model" "$address" "$port" "$TIP_SGLANG_TP" "$memory" \
-        "$keys" "${further[@]}" >&"$input"
-      TIP_SERVER_INPUTS+=("$input")
-      TIP_URLS+=("http://$address:$port")
-    done
+    addresses+=("$address")
   done
-  tip_log "servers of $model: ${TIP_URLS[*]}"
-  TIP_ALL_URLS+=("${TIP_URLS[@]}")
+  export TIP_TASKS_PER_NODE TIP_ROLLOUT_NODES TIP_TEACHER_NODES TIP_SGLANG_PORT TIP_SGLANG_ARGUMENTS
+  lines=$("$TIP_PYTHON" -m megatron_tip.commands.serving servers "$(tip_joined "${addresses[@]}")" "$@") || exit 2
+  while IFS=$'\t' read -r kind role index gpus url arguments; do
+    if [[ $kind == trainer ]]; then TIP_SERVED+=("$role"); fi
+    if [[ $kind != server ]]; then continue; fi
+    mapfile -t options < <(tip_srun_arguments 1 1 "${nodes[index]}")
+    visible=()
+    if [[ $gpus != - ]]; then visible=("CUDA_VISIBLE_DEVICES=$gpus"); fi
+    # --overlap: servers and the trainer's step may share nodes. env: takes effect after SLURM sets the variable itself.
+    exec {input}> >(exec srun "${options[@]}" --overlap \
+      env "${visible[@]}" "$TIP_PYTHON" -m megatron_tip.rollout.sglang.main)
+    TIP_SERVER_PROCESSES+=("$!")
+    TIP_SERVER_INPUTS+=("$input")
+    printf '%s\n' "$arguments" >&"$input"
+    if [[ $url != - ]]; then TIP_URLS+=("$url"); fi
+  done <<<"$lines"
+  tip_log "servers: ${TIP_URLS[*]:-started by the run}"
 }
 
 tip_wait_for_servers() {
-  tip_log "waiting for ${#TIP_ALL_URLS[@]} servers"
-  tip_run "$TIP_PYTHON" -m megatron_tip.commands.serving wait "$TIP_SGLANG_START_SECONDS" "${TIP_ALL_URLS[@]}" ||
-    tip_finish "$?"
+  if ((${#TIP_URLS[@]} == 0)); then return 0; fi
+  tip_log "waiting for ${#TIP_URLS[@]} servers"
+  tip_run "$TIP_PYTHON" -m megatron_tip.commands.serving wait "$TIP_SGLANG_START_SECONDS" \
+    "$(tip_joined "${TIP_SERVER_PROCESSES[@]}")" "${TIP_URLS[@]}" || tip_finish "$?"
 }
 
 tip_stop_servers() {
@@ -152,12 +164,8 @@ section, key = sys.argv[1].split(".")
 print(getattr(getattr(config, section), key))' "$name" "$@"
 }
 
-# tip_list URL...: prints a TOML list.
-tip_list() {
-  local joined
-  printf -v joined '"%s",' "$@"
-  printf '[%s]\n' "${joined%,}"
-}
+# tip_joined WORD...: prints the words with commas between them.
+tip_joined() { (IFS=, && printf '%s\n' "$*"); }
 
 # tip_run COMMAND...: runs the command and returns its exit code. It forwards SIGUSR1 (the warning before a time limit,
 # from --signal=B:USR1@...) and SIGTERM to the command, and srun forwards them to every task. TIP_WARNED records that

@@ -44,7 +44,7 @@ class TeacherConfig(Section):
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     """Implementation of Megatron's layers; as for the student."""
     tensor_parallel_size: int = Field(default=1, ge=1)
-    """Ranks that share each layer of the teacher."""
+    """Ranks that share each layer of the teacher; also of each server that a SLURM job starts with it."""
     pipeline_parallel_size: int = Field(default=1, ge=1)
     """Ranks that share the teacher's stack of layers."""
     urls: tuple[str, ...] = ()

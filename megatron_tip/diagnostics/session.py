@@ -85,7 +85,7 @@ def built_run(
     Args:
         checkpoint: a folder from `resolve_checkpoint`; None: the student at the start of a run.
     """
-    worker = init_distributed()
+    worker = init_distributed(device_index=plan.device_index)
     timer = PhaseTimer(worker.device)
     num_threads = config.run.threads or available_threads()
     run = build_run(config, plan, worker, timer, num_threads=num_threads, generates=generates)

@@ -17,7 +17,10 @@ from megatron_tip.errors import ConfigError
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _FAR_AWAY = "192.0.2.1"  # reserved for documentation: the default route leads there
 
-_FIRST_PORT, _NUM_PORTS = 20_000, 12_000  # below the range of ephemeral ports
+RENDEZVOUS_PORTS = range(20_000, 30_000)
+"""Ports of the workers' first contact under srun: below the range of ephemeral ports and below the servers' ports."""
+
+_NCCL_DEFAULTS = {"NCCL_CUMEM_ENABLE": "0", "NCCL_NVLS_ENABLE": "0"}
 
 
 def is_worker(environ: Mapping[str, str]) -> bool:
@@ -34,9 +37,21 @@ def is_restarted(environ: Mapping[str, str]) -> bool:
     return any(int(environ.get(name, "0")) > 0 for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
 
 
-def worker_environment(environ: Mapping[str, str], *, threads: int) -> dict[str, str]:
-    """Returns the variables to set in a worker before torch is imported: its place, if from srun, its threads, and the
-    network interface that reaches the other hosts.
+def nccl_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """Returns the settings of NCCL that all processes of one communicator on a node must share; kept if set.
+
+    SGLang turns both off in its processes unless they are set, because its CUDA graphs and memory saver need that, and
+    NCCL negotiates neither: a peer with other settings waits for a buffer that never comes.
+    """
+    return {name: environ.get(name, value) for name, value in _NCCL_DEFAULTS.items()}
+
+
+def worker_environment(environ: Mapping[str, str], *, threads: int, joins_servers: bool = False) -> dict[str, str]:
+    """Returns the variables to set in a worker before torch is imported: its place, if from srun, its threads, the
+    network interface that reaches the other hosts, and NCCL.
+
+    Args:
+        joins_servers: whether it shares an NCCL communicator with SGLang servers.
 
     Raises:
         ConfigError: srun's variables are incomplete, or the first host cannot be found.
@@ -46,7 +61,8 @@ def worker_environment(environ: Mapping[str, str], *, threads: int) -> dict[str,
     local_workers = int(placed.get("LOCAL_WORLD_SIZE", "1"))
     if place and not threads and "SLURM_CPUS_PER_TASK" in environ:
         threads, local_workers = int(environ["SLURM_CPUS_PER_TASK"]), 1
-    return place | thread_environment(threads, local_workers, environ) | _network_environment(placed)
+    shared = nccl_environment(environ) if joins_servers else {}
+    return shared | place | thread_environment(threads, local_workers, environ) | _network_environment(placed)
 
 
 def thread_environment(threads: int, local_workers: int, environ: Mapping[str, str]) -> dict[str, str]:
@@ -113,7 +129,7 @@ def _place_in_slurm_step(environ: Mapping[str, str]) -> dict[str, str]:
         local_world_size = tasks_per_node[int(environ["SLURM_NODEID"])]
     except (KeyError, IndexError) as error:
         raise ConfigError(f"srun: expected the variables of a job step, got none for {error}") from None
-    port = _FIRST_PORT + (64 * int(job) + int(step)) % _NUM_PORTS
+    port = RENDEZVOUS_PORTS[(64 * int(job) + int(step)) % len(RENDEZVOUS_PORTS)]
     return {
         "RANK": rank,
         "WORLD_SIZE": environ["SLURM_STEP_NUM_TASKS"],

@@ -94,15 +94,18 @@ def start_workers(
         return _outcome_of(exit_codes, context.error_files, is_saved)
 
 
-def run_worker(work: Callable[[], None], *, threads: int = 0) -> None:
+def run_worker(work: Callable[[], None], *, threads: int = 0, joins_servers: bool = False) -> None:
     """Runs `work` as one worker of a world that our launcher, torchrun or srun started.
 
     Sets the environment before `work` imports torch. If `work` fails, the process exits at once with code 1, without
     destroying the process groups, so that its peers notice only after the error has been recorded. Our launcher shows
     the recorded error; under other launchers it goes to stderr. Exit code STOPPED_EXIT_CODE: `work` was stopped by a
     signal and has saved.
+
+    Args:
+        joins_servers: whether it shares an NCCL communicator with SGLang servers.
     """
-    os.environ.update(worker_environment(os.environ, threads=threads))
+    os.environ.update(worker_environment(os.environ, threads=threads, joins_servers=joins_servers))
     launcher_pid = os.environ.get(_LAUNCHER_PID)
     if launcher_pid:
         threading.Thread(target=_end_with_launcher, args=(int(launcher_pid),), daemon=True).start()

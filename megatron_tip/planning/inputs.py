@@ -9,6 +9,7 @@ from megatron_tip.config import Config
 from megatron_tip.errors import ConfigError, OptionalDependencyError
 from megatron_tip.machine import Machine
 from megatron_tip.observability.trackers import check_trackers
+from megatron_tip.placement.placement import num_workers_on
 from megatron_tip.prompts.files import PromptFile, read_prompt_file
 from megatron_tip.prompts.reasoning_tasks import check_tasks
 
@@ -16,9 +17,9 @@ MAX_GENERATED_PROMPTS = 1_000_000
 
 
 def default_num_workers(config: Config) -> int:
-    """Returns how many workers to start here: one per GPU; without GPUs, the fewest that hold both models."""
+    """Returns how many workers to start here: one per GPU that servers leave; on a CPU the fewest for both models."""
     if torch.cuda.is_available():
-        return torch.cuda.device_count()
+        return num_workers_on(config, torch.cuda.device_count())
     models = (config.model, config.teacher)
     return math.lcm(*(model.tensor_parallel_size * model.pipeline_parallel_size for model in models))
 

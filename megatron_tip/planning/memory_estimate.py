@@ -85,20 +85,9 @@ def estimate_memory(config: Config, outline: Outline, *, gpu_memory_gib: float) 
     if config.rollout.engine == "embedded":
         engine = _embedded_engine(config, student, dtypes.engine.itemsize)
         parts["embedded engine, first GPU: weights and cache"] = engine
-    if has_servers_beside(config, grid.world_size):
-        servers = config.sglang.memory_fraction * (1 if config.sglang.gpus else config.rollout.servers)
-        parts["SGLang on the trainer's GPUs (sglang.memory_fraction)"] = servers * gpu_memory_gib * 2**30
+    if share := outline.placement.memory_beside_trainers:
+        parts["SGLang on the trainer's GPUs (sglang.memory_fraction)"] = share * gpu_memory_gib * 2**30
     return MemoryEstimate(parts)
-
-
-def has_servers_beside(config: Config, world_size: int) -> bool:
-    """Returns whether our own servers take memory from the trainer.
-
-    Without sglang.gpus they share the first GPUs with workers; with it, only where a worker has the same GPU.
-    """
-    if config.rollout.engine != "sglang" or config.rollout.server_urls:
-        return False
-    return not config.sglang.gpus or min(config.sglang.gpus) < world_size
 
 
 def _rows(config: Config, grid: ModelGrid) -> float:

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_tip.config import Config
 from megatron_tip.conversion.model_folder import ModelFolder
+from megatron_tip.placement.placement import Placement
 from megatron_tip.records import Prompt, Rollout
 from megatron_tip.rollout.handover.exchange import HandleExchange
 from megatron_tip.seeds import derive_seed
@@ -46,14 +47,16 @@ class SamplingParams:
 class EngineNeeds:
     """The inputs that engines are built from.
 
-    `student`: as trained, without its dropped layers. `vocab_size`: ids that student and teacher share. `device`: the
-    first process's. `num_threads`: CPU threads of all workers on this machine; an engine in the first process may use
-    all of them, because the others wait for it. `dtype`: of the engine's weights. `weights_dtype`: of the student's
-    parameters in the stream. `exchange`: this rank's part in weight syncs by IPC, if other ranks take part.
+    `student`: as trained, without its dropped layers. `placement`: where servers run. `vocab_size`: ids that student
+    and teacher share. `device`: the first process's. `num_threads`: CPU threads of all workers on this machine; an
+    engine in the first process may use all of them, because the others wait for it. `dtype`: of the engine's weights.
+    `weights_dtype`: of the student's parameters in the stream. `exchange`: this rank's part in weight syncs by IPC, if
+    other ranks take part.
     """
 
     config: Config
     student: ModelFolder
+    placement: Placement
     vocab_size: int
     tokenizer: PreTrainedTokenizerBase
     stop_token_ids: tuple[int, ...]

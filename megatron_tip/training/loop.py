@@ -74,7 +74,8 @@ def train(config: Config, *, fresh: bool = False, make_gauge: MakeGauge | None =
     if not fresh:
         check_same_run(config)
     build_gauge = make_gauge(config, plan) if make_gauge else None
-    worker = init_distributed(timeout_seconds=config.fault.collective_timeout_seconds)
+    limit = config.fault.collective_timeout_seconds
+    worker = init_distributed(timeout_seconds=limit, device_index=plan.device_index)
     lock = RunLock(folder.path)
     run_on(0, partial(take_folder, folder, lock), device=worker.device)
     recorder = RunRecorder(config, folder, worker, Throughput.of_run(config, plan, worker))

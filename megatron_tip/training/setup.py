@@ -21,7 +21,6 @@ from megatron_tip.prompts.source import PromptSource, load_prompts
 from megatron_tip.rollout.engine import EngineNeeds, SamplingParams
 from megatron_tip.rollout.engines import build_engine
 from megatron_tip.rollout.handover.exchange import HandleExchange
-from megatron_tip.rollout.sglang.weights.neighbours import build_exchange
 from megatron_tip.teachers.setup import build_teacher
 from megatron_tip.teachers.teacher import TeacherSite
 from megatron_tip.training.run import RolloutSource, TrainingRun
@@ -62,7 +61,9 @@ def build_run(
         chunk_rows=config.loss.chunk_rows or None,
         kernels=config.loss.kernels,
     )
-    exchange = build_exchange(config, worker.device, worker.world_size) if generates else None
+    exchange = None
+    if generates and set(plan.placement.handing_ranks) - {0}:
+        exchange = HandleExchange(config.sync.bucket_bytes, worker.device)
     source = None
     with together(device=worker.device):
         if worker.rank == 0 and generates:
@@ -128,6 +129,7 @@ def _source(
         EngineNeeds(
             config=config,
             student=plan.student,
+            placement=plan.placement,
             vocab_size=plan.vocab_size,
             tokenizer=plan.tokenizer,
             stop_token_ids=plan.stop_token_ids,

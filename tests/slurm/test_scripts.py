@@ -44,7 +44,7 @@ def test_submit_runs_on_two_nodes_to_the_end(cluster: SlurmCluster, config_path:
     overrides = ["training.steps=2", "monitoring.trace=true", "tracking.view_every_steps=2", f"run.folder={folder}"]
     command = [sys.executable, "-m", "megatron_tip.cli", "submit", str(config_path), *overrides]
     printed = subprocess.run(
-        [*command, "--nodes=2", "--gpus-per-node=1"],
+        [*command, "--nodes=2", "--gpus-per-node=0"],
         env=cluster.environ | SITE | {"PYTHONPATH": str(SLURM.parent)},
         capture_output=True,
         text=True,

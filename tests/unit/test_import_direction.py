@@ -14,6 +14,7 @@ LAYERS = [
     {"files", "seeds", "machine", "statistics", "records", "cpu"},
     {"config"},
     {"parallel", "observability"},
+    {"placement"},
     {"vocab_parallel"},
     {"selection"},
     {"conversion", "models", "batching", "prompts", "rollout"},

@@ -10,13 +10,21 @@ as well.
 import json
 import os
 import signal
+import socket
+import sys
 import threading
+from collections.abc import Sequence
+from itertools import pairwise
 
 
 def serve() -> None:
     """Becomes the server that the first line of standard input describes; returns only when it has ended."""
     arguments = json.loads(_first_line())
+    _require_port(arguments)
     threading.Thread(target=_end_with_input, name="lifeline", daemon=True).start()
+    from megatron_tip.parallel.environment import nccl_environment
+
+    os.environ.update(nccl_environment(os.environ))
     from sglang.launch_server import run_server  # pyright: ignore[reportMissingImports]
     from sglang.srt.server_args import prepare_server_args  # pyright: ignore[reportMissingImports]
 
@@ -43,6 +51,22 @@ def register_cpu_hooks() -> None:
     sampler = "sglang.srt.layers.sampler"
     HookRegistry.register(f"{sampler}.sampling_from_probs_torch", hooks.sample_probabilities, HookType.REPLACE)
     HookRegistry.register(f"{sampler}.multinomial_with_seed", hooks.sample_logprobs, HookType.REPLACE)
+
+
+def _require_port(arguments: Sequence[str]) -> None:
+    """Ends this process if its port is not free: SGLang itself notices only after it has loaded the model."""
+    given = dict(pairwise(arguments))
+    host, port = given.get("--host", "127.0.0.1"), int(given.get("--port", "0"))
+    if given.get("--node-rank", "0") != "0":
+        return
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        sys.exit(
+            f"error: {host}:{port}: expected a free port of this machine ({socket.gethostname()}), got: "
+            f"{error.strerror}; `ss -ltnp` shows who has it; set another TIP_SGLANG_PORT"
+        )
 
 
 def _first_line() -> bytes:

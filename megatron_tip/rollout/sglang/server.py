@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import IO, Literal, Self
 
 from megatron_tip.errors import OptionalDependencyError, ServerError
+from megatron_tip.placement.hosts import device_names
 from megatron_tip.rollout.sglang.client import ServerKeys, SGLangClient, Timeouts
 
 CPU_SHIM = Path(__file__).parent / "cpu_shim"
@@ -36,9 +37,10 @@ class ServerSettings:
     """The settings of a server.
 
     `model_path`: Hugging Face directory; with `dummy_weights` only its config.json is read, and the weights are random
-    until the first sync. `log_path`: for the server's output. `threads`: CPU threads per rank. `gpus`: devices that it
-    may see; empty: those of this process. `max_total_tokens`: of its cache; 0: as many as `memory_fraction` allows.
-    `seed`: of its sampling; servers of one run need different ones. `extra_arguments`: further SGLang arguments.
+    until the first sync. `log_path`: for the server's output. `threads`: CPU threads per rank. `gpus`: ids of those
+    that it may see, as `visible_gpus` counts them; empty: those of this process. `max_total_tokens`: of its cache; 0:
+    as many as `memory_fraction` allows. `seed`: of its sampling; servers of one run need different ones.
+    `extra_arguments`: further SGLang arguments.
     """
 
     model_path: Path
@@ -215,7 +217,7 @@ def server_environment(settings: ServerSettings, environment: Mapping[str, str])
         if settings.tp_size > 1:
             kept["SGLANG_CPU_OMP_THREADS_BIND"] = _bound_cores(settings.tp_size, sorted(os.sched_getaffinity(0)))
     elif settings.gpus:
-        kept["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, settings.gpus))
+        kept["CUDA_VISIBLE_DEVICES"] = device_names(settings.gpus, environment)
     return kept | {"PYTHONPATH": os.pathsep.join(paths)}
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 
 from megatron_tip.config import Config
 from megatron_tip.conversion.model_folder import ModelFolder
 from megatron_tip.errors import ConfigError
 from megatron_tip.files import new_folder
 from megatron_tip.machine import Machine
+from megatron_tip.placement.placement import PlacedServer
 from megatron_tip.rollout.engine import EngineNeeds
 from megatron_tip.rollout.sglang.client import ServerKeys, SGLangClient, Timeouts
 from megatron_tip.rollout.sglang.engine import EngineSettings, SGLangEngine, new_run_id
@@ -23,7 +23,6 @@ from megatron_tip.rollout.sglang.server import ServerSettings, SGLangServer, new
 from megatron_tip.rollout.sglang.weights.broadcast import BroadcastTransport
 from megatron_tip.rollout.sglang.weights.folder import FolderTransport
 from megatron_tip.rollout.sglang.weights.ipc import IpcTransport
-from megatron_tip.rollout.sglang.weights.neighbours import neighbours_of
 from megatron_tip.rollout.sglang.weights.transport import WeightTransport
 from megatron_tip.seeds import derive_seed
 
@@ -46,13 +45,6 @@ def check_sglang(config: Config) -> None:
         if bad:
             name = "sglang.router_url" if bad[0] == sglang.router_url else "rollout.server_urls"
             raise ConfigError(f'{name}: expected "http://host:port", got {bad[0]!r}')
-        return
-    needed = rollout.servers * sglang.tensor_parallel_size
-    if sglang.gpus and len(sglang.gpus) < needed:
-        raise ConfigError(
-            f"sglang.gpus: expected {needed} for rollout.servers = {rollout.servers} of tensor_parallel_size "
-            f"{sglang.tensor_parallel_size}, got {len(sglang.gpus)}"
-        )
 
 
 def check_served(config: Config, vocab_sizes: Sequence[int], machine: Machine) -> None:
@@ -105,19 +97,18 @@ def build_sglang_engine(needs: EngineNeeds) -> SGLangEngine:
         ServerError, ServerMismatchError: a server does not start, does not answer, or serves another model.
         OutputError: the run's folder is not writable.
     """
-    config, student, device = needs.config, needs.student, needs.device
+    config, student = needs.config, needs.student
     rollout, sglang = config.rollout, config.sglang
     run_id = new_run_id()
     keys = read_keys(sglang.keys_file) if rollout.server_urls else new_keys(sglang.host)
     connect = _connector(config, student, keys)
     servers = [PooledServer(connect, url=url) for url in rollout.server_urls]
     if not servers:
-        own = _own_servers(config, student, needs.dtype, keys, on_gpu=device.type == "cuda")
+        own = _own_servers(config, student, needs.placement.students, needs.dtype, keys)
         servers = [PooledServer(connect, process=SGLangServer(server)) for server in own]
-    if config.sync.transport == "ipc":
-        neighbours = neighbours_of(config, on_gpu=device.type == "cuda", world_size=dist.get_world_size())
-        for server, ranks in zip(servers, neighbours, strict=False):
-            server.neighbours = ranks
+    if needs.placement.transport == "ipc":
+        for server, placed in zip(servers, needs.placement.students, strict=True):
+            server.neighbours = placed.neighbours
     pool = ServerPool(
         servers,
         PoolSettings(
@@ -153,7 +144,7 @@ def _connector(config: Config, student: ModelFolder, keys: ServerKeys) -> Callab
 
 
 def _own_servers(
-    config: Config, student: ModelFolder, dtype: torch.dtype, keys: ServerKeys, *, on_gpu: bool
+    config: Config, student: ModelFolder, placed: Sequence[PlacedServer], dtype: torch.dtype, keys: ServerKeys
 ) -> list[ServerSettings]:
     """Returns the settings of servers with the student's architecture; the first sync brings their weights."""
     rollout, sglang = config.rollout, config.sglang
@@ -162,38 +153,37 @@ def _own_servers(
         student.write_description(folder, dtype)
     batch = max(rollout.prompts_per_step * rollout.samples_per_prompt, config.heldout.num_prompts)
     name: Literal["float32", "bfloat16"] = "float32" if dtype == torch.float32 else "bfloat16"
-    size = sglang.tensor_parallel_size
+    cpu_tokens = min(batch, sglang.concurrency) * config.longest_sequence + 256
     return [
         ServerSettings(
             model_path=description.absolute(),
-            log_path=config.run.folder / "servers" / f"server_{index}.log",
+            log_path=config.run.folder / "servers" / f"server_{server.index}.log",
             dtype=name,
-            device="cuda" if on_gpu else "cpu",
+            device="cuda" if server.gpus_on(0) else "cpu",
             host=sglang.host,
-            tp_size=size,
+            tp_size=len(server.places),
             threads=sglang.threads,
-            gpus=sglang.gpus[index * size : (index + 1) * size],
-            max_total_tokens=sglang.max_total_tokens
-            or (0 if on_gpu else min(batch, sglang.concurrency) * config.longest_sequence + 256),
-            memory_fraction=sglang.memory_fraction or (0.0 if on_gpu else 0.5),
+            gpus=server.gpus_on(0),
+            max_total_tokens=sglang.max_total_tokens or (0 if server.gpus_on(0) else cpu_tokens),
+            memory_fraction=server.memory_fraction,
             dummy_weights=True,
-            seed=derive_seed(config.run.seed, 3, index) % 2**31,
+            seed=derive_seed(config.run.seed, 3, server.index) % 2**31,
             extra_arguments=sglang.arguments,
             keys=keys,
         )
-        for index in range(rollout.servers)
+        for server in placed
     ]
 
 
 def _transport(needs: EngineNeeds, run_id: str) -> WeightTransport:
     config, device, sync = needs.config, needs.device, needs.config.sync
-    if sync.transport == "folder":
+    if needs.placement.transport == "folder":
         folder = sync.folder or config.run.folder / "weights"
         owner = hashlib.sha256(str(config.run.folder.absolute()).encode()).hexdigest()[:12]
         return FolderTransport(
             folder, needs.student, dtype=needs.weights_dtype, bucket_bytes=sync.bucket_bytes, owner=owner
         )
-    if sync.transport == "ipc":
+    if needs.placement.transport == "ipc":
         return IpcTransport(bucket_bytes=sync.bucket_bytes, device=device, exchange=needs.exchange)
     return BroadcastTransport(
         run_id=run_id,

@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tip.commands.submit import Submission, as_served, sbatch_command, site_values, submit, trainer_share
+from megatron_tip.commands.submit import (
+    Submission,
+    as_served,
+    hosts_of,
+    sbatch_command,
+    site_values,
+    submit,
+)
 from megatron_tip.commands.time_limit import WARNING_SECONDS, seconds_of
 from megatron_tip.errors import ConfigError
 from tests.helpers.training import Layout, make_config
@@ -31,7 +38,8 @@ def test_site_values_and_run_become_options_and_the_command_line_wins(tmp_path: 
         "--partition=h800",
         "--time=12:00:00",
         f"--output={tmp_path}/run/slurm/%j.out",
-        f"--export=ALL,TIP_ROOT={ROOT}",
+        f"--export=ALL,TIP_ROOT={ROOT},TIP_GPUS_PER_NODE=8",
+        "--gpus-per-node=8",
         "--qos=high",
         "--time=1:00:00",
         f"{SLURM}/train.sbatch",
@@ -98,10 +106,8 @@ def test_the_warning_is_that_of_the_scripts():
 def test_another_site_file_is_read_by_bash(tmp_path: Path):
     site = tmp_path / "site.sh"
     site.write_text('TIP_PARTITION=$(printf gpu)\nTIP_ACCOUNT="a b"\nTIP_TIME=1\nTIP_TASKS_PER_NODE=4\n')
-    environ = {"TIP_SGLANG_PER_NODE": "8", "TIP_SGLANG_SHARED_MEMORY": "0.25", "MEGATRON_TIP_SITE": str(site)}
-    values = site_values(ENVIRON | environ)
-    assert list(values.values()) == ["gpu", "a b", "1", "4", "8", "0.25"]
-    assert (trainer_share(values), trainer_share(values | {"TIP_SGLANG_PER_NODE": "0"})) == (0.75, 1.0)
+    values = site_values(ENVIRON | {"TIP_GPU_REQUEST": "--gres=gpu:", "MEGATRON_TIP_SITE": str(site)})
+    assert list(values.values()) == ["gpu", "a b", "1", "4", "", "--gres=gpu:", ""]
     with pytest.raises(ConfigError, match=r"nowhere.sh: expected a file of shell variables"):
         site_values(ENVIRON | {"MEGATRON_TIP_SITE": "nowhere.sh"})
 
@@ -118,15 +124,50 @@ def test_without_slurm_the_command_to_run_elsewhere_is_told(tmp_path: Path, monk
         submit(Submission(Path("a.toml"), environ=ENVIRON), make_config(tmp_path, Layout(1)), dry_run=False)
 
 
+def test_the_job_has_the_gpus_that_are_asked_for():
+    def hosts(*, gpus: int | None = None, nodes: int = 2, **environ: str):
+        return hosts_of(Submission(Path("a.toml"), nodes=nodes, gpus_per_node=gpus, environ=ENVIRON | environ))
+
+    assert (hosts().workers, hosts().gpus, hosts().first_port, hosts().by_job) == (16, tuple(range(8)), 31000, True)
+    assert hosts(gpus=4, TIP_GPUS_PER_NODE="6").gpus == tuple(range(4)), "the command line wins"
+    few = hosts(TIP_GPUS_PER_NODE="6", TIP_TASKS_PER_NODE="4")
+    assert (few.workers, few.workers_per_node, len(few.gpus)) == (8, 4, 6)
+    assert (hosts(gpus=0).workers, hosts(gpus=0).gpus) == (2, ())
+    with pytest.raises(ConfigError, match="expected numbers in TIP_GPUS_PER_NODE"):
+        hosts(TIP_GPUS_PER_NODE="eight")
+
+
+@pytest.mark.parametrize(
+    "gpus,environ,expected",
+    [
+        (4, {}, ["--gpus-per-node=4"]),
+        (2, {"TIP_GPU_REQUEST": "--gres=gpu:h800:"}, ["--gres=gpu:h800:2"]),
+        (4, {"TIP_GPU_REQUEST": ""}, []),
+        (0, {}, []),
+    ],
+)
+def test_slurm_is_asked_for_gpus_as_the_site_says(tmp_path: Path, gpus: int, environ: dict, expected: list[str]):
+    submission = Submission(Path("a.toml"), gpus_per_node=gpus, environ=ENVIRON | environ)
+    command = sbatch_command(submission, make_config(tmp_path, Layout(1)))
+    assert [part for part in command if part.startswith(("--gpus", "--gres"))] == expected
+    assert f"--export=ALL,TIP_ROOT={ROOT},TIP_GPUS_PER_NODE={gpus}" in command
+
+
 def test_a_configuration_is_checked_as_the_script_will_run_it(tmp_path: Path):
-    config, alone, shared = make_config(tmp_path, Layout(1)), {"TIP_SGLANG_PER_NODE": "0"}, {"TIP_SGLANG_PER_NODE": "8"}
-    assert as_served(config, alone, "train") == as_served(config, shared, "sweep") == config
-    for served in (as_served(config, alone, "train_disaggregated"), as_served(config, shared, "train")):
-        assert served.rollout.engine == "sglang"
-        assert served.rollout.server_urls
+    config = make_config(tmp_path, Layout(1))
+    apart = Submission(Path("a.toml"), nodes=3, script="train_disaggregated", rollout_nodes=1, teacher_nodes=1)
+    assert as_served(config, Submission(Path("a.toml"))) == config
+    served = as_served(config, apart)
+    assert (served.rollout.engine, len(served.rollout.server_urls)) == ("sglang", 1)
+    assert (served.teacher.kind, len(served.teacher.urls)) == ("sglang", 1)
     replay = make_config(tmp_path, Layout(1), rollout={"engine": "replay", "replay_folder": tmp_path})
     with pytest.raises(ConfigError, match=r"that slurm/train_disaggregated\.sbatch starts"):
-        as_served(replay, alone, "train_disaggregated")
+        as_served(replay, apart)
+
+
+def test_nodes_for_servers_need_the_script_that_splits_nodes():
+    with pytest.raises(ConfigError, match="expected --script train_disaggregated, got --script train"):
+        Submission(Path("a.toml"), nodes=2, rollout_nodes=1)
 
 
 def shell(script: str, **environ: str) -> subprocess.CompletedProcess[str]:
@@ -267,9 +308,11 @@ def test_a_warning_before_the_workers_start_is_not_lost():
 def test_a_warning_while_servers_start_ends_the_wait_and_the_job():
     """It had no time for a step, and would not have it after a requeue either."""
     start = "tip_network() { :; }; tip_setup; tip_address() { echo node; }; srun() { cat >/dev/null; }; "
-    wait = "python() { case $3 in wait) exec sleep 60 ;; esac; }; TIP_PYTHON=python; (sleep 0.5; kill -USR1 $$) & "
-    hosts = 'scontrol() { [[ $1 == requeue ]] && echo "$@" >&2 || echo node; }; '
-    ended = shell(start + wait + hosts + "tip_serve n1 1 model 0.5 keys; tip_wait_for_servers", SLURM_JOB_ID="7")
+    lines = r"printf 'server\tstudent\t0\t-\thttp://node:1\t[]\n'"
+    wait = f"python() {{ case $3 in wait) exec sleep 60 ;; servers) {lines} ;; esac; }}; TIP_PYTHON=python; "
+    hosts = 'scontrol() { [[ $1 == requeue ]] && echo "$@" >&2 || echo node; }; (sleep 0.5; kill -USR1 $$) & '
+    served = "TIP_ROLLOUT_NODES=1 TIP_TEACHER_NODES=0; tip_serve run.toml; tip_wait_for_servers"
+    ended = shell(start + wait + hosts + served, SLURM_JOB_ID="7", SLURM_JOB_NODELIST="node")
     assert ended.returncode == 75
     assert "requeue 7\n" not in ended.stderr
     assert "not requeued: this start finished no step (newest checkpoint: none)" in ended.stderr
@@ -290,3 +333,27 @@ def test_a_node_without_an_address_ends_the_job_before_anything_starts():
     )
     assert (ran.returncode, ran.stdout) == (2, "")
     assert "scontrol show node node1: expected a NodeAddr, got none" in ran.stderr
+
+
+@pytest.mark.parametrize(
+    "environ,expected",
+    [
+        ({"SLURM_GPUS_ON_NODE": "4"}, "4 4"),
+        ({"TIP_GPUS_PER_NODE": "8", "TIP_TASKS_PER_NODE": "6"}, "6 8"),
+        ({"SLURM_GPUS_ON_NODE": "4", "CUDA_VISIBLE_DEVICES": ""}, "1 0"),
+        ({}, "1 0"),
+    ],
+)
+def test_a_script_has_as_many_workers_as_gpus(tmp_path: Path, environ: dict[str, str], expected: str):
+    environ = {"PATH": "/usr/bin:/bin"} | environ  # without nvidia-smi
+    assert shell('tip_setup; echo "$TIP_TASKS_PER_NODE $TIP_GPUS_PER_NODE"', **environ).stdout == f"{expected}\n"
+
+
+def test_no_interpreter_is_needed_where_the_job_starts_no_servers(tmp_path: Path):
+    config = tmp_path / "run.toml"
+    config.write_text('rollout.engine = "embedded"\n')
+    script = f"TIP_ROLLOUT_NODES=0 TIP_TEACHER_NODES=0 TIP_PYTHON=nowhere; tip_serve {config}; tip_wait_for_servers"
+    assert shell(script, SLURM_JOB_NUM_NODES="2").returncode == 0
+    config.write_text('rollout.engine = "sglang"\n')
+    assert shell(script, SLURM_JOB_NUM_NODES="1").returncode == 0
+    assert shell(f"scontrol() {{ echo NodeAddr=n1; }}; {script}", SLURM_JOB_NUM_NODES="2").returncode == 2

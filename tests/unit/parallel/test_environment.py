@@ -13,6 +13,7 @@ from megatron_tip.parallel.environment import (
     available_threads,
     gloo_interface,
     is_worker,
+    nccl_environment,
     thread_environment,
     worker_environment,
 )
@@ -150,3 +151,12 @@ def test_a_worker_of_several_hosts_gets_the_interface_of_the_route_to_the_first(
     monkeypatch.setattr(environment_module, "_source_to", lambda host: own if host == "node07" else "")
     assert worker_environment(STEP, threads=8)["GLOO_SOCKET_IFNAME"] == name
     assert "GLOO_SOCKET_IFNAME" not in worker_environment({"RANK": "0", "WORLD_SIZE": "1"}, threads=8)
+
+
+def test_nccl_is_set_for_trainer_and_servers_alike_unless_the_user_has_set_it():
+    off = {"NCCL_CUMEM_ENABLE": "0", "NCCL_NVLS_ENABLE": "0"}  # SGLang's own defaults for its processes
+    assert nccl_environment({}) == off
+    assert nccl_environment({"NCCL_NVLS_ENABLE": "1"}) == off | {"NCCL_NVLS_ENABLE": "1"}
+    worker = {"RANK": "0", "WORLD_SIZE": "1"}
+    assert worker_environment(worker, threads=1, joins_servers=True) == {"OMP_NUM_THREADS": "1"} | off
+    assert worker_environment(worker, threads=1) == {"OMP_NUM_THREADS": "1"}

@@ -18,7 +18,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import TCPStore
 from torch.distributed.distributed_c10d import (
-    GroupName,
     PrefixStore,
     _abort_process_group,
     _new_process_group_helper,
@@ -93,7 +92,7 @@ class WeightGroup:
                 [],
                 backend,
                 PrefixStore(self.name, store),
-                group_name=GroupName(self.name),
+                group_name=self.name,  # pyright: ignore[reportArgumentType]  # GroupName, which older torch lacks
                 timeout=2 * timeout,  # NCCL's own watchdog would end this process: `_wait_for` gives up before it
             )
             _world.pg_group_ranks[self._group] = {rank: rank for rank in range(world_size)}

@@ -2,6 +2,10 @@
 
 import io
 import json
+import os
+import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -119,9 +123,20 @@ def test_a_router_without_servers_or_scheme_is_refused(tmp_path, urls, router, m
         check_sglang(config_of(tmp_path, rollout={"server_urls": urls}, sglang={"router_url": router}))
 
 
-def test_too_few_gpus_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="expected 4"):
-        check_sglang(config_of(tmp_path, rollout={"servers": 2}, sglang={"tensor_parallel_size": 2, "gpus": (0, 1)}))
+def test_a_server_whose_port_is_taken_ends_before_it_loads_anything():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        ended = subprocess.run(
+            [sys.executable, "-P", "-m", "megatron_tip.rollout.sglang.main"],
+            input=json.dumps(["--host", "127.0.0.1", "--port", port]) + "\n",
+            env={"PYTHONPATH": os.pathsep.join(sys.path)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert ended.returncode == 1
+    assert f"127.0.0.1:{port}: expected a free port of this machine" in ended.stderr
+    assert "set another TIP_SGLANG_PORT" in ended.stderr
 
 
 def test_ahead_needs_servers(tmp_path):

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 
-from megatron_tip.errors import ConfigError, OutputError, ServerMismatchError
+from megatron_tip.errors import OutputError, ServerMismatchError
 from megatron_tip.rollout.handover import shared_memory
 from megatron_tip.rollout.handover.buckets import weight_buckets
 from megatron_tip.rollout.handover.shared_memory import handles, shared_buffer
@@ -16,10 +16,8 @@ from megatron_tip.rollout.sglang.client import SGLangClient
 from megatron_tip.rollout.sglang.pool import PooledServer
 from megatron_tip.rollout.sglang.weights import ipc as ipc_module
 from megatron_tip.rollout.sglang.weights.ipc import IpcTransport
-from megatron_tip.rollout.sglang.weights.neighbours import build_exchange, neighbours_of
 from tests.helpers.fake_sglang import VOCAB_SIZE, FakeSGLang
 from tests.helpers.shared_weights import OpeningSGLang, assert_same_tensors
-from tests.helpers.training import Layout, make_config
 
 WEIGHTS = {f"weight_{place}": torch.full((5, 3), float(place), dtype=torch.bfloat16) for place in range(7)}
 CPU = torch.device("cpu")
@@ -96,27 +94,3 @@ def test_a_server_on_another_machine_is_refused(monkeypatch):
     with pytest.raises(ServerMismatchError, match="expected a server on this machine"):
         transport.check(server)
     transport.check(PooledServer(lambda url: SGLangClient(url, vocab_size=VOCAB_SIZE), url="http://10.0.0.1:1"))
-
-
-def served_config(folder, gpus=(), tp=1, servers=2, urls=()):
-    rollout = {"engine": "sglang", "servers": servers, "server_urls": urls}
-    sglang = {"gpus": gpus, "tensor_parallel_size": tp}
-    return make_config(folder, Layout(4), rollout=rollout, sglang=sglang, sync={"transport": "ipc"})
-
-
-@pytest.mark.parametrize(
-    "gpus, tp, expected", [((), 1, [(0,), (0,)]), ((2, 3), 1, [(2,), (3,)]), ((0, 1, 3, 2), 2, [(0, 1), (3, 2)])]
-)
-def test_a_servers_neighbours_are_the_ranks_on_its_gpus(tmp_path, gpus, tp, expected):
-    config = served_config(tmp_path, gpus, tp)
-    assert neighbours_of(config, on_gpu=True, world_size=4) == expected
-    assert neighbours_of(config, on_gpu=False, world_size=4) == [(), ()]
-    assert (build_exchange(config, torch.device("cuda"), 4) is None) == (not gpus)
-    assert build_exchange(config, CPU, 4) is None
-
-
-def test_gpus_of_no_trainer_rank_and_given_servers_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"sglang.gpus: expected GPUs of the trainer's 4 ranks .* got \(3, 4\)"):
-        neighbours_of(served_config(tmp_path, (3, 4)), on_gpu=True, world_size=4)
-    with pytest.raises(ConfigError, match=r"sync.transport: expected .* with rollout.server_urls"):
-        neighbours_of(served_config(tmp_path, urls=("http://a:1",)), on_gpu=True, world_size=4)
