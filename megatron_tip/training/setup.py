@@ -12,12 +12,14 @@ from megatron_tip.parallel.distributed import Worker
 from megatron_tip.parallel.groups import ModelGroups, build_groups
 from megatron_tip.parallel.together import together
 from megatron_tip.planning.dtypes import Dtypes
+from megatron_tip.planning.phases import releases_memory
 from megatron_tip.planning.plan import RunPlan
 from megatron_tip.prompts.source import PromptSource, load_prompts
 from megatron_tip.rollout.engine import EngineNeeds, SamplingParams
 from megatron_tip.rollout.engines import build_engine
 from megatron_tip.teachers.setup import build_teacher
 from megatron_tip.teachers.teacher import TeacherSite
+from megatron_tip.training.device_memory import DeviceMemory
 from megatron_tip.training.run import RolloutSource, TrainingRun
 from megatron_tip.training.token_views import TokenViews
 from megatron_tip.vocab_parallel import ShardedVocabulary
@@ -42,10 +44,12 @@ def build_run(
         chunk_rows=config.loss.chunk_rows or None,
         compiled=config.loss.compile,
     )
-    source = None
+    source, releases = None, releases_memory(config, worker.world_size, on_gpu=worker.device.type == "cuda")
     with together(device=worker.device):
         if worker.rank == 0 and generates:
-            source = _source(config, plan, worker.device, num_threads)
+            source = _source(config, plan, worker.device, num_threads, releases_memory=releases)
+            if releases:  # the models are built where the servers have taken their share
+                source.engine.hold_memory(frozenset(), may_start=False)
     teacher_site = TeacherSite(
         checkpoint=plan.teacher,
         groups=teacher_groups,
@@ -56,11 +60,12 @@ def build_run(
         dtype=Dtypes.of(config).teacher,
         device=worker.device,
     )
+    student, teacher = _student(config, plan, student_groups), build_teacher(config, teacher_site)
     return TrainingRun(
         config=config,
         device=worker.device,
-        student=_student(config, plan, student_groups),
-        teacher=build_teacher(config, teacher_site),
+        student=student,
+        teacher=teacher,
         architecture=plan.student.architecture,
         vocabulary=vocabulary,
         selector=plan.selector,
@@ -69,6 +74,9 @@ def build_run(
         source=source,
         timer=timer,
         views=TokenViews(config, plan.tokenizer, student_groups),
+        memory=DeviceMemory(
+            student, teacher, worker.device, offload=config.training.offload, moves_servers=releases and generates
+        ),
     )
 
 
@@ -98,7 +106,9 @@ def _student(config: Config, plan: RunPlan, groups: ModelGroups) -> Student:
     return build_student(model, groups, config.optimizer, num_steps=config.training.steps)
 
 
-def _source(config: Config, plan: RunPlan, device: torch.device, num_threads: int) -> RolloutSource:
+def _source(
+    config: Config, plan: RunPlan, device: torch.device, num_threads: int, *, releases_memory: bool
+) -> RolloutSource:
     dtypes = Dtypes.of(config)
     engine = build_engine(
         EngineNeeds(
@@ -111,6 +121,7 @@ def _source(config: Config, plan: RunPlan, device: torch.device, num_threads: in
             num_threads=num_threads,
             dtype=dtypes.engine,
             weights_dtype=dtypes.student,
+            releases_memory=releases_memory,
         )
     )
     return RolloutSource(_prompts(config, plan), engine)

@@ -85,6 +85,7 @@ def _sync(run: TrainingRun, weight_version: int) -> None:
     Raises:
         MegatronTipError: the engine's error; raised on every rank.
     """
+    run.enter("sync")
     with together(device=run.device):
         if run.student.groups.dp_rank == 0:
             stream = export_hf(run.student.model, run.architecture, run.student.groups)
@@ -101,6 +102,7 @@ def probe_gaps(run: TrainingRun, tolerance: float) -> dict[str, float]:
 
     A server with a gap above `tolerance` is no longer trusted. Collective over the world.
     """
+    run.enter("generate")  # servers need their cache to score; the trainer's part is one short sequence
     vocab_size = run.architecture.vocab_size
     expected = probe_logprobs(run.student, vocab_size, run.device)
 

@@ -33,6 +33,8 @@ class ServerInfo(Answer):
     tp_size: int = 1
     pp_size: int = 1
     dp_size: int = 1
+    device: str | None = None
+    enable_memory_saver: bool = False
 
 
 class Outcome(Answer):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -110,6 +111,7 @@ def build_sglang_engine(needs: EngineNeeds) -> SGLangEngine:
     servers = [PooledServer(connect, url=url) for url in rollout.server_urls]
     if not servers:
         own = _own_servers(config, student, needs.dtype, keys, on_gpu=device.type == "cuda")
+        own = [replace(server, memory_saver=needs.releases_memory) for server in own]
         servers = [PooledServer(connect, process=SGLangServer(server)) for server in own]
     pool = ServerPool(
         servers,
@@ -127,6 +129,7 @@ def build_sglang_engine(needs: EngineNeeds) -> SGLangEngine:
         attempts=rollout.attempts,
         set_aside_path=config.run.folder / "set_aside.jsonl",
         drop_wrong_version=rollout.on_wrong_version == "drop",
+        releases_memory=needs.releases_memory,
     )
     return SGLangEngine(pool, _transport(config, student, run_id, needs.weights_dtype, device), settings)
 
