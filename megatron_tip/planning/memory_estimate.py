@@ -117,9 +117,10 @@ def estimate_memory(config: Config, outline: Outline, *, gpu_memory_gib: float) 
     movable = _student_parts(config, student) | _teacher_parts(teacher, padded / student.grid.tp_size)
     engine = _Model(student.architecture, ModelGrid(1, 1, 1), dtypes.engine.itemsize, padded)
     leaves = OFFLOADED[config.training.offload] & movable.keys()
+    last = "measure" if config.heldout.num_prompts else "sync"
     phases: dict[str, Parts] = {}
     for phase, working in _working(config, student, teacher, padded).items():
-        needed = PHASES["measure" if phase == "save" else phase]
+        needed = PHASES[phase if phase in PHASES else last]
         stays = [part for name, part in movable.items() if name in needed.trainer or name not in leaves]
         beside = _engine(config, engine, phase) | _servers(
             config, engine, needed.servers, student.grid.world_size, gpu_memory_gib
@@ -202,10 +203,8 @@ def _rows_of_teacher(config: Config, student: _Model, teacher: _Model | None, nu
     if teacher is None:
         return {}, {}
     row = teacher.architecture.hidden_size * teacher.bytes_per_value
-    sent, received = (
-        -(-num_rollouts // model.grid.dp_size) * config.rollout.max_response_tokens * row
-        for model in (teacher, student)
-    )
+    longest = config.rollout.max_response_tokens
+    sent, received = (-(-num_rollouts // model.grid.dp_size) * longest * row for model in (teacher, student))
     return {"teacher: hidden states to send": sent}, {"teacher: hidden states of a step": received}
 
 
@@ -256,7 +255,7 @@ def _tokens(config: Config) -> int:
 
 
 def _engine(config: Config, whole: _Model, phase: str) -> Parts:
-    """Returns the embedded engine's bytes on the first GPU: the whole student, and a batch's cache while it generates."""
+    """Returns the embedded engine's bytes on the first GPU: the whole student, and while it generates a cache."""
     if config.rollout.engine != "embedded":
         return {}
     weights = {"embedded engine, first GPU: weights": whole.weight_bytes}

@@ -13,8 +13,7 @@ from megatron_tip.planning.memory_estimate import GATHERED_BYTES
 _NAMES = ("param", "exp_avg", "exp_avg_sq")
 
 PIECE_NUMEL = GATHERED_BYTES // 4
-"""Values per rank that are gathered at once: a bucket is the whole model, which in float32 does not fit beside the rest.
-"""
+"""Values per rank that are gathered at once: a bucket is the whole model, in float32 too large for a full device."""
 
 
 def mend_gathering(optimizer: DistributedOptimizer) -> None:
