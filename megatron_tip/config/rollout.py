@@ -83,7 +83,8 @@ class SGLangConfig(Section):
     threads: int = Field(default=1, ge=1)
     """CPU threads per rank of our own servers."""
     memory_fraction: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the memory for weights and cache of our own servers; 0: on a GPU SGLang chooses."""
+    """Share of the memory for weights and cache of our own servers; 0: half of a trainer's GPU, elsewhere SGLang
+    chooses."""
     release_memory: Literal["auto", "always", "never"] = "auto"
     """Whether servers give back their memory, cache and weights, while the trainer trains; auto: if they share its
     GPUs. Given servers need SGLang's --enable-memory-saver for it. Not with rollout.ahead."""

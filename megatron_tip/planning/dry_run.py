@@ -6,7 +6,6 @@ from megatron_tip.config import Config
 from megatron_tip.errors import ConfigError
 from megatron_tip.machine import Machine
 from megatron_tip.planning.memory_estimate import MemoryEstimate, estimate_memory
-from megatron_tip.planning.phases import has_servers_beside
 from megatron_tip.planning.plan import Outline, outline_run
 
 
@@ -45,8 +44,6 @@ def dry_run(config: Config, world_size: int, *, gpu_memory_gib: float) -> DryRun
     """
     machine = Machine(is_elsewhere=True)
     outline = outline_run(config, world_size, machine)
-    if has_servers_beside(config, world_size) and not config.sglang.memory_fraction:
-        machine.notes.append("SGLang's memory on the trainer's GPUs: set sglang.memory_fraction, or sglang.gpus")
     memory = estimate_memory(config, outline, gpu_memory_gib=gpu_memory_gib)
     result = DryRun(world_size, outline, memory, tuple(machine.notes))
     if memory.total_bytes > gpu_memory_gib * 2**30:

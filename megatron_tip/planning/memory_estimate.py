@@ -2,8 +2,8 @@
 gigabyte.
 
 It counts, from shapes: weights, gradients, optimizer, activations, the teacher's rows, the loss, engines and servers on
-the same GPU, and what a sync and a checkpoint gather. It does not count CUDA's context, NCCL's buffers and
-fragmentation; leave a tenth for them.
+the same GPU, and what a sync and a checkpoint gather. A tenth of the GPU is set aside for what it cannot count: CUDA's
+context, NCCL's buffers, SGLang's captured graphs, fragmentation.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from megatron_tip.conversion.architecture import ModelArchitecture
 from megatron_tip.conversion.model_size import layer_parameters
 from megatron_tip.parallel.grid import ModelGrid
 from megatron_tip.planning.dtypes import Dtypes
-from megatron_tip.planning.phases import OFFLOADED, PHASES, has_servers_beside, releases_memory
+from megatron_tip.planning.phases import OFFLOADED, PHASES, has_servers_beside, memory_fraction, releases_memory
 from megatron_tip.planning.plan import Outline
 from megatron_tip.rollout.engine import ALL_MEMORY, CACHE, WEIGHTS
 from megatron_tip.vocab_parallel import padded_vocab_size
@@ -27,6 +27,8 @@ GATHERED_BYTES = 2**24
 Parts = dict[str, float]
 """Bytes by purpose."""
 
+UNCOUNTED = "set aside: CUDA, NCCL, fragmentation"
+_UNCOUNTED_SHARE = 0.1
 SERVERS = "SGLang on the trainer's GPUs (sglang.memory_fraction)"
 
 
@@ -125,7 +127,8 @@ def estimate_memory(config: Config, outline: Outline, *, gpu_memory_gib: float) 
         beside = _engine(config, engine, phase) | _servers(
             config, engine, needed.servers, student.grid.world_size, gpu_memory_gib
         )
-        phases[phase] = {"student: weights": student.weight_bytes, **dict(stays), **working, **beside}
+        always = {UNCOUNTED: _UNCOUNTED_SHARE * gpu_memory_gib * 2**30, "student: weights": student.weight_bytes}
+        phases[phase] = {**always, **dict(stays), **working, **beside}
     return MemoryEstimate(phases, sum(movable[name][1] for name in leaves - {"gradients"}))
 
 
@@ -272,17 +275,13 @@ def _cache(whole: _Model) -> float:
 
 
 def _servers(config: Config, whole: _Model, held: frozenset[str], world_size: int, gpu_memory_gib: float) -> Parts:
-    """Returns the bytes of our own servers on a trainer's GPU in a phase that leaves them `held`.
-
-    Without sglang.memory_fraction it is the least that they need: the weights and one sequence's cache.
-    """
+    """Returns the bytes of our own servers on a trainer's GPU in a phase that leaves them `held`."""
     if not has_servers_beside(config, world_size):
         return {}
     if not releases_memory(config, world_size, on_gpu=True):
         held = ALL_MEMORY
     per_gpu = 1 if config.sglang.gpus else config.rollout.servers
     weights = whole.weight_bytes / config.sglang.tensor_parallel_size
-    both = config.sglang.memory_fraction * gpu_memory_gib * 2**30
-    cache = _cache(whole) * config.longest_sequence / config.sglang.tensor_parallel_size
-    found = (both or weights + cache) if CACHE in held else weights if WEIGHTS in held else 0.0
+    both = memory_fraction(config, world_size) * gpu_memory_gib * 2**30
+    found = both if CACHE in held else weights if WEIGHTS in held else 0.0
     return {SERVERS: per_gpu * found}

@@ -14,6 +14,12 @@ OFFLOADED = {
 """The parts of the trainer that leave the device while no phase needs them, by `training.offload`."""
 
 
+SHARED_FRACTION = 0.5
+"""Share of a trainer's GPU for a server of our own on it, without sglang.memory_fraction: SGLang's own default, most of
+a GPU, would leave no room for the student's weights.
+"""
+
+
 @dataclass(frozen=True)
 class Phase:
     """What a phase needs on the device, besides the student's weights, which always stay.
@@ -49,6 +55,11 @@ def releases_memory(config: Config, world_size: int, *, on_gpu: bool) -> bool:
         return True
     # Integrator: replace the next line's last condition with the placement's answer for these servers.
     return on_gpu and not config.rollout.ahead and has_servers_beside(config, world_size)
+
+
+def memory_fraction(config: Config, world_size: int) -> float:
+    """Returns the share of a GPU's memory for each of our own servers on it; 0: SGLang chooses."""
+    return config.sglang.memory_fraction or (SHARED_FRACTION if has_servers_beside(config, world_size) else 0.0)
 
 
 def has_servers_beside(config: Config, world_size: int) -> bool:

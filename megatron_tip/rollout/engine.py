@@ -53,6 +53,7 @@ class EngineNeeds:
     first process's. `num_threads`: CPU threads of all workers on this machine; an engine in the first process may use
     all of them, because the others wait for it. `dtype`: of the engine's weights. `weights_dtype`: of the student's
     parameters in the stream. `releases_memory`: `hold_memory` will be called, for which servers need a memory saver.
+    `memory_fraction`: share of a GPU for each of our own servers; 0: SGLang chooses.
     """
 
     config: Config
@@ -65,6 +66,7 @@ class EngineNeeds:
     dtype: torch.dtype
     weights_dtype: torch.dtype
     releases_memory: bool = False
+    memory_fraction: float = 0.0
 
 
 class RolloutEngine(ABC):

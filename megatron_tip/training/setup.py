@@ -1,7 +1,5 @@
 """Set-up of a run from a checked plan, ready for its first step."""
 
-import torch
-
 from megatron_tip.config import Config
 from megatron_tip.conversion.bridge import load_hf
 from megatron_tip.errors import InputError
@@ -12,7 +10,7 @@ from megatron_tip.parallel.distributed import Worker
 from megatron_tip.parallel.groups import ModelGroups, build_groups
 from megatron_tip.parallel.together import together
 from megatron_tip.planning.dtypes import Dtypes
-from megatron_tip.planning.phases import releases_memory
+from megatron_tip.planning.phases import memory_fraction, releases_memory
 from megatron_tip.planning.plan import RunPlan
 from megatron_tip.prompts.source import PromptSource, load_prompts
 from megatron_tip.rollout.engine import EngineNeeds, SamplingParams
@@ -47,7 +45,7 @@ def build_run(
     source, releases = None, releases_memory(config, worker.world_size, on_gpu=worker.device.type == "cuda")
     with together(device=worker.device):
         if worker.rank == 0 and generates:
-            source = _source(config, plan, worker.device, num_threads, releases_memory=releases)
+            source = _source(config, plan, worker, num_threads, releases_memory=releases)
             if releases:  # the models are built where the servers have taken their share
                 source.engine.hold_memory(frozenset(), may_start=False)
     teacher_site = TeacherSite(
@@ -106,9 +104,7 @@ def _student(config: Config, plan: RunPlan, groups: ModelGroups) -> Student:
     return build_student(model, groups, config.optimizer, num_steps=config.training.steps)
 
 
-def _source(
-    config: Config, plan: RunPlan, device: torch.device, num_threads: int, *, releases_memory: bool
-) -> RolloutSource:
+def _source(config: Config, plan: RunPlan, worker: Worker, num_threads: int, *, releases_memory: bool) -> RolloutSource:
     dtypes = Dtypes.of(config)
     engine = build_engine(
         EngineNeeds(
@@ -117,11 +113,12 @@ def _source(
             vocab_size=plan.vocab_size,
             tokenizer=plan.tokenizer,
             stop_token_ids=plan.stop_token_ids,
-            device=device,
+            device=worker.device,
             num_threads=num_threads,
             dtype=dtypes.engine,
             weights_dtype=dtypes.student,
             releases_memory=releases_memory,
+            memory_fraction=memory_fraction(config, worker.world_size),
         )
     )
     return RolloutSource(_prompts(config, plan), engine)

@@ -67,7 +67,7 @@ class SGLangEngine(RolloutEngine):
         self._empty_batches = 0
         self._batch_metrics: dict[str, dict[str, float]] = {}
         self._sync_metrics: dict[str, float] = {}
-        self._memory = ServerMemory(pool, is_ours=lambda version: version.startswith(f"{settings.run_id}/"))
+        self._memory = ServerMemory(pool, run_id=settings.run_id)
         pool.on_back = self._weights_of_returned
         pool.start()
 

@@ -2,7 +2,6 @@
 
 import logging
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -37,12 +36,12 @@ class ServerMemory:
     holds is recorded here, and a given server in doubt is left out until somebody restarts it.
 
     Args:
-        is_ours: whether a weight version is one that this run gave to a server; a restarted server has another.
+        run_id: what every weight version of this run begins with; a server that was restarted has another.
     """
 
-    def __init__(self, pool: ServerPool, *, is_ours: Callable[[str], bool]) -> None:
+    def __init__(self, pool: ServerPool, *, run_id: str) -> None:
         self._pool = pool
-        self._is_ours = is_ours
+        self._run_id = run_id
         self._wanted = ALL_MEMORY
         self._states = {server: _State() for server in pool.servers}
         pool.on_contact = self._reclaim
@@ -65,7 +64,7 @@ class ServerMemory:
                 server.process.stop()
 
     def check(self, server: PooledServer) -> None:
-        """Notes that a server of our own was started anew, and refuses one that cannot give back its memory.
+        """Marks a new server, so that it is known again, and refuses one that cannot give back its memory.
 
         Raises:
             ServerMismatchError: a given server on a GPU was started without SGLang's memory saver.
@@ -79,6 +78,13 @@ class ServerMemory:
                 "makes it give back its memory while the trainer trains, got one without; restart it, or set "
                 'sglang.release_memory = "never"'
             )
+        if not self._is_ours(server):
+            server.http.weights_endpoint(
+                "update_weight_version", {"new_version": f"{self._run_id}/none", "abort_all_requests": False}
+            )
+
+    def _is_ours(self, server: PooledServer) -> bool:
+        return server.http.model_info().weight_version.startswith(f"{self._run_id}/")
 
     def _apply(self, server: PooledServer) -> None:
         """Brings one server to what is wanted now."""
@@ -114,7 +120,7 @@ class ServerMemory:
         with state.lock:
             if state.held == ALL_MEMORY and state.is_known:
                 return
-            if self._is_ours(server.http.model_info().weight_version or ""):
+            if self._is_ours(server):
                 if not state.is_known:
                     raise ServerError(
                         f"{server.url}: nobody knows what memory it holds, since a call about it failed; restart it"

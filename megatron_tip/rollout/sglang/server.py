@@ -38,7 +38,7 @@ class ServerSettings:
     `model_path`: Hugging Face directory; with `dummy_weights` only its config.json is read, and the weights are random
     until the first sync. `log_path`: for the server's output. `threads`: CPU threads per rank. `gpus`: devices that it
     may see; empty: those of this process. `max_total_tokens`: of its cache; 0: as many as `memory_fraction` allows.
-    `memory_saver`: it can give back its memory for a while; without effect on a CPU, for which no memory saver exists.
+    `memory_saver`: it can give back its memory for a while; on GPUs only.
     `seed`: of its sampling; servers of one run need different ones. `extra_arguments`: further SGLang arguments.
     """
 
@@ -201,7 +201,7 @@ def server_arguments(settings: ServerSettings, port: int) -> list[str]:
         arguments |= {"--attention-backend": "torch_native", "--sampling-backend": "pytorch"}
     # Without the last flag an idle scheduler spins on a core that the trainer needs.
     flags = ["--skip-tokenizer-init", "--incremental-streaming-output", "--sleep-on-idle"]
-    if settings.memory_saver and settings.device == "cuda":
+    if settings.memory_saver:
         flags.append("--enable-memory-saver")
     pairs = [[name, str(value)] for name, value in arguments.items() if value is not None]
     return [*(part for pair in pairs for part in pair), *flags, *settings.extra_arguments]

@@ -111,7 +111,9 @@ def build_sglang_engine(needs: EngineNeeds) -> SGLangEngine:
     servers = [PooledServer(connect, url=url) for url in rollout.server_urls]
     if not servers:
         own = _own_servers(config, student, needs.dtype, keys, on_gpu=device.type == "cuda")
-        own = [replace(server, memory_saver=needs.releases_memory) for server in own]
+        if device.type == "cuda":
+            share = needs.memory_fraction
+            own = [replace(one, memory_saver=needs.releases_memory, memory_fraction=share) for one in own]
         servers = [PooledServer(connect, process=SGLangServer(server)) for server in own]
     pool = ServerPool(
         servers,

@@ -85,7 +85,6 @@ def test_what_could_not_be_seen_is_told(monkeypatch: pytest.MonkeyPatch):
         "models/Qwen3-1.7B",
         "models/Qwen3-4B",
         "data/dapo-math-17k.parquet",
-        "SGLang's memory on the trainer's GPUs: set sglang.memory_fraction, or sglang.gpus",
     ]
 
 
