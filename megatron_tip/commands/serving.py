@@ -98,16 +98,21 @@ def launches(
         keys: passwords, as in sglang.keys_file.
         further: arguments of SGLang for every server.
     """
+    from megatron_tip.planning.phases import releases_memory  # late: imports torch
+
     by_job = [server for server in placement.servers if server.role == "teacher" or placement.hosts.job_starts_students]
     models: dict[Role, Path] = {}
     for server in by_job:
         if server.role not in models:
             models[server.role] = student_to_serve(config) if server.role == "student" else config.teacher.path
+    savers = releases_memory(config, placement)
     found = []
     for server in by_job:
         address = addresses[server.nodes[0]]
         for rank, node in enumerate(server.nodes):
             own = server_arguments(server, models[server.role], addresses[node], keys)
+            if savers and server.role == "student" and server.gpus_on(node):
+                own.append("--enable-memory-saver")
             if len(server.nodes) > 1:
                 own += ["--nnodes", str(len(server.nodes)), "--node-rank", str(rank)]
                 own += ["--dist-init-addr", f"{address}:{server.ports[1]}"]

@@ -85,3 +85,6 @@ class TrainingConfig(Section):
     """Optimizer steps."""
     max_tokens_per_micro_batch: int = Field(default=16384, ge=1)
     """Tokens that go through the model together, packed end to end; a longer sequence gets its own micro-batch."""
+    offload: Literal["none", "teacher", "optimizer", "all"] = "none"
+    """What waits in pinned host memory while no phase needs it: the teacher, unless it scores; optimizer: its state,
+    and the gradients, which are freed, unless the student trains."""

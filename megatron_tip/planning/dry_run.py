@@ -52,8 +52,9 @@ def dry_run(config: Config, hosts: Hosts, *, gpu_memory_gib: float) -> DryRun:
     if memory.total_bytes > gpu_memory_gib * 2**30:
         raise ConfigError(
             f"memory: expected at most {gpu_memory_gib:g} GiB per GPU (--gpu-memory), got an estimate of "
-            f"{memory.total_bytes / 2**30:.1f} GiB; raise tensor or pipeline parallel sizes, set optimizer.distributed "
-            "or model.recompute_activations, lower training.max_tokens_per_micro_batch, or give servers "
-            "less memory (sglang.memory_fraction) or separate GPUs (sglang.gpus)\n" + result.report(gpu_memory_gib)
+            f'{memory.total_bytes / 2**30:.1f} GiB in phase "{memory.peak_phase}"; raise tensor or pipeline parallel '
+            "sizes, set optimizer.distributed, model.recompute_activations or training.offload, lower "
+            "training.max_tokens_per_micro_batch or rollout.prompts_per_step, or give servers less "
+            "memory (sglang.memory_fraction) or separate GPUs (sglang.gpus)\n" + result.report(gpu_memory_gib)
         )
     return result

@@ -24,6 +24,7 @@ def check_settings(config: Config, positions: Mapping[str, int]) -> None:
             )
     _check_schedule(config)
     _check_sampling(config)
+    _check_memory(config)
     if config.model.sequence_parallel and config.model.tensor_parallel_size == 1:
         raise ConfigError("model.sequence_parallel: expected model.tensor_parallel_size above 1, got 1; turn it off")
     _check_layers(config)
@@ -106,6 +107,20 @@ def _check_sampling(config: Config) -> None:
         raise ConfigError(
             f"rollout.importance_cap: expected rollout.top_p = 1, got {rollout.top_p}; the engine's log-probabilities "
             "are then of the cut distribution and the trainer's of the whole one"
+        )
+
+
+def _check_memory(config: Config) -> None:
+    """Refuses to give back memory that is in use all the time, and to move a teacher that is elsewhere."""
+    if config.sglang.release_memory == "always" and config.rollout.ahead:
+        raise ConfigError(
+            'sglang.release_memory: expected "auto" or "never" with rollout.ahead = 1, got "always"; the servers '
+            "generate while the student trains: set rollout.ahead = 0, or give them other GPUs (sglang.gpus)"
+        )
+    if config.training.offload == "teacher" and not teacher_kind(config).has_weights:
+        raise ConfigError(
+            f'training.offload: expected "none", "optimizer" or "all" with teacher.kind = "{config.teacher.kind}", got '
+            '"teacher", which is not in the trainer\'s processes'
         )
 
 

@@ -17,6 +17,10 @@ from megatron_tip.seeds import derive_seed
 
 FINISH_REASONS = ("stop", "length", "turns")
 
+WEIGHTS, CACHE = "weights", "cache"
+ALL_MEMORY = frozenset({WEIGHTS, CACHE})
+"""What a server holds of its device's memory."""
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -51,7 +55,7 @@ class EngineNeeds:
     and teacher share. `device`: the first process's. `num_threads`: CPU threads of all workers on this machine; an
     engine in the first process may use all of them, because the others wait for it. `dtype`: of the engine's weights.
     `weights_dtype`: of the student's parameters in the stream. `exchange`: this rank's part in weight syncs by IPC, if
-    other ranks take part.
+    other ranks take part. `releases_memory`: `hold_memory` will be called, for which servers need a memory saver.
     """
 
     config: Config
@@ -65,6 +69,7 @@ class EngineNeeds:
     dtype: torch.dtype
     weights_dtype: torch.dtype
     exchange: HandleExchange | None = None
+    releases_memory: bool = False
 
 
 class RolloutEngine(ABC):
@@ -100,6 +105,16 @@ class RolloutEngine(ABC):
 
     def wait_for_receivers(self) -> None:  # noqa: B027
         """Waits until `update_weights` can send; a stop signal may interrupt this, but not `update_weights`."""
+
+    def hold_memory(self, held: frozenset[str], *, may_start: bool) -> None:  # noqa: B027
+        """Makes servers hold exactly `held`, some of ALL_MEMORY, and give back the rest of their device's memory.
+
+        Weights that were given back have no values until `update_weights`; `generate` and `input_logprobs` need all.
+        A server that fails to is left out. Nothing may be in progress.
+
+        Args:
+            may_start: whether a server of our own that ended may take memory to start again.
+        """
 
     def input_logprobs(self, input_ids: Sequence[int]) -> dict[str, list[float]]:
         """Returns the logprobs of all ids but the first, given the ids before them, by server with the last weights.
@@ -139,6 +154,9 @@ class EngineWrapper(RolloutEngine):
 
     def wait_for_receivers(self) -> None:
         self._engine.wait_for_receivers()
+
+    def hold_memory(self, held: frozenset[str], *, may_start: bool) -> None:
+        self._engine.hold_memory(held, may_start=may_start)
 
     def input_logprobs(self, input_ids: Sequence[int]) -> dict[str, list[float]]:
         return self._engine.input_logprobs(input_ids)

@@ -250,8 +250,9 @@ def record_step(run: TrainingRun, recorder: RunRecorder, progress: RunProgress) 
         metrics = metrics | {run.teacher.heldout_metric: reverse_kl}
     if run.gauge is not None:
         with run.timer.phase("diagnose"):
+            run.enter("measure")
             metrics = metrics | run.gauge(step)
-    recorder.record(step, metrics | run.timer.step_metrics(), run.views.latest)
+    recorder.record(step, metrics | run.timer.step_metrics() | run.memory.step_metrics(), run.views.latest)
     progress.unrecorded = None
     if step == 0:
         progress.before = heldout

@@ -19,6 +19,7 @@ from megatron_tip.rollout.engine import RolloutEngine, SamplingParams
 from megatron_tip.rollout.handover.exchange import HandleExchange
 from megatron_tip.selection import Calibration, Selector
 from megatron_tip.teachers.teacher import Teacher
+from megatron_tip.training.device_memory import DeviceMemory
 from megatron_tip.training.token_views import TokenViews
 from megatron_tip.vocab_parallel import ShardedVocabulary
 
@@ -66,10 +67,19 @@ class TrainingRun:
     source: RolloutSource | None
     timer: PhaseTimer
     views: TokenViews
+    memory: DeviceMemory
     last_step: LastStep = field(default_factory=LastStep)
     stop: StopSignals = field(default_factory=StopSignals)
     gauge: Gauge | None = None
     exchange: HandleExchange | None = None
+
+    def enter(self, phase: str) -> None:
+        """Makes room for `phase`, one of `planning.phases.PHASES`: trainer and servers move what that needs.
+
+        Does nothing if the phase is the present one or nothing moves in this run. Collectives and errors are those of
+        `DeviceMemory.enter`.
+        """
+        self.memory.enter(phase, self.source.engine if self.source is not None else None)
 
     def on_source(self, action: Callable[[RolloutSource], T]) -> T:
         """Runs `action` on rank 0 and returns its result on every rank. The result is sent as JSON.

@@ -2,8 +2,6 @@
 
 from dataclasses import replace
 
-import torch
-
 from megatron_tip.config import Config
 from megatron_tip.conversion.bridge import load_hf
 from megatron_tip.errors import InputError
@@ -16,6 +14,7 @@ from megatron_tip.parallel.groups import ModelGroups, build_groups
 from megatron_tip.parallel.together import together
 from megatron_tip.planning.dtypes import Dtypes
 from megatron_tip.planning.inputs import read_prompts
+from megatron_tip.planning.phases import releases_memory
 from megatron_tip.planning.plan import RunPlan
 from megatron_tip.prompts.source import PromptSource, load_prompts
 from megatron_tip.rollout.engine import EngineNeeds, SamplingParams
@@ -23,6 +22,7 @@ from megatron_tip.rollout.engines import build_engine
 from megatron_tip.rollout.handover.exchange import HandleExchange
 from megatron_tip.teachers.setup import build_teacher
 from megatron_tip.teachers.teacher import TeacherSite
+from megatron_tip.training.device_memory import DeviceMemory
 from megatron_tip.training.run import RolloutSource, TrainingRun
 from megatron_tip.training.token_views import TokenViews
 from megatron_tip.vocab_parallel import ShardedVocabulary
@@ -61,13 +61,15 @@ def build_run(
         chunk_rows=config.loss.chunk_rows or None,
         kernels=config.loss.kernels,
     )
-    exchange = None
+    exchange, releases = None, generates and releases_memory(config, plan.placement)
     if generates and set(plan.placement.handing_ranks) - {0}:
         exchange = HandleExchange(config.sync.bucket_bytes, worker.device)
     source = None
     with together(device=worker.device):
         if worker.rank == 0 and generates:
-            source = _source(config, plan, worker.device, num_threads, exchange)
+            source = _source(config, plan, worker, num_threads, exchange)
+            if releases:  # the models are built where the servers have taken their share
+                source.engine.hold_memory(frozenset(), may_start=False)
     teacher_site = TeacherSite(
         checkpoint=plan.teacher,
         groups=teacher_groups,
@@ -78,11 +80,12 @@ def build_run(
         dtype=Dtypes.of(config).teacher,
         device=worker.device,
     )
+    student, teacher = _student(config, plan, student_groups), build_teacher(config, teacher_site)
     return TrainingRun(
         config=config,
         device=worker.device,
-        student=_student(config, plan, student_groups),
-        teacher=build_teacher(config, teacher_site),
+        student=student,
+        teacher=teacher,
         architecture=plan.student.architecture,
         vocabulary=vocabulary,
         selector=plan.selector,
@@ -92,6 +95,7 @@ def build_run(
         timer=timer,
         views=TokenViews(config, plan.tokenizer, student_groups),
         exchange=exchange,
+        memory=DeviceMemory(student, teacher, worker.device, offload=config.training.offload, moves_servers=releases),
     )
 
 
@@ -122,7 +126,7 @@ def _student(config: Config, plan: RunPlan, groups: ModelGroups) -> Student:
 
 
 def _source(
-    config: Config, plan: RunPlan, device: torch.device, num_threads: int, exchange: HandleExchange | None
+    config: Config, plan: RunPlan, worker: Worker, num_threads: int, exchange: HandleExchange | None
 ) -> RolloutSource:
     dtypes = Dtypes.of(config)
     engine = build_engine(
@@ -133,11 +137,12 @@ def _source(
             vocab_size=plan.vocab_size,
             tokenizer=plan.tokenizer,
             stop_token_ids=plan.stop_token_ids,
-            device=device,
+            device=worker.device,
             num_threads=num_threads,
             dtype=dtypes.engine,
             weights_dtype=dtypes.student,
             exchange=exchange,
+            releases_memory=releases_memory(config, plan.placement),
         )
     )
     return RolloutSource(_prompts(config, plan), engine)

@@ -101,6 +101,7 @@ def _sync(run: TrainingRun, weight_version: int) -> None:
         StopRequested: rank 0 received a stop signal while it waited for a server; raised on every rank.
         MegatronTipError: the engine's error; raised on every rank.
     """
+    run.enter("sync")
     with together(device=run.device):
         stream = _stream(run)
         try:
@@ -127,6 +128,7 @@ def _probe(run: TrainingRun) -> tuple[str, dict[str, float]]:
 
     A server whose logprobs are wrong is no longer trusted. Equal on every rank. Collective over the world.
     """
+    run.enter("generate")  # servers need their cache to score; the trainer's part is one short sequence
     vocab_size = run.architecture.vocab_size
     expected = probe_logprobs(run.student, vocab_size, run.device)
 

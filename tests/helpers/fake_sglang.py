@@ -30,7 +30,9 @@ class FakeSGLang:
         self.keeps_weights = False
         self.gives_checksums = True
         self.misbehave: Callable[[int, dict[str, Any], list[Any]], list[Any]] = lambda number, request, chunks: chunks
-        self.layout: dict[str, int] = {}
+        self.layout: dict[str, Any] = {}
+        self.released: set[str] = set()
+        self.crashes: list[str] = []
         self.statuses: dict[str, list[int]] = {}
         self.seen: list[tuple[str, Any, str | None]] = []
         self.seconds_per_request = 0.0
@@ -56,6 +58,7 @@ class FakeSGLang:
         """Listens again on the same port; `with_weights`: it had only been cut off, not restarted."""
         if not with_weights:
             self.version, self.held = "default", "nothing"
+            self.released = set()
         self._server = self._listen(self.port)
 
     def __enter__(self) -> "FakeSGLang":
@@ -70,8 +73,15 @@ class FakeSGLang:
     # -- what it answers
 
     def respond(self, handler: BaseHTTPRequestHandler, path: str, body: Any) -> None:
+        path = path.partition("?")[0]
         if self.statuses.get(path):
             handler.send_error(self.statuses[path].pop(0))
+        elif path in ("/health", "/generate") and self.released:
+            self.crashes.append(f"{path} without {', '.join(sorted(self.released))}")
+            raise CutError([])
+        elif path in ("/release_memory_occupation", "/resume_memory_occupation"):
+            self.move_memory(path, set(body["tags"]))
+            send_json(handler, None)
         elif path == "/health":
             send_json(handler, {})
         elif path == "/model_info":
@@ -98,6 +108,15 @@ class FakeSGLang:
         self.version = version
         if not self.keeps_weights:
             self.held = version
+
+    def move_memory(self, path: str, tags: set[str]) -> None:
+        """Gives back or takes back; a real server ends if it is busy, or has done so before."""
+        is_release = path.startswith("/release")
+        if is_release and self._at_once:
+            self.crashes.append("released while it generates")
+        if tags & self.released if is_release else tags - self.released:
+            self.crashes.append(f"{path} of {', '.join(sorted(tags))} again")
+        self.released = self.released | tags if is_release else self.released - tags
 
     def model_info(self) -> dict[str, Any]:
         return {

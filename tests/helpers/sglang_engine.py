@@ -14,6 +14,9 @@ SAMPLING = SamplingParams(6, 1.0, 1.0, samples_per_prompt=2, stop_token_ids=(2,)
 PROMPTS = [Prompt(10 * place, f"prompt {place}", (1, 4 + place)) for place in range(6)]
 
 
+_ENGINE_VALUES = ("attempts", "drop_wrong_version", "releases_memory")
+
+
 class VersionTransport:
     """Brings no tensors, but tells servers their version; `refuse` names those that do not take it."""
 
@@ -52,7 +55,7 @@ class Cluster:
         self.transport = VersionTransport()
         self.set_aside_path = tmp_path / "set_aside.jsonl"
         values = {"concurrency": 3, "heartbeat": 0.05, "heartbeat_timeout": 0.5, "missed_heartbeats": 2, "wait": 1.0}
-        engine_values = {name: settings.pop(name) for name in ("attempts", "drop_wrong_version") if name in settings}
+        engine_values = {name: settings.pop(name) for name in _ENGINE_VALUES if name in settings}
 
         def connect(url):
             return SGLangClient(url, vocab_size=VOCAB_SIZE, timeouts=FAST)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from megatron_tip.conversion.safetensors_io import HfCheckpoint
 from megatron_tip.conversion.weight_map import hf_shapes
 from megatron_tip.errors import WeightsLostError
 from megatron_tip.records import Prompt
-from megatron_tip.rollout.engine import SamplingParams
+from megatron_tip.rollout.engine import ALL_MEMORY, WEIGHTS, SamplingParams
 from megatron_tip.rollout.sglang.client import ServerKeys, SGLangClient, Timeouts
 from megatron_tip.rollout.sglang.engine import EngineSettings, SGLangEngine, new_run_id
 from megatron_tip.rollout.sglang.pool import PooledServer, PoolSettings, ServerPool
@@ -112,9 +113,8 @@ def engine(student, folder):
         model_type="llama",
     )
     run_id = new_run_id()
-    engine = SGLangEngine(
-        pool, broadcast(run_id), EngineSettings(run_id, 6, folder / "set_aside.jsonl", num_layers=LAYERS)
-    )
+    settings = EngineSettings(run_id, 6, folder / "set_aside.jsonl", num_layers=LAYERS, releases_memory=True)
+    engine = SGLangEngine(pool, broadcast(run_id), settings)
     try:
         engine.update_weights(student.weights(), 0)
         yield engine
@@ -169,6 +169,23 @@ def test_temperature_divides_the_logits_that_logprobs_are_taken_of(engine, stude
         logits = student.model(torch.tensor([PROBE])).logits[0, -1]
     expected = (logits / 0.5).log_softmax(-1)[generation.response_ids[0]].item()
     assert generation.logprobs[0] == pytest.approx(expected, abs=1e-4)
+
+
+def test_servers_give_back_their_memory_and_take_it_back(engine, student):
+    """The calls and their order; on a CPU SGLang has no memory saver and frees nothing."""
+    engine.hold_memory(frozenset(), may_start=False)
+    time.sleep(2.5)  # heartbeats
+    assert engine.take_metrics(SAMPLING.batch_name)["servers/num_up"] == 2
+    with pytest.raises(WeightsLostError):
+        engine.generate(PROMPTS, SAMPLING)
+    for version in (5, 6):
+        engine.hold_memory(frozenset({WEIGHTS}), may_start=True)
+        student.change()
+        engine.update_weights(student.weights(), version)
+        assert engine.take_metrics(SAMPLING.batch_name)["sync/num_servers"] == 2
+        engine.hold_memory(ALL_MEMORY, may_start=True)
+        assert student.largest_gap(engine) < 1e-4
+        assert_complete(engine.generate(PROMPTS, SAMPLING), version)
 
 
 def test_no_password_is_in_a_log_or_a_process_list(engine, folder):

@@ -34,6 +34,8 @@ class ServerInfo(Answer):
     pp_size: int = 1
     dp_size: int = 1
     quantization: str | None = None
+    device: str | None = None
+    enable_memory_saver: bool = False
 
 
 class Outcome(Answer):

@@ -276,6 +276,15 @@ class SGLangClient:
         """Drops all keys and values of earlier weights."""
         self._control("/flush_cache", {})
 
+    def end_requests(self, *, timeout_seconds: float) -> None:
+        """Aborts all requests, waits until none is left and flushes the cache; else raises ServerRefusedError."""
+        self.abort()
+        self._control(f"/flush_cache?timeout={timeout_seconds:g}", {})
+
+    def move_memory(self, action: Literal["release", "resume"], tags: Sequence[str]) -> None:
+        """Gives back the memory with SGLang's `tags`, or takes it back without its content. The server must be idle."""
+        self._control(f"/{action}_memory_occupation", {"tags": tags})
+
     def weights_endpoint(self, name: str, body: Mapping[str, Any] | None = None) -> None:
         """Calls a weight endpoint such as "begin_weight_update"; returns when it reports success.
 

@@ -14,9 +14,10 @@ from torch import Tensor
 from megatron_tip.errors import EngineError, ServerError, ServersLostError, WeightsLostError
 from megatron_tip.files import output_errors
 from megatron_tip.records import Prompt, Rollout
-from megatron_tip.rollout.engine import RolloutEngine, SamplingParams
+from megatron_tip.rollout.engine import WEIGHTS, RolloutEngine, SamplingParams
 from megatron_tip.rollout.sglang.answers import checked_logprobs
 from megatron_tip.rollout.sglang.jobs import BatchRun, Progress, SetAside
+from megatron_tip.rollout.sglang.memory import ServerMemory
 from megatron_tip.rollout.sglang.pool import PooledServer, ServerPool
 from megatron_tip.rollout.sglang.weights.proof import WeightProof
 from megatron_tip.rollout.sglang.weights.transport import WeightTransport
@@ -37,7 +38,8 @@ MAX_EMPTY_BATCHES = 3
 class EngineSettings:
     """Settings of an SGLangEngine. `run_id` distinguishes this run's weights from another trainer's on the same server.
     `attempts`: failures of a sample before it is set aside in `set_aside_path`. `num_layers`: the model's.
-    `drop_wrong_version`: drop responses of other weights instead of regenerating them.
+    `drop_wrong_version`: drop responses of other weights instead of regenerating them. `releases_memory`: `hold_memory`
+    will be called.
     """
 
     run_id: str
@@ -45,6 +47,7 @@ class EngineSettings:
     set_aside_path: Path
     num_layers: int
     drop_wrong_version: bool = False
+    releases_memory: bool = False
 
 
 def new_run_id() -> str:
@@ -72,6 +75,7 @@ class SGLangEngine(RolloutEngine):
         self._empty_batches = 0
         self._batch_metrics: dict[str, dict[str, float]] = {}
         self._sync_metrics: dict[str, float] = {}
+        self._memory = ServerMemory(pool, run_id=settings.run_id)
         pool.on_back = self._weights_of_returned
         pool.start()
 
@@ -154,6 +158,13 @@ class SGLangEngine(RolloutEngine):
                 f"sglang: {self._failed_syncs} weight syncs in a row, over {limit:.0f} s (sglang.wait_seconds), "
                 "reached no server; see the log above"
             )
+
+    def hold_memory(self, held: frozenset[str], *, may_start: bool) -> None:
+        """Makes the servers hold exactly `held` and give back the rest of their memory; see `RolloutEngine`."""
+        assert self._settings.releases_memory, "the servers were checked and started for it"
+        if WEIGHTS not in held:
+            self._version = None  # no server that comes back may be taken for one that has them
+        self._memory.hold(held, may_start=may_start)
 
     def input_logprobs(self, input_ids: Sequence[int]) -> dict[str, list[float]]:
         """Returns the logprobs of all ids but the first, given the ids before them, by server with the last weights."""
@@ -240,6 +251,8 @@ class SGLangEngine(RolloutEngine):
             ServerError: it says that it has the last weights, and has others.
         """
         self._transport.check(server)
+        if self._settings.releases_memory:
+            self._memory.check(server)
         version = self._version
         reported = server.http.model_info().weight_version
         if version is not None and reported == version and self._proof.still_holds(server, version):

@@ -83,7 +83,8 @@ class ServerPool:
     """A pool that keeps `servers` running and leases them. Any thread may call its public methods.
 
     `on_back`: called with a server before it joins the pool, in the thread that watches it; may give the server weights
-    and then returns their version.
+    and then returns their version. `on_contact` is called before that, when a given server may answer again; `on_up`
+    after it has joined. `may_start`: False while dead servers stay dead, because others need their memory.
 
     Args:
         model_type: the model_type in config.json that every server must serve.
@@ -102,7 +103,10 @@ class ServerPool:
         self.settings = settings
         self.num_lost = 0
         self.num_restarts = 0
+        self.may_start = True
+        self.on_contact: Callable[[PooledServer], None] = lambda server: None
         self.on_back: Callable[[PooledServer], str | None] = lambda server: None
+        self.on_up: Callable[[PooledServer], None] = lambda server: None
         self.router = router
         self._router_back_at = 0.0
         self._model_type = model_type
@@ -262,6 +266,7 @@ class ServerPool:
                 server.client.close()
             server.client = server.connect(server.process.url)
         else:
+            self.on_contact(server)
             server.http.check_health(timeout_seconds=self.settings.heartbeat_timeout)
         server.http.check_model(model_type=self._model_type)
         info = server.http.server_info()
@@ -272,6 +277,7 @@ class ServerPool:
             server.is_up, server.is_suspect, server.weights = True, False, weights
             server.incarnation += 1
             self._changed.notify_all()
+        self.on_up(server)
 
     def _keep(self, server: PooledServer) -> None:
         """Watches one server until the pool closes."""
@@ -281,7 +287,9 @@ class ServerPool:
             server.look_now.clear()
             if self._closing.is_set():
                 return
-            if not server.is_up:
+            if not server.is_up and not self.may_start:
+                missed, back_off = 0, 1.0
+            elif not server.is_up:
                 back_off = 1.0 if self._revive(server) else min(2 * back_off, MAX_BACK_OFF_SECONDS)
                 missed = 0
             elif self._is_alive(server):
@@ -291,7 +299,7 @@ class ServerPool:
                 missed += 1
                 gone = server.process is not None and not server.process.is_running
                 if gone or missed >= self.settings.missed_heartbeats:
-                    self._take_down(server, "its process ended" if gone else f"{missed} heartbeats missed")
+                    self.take_down(server, "its process ended" if gone else f"{missed} heartbeats missed")
                 else:  # check again soon, but not at once: the failure may be transient
                     self._closing.wait(min(MISSED_PAUSE_SECONDS, self.settings.heartbeat))
                     server.look_now.set()
@@ -313,7 +321,8 @@ class ServerPool:
                 server.is_suspect = False
                 self._changed.notify_all()
 
-    def _take_down(self, server: PooledServer, reason: str) -> None:
+    def take_down(self, server: PooledServer, reason: str) -> None:
+        """Counts `server` as dead, until the thread that watches it brings it back."""
         with self._changed:
             if not server.is_up:
                 return
@@ -330,6 +339,9 @@ class ServerPool:
         try:
             if server.process:
                 server.process.start()
+                if not self.may_start:  # since a moment ago
+                    server.process.stop()
+                    return False
                 with self._changed:
                     self.num_restarts += 1
             self._bring_up(server)

@@ -14,7 +14,6 @@ from megatron_tip.conversion.model_folder import ModelFolder
 from megatron_tip.errors import ConfigError
 from megatron_tip.files import new_folder
 from megatron_tip.machine import Machine
-from megatron_tip.placement.placement import PlacedServer
 from megatron_tip.rollout.engine import EngineNeeds
 from megatron_tip.rollout.sglang.client import ServerKeys, SGLangClient, Timeouts
 from megatron_tip.rollout.sglang.engine import EngineSettings, SGLangEngine, new_run_id
@@ -104,7 +103,7 @@ def build_sglang_engine(needs: EngineNeeds) -> SGLangEngine:
     connect = _connector(config, student, keys)
     servers = [PooledServer(connect, url=url) for url in rollout.server_urls]
     if not servers:
-        own = _own_servers(config, student, needs.placement.students, needs.dtype, keys)
+        own = _own_servers(needs, keys)
         servers = [PooledServer(connect, process=SGLangServer(server)) for server in own]
     if needs.placement.transport == "ipc":
         for server, placed in zip(servers, needs.placement.students, strict=True):
@@ -126,6 +125,7 @@ def build_sglang_engine(needs: EngineNeeds) -> SGLangEngine:
         set_aside_path=config.run.folder / "set_aside.jsonl",
         num_layers=student.architecture.num_layers,
         drop_wrong_version=rollout.on_wrong_version == "drop",
+        releases_memory=needs.releases_memory,
     )
     return SGLangEngine(pool, _transport(needs, run_id), settings)
 
@@ -143,14 +143,13 @@ def _connector(config: Config, student: ModelFolder, keys: ServerKeys) -> Callab
     )
 
 
-def _own_servers(
-    config: Config, student: ModelFolder, placed: Sequence[PlacedServer], dtype: torch.dtype, keys: ServerKeys
-) -> list[ServerSettings]:
+def _own_servers(needs: EngineNeeds, keys: ServerKeys) -> list[ServerSettings]:
     """Returns the settings of servers with the student's architecture; the first sync brings their weights."""
+    config, dtype = needs.config, needs.dtype
     rollout, sglang = config.rollout, config.sglang
     description = config.run.folder / "servers" / "model"
     with new_folder(description, overwrite=True) as folder:
-        student.write_description(folder, dtype)
+        needs.student.write_description(folder, dtype)
     batch = max(rollout.prompts_per_step * rollout.samples_per_prompt, config.heldout.num_prompts)
     name: Literal["float32", "bfloat16"] = "float32" if dtype == torch.float32 else "bfloat16"
     cpu_tokens = min(batch, sglang.concurrency) * config.longest_sequence + 256
@@ -166,12 +165,13 @@ def _own_servers(
             gpus=server.gpus_on(0),
             max_total_tokens=sglang.max_total_tokens or (0 if server.gpus_on(0) else cpu_tokens),
             memory_fraction=server.memory_fraction,
+            memory_saver=needs.releases_memory and bool(server.gpus_on(0)),
             dummy_weights=True,
             seed=derive_seed(config.run.seed, 3, server.index) % 2**31,
             extra_arguments=sglang.arguments,
             keys=keys,
         )
-        for server in placed
+        for server in needs.placement.students
     ]
 
 

@@ -11,8 +11,14 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor
+
+from megatron_tip.planning.memory_estimate import GATHERED_BYTES
 
 _NAMES = ("param", "exp_avg", "exp_avg_sq")
+
+PIECE_NUMEL = GATHERED_BYTES // 4
+"""Values per rank that are gathered at once: a bucket is the whole model, in float32 too large for a full device."""
 
 
 def mend_gathering(optimizer: DistributedOptimizer) -> None:
@@ -30,7 +36,7 @@ def whole_state(optimizer: DistributedOptimizer, *, empty_data: bool = False, **
     """Returns main parameters and moments by buffer and dtype, `[numel]` float32 on the CPU, padded as in the buffer.
 
     The same on every data-parallel rank. `empty_data`: only the shapes, on the meta device, without a collective.
-    Otherwise 3 all-gathers per bucket over the data-parallel group.
+    Otherwise 3 all-gathers per bucket and piece of it over the data-parallel group.
     """
     state: dict[Any, Any] = {}
     for index, ranges_by_dtype in enumerate(optimizer.gbuf_ranges):
@@ -42,23 +48,29 @@ def whole_state(optimizer: DistributedOptimizer, *, empty_data: bool = False, **
                 break
             places = slice(bucket.offset, bucket.offset + bucket.grad_data.numel())
             for name in _NAMES:
-                whole[name][places] = _gathered(optimizer, name, bucket.grad_data, ranges["param_map"]).cpu()
+                _gather(whole[name][places], optimizer, name, bucket.grad_data.device, ranges["param_map"])
         state[index] = {dtype: whole}
     return state
 
 
-def _gathered(
-    optimizer: DistributedOptimizer, name: str, grad_data: torch.Tensor, ranges: dict[torch.nn.Parameter, Any]
-) -> torch.Tensor:
-    """Returns one bucket's complete state `name`, on the device of its gradients."""
+def _gather(
+    target: Tensor,
+    optimizer: DistributedOptimizer,
+    name: str,
+    device: torch.device,
+    ranges: dict[torch.nn.Parameter, Any],
+) -> None:
+    """Fills `target`, on the CPU, with one bucket's complete state `name`, a piece on `device` at a time."""
     group = optimizer.data_parallel_group
-    shard = torch.zeros(grad_data.numel() // group.size(), device=grad_data.device)
+    shard = torch.zeros(len(target) // group.size())
     for parameter, by_space in ranges.items():
         place = by_space["gbuf_local"]
         shard[place.start : place.end] = optimizer._get_main_param_and_optimizer_states(parameter)[name].detach()
-    shards = [torch.empty_like(shard) for _ in range(group.size())]
-    dist.all_gather(shards, shard, group=group)
-    return torch.cat(shards)
+    shards = target.view(group.size(), -1)
+    for whole, own in zip(shards.split(PIECE_NUMEL, dim=1), shard.split(PIECE_NUMEL), strict=True):
+        piece = torch.empty(group.size(), len(own), device=device)
+        dist.all_gather(list(piece), own.to(device), group=group)
+        whole.copy_(piece)
 
 
 def own_rows(optimizer: DistributedOptimizer, shapes: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
