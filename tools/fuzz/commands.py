@@ -1,5 +1,6 @@
 """The commands that read inputs, as functions that can be called in a forked process."""
 
+import importlib
 import os
 import socket
 from collections.abc import Callable
@@ -22,6 +23,9 @@ from megatron_tip.training.loop import take_folder
 from megatron_tip.training.recorder import RecorderState
 from tools import convert_hf_to_megatron as to_megatron
 from tools import convert_megatron_to_hf as to_hf
+
+for name in ("diagnostics.freeze", "diagnostics.papers.token_tables", "planning.dry_run", "report.page"):
+    importlib.import_module(f"megatron_tip.{name}")  # here once, instead of in each forked process
 
 
 @dataclass(frozen=True)

@@ -167,7 +167,7 @@ def spoil_file(path: Path, draw: Draw) -> str:
     spoil = spoil_values if chance < 0.7 else spoil_text
     try:
         content = spoil(path.read_bytes(), draw)
-    except ValueError:  # spoiled already: values of a broken file, or numbers that have no form there
+    except (ValueError, OSError, IndexError):  # spoiled already, or its new value has no form there
         spoil = spoil_bytes
         content = spoil(path.read_bytes(), draw)
     path.write_bytes(content)
