@@ -50,26 +50,35 @@ def _store_groups(groups, top, start, width: tl.constexpr):
 
 
 @triton.jit
+def _raised(maximum, top):
+    """Returns the maximum with that of a tile's groups, what the frame moves by (at most 0), and its exponential."""
+    larger = tl.maximum(maximum, tl.max(top, axis=0))
+    return larger, maximum - larger, tl.exp(maximum - larger)
+
+
+@triton.jit
+def _in_frame(logits, maximum, inside):
+    """Returns x and e; both are 0 outside of the row."""
+    x = tl.where(inside, logits - maximum, 0.0)
+    return x, tl.where(inside, tl.exp(x), 0.0)
+
+
+@triton.jit
 def _model_sums(z, out, groups, width: tl.constexpr, first: tl.constexpr, step: tl.constexpr, size: tl.constexpr):
     """Writes a row's maximum and Σe to columns `first` and `first + step` of `size`; of 3, also Σe x and the groups."""
     row = tl.program_id(0).to(tl.int64)
     out += row * size + first
     z += row * width
     groups += row * tl.cdiv(width, _LANES)
-    tile = _tile()
     maximum = tl.full((), _LOWEST, tl.float32)
     sum_e = tl.zeros((_GROUPS, _LANES), tl.float32)
     sum_x = tl.zeros((_GROUPS, _LANES), tl.float32)
     for start in range(0, width, _GROUPS * _LANES):
-        inside = start + tile < width
-        logits = _loaded(z, start + tile, inside)
+        inside = start + _tile() < width
+        logits = _loaded(z, start + _tile(), inside)
         top = tl.max(logits, axis=1)
-        larger = tl.maximum(maximum, tl.max(top, axis=0))
-        shift = maximum - larger
-        maximum = larger
-        x = tl.where(inside, logits - maximum, 0.0)
-        e = tl.where(inside, tl.exp(x), 0.0)
-        decay = tl.exp(shift)
+        maximum, shift, decay = _raised(maximum, top)
+        x, e = _in_frame(logits, maximum, inside)
         if size == 3:
             _store_groups(groups, top, start, width)
             sum_x = (sum_x + shift * sum_e) * decay + e * x
@@ -89,44 +98,29 @@ def _pair_sums(z_s, z_t, out, groups, width: tl.constexpr, kind: tl.constexpr):
     z_t += row * width
     groups_s = groups + row * tl.cdiv(width, _LANES)
     groups_t = groups_s + tl.num_programs(0) * tl.cdiv(width, _LANES)
-    tile = _tile()
     max_s = tl.full((), _LOWEST, tl.float32)
     max_t = tl.full((), _LOWEST, tl.float32)
-    sum_s = tl.zeros((_GROUPS, _LANES), tl.float32)
-    sum_t = tl.zeros((_GROUPS, _LANES), tl.float32)
-    sum_s_x = tl.zeros((_GROUPS, _LANES), tl.float32)
-    sum_t_x = tl.zeros((_GROUPS, _LANES), tl.float32)
-    sum_s_d = tl.zeros((_GROUPS, _LANES), tl.float32)
-    sum_t_d = tl.zeros((_GROUPS, _LANES), tl.float32)
+    zeros = tl.zeros((_GROUPS, _LANES), tl.float32)
+    sum_s, sum_t, sum_s_x, sum_t_x, sum_s_d, sum_t_d = zeros, zeros, zeros, zeros, zeros, zeros
     for start in range(0, width, _GROUPS * _LANES):
-        inside = start + tile < width
-        logits_s = _loaded(z_s, start + tile, inside)
-        logits_t = _loaded(z_t, start + tile, inside)
+        inside = start + _tile() < width
+        logits_s = _loaded(z_s, start + _tile(), inside)
+        logits_t = _loaded(z_t, start + _tile(), inside)
         top_s = tl.max(logits_s, axis=1)
         top_t = tl.max(logits_t, axis=1)
+        max_s, shift_s, decay_s = _raised(max_s, top_s)
+        max_t, shift_t, decay_t = _raised(max_t, top_t)
+        x_s, e_s = _in_frame(logits_s, max_s, inside)
+        x_t, e_t = _in_frame(logits_t, max_t, inside)
         if kind == "statistics":
             _store_groups(groups_s, top_s, start, width)
             _store_groups(groups_t, top_t, start, width)
-        larger_s = tl.maximum(max_s, tl.max(top_s, axis=0))
-        larger_t = tl.maximum(max_t, tl.max(top_t, axis=0))
-        shift_s = max_s - larger_s
-        shift_t = max_t - larger_t
-        shift_d = shift_s - shift_t
-        decay_s = tl.exp(shift_s)
-        decay_t = tl.exp(shift_t)
-        max_s = larger_s
-        max_t = larger_t
-        x_s = tl.where(inside, logits_s - max_s, 0.0)
-        x_t = tl.where(inside, logits_t - max_t, 0.0)
-        e_s = tl.where(inside, tl.exp(x_s), 0.0)
-        e_t = tl.where(inside, tl.exp(x_t), 0.0)
-        if kind == "statistics":
             sum_s_x = (sum_s_x + shift_s * sum_s) * decay_s + e_s * x_s
             sum_t_x = (sum_t_x + shift_t * sum_t) * decay_t + e_t * x_t
         if kind != "forward_kl":
-            sum_s_d = (sum_s_d + shift_d * sum_s) * decay_s + e_s * (x_s - x_t)
+            sum_s_d = (sum_s_d + (shift_s - shift_t) * sum_s) * decay_s + e_s * (x_s - x_t)
         if kind != "reverse_kl":
-            sum_t_d = (sum_t_d + shift_d * sum_t) * decay_t + e_t * (x_s - x_t)
+            sum_t_d = (sum_t_d + (shift_s - shift_t) * sum_t) * decay_t + e_t * (x_s - x_t)
         sum_s = sum_s * decay_s + e_s
         sum_t = sum_t * decay_t + e_t
     tl.store(out, max_s if width > 0 else _NO_MAXIMUM)
@@ -138,10 +132,8 @@ def _pair_sums(z_s, z_t, out, groups, width: tl.constexpr, kind: tl.constexpr):
         tl.store(out + 5, _total(sum_t_x))
         tl.store(out + 6, _total(sum_s_d))
         tl.store(out + 7, _total(sum_t_d))
-    elif kind == "reverse_kl":
-        tl.store(out + 4, _total(sum_s_d))
     else:
-        tl.store(out + 4, _total(sum_t_d))
+        tl.store(out + 4, _total(sum_s_d if kind == "reverse_kl" else sum_t_d))
 
 
 @triton.jit
@@ -167,13 +159,12 @@ def _jsd_sums(z_s, z_t, offsets, mix, out, width: tl.constexpr):
     max_s, max_t = tl.load(offsets + row * 4), tl.load(offsets + row * 4 + 1)
     lse_s, lse_t = tl.load(offsets + row * 4 + 2), tl.load(offsets + row * 4 + 3)
     mix_p, mix_q = tl.load(mix + row * 2), tl.load(mix + row * 2 + 1)
-    tile = _tile()
     student = tl.zeros((_GROUPS, _LANES), tl.float32)
     teacher = tl.zeros((_GROUPS, _LANES), tl.float32)
     for start in range(0, width, _GROUPS * _LANES):
-        inside = start + tile < width
-        log_p = tl.where(inside, _loaded(z_s, start + tile, inside) - max_s - lse_s, 0.0)
-        log_q = tl.where(inside, _loaded(z_t, start + tile, inside) - max_t - lse_t, 0.0)
+        inside = start + _tile() < width
+        log_p = tl.where(inside, _loaded(z_s, start + _tile(), inside) - max_s - lse_s, 0.0)
+        log_q = tl.where(inside, _loaded(z_t, start + _tile(), inside) - max_t - lse_t, 0.0)
         log_ratio = log_q - log_p
         log_m = _log_m_over_p(log_ratio, mix_p, mix_q)
         student -= tl.where(inside, tl.exp(log_p) * log_m, 0.0)

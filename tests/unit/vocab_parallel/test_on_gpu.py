@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from megatron_tip.vocab_parallel import divergence_loss
 from megatron_tip.vocab_parallel.kernel_choice import chosen_kernels, triton_problem
 from megatron_tip.vocab_parallel.products import add_head_gradient, adds_in_float32
 from tests.helpers import reference
-from tests.helpers.vocab_parallel import Case, called, divergence_loss
+from tests.helpers.vocab_parallel import Case, called
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
