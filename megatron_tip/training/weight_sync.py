@@ -31,8 +31,8 @@ REDUCED_TOLERANCE = 0.08
 The spread, the mean difference between two of them, is what unrelated weights would differ by, and rounding grows with
 it: both follow the size of the logits. On SmolLM2-135M-Instruct, whole and pruned, right implementations in bfloat16
 differ by 0.02 to 0.04 of it, and one wrong layer (its heads permuted, its gate swapped with its up projection) or
-another rotary base by 0.1 or more. The median, not the mean: at one position of a few models activations are so large that rounding alone
-changes that logprob by nats.
+another rotary base by 0.1 or more. The median, not the mean: at one position of a few models activations are so large
+that rounding alone changes that logprob by nats.
 """
 
 
