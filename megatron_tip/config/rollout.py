@@ -126,7 +126,7 @@ class SyncConfig(Section):
     verify: Literal["always", "first", "never"] = "first"
     """After which syncs to compare the servers' logprobs of a probe sequence with the student's own."""
     tolerance: float = Field(default=0.0, ge=0)
-    """Largest median difference of the probe's logprobs in nats; 0: 1e-4 if everything is float32, else 5% of their
+    """Largest median difference of the probe's logprobs in nats; 0: 1e-4 if everything is float32, else 8% of their
     spread."""
     timeout_seconds: float = Field(default=120.0, gt=0)
     """Time limit for a bucket to arrive; after it the sync starts again without the servers that failed."""
