@@ -17,8 +17,8 @@ def boundaries(model: torch.nn.Module, lengths: Sequence[int]) -> PackedSeqParam
     # layer would make the host wait for it.
     device = torch.cuda.current_device() if get_model_config(model).apply_rope_fusion else "cpu"
     starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
-    # Exact, because the rotary embedding counts positions from the start of the micro-batch, not of the sequence, if
-    # the longest is said to be as long as all together. Scores would be the same but for rounding.
+    # Exact: if the longest were as long as all together, the rotary embedding would count positions from the start of
+    # the micro-batch instead of the sequence. Scores would be the same but for rounding.
     longest = max(lengths)
     return PackedSeqParams(
         qkv_format="thd", cu_seqlens_q=starts, cu_seqlens_kv=starts, max_seqlen_q=longest, max_seqlen_kv=longest
