@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -146,3 +147,9 @@ def test_a_broken_file_of_passwords_is_refused_without_showing_it(tmp_path, cont
     with pytest.raises(ConfigError, match="keys_file") as caught:
         read_keys(path)
     assert "secret" not in str(caught.value)
+
+
+def test_only_a_server_that_shares_its_gpu_can_give_back_its_memory(tmp_path):
+    settings = ServerSettings(model_path=tmp_path, log_path=tmp_path / "log", device="cuda")
+    assert "--enable-memory-saver" not in server_arguments(settings, 1)
+    assert "--enable-memory-saver" in server_arguments(replace(settings, memory_saver=True), 1)
