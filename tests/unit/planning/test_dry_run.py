@@ -65,6 +65,11 @@ def test_quickstart_runs_on_three_workers():
         ),
         (["sglang.memory_fraction=0.88"], "or give servers less memory (sglang."),
         ([*SERVED_TEACHER, "loss.divergence=jsd"], "loss.divergence: expected one of"),
+        (
+            ["sglang.release_memory=always", "rollout.ahead=1"],
+            'release_memory: expected "auto" or "never" with',
+        ),
+        ([*SERVED_TEACHER, "training.offload=teacher"], 'offload: expected "none", "optimizer" or "all" with teacher.'),
         (["model.drop_layers=[28]"], "drop_layers: expected different layers among 0..27"),
         (
             ["training.max_tokens_per_micro_batch=4000000"],

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -161,3 +162,9 @@ def test_a_broken_file_of_passwords_is_refused_without_showing_it(tmp_path, cont
     with pytest.raises(ConfigError, match="keys_file") as caught:
         read_keys(path)
     assert "secret" not in str(caught.value)
+
+
+def test_only_a_server_that_shares_its_gpu_can_give_back_its_memory(tmp_path):
+    settings = ServerSettings(model_path=tmp_path, log_path=tmp_path / "log", device="cuda")
+    assert "--enable-memory-saver" not in server_arguments(settings, 1)
+    assert "--enable-memory-saver" in server_arguments(replace(settings, memory_saver=True), 1)
