@@ -1,0 +1,31 @@
+"""The servers that a run starts are those of its placement."""
+
+from pathlib import Path
+
+import torch
+
+from megatron_tip.conversion.model_folder import ModelFolder
+from megatron_tip.placement.hosts import Hosts
+from megatron_tip.placement.placement import place
+from megatron_tip.rollout.sglang.client import ServerKeys
+from megatron_tip.rollout.sglang.setup import _own_servers
+from tests.helpers.training import Layout, make_config, make_models
+
+
+def test_servers_get_the_gpus_and_the_memory_of_their_placement(tmp_path: Path):
+    make_models(tmp_path)
+    student = ModelFolder(tmp_path / "student")
+    sglang = {"tensor_parallel_size": 2, "gpus": (4, 5, 6, 7)}
+    config = make_config(tmp_path, Layout(1), rollout={"engine": "sglang"}, sglang=sglang)
+    placed = place(config, Hosts(4, 4, tuple(range(8)))).students
+    settings = _own_servers(config, student, placed, torch.bfloat16, ServerKeys())
+    assert [(one.device, one.gpus, one.tp_size, one.memory_fraction) for one in settings] == [
+        ("cuda", (4, 5), 2, 0.0),
+        ("cuda", (6, 7), 2, 0.0),
+    ]
+    assert [one.log_path.name for one in settings] == ["server_0.log", "server_1.log"]
+    assert len({one.seed for one in settings}) == 2
+    config = make_config(tmp_path, Layout(1), rollout={"engine": "sglang"})
+    (on_cpu,) = _own_servers(config, student, place(config, Hosts(2, 2)).students, torch.float32, ServerKeys())
+    assert (on_cpu.device, on_cpu.gpus, on_cpu.memory_fraction) == ("cpu", (), 0.5)
+    assert on_cpu.max_total_tokens > 256
