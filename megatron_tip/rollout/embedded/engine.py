@@ -136,10 +136,10 @@ class EmbeddedEngine(RolloutEngine):
             ),
         )
         responses = sequences[:, input_ids.shape[1] :].tolist()
-        logprobs = sampler.sampled_logprobs()
-        if not logprobs.isfinite().all():
+        sampled = sampler.sampled_logprobs()
+        if not sampled.isfinite().all():
             raise EngineError(f"embedded engine: the weights of version {self._weight_version} produce NaN logits")
-        for (place, sample), response, response_logprobs in zip(jobs, responses, logprobs.tolist(), strict=True):
+        for (place, sample), response, response_logprobs in zip(jobs, responses, sampled.tolist(), strict=True):
             length = _length_to_stop(response, sampling.stop_token_ids)
             assert self._weight_version is not None, "health() has passed"
             yield Rollout(
