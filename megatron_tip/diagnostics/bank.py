@@ -20,7 +20,7 @@ import numpy as np
 from megatron_tip.diagnostics.parquet import read_table, write_table
 from megatron_tip.errors import ConfigError, InputError
 from megatron_tip.files import new_folder, parse_json, write_json
-from megatron_tip.records import Rollout
+from megatron_tip.records import Numbers, Rollout
 from megatron_tip.rollout.codec import SCHEMA, rollouts_from_table, rollouts_to_table
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ class ContextBank:
     @cached_property
     def prompts(self) -> np.ndarray:
         """`[contexts]` int64 number of each context's prompt; the clusters of the bootstrap."""
-        numbers: dict[tuple[int, ...], int] = {}
+        numbers: dict[Numbers[int], int] = {}
         return np.array([numbers.setdefault(context.prompt_ids, len(numbers)) for context in self.contexts])
 
     @cached_property

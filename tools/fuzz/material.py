@@ -114,7 +114,7 @@ def _write_run_folder(path: Path) -> None:
     events = [{"name": "rollout", "ph": "X", "ts": 0, "dur": 1e6}, {"name": "step 1", "ph": "i", "ts": 3e6}]
     (folder.trace / "rank_00000.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     rollouts = make_rollouts([6, 7, 5, 8])
-    prompts = [Prompt(rollout.prompt_index, "1 + 1?", rollout.prompt_ids) for rollout in rollouts]
+    prompts = [Prompt(rollout.prompt_index, "1 + 1?", tuple(rollout.prompt_ids)) for rollout in rollouts]
     write_rollouts(folder.rollouts, "step_000001", rollouts, prompts)
     files = CheckpointFiles(folder.checkpoints)
     partial = files.begin(2)

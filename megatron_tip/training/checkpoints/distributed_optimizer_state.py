@@ -125,7 +125,7 @@ def _rows_of(tensor: ShardedTensor | ShardedTensorFactory, part: slice) -> Itera
 
     A factory's tensor, such as the two halves of SwiGLU's first layer, comes in pieces.
     """
-    pieces = tensor.build() if isinstance(tensor, ShardedTensorFactory) else [tensor]
+    pieces: Any = tensor.build() if isinstance(tensor, ShardedTensorFactory) else [tensor]
     ends = list(accumulate(prod(piece.local_shape) for piece in pieces))
     for piece, end in zip(pieces, ends, strict=True):
         begin = end - prod(piece.local_shape)
