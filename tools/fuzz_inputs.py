@@ -115,6 +115,7 @@ def run_forked(work: Callable[[], None], seconds: float) -> Ending:
         if not child:
             os.dup2(out.fileno(), 1)
             os.dup2(err.fileno(), 2)
+            sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
             os._exit(_exit_code(work, seconds))
         code = None
         while code is None and time.monotonic() < begin + 5 * seconds:
