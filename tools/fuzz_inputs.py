@@ -115,6 +115,7 @@ def run_forked(work: Callable[[], None], seconds: float) -> Ending:
         if not child:
             os.dup2(out.fileno(), 1)
             os.dup2(err.fileno(), 2)
+            sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
             os._exit(_exit_code(work, seconds))
         code = None
         while code is None and time.monotonic() < begin + 5 * seconds:

@@ -168,6 +168,8 @@ def _explain(detail: ErrorDetails, overridden: set[str]) -> str:
     if detail["type"] == "extra_forbidden":
         kind = "key" if "." in name else "section"
         return f"{name}{origin}: unknown {kind}{_nearest(name)}"
+    if not name:  # no key's fault: pydantic's JSON parser refused the whole, as it does for numbers out of range
+        return f"expected values that JSON can hold, got: {detail['msg']}"
     expected = f"section [{name}]" if name in _sections() else _all_keys()[name].expected
     got = "nothing" if detail["type"] == "missing" else _shown(detail["input"])
     element = "".join(f", element {part}" for part in detail["loc"][2:])

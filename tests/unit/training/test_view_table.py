@@ -115,12 +115,12 @@ def test_a_view_of_another_version_is_read_with_gaps():
         pq.write_table(kept, content)
         return decode_token_table(content.getvalue(), "older.parquet")
 
-    older = view.tokens.drop_columns(["forward_kl", "teacher_support_ids"])
+    older = view.tokens.drop_columns(["forward_kl", "teacher_support_ids", "teacher_support_logprobs"])
     older = older.append_column("novel", [[0.5] * len(older)])
     found = read(older)
     assert (found.facts, found.tokens.schema) == (view.facts, SCHEMA)
     gaps = {name for name in SCHEMA.names if found.tokens.column(name).null_count > view.tokens.column(name).null_count}
-    assert gaps == {"forward_kl", "teacher_support_ids"}
+    assert gaps == {"forward_kl", "teacher_support_ids", "teacher_support_logprobs"}
     assert found.tokens.column("reverse_kl") == view.tokens.column("reverse_kl")
     with pytest.raises(InputError, match=r"older\.parquet: .* without values in the columns \['selected'\]"):
         read(view.tokens.drop_columns(["selected"]))
