@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Log
 from transformers.initialization import no_init_weights
 
 from megatron_tip.errors import EngineError
-from megatron_tip.records import Prompt, Rollout, token_ids
+from megatron_tip.records import Prompt, Rollout, logprobs, token_ids
 from megatron_tip.rollout.embedded.grouped_attention import register_grouped_attention
 from megatron_tip.rollout.embedded.sampling import TokenSampler
 from megatron_tip.rollout.engine import EngineNeeds, RolloutEngine, SamplingParams
