@@ -345,7 +345,7 @@ def test_a_node_without_an_address_ends_the_job_before_anything_starts():
     ],
 )
 def test_a_script_has_as_many_workers_as_gpus(tmp_path: Path, environ: dict[str, str], expected: str):
-    environ = {"PATH": "/usr/bin:/bin"} | environ  # without nvidia-smi
+    environ = {"PATH": "/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": "0,1,2,3"} | environ  # without nvidia-smi
     assert shell('tip_setup; echo "$TIP_TASKS_PER_NODE $TIP_GPUS_PER_NODE"', **environ).stdout == f"{expected}\n"
 
 
