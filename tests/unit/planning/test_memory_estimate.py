@@ -1,5 +1,6 @@
 """The estimate of each phase, against numbers worked out by hand and against the tensors of tiny models."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ from megatron_tip.config import Config
 from megatron_tip.config.io import load_config
 from megatron_tip.errors import ConfigError
 from megatron_tip.machine import Machine
+from megatron_tip.placement.hosts import Hosts, hosts_elsewhere
+from megatron_tip.placement.placement import place
 from megatron_tip.planning.dry_run import dry_run
 from megatron_tip.planning.memory_estimate import SERVERS, UNCOUNTED, MemoryEstimate, estimate_memory
 from megatron_tip.planning.phases import releases_memory
@@ -26,7 +29,14 @@ H_TEACHER, F_TEACHER = 8192, 28_672
 
 
 def llama(*overrides: str) -> Config:
-    return load_config(EXAMPLES / "llama3_70b_to_8b" / "llama3_70b_to_8b.toml", overrides)
+    """The recipe, with half of each GPU for the server on it unless `overrides` say otherwise."""
+    path = EXAMPLES / "llama3_70b_to_8b" / "llama3_70b_to_8b.toml"
+    return load_config(path, ("sglang.memory_fraction=0.5", *overrides))
+
+
+def dry(*overrides: str) -> MemoryEstimate:
+    """A dry run on one node of eight GPUs of 80 GiB."""
+    return dry_run(llama(*overrides), hosts_elsewhere(8, 8), gpu_memory_gib=80.0).memory
 
 
 def estimate(config: Config, world_size: int) -> MemoryEstimate:
@@ -64,11 +74,15 @@ def test_seventy_billion_on_one_node_by_hand():
 
 def test_seventy_billion_on_one_node_does_not_pass_unless_it_fits():
     with pytest.raises(ConfigError, match=r'got an estimate of 87.1 GiB in phase "generate"') as caught:
-        dry_run(llama(), 8, gpu_memory_gib=80.0)
+        dry()
     assert "teacher: hidden states to send" in str(caught.value), "with the table"
-    assert dry_run(llama("training.offload=all"), 8, gpu_memory_gib=80.0).memory.total_bytes < 80 * GIB
+    assert dry("training.offload=all").total_bytes < 80 * GIB
     with pytest.raises(ConfigError, match='in phase "update"'):
-        dry_run(llama("training.offload=optimizer", "sglang.release_memory=never"), 8, gpu_memory_gib=80.0)
+        dry_run(
+            llama("training.offload=optimizer", "sglang.release_memory=never"),
+            hosts_elsewhere(8, 8),
+            gpu_memory_gib=80.0,
+        )
 
 
 def test_what_is_offloaded_is_counted_where_it_is_needed_and_on_the_host():
@@ -105,22 +119,27 @@ def test_the_table_has_a_column_per_phase_and_the_sums():
     assert float(sums[0]) == pytest.approx(87.1, abs=0.05)
 
 
+APART = ("sglang.share_gpus=false", "sglang.gpus=[7]")
+GIVEN = ("sglang.share_gpus=false", 'rollout.server_urls=["http://n7:1"]')
+
+
 @pytest.mark.parametrize(
-    "overrides,on_gpu,expected",
+    "overrides,gpus,expected",
     [
-        ([], True, True),
-        ([], False, False),
-        (["sglang.release_memory=never"], True, False),
-        (["sglang.release_memory=always"], False, True),
-        (["rollout.ahead=1"], True, False),
-        (["sglang.gpus=[64]"], True, False),
-        (['rollout.server_urls=["http://n7:1"]'], True, False),
-        (['rollout.server_urls=["http://n7:1"]', "sglang.release_memory=always"], True, True),
-        (["rollout.engine=embedded", "sglang.release_memory=always"], True, False),
+        ([], range(8), True),
+        ([], (), False),
+        (["sglang.release_memory=never"], range(8), False),
+        (["sglang.release_memory=always"], (), True),
+        (["rollout.ahead=1"], range(8), False),
+        (APART, range(8), False),
+        (GIVEN, range(8), False),
+        ([*GIVEN, "sglang.release_memory=always"], range(8), True),
+        (["rollout.engine=embedded", "sglang.release_memory=always"], range(8), False),
     ],
 )
-def test_servers_give_back_memory_that_they_share(overrides: list[str], on_gpu: bool, expected: bool):
-    assert releases_memory(llama(*overrides), 64, on_gpu=on_gpu) == expected
+def test_servers_give_back_memory_that_they_share(overrides: Sequence[str], gpus: Sequence[int], expected: bool):
+    config = llama(*overrides)
+    assert releases_memory(config, place(config, Hosts(4, 4, tuple(gpus)))) == expected
 
 
 def counted(config: Config) -> dict[str, int]:
