@@ -76,6 +76,7 @@ def test_busy_gpus_and_a_torch_that_sees_none(monkeypatch: pytest.MonkeyPatch):
     (text,) = texts(findings, "missing")
     assert text.endswith("sees none of this machine's 2 GPUs; a run would use the CPU")
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "2")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)  # an empty list asks for the CPU
     assert "GPUs were asked for (SLURM_GPUS_ON_NODE=2)" in texts(gpu_findings(), "missing")
 
 

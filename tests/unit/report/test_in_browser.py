@@ -33,7 +33,8 @@ def report(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     write_run(folder / "whole", steps=6, view_steps=[3, 6], responses=3, tokens=200)
     older = token_table_file(folder / "whole" / "views", 3)
-    pq.write_table(pq.read_table(older).drop_columns(["compatibility"]), older)
+    facts = {key: value for key, value in pq.read_metadata(older).metadata.items() if key != b"ARROW:schema"}
+    pq.write_table(pq.read_table(older).drop_columns(["compatibility"]).replace_schema_metadata(facts), older)
     lacking = ["train/teacher_entropy", "memory/"]
     texts = dict.fromkeys(range(0, 400, 3), NASTY)
     rule = "tip_soft_or"
