@@ -100,9 +100,24 @@ def gloo_interface(environ: Mapping[str, str], sources: Sequence[str], addresses
 def _network_environment(environ: Mapping[str, str]) -> dict[str, str]:
     """Returns GLOO_SOCKET_IFNAME by the route to the first host, or on that host by the default route."""
     sources = [source for target in (environ.get("MASTER_ADDR", ""), _FAR_AWAY) if (source := _source_to(target))]
-    addresses = {name: [one.address for one in own] for name, own in psutil.net_if_addrs().items()}
-    name = gloo_interface(environ, sources, addresses)
+    name = gloo_interface(environ, sources, _own_addresses())
     return {"GLOO_SOCKET_IFNAME": name} if name else {}
+
+
+def server_network_environment(environ: Mapping[str, str], host: str) -> dict[str, str]:
+    """Returns GLOO_SOCKET_IFNAME for a server that listens on `host`: the interface with that address.
+
+    Empty on loopback, or if the user has set it.
+    """
+    source = _source_to(host)
+    if "GLOO_SOCKET_IFNAME" in environ or not source or ip_address(source).is_loopback:
+        return {}
+    names = [name for name, own in _own_addresses().items() if source in own]
+    return {"GLOO_SOCKET_IFNAME": names[0]} if names else {}
+
+
+def _own_addresses() -> dict[str, list[str]]:
+    return {name: [one.address for one in own] for name, own in psutil.net_if_addrs().items()}
 
 
 def _source_to(host: str) -> str:

@@ -18,6 +18,8 @@ from pathlib import Path
 import pytest
 
 from megatron_tip.commands.serving import server_arguments, write_keys
+from megatron_tip.placement.placement import PlacedServer
+from megatron_tip.placement.slots import Place
 from megatron_tip.rollout.sglang.server import CPU_ENVIRONMENT, CPU_SHIM
 from tests.helpers.hosts import Host, hosts
 from tests.helpers.processes import wait_until
@@ -53,18 +55,19 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         write_keys(found.keys)
         keys = json.loads(found.keys.read_text())
         for host in found.servers:
-            arguments = server_arguments(str(models / "student"), host.address, PORT, 1, 0.2, keys)
+            server = PlacedServer("student", 0, (Place(2, None),), (PORT,), 0.2)
+            arguments = server_arguments(server, models / "student", host.address, keys)
             arguments += [*CPU.split(), "--max-total-tokens", "4096"]
             with (folder / f"{host.name}.log").open("w") as log:
                 environment = {**CPU_ENVIRONMENT, "PYTHONPATH": f"{CPU_SHIM}:{ROOT}"}
                 command = [sys.executable, "-m", "megatron_tip.rollout.sglang.main"]
-                server = host.start(command, log=log, environment=environment)
-            processes.append(server)
-            assert server.stdin
-            server.stdin.write(json.dumps(arguments) + "\n")
-            server.stdin.flush()
+                process = host.start(command, log=log, environment=environment)
+            processes.append(process)
+            assert process.stdin
+            process.stdin.write(json.dumps(arguments) + "\n")
+            process.stdin.flush()
         with (folder / "wait.log").open("w") as log:
-            command = [sys.executable, "-m", "megatron_tip.commands.serving", "wait", "200", *found.urls]
+            command = [sys.executable, "-m", "megatron_tip.commands.serving", "wait", "200", "", *found.urls]
             waiting = found.trainers[0].start(command, log=log, environment={"PYTHONPATH": str(ROOT)})
         assert waiting.wait(250) == 0, (folder / "wait.log").read_text()
         yield found

@@ -14,6 +14,7 @@ from megatron_tip.parallel.environment import (
     gloo_interface,
     is_worker,
     nccl_environment,
+    server_network_environment,
     thread_environment,
     worker_environment,
 )
@@ -151,6 +152,18 @@ def test_a_worker_of_several_hosts_gets_the_interface_of_the_route_to_the_first(
     monkeypatch.setattr(environment_module, "_source_to", lambda host: own if host == "node07" else "")
     assert worker_environment(STEP, threads=8)["GLOO_SOCKET_IFNAME"] == name
     assert "GLOO_SOCKET_IFNAME" not in worker_environment({"RANK": "0", "WORLD_SIZE": "1"}, threads=8)
+
+
+def test_a_server_uses_the_interface_of_its_own_address():
+    name, own = next(
+        (name, one.address)
+        for name, all_own in psutil.net_if_addrs().items()
+        for one in all_own
+        if one.family == socket.AF_INET and not one.address.startswith("127.")
+    )
+    assert server_network_environment({}, own) == {"GLOO_SOCKET_IFNAME": name}
+    assert server_network_environment({"GLOO_SOCKET_IFNAME": "eth7"}, own) == {}
+    assert server_network_environment({}, "127.0.0.1") == {}
 
 
 def test_nccl_is_set_for_trainer_and_servers_alike_unless_the_user_has_set_it():
