@@ -25,7 +25,7 @@ from tests.helpers.hosts import Host, hosts
 from tests.helpers.processes import wait_until
 from tests.helpers.training import RUN_TOML, make_models
 
-pytestmark = [pytest.mark.sglang, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.sglang, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parents[2]
 PORT = 31000
@@ -67,9 +67,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             process.stdin.write(json.dumps(arguments) + "\n")
             process.stdin.flush()
         with (folder / "wait.log").open("w") as log:
-            command = [sys.executable, "-m", "megatron_tip.commands.serving", "wait", "200", "", *found.urls]
+            command = [sys.executable, "-m", "megatron_tip.commands.serving", "wait", "270", "", *found.urls]
             waiting = found.trainers[0].start(command, log=log, environment={"PYTHONPATH": str(ROOT)})
-        assert waiting.wait(250) == 0, (folder / "wait.log").read_text()
+        assert waiting.wait(300) == 0, (folder / "wait.log").read_text()
         yield found
 
 
