@@ -22,9 +22,11 @@ def serve() -> None:
     arguments = json.loads(_first_line())
     _require_port(arguments)
     threading.Thread(target=_end_with_input, name="lifeline", daemon=True).start()
-    from megatron_tip.parallel.environment import nccl_environment
+    from megatron_tip.parallel.environment import drop_expandable_segments, nccl_environment
 
     os.environ.update(nccl_environment(os.environ))
+    if "--enable-memory-saver" in arguments:
+        drop_expandable_segments(os.environ)
     from sglang.launch_server import run_server  # pyright: ignore[reportMissingImports]
     from sglang.srt.server_args import prepare_server_args  # pyright: ignore[reportMissingImports]
 
