@@ -83,10 +83,10 @@ def test_memory_that_cannot_be_shared_is_an_error_with_a_remedy(monkeypatch):
 
     (bucket,) = weight_buckets(WEIGHTS.items(), 1000, partial(shared_buffer, device=CPU))
     monkeypatch.setattr(shared_memory.reductions, "reduce_tensor", refuse)
-    with pytest.raises(EngineError, match='got: CUDA out of memory; set sync.transport = "broadcast"'):
+    with pytest.raises(EngineError, match=r'got: CUDA out of memory; set sync.transport = "broadcast"'):
         handles(bucket, 1)
     monkeypatch.setattr(shared_memory.torch.UntypedStorage, "_new_shared", refuse)
-    with pytest.raises(EngineError, match='got: CUDA out of memory; set sync.transport = "broadcast"'):
+    with pytest.raises(EngineError, match=r'got: CUDA out of memory; set sync.transport = "broadcast"'):
         shared_buffer(60, CPU)
 
 
