@@ -88,11 +88,11 @@ class SGLangConfig(Section):
     threads: int = Field(default=1, ge=1)
     """CPU threads per rank of our own servers."""
     memory_fraction: float = Field(default=0.0, ge=0, lt=1)
-    """Share of a GPU's memory for weights and cache of our own servers; 0: 0.3 beside the trainer, otherwise SGLang
-    chooses."""
+    """Share of the memory that is free when the server starts, for weights and cache of our own servers; 0: 0.3 beside
+    the trainer, otherwise SGLang chooses."""
     release_memory: Literal["auto", "always", "never"] = "auto"
     """Whether servers give back their memory, cache and weights, while the trainer trains; auto: if they share its
-    GPUs. Given servers need SGLang's --enable-memory-saver for it. Not with rollout.ahead."""
+    GPUs. Given servers need SGLang's --enable-memory-saver for it. Not with rollout.ahead or sglang.router_url."""
     max_total_tokens: int = Field(default=0, ge=0)
     """Tokens in the cache of each of our own servers; 0: on a GPU SGLang chooses, on a CPU what the batch needs."""
     arguments: tuple[str, ...] = ()

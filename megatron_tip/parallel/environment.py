@@ -7,7 +7,7 @@ import os
 import re
 import socket
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from ipaddress import ip_address
 
 import psutil
@@ -21,6 +21,9 @@ RENDEZVOUS_PORTS = range(20_000, 30_000)
 """Ports of the workers' first contact under srun: below the range of ephemeral ports and below the servers' ports."""
 
 _NCCL_DEFAULTS = {"NCCL_CUMEM_ENABLE": "0", "NCCL_NVLS_ENABLE": "0"}
+
+_ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+_EXPANDABLE_SEGMENTS = re.compile(r"(?:^|,)\s*expandable_segments\s*:\s*(\w+)\s*")
 
 
 def is_worker(environ: Mapping[str, str]) -> bool:
@@ -44,6 +47,19 @@ def nccl_environment(environ: Mapping[str, str]) -> dict[str, str]:
     NCCL negotiates neither: a peer with other settings waits for a buffer that never comes.
     """
     return {name: environ.get(name, value) for name, value in _NCCL_DEFAULTS.items()}
+
+
+def expands_segments(environ: Mapping[str, str]) -> bool:
+    """Returns whether torch's allocator uses expandable segments, which CUDA IPC and SGLang's memory saver cannot."""
+    found = (_EXPANDABLE_SEGMENTS.search(environ.get(name, "")) for name in _ALLOCATOR_VARIABLES)
+    return any(match is not None and match[1].lower() == "true" for match in found)
+
+
+def drop_expandable_segments(environ: MutableMapping[str, str]) -> None:
+    """Takes expandable segments out of the allocator's options in `environ`, and leaves the others."""
+    for name in _ALLOCATOR_VARIABLES:
+        if name in environ:
+            environ[name] = _EXPANDABLE_SEGMENTS.sub("", environ[name]).lstrip(",")
 
 
 def worker_environment(environ: Mapping[str, str], *, threads: int, joins_servers: bool = False) -> dict[str, str]:

@@ -122,7 +122,7 @@ def estimate_memory(config: Config, outline: Outline, *, gpu_memory_gib: float) 
     leaves = OFFLOADED[config.training.offload] & movable.keys()
     last = "measure" if config.heldout.num_prompts else "sync"
     phases: dict[str, Parts] = {}
-    for phase, working in _working(config, student, teacher, padded, gpu_memory_gib).items():
+    for phase, working in _working(config, outline, student, teacher, gpu_memory_gib).items():
         needed = PHASES[phase if phase in PHASES else last]
         stays = [part for name, part in movable.items() if name in needed.trainer or name not in leaves]
         beside = _engine(config, engine, phase) | _servers(config, outline, engine, needed.servers, gpu_memory_gib)
@@ -166,10 +166,10 @@ def _optimizer_shards(config: Config, student: _Model) -> int:
 
 
 def _working(
-    config: Config, student: _Model, teacher: _Model | None, padded_vocab_size: int, gpu_memory_gib: float
+    config: Config, outline: Outline, student: _Model, teacher: _Model | None, gpu_memory_gib: float
 ) -> dict[str, Parts]:
     """Returns what each phase makes for itself: activations, rows, logits, what it gathers."""
-    shard = padded_vocab_size // student.grid.tp_size
+    shard = outline.padded_vocab_size // student.grid.tp_size
     chunk_rows = config.loss.chunk_rows or most_rows_on_gpu(shard, int(gpu_memory_gib * 2**30))
     rollouts = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
     sent, received = _rows_of_teacher(config, student, teacher, rollouts)
@@ -189,7 +189,7 @@ def _working(
         "score": scoring | received,
         "train": training | loss | received,
         "update": received | {"optimizer: square roots, if AdamW is torch's": roots},
-        "sync": _gathered_for_sync(config, student),
+        "sync": _gathered_for_sync(config, outline, student),
     }
     if config.heldout.num_prompts:
         heldout_sent, heldout_received = _rows_of_teacher(config, student, teacher, config.heldout.num_prompts)
@@ -221,12 +221,13 @@ def _forward(config: Config, owner: str, model: _Model | None) -> Parts:
     return {f"{owner}: a layer's activations": _layer_activations(config, model, sequence_parallel=sequence_parallel)}
 
 
-def _gathered_for_sync(config: Config, student: _Model) -> Parts:
-    """Returns the largest tensor whole, gathered and merged, and a bucket of them on its way to servers."""
+def _gathered_for_sync(config: Config, outline: Outline, student: _Model) -> Parts:
+    """Returns the largest tensor whole, gathered and merged, and buckets on their way to servers."""
     a = student.architecture
     largest = max(student.padded_vocab_size, 2 * a.ffn_hidden_size) * a.hidden_size * student.bytes_per_value
-    bucket = config.sync.bucket_bytes if config.rollout.engine == "sglang" else 0
-    return {"sync: a whole tensor, gathered and merged": 2.0 * largest, "sync: a bucket": float(bucket)}
+    num_buckets = 2 if outline.placement.transport == "ipc" else 1  # one that servers load, one that is filled
+    buckets = num_buckets * config.sync.bucket_bytes if config.rollout.engine == "sglang" else 0
+    return {"sync: a whole tensor, gathered and merged": 2.0 * largest, "sync: buckets": float(buckets)}
 
 
 def _layer_activations(config: Config, model: _Model, *, sequence_parallel: bool) -> float:

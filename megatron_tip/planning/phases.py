@@ -48,4 +48,6 @@ def releases_memory(config: Config, placement: Placement) -> bool:
         return False
     if wanted == "always":
         return True
-    return not config.rollout.ahead and any(server.memory_saver for server in placement.students)
+    if config.rollout.ahead or config.sglang.router_url:  # a router's health checks end a server without its cache
+        return False
+    return any(server.memory_saver for server in placement.students)

@@ -117,6 +117,11 @@ def _check_memory(config: Config) -> None:
             'sglang.release_memory: expected "auto" or "never" with rollout.ahead = 1, got "always"; the servers '
             "generate while the student trains: set rollout.ahead = 0, or give them other GPUs (sglang.gpus)"
         )
+    if config.sglang.release_memory == "always" and config.sglang.router_url:
+        raise ConfigError(
+            'sglang.release_memory: expected "auto" or "never" with sglang.router_url, got "always"; the router\'s '
+            "health checks generate a token, which ends a server that has given back its memory"
+        )
     if config.training.offload == "teacher" and not teacher_kind(config).has_weights:
         raise ConfigError(
             f'training.offload: expected "none", "optimizer" or "all" with teacher.kind = "{config.teacher.kind}", got '

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from megatron_tip.config import Config
 from megatron_tip.conversion.bridge import load_hf
+from megatron_tip.conversion.model_size import num_parameters
 from megatron_tip.errors import InputError
 from megatron_tip.machine import Machine
 from megatron_tip.models.gpt import build_gpt
@@ -11,7 +12,7 @@ from megatron_tip.models.student import Student, build_student
 from megatron_tip.observability.timing import PhaseTimer
 from megatron_tip.parallel.distributed import Worker
 from megatron_tip.parallel.groups import ModelGroups, build_groups
-from megatron_tip.parallel.together import together
+from megatron_tip.parallel.together import run_on, together
 from megatron_tip.planning.dtypes import Dtypes
 from megatron_tip.planning.inputs import read_prompts
 from megatron_tip.planning.phases import releases_memory
@@ -20,6 +21,7 @@ from megatron_tip.prompts.source import PromptSource, load_prompts
 from megatron_tip.rollout.engine import EngineNeeds, SamplingParams
 from megatron_tip.rollout.engines import build_engine
 from megatron_tip.rollout.handover.exchange import HandleExchange
+from megatron_tip.rollout.handover.shared_memory import bucket_limit
 from megatron_tip.teachers.setup import build_teacher
 from megatron_tip.teachers.teacher import TeacherSite
 from megatron_tip.training.device_memory import DeviceMemory
@@ -63,7 +65,7 @@ def build_run(
     )
     exchange, releases = None, generates and releases_memory(config, plan.placement)
     if generates and set(plan.placement.handing_ranks) - {0}:
-        exchange = HandleExchange(config.sync.bucket_bytes, worker.device)
+        exchange = _exchange(config, plan, worker)
     source = None
     with together(device=worker.device):
         if worker.rank == 0 and generates:
@@ -97,6 +99,17 @@ def build_run(
         exchange=exchange,
         memory=DeviceMemory(student, teacher, worker.device, offload=config.training.offload, moves_servers=releases),
     )
+
+
+def _exchange(config: Config, plan: RunPlan, worker: Worker) -> HandleExchange:
+    """Returns the exchange of weight handles. Collective over the world: buckets are those of rank 0 everywhere."""
+    handing = plan.placement.handing_ranks
+
+    def size() -> int:
+        model_bytes = num_parameters(plan.student.architecture) * Dtypes.of(config).student.itemsize
+        return bucket_limit(config.sync.bucket_bytes, model_bytes, worker.device, num_handing=len(handing))
+
+    return HandleExchange(run_on(0, size, device=worker.device), worker.device, handing)
 
 
 def _sampling(config: Config, plan: RunPlan) -> SamplingParams:

@@ -59,6 +59,11 @@ def _wait(source: RolloutSource, stop: StopSignals) -> None:
         source.engine.wait()
 
 
+def _wait_for_receivers(source: RolloutSource, stop: StopSignals) -> None:
+    with stop.interruptible():
+        source.engine.wait_for_receivers()
+
+
 def sync_engine(run: TrainingRun, *, weight_version: int, first: bool = False) -> dict[str, float]:
     """Syncs the weights, compares the probe's logprobs if `sync.verify` says so, and returns the gap as a metric.
 
@@ -93,21 +98,20 @@ def _sync(run: TrainingRun, weight_version: int) -> None:
     """Streams the student's weights to the engine, one Hugging Face tensor at a time.
 
     Collective over the tp x pp ranks of replica 0, the first of which has the engine; other replicas hold the same
-    weights, and take part only with an exchange of handles (sync.transport = "ipc"). One all-reduce over the world then
-    shares the outcome. Engines consume the whole stream even if they fail, so that no rank is left waiting in a
-    collective.
+    weights, and take part only with an exchange of handles (sync.transport = "ipc"). All ranks first wait, between
+    CPUs, until a server can take weights; one all-reduce over the world shares the outcome. Engines consume the whole
+    stream even if they fail, so that no rank is left waiting in a collective.
 
     Raises:
         StopRequested: rank 0 received a stop signal while it waited for a server; raised on every rank.
         MegatronTipError: the engine's error; raised on every rank.
     """
     run.enter("sync")
+    run.on_source(partial(_wait_for_receivers, stop=run.stop))
     with together(device=run.device):
         stream = _stream(run)
         try:
             if run.source is not None:
-                with run.stop.interruptible():
-                    run.source.engine.wait_for_receivers()
                 run.source.engine.update_weights(stream, weight_version)
         finally:
             for _ in stream:  # on the other ranks; and after a failure, because the others still send the rest

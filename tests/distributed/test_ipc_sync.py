@@ -6,7 +6,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_tip.conversion.bridge import export_hf
-from megatron_tip.errors import OutputError
+from megatron_tip.errors import EngineError, OutputError
 from megatron_tip.rollout.handover import exchange as exchange_module
 from megatron_tip.rollout.handover.exchange import HandleExchange
 from megatron_tip.rollout.sglang.client import SGLangClient
@@ -27,7 +27,8 @@ SERVED = {"rollout": {"engine": "sglang", "server_urls": ("http://nobody",)}, "s
 def served_run(folder, layout, fakes, neighbours):
     """A run whose engine, on rank 0, sends by IPC to `fakes`."""
     run = build_tiny_run(make_config(folder, layout), [])
-    exchange = HandleExchange(BUCKET_BYTES, run.device)
+    handing = {rank for ranks in neighbours for rank in ranks}
+    exchange = HandleExchange(BUCKET_BYTES, run.device, handing)
     run = replace(run, config=make_config(folder, layout, **SERVED), exchange=exchange)
     if dist.get_rank() != 0:
         return run, None
@@ -85,23 +86,26 @@ def test_a_server_that_fails_in_mid_sync_is_left_out_and_takes_the_next_sync(tmp
     assert versions == ["run/1", "run/1"]
 
 
-def failed(folder, layout):
+def failed(folder, layout, name, error):
     fakes = [OpeningSGLang()]
     run, engine = served_run(folder, layout, fakes, ((1,),))
     if dist.get_rank() == 1:
 
-        def full(num_bytes, device):
-            raise OutputError("/dev/shm: full")
+        def fail(*arguments):
+            raise error
 
-        exchange_module.shared_buffer = full
-    with pytest.raises(OutputError) as caught:
+        setattr(exchange_module, name, fail)
+    with pytest.raises(type(error)) as caught:
         sync_engine(run, weight_version=0)
     if engine is not None:
         engine.close()
     return str(caught.value), fakes[0].num_buckets
 
 
-def test_shared_memory_that_another_rank_lacks_is_the_same_error_on_every_rank(tmp_path):
+@pytest.mark.parametrize(
+    "name, error", [("shared_buffer", OutputError("/dev/shm: full")), ("handles", EngineError("no CUDA IPC"))]
+)
+def test_memory_that_another_rank_cannot_share_is_the_same_error_on_every_rank(tmp_path, name, error):
     layout = Layout(2, student=(2, 1))
-    results = run_workers(failed, 2, tmp_path, make_models(tmp_path), layout, timeout_seconds=240)
-    assert results == [("/dev/shm: full", 0)] * 2
+    results = run_workers(failed, 2, tmp_path, make_models(tmp_path), layout, name, error, timeout_seconds=240)
+    assert results == [(str(error), 0)] * 2

@@ -1,15 +1,16 @@
 """Handles of weight buckets, gathered from the trainer ranks that share a GPU with a server."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_tip.errors import OutputError
+from megatron_tip.errors import EngineError, OutputError
 from megatron_tip.parallel.collectives import broadcast_json, gather_bytes
-from megatron_tip.rollout.handover.buckets import BucketBounds, weight_buckets
+from megatron_tip.rollout.handover.buckets import BucketBounds, WeightBucket, weight_buckets
 from megatron_tip.rollout.handover.shared_memory import handles, shared_buffer
 
 
@@ -21,18 +22,23 @@ class HandleExchange:
     whatever fails in between. Collectives over the world per bucket: two broadcasts; if handles are wanted also an
     all-reduce and a gather.
 
-    A rank that follows holds at most two buckets: the one that servers load, and the one that it fills.
+    A rank that hands over holds at most two buckets: the one that servers load, and the one that it fills.
+
+    Args:
+        bucket_bytes: the same on all ranks.
+        handing_ranks: those that handles may be wanted of; other followers hold no bucket.
     """
 
-    def __init__(self, bucket_bytes: int, device: torch.device) -> None:
+    def __init__(self, bucket_bytes: int, device: torch.device, handing_ranks: Collection[int]) -> None:
         self.wanted: dict[int, int] = {}
         self.received: dict[int, list[str]] = {}
-        self._bucket_bytes = bucket_bytes
+        self.bucket_bytes = bucket_bytes
+        self._handing_ranks = handing_ranks
         self._device = device
 
     def lead(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """Yields `weights`; for rank 0. When whoever takes them completes a bucket, `received` has its handles."""
-        bounds = BucketBounds(self._bucket_bytes)
+        bounds = BucketBounds(self.bucket_bytes)
         for name, tensor in weights:
             if bounds.add(tensor):
                 self._exchange(lambda count: [])
@@ -44,19 +50,32 @@ class HandleExchange:
         """Fills the buckets and gives rank 0 their handles; for every other rank. Yields nothing.
 
         Raises:
-            OutputError: there was no shared memory for a bucket; raised at the end, and no handle is given before.
+            OutputError, EngineError: the memory for a bucket was missing, or could not be shared; raised at the end,
+                and no handle is given after it.
         """
-        failures: list[OutputError] = []
+        if dist.get_rank() not in self._handing_ranks:
+            for _ in self.lead(weights):
+                pass
+            return
+        failures: list[OutputError | EngineError] = []
 
         def new_buffer(num_bytes: int) -> Tensor:
             try:
-                return shared_buffer(num_bytes, self._device)
-            except OutputError as error:  # the other ranks still exchange
+                if not failures:
+                    return shared_buffer(num_bytes, self._device)
+            except (OutputError, EngineError) as error:  # the other ranks still exchange
                 failures.append(error)
-                return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+            return torch.empty(num_bytes, dtype=torch.uint8)
 
-        for bucket in weight_buckets(weights, self._bucket_bytes, new_buffer, reuse=False):
-            self._exchange(lambda count, bucket=bucket: [] if failures else handles(bucket, count))
+        def export(bucket: WeightBucket, count: int) -> list[str]:
+            try:
+                return [] if failures else handles(bucket, count)
+            except EngineError as error:
+                failures.append(error)
+                return []
+
+        for bucket in weight_buckets(weights, self.bucket_bytes, new_buffer, reuse=False):
+            self._exchange(partial(export, bucket))
         yield from ()
         if failures:
             raise failures[0]

@@ -13,13 +13,28 @@ import torch
 from torch import Tensor, multiprocessing
 from torch.multiprocessing import reductions
 
-from megatron_tip.errors import OutputError
+from megatron_tip.errors import EngineError, OutputError
 from megatron_tip.rollout.handover.buckets import WeightBucket
 
 SHARED_MEMORY = "/dev/shm"
 
 _DEVICE_ARGUMENT = 6
 """Place of the device among the arguments of torch's `rebuild_cuda_tensor`."""
+
+
+def bucket_limit(bucket_bytes: int, model_bytes: int, device: torch.device, *, num_handing: int) -> int:
+    """Returns the size of buckets that have room, at most `bucket_bytes`, and no more than the model needs.
+
+    On a CPU they lie in /dev/shm, which containers often limit to 64 MB.
+
+    Args:
+        num_handing: ranks that hand buckets over, each with two buffers at a time; rank 0 has one besides.
+    """
+    needed = min(bucket_bytes, model_bytes)
+    if device.type != "cpu":
+        return needed
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    return max(1, min(needed, free // (2 * num_handing + 1)))
 
 
 def shared_buffer(num_bytes: int, device: torch.device | str) -> Tensor:
@@ -30,16 +45,19 @@ def shared_buffer(num_bytes: int, device: torch.device | str) -> Tensor:
 
     Raises:
         OutputError: /dev/shm has no space for it. Writing to it would end this process with SIGBUS.
+        EngineError: the device has no memory left.
     """
     if torch.device(device).type != "cpu":
-        return torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        with _sharing_errors():
+            return torch.empty(num_bytes, dtype=torch.uint8, device=device)
     free = shutil.disk_usage(SHARED_MEMORY).free
     if free < num_bytes:
         raise OutputError(
             f"{SHARED_MEMORY}: expected {num_bytes / 1e6:.0f} MB for a bucket of weights, got {free / 1e6:.0f} MB "
-            "free; lower sync.bucket_bytes, or give the container more shared memory (--shm-size)"
+            "free; give the container more shared memory (--shm-size), lower sync.bucket_bytes, or set sync.transport "
+            'to "broadcast"'
         )
-    with _shared_by_name():
+    with _sharing_errors(), _shared_by_name():
         storage = torch.UntypedStorage._new_shared(num_bytes)
     return torch.empty(0, dtype=torch.uint8).set_(storage)
 
@@ -49,9 +67,12 @@ def handles(bucket: WeightBucket, count: int) -> list[str]:
 
     They are, in base64, what SGLang's update_weights_from_tensor takes in its format "flattened_bucket". Each must be
     opened once: torch counts who uses the memory, and on a GPU keeps it until all have let go of it.
+
+    Raises:
+        EngineError: the driver does not share the memory, as in some containers.
     """
     content = {"flattened_tensor": bucket.data, "metadata": _metadata(bucket)}
-    with _shared_by_name():
+    with _sharing_errors(), _shared_by_name():
         return [b64encode(_pickled(content)).decode() for _ in range(count)]
 
 
@@ -88,6 +109,17 @@ def _reduced(tensor: Tensor) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
         uuid = str(torch.cuda.get_device_properties(tensor.device).uuid)
         arguments = (*arguments[:_DEVICE_ARGUMENT], uuid, *arguments[_DEVICE_ARGUMENT + 1 :])
     return function, arguments
+
+
+@contextmanager
+def _sharing_errors() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # also torch.OutOfMemoryError
+        raise EngineError(
+            f'sync.transport = "ipc": expected memory that servers can open for a bucket of weights, got: {error}; set '
+            'sync.transport = "broadcast" or "folder"'
+        ) from error
 
 
 @contextmanager

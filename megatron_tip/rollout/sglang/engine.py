@@ -33,6 +33,9 @@ FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 30.0
 MAX_EMPTY_BATCHES = 3
 """Consecutive batches without any response before the run gives up."""
 
+RESTORE_SECONDS = 60.0
+"""How long `close` waits for given servers to take back their memory."""
+
 
 @dataclass(frozen=True)
 class EngineSettings:
@@ -209,7 +212,9 @@ class SGLangEngine(RolloutEngine):
         }
 
     def close(self) -> None:
-        """Stops our own servers; leaves given servers running."""
+        """Stops our own servers; leaves given servers running, with all their memory."""
+        if self._settings.releases_memory:
+            self._memory.restore(RESTORE_SECONDS)
         self._transport.close()
         self._pool.close()
 

@@ -22,10 +22,13 @@ def serve() -> None:
     arguments = json.loads(_first_line())
     _require_port(arguments)
     threading.Thread(target=_end_with_input, name="lifeline", daemon=True).start()
-    from megatron_tip.parallel.environment import nccl_environment, server_network_environment
+    from megatron_tip.parallel import environment
 
     host = dict(pairwise(arguments)).get("--host", "127.0.0.1")
-    os.environ.update(nccl_environment(os.environ) | server_network_environment(os.environ, host))
+    own = environment.nccl_environment(os.environ) | environment.server_network_environment(os.environ, host)
+    os.environ.update(own)
+    if "--enable-memory-saver" in arguments:
+        environment.drop_expandable_segments(os.environ)
     from sglang.launch_server import run_server  # pyright: ignore[reportMissingImports]
     from sglang.srt.server_args import prepare_server_args  # pyright: ignore[reportMissingImports]
 

@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
 from megatron_tip.errors import ServerError, ServerMismatchError
@@ -12,7 +12,8 @@ from megatron_tip.rollout.sglang.pool import PooledServer, ServerPool
 logger = logging.getLogger(__name__)
 
 _TAGS = {WEIGHTS: ("weights",), CACHE: ("kv_cache", "cuda_graph")}
-"""SGLang's names. Its captured graphs keep buffers of their own, which are of use only together with the cache."""
+"""SGLang's names. Its captured graphs keep buffers of their own, which are of use only together with the cache; it
+gives them back only with SGLANG_MEMORY_SAVER_CUDA_GRAPH=1 in its environment, otherwise it keeps them."""
 
 _IDLE_SECONDS = 20.0
 """How long a server's aborted requests may take to end."""
@@ -54,14 +55,33 @@ class ServerMemory:
         """
         self._wanted = held
         self._pool.may_start = may_start
-        servers = self._pool.up()
-        with ThreadPoolExecutor(max(1, min(len(servers), _MAX_THREADS)), thread_name_prefix="memory") as executor:
-            list(executor.map(self._apply, servers))
         for server in self._pool.servers:
             if not server.is_up and may_start:
                 server.look_now.set()
             elif not server.is_up and server.process:
                 server.process.stop()
+        servers = self._pool.up()  # after the loop, because one that it saw starting may have come up since
+        with ThreadPoolExecutor(max(1, min(len(servers), _MAX_THREADS)), thread_name_prefix="memory") as executor:
+            list(executor.map(self._apply, servers))
+
+    def restore(self, timeout_seconds: float) -> None:
+        """Makes given servers hold everything again, for those who use them next; logs those that do not.
+
+        A health check by anyone else would end a server without its cache.
+        """
+        self._wanted = ALL_MEMORY
+        given = [server for server in self._pool.servers if server.process is None]
+        if not given:
+            return
+        executor = ThreadPoolExecutor(min(len(given), _MAX_THREADS), thread_name_prefix="memory")
+        calls = {executor.submit(self._apply if one.is_up else self._reclaim, one): one for one in given}
+        done, late = wait(calls, timeout_seconds)
+        executor.shutdown(wait=False, cancel_futures=True)
+        for call in done:
+            if error := call.exception():
+                logger.warning("%s: could not take its memory back: %s", calls[call].url, error)
+        for call in late:
+            logger.warning("%s: did not take its memory back within %.0f s", calls[call].url, timeout_seconds)
 
     def check(self, server: PooledServer) -> None:
         """Marks a new server, so that it is known again, and refuses one that cannot give back its memory.
@@ -125,6 +145,7 @@ class ServerMemory:
                     raise ServerError(
                         f"{server.url}: nobody knows what memory it holds, since a call about it failed; restart it"
                     )
+                state.is_known = False
                 server.http.move_memory("resume", _tags(ALL_MEMORY - state.held))
             state.held, state.is_known = ALL_MEMORY, True
 

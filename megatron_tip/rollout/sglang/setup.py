@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -11,10 +12,13 @@ import torch
 
 from megatron_tip.config import Config
 from megatron_tip.conversion.model_folder import ModelFolder
+from megatron_tip.conversion.model_size import num_parameters
 from megatron_tip.errors import ConfigError
 from megatron_tip.files import new_folder
 from megatron_tip.machine import Machine
+from megatron_tip.parallel.environment import expands_segments
 from megatron_tip.rollout.engine import EngineNeeds
+from megatron_tip.rollout.handover.shared_memory import bucket_limit
 from megatron_tip.rollout.sglang.client import ServerKeys, SGLangClient, Timeouts
 from megatron_tip.rollout.sglang.engine import EngineSettings, SGLangEngine, new_run_id
 from megatron_tip.rollout.sglang.pool import PooledServer, PoolSettings, ServerPool
@@ -87,6 +91,16 @@ def read_keys(path: Path | None, *, setting: str = "sglang.keys_file") -> Server
     return ServerKeys(**content)
 
 
+def check_allocator(transport: str, device: torch.device, environ: Mapping[str, str]) -> None:
+    """Raises ConfigError if torch's allocator in this process takes memory that CUDA IPC cannot share."""
+    if transport == "ipc" and device.type == "cuda" and expands_segments(environ):
+        raise ConfigError(
+            "PYTORCH_CUDA_ALLOC_CONF: expected no expandable_segments:True in the trainer's environment with "
+            'sync.transport = "ipc", got it; CUDA IPC cannot share such memory: unset it, or set sync.transport = '
+            '"broadcast"'
+        )
+
+
 def build_sglang_engine(needs: EngineNeeds) -> SGLangEngine:
     """Returns the engine with its servers started, healthy and checked, but without weights.
 
@@ -95,7 +109,9 @@ def build_sglang_engine(needs: EngineNeeds) -> SGLangEngine:
     Raises:
         ServerError, ServerMismatchError: a server does not start, does not answer, or serves another model.
         OutputError: the run's folder is not writable.
+        ConfigError: see `check_allocator`.
     """
+    check_allocator(needs.placement.transport, needs.device, os.environ)
     config, student = needs.config, needs.student
     rollout, sglang = config.rollout, config.sglang
     run_id = new_run_id()
@@ -184,7 +200,11 @@ def _transport(needs: EngineNeeds, run_id: str) -> WeightTransport:
             folder, needs.student, dtype=needs.weights_dtype, bucket_bytes=sync.bucket_bytes, owner=owner
         )
     if needs.placement.transport == "ipc":
-        return IpcTransport(bucket_bytes=sync.bucket_bytes, device=device, exchange=needs.exchange)
+        if needs.exchange is not None:
+            return IpcTransport(bucket_bytes=needs.exchange.bucket_bytes, device=device, exchange=needs.exchange)
+        model_bytes = num_parameters(needs.student.architecture) * needs.weights_dtype.itemsize
+        limit = bucket_limit(sync.bucket_bytes, model_bytes, device, num_handing=1)
+        return IpcTransport(bucket_bytes=limit, device=device)
     return BroadcastTransport(
         run_id=run_id,
         bucket_bytes=sync.bucket_bytes,

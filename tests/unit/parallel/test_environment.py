@@ -11,6 +11,8 @@ from megatron_tip.errors import ConfigError
 from megatron_tip.parallel import environment as environment_module
 from megatron_tip.parallel.environment import (
     available_threads,
+    drop_expandable_segments,
+    expands_segments,
     gloo_interface,
     is_worker,
     nccl_environment,
@@ -173,3 +175,27 @@ def test_nccl_is_set_for_trainer_and_servers_alike_unless_the_user_has_set_it():
     worker = {"RANK": "0", "WORLD_SIZE": "1"}
     assert worker_environment(worker, threads=1, joins_servers=True) == {"OMP_NUM_THREADS": "1"} | off
     assert worker_environment(worker, threads=1) == {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.parametrize(
+    "options, rest",
+    [
+        ("expandable_segments:True", ""),
+        ("expandable_segments:True,max_split_size_mb:128", "max_split_size_mb:128"),
+        (
+            "roundup_power2_divisions:[256:1,512:2], expandable_segments : True",
+            "roundup_power2_divisions:[256:1,512:2]",
+        ),
+    ],
+)
+@pytest.mark.parametrize("name", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
+def test_expandable_segments_are_found_and_dropped_alone(name, options, rest):
+    environ = {"OTHER": "1", name: options}
+    assert expands_segments(environ)
+    drop_expandable_segments(environ)
+    assert environ == {"OTHER": "1", name: rest}
+    assert not expands_segments(environ)
+
+
+def test_expandable_segments_that_are_off_are_not_used():
+    assert not expands_segments({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False"})

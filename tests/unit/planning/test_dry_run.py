@@ -69,6 +69,10 @@ def test_quickstart_runs_on_three_workers():
             ["sglang.release_memory=always", "rollout.ahead=1"],
             'release_memory: expected "auto" or "never" with',
         ),
+        (
+            ["sglang.release_memory=always", "sglang.router_url=http://n7:1"],
+            'release_memory: expected "auto" or "never" with sglang.router_url',
+        ),
         ([*SERVED_TEACHER, "training.offload=teacher"], 'offload: expected "none", "optimizer" or "all" with teacher.'),
         (["model.drop_layers=[28]"], "drop_layers: expected different layers among 0..27"),
         (

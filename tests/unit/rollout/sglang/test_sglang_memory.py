@@ -167,3 +167,39 @@ def test_a_server_that_starts_is_ended_when_the_trainer_needs_its_memory(stack, 
     assert process.num_starts == 1, "it does not start again"
     cluster.engine.hold_memory(frozenset({WEIGHTS, CACHE}), may_start=True)
     wait_until(lambda: process.num_starts == 2)
+
+
+def test_given_servers_have_all_their_memory_after_the_run(stack, tmp_path):
+    cluster = cluster_of(stack, tmp_path)
+    cluster.fakes[0].statuses["/resume_memory_occupation"] = [500] * 1000
+    cluster.engine.hold_memory(NOTHING, may_start=False)
+    cluster.engine.close()
+    assert [fake.released for fake in cluster.fakes] == [TAGS, set()]
+    assert not [crash for fake in cluster.fakes for crash in fake.crashes]
+
+
+def test_a_server_that_may_have_taken_its_memory_back_is_not_told_to_again(stack, tmp_path):
+    cluster = cluster_of(stack, tmp_path)
+    cluster.sync()
+    lost = cluster.fakes[1]
+    cluster.engine.hold_memory(NOTHING, may_start=False)
+    lost.stop()
+    wait_until(lambda: len(cluster.pool.up()) == 1)
+    lost.come_back(with_weights=True)
+    lost.statuses["/resume_memory_occupation"] = [500]
+    cluster.engine.hold_memory(ALL_MEMORY, may_start=True)
+    time.sleep(0.3)
+    cluster.pool.servers[1].look_now.set()
+    time.sleep(0.3)
+    assert [path for path, *_ in lost.seen].count("/resume_memory_occupation") == 1
+
+
+def test_a_server_that_comes_up_while_others_are_ended_gives_back_as_well(stack, tmp_path):
+    cluster = cluster_of(stack, tmp_path)
+    starting, coming = cluster.pool.servers
+    cluster.pool.may_start = False  # nobody else brings them up
+    starting.is_up = coming.is_up = False
+    starting.process = StartingProcess()
+    starting.process.stop = lambda: setattr(coming, "is_up", True)
+    cluster.engine.hold_memory(NOTHING, may_start=False)
+    assert cluster.fakes[1].released == TAGS

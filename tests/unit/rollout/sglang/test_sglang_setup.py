@@ -2,13 +2,15 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from megatron_tip.conversion.model_folder import ModelFolder
+from megatron_tip.errors import ConfigError
 from megatron_tip.placement.hosts import Hosts
 from megatron_tip.placement.placement import place
 from megatron_tip.rollout.sglang.client import ServerKeys
-from megatron_tip.rollout.sglang.setup import _own_servers
+from megatron_tip.rollout.sglang.setup import _own_servers, check_allocator
 from tests.helpers.training import Layout, make_config, make_models
 
 
@@ -29,3 +31,12 @@ def test_servers_get_the_gpus_and_the_memory_of_their_placement(tmp_path: Path):
     (on_cpu,) = _own_servers(config, student, place(config, Hosts(2, 2)).students, torch.float32, ServerKeys())
     assert (on_cpu.device, on_cpu.gpus, on_cpu.memory_fraction) == ("cpu", (), 0.5)
     assert on_cpu.max_total_tokens > 256
+
+
+def test_memory_that_cuda_ipc_cannot_share_is_refused():
+    cuda, environ = torch.device("cuda"), {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    with pytest.raises(ConfigError, match="expected no expandable_segments:True"):
+        check_allocator("ipc", cuda, environ)
+    check_allocator("broadcast", cuda, environ)
+    check_allocator("ipc", torch.device("cpu"), environ)
+    check_allocator("ipc", cuda, {})

@@ -8,10 +8,10 @@ from functools import partial
 import pytest
 import torch
 
-from megatron_tip.errors import OutputError, ServerMismatchError
+from megatron_tip.errors import EngineError, OutputError, ServerMismatchError
 from megatron_tip.rollout.handover import shared_memory
 from megatron_tip.rollout.handover.buckets import weight_buckets
-from megatron_tip.rollout.handover.shared_memory import handles, shared_buffer
+from megatron_tip.rollout.handover.shared_memory import bucket_limit, handles, shared_buffer
 from megatron_tip.rollout.sglang.client import SGLangClient
 from megatron_tip.rollout.sglang.pool import PooledServer
 from megatron_tip.rollout.sglang.weights import ipc as ipc_module
@@ -62,9 +62,32 @@ def test_a_sync_ends_with_the_last_server():
 def test_too_little_shared_memory_is_an_error_with_a_remedy_before_it_is_written(monkeypatch):
     usage = shutil.disk_usage("/dev/shm")._replace(free=60)
     monkeypatch.setattr(shared_memory.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(OutputError, match=r"/dev/shm: .*lower sync.bucket_bytes"):
+    with pytest.raises(OutputError, match=r"/dev/shm: .*lower sync.bucket_bytes, or set sync.transport"):
         shared_buffer(61, CPU)
     assert shared_buffer(60, CPU).is_shared()
+
+
+def test_buckets_fit_the_model_and_the_shared_memory(monkeypatch):
+    usage = shutil.disk_usage("/dev/shm")._replace(free=60)
+    monkeypatch.setattr(shared_memory.shutil, "disk_usage", lambda path: usage)
+    assert bucket_limit(100, 50, CPU, num_handing=1) == 20
+    assert bucket_limit(100, 50, CPU, num_handing=2) == 12
+    assert bucket_limit(100, 15, CPU, num_handing=1) == 15
+    assert bucket_limit(10, 15, CPU, num_handing=1) == 10
+    assert bucket_limit(100, 500, torch.device("cuda"), num_handing=1) == 100
+
+
+def test_memory_that_cannot_be_shared_is_an_error_with_a_remedy(monkeypatch):
+    def refuse(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    (bucket,) = weight_buckets(WEIGHTS.items(), 1000, partial(shared_buffer, device=CPU))
+    monkeypatch.setattr(shared_memory.reductions, "reduce_tensor", refuse)
+    with pytest.raises(EngineError, match=r'got: CUDA out of memory; set sync.transport = "broadcast"'):
+        handles(bucket, 1)
+    monkeypatch.setattr(shared_memory.torch.UntypedStorage, "_new_shared", refuse)
+    with pytest.raises(EngineError, match=r'got: CUDA out of memory; set sync.transport = "broadcast"'):
+        shared_buffer(60, CPU)
 
 
 @pytest.mark.parametrize(
