@@ -107,7 +107,7 @@ TIP_SERVER_PROCESSES=()
 TIP_URLS=()
 TIP_SERVED=()
 tip_serve() {
-  local nodes=() addresses=() visible node address lines kind role index gpus url arguments options input
+  local nodes=() addresses=() python visible node address lines kind role index gpus url arguments options input
   if ((TIP_ROLLOUT_NODES + TIP_TEACHER_NODES == 0)); then
     # On a single node the run starts its servers itself; without any, no interpreter is needed here.
     if ((SLURM_JOB_NUM_NODES == 1)) || ! { [[ $* == *sglang* ]] || grep -q sglang "$1"; }; then return 0; fi
@@ -118,7 +118,8 @@ tip_serve() {
     addresses+=("$address")
   done
   export TIP_TASKS_PER_NODE TIP_ROLLOUT_NODES TIP_TEACHER_NODES TIP_SGLANG_PORT TIP_SGLANG_ARGUMENTS
-  lines=$("$TIP_PYTHON" -m megatron_tip.commands.serving servers "$(tip_joined "${addresses[@]}")" "$@") || exit 2
+  mapfile -t python < <(tip_python)
+  lines=$("${python[@]}" -m megatron_tip.commands.serving servers "$(tip_joined "${addresses[@]}")" "$@") || exit 2
   while IFS=$'\t' read -r kind role index gpus url arguments; do
     if [[ $kind == trainer ]]; then TIP_SERVED+=("$role"); fi
     if [[ $kind != server ]]; then continue; fi
@@ -137,10 +138,13 @@ tip_serve() {
 }
 
 tip_wait_for_servers() {
+  local python processes=("${TIP_SERVER_PROCESSES[@]}")
   if ((${#TIP_URLS[@]} == 0)); then return 0; fi
   tip_log "waiting for ${#TIP_URLS[@]} servers"
-  tip_run "$TIP_PYTHON" -m megatron_tip.commands.serving wait "$TIP_SGLANG_START_SECONDS" \
-    "$(tip_joined "${TIP_SERVER_PROCESSES[@]}")" "${TIP_URLS[@]}" || tip_finish "$?"
+  mapfile -t python < <(tip_python)
+  if [[ -n $TIP_CONTAINER_IMAGE ]]; then processes=(); fi # it need not see the processes outside
+  tip_run "${python[@]}" -m megatron_tip.commands.serving wait "$TIP_SGLANG_START_SECONDS" \
+    "$(tip_joined "${processes[@]}")" "${TIP_URLS[@]}" || tip_finish "$?"
 }
 
 tip_stop_servers() {
@@ -149,16 +153,22 @@ tip_stop_servers() {
   TIP_SERVER_INPUTS=()
 }
 
-# tip_setting SECTION.KEY CONFIG [section.key=value ...]: prints one value of the configuration. The interpreter may exist
-# in the container alone.
-tip_setting() {
-  local name=$1 arguments=()
-  shift
+# tip_python: prints the command that runs the interpreter from the batch node, one word per line. The interpreter may
+# exist in the container alone.
+tip_python() {
   if [[ -n $TIP_CONTAINER_IMAGE ]]; then
-    mapfile -t arguments < <(tip_srun_arguments 1 1 | grep -v -e --label)
-    arguments=(srun "${arguments[@]}" --overlap)
+    printf '%s\n' srun --overlap
+    tip_srun_arguments 1 1 | grep -v -e --label
   fi
-  "${arguments[@]}" "$TIP_PYTHON" -c 'import sys; from megatron_tip.config.io import load_config
+  printf '%s\n' "$TIP_PYTHON"
+}
+
+# tip_setting SECTION.KEY CONFIG [section.key=value ...]: prints one value of the configuration.
+tip_setting() {
+  local name=$1 python
+  shift
+  mapfile -t python < <(tip_python)
+  "${python[@]}" -c 'import sys; from megatron_tip.config.io import load_config
 config = load_config(sys.argv[2], sys.argv[3:])
 section, key = sys.argv[1].split(".")
 print(getattr(getattr(config, section), key))' "$name" "$@"

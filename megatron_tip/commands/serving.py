@@ -18,6 +18,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import httpx
 import psutil
@@ -27,8 +28,11 @@ from megatron_tip.config.io import load_config
 from megatron_tip.errors import ConfigError, EngineError, MegatronTipError
 from megatron_tip.files import atomic_write_text, parse_json
 from megatron_tip.placement.hosts import Hosts, visible_gpus
-from megatron_tip.placement.placement import PlacedServer, Placement, Role, place
+from megatron_tip.placement.placement import PlacedServer, Placement, Role, job_starts_students, place
 from megatron_tip.placement.table import table_of
+
+if TYPE_CHECKING:
+    import torch
 
 
 def write_keys(path: Path) -> None:
@@ -54,8 +58,8 @@ def _are_keys(path: Path) -> bool:
     return isinstance(content, dict) and all(isinstance(content.get(name), str) for name in ("api", "admin"))
 
 
-def student_to_serve(config: Config) -> Path:
-    """Returns the directory of the student to serve.
+def student_to_serve(config: Config, dtype: "torch.dtype") -> Path:
+    """Returns the directory of the student to serve with weights of `dtype`.
 
     With model.drop_layers, it is a description without weights in the run's folder: the first sync brings all weights.
     """
@@ -63,12 +67,11 @@ def student_to_serve(config: Config) -> Path:
         return config.model.path
     from megatron_tip.conversion.safetensors_io import HfCheckpoint  # late: imports torch
     from megatron_tip.files import new_folder
-    from megatron_tip.planning.dtypes import Dtypes
 
     target = config.run.folder.absolute() / "servers" / "model"
     with new_folder(target, overwrite=True) as folder:
         student = HfCheckpoint(config.model.path, config.model.drop_layers)
-        student.write_description(folder, Dtypes.of(config, on_gpu=True).engine)
+        student.write_description(folder, dtype)
     return target
 
 
@@ -96,21 +99,26 @@ def launches(
     Args:
         addresses: of all nodes, in the placement's order.
         keys: passwords, as in sglang.keys_file.
-        further: arguments of SGLang for every server.
+        further: arguments of SGLang for every server, which take precedence.
     """
-    from megatron_tip.planning.phases import releases_memory  # late: imports torch
+    from megatron_tip.planning.dtypes import Dtypes  # late: imports torch
+    from megatron_tip.planning.phases import releases_memory
 
-    by_job = [server for server in placement.servers if server.role == "teacher" or placement.hosts.job_starts_students]
+    dtype = Dtypes.of(config, on_gpu=bool(placement.hosts.gpus)).engine
     models: dict[Role, Path] = {}
+    by_job = _by_job(config, placement)
     for server in by_job:
         if server.role not in models:
-            models[server.role] = student_to_serve(config) if server.role == "student" else config.teacher.path
-    savers = releases_memory(config, placement)
+            models[server.role] = student_to_serve(config, dtype) if server.role == "student" else config.teacher.path
+    served = config.rollout.model_copy(update={"engine": "sglang"})  # as the trainer will have it
+    savers = releases_memory(config.model_copy(update={"rollout": served}), placement)
     found = []
     for server in by_job:
         address = addresses[server.nodes[0]]
         for rank, node in enumerate(server.nodes):
             own = server_arguments(server, models[server.role], addresses[node], keys)
+            if server.role == "student":
+                own += ["--dtype", str(dtype).removeprefix("torch.")]
             if savers and server.role == "student" and server.gpus_on(node):
                 own.append("--enable-memory-saver")
             if len(server.nodes) > 1:
@@ -119,6 +127,12 @@ def launches(
             url = "" if rank else f"http://{address}:{server.port}"
             found.append(Launch(server, node, server.gpus_on(node), url, [*own, *further]))
     return found
+
+
+def _by_job(config: Config, placement: Placement) -> list[PlacedServer]:
+    """Returns the servers that the job starts."""
+    with_students = job_starts_students(config, placement.hosts)
+    return [server for server in placement.servers if server.role == "teacher" or with_students]
 
 
 def server_arguments(server: PlacedServer, model: Path, host: str, keys: Mapping[str, str]) -> list[str]:
@@ -178,6 +192,8 @@ def trainer_overrides(hosts: Hosts, started: Sequence[Launch], keys_file: Path) 
         settings += [f"sglang.keys_file={keys_file}"]
         if hosts.rollout_nodes:  # and not on the trainer's nodes, whatever the configuration says of them
             settings += ["sglang.share_gpus=false", "sglang.gpus=[]"]
+        elif all(launch.server.is_beside_trainers for launch in started if launch.server.role == "student"):
+            settings += ["sglang.share_gpus=true"]  # on CPUs too: the trainer comes to the same transport
     if teachers:
         settings += ["teacher.kind=sglang", f"teacher.urls={json.dumps(teachers)}"]
         settings += [f"teacher.keys_file={keys_file}"]
@@ -192,7 +208,7 @@ def _print_servers(config: Config, addresses: Sequence[str], environ: Mapping[st
     placement = place(config, job_hosts(environ, len(addresses)))
     print("\n".join(table_of(placement)), file=sys.stderr)
     keys_file = config.run.folder / "servers" / "keys.json"
-    if not (placement.hosts.job_starts_students and placement.students) and not placement.hosts.teacher_nodes:
+    if not _by_job(config, placement):
         return
     write_keys(keys_file)
     further = environ.get("TIP_SGLANG_ARGUMENTS", "").split()

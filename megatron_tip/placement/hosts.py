@@ -16,7 +16,8 @@ _GPU_REQUESTS = (
 class Hosts:
     """The nodes of a run: those that train come first, then those for rollouts, then those for the teacher.
 
-    `workers`: trainer ranks. `workers_per_node`: of each training node; the last may have fewer. `gpus`: ids on every
+    `workers`: trainer ranks. `workers_per_node`: of each training node; the last may have fewer. A worker knows only
+    its own node and takes the others for the same, so on unequal nodes ranks may differ here. `gpus`: ids on every
     node, in the notation of CUDA_VISIBLE_DEVICES; empty: no GPUs. `first_port`: of the servers on each node; 0: free
     ones, chosen at the start. `rendezvous_port`: of the trainer, on the first node; 0: unknown. `by_job`: whether a
     SLURM script of ours runs there, which can start servers on all nodes.
@@ -39,11 +40,6 @@ class Hosts:
     def nodes(self) -> int:
         return self.trainer_nodes + self.rollout_nodes + self.teacher_nodes
 
-    @property
-    def job_starts_students(self) -> bool:
-        """Whether the SLURM script starts the student servers; otherwise the run does, on its first node."""
-        return bool(self.rollout_nodes or (self.by_job and self.trainer_nodes > 1))
-
 
 def hosts_elsewhere(workers: int, gpus_per_node: int) -> Hosts:
     """Returns nodes of `gpus_per_node` GPUs that `workers` ranks fill one after another."""
@@ -51,7 +47,7 @@ def hosts_elsewhere(workers: int, gpus_per_node: int) -> Hosts:
 
 
 def hosts_here(workers: int, environ: Mapping[str, str], num_gpus: int) -> Hosts:
-    """Returns the machines of a run that starts here, as this process sees them. All of them count as alike.
+    """Returns the machines of a run that starts here, if all nodes are like this process's own.
 
     Args:
         num_gpus: that torch sees.

@@ -135,11 +135,20 @@ def place(config: Config, hosts: Hosts) -> Placement:
     teachers = fill(_teacher_slots(config, hosts), "--teacher-nodes")
     servers = [_server(config, "student", index, places, trainers) for index, places in enumerate(students)]
     servers += [_server(config, "teacher", index, places, ()) for index, places in enumerate(teachers)]
-    numbered = tuple(_with_ports(servers, hosts))
+    numbered = tuple(_with_ports(servers, hosts, students_by_job=job_starts_students(config, hosts)))
     _check_gpus(trainers, numbered)
     is_served = config.rollout.engine == "sglang" or bool(hosts.rollout_nodes)
     transport = _transport(config, numbered[: len(students)], trainers) if is_served else None
     return Placement(hosts, trainers, numbered, transport)
+
+
+def job_starts_students(config: Config, hosts: Hosts) -> bool:
+    """Returns whether the SLURM script starts the student servers.
+
+    Otherwise the run starts them on its first node, or they are given by URL and run already.
+    """
+    on_training_nodes = hosts.by_job and hosts.trainer_nodes > 1 and not config.rollout.server_urls
+    return bool(hosts.rollout_nodes) or on_training_nodes
 
 
 def num_workers_on(config: Config, num_gpus: int) -> int:
@@ -168,7 +177,7 @@ def _student_slots(config: Config, hosts: Hosts) -> Slots:
     given = config.rollout.server_urls
     if config.rollout.engine != "sglang" or (given and not sglang.share_gpus):
         return Slots()
-    nodes = tuple(range(trainer_nodes)) if given or hosts.job_starts_students else (0,)
+    nodes = tuple(range(trainer_nodes)) if given or job_starts_students(config, hosts) else (0,)
     gpus = _own_gpus(config, hosts)
     if gpus and (len(gpus) * len(nodes) != wanted * tp if wanted else tp < len(gpus) and len(gpus) % tp):
         number = f"{wanted * tp // len(nodes)} for rollout.servers = {wanted}" if wanted else "whole servers"
@@ -255,8 +264,8 @@ def _server(
     return PlacedServer(role, index, places, (), fraction, sharers)
 
 
-def _with_ports(servers: Sequence[PlacedServer], hosts: Hosts) -> list[PlacedServer]:
-    """Returns the servers with the ports that follow `hosts.first_port` on each node.
+def _with_ports(servers: Sequence[PlacedServer], hosts: Hosts, *, students_by_job: bool) -> list[PlacedServer]:
+    """Returns the servers; those that the job starts have the ports that follow `hosts.first_port` on each node.
 
     Raises:
         ConfigError: a port does not exist, or may be the trainer's.
@@ -265,7 +274,7 @@ def _with_ports(servers: Sequence[PlacedServer], hosts: Hosts) -> list[PlacedSer
     for server in servers:
         node, count = server.places[0].node, 1 + (len(server.nodes) > 1)
         first = hosts.first_port + used[node]
-        is_by_job = server.role == "teacher" or hosts.job_starts_students
+        is_by_job = server.role == "teacher" or students_by_job
         ports = range(first, first + count) if hosts.first_port and is_by_job else ()
         used[node] += len(ports)
         for port in ports:

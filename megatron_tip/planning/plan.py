@@ -74,7 +74,8 @@ class RunPlan(Outline):
 def plan_run(config: Config, world_size: int, *, reads_prompts: bool = True) -> RunPlan:
     """Returns the plan of a run that starts on this machine; see `outline_run`.
 
-    Needs no process group; every rank returns the same plan or raises the same error.
+    Needs no process group. On nodes with the same number of workers and GPUs, every rank returns the same plan or
+    raises the same error; on others `build_run` refuses placements that differ.
     """
     return RunPlan(**vars(outline_run(config, world_size, Machine(), reads_prompts=reads_prompts)))
 

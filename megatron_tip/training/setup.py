@@ -4,15 +4,25 @@ from dataclasses import replace
 
 from megatron_tip.config import Config
 from megatron_tip.conversion.bridge import load_hf
+<<<<<<< HEAD
 from megatron_tip.conversion.model_size import num_parameters
 from megatron_tip.errors import InputError
+=======
+from megatron_tip.errors import ConfigError, InputError
+>>>>>>> fix2
 from megatron_tip.machine import Machine
 from megatron_tip.models.gpt import build_gpt
 from megatron_tip.models.student import Student, build_student
 from megatron_tip.observability.timing import PhaseTimer
+from megatron_tip.parallel.collectives import gather_json
 from megatron_tip.parallel.distributed import Worker
 from megatron_tip.parallel.groups import ModelGroups, build_groups
+<<<<<<< HEAD
 from megatron_tip.parallel.together import run_on, together
+=======
+from megatron_tip.parallel.together import together
+from megatron_tip.placement.placement import Placement
+>>>>>>> fix2
 from megatron_tip.planning.dtypes import Dtypes
 from megatron_tip.planning.inputs import read_prompts
 from megatron_tip.planning.phases import releases_memory
@@ -51,6 +61,9 @@ def build_run(
         generates: if False, leaves out prompts and engine, for work on existing rollouts.
         num_threads: CPU threads of all workers on this machine together. The embedded engine uses them all while the
             other workers wait.
+
+    Raises:
+        ConfigError: ranks on unequal nodes placed the servers differently.
     """
     timeout = config.fault.collective_timeout_seconds
     student_groups = teacher_groups = build_groups(plan.student_grid, timeout_seconds=timeout)
@@ -64,6 +77,8 @@ def build_run(
         kernels=config.loss.kernels,
     )
     exchange, releases = None, generates and releases_memory(config, plan.placement)
+    if generates:
+        _check_same_placement(plan.placement, worker, releases=releases)
     if generates and set(plan.placement.handing_ranks) - {0}:
         exchange = _exchange(config, plan, worker)
     source = None
@@ -101,6 +116,7 @@ def build_run(
     )
 
 
+<<<<<<< HEAD
 def _exchange(config: Config, plan: RunPlan, worker: Worker) -> HandleExchange:
     """Returns the exchange of weight handles. Collective over the world: buckets are those of rank 0 everywhere."""
     handing = plan.placement.handing_ranks
@@ -110,6 +126,24 @@ def _exchange(config: Config, plan: RunPlan, worker: Worker) -> HandleExchange:
         return bucket_limit(config.sync.bucket_bytes, model_bytes, worker.device, num_handing=len(handing))
 
     return HandleExchange(run_on(0, size, device=worker.device), worker.device, handing)
+=======
+def _check_same_placement(placement: Placement, worker: Worker, *, releases: bool) -> None:
+    """Raises the same ConfigError on all ranks if they would not take part in the same syncs and releases of memory.
+
+    Collective over the world.
+    """
+    hosts = placement.hosts
+    node = f"{hosts.workers_per_node} workers and {len(hosts.gpus)} GPUs"
+    own = [list(placement.handing_ranks), releases, node]
+    first, *others = gather_json(own, device=worker.device)
+    for rank, other in enumerate(others, start=1):
+        if other[:-1] != first[:-1]:
+            raise ConfigError(
+                f"workers: expected the same numbers on all nodes that share GPUs with SGLang servers, got {first[-1]} "
+                f"on the node of rank 0, {other[-1]} on that of rank {rank}; start the same number everywhere, or give "
+                "rollouts GPUs of their own"
+            )
+>>>>>>> fix2
 
 
 def _sampling(config: Config, plan: RunPlan) -> SamplingParams:

@@ -5,6 +5,7 @@ import os
 import stat
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from megatron_tip.commands.serving import (
 )
 from megatron_tip.config.io import load_config
 from megatron_tip.errors import ConfigError, EngineError
+from megatron_tip.placement.hosts import Hosts
 from megatron_tip.placement.placement import place
 
 
@@ -93,7 +95,59 @@ def test_servers_beside_the_trainer_are_told_to_the_scripts(
         'rollout.server_urls=["http://10.0.0.1:31000", "http://10.0.0.1:31001", "http://10.0.0.2:31000", '
         '"http://10.0.0.2:31001"]',
         f"sglang.keys_file={keys_file}",
+        "sglang.share_gpus=true",
     ]
+
+
+def test_servers_that_the_user_has_are_not_started_again(
+    config_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    for name, value in (JOB | {"TIP_TEACHER_NODES": "1"}).items():
+        monkeypatch.setenv(name, value)
+    urls = json.dumps([f"http://mine:{port}" for port in range(4)])
+    main(["servers", "n1,n2,n3", str(config_path), "sglang.share_gpus=true", f"rollout.server_urls={urls}"])
+    lines = printed(capsys)
+    assert [line[1] for line in lines if line[0] == "server"] == ["teacher"]
+    assert not [line for line in lines if line[1].startswith("rollout.")]
+
+
+def test_on_cpus_the_trainer_comes_to_the_transport_of_the_job(config_path: Path):
+    config = load_config(config_path, ["sync.transport=ipc"])
+    placement = place(config, job_hosts(JOB | {"TIP_TASKS_PER_NODE": "1", "TIP_GPUS_PER_NODE": "0"}, 2))
+    started = launches(config, placement, ["n1", "n2"], {"api": "a", "admin": "b"}, [])
+    in_trainer = load_config(
+        config_path, ["sync.transport=ipc", *trainer_overrides(placement.hosts, started, Path("keys.json"))]
+    )
+    there = place(in_trainer, Hosts(2, 1))
+    assert (there.transport, there.handing_ranks) == (placement.transport, placement.handing_ranks) == ("ipc", (0, 1))
+
+
+@pytest.mark.parametrize(
+    "overrides, gpus, expected",
+    [
+        ([], "2", "bfloat16"),
+        ([], "0", "float32"),
+        (["model.dtype=float32"], "2", "float32"),
+        (["model.dtype=float32", "rollout.dtype=bfloat16"], "2", "bfloat16"),
+    ],
+)
+def test_a_student_is_served_in_the_dtype_that_the_probe_expects(config_path: Path, overrides, gpus, expected):
+    config = load_config(config_path, overrides)
+    environ = JOB | {"TIP_GPUS_PER_NODE": gpus, "TIP_ROLLOUT_NODES": "1", "TIP_TEACHER_NODES": "1"}
+    hosts = job_hosts(environ, 3)
+    further = ["--dtype", "float16"]
+    started = launches(config, place(config, hosts), ["n1", "n2", "n3"], {"api": "a", "admin": "b"}, further)
+    for launch in started:
+        named = [value for name, value in pairwise(launch.arguments) if name == "--dtype"]
+        assert named == ([expected, "float16"] if launch.server.role == "student" else ["float16"])
+
+
+@pytest.mark.parametrize("wanted", ["always", "never"])
+def test_servers_can_give_memory_back_whatever_engine_the_file_names(config_path: Path, wanted: str):
+    config = load_config(config_path, ["rollout.engine=embedded", f"sglang.release_memory={wanted}"])
+    placement = place(config, job_hosts(JOB | {"TIP_ROLLOUT_NODES": "1"}, 2))
+    started = launches(config, placement, ["n1", "n2"], {"api": "a", "admin": "b"}, [])
+    assert [("--enable-memory-saver" in one.arguments) for one in started] == [wanted == "always"] * 2
 
 
 def test_on_one_node_the_run_starts_its_servers_itself(

@@ -273,6 +273,26 @@ def test_the_folder_of_the_run_is_known_before_it_starts(tmp_path):
     assert ran.stdout == f"{tmp_path} step_000004\n"
 
 
+def test_in_a_container_the_batch_node_needs_no_interpreter():
+    """srun runs it there, and cannot see the processes of the batch node."""
+    stand_ins = "tip_address() { echo n1; }; scontrol() { echo n1; }; TIP_PYTHON=not-here; TIP_TASKS_PER_NODE=1; "
+    srun = 'srun() { echo "$@" >&2; }; TIP_ROLLOUT_NODES=1 TIP_TEACHER_NODES=0; '
+    served = "tip_serve run.toml; TIP_URLS=(http://n1:1) TIP_SERVER_PROCESSES=(17); tip_wait_for_servers; "
+    job = {"SLURM_JOB_NODELIST": "n1", "TIP_CONTAINER_IMAGE": "tip.sqsh"}
+    ran = shell(stand_ins + srun + served + "tip_setting run.folder run.toml", **job)
+    assert ran.returncode == 0, ran.stderr
+    calls = [line.split(" not-here ") for line in ran.stderr.splitlines() if " not-here " in line]
+    assert [inside for _, inside in calls] == [
+        "-m megatron_tip.commands.serving servers n1 run.toml",
+        "-m megatron_tip.commands.serving wait 900  http://n1:1",
+        "-c import sys; from megatron_tip.config.io import load_config",
+    ]
+    for options, _ in calls:
+        assert options.startswith("--overlap ")
+        assert "--container-image=tip.sqsh" in options
+        assert "--label" not in options
+
+
 @pytest.mark.parametrize("script", ["train", "train_disaggregated", "sweep", "convert"])
 def test_a_script_that_does_not_find_the_repository_says_what_to_do(script, tmp_path):
     command = ["bash", str(SLURM / f"{script}.sbatch"), "run.toml"]

@@ -9,7 +9,7 @@ from megatron_tip.config import Config
 from megatron_tip.config.io import load_config
 from megatron_tip.errors import ConfigError
 from megatron_tip.placement.hosts import Hosts
-from megatron_tip.placement.placement import Placement, num_workers_on, place
+from megatron_tip.placement.placement import Placement, job_starts_students, num_workers_on, place
 from megatron_tip.placement.slots import Place
 from megatron_tip.placement.table import table_of
 
@@ -64,14 +64,15 @@ def assert_nothing_claimed_twice(placement: Placement) -> None:
 
 
 def test_one_node_with_trainers_and_servers_on_the_same_gpus():
-    placement = place(config_of(sglang={"share_gpus": True}), on_node(8))
+    config = config_of(sglang={"share_gpus": True})
+    placement = place(config, on_node(8))
     assert_nothing_claimed_twice(placement)
     assert placement.trainers == tuple(Place(0, gpu) for gpu in EIGHT)
     assert gpus_of(placement) == [[(0, gpu)] for gpu in EIGHT]
     assert [server.sharers for server in placement.students] == [(gpu,) for gpu in EIGHT]
     assert (placement.transport, placement.memory_beside_trainers) == ("ipc", 0.3)
     assert all(server.memory_saver and server.port == 0 for server in placement.students)
-    assert not placement.hosts.job_starts_students
+    assert not job_starts_students(config, placement.hosts)
 
 
 def test_wider_servers_on_the_trainers_gpus_know_the_rank_beside_each_of_theirs():
@@ -109,9 +110,10 @@ def test_gpus_are_those_of_a_narrower_cuda_visible_devices():
 
 
 def test_a_job_has_servers_on_each_of_its_training_nodes():
-    placement = place(config_of(sglang={"share_gpus": True}), job(2))
+    config = config_of(sglang={"share_gpus": True})
+    placement = place(config, job(2))
     assert_nothing_claimed_twice(placement)
-    assert placement.hosts.job_starts_students
+    assert job_starts_students(config, placement.hosts)
     assert len(placement.students) == 16
     assert [(one.nodes, one.port, one.sharers) for one in placement.students[7:9]] == [
         ((0,), 31007, (7,)),
@@ -133,6 +135,15 @@ def test_its_trainer_comes_to_the_same_servers_from_their_urls():
     assert in_worker.transport == "ipc"
     with pytest.raises(ConfigError, match=r"rollout.server_urls: expected 16 with sglang.share_gpus, .* got 15"):
         place(config_of(sglang={"share_gpus": True}, rollout={"server_urls": urls[1:]}), Hosts(16, 8, EIGHT))
+
+
+def test_a_job_starts_no_servers_where_the_user_has_some():
+    urls = tuple(f"http://mine:{port}" for port in range(30000, 30016))
+    config = config_of(sglang={"share_gpus": True}, rollout={"server_urls": urls})
+    placement = place(config, job(2))
+    assert not job_starts_students(config, placement.hosts)
+    assert [server.ports for server in placement.students] == [()] * 16
+    assert job_starts_students(config, job(1, rollout_nodes=1)), "those replace the user's"
 
 
 def test_a_job_leaves_servers_the_gpus_without_workers():
