@@ -27,9 +27,13 @@ class Numbers(Sequence[N]):
     __slots__ = ("array",)
 
     def __init__(self, values: Iterable[N] | np.ndarray, kind: type[N]) -> None:
-        """Takes over an array of the right dtype without a copy. `kind`: int for int64, float for float64."""
+        """Takes over an array of the right dtype without a copy. `kind`: int for int64, float for float64.
+
+        Raises:
+            ValueError: a value would not be kept as it is: a fraction or a text as an id, an id outside int64, None.
+        """
         dtype = np.int64 if kind is int else np.float64
-        array = values if isinstance(values, np.ndarray) else np.array(tuple(values), dtype)
+        array = values if isinstance(values, np.ndarray) else _converted(values, dtype)
         self.array = array.view()
         self.array.flags.writeable = False
         assert array.dtype == dtype, f"expected {np.dtype(dtype)}, got {array.dtype}"
@@ -66,6 +70,15 @@ class Numbers(Sequence[N]):
 
     def _of(self, array: np.ndarray) -> "Numbers[N]":
         return Numbers(array, int if array.dtype == np.int64 else float)  # type: ignore[arg-type]
+
+
+def _converted(values: Iterable[int] | Iterable[float], dtype: type[np.generic]) -> np.ndarray:
+    # numpy given the dtype would make 1 of 1.9 and NaN of None; left to choose, it shows what it found.
+    array = np.array(values if isinstance(values, (list, tuple)) else tuple(values))
+    if array.size and (array.ndim != 1 or array.dtype.kind not in ("i" if dtype is np.int64 else "if")):
+        expected = "ids in the range of int64" if dtype is np.int64 else "floats"
+        raise ValueError(f"expected {expected}, got {array.tolist()!r:.80}")
+    return array.astype(dtype, copy=False)
 
 
 def token_ids(values: Iterable[int]) -> Numbers[int]:

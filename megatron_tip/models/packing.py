@@ -15,8 +15,10 @@ def boundaries(model: torch.nn.Module, lengths: Sequence[int]) -> PackedSeqParam
     """
     # Transformer Engine's kernels read them on the GPU, local layers on the host: there, a copy from the GPU in each
     # layer would make the host wait for it.
-    device = torch.cuda.current_device() if get_model_config(model).apply_rope_fusion else "cpu"
-    starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+    starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    if get_model_config(model).apply_rope_fusion:
+        # Without pinned memory the host would wait for the copy, and so for all that the GPU has queued.
+        starts = starts.pin_memory().to(torch.cuda.current_device(), non_blocking=True)
     # Exact: if the longest were as long as all together, the rotary embedding would count positions from the start of
     # the micro-batch instead of the sequence. Scores would be the same but for rounding.
     longest = max(lengths)

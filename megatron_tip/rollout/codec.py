@@ -104,19 +104,26 @@ def _frozen(value: Any) -> Any:
     return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
+def _is_int64(value: Any) -> bool:
+    return type(value) is int and -(2**63) <= value < 2**63
+
+
 def _check_type(name: str, kind: pa.DataType, value: Any) -> None:
     if kind == _SPANS:
         expected = "a list of [start, end]"
         fits = isinstance(value, list) and all(
-            isinstance(pair, list) and [type(bound) for bound in pair] == [int, int] for pair in value
+            isinstance(pair, list) and len(pair) == 2 and all(map(_is_int64, pair)) for pair in value
         )
     elif pa.types.is_list(kind):
         python = _PYTHON[kind.value_type]
         expected = f"a list of {python.__name__}"
         fits = isinstance(value, list) and all(type(element) is python for element in value)
+        if fits and python is int and value and not (_is_int64(min(value)) and _is_int64(max(value))):
+            raise ValueError(f"{name} has {min(value)} to {max(value)}, which is outside the range of int64")
     else:
         expected = f"of type {_PYTHON[kind].__name__}"
-        fits = type(value) is _PYTHON[kind]
+        fits = _is_int64(value) if kind == pa.int64() else type(value) is _PYTHON[kind]
+        expected += " within int64" * (type(value) is int and not fits)
     if not fits:
         raise ValueError(f"{name} is {value!r:.80}, not {expected}")
 

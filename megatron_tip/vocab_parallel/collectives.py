@@ -7,6 +7,11 @@ from torch.distributed import ProcessGroup
 
 from megatron_tip.errors import InputError, PeerError
 
+_REMEDY = "pass the same hidden states on all of them (gather sequence-parallel ones) and shards of equal size"
+_REMEDIES = {
+    "rows per chunk": "set the same loss.chunk_rows on all of them; the default is another on a GPU of other memory"
+}
+
 
 def all_reduce_sum(values: Tensor, group: ProcessGroup | None) -> Tensor:
     """Sums `values` over `group` in place and returns them. One all-reduce."""
@@ -45,7 +50,7 @@ def agree(where: str, faults: Tensor, sizes: dict[str, int], group: ProcessGroup
     for name, values in zip(sizes, columns, strict=True):
         if len(set(values)) > 1:
             raise InputError(
-                f"{where}: expected the same number of {name} on all ranks of tp_group, got {list(values)}; pass "
-                "the same hidden states on all of them (gather sequence-parallel ones) and shards of equal size."
+                f"{where}: expected the same number of {name} on all ranks of tp_group, got {list(values)}; "
+                f"{_REMEDIES.get(name, _REMEDY)}."
             )
     return 0

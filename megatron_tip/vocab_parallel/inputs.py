@@ -128,7 +128,7 @@ def checked_inputs(
     chunk_rows = min(vocabulary.chunk_rows or default_chunk_rows(n, shard_size, device), max(n, 1))
     kernels = chosen_kernels(vocabulary.kernels, device)
     faults = _faults(checked, row_weights, labels, partition.vocab_size, kernels)
-    sizes = {"rows": n, "rows per chunk": chunk_rows, **partition.sizes}
+    sizes = {"rows": n, **partition.sizes, "rows per chunk": chunk_rows}
     if mask := agree(where, _as_mask(faults, device), sizes, vocabulary.tp_group):
         first = next(fault for number, fault in enumerate(faults) if mask >> number & 1)
         raise first.error(f"{where}: {first.message()}")

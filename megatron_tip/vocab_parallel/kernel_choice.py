@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 import torch
 
-from megatron_tip.vocab_parallel import kernels
+from megatron_tip.vocab_parallel.kernel_trial import wrong_kernels
 
 KernelSet = Literal["eager", "compiled", "triton"]
 KernelSetting = Literal["auto", "triton", "eager", "compiled"]
@@ -20,15 +20,21 @@ logger = logging.getLogger(__name__)
 
 
 def chosen_kernels(setting: KernelSetting, device: torch.device) -> KernelSet:
-    """Returns the implementation for tensors on `device`; "auto": Triton on a GPU where it works, else eager."""
-    if setting != "auto":
-        return setting
-    return "eager" if device.type != "cuda" or _said_problem(device) else "triton"
+    """Returns the implementation for tensors on `device`; "auto": Triton on a GPU where it works, else eager.
+
+    Says in the log, once, which it is.
+    """
+    chosen = _automatic(device) if setting == "auto" else setting
+    _say(chosen, device)
+    return chosen
 
 
 @functools.cache
 def triton_problem(device: torch.device) -> str | None:
-    """Returns why Triton's kernels cannot run on `device`, or None. The first call tries one: up to a few seconds."""
+    """Returns why Triton's kernels cannot run on `device`, or None.
+
+    The first call tries all of them. On a GPU that compiles each, unless Triton's cache on disk has it.
+    """
     try:
         module = triton_kernels()
     except Exception as error:  # whatever an installation that does not fit raises
@@ -37,10 +43,10 @@ def triton_problem(device: torch.device) -> str | None:
     if version < _OLDEST_TRITON:
         return f"triton {module.VERSION} is older than {'.'.join(map(str, _OLDEST_TRITON))}"
     try:
-        is_right = _trial(module, device)
+        wrong = wrong_kernels(module, device)
     except Exception as error:  # a GPU it does not know, no C compiler, no driver: each raises something else
         return f"a trial of triton {module.VERSION} failed ({type(error).__name__}: {error})"
-    return None if is_right else f"a trial of triton {module.VERSION} gave wrong numbers"
+    return f"a trial of triton {module.VERSION} gave wrong numbers: {', '.join(wrong)}" if wrong else None
 
 
 def triton_kernels() -> ModuleType:
@@ -48,6 +54,10 @@ def triton_kernels() -> ModuleType:
     from megatron_tip.vocab_parallel import triton_kernels
 
     return triton_kernels
+
+
+def _automatic(device: torch.device) -> KernelSet:
+    return "eager" if device.type != "cuda" or _said_problem(device) else "triton"
 
 
 @functools.cache
@@ -58,10 +68,6 @@ def _said_problem(device: torch.device) -> str | None:
     return problem
 
 
-def _trial(module: ModuleType, device: torch.device) -> bool:
-    """Returns whether sums over two rows of made-up logits are those of the eager kernels."""
-    logits = [torch.linspace(-1, end, 2 * 70, device=device).view(2, 70).bfloat16() for end in (2.0, 3.0)]
-    student, teacher = (z.float() for z in logits)
-    (expected,) = kernels.reverse_kl_sums(student, teacher, [None] * kernels.NUM_SCRATCH)
-    (actual,) = module.reverse_kl_sums(*logits)
-    return torch.allclose(actual, expected, rtol=1e-4, atol=1e-4)
+@functools.cache
+def _say(chosen: KernelSet, device: torch.device) -> None:
+    logger.info("the arithmetic on logits on %s: %s kernels", device, chosen)

@@ -46,14 +46,20 @@ def add_head_gradient(grad_head: Tensor, grad_logits: Tensor, hidden: Tensor, *,
 def adds_in_float32(dtype: torch.dtype, device: torch.device) -> bool:
     """Returns whether torch can add a product of `dtype` operands to a float32 sum in place, by trying it once.
 
-    CUDA's products can; not every version of torch that we allow passes it on.
+    CUDA's products can; not every version of torch that we allow passes it on. Tried as it is used: added to a sum, and
+    set in memory that may hold NaN; with rows and without.
     """
-    total, ones = torch.ones(8, 8, device=device), torch.ones(8, 8, dtype=dtype, device=device)
-    try:
-        _add_in_float32(total, ones, ones, beta=1)
-    except (RuntimeError, TypeError):  # of torch itself: no such operator for this device, or no such argument
-        return False
-    return bool((total == 9).all())
+    ones = torch.ones(8, 8, dtype=dtype, device=device)
+    are_right = []
+    for beta, before in ((1, 1.0), (0, torch.nan)):
+        for rows in (8, 0):
+            total = torch.full((8, 8), before, device=device)
+            try:
+                _add_in_float32(total, ones[:rows].T, ones[:rows], beta=beta)
+            except (RuntimeError, TypeError):  # of torch itself: no such operator for this device, or no such argument
+                return False
+            are_right.append((total == beta + rows).all())
+    return bool(torch.stack(are_right).all())
 
 
 def _add_in_float32(total: Tensor, a: Tensor, b: Tensor, *, beta: int) -> None:

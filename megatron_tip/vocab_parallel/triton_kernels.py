@@ -17,8 +17,10 @@ from megatron_tip.vocab_parallel.topk import GROUP_SIZE
 
 VERSION = triton.__version__
 
-# A tile of logits: the groups of the top-K times their columns.
-_GROUPS = tl.constexpr(32)
+TILE = 32 * GROUP_SIZE
+"""Columns that the sums of a row read at a time: groups of the top-K times their columns."""
+
+_GROUPS = tl.constexpr(TILE // GROUP_SIZE)
 _LANES = tl.constexpr(GROUP_SIZE)
 # Below every logit. Finite, since a frame moves by the difference of two maxima.
 _LOWEST = tl.constexpr(-3e38)

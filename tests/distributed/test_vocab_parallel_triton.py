@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_tip.errors import NotFiniteError
 from megatron_tip.vocab_parallel import ShardedVocabulary, divergence_loss, token_statistics
+from megatron_tip.vocab_parallel.kernel_choice import triton_problem
 from megatron_tip.vocab_parallel.topk_divergence import topk_divergence_loss
 from megatron_tip.vocab_parallel.topk_statistics import StudentStatistics, known_ids, student_statistics
 from tests.distributed import test_topk_teacher as topk_teacher
@@ -89,6 +90,7 @@ def check_faults() -> None:
 
 def check_on_one_rank() -> None:
     use_interpreter()
+    assert triton_problem(torch.device("cpu")) is None
     check_wide(dist.group.WORLD)
     for dtype in (torch.float32, torch.bfloat16):
         check_topk_teacher(dtype)

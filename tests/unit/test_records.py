@@ -35,6 +35,25 @@ def test_numbers_are_read_only_and_of_one_type():
         Numbers(np.array([1, 2]), float)
 
 
+@pytest.mark.parametrize("values", [[1.9], [2**63], [-1, 2**63], [2**70], ["7"], [None], [1, None], [[1, 2]], [True]])
+def test_what_is_no_id_is_refused_instead_of_changed(values):
+    with pytest.raises(ValueError, match=r"expected ids in the range of int64, got \["):
+        token_ids(values)
+
+
+@pytest.mark.parametrize("values", [[None], [-0.5, None], ["-0.5"], [[-0.5]]])
+def test_what_is_no_logprob_is_refused_instead_of_changed(values):
+    with pytest.raises(ValueError, match=r"expected floats, got \["):
+        logprobs(values)
+
+
+def test_whole_numbers_are_logprobs_and_any_iterable_will_do():
+    assert logprobs([0, -1]) == (0.0, -1.0)
+    assert logprobs([0, -1]).array.dtype == np.float64
+    assert logprobs(iter([-0.5, 0])) == (-0.5, 0.0)
+    assert token_ids(iter([-(2**63), 2**63 - 1])) == (-(2**63), 2**63 - 1)
+
+
 def test_a_rollout_holds_arrays_however_it_was_made():
     exact = (-0.10000000149011612, -1 / 3, -5e-324)
     rollout = Rollout(0, 0, (1, 2), (4, 5, 6), exact, "stop", 7)

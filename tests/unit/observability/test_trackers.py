@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from multiprocessing import Queue, get_context
 from pathlib import Path
@@ -17,7 +18,13 @@ from megatron_tip.errors import OptionalDependencyError
 from megatron_tip.observability import trackers as module
 from megatron_tip.observability.metrics_file import RecordedStep
 from megatron_tip.observability.run_folder import RunFolder
-from megatron_tip.observability.token_table import TokenTable, TokenTableFacts, ViewedRollout, read_token_table
+from megatron_tip.observability.token_table import (
+    TokenTable,
+    TokenTableFacts,
+    ViewedRollout,
+    read_token_table,
+    token_table_file,
+)
 from megatron_tip.observability.trackers import MAX_FAILURES, FolderTracker, Trackers, check_trackers, make_trackers
 from megatron_tip.observability.wandb_tracker import wandb  # first: it sets wandb's environment
 from tests.helpers.tensorboard_files import values_of
@@ -118,7 +125,7 @@ def test_online_without_a_way_out_is_kept_offline(
     trackers = started(config, {})
     trackers.log_metrics(1, {"train/loss": 0.25})
     trackers.finish()
-    assert "stays offline: wandb sync" in caplog.text
+    assert f"stays offline: wandb sync --append {config.run.folder}/wandb/offline-run-*" in caplog.text
     files = list((config.run.folder / "wandb").glob("offline-run-*/*.wandb"))
     assert history_of(finished_records_of(files[0]))[0]["train/loss"] == 0.25
 
@@ -213,6 +220,44 @@ def test_a_run_whose_wandb_files_are_gone_or_broken_is_logged_whole(tmp_path: Pa
     trackers.finish()
     (written,) = set((config.run.folder / "wandb").glob("offline-run-*/*.wandb")) - {folder / "run-abc.wandb"}
     assert [row["_step"] for row in history_of(finished_records_of(written))] == [0, 1]
+
+
+def gaps_filled(config: Config, monkeypatch: pytest.MonkeyPatch, *, offline: bool = True) -> list[int]:
+    """The steps that a run continued after step 2 logs again, W&B's own having none of them."""
+    logged: list[int] = []
+    run = SimpleNamespace(
+        id="abc",
+        offline=offline,
+        starting_step=1,
+        log=lambda metrics, step: logged.append(step),
+        finish=lambda exit_code: None,
+    )
+    monkeypatch.setattr(wandb, "init", lambda **_: run)
+    trackers = started(config, {"wandb": "abc"})
+    trackers.fill_gaps([(step, {"train/loss": 1.0}) for step in range(3)])
+    trackers.log_metrics(3, {})
+    trackers.finish()
+    return logged
+
+
+def test_an_unreadable_view_does_not_keep_later_steps_from_being_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = config_of(tmp_path, wandb="offline")
+    folder = RunFolder(config.run.folder).views
+    folder.mkdir(parents=True)
+    token_table_file(folder, 0).write_bytes(b"no Parquet")
+    assert gaps_filled(config, monkeypatch) == [0, 1, 2, 3]
+
+
+def test_a_wandb_without_its_private_reader_fills_no_gaps_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setitem(sys.modules, "wandb.sdk.internal.datastore", None)
+    config = config_of(tmp_path, wandb="offline")
+    assert gaps_filled(config, monkeypatch) == [3]
+    assert "cannot read its own files" in caplog.text
+    assert gaps_filled(config, monkeypatch, offline=False) == [1, 2, 3], "the server says what it has"
 
 
 @pytest.mark.parametrize("asks", [True, False])

@@ -53,8 +53,20 @@ def test_where_they_do_not_the_sum_is_in_slices(monkeypatch, error):
     assert (total - expected).norm() <= 1e-2 * expected.norm()
 
 
-def test_a_sum_that_is_wrong_is_not_used(monkeypatch):
-    monkeypatch.setattr(products, "_add_in_float32", lambda total, *_, **__: total.zero_())
+def add_with_what_was_there(total, a, b, *, beta):
+    total.copy_(total * beta + a.float() @ b.float())  # 0 x NaN is NaN
+
+
+def add_only_rows(total, a, b, *, beta):
+    if len(b):  # without rows, `total` keeps what was there
+        add_as_cuda_does(total, a, b, beta=beta)
+
+
+@pytest.mark.parametrize(
+    "add", [lambda total, *_, **__: total.zero_(), add_with_what_was_there, add_only_rows], ids=lambda add: add.__name__
+)
+def test_a_sum_that_is_wrong_is_not_used(monkeypatch, add):
+    monkeypatch.setattr(products, "_add_in_float32", add)
     assert not adds_in_float32(torch.bfloat16, CPU)
 
 
