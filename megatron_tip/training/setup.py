@@ -4,12 +4,8 @@ from dataclasses import replace
 
 from megatron_tip.config import Config
 from megatron_tip.conversion.bridge import load_hf
-<<<<<<< HEAD
 from megatron_tip.conversion.model_size import num_parameters
-from megatron_tip.errors import InputError
-=======
 from megatron_tip.errors import ConfigError, InputError
->>>>>>> fix2
 from megatron_tip.machine import Machine
 from megatron_tip.models.gpt import build_gpt
 from megatron_tip.models.student import Student, build_student
@@ -17,12 +13,8 @@ from megatron_tip.observability.timing import PhaseTimer
 from megatron_tip.parallel.collectives import gather_json
 from megatron_tip.parallel.distributed import Worker
 from megatron_tip.parallel.groups import ModelGroups, build_groups
-<<<<<<< HEAD
 from megatron_tip.parallel.together import run_on, together
-=======
-from megatron_tip.parallel.together import together
 from megatron_tip.placement.placement import Placement
->>>>>>> fix2
 from megatron_tip.planning.dtypes import Dtypes
 from megatron_tip.planning.inputs import read_prompts
 from megatron_tip.planning.phases import releases_memory
@@ -116,7 +108,6 @@ def build_run(
     )
 
 
-<<<<<<< HEAD
 def _exchange(config: Config, plan: RunPlan, worker: Worker) -> HandleExchange:
     """Returns the exchange of weight handles. Collective over the world: buckets are those of rank 0 everywhere."""
     handing = plan.placement.handing_ranks
@@ -126,7 +117,8 @@ def _exchange(config: Config, plan: RunPlan, worker: Worker) -> HandleExchange:
         return bucket_limit(config.sync.bucket_bytes, model_bytes, worker.device, num_handing=len(handing))
 
     return HandleExchange(run_on(0, size, device=worker.device), worker.device, handing)
-=======
+
+
 def _check_same_placement(placement: Placement, worker: Worker, *, releases: bool) -> None:
     """Raises the same ConfigError on all ranks if they would not take part in the same syncs and releases of memory.
 
@@ -143,7 +135,6 @@ def _check_same_placement(placement: Placement, worker: Worker, *, releases: boo
                 f"on the node of rank 0, {other[-1]} on that of rank {rank}; start the same number everywhere, or give "
                 "rollouts GPUs of their own"
             )
->>>>>>> fix2
 
 
 def _sampling(config: Config, plan: RunPlan) -> SamplingParams:
