@@ -91,7 +91,7 @@ def read_keys(path: Path | None, *, setting: str = "sglang.keys_file") -> Server
     return ServerKeys(**content)
 
 
-def check_allocator(transport: str, device: torch.device, environ: Mapping[str, str]) -> None:
+def check_allocator(transport: str | None, device: torch.device, environ: Mapping[str, str]) -> None:
     """Raises ConfigError if torch's allocator in this process takes memory that CUDA IPC cannot share."""
     if transport == "ipc" and device.type == "cuda" and expands_segments(environ):
         raise ConfigError(
