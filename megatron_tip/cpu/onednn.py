@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 @functools.cache
 def onednn_is_faster() -> bool:
     """Returns whether oneDNN is to multiply: wherever torch has it, but for MKL on an Intel processor."""
-    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+    if not torch.backends.mkldnn.is_available():
         return False
     return not (torch.backends.mkl.is_available() and processor_vendor() == "GenuineIntel")
 
@@ -38,7 +38,7 @@ def processor_vendor(cpuinfo: Path = _CPUINFO) -> str:
 def is_for_onednn(*tensors: Tensor) -> bool:
     """Returns whether `onednn_linear` is to multiply the tensors: float32, on a CPU, none of them empty."""
     fitting = all(t.device.type == "cpu" and t.dtype == torch.float32 and t.numel() for t in tensors)
-    return fitting and onednn_is_faster()
+    return fitting and onednn_is_faster() and torch.backends.mkldnn.enabled  # which a context may switch off
 
 
 def onednn_linear(inputs: Tensor, weight: Tensor) -> Tensor:
@@ -64,11 +64,8 @@ def use_faster_products() -> torch.library.Library | None:
     logger.info("float32 products on this processor (%s) by %s", processor_vendor(), name)
     if not onednn_is_faster():
         return None
-    for name in (
-        "ONEDNN_PRIMITIVE_CACHE_CAPACITY",
-        "LRU_CACHE_CAPACITY",
-    ):  # oneDNN's and torch's
-        os.environ.setdefault(name, str(_NUM_CACHED_SHAPES))
+    for bound in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # oneDNN's and torch's
+        os.environ.setdefault(bound, str(_NUM_CACHED_SHAPES))
     library = torch.library.Library("aten", "IMPL")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Warning only once for all operators")  # about the overridden kernel

@@ -124,3 +124,11 @@ def test_the_log_says_which_library_it_is(monkeypatch, caplog):
     with caplog.at_level(logging.INFO):
         assert onednn.use_faster_products.__wrapped__() is None
     assert caplog.messages == ["float32 products on this processor (GenuineIntel) by torch's own library"]
+
+
+def test_a_context_may_switch_onednn_off(monkeypatch):
+    monkeypatch.setattr(onednn, "onednn_is_faster", lambda: True)
+    ones = torch.ones(2, 2)
+    assert onednn.is_for_onednn(ones, ones)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not onednn.is_for_onednn(ones, ones)
