@@ -68,7 +68,7 @@ def test_seventy_billion_on_one_node_by_hand():
     assert found["sync"][SERVERS] == found["save"][SERVERS] == 2 * whole_student
     assert found["sync"]["sync: a whole tensor, gathered and merged"] == 2 * V * H * 2
     assert found["sync"]["sync: buckets"] == 2 * 268_435_456
-    assert estimate(llama("sync.transport=broadcast"), 8).parts["sync: buckets"] == 268_435_456
+    assert estimate(llama("sync.transport=folder"), 8).parts["sync: buckets"] == 268_435_456
     assert found["save"]["save: a piece of the optimizer"] == 2 * 16 * 2**20
     assert found["train"]["teacher: hidden states of a step, the selected"] == rows / 2  # twice half of them
     assert found["update"]["optimizer: square roots, if AdamW is torch's"] == 4 * student / 2
