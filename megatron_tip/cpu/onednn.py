@@ -38,7 +38,7 @@ def processor_vendor(cpuinfo: Path = _CPUINFO) -> str:
 def is_for_onednn(*tensors: Tensor) -> bool:
     """Returns whether `onednn_linear` is to multiply the tensors: float32, on a CPU, none of them empty."""
     fitting = all(t.device.type == "cpu" and t.dtype == torch.float32 and t.numel() for t in tensors)
-    return fitting and onednn_is_faster() and torch.backends.mkldnn.enabled  # which a context may switch off
+    return fitting and onednn_is_faster() and bool(torch.backends.mkldnn.enabled)  # which a context may switch off
 
 
 def onednn_linear(inputs: Tensor, weight: Tensor) -> Tensor:
