@@ -57,23 +57,7 @@ def gather_json(value: Any, *, device: torch.device | str, group: dist.ProcessGr
     padded = torch.frombuffer(bytearray(payload.ljust(int(lengths.max()))), dtype=torch.uint8).to(device)
     gathered = [torch.empty_like(padded) for _ in range(size)]
     dist.all_gather(gathered, padded, group=group)
-    return [json.loads(bytes(data.tolist())) for data in gathered]
-
-
-def gather_bytes(content: bytes, *, device: torch.device | str) -> list[bytes]:
-    """Returns every rank's `content` in rank order on global rank 0; an empty list on the others.
-
-    Collectives over the world: an all-reduce of the longest length, and a gather of bytes padded to it.
-    """
-    longest = torch.tensor([len(content)], dtype=torch.int64, device=device)
-    dist.all_reduce(longest, op=dist.ReduceOp.MAX)
-    payload = len(content).to_bytes(8, "little") + content.ljust(int(longest))
-    padded = torch.frombuffer(bytearray(payload), dtype=torch.uint8).to(device)
-    is_target = dist.get_rank() == 0
-    gathered = [torch.empty_like(padded) for _ in range(dist.get_world_size())] if is_target else None
-    dist.gather(padded, gathered, dst=0)
-    parts = [part.cpu().numpy().tobytes() for part in gathered or []]
-    return [part[8 : 8 + int.from_bytes(part[:8], "little")] for part in parts]
+    return [json.loads(data.cpu().numpy().tobytes()) for data in gathered]
 
 
 def agree_on_maxima(values: Sequence[int]) -> list[int]:

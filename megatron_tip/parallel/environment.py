@@ -136,13 +136,18 @@ def _own_addresses() -> dict[str, list[str]]:
     return {name: [one.address for one in own] for name, own in psutil.net_if_addrs().items()}
 
 
+def source_address(host: str | None) -> str:
+    """Returns this host's address on the route to `host`. Raises OSError without a route."""
+    family, *_, destination = socket.getaddrinfo(host, 1, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as way:
+        way.connect(destination)  # a datagram socket: chooses the route, sends nothing
+        return str(way.getsockname()[0])
+
+
 def _source_to(host: str) -> str:
-    """Returns this host's address on the route to `host`; empty if there is none. Sends nothing."""
+    """Returns `source_address`; empty if there is no route."""
     try:
-        family, *_, destination = socket.getaddrinfo(host, 1, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, socket.SOCK_DGRAM) as way:
-            way.connect(destination)
-            return str(way.getsockname()[0])
+        return source_address(host)
     except OSError:
         return ""
 

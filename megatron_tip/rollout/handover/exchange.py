@@ -1,6 +1,5 @@
 """Handles of weight buckets, gathered from the trainer ranks that share a GPU with a server."""
 
-import json
 from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 
@@ -9,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tip.errors import EngineError, OutputError
-from megatron_tip.parallel.collectives import broadcast_json, gather_bytes
+from megatron_tip.parallel.collectives import broadcast_json, gather_json
 from megatron_tip.rollout.handover.buckets import BucketBounds, WeightBucket, weight_buckets
 from megatron_tip.rollout.handover.shared_memory import handles, shared_buffer
 
@@ -19,8 +18,8 @@ class HandleExchange:
 
     When a bucket is complete, rank 0 says how many handles it wants of each rank (`wanted`), and gets them
     (`received`). This happens in the streams that `lead` and `follow` return: whoever exhausts them takes part,
-    whatever fails in between. Collectives over the world per bucket: two broadcasts; if handles are wanted also an
-    all-reduce and a gather.
+    whatever fails in between. Collectives over the world per bucket: two broadcasts; if handles are wanted also two
+    all-gathers.
 
     A rank that hands over holds at most two buckets: the one that servers load, and the one that it fills.
 
@@ -86,7 +85,6 @@ class HandleExchange:
         counts = broadcast_json([self.wanted.get(one, 0) for one in range(size)], source=0, device=self._device)
         self.received = {}
         if any(counts):
-            content = gather_bytes(json.dumps(export(counts[rank])).encode(), device=self._device)
-            self.received = {one: json.loads(text) for one, text in enumerate(content)}
+            self.received = dict(enumerate(gather_json(export(counts[rank]), device=self._device)))
         if self._device.type == "cuda":
             torch.cuda.ipc_collect()  # frees what servers have let go of

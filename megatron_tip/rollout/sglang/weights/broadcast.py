@@ -24,11 +24,18 @@ from torch.distributed.distributed_c10d import (
     _world,
 )
 
-from megatron_tip.errors import ServerError, ServerMismatchError
+from megatron_tip.errors import ServerError
+from megatron_tip.parallel.environment import source_address
 from megatron_tip.rollout.handover.buckets import WeightBucket, weight_buckets
 from megatron_tip.rollout.sglang.pool import PooledServer
 from megatron_tip.rollout.sglang.weights.session import close_session, open_session
-from megatron_tip.rollout.sglang.weights.transport import start_on_all, that_report, those_that_did, without_heartbeats
+from megatron_tip.rollout.sglang.weights.transport import (
+    refuse_replicas,
+    start_on_all,
+    that_report,
+    those_that_did,
+    without_heartbeats,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -198,11 +205,7 @@ class BroadcastTransport:
 
     def check(self, server: PooledServer) -> None:
         """Refuses several pipeline stages or replicas: SGLang receives broadcasts only in its tensor-parallel ranks."""
-        if server.num_replicas > 1:
-            raise ServerMismatchError(
-                f'{server.url}: expected a server of pp_size 1 and dp_size 1 with sync.transport = "broadcast", got '
-                f'{server.num_replicas} stages or replicas; set sync.transport = "folder"'
-            )
+        refuse_replicas(server, "broadcast")
 
     def send(
         self, servers: Sequence[PooledServer], weights: Iterable[tuple[str, Tensor]], version: str
@@ -310,12 +313,8 @@ def own_address(urls: Sequence[str]) -> str:
         ServerError: there is no route to one of them.
     """
     for url in urls:
-        parts = urlsplit(url)
         try:
-            family, *_, destination = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_DGRAM)[0]
-            with socket.socket(family, socket.SOCK_DGRAM) as way:
-                way.connect(destination)  # a datagram socket: chooses the route, sends nothing
-                address = str(way.getsockname()[0])
+            address = source_address(urlsplit(url).hostname)
         except OSError as error:
             raise ServerError(f"weight sync: no route to {url}: {error}") from error
         if not ip_address(address).is_loopback:

@@ -19,7 +19,13 @@ from megatron_tip.rollout.sglang.client import SGLangClient
 from megatron_tip.rollout.sglang.pool import PooledServer
 from megatron_tip.rollout.sglang.weights.broadcast import own_address
 from megatron_tip.rollout.sglang.weights.session import close_session, open_session
-from megatron_tip.rollout.sglang.weights.transport import start_on_all, that_report, those_that_did, without_heartbeats
+from megatron_tip.rollout.sglang.weights.transport import (
+    refuse_replicas,
+    start_on_all,
+    that_report,
+    those_that_did,
+    without_heartbeats,
+)
 
 
 class IpcTransport:
@@ -42,11 +48,7 @@ class IpcTransport:
 
     def check(self, server: PooledServer) -> None:
         """Refuses several pipeline stages or replicas, and ranks of which it is not known whose GPU they share."""
-        if server.num_replicas > 1:
-            raise ServerMismatchError(
-                f'{server.url}: expected a server of pp_size 1 and dp_size 1 with sync.transport = "ipc", got '
-                f'{server.num_replicas} stages or replicas; set sync.transport = "folder"'
-            )
+        refuse_replicas(server, "ipc")
         if not server.neighbours and not _is_here(server.url):
             raise ServerMismatchError(
                 f'{server.url}: expected a server on this machine with sync.transport = "ipc", got one on another; set '
