@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SGLANG := $(VENV)/.sglang-cpu
+TRITON := $(VENV)/triton/.installed
 EVAL := .venv-eval/.installed
 SMOLLM2 := .cache/quickstart/SmolLM2-135M-Instruct
 RUN ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
@@ -23,7 +24,7 @@ quickstart: $(INSTALLED) $(SMOLLM2)/.converted
 quickstart-sglang: $(INSTALLED) $(SGLANG) $(SMOLLM2)/.converted
 	$(BIN)/megatron-tip train examples/quickstart_sglang/quickstart.toml run.folder=$(RUN)
 
-test: $(INSTALLED) $(SGLANG) $(SMOLLM2)/.converted
+test: $(INSTALLED) $(SGLANG) $(TRITON) $(SMOLLM2)/.converted
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
 
 # Bank and scores are created once; an interrupted `intervene` continues after its last finished arm.
@@ -67,6 +68,11 @@ sglang-cpu: $(SGLANG)
 $(SGLANG): requirements/sglang-cpu.txt requirements/sglang-cpu-no-deps.txt $(INSTALLED)
 	$(BIN)/pip install --quiet -r requirements/sglang-cpu.txt
 	$(BIN)/pip install --quiet --no-deps -r requirements/sglang-cpu-no-deps.txt
+	touch $@
+
+# Triton for its interpreter, in a folder that only the tests of its kernels look into.
+$(TRITON): requirements/triton.txt | $(INSTALLED)
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/triton -r requirements/triton.txt
 	touch $@
 
 # lm-evaluation-harness in a separate environment: megatron-tip eval --python .venv-eval/bin/python

@@ -25,6 +25,10 @@ class WeightsError(MegatronTipError, ValueError):
     """Model weights that are missing, truncated, of another shape or of an unsupported architecture."""
 
 
+REFUSALS = (ConfigError, InputError, WeightsError)
+"""Errors that refuse the user's input: the command ends with exit code 2."""
+
+
 class EngineError(MegatronTipError, RuntimeError):
     """A rollout engine that failed, or that answered with something other than rollouts."""
 

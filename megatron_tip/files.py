@@ -12,11 +12,35 @@ from typing import Any
 from megatron_tip.errors import OutputError
 
 
+def parse_json(text: str | bytes) -> Any:
+    """Returns the value of a JSON text from a file that anyone may have written.
+
+    Raises:
+        ValueError: it is not JSON, or nests deeper than Python can follow.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it nests too deep") from None
+
+
 def finite_json(value: Any) -> Any:
     """Returns `value` with None in place of floats that are not finite: JSON has no NaN."""
     if isinstance(value, Mapping):
         return {name: finite_json(item) for name, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def finite_number(value: Any) -> float | None:
+    """Returns a number of a JSON file as a float; None for what is no number, or none that float32 can hold.
+
+    Sums and differences of such numbers stay finite.
+    """
+    is_number = isinstance(value, int | float) and -_LARGEST <= value <= _LARGEST
+    return float(value) if is_number else None
+
+
+_LARGEST = 3.4e38
 
 
 def atomic_write_text(path: Path, text: str, *, setting: str = "run.folder", mode: int = 0o666) -> None:

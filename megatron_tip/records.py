@@ -1,15 +1,94 @@
 """The records shared between packages: prompts, rollouts, micro-batches, teacher rows and selections.
 
-Shape letters: `b` sequences of a micro-batch, `s` positions, `n` valid tokens ("rows") of one data-parallel replica,
-`K` support size. A row is one position of `loss_mask`. Rows are ordered by micro-batch, then sequence, then position.
+Shape letters: `s` tokens of a micro-batch, `n` valid tokens ("rows") of one data-parallel replica, `K` support size. A
+row is one position of `loss_mask`. Rows are ordered by micro-batch, then sequence, then position.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
-from typing import Self
+from typing import Any, Self, TypeVar, overload
 
+import numpy as np
+import torch
 from torch import Tensor
+
+N = TypeVar("N", int, float)
+
+
+class Numbers(Sequence[N]):
+    """A tuple of ids or of logprobs, held as one array, and equal to the tuple of the same numbers.
+
+    A step's rollouts have millions of numbers, and every rank holds them: Python's own take four times the memory, and
+    their making takes longer than their transport.
+    `array`: `[n]` int64 or float64, read-only.
+    """
+
+    __slots__ = ("array",)
+
+    def __init__(self, values: Iterable[N] | np.ndarray, kind: type[N]) -> None:
+        """Takes over an array of the right dtype without a copy. `kind`: int for int64, float for float64.
+
+        Raises:
+            ValueError: a value would not be kept as it is: a fraction or a text as an id, an id outside int64, None.
+        """
+        dtype = np.int64 if kind is int else np.float64
+        array = values if isinstance(values, np.ndarray) else _converted(values, dtype)
+        self.array = array.view()
+        self.array.flags.writeable = False
+        assert array.dtype == dtype, f"expected {np.dtype(dtype)}, got {array.dtype}"
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def __iter__(self) -> Iterator[N]:
+        return iter(self.array.tolist())
+
+    @overload
+    def __getitem__(self, place: int) -> N: ...
+    @overload
+    def __getitem__(self, place: slice) -> "Numbers[N]": ...
+    def __getitem__(self, place: int | slice) -> "N | Numbers[N]":
+        return self._of(self.array[place]) if isinstance(place, slice) else self.array[place].item()
+
+    def __add__(self, other: "Numbers[N]") -> "Numbers[N]":
+        return self._of(np.concatenate([self.array, other.array]))
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Numbers):
+            return np.array_equal(self.array, other.array)
+        return tuple(self) == other if isinstance(other, tuple) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
+
+    def __repr__(self) -> str:
+        return repr(tuple(self))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Numbers, (self.array, int if self.array.dtype == np.int64 else float)
+
+    def _of(self, array: np.ndarray) -> "Numbers[N]":
+        return Numbers(array, int if array.dtype == np.int64 else float)  # type: ignore[arg-type]
+
+
+def _converted(values: Iterable[int] | Iterable[float], dtype: type[np.generic]) -> np.ndarray:
+    # numpy given the dtype would make 1 of 1.9 and NaN of None; left to choose, it shows what it found.
+    array = np.array(values if isinstance(values, (list, tuple)) else tuple(values))
+    if array.size and (array.ndim != 1 or array.dtype.kind not in ("i" if dtype is np.int64 else "if")):
+        expected = "ids in the range of int64" if dtype is np.int64 else "floats"
+        raise ValueError(f"expected {expected}, got {array.tolist()!r:.80}")
+    return array.astype(dtype, copy=False)
+
+
+def token_ids(values: Iterable[int]) -> Numbers[int]:
+    """Returns `values` as an array of ids; the same object if they are one already."""
+    return values if isinstance(values, Numbers) else Numbers(values, int)
+
+
+def logprobs(values: Iterable[float]) -> Numbers[float]:
+    """Returns `values` as an array of log-probabilities; the same object if they are one already."""
+    return values if isinstance(values, Numbers) else Numbers(values, float)
 
 
 @dataclass(frozen=True)
@@ -28,7 +107,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Rollout:
-    """One sampled response, as token ids.
+    """One sampled response, as token ids. Takes any sequences for its ids and logprobs.
 
     `rollout_logprobs`: one per response token, the natural log of its probability under the distribution that it was
     sampled from; 0 for tokens of the environment. `finish_reason`: "stop" (the last response id is a sampled stop id),
@@ -42,13 +121,19 @@ class Rollout:
 
     prompt_index: int
     sample_index: int
-    prompt_ids: tuple[int, ...]
-    response_ids: tuple[int, ...]
-    rollout_logprobs: tuple[float, ...]
+    prompt_ids: Numbers[int]
+    response_ids: Numbers[int]
+    rollout_logprobs: Numbers[float]
     finish_reason: str
     weight_version: int
     environment_spans: tuple[tuple[int, int], ...] = ()
     teacher: str = ""
+
+    def __post_init__(self) -> None:
+        """Turns ids and logprobs into arrays."""
+        object.__setattr__(self, "prompt_ids", token_ids(self.prompt_ids))
+        object.__setattr__(self, "response_ids", token_ids(self.response_ids))
+        object.__setattr__(self, "rollout_logprobs", logprobs(self.rollout_logprobs))
 
     @property
     def num_tokens(self) -> int:
@@ -66,23 +151,30 @@ class Rollout:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Sequences that go through the model together, padded on the right; equal on all tp and pp ranks of a replica.
+    """Whole sequences that go through the model as one, packed end to end; equal on all tp and pp ranks of a replica.
 
-    All other tensors are `[b, s]`; `rollout_indices` is `[b]`, each sequence's place in the step's rollout list.
-    `labels[:, t] == input_ids[:, t + 1]` wherever `response_mask` is True, so position t is scored for the next token.
-    `response_mask`: the label was generated. `loss_mask` (a subset): the label may be supervised.
+    `lengths`: the tokens of each sequence, in order. A token attends to its own sequence only. Padding, if the layout
+    asks for it, is one more sequence at the end. All tensors are `[s]`, so that a part of the tokens is a part of each.
+
+    `position_ids`: the token's place in its sequence. `labels`: the sequence's next token, for which the position is
+    scored, wherever `response_mask` is True. `response_mask`: the label was generated. `loss_mask` (a subset): the
+    label may be supervised. `rollout_indices`: the sequence's place in the step's rollout list; -1 for padding.
+    `response_positions`: the label's 0-based place in the response; below 0 if it belongs to the prompt.
     """
 
+    lengths: tuple[int, ...]
     input_ids: Tensor
     position_ids: Tensor
     labels: Tensor
     response_mask: Tensor
     loss_mask: Tensor
     rollout_indices: Tensor
+    response_positions: Tensor
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.input_ids.shape[0], self.input_ids.shape[1]
+    def to(self, device: torch.device) -> "MicroBatch":
+        """Returns the micro-batch with its tensors on `device`."""
+        tensors = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "lengths"}
+        return MicroBatch(self.lengths, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
     def num_valid(self) -> int:
         return int(self.loss_mask.sum())

@@ -22,10 +22,13 @@ tip_setup() {
   # shellcheck source=slurm/site.sh
   source "${MEGATRON_TIP_SITE:-$TIP_ROOT/slurm/site.sh}"
   if [[ -n $TIP_PROLOGUE ]]; then eval "$TIP_PROLOGUE"; fi
-  if [[ -z $TIP_TASKS_PER_NODE ]]; then
-    TIP_TASKS_PER_NODE=$({ nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l)
-    ((TIP_TASKS_PER_NODE > 0)) || TIP_TASKS_PER_NODE=1
+  if [[ -z $TIP_GPUS_PER_NODE ]]; then
+    TIP_GPUS_PER_NODE=${SLURM_GPUS_ON_NODE:-$({ nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l)}
+    # An empty list, other than none at all, asks for the CPU.
+    if [[ -z ${CUDA_VISIBLE_DEVICES-unset} ]]; then TIP_GPUS_PER_NODE=0; fi
   fi
+  if [[ -z $TIP_TASKS_PER_NODE ]]; then TIP_TASKS_PER_NODE=$((TIP_GPUS_PER_NODE > 0 ? TIP_GPUS_PER_NODE : 1)); fi
+  export TIP_GPUS_PER_NODE # a worker that is promised GPUs and sees none refuses to run
   if [[ -z $TIP_PYTHON ]]; then
     if [[ -n $TIP_CONTAINER_IMAGE ]]; then TIP_PYTHON=python3; else TIP_PYTHON=$TIP_ROOT/.venv/bin/python; fi
   fi
@@ -33,7 +36,7 @@ tip_setup() {
   export PYTHONUNBUFFERED=1
   tip_network
   tip_log "job ${SLURM_JOB_ID:-none}, restart ${SLURM_RESTART_COUNT:-0}, nodes ${SLURM_JOB_NODELIST:-none}," \
-    "$TIP_TASKS_PER_NODE tasks per node${TIP_CONTAINER_IMAGE:+, container $TIP_CONTAINER_IMAGE}"
+    "$TIP_TASKS_PER_NODE tasks and $TIP_GPUS_PER_NODE GPUs per node${TIP_CONTAINER_IMAGE:+, container $TIP_CONTAINER_IMAGE}"
 }
 
 # Exports the network settings; a value that the caller has already exported takes precedence.
@@ -74,6 +77,14 @@ tip_srun_arguments() {
   fi
 }
 
+# tip_newest_checkpoint: prints the name of the run's newest checkpoint, such as step_000020; nothing without one.
+TIP_FOLDER=
+TIP_CHECKPOINT_BEFORE=
+tip_newest_checkpoint() {
+  local found=("$TIP_FOLDER"/checkpoints/step_*)
+  if [[ -n $TIP_FOLDER && -e ${found[0]} ]]; then printf '%s\n' "${found[@]##*/}" | sort -V | tail -n 1; fi
+}
+
 # tip_train NODES NODELIST CONFIG [section.key=value ...]: trains on those nodes and returns srun's exit code.
 tip_train() {
   local nodes=$1 nodelist=$2 first
@@ -82,43 +93,58 @@ tip_train() {
   # tip_fail within $(...) ends only that subshell; an assignment of its own returns its exit code.
   if [[ -z ${MASTER_ADDR:-} ]]; then MASTER_ADDR=$(tip_address "$first") || exit; fi
   export MASTER_ADDR
+  TIP_FOLDER=$(tip_setting run.folder "$@" 2>/dev/null) || TIP_FOLDER= # the run itself says what is wrong
+  TIP_CHECKPOINT_BEFORE=$(tip_newest_checkpoint)
   mapfile -t arguments < <(tip_srun_arguments "$nodes" "$TIP_TASKS_PER_NODE" "$nodelist")
   tip_run srun "${arguments[@]}" "$TIP_PYTHON" -m megatron_tip.cli train "$@"
 }
 
-# tip_serve NODELIST PER_NODE MODEL MEMORY_FRACTION KEYS_FILE: starts SGLang servers of MODEL, PER_NODE on each node, and
-# puts their URLs into TIP_URLS. A server reads its arguments and passwords from its standard input, and exits when that
-# closes. tip_wait_for_servers then waits until all of them answer.
+# tip_serve CONFIG [section.key=value ...]: starts the SGLang servers that the placement has on the job's nodes, if it is
+# for the job to start them, and puts the trainer's further settings into TIP_SERVED. A server reads its arguments and
+# passwords from its standard input, and exits when that closes. tip_wait_for_servers then waits until all of them answer.
 TIP_SERVER_INPUTS=()
+TIP_SERVER_PROCESSES=()
 TIP_URLS=()
-TIP_ALL_URLS=()
+TIP_SERVED=()
 tip_serve() {
-  local nodelist=$1 per_node=$2 model=$3 memory=$4 keys=$5 node address index port gpus input further
-  TIP_URLS=()
-  read -ra further <<<"$TIP_SGLANG_ARGUMENTS"
-  for node in $(scontrol show hostnames "$nodelist"); do
+  local nodes=() addresses=() python visible node address lines kind role index gpus url arguments options input
+  if ((TIP_ROLLOUT_NODES + TIP_TEACHER_NODES == 0)); then
+    # On a single node the run starts its servers itself; without any, no interpreter is needed here.
+    if ((SLURM_JOB_NUM_NODES == 1)) || ! { [[ $* == *sglang* ]] || grep -q sglang "$1"; }; then return 0; fi
+  fi
+  mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+  for node in "${nodes[@]}"; do
     address=$(tip_address "$node") || exit
-    for ((index = 0; index < per_node; index++)); do
-      port=$((TIP_SGLANG_PORT + index))
-      gpus=$(seq -s, $((index * TIP_SGLANG_TP)) $(((index + 1) * TIP_SGLANG_TP - 1)))
-      mapfile -t arguments < <(tip_srun_arguments 1 1 "$node")
-      # --overlap: servers and the trainer's step may share nodes. env: takes effect after SLURM sets the variable itself.
-      exec {input}> >(exec srun "${arguments[@]}" --overlap \
-        env "CUDA_VISIBLE_DEVICES=$gpus" "$TIP_PYTHON" -m megatron_tip.rollout.sglang.main)
-      "$TIP_PYTHON" -m megatron_tip.commands.serving arguments "$model" "$address" "$port" "$TIP_SGLANG_TP" "$memory" \
-        "$keys" "${further[@]}" >&"$input"
-      TIP_SERVER_INPUTS+=("$input")
-      TIP_URLS+=("http://$address:$port")
-    done
+    addresses+=("$address")
   done
-  tip_log "servers of $model: ${TIP_URLS[*]}"
-  TIP_ALL_URLS+=("${TIP_URLS[@]}")
+  export TIP_TASKS_PER_NODE TIP_ROLLOUT_NODES TIP_TEACHER_NODES TIP_SGLANG_PORT TIP_SGLANG_ARGUMENTS
+  mapfile -t python < <(tip_python)
+  lines=$("${python[@]}" -m megatron_tip.commands.serving servers "$(tip_joined "${addresses[@]}")" "$@") || exit 2
+  while IFS=$'\t' read -r kind role index gpus url arguments; do
+    if [[ $kind == trainer ]]; then TIP_SERVED+=("$role"); fi
+    if [[ $kind != server ]]; then continue; fi
+    mapfile -t options < <(tip_srun_arguments 1 1 "${nodes[index]}")
+    visible=()
+    if [[ $gpus != - ]]; then visible=("CUDA_VISIBLE_DEVICES=$gpus"); fi
+    # --overlap: servers and the trainer's step may share nodes. env: takes effect after SLURM sets the variable itself.
+    exec {input}> >(exec srun "${options[@]}" --overlap \
+      env "${visible[@]}" "$TIP_PYTHON" -m megatron_tip.rollout.sglang.main)
+    TIP_SERVER_PROCESSES+=("$!")
+    TIP_SERVER_INPUTS+=("$input")
+    printf '%s\n' "$arguments" >&"$input"
+    if [[ $url != - ]]; then TIP_URLS+=("$url"); fi
+  done <<<"$lines"
+  tip_log "servers: ${TIP_URLS[*]:-started by the run}"
 }
 
 tip_wait_for_servers() {
-  tip_log "waiting for ${#TIP_ALL_URLS[@]} servers"
-  tip_run "$TIP_PYTHON" -m megatron_tip.commands.serving wait "$TIP_SGLANG_START_SECONDS" "${TIP_ALL_URLS[@]}" ||
-    tip_finish "$?"
+  local python processes=("${TIP_SERVER_PROCESSES[@]}")
+  if ((${#TIP_URLS[@]} == 0)); then return 0; fi
+  tip_log "waiting for ${#TIP_URLS[@]} servers"
+  mapfile -t python < <(tip_python)
+  if [[ -n $TIP_CONTAINER_IMAGE ]]; then processes=(); fi # it need not see the processes outside
+  tip_run "${python[@]}" -m megatron_tip.commands.serving wait "$TIP_SGLANG_START_SECONDS" \
+    "$(tip_joined "${processes[@]}")" "${TIP_URLS[@]}" || tip_finish "$?"
 }
 
 tip_stop_servers() {
@@ -127,22 +153,29 @@ tip_stop_servers() {
   TIP_SERVER_INPUTS=()
 }
 
+# tip_python: prints the command that runs the interpreter from the batch node, one word per line. The interpreter may
+# exist in the container alone.
+tip_python() {
+  if [[ -n $TIP_CONTAINER_IMAGE ]]; then
+    printf '%s\n' srun --overlap
+    tip_srun_arguments 1 1 | grep -v -e --label
+  fi
+  printf '%s\n' "$TIP_PYTHON"
+}
+
 # tip_setting SECTION.KEY CONFIG [section.key=value ...]: prints one value of the configuration.
 tip_setting() {
-  local name=$1
+  local name=$1 python
   shift
-  "$TIP_PYTHON" -c 'import sys; from megatron_tip.config.io import load_config
+  mapfile -t python < <(tip_python)
+  "${python[@]}" -c 'import sys; from megatron_tip.config.io import load_config
 config = load_config(sys.argv[2], sys.argv[3:])
 section, key = sys.argv[1].split(".")
 print(getattr(getattr(config, section), key))' "$name" "$@"
 }
 
-# tip_list URL...: prints a TOML list.
-tip_list() {
-  local joined
-  printf -v joined '"%s",' "$@"
-  printf '[%s]\n' "${joined%,}"
-}
+# tip_joined WORD...: prints the words with commas between them.
+tip_joined() { (IFS=, && printf '%s\n' "$*"); }
 
 # tip_run COMMAND...: runs the command and returns its exit code. It forwards SIGUSR1 (the warning before a time limit,
 # from --signal=B:USR1@...) and SIGTERM to the command, and srun forwards them to every task. TIP_WARNED records that
@@ -174,15 +207,16 @@ tip_forward() {
 }
 
 # tip_finish CODE: ends the script, and requeues the job if the warning before the time limit ended a run that can
-# continue. It does not requeue after scancel: a user who cancels a job does not want it back. SLURM itself requeues after
-# pre-emption (PreemptMode=REQUEUE) and node failure. A warning that comes while the workers are still starting ends them
-# by the signal itself, and srun ends the remaining ones by SIGTERM or SIGKILL a moment after the first: nothing is lost,
-# and the job is requeued as well. A task of an array needs its array name: the last task's own number means the whole
-# array.
+# continue and has another newest checkpoint than when this start began: a run that had no time for a step would not have
+# it the next time either. It does not requeue after scancel: a user who cancels a job does not want it back. SLURM itself
+# requeues after pre-emption (PreemptMode=REQUEUE) and node failure. A warning that comes while the workers are still
+# starting ends them by the signal itself, and srun ends the remaining ones by SIGTERM or SIGKILL a moment after the first:
+# nothing is lost. A task of an array needs its array name: the last task's own number means the whole array.
 tip_finish() {
-  local code=$1 job=$SLURM_JOB_ID
+  local code=$1 job=$SLURM_JOB_ID newest
   if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
   tip_stop_servers
+  newest=$(tip_newest_checkpoint)
   if [[ -n $TIP_WARNED ]]; then
     case $((code - 128)) in "$(kill -l USR1)" | "$(kill -l TERM)" | "$(kill -l KILL)") code=$TIP_EXIT_RESUMABLE ;; esac
   fi
@@ -191,11 +225,15 @@ tip_finish() {
   elif ((code != TIP_EXIT_RESUMABLE)); then
     tip_log "failed with exit code $code; the first error is above"
   elif [[ -z $TIP_WARNED ]]; then
-    tip_log "stopped with a checkpoint; submit the same command again to continue"
+    if [[ -n $newest ]]; then newest="with a checkpoint"; else newest="before the first step was done"; fi
+    tip_log "stopped $newest; submit the same command again to continue"
+  elif [[ $newest == "$TIP_CHECKPOINT_BEFORE" ]]; then
+    tip_log "not requeued: this start finished no step (newest checkpoint: ${newest:-none}), and the next one would not" \
+      "either; submit the same command again with a longer --time"
   elif ((${SLURM_RESTART_COUNT:-0} >= TIP_MAX_RESTARTS)); then
     tip_log "not requeued: restarted $SLURM_RESTART_COUNT times already (TIP_MAX_RESTARTS)"
   else
-    tip_log "requeued: the run continues from its last checkpoint" # SLURM may end this script during the next line
+    tip_log "requeued: the run continues from its last checkpoint, $newest" # SLURM may end this script during the next line
     scontrol requeue "$job" || tip_log "but the requeue failed (see above); submit the same command again to continue"
   fi
   exit "$code"

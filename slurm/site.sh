@@ -9,7 +9,12 @@ TIP_ACCOUNT=${TIP_ACCOUNT:-}
 TIP_TIME=${TIP_TIME:-24:00:00}
 
 # --- The nodes.
-# Workers per node, one per GPU. Empty: as many as nvidia-smi lists on the first node, or one without GPUs.
+# GPUs per node. Empty: as many as SLURM gave the job, or as nvidia-smi lists on the first node; 0: run on CPUs.
+TIP_GPUS_PER_NODE=${TIP_GPUS_PER_NODE:-}
+# How `megatron-tip submit` asks SLURM for them; the number per node is appended, as in --gres=gpu: or --gpus-per-node=.
+# Empty: not at all, on clusters that do not count GPUs and give whole nodes (--exclusive).
+TIP_GPU_REQUEST=${TIP_GPU_REQUEST---gpus-per-node=}
+# Workers per node. Empty: one per GPU, or one without GPUs. Fewer leave GPUs to SGLang servers (sglang.gpus).
 TIP_TASKS_PER_NODE=${TIP_TASKS_PER_NODE:-}
 # Commands to run first on the batch node: modules, proxies.
 TIP_PROLOGUE=${TIP_PROLOGUE:-}
@@ -35,15 +40,9 @@ TIP_NCCL_IB_GID_INDEX=${TIP_NCCL_IB_GID_INDEX:-}
 TIP_NCCL_DEBUG=${TIP_NCCL_DEBUG:-WARN}
 
 # --- SGLang servers.
-# First port on each node; server i of a node uses this port plus i.
+# How many there are, their GPUs and their memory are in the configuration: rollout.servers, [sglang].
+# First port on each node; server i of a node uses this port plus i. Not from 20000 to 29999: the trainer's.
 TIP_SGLANG_PORT=${TIP_SGLANG_PORT:-31000}
-# GPUs of one server.
-TIP_SGLANG_TP=${TIP_SGLANG_TP:-1}
-# train.sbatch: servers per trainer node, on the trainer's own GPUs; 0: rollouts as the configuration says.
-TIP_SGLANG_PER_NODE=${TIP_SGLANG_PER_NODE:-0}
-# Share of a GPU's memory for a server's weights and cache: next to a trainer, and alone on its node.
-TIP_SGLANG_SHARED_MEMORY=${TIP_SGLANG_SHARED_MEMORY:-0.3}
-TIP_SGLANG_OWN_MEMORY=${TIP_SGLANG_OWN_MEMORY:-0.85}
 # Additional command-line arguments of SGLang for every server, separated by spaces.
 TIP_SGLANG_ARGUMENTS=${TIP_SGLANG_ARGUMENTS:-}
 # Seconds within which servers must answer.

@@ -9,7 +9,8 @@ arithmetic questions. Both engines answer the same prompts, `--requests` of them
 standard error when it ends. `--dtype` sets both engines' weights; the student's are float32.
 
 Seconds to healthy: from the start of the server's process until it generates. Sync: seconds and bytes to bring all
-weights to the engine, in place (embedded), by broadcast over gloo, and through a folder; the median over `--repeats`.
+weights to the engine, in place (embedded), by broadcast over gloo, by IPC (shared memory), and through a folder; the
+median over `--repeats`, checksums included.
 Memory: resident bytes of this process, which contains the student and the embedded engine, and of all the server's
 processes together; pages that processes share are counted in each.
 """
@@ -34,7 +35,7 @@ from transformers import AutoConfig, AutoTokenizer
 from megatron_tip.config import HeldoutConfig, PromptsConfig
 from megatron_tip.conversion.safetensors_io import HfCheckpoint
 from megatron_tip.conversion.weight_map import hf_shapes
-from megatron_tip.cpu.onednn import use_onednn
+from megatron_tip.cpu.onednn import use_faster_products
 from megatron_tip.files import new_folder
 from megatron_tip.prompts.source import load_prompts
 from megatron_tip.records import Prompt
@@ -46,6 +47,7 @@ from megatron_tip.rollout.sglang.pool import PooledServer, PoolSettings, ServerP
 from megatron_tip.rollout.sglang.server import ServerSettings, SGLangServer
 from megatron_tip.rollout.sglang.weights.broadcast import BroadcastTransport
 from megatron_tip.rollout.sglang.weights.folder import FolderTransport
+from megatron_tip.rollout.sglang.weights.ipc import IpcTransport
 
 TEACHER = Path(".cache/quickstart/SmolLM2-135M-Instruct")
 DROPPED_LAYERS = range(20, 26)
@@ -83,7 +85,7 @@ def main(
 ) -> None:
     """Compare SGLang with the embedded engine."""
     torch.set_num_threads(threads)
-    use_onednn()  # as in the trainer, whose process the embedded engine shares
+    use_faster_products()  # as in the trainer, whose process the embedded engine shares
     student = HfCheckpoint(model, tuple(DROPPED_LAYERS))
     weights = {name: student.read(name).float() for name in hf_shapes(student.architecture)}
     prompts = prompts_of(model, requests)
@@ -123,15 +125,17 @@ def measure(
     by_broadcast = BroadcastTransport(
         run_id=run_id, bucket_bytes=BUCKET_BYTES, backend="gloo", device="cpu", timeout_seconds=120.0
     )
+    by_ipc = IpcTransport(bucket_bytes=BUCKET_BYTES, device=torch.device("cpu"))
     pool = ServerPool([server], PoolSettings(concurrency=len(prompts)), model_type=student.config["model_type"])
+    settings = EngineSettings(run_id, 4, folder / "set_aside.jsonl", student.architecture.num_layers)
     begin = time.monotonic()
-    sglang = SGLangEngine(pool, by_broadcast, EngineSettings(run_id, 4, folder / "set_aside.jsonl"))
+    sglang = SGLangEngine(pool, by_broadcast, settings)
     seconds_to_healthy = time.monotonic() - begin
     say(f"server healthy after {seconds_to_healthy:.1f} s")
     try:
         seconds = {"in place": median_sync("in place", repeats, embedded, weights)}
         sizes = {"in place": sum(tensor.numel() * tensor.element_size() for tensor in weights.values())}
-        for way, transport in (("folder", by_folder), ("broadcast", by_broadcast)):
+        for way, transport in (("folder", by_folder), ("ipc", by_ipc), ("broadcast", by_broadcast)):
             sglang._transport = transport
             seconds[way], sizes[way] = median_sync(way, repeats, sglang, weights), transport.num_bytes
         speeds = by_turns({"embedded": embedded, "sglang": sglang}, prompts, sampling, repeats)
@@ -139,6 +143,7 @@ def measure(
     finally:
         sglang.close()
         by_folder.close()
+        by_ipc.close()
 
 
 def own_server(student: HfCheckpoint, folder: Path, threads: int, dtype: Dtype, max_total_tokens: int) -> PooledServer:
@@ -202,7 +207,7 @@ def show(measured: Measured, requests: int, tokens: int) -> None:
     for column in ("", "tokens per second", "sync seconds", "sync MB"):
         table.add_column(column, justify="left" if not column else "right")
     speeds, seconds, sizes = measured.tokens_per_second, measured.sync_seconds, measured.sync_bytes
-    rows = (("embedded", "in place"), ("sglang", "broadcast"), ("sglang", "folder"))
+    rows = (("embedded", "in place"), ("sglang", "broadcast"), ("sglang", "ipc"), ("sglang", "folder"))
     for engine, way in rows:
         name = f"{engine}, {way}"
         table.add_row(name, f"{speeds[engine]:.1f}", f"{seconds[way]:.2f}", f"{sizes[way] / 1e6:.0f}")

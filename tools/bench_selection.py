@@ -175,7 +175,7 @@ def print_quickstart(config: Path, steps: int, rollouts: Path | None) -> None:
                 sys.exit(f"error: {' '.join(command)} ended with {done.returncode}:\n{done.stderr[-4000:]}")
             lines = [line for line in read_metrics(folder / str(number) / "metrics.jsonl") if line["step"] > 1]
             print(f"{title:34s}" + " ".join(f"{cell:>11s}" for cell in described_run(lines)), flush=True)
-    print("\n* the run's own estimate, from padded tokens; the train columns show the measured saving")
+    print("\n* the run's own estimate, from tokens, with padding; the train columns show the measured saving")
 
 
 def described_run(lines: list[dict[str, float]]) -> list[str]:

@@ -40,7 +40,8 @@ class Work:
         from megatron_tip.vocab_parallel import ShardedVocabulary
 
         chunk_rows, compiled = self.options.get("chunk_rows"), self.options.get("compiled", False)
-        return ShardedVocabulary(tp_group=self.tp_group, chunk_rows=chunk_rows, compiled=compiled)
+        kernels = "compiled" if compiled else "auto"
+        return ShardedVocabulary(tp_group=self.tp_group, chunk_rows=chunk_rows, kernels=kernels)
 
 
 Call = Callable[[], Tensor | None]

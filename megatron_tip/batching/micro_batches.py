@@ -1,4 +1,4 @@
-"""Micro-batches from a step's rollouts: who gets which sequences, how they are padded, and which rows they make.
+"""Micro-batches from a step's rollouts: who gets which sequences, how they are packed, and which rows they make.
 
 Planning needs lengths only, so every rank computes the same plan without a collective. Shape letters as in `records`.
 """
@@ -6,7 +6,9 @@ Planning needs lengths only, so every rank computes the same plan without a coll
 import heapq
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from megatron_tip.errors import InputError
 from megatron_tip.records import MicroBatch, Rollout, TokenIndex
@@ -16,41 +18,45 @@ MicroBatchPlan = list[list[list[int]]]
 
 
 def plan_micro_batches(
-    lengths: Sequence[int], dp_size: int, max_tokens: int, *, sequence_multiple: int = 1
+    lengths: Sequence[int], dp_size: int, max_tokens: int, *, token_multiple: int = 1
 ) -> MicroBatchPlan:
     """Returns the sequences of each micro-batch on each data-parallel replica; a pure function.
 
     Replicas are balanced by tokens (longest sequence first, to the replica with the fewest so far). Within a replica,
-    sequences of similar length share a micro-batch. Each place with a length above 0 appears exactly once; a length of
-    0 drops the sequence. A replica without sequences gets one empty micro-batch, so that it joins every collective.
+    each sequence, longest first, goes to the first micro-batch that has room for it. Each place with a length above 0
+    appears exactly once; a length of 0 drops the sequence. A replica without sequences gets one empty micro-batch, so
+    that it joins every collective.
 
     Args:
         lengths: tokens per sequence that go through the model.
-        max_tokens: upper limit of a micro-batch's padded tokens; a longer sequence gets its own micro-batch.
-        sequence_multiple: sequences are padded to a multiple of it, as in `build_micro_batch`.
+        max_tokens: upper limit of a micro-batch's tokens, with padding; a longer sequence gets its own micro-batch.
+        token_multiple: micro-batches are padded to a multiple of it, as in `build_micro_batch`.
     """
     if dp_size < 1 or max_tokens < 1:
         raise InputError(f"plan_micro_batches: expected dp_size and max_tokens >= 1, got {dp_size} and {max_tokens}")
     if any(length < 0 for length in lengths):
         raise InputError(f"plan_micro_batches: expected lengths >= 0, got {min(lengths)}")
-    padded = [_round_up(length, sequence_multiple) for length in lengths]
-    longest_first = sorted((i for i in range(len(padded)) if padded[i]), key=lambda i: (-padded[i], i))
+    longest_first = sorted((i for i in range(len(lengths)) if lengths[i]), key=lambda i: (-lengths[i], i))
     replicas: list[list[int]] = [[] for _ in range(dp_size)]
     loads = [(0, replica) for replica in range(dp_size)]
     for index in longest_first:
         load, replica = heapq.heappop(loads)
         replicas[replica].append(index)
-        heapq.heappush(loads, (load + padded[index], replica))
-    return [_pack(indices, padded, max_tokens) for indices in replicas]
+        heapq.heappush(loads, (load + lengths[index], replica))
+    capacity = max_tokens - max_tokens % token_multiple
+    return [_pack(indices, lengths, capacity) for indices in replicas]
 
 
-def _pack(longest_first: list[int], padded: list[int], max_tokens: int) -> list[list[int]]:
+def _pack(longest_first: list[int], lengths: Sequence[int], capacity: int) -> list[list[int]]:
     micro_batches: list[list[int]] = []
+    room: list[int] = []
     for index in longest_first:
-        if micro_batches and (len(micro_batches[-1]) + 1) * padded[micro_batches[-1][0]] <= max_tokens:
-            micro_batches[-1].append(index)
-        else:
-            micro_batches.append([index])
+        place = next((place for place, free in enumerate(room) if free >= lengths[index]), len(room))
+        if place == len(room):
+            micro_batches.append([])
+            room.append(capacity)
+        micro_batches[place].append(index)
+        room[place] -= lengths[index]
     return micro_batches or [[]]
 
 
@@ -71,50 +77,70 @@ def num_kept_tokens(rollouts: Sequence[Rollout], last_selected: Sequence[int]) -
     ]
 
 
+def num_padding_tokens(num_tokens: int, token_multiple: int) -> int:
+    """Returns how much padding a micro-batch of `num_tokens` has: up to a multiple, and at least one token in all."""
+    return -num_tokens % token_multiple if num_tokens else token_multiple
+
+
 def build_micro_batch(
     rollouts: Sequence[Rollout],
     indices: Sequence[int],
     pad_token_id: int,
     *,
-    sequence_multiple: int = 1,
+    token_multiple: int = 1,
     num_kept_tokens: Sequence[int] | None = None,
 ) -> MicroBatch:
-    """Returns the micro-batch of `rollouts[i] for i in indices`, `[b, s]` int64 and bool on the CPU.
+    """Returns the micro-batch of `rollouts[i] for i in indices`, `[s]` int64 and bool on the CPU.
 
     An empty response gives a sequence without valid tokens. Tokens that an environment wrote are read, but are never
     valid labels. Without `indices`: one sequence of padding, no valid token, rollout index -1.
 
     Args:
-        sequence_multiple: `s` is a multiple of it (the tensor-parallel size under sequence parallelism).
+        token_multiple: `s` is a multiple of it (the tensor-parallel size under sequence parallelism).
         num_kept_tokens: for every rollout of the step, how many of its tokens go through the model; None: all. The
             label of the last kept token is the first token cut off.
     """
     kept = [rollouts[i].num_tokens if num_kept_tokens is None else num_kept_tokens[i] for i in indices]
-    width = _round_up(max(kept, default=1), sequence_multiple)
-    height = max(len(indices), 1)
-    input_ids = torch.full((height, width), pad_token_id)
-    labels = torch.full((height, width), pad_token_id)
-    response_mask = torch.zeros((height, width), dtype=torch.bool)
-    for row, (index, length) in enumerate(zip(indices, kept, strict=True)):
-        rollout = rollouts[index]
-        assert rollout.prompt_ids, f"rollout {index} has no prompt: nothing predicts its first token"
-        assert 0 < length <= rollout.num_tokens, f"rollout {index}: {length} of {rollout.num_tokens} tokens kept"
-        ids = torch.tensor(rollout.prompt_ids + rollout.response_ids)
-        num_labels = min(length, len(ids) - 1)
-        input_ids[row, :length] = ids[:length]
-        labels[row, :num_labels] = ids[1 : num_labels + 1]
-        first = len(rollout.prompt_ids) - 1
-        response_mask[row, first:num_labels] = True
-        for start, end in rollout.environment_spans:
-            response_mask[row, first + start : first + end] = False
-    return MicroBatch(
-        input_ids=input_ids,
-        position_ids=torch.arange(width).expand(height, width).contiguous(),
-        labels=labels,
-        response_mask=response_mask,
-        loss_mask=response_mask.clone(),
-        rollout_indices=torch.tensor(list(indices) or [-1]),
-    )
+    padding = num_padding_tokens(sum(kept), token_multiple)
+    parts = [_sequence(rollouts[index], index, length) for index, length in zip(indices, kept, strict=True)]
+    lengths = tuple(kept)
+    if padding:
+        parts.append(_padding(padding, pad_token_id))
+        lengths += (padding,)
+    packed = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return MicroBatch(lengths, **packed, loss_mask=packed["response_mask"].clone())
+
+
+def _sequence(rollout: Rollout, index: int, length: int) -> dict[str, Tensor]:
+    """Returns the first `length` tokens of a rollout by field of MicroBatch, all but its loss_mask."""
+    assert rollout.prompt_ids, f"rollout {index} has no prompt: nothing predicts its first token"
+    assert 0 < length <= rollout.num_tokens, f"rollout {index}: {length} of {rollout.num_tokens} tokens kept"
+    ids = torch.from_numpy(np.concatenate([rollout.prompt_ids.array, rollout.response_ids.array]))
+    positions = torch.arange(length)
+    places = positions + 1 - len(rollout.prompt_ids)
+    is_generated = (places >= 0) & (places < len(rollout.response_ids))
+    for start, end in rollout.environment_spans:
+        is_generated &= (places < start) | (places >= end)
+    return {
+        "input_ids": ids[:length],
+        "position_ids": positions,
+        "labels": ids.roll(-1)[:length],
+        "response_mask": is_generated,
+        "rollout_indices": torch.full((length,), index),
+        "response_positions": places,
+    }
+
+
+def _padding(length: int, pad_token_id: int) -> dict[str, Tensor]:
+    ids, nothing = torch.full((length,), pad_token_id), torch.full((length,), -1)
+    return {
+        "input_ids": ids,
+        "position_ids": torch.arange(length),
+        "labels": ids,
+        "response_mask": torch.zeros(length, dtype=torch.bool),
+        "rollout_indices": nothing,
+        "response_positions": nothing,
+    }
 
 
 def token_index(micro_batches: Sequence[MicroBatch]) -> TokenIndex:
@@ -123,29 +149,20 @@ def token_index(micro_batches: Sequence[MicroBatch]) -> TokenIndex:
     Raises:
         InputError: a loss_mask that reaches beyond its response_mask.
     """
-    rollout_index = []
-    position = []
     for micro_batch in micro_batches:
         check_masks_nest(micro_batch)
-        mask = micro_batch.loss_mask
-        rollout_index.append(micro_batch.rollout_indices[:, None].expand_as(mask)[mask])
-        # A response begins with a generated token; an environment may only write after it.
-        first = micro_batch.response_mask.int().argmax(dim=1, keepdim=True)
-        position.append((micro_batch.position_ids - first)[mask])
-    return TokenIndex(torch.cat(rollout_index), torch.cat(position))
+    return TokenIndex(
+        torch.cat([micro_batch.rollout_indices[micro_batch.loss_mask] for micro_batch in micro_batches]),
+        torch.cat([micro_batch.response_positions[micro_batch.loss_mask] for micro_batch in micro_batches]),
+    )
 
 
 def check_masks_nest(micro_batch: MicroBatch) -> None:
     """Raises InputError, naming a place, unless the loss_mask lies within the response_mask."""
-    outside = (micro_batch.loss_mask & ~micro_batch.response_mask).nonzero()
+    outside = (micro_batch.loss_mask & ~micro_batch.response_mask).nonzero()[:, 0]
     if len(outside):
-        sequence, position = outside[0].tolist()
-        rollout = int(micro_batch.rollout_indices[sequence])
+        position, rollout = (int(ids[outside[0]]) for ids in (micro_batch.position_ids, micro_batch.rollout_indices))
         raise InputError(
             f"loss_mask: expected only positions of the response_mask, got {len(outside)} others, the first at "
             f"position {position} of rollout {rollout}; only generated tokens can be supervised"
         )
-
-
-def _round_up(length: int, multiple: int) -> int:
-    return -(-length // multiple) * multiple

@@ -1,7 +1,7 @@
 """A step's rollouts, laid out in micro-batches over the student's data-parallel replicas."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from megatron_tip.batching.micro_batches import (
     MicroBatchPlan,
     build_micro_batch,
     num_kept_tokens,
+    num_padding_tokens,
     plan_micro_batches,
     token_index,
 )
@@ -21,8 +22,8 @@ class StepBatch:
     """The assignment of a step's rollouts to replicas and micro-batches; every rank holds it all: token ids are small.
 
     `plan`: replica -> micro-batch -> places in `rollouts`. `num_kept_tokens`: how many leading tokens of each rollout
-    go through the model. `sequence_multiple`: padded lengths are a multiple of it. Micro-batches and token indices are
-    built once and shared by the stages of a step.
+    go through the model. `token_multiple`: a micro-batch is padded to a multiple of it. Micro-batches and token indices
+    are built once and shared by the stages of a step.
     """
 
     rollouts: Sequence[Rollout]
@@ -30,7 +31,7 @@ class StepBatch:
     num_kept_tokens: list[int]
     max_tokens: int
     pad_token_id: int
-    sequence_multiple: int
+    token_multiple: int
     device: torch.device
     _built: dict[tuple[int, int], MicroBatch] = field(default_factory=dict, init=False, repr=False, compare=False)
     _indices: dict[int, TokenIndex] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -43,25 +44,23 @@ class StepBatch:
         dp_size: int,
         max_tokens: int,
         pad_token_id: int,
-        sequence_multiple: int,
+        token_multiple: int,
         device: torch.device,
     ) -> "StepBatch":
         """Returns a batch of all tokens of `rollouts`, balanced over `dp_size` replicas; the same on every rank."""
         lengths = num_kept_tokens(rollouts, [len(rollout.response_ids) - 1 for rollout in rollouts])
-        plan = plan_micro_batches(lengths, dp_size, max_tokens, sequence_multiple=sequence_multiple)
-        return cls(rollouts, plan, lengths, max_tokens, pad_token_id, sequence_multiple, device)
+        plan = plan_micro_batches(lengths, dp_size, max_tokens, token_multiple=token_multiple)
+        return cls(rollouts, plan, lengths, max_tokens, pad_token_id, token_multiple, device)
 
     def micro_batch(self, replica: int, index: int) -> MicroBatch:
         if (replica, index) not in self._built:
-            built = build_micro_batch(
+            self._built[replica, index] = build_micro_batch(
                 self.rollouts,
                 self.plan[replica][index],
                 self.pad_token_id,
-                sequence_multiple=self.sequence_multiple,
+                token_multiple=self.token_multiple,
                 num_kept_tokens=self.num_kept_tokens,
-            )
-            on_device = {f.name: getattr(built, f.name).to(self.device) for f in fields(built)}
-            self._built[replica, index] = MicroBatch(**on_device)
+            ).to(self.device)
         return self._built[replica, index]
 
     def micro_batches(self, replica: int) -> list[MicroBatch]:
@@ -104,7 +103,7 @@ class StepBatch:
             last_selected: by place in `rollouts`, the last selected position of the response; -1: none.
         """
         lengths = num_kept_tokens(self.rollouts, last_selected)
-        plan = plan_micro_batches(lengths, len(self.plan), self.max_tokens, sequence_multiple=self.sequence_multiple)
+        plan = plan_micro_batches(lengths, len(self.plan), self.max_tokens, token_multiple=self.token_multiple)
         return replace(self, plan=plan, num_kept_tokens=lengths)
 
     def replica_of(self) -> Tensor:
@@ -116,9 +115,9 @@ class StepBatch:
         return replicas.to(self.device)
 
     def _num_padded(self, places: Sequence[int]) -> int:
-        """Returns one micro-batch's padded tokens, as `build_micro_batch` pads it; without places, one sequence's."""
-        width = max((self.num_kept_tokens[place] for place in places), default=1)
-        return max(1, len(places)) * -(-width // self.sequence_multiple) * self.sequence_multiple
+        """Returns the number of one micro-batch's tokens, with padding."""
+        tokens = sum(self.num_kept_tokens[place] for place in places)
+        return tokens + num_padding_tokens(tokens, self.token_multiple)
 
     def _num_rows(self, place: int) -> int:
         """Returns the number of generated labels: kept token k predicts token k + 1, from the last prompt token on."""

@@ -202,7 +202,7 @@ def _plan_new_bank(config: Config, num_workers: int):
     from megatron_tip.planning.plan import plan_run
 
     require_new(bank_folder(config))
-    return plan_run(bank_config(config), num_workers)
+    return plan_run(bank_config(config), num_workers, reads_prompts=False)
 
 
 def _examine(config: Config, num_workers: int, *, checkpoint: Path | None):
@@ -228,7 +228,8 @@ def _bank_of_rollouts(config: Config, rollouts: Path):
     from megatron_tip.planning.plan import plan_run
 
     require_new(bank_folder(config))
-    return bank_of_rollouts(config, plan_run(config, default_num_workers(config)), bank_folder(config), rollouts)
+    plan = plan_run(config, default_num_workers(config), reads_prompts=False)
+    return bank_of_rollouts(config, plan, bank_folder(config), rollouts)
 
 
 def _say_bank(made) -> None:

@@ -10,31 +10,19 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from megatron_tip import __version__
+from megatron_tip.commands.finding import Finding
+from megatron_tip.commands.network import address_findings, gpu_findings, network_findings, server_findings
 from megatron_tip.commands.outcome import errors_reported
 from megatron_tip.config import Config
 from megatron_tip.config.io import load_config
 from megatron_tip.errors import MegatronTipError
 
-State = Literal["ok", "note", "missing"]
 _MINIMUM_FREE_BYTES = 20 * 2**30
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One fact. `state`: "missing" if a run cannot do without it. `remedy`: the command or change that fixes it."""
-
-    state: State
-    text: str
-    remedy: str = ""
-
-    def line(self) -> str:
-        mark = {"ok": "ok     ", "note": "note   ", "missing": "MISSING"}[self.state]
-        return f"{mark}  {self.text}" + (f"\n         fix: {self.remedy}" if self.remedy else "")
 
 
 @errors_reported()
@@ -61,8 +49,9 @@ def examine(config: Config | None, *, world_size: int | None) -> list[Finding]:
     findings = [Finding("ok", f"megatron_tip {__version__}, Python {sys.version.split()[0]}")]
     for look in (_torch, _packages, _slurm, _machine):
         findings += look(config)
+    findings += [*gpu_findings(), *address_findings(socket.gethostname()), *network_findings(os.environ)]
     if config is not None:
-        findings += _run(config, world_size)
+        findings += [*_run(config, world_size), *server_findings(config, os.environ)]
     return findings
 
 
@@ -218,19 +207,22 @@ def _run(config: Config, world_size: int | None) -> Iterator[Finding]:
     """Yields what the configuration would use here, and whether it can run."""
     from megatron_tip.machine import Machine
     from megatron_tip.models.gpt import resolve_transformer_impl
+    from megatron_tip.placement.table import table_of
     from megatron_tip.planning.dtypes import Dtypes
     from megatron_tip.planning.inputs import default_num_workers
     from megatron_tip.planning.plan import outline_run
 
     num_workers = world_size or default_num_workers(config)
-    dtype = str(Dtypes.of(config).student).removeprefix("torch.")
-    layers = resolve_transformer_impl(config.model.transformer_impl)
+    student = Dtypes.of(config).student
+    dtype = str(student).removeprefix("torch.")
+    layers = resolve_transformer_impl(config.model.transformer_impl, student)
     yield Finding(
         "ok", f"the run would use: {num_workers} workers, {dtype}, {layers} layers, {config.rollout.engine} engine"
     )
     machine = Machine(is_elsewhere=world_size is not None)
     try:
-        outline_run(config, num_workers, machine)
+        outline = outline_run(config, num_workers, machine)
+        yield from (Finding("ok", f"placement: {line}") for line in table_of(outline.placement))
         yield from (Finding("note", f"not checked here: {note}") for note in machine.notes)
         yield Finding("ok", "the configuration can run")
     except MegatronTipError as error:

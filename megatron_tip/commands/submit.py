@@ -12,10 +12,12 @@ from typing import Annotated
 import typer
 
 from megatron_tip.commands.outcome import errors_reported
+from megatron_tip.commands.time_limit import check_time_limit
 from megatron_tip.commands.train import check_elsewhere
 from megatron_tip.config import Config
 from megatron_tip.config.io import load_config
 from megatron_tip.errors import ConfigError
+from megatron_tip.placement.hosts import Hosts
 
 _ROOT = Path(__file__).parents[2]
 
@@ -24,6 +26,7 @@ _ROOT = Path(__file__).parents[2]
 class Submission:
     """A job to submit. `script`: a file of the repository's slurm/, without its suffix. `options`: more sbatch options;
     they come last and win. `rollout_nodes`, `teacher_nodes`: how many of all `nodes`, for train_disaggregated.
+    `gpus_per_node`: None: as slurm/site.sh says, or 8; 0: none.
     """
 
     config_path: Path
@@ -33,10 +36,15 @@ class Submission:
     options: Sequence[str] = ()
     rollout_nodes: int = 0
     teacher_nodes: int = 0
+    gpus_per_node: int | None = None
     environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
 
     def __post_init__(self) -> None:
-        """Raises ConfigError if no node is left for the trainer, or none is given to the rollouts."""
+        """Raises ConfigError if no node is left for the trainer, or rollouts have none, or nodes and script differ."""
+        if self.script != "train_disaggregated" and (self.rollout_nodes or self.teacher_nodes):
+            raise ConfigError(
+                f"--rollout-nodes, --teacher-nodes: expected --script train_disaggregated, got --script {self.script}"
+            )
         if self.script == "train_disaggregated" and (self.trainer_nodes < 1 or self.rollout_nodes < 1):
             raise ConfigError(
                 f"--nodes: expected at least one trainer and one rollout node, got {self.nodes} in total with "
@@ -53,7 +61,9 @@ def command(
     config_path: Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="The run, as for train.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="section.key=value")] = None,
     nodes: Annotated[int, typer.Option(min=1, help="Nodes of the job.")] = 1,
-    gpus_per_node: Annotated[int, typer.Option(min=1, help="Workers per node; slurm/site.sh may set it too.")] = 8,
+    gpus_per_node: Annotated[
+        int | None, typer.Option(min=0, help="GPUs per node; 0: none. Default: what slurm/site.sh says, or 8.")
+    ] = None,
     gpu_memory: Annotated[float, typer.Option(help="GiB of each GPU, for the check.")] = 80.0,
     script: Annotated[str, typer.Option(help="train, train_disaggregated or sweep.")] = "train",
     rollout_nodes: Annotated[int, typer.Option(min=0, help="train_disaggregated: how many nodes run SGLang.")] = 0,
@@ -68,7 +78,6 @@ def command(
     Site values come from slurm/site.sh; command-line options win.
     """
     config = load_config(config_path, overrides or [])
-    site = site_values(os.environ)
     submission = Submission(
         config_path,
         overrides or [],
@@ -77,10 +86,12 @@ def command(
         options=sbatch or [],
         rollout_nodes=rollout_nodes,
         teacher_nodes=teacher_nodes,
+        gpus_per_node=gpus_per_node,
     )
-    workers = submission.trainer_nodes * int(site["TIP_TASKS_PER_NODE"] or gpus_per_node)
-    memory = gpu_memory * (trainer_share(site) if script == "train" else 1.0)
-    check_elsewhere(as_served(config, site, script), workers, memory)
+    hosts = hosts_of(submission)
+    check_elsewhere(as_served(config, submission), hosts, gpu_memory)
+    gpus = f"{len(hosts.gpus)} GPUs" if hosts.gpus else "no GPUs"
+    typer.echo(f"asks SLURM for {nodes} nodes with {gpus} each", err=True)
     typer.echo(submit(submission, config, dry_run=dry_run))
 
 
@@ -88,7 +99,7 @@ def sbatch_command(submission: Submission, config: Config) -> list[str]:
     """Returns the sbatch command: site values, job name and log from the run, then the script and its arguments.
 
     Raises:
-        ConfigError: the script does not exist next to the package.
+        ConfigError: the script does not exist next to the package, or the time limit leaves no time for a step.
     """
     script = _ROOT / "slurm" / f"{submission.script}.sbatch"
     if not script.exists():
@@ -97,7 +108,8 @@ def sbatch_command(submission: Submission, config: Config) -> list[str]:
             f"--script: expected one of {', '.join(known) or 'the scripts of a clone of the repository'}, got "
             f"{submission.script} in {script.parent}; install the package from a clone: pip install --editable ."
         )
-    site = site_values(submission.environ)
+    site, gpus = site_values(submission.environ), len(hosts_of(submission).gpus)
+    check_time_limit(site["TIP_TIME"], submission.options)
     folder = config.run.folder.absolute()
     is_array = submission.script == "sweep"
     options = {
@@ -106,10 +118,12 @@ def sbatch_command(submission: Submission, config: Config) -> list[str]:
         "--partition": site["TIP_PARTITION"],
         "--account": site["TIP_ACCOUNT"],
         "--time": site["TIP_TIME"],
-        "--output": str(folder / "slurm" / ("%A_%a.out" if is_array else "%j.out")),
-        "--export": ",".join(["ALL", f"TIP_ROOT={_ROOT}", *_split(submission)]),
+        "--output": f"{folder}/slurm/".replace("%", "%%") + ("%A_%a.out" if is_array else "%j.out"),
+        "--export": ",".join(["ALL", f"TIP_ROOT={_ROOT}", f"TIP_GPUS_PER_NODE={gpus}", *_split(submission)]),
     }
     named = [f"{name}={value}" for name, value in options.items() if value]
+    if gpus and site["TIP_GPU_REQUEST"]:
+        named.append(f"{site['TIP_GPU_REQUEST']}{gpus}")
     arguments = [str(submission.config_path.absolute()), *submission.overrides]
     return ["sbatch", *named, *submission.options, str(script), *arguments]
 
@@ -129,7 +143,7 @@ def site_values(environ: Mapping[str, str]) -> dict[str, str]:
     """
     names = (
         *("TIP_PARTITION", "TIP_ACCOUNT", "TIP_TIME", "TIP_TASKS_PER_NODE"),
-        *("TIP_SGLANG_PER_NODE", "TIP_SGLANG_SHARED_MEMORY"),
+        *("TIP_GPUS_PER_NODE", "TIP_GPU_REQUEST", "TIP_SGLANG_PORT"),
     )
     site = environ.get("MEGATRON_TIP_SITE") or str(_ROOT / "slurm" / "site.sh")
     script = 'set -e; source "$0"; for name in "$@"; do printf "%s\\0" "${!name}"; done'
@@ -141,25 +155,50 @@ def site_values(environ: Mapping[str, str]) -> dict[str, str]:
     return dict(zip(names, read.stdout.split("\0"), strict=False))
 
 
-def trainer_share(site: Mapping[str, str]) -> float:
-    """Returns the share of each GPU's memory that servers on the same GPUs leave to the trainer."""
-    return 1.0 - float(site["TIP_SGLANG_SHARED_MEMORY"]) if int(site["TIP_SGLANG_PER_NODE"]) else 1.0
-
-
-def as_served(config: Config, site: Mapping[str, str], script: str) -> Config:
-    """Returns the configuration to check: as the script will run it, with the rollout servers that it starts.
+def hosts_of(submission: Submission) -> Hosts:
+    """Returns the nodes that the job will have.
 
     Raises:
-        ConfigError: servers cannot replace the configured engine.
+        ConfigError: slurm/site.sh has a value that is not a number.
     """
-    if script != "train_disaggregated" and not (script == "train" and int(site["TIP_SGLANG_PER_NODE"])):
-        return config
-    urls = {"engine": "sglang", "server_urls": ("http://started-by-the-script:1",)}
+    site = site_values(submission.environ)
     try:
-        return Config.model_validate({**config.model_dump(), "rollout": {**config.rollout.model_dump(), **urls}})
+        gpus = submission.gpus_per_node
+        gpus = int(site["TIP_GPUS_PER_NODE"] or 8) if gpus is None else gpus
+        workers, port = int(site["TIP_TASKS_PER_NODE"] or gpus or 1), int(site["TIP_SGLANG_PORT"])
     except ValueError as error:
         raise ConfigError(
-            f"rollout: expected settings that suit the servers that slurm/{script}.sbatch starts: {error}"
+            f"slurm/site.sh: expected numbers in TIP_GPUS_PER_NODE, TIP_TASKS_PER_NODE and TIP_SGLANG_PORT: {error}"
+        ) from None
+    return Hosts(
+        submission.trainer_nodes * workers,
+        workers,
+        tuple(range(gpus)),
+        rollout_nodes=submission.rollout_nodes,
+        teacher_nodes=submission.teacher_nodes,
+        first_port=port,
+        by_job=True,
+    )
+
+
+def as_served(config: Config, submission: Submission) -> Config:
+    """Returns the configuration to check: as the script will run it, with the servers on nodes of their own.
+
+    Raises:
+        ConfigError: servers cannot replace the configured engine or teacher.
+    """
+    if submission.script != "train_disaggregated":
+        return config
+    urls = ("http://started-by-the-script:1",)
+    sections = config.model_dump()
+    sections["rollout"] |= {"engine": "sglang", "server_urls": urls}
+    if submission.teacher_nodes:
+        sections["teacher"] |= {"kind": "sglang", "urls": urls}
+    try:
+        return Config.model_validate(sections)
+    except ValueError as error:
+        raise ConfigError(
+            f"rollout: expected settings that suit the servers that slurm/{submission.script}.sbatch starts: {error}"
         ) from error
 
 

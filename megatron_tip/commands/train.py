@@ -16,6 +16,9 @@ from megatron_tip.observability.logs import configure_logging
 from megatron_tip.observability.run_folder import RunFolder
 from megatron_tip.parallel.environment import is_restarted, is_worker
 from megatron_tip.parallel.launch import run_worker, start_workers
+from megatron_tip.placement.hosts import Hosts, hosts_elsewhere
+from megatron_tip.placement.placement import Placement
+from megatron_tip.placement.table import table_of
 from megatron_tip.training.checkpoints.files import CheckpointFiles
 from megatron_tip.training.checkpoints.same_run import check_same_run
 
@@ -54,6 +57,7 @@ def command(
             min=1, help="With --dry-run: check for this many GPUs elsewhere; needs neither weights nor prompts."
         ),
     ] = None,
+    gpus_per_node: Annotated[int, typer.Option(min=0, help="With --world-size: of each node; 0: no GPUs.")] = 8,
     gpu_memory: Annotated[float, typer.Option(help="With --world-size: GiB of each of those GPUs.")] = 80.0,
 ) -> None:
     """Distils a teacher into a student.
@@ -69,38 +73,43 @@ def command(
     if is_worker(os.environ) and not dry_run:
         _join(config, fresh=fresh)
     elif dry_run and world_size:
-        check_elsewhere(config, world_size, gpu_memory)
+        check_elsewhere(config, hosts_elsewhere(world_size, gpus_per_node), gpu_memory)
         typer.echo(dump_config(config), nl=False)
     else:
-        num_workers = _check(config, nproc, fresh=fresh)
+        num_workers, placement = _check(config, nproc, fresh=fresh, reads_prompts=dry_run)
         if dry_run:
+            typer.echo("\n".join(table_of(placement)), err=True)
             typer.echo(dump_config(config), nl=False)
         else:
             _start(["train", str(config_path), *(overrides or []), *["--fresh"] * fresh], config, num_workers)
 
 
-def check_elsewhere(config: Config, world_size: int, gpu_memory_gib: float) -> None:
-    """Checks a run for `world_size` GPUs elsewhere and prints the report to standard error."""
+def check_elsewhere(config: Config, hosts: Hosts, gpu_memory_gib: float) -> None:
+    """Checks a run on other machines and prints the report to standard error."""
     from megatron_tip.planning.dry_run import dry_run  # imports torch and transformers, not Megatron
 
-    result = dry_run(config, world_size, gpu_memory_gib=gpu_memory_gib)
+    result = dry_run(config, hosts, gpu_memory_gib=gpu_memory_gib)
     typer.echo(result.report(gpu_memory_gib), err=True)
 
 
-def _check(config: Config, num_workers: int | None, *, fresh: bool) -> int:
-    """Checks a run on this machine as its workers will, and returns how many workers to start."""
+def _check(config: Config, num_workers: int | None, *, fresh: bool, reads_prompts: bool) -> tuple[int, Placement]:
+    """Checks a run on this machine as its workers will, and returns how many workers to start, and where.
+
+    Args:
+        reads_prompts: False if workers follow, the first of which reads the prompt file before anything else happens.
+    """
     from megatron_tip.planning.inputs import default_num_workers  # late: a wrong key is reported before torch loads
     from megatron_tip.planning.plan import plan_run
 
     num_workers = num_workers or default_num_workers(config)
-    plan = plan_run(config, num_workers)
+    plan = plan_run(config, num_workers, reads_prompts=reads_prompts)
     if config.diagnostics.every_steps:
         from megatron_tip.diagnostics.session import open_bank  # imports Megatron
 
         open_bank(config, plan)
     if not fresh:
         check_same_run(config)
-    return num_workers
+    return num_workers, plan.placement
 
 
 def _start(arguments: list[str], config: Config, num_workers: int) -> None:
@@ -121,7 +130,11 @@ def _join(config: Config, *, fresh: bool) -> None:
     if restarted and RunFolder(config.run.folder).summary.exists():
         typer.echo(f"{config.run.folder} holds this job's finished run: nothing left to do", err=True)
         return
-    run_worker(lambda: _work(config, fresh=fresh and not restarted), threads=config.run.threads)
+    run_worker(
+        lambda: _work(config, fresh=fresh and not restarted),
+        threads=config.run.threads,
+        joins_servers=config.rollout.engine == "sglang",
+    )
 
 
 def _work(config: Config, *, fresh: bool) -> None:

@@ -14,7 +14,7 @@ class PromptsConfig(Section):
     source: Literal["file", "reasoning_gym"] = "file"
     """file: a JSONL or Parquet file; reasoning_gym: generated reasoning-gym tasks."""
     path: Path | None = None
-    """With source = "file": the .jsonl or .parquet file."""
+    """With source = "file": the .jsonl or .parquet file. Of rows with the same prompt and teacher the first is used."""
     field: str = "prompt"
     """With source = "file": the field or column that contains the prompt, a text or a list of chat messages."""
     tasks: tuple[str, ...] = ()

@@ -155,6 +155,10 @@ def _checked_toml(text: str) -> dict[str, Any]:
     return values
 
 
+_REPLACED = {"loss.compile": 'loss.kernels = "compiled" or "eager"'}
+"""Keys of earlier versions, and what took their place."""
+
+
 def _explain(detail: ErrorDetails, overridden: set[str]) -> str:
     """Returns one line about one pydantic error: key, expected value, actual value."""
     name = ".".join(str(part) for part in detail["loc"][:2])
@@ -164,6 +168,8 @@ def _explain(detail: ErrorDetails, overridden: set[str]) -> str:
     if detail["type"] == "extra_forbidden":
         kind = "key" if "." in name else "section"
         return f"{name}{origin}: unknown {kind}{_nearest(name)}"
+    if not name:  # no key's fault: pydantic's JSON parser refused the whole, as it does for numbers out of range
+        return f"expected values that JSON can hold, got: {detail['msg']}"
     expected = f"section [{name}]" if name in _sections() else _all_keys()[name].expected
     got = "nothing" if detail["type"] == "missing" else _shown(detail["input"])
     element = "".join(f", element {part}" for part in detail["loc"][2:])
@@ -172,6 +178,8 @@ def _explain(detail: ErrorDetails, overridden: set[str]) -> str:
 
 def _nearest(name: str) -> str:
     """Returns a hint at the existing key or section closest to `name`; keys of the same section come first."""
+    if name in _REPLACED:
+        return f"; use {_REPLACED[name]}"
     section, _, key = name.rpartition(".")
     by_key = {known.partition(".")[2]: known for known in _all_keys()}
     in_section = {known.partition(".")[2]: known for known in _all_keys() if known.startswith(f"{section}.")}

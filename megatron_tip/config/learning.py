@@ -48,11 +48,11 @@ class LossConfig(Section):
     temperature: float = Field(default=1.0, gt=0)
     """Divides the logits of both student and teacher, in statistics and loss."""
     chunk_rows: int = Field(default=0, ge=0)
-    """Rows of logits in memory at once; 0: chosen from the shapes."""
-    compile: bool = False
-    """Run the arithmetic on logits, in statistics and loss, through torch.compile: one pass over them instead of a
-    dozen, after a minute of compiling. Meant for GPUs, but no GPU has run it yet: first compare a step's metrics with
-    those without it."""
+    """Rows of logits in memory at once; 0: chosen from the shapes and the device."""
+    kernels: Literal["auto", "triton", "eager", "compiled"] = "auto"
+    """What does the arithmetic on logits, in statistics and loss. triton: one pass over them instead of a dozen; eager:
+    plain torch; compiled: torch.compile; auto: triton on a GPU where it works, else eager. No GPU has run triton and
+    compiled yet: first compare a step's metrics with those of eager."""
 
 
 class OptimizerConfig(Section):
@@ -84,4 +84,7 @@ class TrainingConfig(Section):
     steps: int = Field(ge=1)
     """Optimizer steps."""
     max_tokens_per_micro_batch: int = Field(default=16384, ge=1)
-    """Padded tokens that go through the model together; a longer sequence gets its own micro-batch."""
+    """Tokens that go through the model together, packed end to end; a longer sequence gets its own micro-batch."""
+    offload: Literal["none", "teacher", "optimizer", "all"] = "none"
+    """What waits in pinned host memory while no phase needs it: the teacher, unless it scores; optimizer: its state,
+    and the gradients, which are freed, unless the student trains."""

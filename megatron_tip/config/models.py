@@ -18,7 +18,7 @@ class ModelConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of weights and activations; auto: bfloat16 on a GPU, float32 on a CPU."""
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
-    """Implementation of Megatron's layers; auto: transformer_engine on a GPU if it is installed, otherwise local."""
+    """Implementation of Megatron's layers; auto: transformer_engine for bfloat16 on a GPU if installed, else local."""
     tensor_parallel_size: int = Field(default=1, ge=1)
     """Ranks that share each layer; must divide the number of attention heads."""
     pipeline_parallel_size: int = Field(default=1, ge=1)
@@ -44,7 +44,7 @@ class TeacherConfig(Section):
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     """Implementation of Megatron's layers; as for the student."""
     tensor_parallel_size: int = Field(default=1, ge=1)
-    """Ranks that share each layer of the teacher."""
+    """Ranks that share each layer of the teacher; also of each server that a SLURM job starts with it."""
     pipeline_parallel_size: int = Field(default=1, ge=1)
     """Ranks that share the teacher's stack of layers."""
     urls: tuple[str, ...] = ()

@@ -32,6 +32,11 @@ class FaultConfig(Section):
     max_skipped_steps: int = Field(default=3, ge=1)
     """A step whose loss or gradient is not finite is skipped; after this many in a row the run saves and ends."""
 
+    @property
+    def collective_timeout_seconds(self) -> float:
+        """Time limit of collectives: longer than the watchdog's, whose report says more."""
+        return self.step_timeout_seconds + 120.0 if self.step_timeout_seconds else 7 * 24 * 3600.0
+
 
 class OutputConfig(Section):
     """Outputs besides metrics and samples."""
@@ -48,7 +53,7 @@ class TrackingConfig(Section):
     """Trackers besides metrics.jsonl, which is always written. The failure of a tracker never ends a run."""
 
     wandb: Literal["disabled", "offline", "online"] = "disabled"
-    """Weights & Biases; offline: files in wandb/ of the run's folder, which `wandb sync` uploads later."""
+    """Weights & Biases; offline: files in wandb/ of the run's folder, which `wandb sync --append` uploads later."""
     wandb_project: str = "megatron-tip"
     """Project of the run."""
     wandb_entity: str = ""

@@ -36,8 +36,9 @@ class RolloutConfig(Section):
     """With an environment: the student's turns per rollout; max_response_tokens limits all of them together."""
     observation_role: Literal["tool", "user"] = "tool"
     """With an environment: the chat template's role for its answers to the student."""
-    servers: int = Field(default=1, ge=1)
-    """With engine = "sglang": how many servers to start if server_urls is empty."""
+    servers: int = Field(default=0, ge=0)
+    """With engine = "sglang": how many servers to start if server_urls is empty, on all nodes together. 0: as many as
+    fit on sglang.gpus, on the trainer's GPUs (sglang.share_gpus) or on nodes for rollouts; otherwise one."""
     server_urls: tuple[str, ...] = ()
     """With engine = "sglang": running servers to use instead, as "http://host:port"."""
     ahead: int = Field(default=0, ge=0, le=1)
@@ -77,13 +78,21 @@ class SGLangConfig(Section):
     keys_file: Path | None = None
     """Passwords of given servers: a JSON file {"api": "...", "admin": "..."}; "admin" opens the weight endpoints."""
     tensor_parallel_size: int = Field(default=1, ge=1)
-    """Ranks of each of our own servers."""
+    """Ranks of each of our own servers. Those of a teacher's servers: teacher.tensor_parallel_size."""
+    share_gpus: bool = False
+    """true: our own servers use the trainer's GPUs and share their memory. false: they have GPUs of their own, and no
+    worker starts on those."""
     gpus: tuple[int, ...] = ()
-    """GPUs of our own servers in this order, tensor_parallel_size for each; none: those of the first process."""
+    """GPUs of our own servers on each node, in this order, tensor_parallel_size for each; some of those in
+    CUDA_VISIBLE_DEVICES. None: with share_gpus the trainer's, otherwise the last ones."""
     threads: int = Field(default=1, ge=1)
     """CPU threads per rank of our own servers."""
     memory_fraction: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the memory for weights and cache of our own servers; 0: on a GPU SGLang chooses."""
+    """Share of the memory that is free when the server starts, for weights and cache of our own servers; 0: 0.3 beside
+    the trainer, otherwise SGLang chooses."""
+    release_memory: Literal["auto", "always", "never"] = "auto"
+    """Whether servers give back their memory, cache and weights, while the trainer trains; auto: if they share its
+    GPUs. Given servers need SGLang's --enable-memory-saver for it. Not with rollout.ahead or sglang.router_url."""
     max_total_tokens: int = Field(default=0, ge=0)
     """Tokens in the cache of each of our own servers; 0: on a GPU SGLang chooses, on a CPU what the batch needs."""
     arguments: tuple[str, ...] = ()
@@ -106,15 +115,18 @@ class SGLangConfig(Section):
 class SyncConfig(Section):
     """How new weights reach the servers; used with rollout.engine = "sglang"."""
 
-    transport: Literal["broadcast", "folder"] = "broadcast"
-    """broadcast: in a process group with the servers (NCCL on GPUs, gloo on CPUs); folder: as files that they read."""
+    transport: Literal["auto", "ipc", "broadcast", "folder"] = "auto"
+    """ipc: servers copy out of the memory of the trainer ranks on their GPUs, or on their host without GPUs; broadcast:
+    in a process group of the first rank and the servers (NCCL on GPUs, gloo on CPUs); folder: as files that they read;
+    auto: the first of these that the placement allows."""
     folder: Path | None = None
     """With transport = "folder": folder that trainer and servers share; none: weights/ in the run's folder."""
     bucket_bytes: int = Field(default=268_435_456, ge=1)
-    """Maximum bytes per broadcast bucket or file; a larger tensor goes alone."""
+    """Maximum bytes per bucket or file; a larger tensor goes alone."""
     verify: Literal["always", "first", "never"] = "first"
     """After which syncs to compare the servers' logprobs of a probe sequence with the student's own."""
     tolerance: float = Field(default=0.0, ge=0)
-    """Largest mean difference of the probe's logprobs in nats; 0: 1e-4 if everything is float32, else 0.05."""
+    """Largest median difference of the probe's logprobs in nats; 0: 1e-4 if everything is float32, else 8% of their
+    spread."""
     timeout_seconds: float = Field(default=120.0, gt=0)
     """Time limit for a bucket to arrive; after it the sync starts again without the servers that failed."""

@@ -54,7 +54,9 @@ def load_output_head(
 
 
 @torch.no_grad()
-def export_hf(model: GPTModel, architecture: ModelArchitecture, groups: ModelGroups) -> Iterator[tuple[str, Tensor]]:
+def export_hf(
+    model: GPTModel, architecture: ModelArchitecture, groups: ModelGroups, *, everywhere: bool = False
+) -> Iterator[tuple[str, Tensor]]:
     """Yields the model's weights by Hugging Face name, in the parameters' dtype, from the embeddings to the head.
 
     Collective over the ranks of data-parallel replica 0 (`groups.dp_rank == 0`): all of them must call it and exhaust
@@ -62,14 +64,21 @@ def export_hf(model: GPTModel, architecture: ModelArchitecture, groups: ModelGro
     others yield nothing. Other replicas must not call it. A rank holds at most one Megatron parameter gathered over tp,
     and one tensor made from it. A yielded tensor may share memory with the model: do not write to it, and copy it to
     keep it beyond the next step. Padding rows of the vocabulary and a tied head are left out.
+
+    Args:
+        everywhere: every rank yields every tensor; each replica may call it, all of its ranks together.
     """
-    assert groups.dp_rank == 0, f"export_hf is for data-parallel replica 0, called by replica {groups.dp_rank}"
+    assert everywhere or groups.dp_rank == 0, f"export_hf is for replica 0, called by replica {groups.dp_rank}"
     parameters = {weight.name: parameter.detach() for _, parameter, weight in _local_parameters(model, architecture)}
     reference = next(iter(parameters.values()))
     for weight in weight_maps(architecture):
         stage = _stage_of(weight, architecture, groups.grid.pp_size)
-        shards = _gather(parameters[weight.name], weight, groups) if groups.pp_rank == stage else None
-        if groups.tp_rank == 0:
+        shards = None
+        if groups.pp_rank == stage:
+            shards = _gather(parameters[weight.name], weight, groups, everywhere=everywhere)
+        if everywhere:
+            yield from _at_all_stages(shards, weight, stage, reference, groups)
+        elif groups.tp_rank == 0:
             yield from _at_first_stage(shards, weight, stage, reference, groups)
 
 
@@ -165,10 +174,14 @@ def _units_per_rank(weight: WeightMap, tp_size: int) -> int:
     return 1 if weight.num_units is None else weight.num_units // tp_size
 
 
-def _gather(shard: Tensor, weight: WeightMap, groups: ModelGroups) -> Tensor | None:
-    """Returns all tensor-parallel ranks' parts `[tp, ...]`, on tp rank 0; None on the others."""
+def _gather(shard: Tensor, weight: WeightMap, groups: ModelGroups, *, everywhere: bool) -> Tensor | None:
+    """Returns all tensor-parallel ranks' parts `[tp, ...]`, on tp rank 0 or `everywhere`; None on the others."""
     if weight.partition_dim is None or groups.grid.tp_size == 1:
-        return shard[None] if groups.tp_rank == 0 else None
+        return shard[None] if everywhere or groups.tp_rank == 0 else None
+    if everywhere:
+        shards = shard.new_empty(groups.grid.tp_size, *shard.shape)
+        dist.all_gather(list(shards), shard.contiguous(), group=groups.tp_group)
+        return shards
     shards = shard.new_empty(groups.grid.tp_size, *shard.shape) if groups.tp_rank == 0 else None
     parts = None if shards is None else list(shards)
     dist.gather(shard.contiguous(), parts, group=groups.tp_group, group_dst=0)
@@ -188,3 +201,15 @@ def _at_first_stage(
                 tensor = reference.new_empty(shape)
                 dist.recv(tensor, group=groups.pp_group, group_src=stage)
             yield name, tensor
+
+
+def _at_all_stages(
+    shards: Tensor | None, weight: WeightMap, stage: int, reference: Tensor, groups: ModelGroups
+) -> Iterator[tuple[str, Tensor]]:
+    """Merges what `stage` gathered, broadcasts it to all stages and yields it on each of them."""
+    for piece, (name, shape) in enumerate(zip(weight.hf_names, weight.hf_shapes, strict=True)):
+        tensor = reference.new_empty(shape) if shards is None else _merge_shards(shards, weight, piece)
+        if groups.grid.pp_size > 1:
+            tensor = tensor.contiguous()
+            dist.broadcast(tensor, group=groups.pp_group, group_src=stage)
+        yield name, tensor

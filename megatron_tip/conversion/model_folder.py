@@ -1,6 +1,5 @@
 """Folders that hold a model: its description, config.json and tokenizer."""
 
-import json
 import shutil
 from collections.abc import Collection
 from pathlib import Path
@@ -10,7 +9,7 @@ import torch
 
 from megatron_tip.conversion.architecture import ModelArchitecture, config_without_layers
 from megatron_tip.errors import WeightsError
-from megatron_tip.files import write_json
+from megatron_tip.files import parse_json, write_json
 
 
 class ModelFolder:
@@ -75,10 +74,10 @@ def read_json(path: Path) -> dict[str, Any]:
         WeightsError: the file does not exist, or holds something else.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise WeightsError(f"{path}: no such file; expected a model's folder with a {path.name}") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise WeightsError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
         raise WeightsError(f"{path}: expected a JSON object, got {type(content).__name__}")

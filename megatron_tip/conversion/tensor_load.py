@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.core import CONFIG_FNAME, CheckpointingException, maybe_load_config
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies import torch as megatron_format
@@ -43,6 +43,7 @@ def load_tensors(state: dict[str, Any], folder: Path) -> dict[str, Any]:
         WeightsError: the checkpoint lacks a tensor or holds one of another shape, a file is damaged, or the checkpoint
             would have run code; on every rank.
     """
+    _check_format(folder)
     try:
         return dist_checkpointing.load(
             state, str(folder), sharded_strategy=_TensorsOnly(), common_strategy=_PlainCommonState()
@@ -74,6 +75,17 @@ def read_index(path: Path) -> Metadata:
         if not isinstance(name, str) or PurePosixPath(name).name != name:
             raise WeightsError(f"{path}: expected names of files in the same folder, got {name!r}")
     return index
+
+
+def _check_format(folder: Path) -> None:
+    """Raises WeightsError if Megatron cannot tell the checkpoint's format from its metadata.json."""
+    path = folder / CONFIG_FNAME
+    try:
+        is_known = maybe_load_config(str(folder)) is not None
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise WeightsError(f"{path}: expected a checkpoint's format, cannot read it: {reason_of(error)}") from error
+    if not is_known:
+        raise WeightsError(f"{path}: no such file; the checkpoint is incomplete")
 
 
 def reason_of(error: BaseException) -> str:

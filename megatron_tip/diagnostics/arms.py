@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_tip.config import Config
 from megatron_tip.errors import ConfigError, InputError
-from megatron_tip.files import atomic_write_text, output_errors
+from megatron_tip.files import atomic_write_text, output_errors, parse_json
 from megatron_tip.selection import RULES
 from megatron_tip.selection.rules import load_rule
 from megatron_tip.statistics import STATISTICS
@@ -131,7 +131,7 @@ class ArmsFile:
             InputError: there is no such file, or it is broken.
         """
         try:
-            return dict(json.loads(self._settings.read_bytes()))
+            return dict(parse_json(self._settings.read_bytes()))
         except (OSError, ValueError, TypeError) as error:
             raise InputError(
                 f"{self._settings}: expected the settings of an intervention's arms, cannot read them "
@@ -160,7 +160,7 @@ class ArmsFile:
 
     def _result(self, number: int, line: str) -> ArmResult:
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             return ArmResult(**{**record, "arm": Arm(**record["arm"])})
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(

@@ -7,7 +7,6 @@
 TA-OPD section 3 and appendix C.
 """
 
-import json
 import logging
 import re
 from collections.abc import Sequence
@@ -20,8 +19,8 @@ import numpy as np
 
 from megatron_tip.diagnostics.parquet import read_table, write_table
 from megatron_tip.errors import ConfigError, InputError
-from megatron_tip.files import new_folder, write_json
-from megatron_tip.records import Rollout
+from megatron_tip.files import new_folder, parse_json, write_json
+from megatron_tip.records import Numbers, Rollout
 from megatron_tip.rollout.codec import SCHEMA, rollouts_from_table, rollouts_to_table
 
 logger = logging.getLogger(__name__)
@@ -58,7 +57,7 @@ class ContextBank:
     @cached_property
     def prompts(self) -> np.ndarray:
         """`[contexts]` int64 number of each context's prompt; the clusters of the bootstrap."""
-        numbers: dict[tuple[int, ...], int] = {}
+        numbers: dict[Numbers[int], int] = {}
         return np.array([numbers.setdefault(context.prompt_ids, len(numbers)) for context in self.contexts])
 
     @cached_property
@@ -109,7 +108,7 @@ def read_bank(folder: Path) -> ContextBank:
     """
     path = folder / _MANIFEST
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = parse_json(path.read_bytes())
         name = manifest["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
@@ -142,7 +141,7 @@ def check_bank(bank: ContextBank, *, tokenizer: str, vocab_size: int) -> None:
             f"{bank.manifest['tokenizer']:.12}, the models' is {tokenizer:.12}); its ids mean other texts; create "
             "a bank with these models"
         )
-    largest = max(max(context.prompt_ids + context.response_ids) for context in bank.contexts)
+    largest = max(max(*context.prompt_ids, *context.response_ids) for context in bank.contexts)
     if largest >= vocab_size or bank.manifest["vocab_size"] != vocab_size:
         raise ConfigError(
             f"diagnostics.bank: {bank.folder} was made for {bank.manifest['vocab_size']} vocabulary entries shared by "

@@ -39,7 +39,7 @@ def bank_of_rollouts(config: Config, plan: RunPlan, folder: Path, source: Path) 
     found = (rollout for path in paths for rollout in read_rollouts(path))
     contexts = cut_contexts(found, config.diagnostics.num_contexts, config.rollout.max_response_tokens)
     _require(contexts, config, f"in {source}")
-    largest = max(max(context.prompt_ids + context.response_ids) for context in contexts)
+    largest = max(max(*context.prompt_ids, *context.response_ids) for context in contexts)
     if largest >= plan.vocab_size:
         raise InputError(
             f"diagnostics.rollouts: expected ids below {plan.vocab_size}, which student and teacher share, got "

@@ -11,7 +11,7 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from megatron_tip.errors import InputError
-from megatron_tip.files import atomic_write_bytes, output_errors
+from megatron_tip.files import atomic_write_bytes, output_errors, parse_json
 
 _KEY = b"megatron_tip"
 
@@ -83,7 +83,7 @@ def read_about(path: Path, *, format_name: str) -> dict[str, Any]:
 def _description(path: Path, schema: pa.Schema, format_name: str) -> dict[str, Any]:
     content = (schema.metadata or {}).get(_KEY, b"{}")
     try:
-        about = json.loads(content)
+        about = parse_json(content)
     except ValueError:
         about = None
     if not isinstance(about, dict):

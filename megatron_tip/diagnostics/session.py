@@ -48,7 +48,7 @@ def examine(config: Config, world_size: int, *, checkpoint: Path | None = None) 
     Raises:
         ConfigError, WeightsError, InputError: as for `plan_run`, `open_bank` and `resolve_checkpoint`.
     """
-    plan = plan_run(config, world_size)
+    plan = plan_run(config, world_size, reads_prompts=False)
     bank = open_bank(config, plan)
     teacher = model_fingerprint(config.teacher.path, plan.teacher)
     if checkpoint is None:
@@ -85,7 +85,7 @@ def built_run(
     Args:
         checkpoint: a folder from `resolve_checkpoint`; None: the student at the start of a run.
     """
-    worker = init_distributed()
+    worker = init_distributed(device_index=plan.device_index)
     timer = PhaseTimer(worker.device)
     num_threads = config.run.threads or available_threads()
     run = build_run(config, plan, worker, timer, num_threads=num_threads, generates=generates)

@@ -18,7 +18,7 @@ from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from torch import Tensor
 
 from megatron_tip.conversion.architecture import ModelArchitecture, RopeScaling
-from megatron_tip.cpu.onednn import use_onednn
+from megatron_tip.cpu.onednn import use_faster_products
 from megatron_tip.errors import ConfigError
 from megatron_tip.models.layers import RecomputedLayer, local_block
 from megatron_tip.models.layout import check_layout
@@ -31,8 +31,8 @@ TransformerImpl = Literal["auto", "local", "transformer_engine"]
 class HiddenStatesModel(GPTModel):
     """A GPTModel whose last stage returns its final hidden states instead of logits.
 
-    Only selected rows are multiplied with the LM head, outside of the model. The last stage's output is `[s, b, h]`,
-    after the final norm; `[s / tp, b, h]` with sequence parallelism.
+    Only selected rows are multiplied with the LM head, outside of the model. The last stage's output is `[s, 1, h]`,
+    after the final norm; `[s / tp, 1, h]` with sequence parallelism.
     """
 
     def _postprocess(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -65,13 +65,13 @@ def prepare_megatron() -> None:
     """Sets up the process state that Megatron-Core expects. Further calls do nothing.
 
     This is a random tracker that forks no CUDA generator (there is no dropout), the buffer of its sequence-parallel
-    layers and, without a CUDA device, the CPU in its place, with oneDNN's matrix products.
+    layers and, without a CUDA device, the CPU in its place, with the processor's faster matrix products.
     """
     if not torch.cuda.is_available():
         from megatron_tip.cpu import cuda_on_cpu
 
         cuda_on_cpu.install()
-        use_onednn()
+        use_faster_products()
     initialize_rng_tracker(inference_rng_tracker=True)
     if parallel_state._GLOBAL_MEMORY_BUFFER is None:
         parallel_state._set_global_memory_buffer()
@@ -107,7 +107,7 @@ def build_gpt(
             f"got {padded_vocab_size}"
         )
     prepare_megatron()
-    use_transformer_engine = resolve_transformer_impl(transformer_impl) == "transformer_engine"
+    use_transformer_engine = resolve_transformer_impl(transformer_impl, dtype) == "transformer_engine"
     block = transformer_engine_block if use_transformer_engine else local_block
     layers: Any = block(architecture.num_layers // grid.pp_size, qk_norm=architecture.qk_norm)
     if recompute_activations:
@@ -140,11 +140,17 @@ def build_gpt(
     return model
 
 
-def resolve_transformer_impl(transformer_impl: TransformerImpl) -> Literal["local", "transformer_engine"]:
-    """Returns what "auto" stands for: Transformer Engine if it is installed and there is a GPU, else local layers."""
+def resolve_transformer_impl(
+    transformer_impl: TransformerImpl, dtype: torch.dtype
+) -> Literal["local", "transformer_engine"]:
+    """Returns what "auto" stands for: Transformer Engine for bfloat16 on a GPU, if it is installed, else local layers.
+
+    In float32 Transformer Engine has no kernel for packed sequences.
+    """
     if transformer_impl != "auto":
         return transformer_impl
-    return "transformer_engine" if torch.cuda.is_available() and has_transformer_engine() else "local"
+    usable = torch.cuda.is_available() and has_transformer_engine() and dtype == torch.bfloat16
+    return "transformer_engine" if usable else "local"
 
 
 def output_head_weight(model: GPTModel) -> torch.nn.Parameter:

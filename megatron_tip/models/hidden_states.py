@@ -1,6 +1,6 @@
 """Final hidden states as rows, and their transfer from the teacher's ranks to the student's.
 
-Shape letters: `s` sequence, `b` micro-batch, `h` hidden, `n` valid tokens of a micro-batch.
+Shape letters: `s` tokens of a micro-batch, `h` hidden, `n` its valid tokens.
 """
 
 from collections.abc import Mapping
@@ -14,11 +14,11 @@ from megatron_tip.parallel.groups import ModelGrid
 
 
 def masked_rows(hidden_states: Tensor, mask: Tensor, *, tp_group: dist.ProcessGroup, sequence_parallel: bool) -> Tensor:
-    """Returns the hidden states where `mask` holds, `[n, h]`, ordered by sequence and position.
+    """Returns the hidden states where `mask` holds, `[n, h]`, in their order.
 
     Args:
-        hidden_states: `[s, b, h]`, or this rank's `[s/tp, b, h]` under sequence parallelism.
-        mask: `[b, s]` bool with n true entries.
+        hidden_states: `[s, 1, h]`, or this rank's `[s/tp, 1, h]` under sequence parallelism.
+        mask: `[s]` bool with n true entries.
 
     The incoming gradient must be complete on every tp rank (as `divergence_loss` gives it): under sequence parallelism
     each rank keeps its own part, without a further reduction.
@@ -29,7 +29,7 @@ def masked_rows(hidden_states: Tensor, mask: Tensor, *, tp_group: dist.ProcessGr
         hidden_states = gather_from_sequence_parallel_region(
             hidden_states, tensor_parallel_output_grad=False, group=tp_group
         )
-    return hidden_states.transpose(0, 1)[mask]
+    return hidden_states.squeeze(1)[mask]
 
 
 @dataclass(frozen=True)

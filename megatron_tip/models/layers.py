@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -25,10 +26,11 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # pyright: ignore[reportAttributeAccessIssue]
 
 
-class CausalAttention(torch.nn.Module):
-    """Causal attention with torch's fused kernel, which never stores the scores of all pairs of positions.
+class PackedAttention(torch.nn.Module):
+    """Causal attention within each sequence of a micro-batch, with torch's fused kernel.
 
-    Sequences are padded on the right: a causal mask already keeps every valid position from seeing padding.
+    The kernel never stores the scores of all pairs of positions. One call per sequence computes no pair of different
+    sequences and no padding; a mask over the whole micro-batch would cost the square of its length.
     """
 
     def __init__(self, config: TransformerConfig, attn_mask_type: AttnMaskType, **_: Any) -> None:
@@ -36,19 +38,31 @@ class CausalAttention(torch.nn.Module):
         assert attn_mask_type == AttnMaskType.causal, f"expected causal attention, got {attn_mask_type}"
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        packed_seq_params: PackedSeqParams,
+        attention_bias: Tensor | None = None,
+        **_: Any,
     ) -> Tensor:
-        """Returns `[s, b, heads x head_dim]`.
+        """Returns `[s, heads x head_dim]`.
 
-        `query`: `[s, b, heads, head_dim]`. `key`, `value`: `[s, b, groups, head_dim]`.
+        `query`: `[s, heads, head_dim]`. `key`, `value`: `[s, groups, head_dim]`.
         """
         assert attention_mask is None, "attention is causal; no other mask is supported"
-        unsupported = [name for name in ("attention_bias", "packed_seq_params") if options.get(name) is not None]
-        assert not unsupported, f"not supported: {unsupported}"
-        query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        assert attention_bias is None, "not supported"
+        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
         grouped = key.shape[1] != query.shape[1]
-        context = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
-        return context.permute(2, 0, 1, 3).flatten(2)
+        # One split, not slices: the gradient of each slice would be as long as the micro-batch.
+        split = (tensor.transpose(0, 1)[None].split(lengths, dim=2) for tensor in (query, key, value))
+        contexts = [
+            F.scaled_dot_product_attention(*sequence, is_causal=True, enable_gqa=grouped)
+            for sequence in zip(*split, strict=True)
+        ]
+        return torch.cat([context[0].transpose(0, 1) for context in contexts]).flatten(1)
 
 
 class RecomputedLayer(TransformerLayer):
@@ -69,7 +83,7 @@ def local_block(num_layers: int, *, qk_norm: bool) -> TransformerBlockSubmodules
     submodules: Any = layer.submodules
     submodules.input_layernorm = submodules.pre_mlp_layernorm = RMSNorm
     attention = submodules.self_attention.submodules
-    attention.core_attention = CausalAttention
+    attention.core_attention = PackedAttention
     if qk_norm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     final_norm: Any = RMSNorm

@@ -13,6 +13,7 @@ from megatron.core.pipeline_parallel.schedules import (
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
+from megatron_tip.models.packing import boundaries
 from megatron_tip.parallel.groups import ModelGroups
 from megatron_tip.records import MicroBatch
 
@@ -25,7 +26,7 @@ def run_forward(
     """Runs every micro-batch forward, without gradient.
 
     On the last stage, `on_hidden_states(index, hidden_states)` receives each micro-batch's final-norm output,
-    `[s, b, h]` (`[s/tp, b, h]` under sequence parallelism); its result is ignored. Collective over the replica's tp x
+    `[s, 1, h]` (`[s/tp, 1, h]` under sequence parallelism); its result is ignored. Collective over the replica's tp x
     pp.
     """
     with torch.no_grad():
@@ -61,8 +62,8 @@ def _run_schedule(
         "model": model,
         "num_microbatches": len(micro_batches),
         # Ignored: with several stages, config.variable_seq_lengths sends each tensor's shape first.
-        "seq_length": micro_batches[0].shape[1],
-        "micro_batch_size": micro_batches[0].shape[0],
+        "seq_length": sum(micro_batches[0].lengths),
+        "micro_batch_size": 1,
         "forward_only": forward_only,
         "collect_non_loss_data": forward_only,
         "pg_collection": groups.collection,
@@ -78,7 +79,8 @@ def _forward_step(
     micro_batches: Iterator[tuple[int, MicroBatch]], model: torch.nn.Module, *, on_last_stage: LastStage
 ) -> tuple[Tensor, Callable[..., Any]]:
     index, micro_batch = next(micro_batches)
-    hidden_states = model(micro_batch.input_ids, micro_batch.position_ids, None)
+    ids, positions = micro_batch.input_ids[None], micro_batch.position_ids[None]
+    hidden_states = model(ids, positions, None, packed_seq_params=boundaries(model, micro_batch.lengths))
     return hidden_states, partial(_finish, on_last_stage, index)
 
 

@@ -23,6 +23,23 @@ from megatron_tip.parallel.groups import ModelGroups
 from megatron_tip.records import MicroBatch
 
 
+class GradientBuffers:
+    """The gradient buffers as a `Movable`: freed and made anew by Megatron, as their content is zeroed before use."""
+
+    def __init__(self, wrapped: DistributedDataParallel) -> None:
+        self._wrapped = wrapped
+
+    def to_host(self) -> int:
+        """Frees the buffers, copying nothing; the parameters' views of them stay valid objects."""
+        self._wrapped.offload_grad_buffers(synchronize=False, empty_cache=False)
+        return 0
+
+    def to_device(self) -> int:
+        """Allocates the buffers again, with zeros."""
+        self._wrapped.restore_grad_buffers(synchronize=False)
+        return 0
+
+
 @dataclass(frozen=True)
 class Student:
     """The student's stage on this rank. `clip_grad`: limit of the gradient norm over all parameters; 0: no clipping."""
@@ -40,12 +57,12 @@ class Student:
         return output_head_weight(self.model)
 
     @property
-    def sequence_multiple(self) -> int:
-        """Divisor of the padded lengths that the model takes: sequence parallelism splits them over the tp ranks."""
+    def token_multiple(self) -> int:
+        """Divisor of a micro-batch's tokens: sequence parallelism splits them evenly over the tp ranks."""
         return self.groups.grid.tp_size if get_model_config(self.model).sequence_parallel else 1
 
     def rows(self, hidden_states: Tensor, mask: Tensor) -> Tensor:
-        """Returns the last stage's output where `mask` `[b, s]` holds, `[n, H]`."""
+        """Returns the last stage's output where `mask` `[s]` holds, `[n, H]`."""
         sequence_parallel = get_model_config(self.model).sequence_parallel
         return masked_rows(hidden_states, mask, tp_group=self.groups.tp_group, sequence_parallel=sequence_parallel)
 
@@ -58,6 +75,19 @@ class Student:
         self.wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
         run_forward_backward(self.wrapped, self.groups, micro_batches, loss_of)
+
+    def optimizer_tensors(self) -> list[Tensor]:
+        """Returns the tensors that only the optimizer needs: moments, and float32 copies of reduced weights.
+
+        Weights that the optimizer updates in place, which are the model's, are left out.
+        """
+        model = {parameter.untyped_storage().data_ptr() for parameter in self.model.parameters()}
+        found: list[Tensor] = []
+        for part in self.optimizer.chained_optimizers:
+            inner: Any = part.optimizer
+            found += [parameter for group in inner.param_groups for parameter in group["params"]]
+            found += [value for state in inner.state.values() for value in state.values() if torch.is_tensor(value)]
+        return [tensor for tensor in found if tensor.untyped_storage().data_ptr() not in model]
 
     def apply_gradients(self, step: int) -> dict[str, float]:
         """Clips gradients, steps optimizer and schedule; returns gradient norm and learning rate.

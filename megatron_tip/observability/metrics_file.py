@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any, Self
 
 from megatron_tip.errors import InputError
-from megatron_tip.files import atomic_write_bytes, finite_json, output_errors
+from megatron_tip.files import atomic_write_bytes, finite_json, output_errors, parse_json
 
 logger = logging.getLogger(__name__)
 
 MEASURED = ("time/", "memory/", "perf/", "gpu/", "host/")
 """Prefixes of metrics that measure the machine; they differ between runs that are otherwise identical."""
+
+RecordedStep = tuple[int, Mapping[str, float]]
+"""A step and its metrics."""
 
 
 class MetricsWriter:
@@ -66,9 +69,9 @@ def _lines_until(path: Path, step: int) -> Iterator[bytes]:
     """Yields the lines of steps up to `step`, and stops at a broken line."""
     for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
         try:
-            if _step(json.loads(line))["step"] > step or not line.endswith(b"\n"):
+            if _step(parse_json(line))["step"] > step or not line.endswith(b"\n"):
                 return
-        except (ValueError, RecursionError):
+        except ValueError:
             return
         yield line
 
@@ -80,18 +83,34 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         InputError: the file cannot be read, or a line before the last is broken.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_bytes().splitlines()
     except OSError as error:
         raise InputError(f"{path}: expected a run's metrics, got: {error.strerror}") from None
     steps = []
     for number, line in enumerate(lines, start=1):
         try:
-            steps.append(_step(json.loads(line)))
-        except (ValueError, RecursionError) as error:
+            steps.append(_step(parse_json(line)))
+        except ValueError as error:
             if number < len(lines):
                 raise InputError(f"{path}, line {number}: expected a JSON object with a step, got {error}") from None
             logger.warning("%s: the last line is cut off and left out", path)
     return steps
+
+
+def recorded_steps(path: Path) -> list[RecordedStep]:
+    """Returns the steps of a metrics.jsonl in order as they were given to `MetricsWriter`: NaN for null.
+
+    Raises:
+        InputError: as for `read_metrics`.
+    """
+
+    def value_of(value: float | None) -> float:
+        return float("nan") if value is None else value
+
+    return [
+        (record["step"], {name: value_of(value) for name, value in record.items() if name != "step"})
+        for record in read_metrics(path)
+    ]
 
 
 def _step(record: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 from megatron_tip.errors import ConfigError, OutputError
+from megatron_tip.files import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ class RunLock:
     def _holder(self) -> str:
         assert self._file is not None, "opened by acquire"
         try:
-            about: dict[str, Any] = json.loads(self._file.read())
+            about: dict[str, Any] = parse_json(self._file.read())
             job = f" of SLURM job {about['job']}" if "job" in about else ""
             return f"process {about['pid']}{job} on {about['host']}, since {about['since']},"
         except (ValueError, KeyError, TypeError):

@@ -1,7 +1,7 @@
 """The TensorBoard tracker; the only module that imports tensorboardX."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +9,7 @@ import tensorboardX
 from PIL import Image
 
 from megatron_tip.config import Config
+from megatron_tip.observability.metrics_file import RecordedStep
 from megatron_tip.observability.run_folder import RunFolder
 from megatron_tip.observability.token_table import TokenTable
 from megatron_tip.observability.token_view import quadrant_png
@@ -23,6 +24,9 @@ class TensorBoardTracker:
         """Opens a new event file."""
         self._writer = tensorboardX.SummaryWriter(str(folder.path / "tensorboard"))
         return None
+
+    def fill_gaps(self, steps: Sequence[RecordedStep]) -> None:
+        """Does nothing: what was flushed is the operating system's to write, and outlives the process."""
 
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes the metrics of `step`."""

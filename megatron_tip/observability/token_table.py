@@ -13,9 +13,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pydantic import TypeAdapter
 
 from megatron_tip.errors import InputError
+from megatron_tip.files import parse_json
 from megatron_tip.statistics import STATISTICS
 
 FORMAT = 1
@@ -23,14 +26,19 @@ _KEY = "megatron_tip.token_table"
 VALUES = (*(name for name, statistic in STATISTICS.items() if statistic.in_views), "score")
 """The float32 columns, null where unknown: statistics and the rule's score."""
 
+_KNOWN = (
+    ("rollout", pa.int32()),  # index in the step's list of rollouts
+    ("position", pa.int32()),  # within the response
+    ("token_id", pa.int32()),
+    ("text", pa.string()),
+    ("valid", pa.bool_()),  # may be supervised
+    ("selected", pa.bool_()),
+)
+"""The columns that every view has, without nulls."""
+
 SCHEMA = pa.schema(
     [
-        ("rollout", pa.int32()),  # index in the step's list of rollouts
-        ("position", pa.int32()),  # within the response
-        ("token_id", pa.int32()),
-        ("text", pa.string()),
-        ("valid", pa.bool_()),  # may be supervised
-        ("selected", pa.bool_()),
+        *_KNOWN,
         *((name, pa.float32()) for name in VALUES),
         *((f"{model}_support_ids", pa.list_(pa.int32())) for model in ("student", "teacher")),
         *((f"{model}_support_logprobs", pa.list_(pa.float16())) for model in ("student", "teacher")),
@@ -93,6 +101,9 @@ class TokenTable:
         return self.tokens.slice(int(rows[0]), len(rows)) if len(rows) else self.tokens.slice(0, 0)
 
 
+_FACTS = TypeAdapter(TokenTableFacts)
+
+
 def token_table_file(folder: Path, step: int) -> Path:
     """Returns the file of the table of `step` in `folder`, the run's views/."""
     return folder / f"step_{step:06d}.parquet"
@@ -110,19 +121,22 @@ def encode_token_table(table: TokenTable) -> bytes:
 def decode_token_table(content: bytes, where: str = "view") -> TokenTable:
     """Returns the table that `encode_token_table` encoded. `where`: the source's name in error messages.
 
+    A statistic that the version which wrote the table did not record is null; one that only it recorded is left out.
+
     Raises:
         InputError: the content is truncated, or of another kind or format.
     """
     try:
         with pq.ParquetFile(io.BytesIO(content)) as file:
             tokens = file.read()
-            facts = json.loads((file.metadata.metadata or {})[_KEY.encode()])
+            described = (file.metadata.metadata or {})[_KEY.encode()]
+        facts = parse_json(described)
         if facts["format"] != FORMAT:
             raise InputError(f"{where}: expected a token table of format {FORMAT}, got {facts['format']}")
-        missing = sorted(set(SCHEMA.names) - set(tokens.column_names))
-        if missing:
-            raise InputError(f"{where}: expected a token table, got one without the columns {missing}")
-        return TokenTable(_facts_of(facts), tokens)
+        lacking = [name for name, _ in _KNOWN if name not in tokens.column_names or tokens.column(name).null_count]
+        if lacking:
+            raise InputError(f"{where}: expected a token table, got one without values in the columns {lacking}")
+        return TokenTable(_FACTS.validate_json(described, strict=True), _in_schema(tokens))
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
         raise error if isinstance(error, InputError) else _unreadable(where, error) from error
 
@@ -140,20 +154,25 @@ def read_token_table(path: Path) -> TokenTable:
     return decode_token_table(content, str(path))
 
 
+def _in_schema(tokens: pa.Table) -> pa.Table:
+    """Returns the columns of SCHEMA, null where `tokens` lacks one; raises ValueError if supports are not whole."""
+    columns = [
+        tokens.column(field.name).cast(field.type)
+        if field.name in tokens.column_names
+        else pa.nulls(tokens.num_rows, type=field.type)
+        for field in SCHEMA
+    ]
+    table = pa.Table.from_arrays(columns, schema=SCHEMA)
+    for model in ("student", "teacher"):
+        lists = (table.column(f"{model}_support_{part}") for part in ("ids", "logprobs"))
+        of_ids, of_logprobs = (pc.call_function("list_value_length", [one]) for one in lists)
+        if not of_ids.equals(of_logprobs):
+            raise ValueError(f"the lists of {model}_support_ids and of {model}_support_logprobs differ in length")
+    return table
+
+
 def _unreadable(where: str, error: Exception) -> InputError:
     return InputError(
         f"{where}: expected a token table as written with tracking.view_every_steps, cannot read it: "
         f"{type(error).__name__}: {error!s:.200}; remove the file, or restore it"
-    )
-
-
-def _facts_of(record: Mapping[str, Any]) -> TokenTableFacts:
-    return TokenTableFacts(
-        **{
-            **record,
-            "medians": tuple(record["medians"]) if record["medians"] else None,
-            "rollouts": tuple(ViewedRollout(**rollout) for rollout in record["rollouts"]),
-            "points": tuple((x, y, bool(kept)) for x, y, kept in record["points"]),
-            "id_texts": {int(token): text for token, text in record["id_texts"].items()},
-        }
     )

@@ -11,7 +11,8 @@ from typing import Protocol
 
 from megatron_tip.config import Config, TrackingConfig
 from megatron_tip.errors import OptionalDependencyError, OutputError
-from megatron_tip.files import atomic_write_bytes, atomic_write_text
+from megatron_tip.files import atomic_write_bytes, atomic_write_text, parse_json
+from megatron_tip.observability.metrics_file import RecordedStep
 from megatron_tip.observability.run_folder import RunFolder
 from megatron_tip.observability.token_table import TokenTable, encode_token_table, token_table_file
 from megatron_tip.observability.token_view import page_html, quadrant_png
@@ -33,6 +34,14 @@ class Tracker(Protocol):
         """Starts, or continues under `identity`; returns the identity under which a continued run should continue."""
         ...
 
+    def fill_gaps(self, steps: Sequence[RecordedStep]) -> None:
+        """Logs those of `steps` that the tracker's own record lost when an earlier start of the run was killed.
+
+        Args:
+            steps: all that metrics.jsonl has, in order; the run continues after the last.
+        """
+        ...
+
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
     def log_view(self, step: int, view: TokenTable) -> None: ...
@@ -51,6 +60,9 @@ class FolderTracker:
 
     def start(self, config: Config, folder: RunFolder, identity: str | None) -> str | None:
         self._folder = folder.views
+
+    def fill_gaps(self, steps: Sequence[RecordedStep]) -> None:
+        pass
 
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         pass
@@ -85,7 +97,8 @@ class Trackers:
         path = folder.path / IDENTITIES_NAME
         if not identities and is_restarted(os.environ):
             with suppress(OSError, ValueError):  # there are none, or they are lost
-                identities.update(json.loads(path.read_text()))
+                if isinstance(known := parse_json(path.read_bytes()), dict):
+                    identities.update({name: str(identity) for name, identity in known.items()})
         for tracker in list(self._failures):
 
             def start(tracker: Tracker = tracker) -> None:
@@ -98,6 +111,10 @@ class Trackers:
         if identities:
             with suppress(OutputError):  # the checkpoint will hold them
                 atomic_write_text(path, json.dumps(dict(identities)))
+
+    def fill_gaps(self, steps: Sequence[RecordedStep]) -> None:
+        """Logs what the trackers' own records lost of `steps`, those that metrics.jsonl has; call it after `start`."""
+        self._each("gaps", lambda tracker: tracker.fill_gaps(steps))
 
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         self._each("metrics", lambda tracker: tracker.log_metrics(step, metrics))

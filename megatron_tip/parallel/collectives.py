@@ -13,16 +13,25 @@ def broadcast_bytes(
 ) -> bytes:
     """Returns the `content` of global rank `source` on every rank; other ranks' `content` is ignored.
 
-    Collectives: two broadcasts (length, bytes) over `group`, or over the world without one.
+    Collectives: two broadcasts (length, bytes) over `group`, or over the world without one. Over the world the length
+    goes between CPUs: ranks that wait for the source, for minutes while it generates, sleep in a socket. On a GPU they
+    would spin, and take its time from a server beside them.
     """
     is_source = dist.get_rank() == source
-    length = torch.tensor([len(content)], dtype=torch.int64, device=device)
+    length = torch.tensor([len(content)], dtype=torch.int64, device=waiting_device(device, group))
     dist.broadcast(length, src=source, group=group)
     data = torch.empty(int(length), dtype=torch.uint8, device=device)
     if is_source and content:
         data.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
     dist.broadcast(data, src=source, group=group)
     return content if is_source else data.cpu().numpy().tobytes()
+
+
+def waiting_device(device: torch.device | str, group: dist.ProcessGroup | None) -> torch.device | str:
+    """Returns the device of a value that ranks may have to wait for: the CPU over the world, which has gloo as well;
+    over another group, which may have NCCL alone, `device`.
+    """
+    return "cpu" if group is None else device
 
 
 def broadcast_json(
@@ -48,7 +57,7 @@ def gather_json(value: Any, *, device: torch.device | str, group: dist.ProcessGr
     padded = torch.frombuffer(bytearray(payload.ljust(int(lengths.max()))), dtype=torch.uint8).to(device)
     gathered = [torch.empty_like(padded) for _ in range(size)]
     dist.all_gather(gathered, padded, group=group)
-    return [json.loads(bytes(data.tolist())) for data in gathered]
+    return [json.loads(data.cpu().numpy().tobytes()) for data in gathered]
 
 
 def agree_on_maxima(values: Sequence[int]) -> list[int]:

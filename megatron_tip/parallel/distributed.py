@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch.cuda import nccl
 
 from megatron_tip.errors import ConfigError
 
@@ -28,7 +29,7 @@ class Worker:
     device: torch.device
 
 
-def init_distributed(*, timeout_seconds: float = 1800.0) -> Worker:
+def init_distributed(*, timeout_seconds: float = 1800.0, device_index: int | None = None) -> Worker:
     """Creates the default process group; returns this process's place. Collective: every worker calls it once.
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. With CUDA, tensors on the GPU go over NCCL and
@@ -37,13 +38,14 @@ def init_distributed(*, timeout_seconds: float = 1800.0) -> Worker:
     Args:
         timeout_seconds: until a collective fails that some rank has not joined. The other ranks wait in one while the
             first process generates, so it must exceed a rollout.
+        device_index: this process's GPU among those that it sees; None: that of its local rank.
 
     Raises:
         ConfigError: this machine has more workers than GPUs, or MASTER_PORT is taken.
     """
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    device = _device(local_rank)
+    device = _device(local_rank if device_index is None else device_index)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     try:
@@ -63,7 +65,18 @@ def init_distributed(*, timeout_seconds: float = 1800.0) -> Worker:
         raise ConfigError(
             f"MASTER_ADDR:MASTER_PORT = {address}: expected {expected}, got: {str(error).splitlines()[0]}; {remedy}"
         ) from error
+    if rank == 0:
+        _log_device(device, world_size)
     return Worker(rank, world_size, local_rank, device)
+
+
+def _log_device(device: torch.device, world_size: int) -> None:
+    """Logs what the run computes on; loudly if that is a CPU, which may be a mistake."""
+    if device.type == "cuda":
+        version = ".".join(map(str, nccl.version()))
+        logger.info("%d workers on GPUs (%s), NCCL %s", world_size, torch.cuda.get_device_name(device), version)
+        return
+    logger.warning("NO GPU is visible to torch %s: %d workers run on the CPU", torch.__version__, world_size)
 
 
 @contextmanager

@@ -3,7 +3,9 @@
 Nothing here uses `megatron.core.parallel_state`: models, schedules and the optimizer are passed their groups.
 """
 
+import datetime
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -63,19 +65,27 @@ class ModelGroups:
         return self.collection.mp
 
 
-def build_groups(grid: ModelGrid) -> ModelGroups:
-    """Creates this rank's groups in `grid`. Collective: every rank of the world calls it, with the same grid."""
+def build_groups(grid: ModelGrid, *, timeout_seconds: float | None = None) -> ModelGroups:
+    """Creates this rank's groups in `grid`. Collective: every rank of the world calls it, with the same grid.
+
+    Args:
+        timeout_seconds: of their collectives; None: torch's.
+    """
     assert grid.world_size == dist.get_world_size(), f"{grid} does not fill a world of {dist.get_world_size()}"
     rank = dist.get_rank()
     ranks = grid.ranks()
+    timeout = None if timeout_seconds is None else datetime.timedelta(seconds=timeout_seconds)
+    # A group for tensors between CPUs is a mesh of connections: only data parallelism needs one, for checkpoints.
+    backend = "nccl" if "nccl" in dist.get_backend_config() else None
+    subgroup = partial(_subgroup, timeout=timeout, backend=backend)
     stages = [0] if grid.pp_size == 1 else [0, grid.pp_size - 1]
-    tp_group = _subgroup(ranks.reshape(-1, grid.tp_size))
-    pp_group = _subgroup(ranks.permute(1, 2, 0).reshape(-1, grid.pp_size))
-    dp_group = _subgroup(ranks.permute(0, 2, 1).reshape(-1, grid.dp_size))
-    model_group = _subgroup(ranks.permute(1, 0, 2).reshape(grid.dp_size, -1))
-    tp_dp_group = _subgroup(ranks.reshape(grid.pp_size, -1))
-    embedding_group = _subgroup(ranks[stages].permute(1, 2, 0).reshape(-1, len(stages)))
-    self_group = _subgroup(ranks.reshape(-1, 1))  # context parallelism of size 1: Megatron still needs a group
+    tp_group = subgroup(ranks.reshape(-1, grid.tp_size))
+    pp_group = subgroup(ranks.permute(1, 2, 0).reshape(-1, grid.pp_size))
+    dp_group = _subgroup(ranks.permute(0, 2, 1).reshape(-1, grid.dp_size), timeout=timeout, backend=None)
+    model_group = subgroup(ranks.permute(1, 0, 2).reshape(grid.dp_size, -1))
+    tp_dp_group = subgroup(ranks.reshape(grid.pp_size, -1))
+    embedding_group = subgroup(ranks[stages].permute(1, 2, 0).reshape(-1, len(stages)))
+    self_group = subgroup(ranks.reshape(-1, 1))  # context parallelism of size 1: Megatron still needs a group
     collection = ProcessGroupCollection(
         tp=tp_group,
         pp=pp_group,
@@ -101,8 +111,10 @@ def build_groups(grid: ModelGrid) -> ModelGroups:
     return ModelGroups(grid, collection, rank)
 
 
-def _subgroup(rows: torch.Tensor) -> dist.ProcessGroup | None:
+def _subgroup(
+    rows: torch.Tensor, *, timeout: datetime.timedelta | None, backend: str | None
+) -> dist.ProcessGroup | None:
     """Creates the groups `rows` `[groups, size]` and returns this rank's; None on a rank that is in none."""
-    group, _ = dist.new_subgroups_by_enumeration(rows.tolist())
+    group, _ = dist.new_subgroups_by_enumeration(rows.tolist(), timeout=timeout, backend=backend)
     assert not isinstance(group, int), "every rank of the world takes part"
     return group

@@ -94,15 +94,18 @@ def start_workers(
         return _outcome_of(exit_codes, context.error_files, is_saved)
 
 
-def run_worker(work: Callable[[], None], *, threads: int = 0) -> None:
+def run_worker(work: Callable[[], None], *, threads: int = 0, joins_servers: bool = False) -> None:
     """Runs `work` as one worker of a world that our launcher, torchrun or srun started.
 
     Sets the environment before `work` imports torch. If `work` fails, the process exits at once with code 1, without
     destroying the process groups, so that its peers notice only after the error has been recorded. Our launcher shows
     the recorded error; under other launchers it goes to stderr. Exit code STOPPED_EXIT_CODE: `work` was stopped by a
     signal and has saved.
+
+    Args:
+        joins_servers: whether it shares an NCCL communicator with SGLang servers.
     """
-    os.environ.update(worker_environment(os.environ, threads=threads))
+    os.environ.update(worker_environment(os.environ, threads=threads, joins_servers=joins_servers))
     launcher_pid = os.environ.get(_LAUNCHER_PID)
     if launcher_pid:
         threading.Thread(target=_end_with_launcher, args=(int(launcher_pid),), daemon=True).start()
@@ -238,11 +241,11 @@ def _outcome_of(exit_codes: Mapping[int, int], error_files: Mapping[int, str], i
     if STOPPED_EXIT_CODE in exit_codes.values():
         what_is_left = _CONTINUES if is_saved() else _BEGINS_ANEW
         return Outcome(STOPPED_EXIT_CODE, f"the workers were told to stop; {what_is_left}")
-    return Outcome(1, _first_failure(exit_codes, error_files))
+    return _first_failure(exit_codes, error_files)
 
 
-def _first_failure(exit_codes: Mapping[int, int], error_files: Mapping[int, str]) -> str:
-    """Returns the message of the worker that caused the failure; its peers fail because it is gone.
+def _first_failure(exit_codes: Mapping[int, int], error_files: Mapping[int, str]) -> Outcome:
+    """Returns the failure of the worker that caused it; its peers fail because it is gone. Exit code 2: refused input.
 
     Our own errors take precedence: a peer's failure never raises one. Next is a death by a signal that we did not send,
     which leaves no record; then the earliest record.
@@ -251,22 +254,23 @@ def _first_failure(exit_codes: Mapping[int, int], error_files: Mapping[int, str]
     records.sort(key=lambda item: item[1].time_ns)
     for _, record in records:
         if record.is_ours:
-            return record.message
+            return Outcome(2 if record.is_refusal else 1, record.message)
     for rank, code in exit_codes.items():
         if code < 0 and code != -signal.SIGTERM:
             name = signal.Signals(-code).name
             hint = "; the system may have run out of memory" if name == "SIGKILL" else ""
-            return f"rank {rank} was ended by {name}{hint}"
+            return Outcome(1, f"rank {rank} was ended by {name}{hint}")
     for rank, record in sorted(records, key=lambda item: item[1].is_of_a_peer):
-        return f"rank {rank} failed\n{record.traceback}"
+        return Outcome(1, f"rank {rank} failed\n{record.traceback}")
     rank, code = next(iter(exit_codes.items()))
-    return f"rank {rank} ended with exit code {code}"
+    return Outcome(1, f"rank {rank} ended with exit code {code}")
 
 
 @dataclass(frozen=True)
 class _ErrorRecord:
     time_ns: int
     is_ours: bool
+    is_refusal: bool
     is_of_a_peer: bool
     message: str
     traceback: str
@@ -285,6 +289,7 @@ def _read_record(path: str) -> _ErrorRecord | None:
     return _ErrorRecord(
         time_ns,
         is_ours=hasattr(errors, name) and not is_of_a_peer,
+        is_refusal=name in [kind.__name__ for kind in errors.REFUSALS],
         is_of_a_peer=is_of_a_peer,
         message=message,
         traceback=content["extraInfo"]["py_callstack"].rstrip(),

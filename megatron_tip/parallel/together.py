@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_tip import errors
 from megatron_tip.errors import MegatronTipError, PeerError
-from megatron_tip.parallel.collectives import broadcast_bytes, gather_json
+from megatron_tip.parallel.collectives import broadcast_bytes, gather_json, waiting_device
 from megatron_tip.parallel.stop import StopRequested
 
 logger = logging.getLogger(__name__)
@@ -73,12 +73,13 @@ def raise_together(
         device: device of the exchanged values.
         group: `None` means the world.
 
-    Collectives: one all-reduce of an integer; after a failure also two all-gathers.
+    Collectives: one all-reduce of an integer, over the world between CPUs (see `broadcast_bytes`); after a failure also
+    two all-gathers.
 
     Raises:
         As `run_on`.
     """
-    met = torch.tensor(failure is not None, dtype=torch.int32, device=device)
+    met = torch.tensor(failure is not None, dtype=torch.int32, device=waiting_device(device, group))
     dist.all_reduce(met, op=dist.ReduceOp.MAX, group=group)
     if not met:
         return

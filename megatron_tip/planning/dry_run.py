@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from megatron_tip.config import Config
 from megatron_tip.errors import ConfigError
 from megatron_tip.machine import Machine
-from megatron_tip.planning.memory_estimate import MemoryEstimate, estimate_memory, has_servers_beside
+from megatron_tip.placement.hosts import Hosts
+from megatron_tip.placement.table import table_of
+from megatron_tip.planning.memory_estimate import MemoryEstimate, estimate_memory
 from megatron_tip.planning.plan import Outline, outline_run
 
 
@@ -27,6 +29,7 @@ class DryRun:
         total = self.memory.total_bytes / 2**30
         lines = [
             f"{self.world_size} workers: {grids}",
+            *table_of(self.outline.placement),
             f"memory of the fullest GPU, roughly: {total:.1f} of {gpu_memory_gib:g} GiB",
             *self.memory.lines(),
             *(f"not checked here: {note}" for note in self.notes),
@@ -34,8 +37,8 @@ class DryRun:
         return "\n".join(lines)
 
 
-def dry_run(config: Config, world_size: int, *, gpu_memory_gib: float) -> DryRun:
-    """Checks a run for another machine, except what this machine lacks, and estimates its memory.
+def dry_run(config: Config, hosts: Hosts, *, gpu_memory_gib: float) -> DryRun:
+    """Checks a run on other machines, except what this machine lacks, and estimates its memory.
 
     A model whose folder is missing here is looked up by the folder's name (`known_models`).
 
@@ -43,16 +46,15 @@ def dry_run(config: Config, world_size: int, *, gpu_memory_gib: float) -> DryRun
         ConfigError: the estimate exceeds `gpu_memory_gib`. For other errors see `outline_run`.
     """
     machine = Machine(is_elsewhere=True)
-    outline = outline_run(config, world_size, machine)
-    if has_servers_beside(config, world_size) and not config.sglang.memory_fraction:
-        machine.notes.append("SGLang's memory on the trainer's GPUs: set sglang.memory_fraction, or sglang.gpus")
+    outline = outline_run(config, hosts.workers, machine, hosts)
     memory = estimate_memory(config, outline, gpu_memory_gib=gpu_memory_gib)
-    result = DryRun(world_size, outline, memory, tuple(machine.notes))
+    result = DryRun(hosts.workers, outline, memory, tuple(machine.notes))
     if memory.total_bytes > gpu_memory_gib * 2**30:
         raise ConfigError(
             f"memory: expected at most {gpu_memory_gib:g} GiB per GPU (--gpu-memory), got an estimate of "
-            f"{memory.total_bytes / 2**30:.1f} GiB; raise tensor or pipeline parallel sizes, set optimizer.distributed "
-            "or model.recompute_activations, lower training.max_tokens_per_micro_batch, or give servers "
-            "less memory (sglang.memory_fraction) or separate GPUs (sglang.gpus)\n" + result.report(gpu_memory_gib)
+            f'{memory.total_bytes / 2**30:.1f} GiB in phase "{memory.peak_phase}"; raise tensor or pipeline parallel '
+            "sizes, set optimizer.distributed, model.recompute_activations or training.offload, lower "
+            "training.max_tokens_per_micro_batch or rollout.prompts_per_step, or give servers less "
+            "memory (sglang.memory_fraction) or separate GPUs (sglang.gpus)\n" + result.report(gpu_memory_gib)
         )
     return result

@@ -9,16 +9,17 @@ from megatron_tip.config import Config
 from megatron_tip.errors import ConfigError, OptionalDependencyError
 from megatron_tip.machine import Machine
 from megatron_tip.observability.trackers import check_trackers
-from megatron_tip.prompts.files import read_prompt_file
+from megatron_tip.placement.placement import num_workers_on
+from megatron_tip.prompts.files import PromptFile, read_prompt_file
 from megatron_tip.prompts.reasoning_tasks import check_tasks
 
 MAX_GENERATED_PROMPTS = 1_000_000
 
 
 def default_num_workers(config: Config) -> int:
-    """Returns how many workers to start here: one per GPU; without GPUs, the fewest that hold both models."""
+    """Returns how many workers to start here: one per GPU that servers leave; on a CPU the fewest for both models."""
     if torch.cuda.is_available():
-        return torch.cuda.device_count()
+        return num_workers_on(config, torch.cuda.device_count())
     models = (config.model, config.teacher)
     return math.lcm(*(model.tensor_parallel_size * model.pipeline_parallel_size for model in models))
 
@@ -37,10 +38,10 @@ def check_packages(config: Config, machine: Machine) -> None:
 
 
 def check_inputs(config: Config, machine: Machine) -> None:
-    """Checks that the prompts are usable and that the bank exists.
+    """Checks that prompts can be generated and that the bank exists.
 
     Raises:
-        ConfigError, InputError: a file is missing here or has the wrong content.
+        ConfigError: a file is missing here.
         OptionalDependencyError: reasoning-gym is needed but not installed.
     """
     prompts = config.prompts
@@ -53,7 +54,17 @@ def check_inputs(config: Config, machine: Machine) -> None:
     if prompts.source == "reasoning_gym":
         with machine.lacks_packages():
             check_tasks(prompts.tasks)
-    elif prompts.path is not None and machine.has(prompts.path, "prompts.path"):
-        read_prompt_file(prompts.path, prompts.field)
     if config.diagnostics.every_steps and config.diagnostics.bank is not None:
         machine.has(config.diagnostics.bank, "diagnostics.bank")
+
+
+def read_prompts(config: Config, machine: Machine) -> PromptFile | None:
+    """Returns the content of the prompt file; None if prompts are generated, or if the run and its file are elsewhere.
+
+    Raises:
+        ConfigError, InputError: the file is missing here or has the wrong content.
+    """
+    prompts = config.prompts
+    if prompts.path is None or not machine.has(prompts.path, "prompts.path"):
+        return None
+    return read_prompt_file(prompts.path, prompts.field, prompts.teacher_field)

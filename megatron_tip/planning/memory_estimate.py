@@ -1,7 +1,9 @@
-"""A first-order estimate of a run's memory per GPU: good enough to choose a layout, not exact to the gigabyte.
+"""A first-order estimate of a run's memory per GPU, phase by phase: good enough to choose a layout, not exact to the
+gigabyte.
 
-It counts, from shapes: weights, gradients, optimizer, activations, the teacher's rows, the loss, the embedded engine.
-It does not count CUDA's context, NCCL's buffers and fragmentation; leave a tenth for them.
+It counts, from shapes: weights, gradients, optimizer, activations, the teacher's rows, the loss, engines and servers on
+the same GPU, and what a sync and a checkpoint gather. A tenth of the GPU is set aside for what it cannot count: CUDA's
+context, NCCL's buffers, SGLang's captured graphs, fragmentation.
 """
 
 from dataclasses import dataclass
@@ -11,122 +13,277 @@ from megatron_tip.conversion.architecture import ModelArchitecture
 from megatron_tip.conversion.model_size import layer_parameters
 from megatron_tip.parallel.grid import ModelGrid
 from megatron_tip.planning.dtypes import Dtypes
+from megatron_tip.planning.phases import OFFLOADED, PHASES, releases_memory
 from megatron_tip.planning.plan import Outline
+from megatron_tip.rollout.engine import ALL_MEMORY, CACHE, WEIGHTS
 from megatron_tip.vocab_parallel import padded_vocab_size
+from megatron_tip.vocab_parallel.chunks import most_rows_on_gpu
 
 _FLOAT32 = 4
-_LOSS_BUFFERS = 6
-"""Chunks of float32 logits that the loss holds at once: both models' logits, exponentials and gradients."""
+_LOSS_BUFFERS = 3
+"""Chunks of float32 logits that the loss holds at most: both models' in bfloat16 and, for eager kernels, float32."""
+GATHERED_BYTES = 2**24
+"""Each rank's part of what a checkpoint of a distributed optimizer gathers at a time."""
+
+Parts = dict[str, float]
+"""Bytes by purpose."""
+
+UNCOUNTED = "set aside: CUDA, NCCL, fragmentation"
+_UNCOUNTED_SHARE = 0.1
+SERVERS = "SGLang on the trainer's GPUs (sglang.memory_fraction)"
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes by purpose on the rank that needs the most."""
+    """Bytes by phase and purpose on the rank that needs the most. `host_bytes`: host memory per GPU for what leaves it.
 
-    parts: dict[str, float]
+    Phases are those of `PHASES`, without "measure" if nothing is measured, and "save".
+    """
+
+    phases: dict[str, Parts]
+    host_bytes: float
+
+    @property
+    def peak_phase(self) -> str:
+        return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
 
     @property
     def total_bytes(self) -> float:
-        return sum(self.parts.values())
+        """The bytes of the phase that needs the most."""
+        return sum(self.phases[self.peak_phase].values())
+
+    @property
+    def parts(self) -> Parts:
+        """The bytes of every purpose, in the phase where it takes the most."""
+        found: Parts = {}
+        for parts in self.phases.values():
+            for name, value in parts.items():
+                found[name] = max(value, found.get(name, 0.0))
+        return found
 
     def lines(self) -> list[str]:
-        """Returns one line per part, the largest first, in GiB."""
-        ordered = sorted(self.parts.items(), key=lambda part: -part[1])
-        return [f"{value / 2**30:7.1f} GiB  {name}" for name, value in ordered if value >= 0.05 * 2**30]
+        """Returns the table in GiB: a column per phase, a row per purpose, the largest first, and the sums."""
+        header = "".join(f"{phase:>10}" for phase in self.phases)
+        rows = [(name, [parts.get(name, 0.0) for parts in self.phases.values()]) for name in self.parts]
+        rows = [row for row in rows if max(row[1]) >= 0.05 * 2**30]
+        rows.sort(key=lambda row: -max(row[1]))
+        rows.append(("all", [sum(parts.values()) for parts in self.phases.values()]))
+        lines = [f"{header}  GiB by phase; the most in {self.peak_phase}"]
+        lines += ["".join(_cell(value) for value in values) + f"  {name}" for name, values in rows]
+        if self.host_bytes:
+            lines.append(f"host memory for training.offload: {self.host_bytes / 2**30:.1f} GiB per GPU")
+        return lines
+
+
+def _cell(value: float) -> str:
+    return f"{value / 2**30:10.1f}" if value else f"{'-':>10}"
 
 
 @dataclass(frozen=True)
 class _Model:
+    """One model in its layout. `padded_vocab_size`: rows of its embeddings. `has_head`: with its own output layer."""
+
     architecture: ModelArchitecture
     grid: ModelGrid
     bytes_per_value: int
+    padded_vocab_size: int
+    has_head: bool = True
 
     @property
     def stage_layers(self) -> int:
         return self.architecture.num_layers // self.grid.pp_size
 
     @property
-    def parameters_per_rank(self) -> float:
-        """Parameters of the fullest stage: its layers, and embedding, head or both."""
+    def num_parameters(self) -> float:
+        """Parameters of a rank of the fullest stage: layers, embedding or head or both, and mostly the last norm.
+
+        Every tp rank has the norms whole.
+        """
         a, tp = self.architecture, self.grid.tp_size
-        matrix = padded_vocab_size(a.vocab_size, tp) * a.hidden_size / tp
-        matrices = 1 if a.tied_embeddings or self.grid.pp_size > 1 else 2
-        return self.stage_layers * layer_parameters(a) / tp + matrices * matrix
+        norms = 2 * a.hidden_size + 2 * a.head_dim * a.qk_norm
+        layer = (layer_parameters(a) - norms) / tp + norms
+        one_stage = self.grid.pp_size == 1
+        matrices = 2 if one_stage and self.has_head and not a.tied_embeddings else 1
+        last_norm = a.hidden_size if one_stage or self.has_head else 0
+        return self.stage_layers * layer + matrices * self.padded_vocab_size * a.hidden_size / tp + last_norm
+
+    @property
+    def weight_bytes(self) -> float:
+        return self.num_parameters * self.bytes_per_value
 
 
 def estimate_memory(config: Config, outline: Outline, *, gpu_memory_gib: float) -> MemoryEstimate:
     """Returns the estimate for GPUs, where "auto" is bfloat16. Servers take a share of `gpu_memory_gib`."""
-    dtypes = Dtypes.of(config, on_gpu=True)
-    student, grid = outline.student.architecture, outline.student_grid
-    trained = _Model(student, grid, dtypes.student.itemsize)
-    parameters = trained.parameters_per_rank
+    dtypes, padded = Dtypes.of(config, on_gpu=True), outline.padded_vocab_size
+    student = _Model(outline.student.architecture, outline.student_grid, dtypes.student.itemsize, padded)
+    teacher = _teacher(outline, dtypes)
+    movable = _student_parts(config, student) | _teacher_parts(teacher, padded / student.grid.tp_size)
+    engine = _Model(student.architecture, ModelGrid(1, 1, 1), dtypes.engine.itemsize, padded)
+    leaves = OFFLOADED[config.training.offload] & movable.keys()
+    last = "measure" if config.heldout.num_prompts else "sync"
+    phases: dict[str, Parts] = {}
+    for phase, working in _working(config, outline, student, teacher, gpu_memory_gib).items():
+        needed = PHASES[phase if phase in PHASES else last]
+        stays = [part for name, part in movable.items() if name in needed.trainer or name not in leaves]
+        beside = _engine(config, engine, phase) | _servers(config, outline, engine, needed.servers, gpu_memory_gib)
+        always = {UNCOUNTED: _UNCOUNTED_SHARE * gpu_memory_gib * 2**30, "student: weights": student.weight_bytes}
+        phases[phase] = {**always, **dict(stays), **working, **beside}
+    return MemoryEstimate(phases, sum(movable[name][1] for name in leaves - {"gradients"}))
+
+
+def _teacher(outline: Outline, dtypes: Dtypes) -> _Model | None:
+    if outline.teacher is None:
+        return None
+    grid, architecture = outline.teacher_grid, outline.teacher.architecture
+    padded = padded_vocab_size(architecture.vocab_size, grid.tp_size)
+    return _Model(architecture, grid, dtypes.teacher.itemsize, padded, has_head=False)
+
+
+def _student_parts(config: Config, student: _Model) -> dict[str, tuple[str, float]]:
+    """Returns what may leave the device: by its name in `PHASES`, the name in the estimate and the bytes."""
     # Megatron keeps float32 gradients, two moments, and for bfloat16 weights a float32 copy.
-    optimizer_values = 3 if trained.bytes_per_value < _FLOAT32 else 2
-    shards = grid.dp_size if config.optimizer.distributed else 1
-    shard = outline.padded_vocab_size / grid.tp_size
-    parts = {
-        "student: weights": parameters * trained.bytes_per_value,
-        "student: gradients, float32": parameters * _FLOAT32,
-        "student: optimizer": parameters * optimizer_values * _FLOAT32 / shards,
-        "student: activations of a micro-batch": _activations(config, trained),
-        "loss: logits of a chunk": (config.loss.chunk_rows or 1024) * shard * _FLOAT32 * _LOSS_BUFFERS,
-        "loss: gradient of the head": shard * student.hidden_size * _FLOAT32,
+    optimizer_values = 3 if student.bytes_per_value < _FLOAT32 else 2
+    state = student.num_parameters * optimizer_values * _FLOAT32 / _optimizer_shards(config, student)
+    return {
+        "gradients": ("student: gradients, float32", student.num_parameters * _FLOAT32),
+        "optimizer": ("student: optimizer", state),
     }
-    if outline.teacher is not None:
-        frozen = _Model(outline.teacher.architecture, outline.teacher_grid, dtypes.teacher.itemsize)
-        bytes_per_row = frozen.architecture.hidden_size * frozen.bytes_per_value
-        parts |= {
-            "teacher: weights": frozen.parameters_per_rank * frozen.bytes_per_value,
-            "teacher: head on the student's ranks": shard * bytes_per_row,
-            "teacher: hidden states of a step": _rows(config, grid) * bytes_per_row,
-        }
-    if config.rollout.engine == "embedded":
-        engine = _embedded_engine(config, student, dtypes.engine.itemsize)
-        parts["embedded engine, first GPU: weights and cache"] = engine
-    if has_servers_beside(config, grid.world_size):
-        servers = config.sglang.memory_fraction * (1 if config.sglang.gpus else config.rollout.servers)
-        parts["SGLang on the trainer's GPUs (sglang.memory_fraction)"] = servers * gpu_memory_gib * 2**30
-    return MemoryEstimate(parts)
 
 
-def has_servers_beside(config: Config, world_size: int) -> bool:
-    """Returns whether our own servers take memory from the trainer.
+def _teacher_parts(teacher: _Model | None, head_rows: float) -> dict[str, tuple[str, float]]:
+    """Returns the same for a teacher in the trainer's processes; its head is sharded as the student's."""
+    if teacher is None:
+        return {}
+    head = head_rows * teacher.architecture.hidden_size * teacher.bytes_per_value
+    return {
+        "teacher": ("teacher: weights", teacher.weight_bytes),
+        "head": ("teacher: head on the student's ranks", head),
+    }
 
-    Without sglang.gpus they share the first GPUs with workers; with it, only where a worker has the same GPU.
-    """
-    if config.rollout.engine != "sglang" or config.rollout.server_urls:
-        return False
-    return not config.sglang.gpus or min(config.sglang.gpus) < world_size
+
+def _optimizer_shards(config: Config, student: _Model) -> int:
+    return student.grid.dp_size if config.optimizer.distributed else 1
 
 
-def _rows(config: Config, grid: ModelGrid) -> float:
-    """Returns the maximum number of response tokens in a replica's share of a step."""
+def _working(
+    config: Config, outline: Outline, student: _Model, teacher: _Model | None, gpu_memory_gib: float
+) -> dict[str, Parts]:
+    """Returns what each phase makes for itself: activations, rows, logits, what it gathers."""
+    shard = outline.padded_vocab_size // student.grid.tp_size
+    chunk_rows = config.loss.chunk_rows or most_rows_on_gpu(shard, int(gpu_memory_gib * 2**30))
     rollouts = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
-    return -(-rollouts // grid.dp_size) * config.rollout.max_response_tokens
+    sent, received = _rows_of_teacher(config, student, teacher, rollouts)
+    loss = {"loss: logits of a chunk": float(chunk_rows * shard * _FLOAT32 * _LOSS_BUFFERS)}
+    asking = _forward(config, "teacher", teacher)
+    scoring = _forward(config, "student", student) | loss
+    selected = {name: 2 * config.selection.retention_ratio * value for name, value in received.items()}
+    training = {
+        "student: activations of a micro-batch": _activations(config, student),
+        "loss: gradient of the head": shard * student.architecture.hidden_size * _FLOAT32,
+        **{f"{name}, the selected": value for name, value in selected.items()},
+    }
+    roots = student.num_parameters * _FLOAT32 / _optimizer_shards(config, student)
+    phases = {
+        "generate": {},
+        "ask": asking | sent | received,
+        "score": scoring | received,
+        "train": training | loss | received,
+        "update": received | {"optimizer: square roots, if AdamW is torch's": roots},
+        "sync": _gathered_for_sync(config, outline, student),
+    }
+    if config.heldout.num_prompts:
+        heldout_sent, heldout_received = _rows_of_teacher(config, student, teacher, config.heldout.num_prompts)
+        phases["measure"] = asking | scoring | heldout_sent | heldout_received
+    gathers = config.optimizer.distributed and student.grid.dp_size > 1
+    phases["save"] = {"save: a piece of the optimizer": float(student.grid.dp_size * GATHERED_BYTES * gathers)}
+    return phases
 
 
-def _activations(config: Config, model: _Model) -> float:
-    """Returns the bytes kept for the backward pass; fused attention keeps nothing of size length x length.
+def _rows_of_teacher(config: Config, student: _Model, teacher: _Model | None, num_rollouts: int) -> tuple[Parts, Parts]:
+    """Returns the last hidden states of a batch that a rank has to send, and those that it receives.
 
-    A layer keeps the inputs of its two norms and of its four matrix products, q, k, v and the products of SwiGLU. With
-    recomputation it keeps only its input, except one layer at a time. Up to pp micro-batches are in flight.
+    Each tp rank of the teacher's last stage has all rows of its replica, and each of the student's last stage gets all
+    of its own; both exist at the same time.
+    """
+    if teacher is None:
+        return {}, {}
+    row = teacher.architecture.hidden_size * teacher.bytes_per_value
+    longest = config.rollout.max_response_tokens
+    sent, received = (-(-num_rollouts // model.grid.dp_size) * longest * row for model in (teacher, student))
+    return {"teacher: hidden states to send": sent}, {"teacher: hidden states of a step": received}
+
+
+def _forward(config: Config, owner: str, model: _Model | None) -> Parts:
+    """Returns the bytes of a forward pass without gradient: one layer's."""
+    if model is None:
+        return {}
+    sequence_parallel = config.model.sequence_parallel and owner == "student"
+    return {f"{owner}: a layer's activations": _layer_activations(config, model, sequence_parallel=sequence_parallel)}
+
+
+def _gathered_for_sync(config: Config, outline: Outline, student: _Model) -> Parts:
+    """Returns the largest tensor whole, gathered and merged, and buckets on their way to servers."""
+    a = student.architecture
+    largest = max(student.padded_vocab_size, 2 * a.ffn_hidden_size) * a.hidden_size * student.bytes_per_value
+    num_buckets = 2 if outline.placement.transport == "ipc" else 1  # one that servers load, one that is filled
+    buckets = num_buckets * config.sync.bucket_bytes if config.rollout.engine == "sglang" else 0
+    return {"sync: a whole tensor, gathered and merged": 2.0 * largest, "sync: buckets": float(buckets)}
+
+
+def _layer_activations(config: Config, model: _Model, *, sequence_parallel: bool) -> float:
+    """Returns the bytes of one layer; fused attention keeps nothing of size length x length.
+
+    They are the inputs of its two norms and of its four matrix products, q, k, v and the products of SwiGLU.
     """
     a, tp = model.architecture, model.grid.tp_size
-    tokens = max(config.training.max_tokens_per_micro_batch, config.longest_sequence)
     heads = (a.num_attention_heads + 2 * a.num_query_groups) * a.head_dim
     split = heads + a.num_attention_heads * a.head_dim + 3 * a.ffn_hidden_size
-    whole = 4 * a.hidden_size / (tp if config.model.sequence_parallel else 1)
-    layer = (split / tp + whole) * tokens * model.bytes_per_value
-    in_flight = model.stage_layers * model.grid.pp_size
+    whole = 4 * a.hidden_size / (tp if sequence_parallel else 1)
+    return (split / tp + whole) * _tokens(config) * model.bytes_per_value
+
+
+def _activations(config: Config, student: _Model) -> float:
+    """Returns the bytes kept for the backward pass.
+
+    With recomputation a layer keeps only its input, except one layer at a time. Up to pp micro-batches are in flight.
+    """
+    sequence_parallel = config.model.sequence_parallel
+    layer = _layer_activations(config, student, sequence_parallel=sequence_parallel)
+    in_flight = student.stage_layers * student.grid.pp_size
     if not config.model.recompute_activations:
         return in_flight * layer
-    kept = a.hidden_size * tokens * model.bytes_per_value / (tp if config.model.sequence_parallel else 1)
-    return in_flight * kept + layer
+    kept = student.architecture.hidden_size * _tokens(config) * student.bytes_per_value
+    return in_flight * kept / (student.grid.tp_size if sequence_parallel else 1) + layer
 
 
-def _embedded_engine(config: Config, student: ModelArchitecture, bytes_per_value: int) -> float:
-    """Returns the bytes of the whole student and of a batch's keys and values, on the first GPU."""
-    whole = _Model(student, ModelGrid(1, 1, 1), bytes_per_value)
-    cached = 2 * student.num_layers * student.num_query_groups * student.head_dim * whole.bytes_per_value
+def _tokens(config: Config) -> int:
+    return max(config.training.max_tokens_per_micro_batch, config.longest_sequence)
+
+
+def _engine(config: Config, whole: _Model, phase: str) -> Parts:
+    """Returns the embedded engine's bytes on the first GPU: the whole student, and while it generates a cache."""
+    if config.rollout.engine != "embedded":
+        return {}
+    weights = {"embedded engine, first GPU: weights": whole.weight_bytes}
+    if phase not in ("generate", "measure"):
+        return weights
     sequences = min(config.rollout.batch_size, config.rollout.prompts_per_step * config.rollout.samples_per_prompt)
-    return whole.parameters_per_rank * whole.bytes_per_value + cached * sequences * config.longest_sequence
+    return weights | {"embedded engine, first GPU: cache": _cache(whole) * sequences * config.longest_sequence}
+
+
+def _cache(whole: _Model) -> float:
+    """Returns the bytes of a token's keys and values in all layers."""
+    a = whole.architecture
+    return 2 * a.num_layers * a.num_query_groups * a.head_dim * whole.bytes_per_value
+
+
+def _servers(config: Config, outline: Outline, whole: _Model, held: frozenset[str], gpu_memory_gib: float) -> Parts:
+    """Returns the bytes of a server on a trainer's GPU in a phase that leaves it `held`."""
+    share = outline.placement.memory_beside_trainers
+    if not share:
+        return {}
+    if not releases_memory(config, outline.placement):
+        held = ALL_MEMORY
+    weights = whole.weight_bytes / config.sglang.tensor_parallel_size
+    both = share * gpu_memory_gib * 2**30
+    return {SERVERS: both if CACHE in held else weights if WEIGHTS in held else 0.0}

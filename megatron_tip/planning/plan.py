@@ -1,7 +1,9 @@
 """The plan of a run, checked by reading files only, before any process group or weights exist."""
 
+import os
 from dataclasses import dataclass
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from megatron_tip.config import Config
@@ -9,14 +11,20 @@ from megatron_tip.conversion.safetensors_io import HfCheckpoint
 from megatron_tip.machine import Machine
 from megatron_tip.models.layout import check_layout
 from megatron_tip.parallel.grid import ModelGrid
-from megatron_tip.planning.inputs import check_inputs, check_packages
+from megatron_tip.placement.hosts import Hosts, hosts_elsewhere, hosts_here
+from megatron_tip.placement.placement import Placement, place
+from megatron_tip.planning.inputs import check_inputs, check_packages, read_prompts
 from megatron_tip.planning.models import FoundModel, find_model, limits, served_limits, shared_tokenizer, stop_ids
 from megatron_tip.planning.settings import check_settings, make_selector
+from megatron_tip.prompts.files import PromptFile
 from megatron_tip.rollout.engines import engine_kind
 from megatron_tip.rollout.multi_turn import check_environment
 from megatron_tip.selection import Selector
 from megatron_tip.teachers.setup import check_teacher, teacher_kind
 from megatron_tip.vocab_parallel import padded_vocab_size
+
+GPUS_PER_NODE = 8
+"""Of a run elsewhere, unless the number is given."""
 
 
 @dataclass(frozen=True)
@@ -25,11 +33,13 @@ class Outline:
 
     `teacher`: None behind servers. `vocab_size`: entries that both models have; their distributions cover these.
     `padded_vocab_size`: rows of the student's embeddings and of both LM heads, a multiple of the student's tp size.
-    `tokenizer`, `stop_token_ids`: None and empty if the tokenizers are not on this machine.
+    `tokenizer`, `stop_token_ids`: None and empty if the tokenizers are not on this machine. `prompts`: what the prompt
+    file holds; None if prompts are generated, the file is elsewhere, or this process did not read it.
     """
 
     student: FoundModel
     teacher: FoundModel | None
+    placement: Placement
     student_grid: ModelGrid
     teacher_grid: ModelGrid
     selector: Selector
@@ -37,6 +47,7 @@ class Outline:
     padded_vocab_size: int
     tokenizer: PreTrainedTokenizerBase | None
     stop_token_ids: tuple[int, ...]
+    prompts: PromptFile | None
 
 
 @dataclass(frozen=True)
@@ -52,28 +63,44 @@ class RunPlan(Outline):
         """Any id of the vocabulary, because no model reads the padding."""
         return self.stop_token_ids[0]
 
+    @property
+    def device_index(self) -> int | None:
+        """This worker's GPU among those that it sees; None on a CPU."""
+        if not self.placement.hosts.gpus:
+            return None
+        return self.placement.visible_position(int(os.environ.get("LOCAL_RANK", "0")))
 
-def plan_run(config: Config, world_size: int) -> RunPlan:
+
+def plan_run(config: Config, world_size: int, *, reads_prompts: bool = True) -> RunPlan:
     """Returns the plan of a run that starts on this machine; see `outline_run`.
 
-    Needs no process group; every rank returns the same plan or raises the same error.
+    Needs no process group. On nodes with the same number of workers and GPUs, every rank returns the same plan or
+    raises the same error; on others `build_run` refuses placements that differ.
     """
-    return RunPlan(**vars(outline_run(config, world_size, Machine())))
+    return RunPlan(**vars(outline_run(config, world_size, Machine(), reads_prompts=reads_prompts)))
 
 
-def outline_run(config: Config, world_size: int, machine: Machine) -> Outline:
+def outline_run(
+    config: Config, world_size: int, machine: Machine, hosts: Hosts | None = None, *, reads_prompts: bool = True
+) -> Outline:
     """Checks a run, here or elsewhere, and returns its outline.
 
     Reads both models' headers, the tokenizers, the prompts and the other files that the configuration names. What is
     missing on `machine` is an error; if the run is elsewhere, it is noted instead.
 
+    Args:
+        hosts: where it will run; None: on machines like this one, or for a run elsewhere on nodes of eight GPUs.
+        reads_prompts: False for workers, whose prompt file only the first process reads (`with_prompts`), and for work
+            without prompts.
+
     Raises:
-        ConfigError: layouts, lengths, schedule, rule, tokenizers or vocabularies cannot run.
+        ConfigError: layouts, placement, lengths, schedule, rule, tokenizers or vocabularies cannot run.
         WeightsError: a model directory is incomplete or not supported.
         InputError, EngineError: prompts, or rollouts to replay, cannot be used.
         OptionalDependencyError: a package is needed but not installed.
     """
     check_packages(config, machine)
+    placement = place(config, hosts or _hosts(world_size, machine))
     student = find_model("model", config.model.path, machine, config.model.drop_layers)
     teacher = find_model("teacher", config.teacher.path, machine) if teacher_kind(config).has_weights else None
     grids = _grids(config, student, teacher, world_size)
@@ -87,9 +114,11 @@ def outline_run(config: Config, world_size: int, machine: Machine) -> Outline:
     stop_token_ids = stop_ids(config.model.path, tokenizer) if tokenizer else ()
     if tokenizer:
         check_environment(config.rollout, tokenizer, stop_token_ids)
+    prompts = read_prompts(config, machine) if reads_prompts else None  # last: a large file takes a while
     return Outline(
         student=student,
         teacher=teacher,
+        placement=placement,
         student_grid=grids[0],
         teacher_grid=grids[1],
         selector=selector,
@@ -97,7 +126,14 @@ def outline_run(config: Config, world_size: int, machine: Machine) -> Outline:
         padded_vocab_size=padded_vocab_size(max(sizes) if teacher else sizes[0], grids[0].tp_size),
         tokenizer=tokenizer,
         stop_token_ids=stop_token_ids,
+        prompts=prompts,
     )
+
+
+def _hosts(world_size: int, machine: Machine) -> Hosts:
+    if machine.is_elsewhere:
+        return hosts_elsewhere(world_size, GPUS_PER_NODE)
+    return hosts_here(world_size, os.environ, torch.cuda.device_count())
 
 
 def _grids(

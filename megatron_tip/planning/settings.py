@@ -24,8 +24,10 @@ def check_settings(config: Config, positions: Mapping[str, int]) -> None:
             )
     _check_schedule(config)
     _check_sampling(config)
+    _check_memory(config)
     if config.model.sequence_parallel and config.model.tensor_parallel_size == 1:
         raise ConfigError("model.sequence_parallel: expected model.tensor_parallel_size above 1, got 1; turn it off")
+    _check_layers(config)
     if config.diagnostics.every_steps:
         check_whole_teacher(config)
 
@@ -62,6 +64,15 @@ def make_selector(config: Config) -> Selector:
     return selector
 
 
+def _check_layers(config: Config) -> None:
+    for owner, model in (("model", config.model), ("teacher", config.teacher)):
+        if model.transformer_impl == "transformer_engine" and model.dtype == "float32":
+            raise ConfigError(
+                f'{owner}.transformer_impl: expected "auto" or "local" with {owner}.dtype = "float32", got '
+                '"transformer_engine", which has no attention for packed sequences in float32'
+            )
+
+
 def _check_schedule(config: Config) -> None:
     if config.optimizer.warmup_steps >= config.training.steps:
         raise ConfigError(
@@ -96,6 +107,25 @@ def _check_sampling(config: Config) -> None:
         raise ConfigError(
             f"rollout.importance_cap: expected rollout.top_p = 1, got {rollout.top_p}; the engine's log-probabilities "
             "are then of the cut distribution and the trainer's of the whole one"
+        )
+
+
+def _check_memory(config: Config) -> None:
+    """Refuses to give back memory that is in use all the time, and to move a teacher that is elsewhere."""
+    if config.sglang.release_memory == "always" and config.rollout.ahead:
+        raise ConfigError(
+            'sglang.release_memory: expected "auto" or "never" with rollout.ahead = 1, got "always"; the servers '
+            "generate while the student trains: set rollout.ahead = 0, or give them other GPUs (sglang.gpus)"
+        )
+    if config.sglang.release_memory == "always" and config.sglang.router_url:
+        raise ConfigError(
+            'sglang.release_memory: expected "auto" or "never" with sglang.router_url, got "always"; the router\'s '
+            "health checks generate a token, which ends a server that has given back its memory"
+        )
+    if config.training.offload == "teacher" and not teacher_kind(config).has_weights:
+        raise ConfigError(
+            f'training.offload: expected "none", "optimizer" or "all" with teacher.kind = "{config.teacher.kind}", got '
+            '"teacher", which is not in the trainer\'s processes'
         )
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -14,6 +14,9 @@ from megatron_tip.prompts.files import RawPrompt
 from megatron_tip.records import Prompt
 
 logger = logging.getLogger(__name__)
+
+_PROMPTS_PER_BATCH = 4096
+"""Prompts that are tokenised together; the tokenizer's own records of a batch take several times the ids' memory."""
 
 
 class PromptRenderer:
@@ -45,21 +48,30 @@ class PromptRenderer:
             ConfigError: a chat template is needed and there is none.
         """
         self.note(*(raw for _, raw in raw_prompts))
-        texts = [self._render(where, raw) for where, raw in raw_prompts]
-        all_ids = self._tokenise([text for text, _ in texts], [is_chat for _, is_chat in texts])
-        usable = []
-        for place, ((text, _), ids) in enumerate(zip(texts, all_ids, strict=True)):
-            ids = self._checked(raw_prompts[place][0], text, ids)
-            if len(ids) > self._config.max_prompt_tokens:
-                self.num_skipped += 1
-            else:
-                usable.append(Prompt(first_index + place, text, tuple(ids)))
+        usable: list[Prompt] = []
+        too_long: list[int] = []
+        for start in range(0, len(raw_prompts), _PROMPTS_PER_BATCH):
+            for place, (text, ids) in enumerate(
+                self._tokenised(raw_prompts[start : start + _PROMPTS_PER_BATCH]), start
+            ):
+                if len(ids) > self._config.max_prompt_tokens:
+                    too_long.append(len(ids))
+                else:
+                    usable.append(Prompt(first_index + place, text, tuple(ids)))
+        self.num_skipped += len(too_long)
         if not usable:
             raise InputError(
-                f"prompts.max_prompt_tokens: all {len(texts)} prompts are longer than {self._config.max_prompt_tokens} "
-                f"tokens, the shortest has {min(map(len, all_ids))}; raise it"
+                f"prompts.max_prompt_tokens: all {len(too_long)} prompts are longer than "
+                f"{self._config.max_prompt_tokens} tokens, the shortest has {min(too_long)}; raise it"
             )
         return usable
+
+    def _tokenised(self, raw_prompts: Sequence[tuple[str, RawPrompt]]) -> Iterator[tuple[str, list[int]]]:
+        """Yields the text and the ids of each prompt."""
+        texts = [self._render(where, raw) for where, raw in raw_prompts]
+        all_ids = self._tokenise([text for text, _ in texts], [is_chat for _, is_chat in texts])
+        for (where, _), (text, _), ids in zip(raw_prompts, texts, all_ids, strict=True):
+            yield text, self._checked(where, text, ids)
 
     def _render(self, where: str, raw: RawPrompt) -> tuple[str, bool]:
         """Returns the text that the model sees, and whether the chat template wrote it."""

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_tip.config import HeldoutConfig, PromptsConfig
 from megatron_tip.errors import InputError
-from megatron_tip.prompts.files import RawPrompt, read_prompt_file, read_text_field
+from megatron_tip.prompts.files import PromptFile, RawPrompt, read_prompt_file
 from megatron_tip.prompts.reasoning_tasks import generate_questions
 from megatron_tip.prompts.renderer import PromptRenderer
 from megatron_tip.records import Prompt
@@ -23,8 +23,8 @@ class PromptSource:
 
     `digest`: a checksum of what the prompts are made from, by which a run recognises its own when it is continued. It
     is not of the rendered texts: a chat template may write today's date.
-    `num_skipped`: prompts longer than the limit, left out of both. `num_duplicates`: training prompts left out
-    because their text is a held-out one's.
+    `num_copies`: rows of a file left out because an earlier row has the same prompt. `num_skipped`: prompts longer than
+    the limit, left out of both. `num_duplicates`: training prompts left out because their text is a held-out one's.
     """
 
     def __init__(
@@ -35,12 +35,14 @@ class PromptSource:
         prompts_per_step: int,
         seed: int,
         shuffle: bool,
+        num_copies: int = 0,
         num_skipped: int = 0,
         digest: str = "",
     ) -> None:
         heldout_texts = {prompt.text for prompt in heldout}
         self.training = tuple(prompt for prompt in training if prompt.text not in heldout_texts)
         self.heldout = tuple(heldout)
+        self.num_copies = num_copies
         self.num_skipped = num_skipped
         self.digest = digest
         self.num_duplicates = len(training) - len(self.training)
@@ -57,6 +59,7 @@ class PromptSource:
         """Returns the prompts of training step `step`, counted from 1: a pure function of the seed and the step.
 
         Each epoch goes through all training prompts once, in its own order; a step may reach into the next epoch.
+        Copies in a file do not count: each distinct prompt is drawn once.
         """
         assert step >= 1, f"steps are counted from 1, got {step}"
         size = len(self.training)
@@ -78,11 +81,16 @@ def load_prompts(
     prompts_per_step: int,
     steps: int,
     seed: int,
+    file: PromptFile | None = None,
 ) -> PromptSource:
     """Returns the run's prompts. Reads files and tokenises; no collective.
 
     Held-out prompts are the last of a file, or reasoning-gym's under another seed; no training prompt has the same text
-    as one. `steps` matters only if prompts are generated and `prompts.num_prompts` is 0.
+    as one.
+
+    Args:
+        steps: matters only if prompts are generated and `prompts.num_prompts` is 0.
+        file: the content of `prompts.path`, if it was already read.
 
     Raises:
         InputError: a file is unreadable, a prompt is neither text nor chat messages, or there are too few prompts.
@@ -91,7 +99,9 @@ def load_prompts(
     """
     renderer = PromptRenderer(prompts, tokenizer)
     if prompts.source == "file":
-        training, held_out = _from_file(prompts, heldout.num_prompts, renderer)
+        assert prompts.path is not None, "the configuration holds a path with source = file"
+        file = file or read_prompt_file(prompts.path, prompts.field, prompts.teacher_field)
+        training, held_out = _from_file(prompts, file, heldout.num_prompts, renderer)
     else:
         num_training = prompts.num_prompts or prompts_per_step * steps
         training = renderer.prompts(_questions(prompts, num_training, derive_seed(seed, 1)), first_index=0)
@@ -102,9 +112,12 @@ def load_prompts(
         prompts_per_step=prompts_per_step,
         seed=seed,
         shuffle=prompts.shuffle,
+        num_copies=file.num_copies if file else 0,
         num_skipped=renderer.num_skipped,
         digest=renderer.digest(),
     )
+    if file:
+        logger.info("%s: %d rows, %d distinct; copies are left out", prompts.path, file.num_rows, len(file.rows))
     logger.info(
         "prompts: %d to train on, %d of them distinct; %d held out; left out: %d longer than %d tokens, %d equal to "
         "held-out ones",
@@ -115,17 +128,23 @@ def load_prompts(
 
 
 def _from_file(
-    prompts: PromptsConfig, num_held_out: int, renderer: PromptRenderer
+    prompts: PromptsConfig, file: PromptFile, num_held_out: int, renderer: PromptRenderer
 ) -> tuple[list[Prompt], list[Prompt]]:
-    """Returns the training prompts of a file, and as many held-out ones: the last whose texts differ."""
-    assert prompts.path is not None, "the configuration holds a path with source = file"
-    usable = renderer.prompts(read_prompt_file(prompts.path, prompts.field), first_index=0)
+    """Returns the training prompts of a file, and as many held-out ones: the last whose texts differ.
+
+    A prompt's index is its first row. The last ones are those whose last copies come last.
+    """
+    raw = [(row.where, row.prompt) for row in file.rows]
+    usable = [
+        replace(prompt, index=file.rows[prompt.index].index, teacher=file.rows[prompt.index].teacher)
+        for prompt in renderer.prompts(raw, first_index=0)
+    ]
     if prompts.teacher_field:
-        teachers = read_text_field(prompts.path, prompts.teacher_field)
-        renderer.note(*teachers)
-        usable = [replace(prompt, teacher=teachers[prompt.index]) for prompt in usable]
+        renderer.note(*(row.teacher for row in file.rows))
+    renderer.note(*((row.index, row.last_index) for row in file.rows if row.index != row.last_index))
+    last_index = {row.index: row.last_index for row in file.rows}
     held_out: dict[str, Prompt] = {}
-    for prompt in reversed(usable):
+    for prompt in sorted(usable, key=lambda prompt: last_index[prompt.index], reverse=True):
         if len(held_out) == num_held_out:
             break
         held_out.setdefault(prompt.text, prompt)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from megatron_tip.files import finite_number
 from megatron_tip.report.run_data import RunData, differing_keys
 
 NOT_RECORDED = "not recorded"
@@ -85,9 +86,9 @@ def _layout(run: RunData) -> str:
 
 
 def _evaluation(name: str, record: Mapping[str, Any]) -> list[str]:
-    mean, sd = record.get("mean"), record.get("sd")
-    spread = f" ± {100 * sd:.1f}" if isinstance(sd, int | float) else ""
-    score = f"{100 * mean:.1f}{spread}" if isinstance(mean, int | float) else NOT_RECORDED
+    mean, sd = finite_number(record.get("mean")), finite_number(record.get("sd"))
+    spread = "" if sd is None else f" ± {100 * sd:.1f}"
+    score = NOT_RECORDED if mean is None else f"{100 * mean:.1f}{spread}"
     protocol = record.get("protocol") or {}
     asked = ", ".join(f"{key} {value}" for key, value in protocol.items())
     texts = [record.get(key, NOTHING) for key in ("model", "benchmark", "metric")]
@@ -98,12 +99,12 @@ def _evaluation(name: str, record: Mapping[str, Any]) -> list[str]:
 
 
 def _get(run: RunData, section: str, name: str) -> float | None:
-    value = ((run.summary or {}).get(section) or {}).get(name)
-    return value if isinstance(value, int | float) else None
+    return finite_number(((run.summary or {}).get(section) or {}).get(name))
 
 
 def _percent(share: Any) -> str:
-    return f"{share:.1%}" if isinstance(share, int | float) else "?"
+    number = finite_number(share)
+    return "?" if number is None else f"{number:.1%}"
 
 
 def _seconds(seconds: float | None) -> str:
@@ -115,4 +116,5 @@ def _seconds(seconds: float | None) -> str:
 
 
 def _bytes(value: Any) -> str:
-    return f"{value / 1e9:.2f} GB" if isinstance(value, int | float) else NOT_RECORDED
+    number = finite_number(value)
+    return NOT_RECORDED if number is None else f"{number / 1e9:.2f} GB"

@@ -1,6 +1,5 @@
 """The content of a run's folder, read for the report. The run need not be finished."""
 
-import json
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tip.errors import InputError
+from megatron_tip.files import finite_number, parse_json
 from megatron_tip.observability.metrics_file import read_metrics
 from megatron_tip.observability.run_folder import RunFolder
 from megatron_tip.observability.token_table import TokenTable, read_token_table
@@ -95,9 +95,9 @@ def thinned(
     columns: dict[str, list[float | None]] = {name: [] for name in names}
     for group in groups:
         for name, column in columns.items():
-            found = [value for record in group if isinstance(value := record.get(name), int | float)]
+            found = [value for record in group if (value := finite_number(record.get(name))) is not None]
             column.append(float(f"{sum(found) / len(found):.4g}") if found else None)
-    return [int(group[-1]["step"]) for group in groups], stride, columns
+    return [group[-1]["step"] for group in groups], stride, columns
 
 
 def differing_keys(runs: Sequence[RunData]) -> list[tuple[str, list[Any]]]:
@@ -128,11 +128,11 @@ def _summary(path: Path, notes: list[str]) -> Mapping[str, Any] | None:
         notes.append("the run has no summary.json: it is not finished, or was ended")
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
         if isinstance(content, dict) and all(isinstance(content.get(name, {}), dict) for name in _SECTIONS):
             return content
         reason: object = f"expected an object with objects for {', '.join(_SECTIONS)}"
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         reason = error
     notes.append(f"{path.name} cannot be read: {reason}")
     return None
@@ -143,11 +143,15 @@ _SECTIONS = ("world", "tokens", "seconds", "heldout_reverse_kl")
 
 def _json_lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
     """Yields the objects of a file, which may be missing; broken lines are noted and left out."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    try:  # as bytes: a text's lines would also end at characters that JSON may hold, such as U+2028
+        lines = path.read_bytes().splitlines() if path.exists() else []
+    except OSError as error:
+        notes.append(f"{path.name} cannot be read: {error.strerror}")
+        return
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
+            record = parse_json(line)
+        except ValueError:
             record = None
         if isinstance(record, dict) and isinstance(record.get("protocol") or {}, dict):
             yield record

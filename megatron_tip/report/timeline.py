@@ -1,9 +1,10 @@
 """A timeline of a run's phases in its first and last steps, from what `monitoring.trace` recorded on rank 0."""
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from megatron_tip.files import finite_number, parse_json
 
 STEPS_AT_EACH_END = 3
 MOST_PHASES = 400
@@ -39,11 +40,13 @@ def read_timeline(folder: Path) -> list[Step]:
 def _events(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
     for line in lines:
         try:
-            event = json.loads(line)
+            event = parse_json(line)
         except ValueError:  # truncated, by the end of the run or of our reading
             continue
         if isinstance(event, dict) and {"name", "ph", "ts"} <= event.keys():
-            yield event
+            start, duration = finite_number(event["ts"]), finite_number(event.get("dur", 0.0))
+            if start is not None and duration is not None:
+                yield {"name": str(event["name"]), "ph": event["ph"], "ts": start, "dur": duration}
 
 
 def _steps(events: Iterable[dict[str, Any]]) -> Iterator[Step]:
@@ -51,7 +54,7 @@ def _steps(events: Iterable[dict[str, Any]]) -> Iterator[Step]:
     for event in events:
         if event["ph"] == "X":
             phases.append(event)
-        elif event["ph"] == "i" and str(event["name"]).startswith("step "):
+        elif event["ph"] == "i" and event["name"].startswith("step "):
             if phases:
                 yield _step(event["name"], phases)
             phases = []
@@ -60,9 +63,9 @@ def _steps(events: Iterable[dict[str, Any]]) -> Iterator[Step]:
 def _step(name: str, phases: list[dict[str, Any]]) -> Step:
     start = min(event["ts"] for event in phases)
     # If there are too many, keeps the longest: the others would be too short to see.
-    longest = sorted(phases, key=lambda event: -event.get("dur", 0.0))[:MOST_PHASES]
+    longest = sorted(phases, key=lambda event: -event["dur"])[:MOST_PHASES]
     rows = [
-        [str(event["name"]), round((event["ts"] - start) / 1e6, 4), round(event.get("dur", 0.0) / 1e6, 4)]
+        [event["name"], round((event["ts"] - start) / 1e6, 4), round(event["dur"] / 1e6, 4)]
         for event in sorted(longest, key=lambda event: event["ts"])
     ]
     return {"step": name.removeprefix("step "), "phases": rows, "left_out": len(phases) - len(rows)}

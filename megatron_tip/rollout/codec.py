@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
-from itertools import chain, pairwise
+from itertools import accumulate, chain, pairwise
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
-from megatron_tip.records import Rollout
+from megatron_tip.records import Numbers, Rollout
 from megatron_tip.rollout.engine import FINISH_REASONS
 
 _SPANS = pa.list_(pa.list_(pa.int64()))
@@ -27,6 +28,7 @@ SCHEMA = pa.schema(
 """The fields of a Rollout, in their order."""
 
 _PYTHON = {pa.int64(): int, pa.float64(): float, pa.string(): str}
+_ARRAYS: dict[pa.DataType, type] = {pa.list_(kind): _PYTHON[kind] for kind in (pa.int64(), pa.float64())}
 _OPTIONAL = {one.name for one in fields(Rollout) if one.default is not MISSING}
 
 
@@ -34,13 +36,13 @@ def rollouts_to_table(rollouts: Sequence[Rollout]) -> pa.Table:
     """Returns a table of SCHEMA with one row per rollout; floats stay bit-exact."""
     for rollout in rollouts:
         assert len(rollout.rollout_logprobs) == len(rollout.response_ids), "one logprob per response token"
-    columns = [pa.array([getattr(one, column.name) for one in rollouts], type=column.type) for column in SCHEMA]
+    columns = [_column([getattr(one, column.name) for one in rollouts], column.type) for column in SCHEMA]
     return pa.Table.from_arrays(columns, schema=SCHEMA)
 
 
 def rollouts_from_table(table: pa.Table) -> list[Rollout]:
-    """Returns the rollouts of a table that has the columns of SCHEMA."""
-    columns = [_values(table.column(name).combine_chunks()) for name in SCHEMA.names]
+    """Returns the rollouts of a table that has the columns of SCHEMA; their arrays are parts of the table's."""
+    columns = [_values(table.column(column.name).combine_chunks(), column.type) for column in SCHEMA]
     return [Rollout(**dict(zip(SCHEMA.names, row, strict=True))) for row in zip(*columns, strict=True)]
 
 
@@ -61,7 +63,8 @@ def decode_rollouts(content: bytes) -> list[Rollout] | None:
 
 def rollout_to_record(rollout: Rollout) -> dict[str, Any]:
     """Returns the rollout's fields by name, ready for `json.dumps`."""
-    return {name: getattr(rollout, name) for name in SCHEMA.names}
+    values = {name: getattr(rollout, name) for name in SCHEMA.names}
+    return {name: value.array.tolist() if isinstance(value, Numbers) else value for name, value in values.items()}
 
 
 def rollout_from_record(record: Any) -> Rollout:
@@ -81,31 +84,46 @@ def rollout_from_record(record: Any) -> Rollout:
     return Rollout(**{name: _frozen(record[name]) for name in SCHEMA.names if name in record})
 
 
-def _values(array: pa.Array) -> list[Any]:
-    """Returns the array's values, lists as tuples; `to_pylist` is slower: it makes a scalar of each element first."""
-    if pa.types.is_list(array.type):
-        values = _values(array.values)
-        return [tuple(values[start:end]) for start, end in pairwise(array.offsets.to_pylist())]
-    return array.to_pylist() if pa.types.is_string(array.type) else array.to_numpy(zero_copy_only=False).tolist()
+def _column(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
+    """Returns a column of SCHEMA. Ids and logprobs are copied as a whole, because there are millions of them."""
+    if kind not in _ARRAYS or not values:
+        return pa.array(values, type=kind)
+    offsets = np.array(list(accumulate(map(len, values), initial=0)), dtype=np.int32)
+    return pa.ListArray.from_arrays(offsets, np.concatenate([one.array for one in values]), type=kind)
+
+
+def _values(column: pa.Array, kind: pa.DataType) -> list[Any]:
+    """Returns the values of a column of SCHEMA: arrays for ids and logprobs, tuples for spans."""
+    if kind not in _ARRAYS:
+        return [_frozen(value) for value in column.to_pylist()]
+    numbers = column.values.cast(kind.value_type).to_numpy()
+    return [Numbers(numbers[start:end], _ARRAYS[kind]) for start, end in pairwise(column.offsets.to_pylist())]
 
 
 def _frozen(value: Any) -> Any:
     return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
+def _is_int64(value: Any) -> bool:
+    return type(value) is int and -(2**63) <= value < 2**63
+
+
 def _check_type(name: str, kind: pa.DataType, value: Any) -> None:
     if kind == _SPANS:
         expected = "a list of [start, end]"
         fits = isinstance(value, list) and all(
-            isinstance(pair, list) and [type(bound) for bound in pair] == [int, int] for pair in value
+            isinstance(pair, list) and len(pair) == 2 and all(map(_is_int64, pair)) for pair in value
         )
     elif pa.types.is_list(kind):
         python = _PYTHON[kind.value_type]
         expected = f"a list of {python.__name__}"
         fits = isinstance(value, list) and all(type(element) is python for element in value)
+        if fits and python is int and value and not (_is_int64(min(value)) and _is_int64(max(value))):
+            raise ValueError(f"{name} has {min(value)} to {max(value)}, which is outside the range of int64")
     else:
         expected = f"of type {_PYTHON[kind].__name__}"
-        fits = type(value) is _PYTHON[kind]
+        fits = _is_int64(value) if kind == pa.int64() else type(value) is _PYTHON[kind]
+        expected += " within int64" * (type(value) is int and not fits)
     if not fits:
         raise ValueError(f"{name} is {value!r:.80}, not {expected}")
 

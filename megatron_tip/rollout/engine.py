@@ -10,10 +10,16 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_tip.config import Config
 from megatron_tip.conversion.model_folder import ModelFolder
+from megatron_tip.placement.placement import Placement
 from megatron_tip.records import Prompt, Rollout
+from megatron_tip.rollout.handover.exchange import HandleExchange
 from megatron_tip.seeds import derive_seed
 
 FINISH_REASONS = ("stop", "length", "turns")
+
+WEIGHTS, CACHE = "weights", "cache"
+ALL_MEMORY = frozenset({WEIGHTS, CACHE})
+"""What a server holds of its device's memory."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +51,16 @@ class SamplingParams:
 class EngineNeeds:
     """The inputs that engines are built from.
 
-    `student`: as trained, without its dropped layers. `vocab_size`: ids that student and teacher share. `device`: the
-    first process's. `num_threads`: CPU threads of all workers on this machine; an engine in the first process may use
-    all of them, because the others wait for it. `dtype`: of the engine's weights. `weights_dtype`: of the student's
-    parameters in the stream.
+    `student`: as trained, without its dropped layers. `placement`: where servers run. `vocab_size`: ids that student
+    and teacher share. `device`: the first process's. `num_threads`: CPU threads of all workers on this machine; an
+    engine in the first process may use all of them, because the others wait for it. `dtype`: of the engine's weights.
+    `weights_dtype`: of the student's parameters in the stream. `exchange`: this rank's part in weight syncs by IPC, if
+    other ranks take part. `releases_memory`: `hold_memory` will be called, for which servers need a memory saver.
     """
 
     config: Config
     student: ModelFolder
+    placement: Placement
     vocab_size: int
     tokenizer: PreTrainedTokenizerBase
     stop_token_ids: tuple[int, ...]
@@ -60,6 +68,8 @@ class EngineNeeds:
     num_threads: int
     dtype: torch.dtype
     weights_dtype: torch.dtype
+    exchange: HandleExchange | None = None
+    releases_memory: bool = False
 
 
 class RolloutEngine(ABC):
@@ -92,6 +102,19 @@ class RolloutEngine(ABC):
 
     def wait(self) -> None:  # noqa: B027
         """Waits until nothing is being generated."""
+
+    def wait_for_receivers(self) -> None:  # noqa: B027
+        """Waits until `update_weights` can send; a stop signal may interrupt this, but not `update_weights`."""
+
+    def hold_memory(self, held: frozenset[str], *, may_start: bool) -> None:  # noqa: B027
+        """Makes servers hold exactly `held`, some of ALL_MEMORY, and give back the rest of their device's memory.
+
+        Weights that were given back have no values until `update_weights`; `generate` and `input_logprobs` need all.
+        A server that fails to is left out. Nothing may be in progress.
+
+        Args:
+            may_start: whether a server of our own that ended may take memory to start again.
+        """
 
     def input_logprobs(self, input_ids: Sequence[int]) -> dict[str, list[float]]:
         """Returns the logprobs of all ids but the first, given the ids before them, by server with the last weights.
@@ -128,6 +151,12 @@ class EngineWrapper(RolloutEngine):
 
     def wait(self) -> None:
         self._engine.wait()
+
+    def wait_for_receivers(self) -> None:
+        self._engine.wait_for_receivers()
+
+    def hold_memory(self, held: frozenset[str], *, may_start: bool) -> None:
+        self._engine.hold_memory(held, may_start=may_start)
 
     def input_logprobs(self, input_ids: Sequence[int]) -> dict[str, list[float]]:
         return self._engine.input_logprobs(input_ids)

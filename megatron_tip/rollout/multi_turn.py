@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_tip.config import RolloutConfig
 from megatron_tip.errors import EngineError, WeightsLostError
-from megatron_tip.records import Prompt, Rollout
+from megatron_tip.records import Prompt, Rollout, logprobs, token_ids
 from megatron_tip.rollout.engine import EngineWrapper, RolloutEngine, SamplingParams
 from megatron_tip.rollout.environments.environment import Environment, EnvironmentFactory, Observation
 from megatron_tip.rollout.environments.registry import load_environment
@@ -202,8 +202,8 @@ class _Episode:
             length = self.spans.pop()[0]
         return replace(
             self.first_turn,
-            response_ids=tuple(self.ids[:length]),
-            rollout_logprobs=tuple(self.logprobs[:length]),
+            response_ids=token_ids(self.ids[:length]),
+            rollout_logprobs=logprobs(self.logprobs[:length]),
             finish_reason=self.finish_reason,
             weight_version=min(self.weight_versions),
             environment_spans=tuple(self.spans),

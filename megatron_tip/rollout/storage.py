@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_tip.errors import InputError
-from megatron_tip.files import atomic_write_text, output_errors
+from megatron_tip.files import atomic_write_text, output_errors, parse_json
 from megatron_tip.records import Prompt, Rollout
 from megatron_tip.rollout.codec import rollout_from_record, rollout_to_record
 
@@ -54,7 +54,7 @@ def _rollout(where: str, line: bytes) -> Rollout:
     try:
         if not line.endswith(b"\n"):
             raise ValueError("the line has no newline: the file was cut off")
-        return rollout_from_record(json.loads(line))
+        return rollout_from_record(parse_json(line))
     except ValueError as error:
         raise InputError(
             f"{where}: expected a rollout as written by write_rollouts, got a broken line: {error}"

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tip.batching.step_batch import StepBatch
 from megatron_tip.config import Config
-from megatron_tip.records import Rollout, TokenIndex, TokenSelection
+from megatron_tip.records import Numbers, Rollout, TokenIndex, TokenSelection
 from megatron_tip.selection import Calibration, Selector
 from megatron_tip.selection.replicas import Replicas
 from megatron_tip.statistics import STATISTICS, TokenStatistics
@@ -46,12 +47,17 @@ def _rollout(place: int, samples: int, num_prompt_tokens: int, num_response_toke
     return Rollout(
         prompt_index=place // samples,
         sample_index=place % samples,
-        prompt_ids=(1,) * num_prompt_tokens,
-        response_ids=(1,) * num_response_tokens,
-        rollout_logprobs=(-1.0,) * num_response_tokens,
+        prompt_ids=_ones(num_prompt_tokens),
+        response_ids=_ones(num_response_tokens),
+        rollout_logprobs=Numbers(np.broadcast_to(np.float64(-1), num_response_tokens), float),
         finish_reason="stop",
         weight_version=STEP - 1,
     )
+
+
+def _ones(count: int) -> Numbers[int]:
+    """Returns `count` ids that take no memory."""
+    return Numbers(np.broadcast_to(np.int64(1), count), int)
 
 
 class WholeReplicas(Replicas):

@@ -1,7 +1,7 @@
 """The devices that a plan can assume, and the time that work and messages take on one.
 
 The model is first-order: nothing overlaps, matrix products run at a share of the peak, everything else at a share of
-the memory's bandwidth, and no phase is faster than its operations can be started.
+the memory's bandwidth, and no phase is faster than its operations can be started. A CPU does one after the other.
 """
 
 import difflib
@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from megatron_tip.errors import ConfigError
-from megatron_tip.simulation.ledger import Route, Traffic, Work
+from megatron_tip.simulation.ledger import Ledger, Route, Traffic, Work
+from megatron_tip.simulation.tensors import CountedTensors
 
 _TABLE = Path(__file__).with_name("devices.toml")
 
@@ -30,6 +31,7 @@ class Device:
     link_gb_per_s: float
     network_gb_per_s: float
     source: str
+    host_gb_per_s: float = 25.0
     link_latency_us: float = 10.0
     network_latency_us: float = 25.0
     launch_us: float = 5.0
@@ -37,11 +39,20 @@ class Device:
     memory_share: float = 0.75
     link_share: float = 0.75
 
+    @property
+    def is_gpu(self) -> bool:
+        return self.name != "cpu"
+
+    @property
+    def memory_bytes(self) -> float:
+        return self.memory_gib * 2**30
+
     def seconds_of(self, work: Work) -> float:
-        """Returns the time of a phase's arithmetic."""
+        """Returns the time of a phase's arithmetic. A GPU works while the host starts the next operations."""
         matrix = work.matrix_flops / (self.tflops * 1e12 * self.matrix_share)
         memory = work.memory_bytes / (self.memory_tb_per_s * 1e12 * self.memory_share)
-        return max(matrix + memory, work.num_operations * self.launch_us * 1e-6)
+        starting = work.num_operations * self.launch_us * 1e-6
+        return max(matrix + memory, starting) if self.is_gpu else matrix + memory + starting
 
     def seconds_of_traffic(self, route: Route, traffic: Traffic, *, gpus_per_node: int) -> float:
         """Returns the time of the messages of one route, by ring algorithms over the slowest of its links."""
@@ -94,8 +105,7 @@ def calibrate(path: Path) -> Device:
     large = torch.rand(2**24)
     copied = torch.empty_like(large)
     bandwidth = 2 * large.nbytes / _best_seconds(lambda: copied.copy_(large), repeats)
-    small = torch.rand(8)
-    launch = _best_seconds(lambda: [small.add(1.0) for _ in range(1000)], repeats) / 1000
+    launch = _seconds_per_operation(repeats)
     device = Device(
         name="cpu",
         tflops=flops / 1e12,
@@ -117,6 +127,21 @@ def calibrate(path: Path) -> Device:
     ]
     path.write_text("\n".join(["[cpu]", *lines, ""]))
     return device
+
+
+def _seconds_per_operation(repeats: int) -> float:
+    """Returns what an operation costs besides its arithmetic: of small layers, forward and backward."""
+    layers = [(torch.nn.RMSNorm(64), torch.nn.Linear(64, 64), torch.nn.SiLU()) for _ in range(16)]
+    model = torch.nn.Sequential(*(part for layer in layers for part in layer))
+    rows = torch.rand(8, 64)
+
+    def step() -> None:
+        model(rows).sum().backward()
+
+    ledger = Ledger()
+    with CountedTensors(ledger):
+        step()
+    return _best_seconds(step, 8 * repeats) / ledger.work[ledger.phase].num_operations
 
 
 def _best_seconds(action: Callable[[], object], repeats: int) -> float:

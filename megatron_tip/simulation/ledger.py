@@ -11,6 +11,8 @@ from torch import Tensor
 
 BUILD, BETWEEN = "build", "between"
 """The phase of set-up (models, optimizer, groups), and what happens between the phases of a step."""
+EXCHANGE = "exchange"
+"""The second part of the phase "teacher", with a peak of its own: rows go to the student's ranks."""
 
 
 @dataclass
@@ -25,10 +27,10 @@ class Peak:
 class Work:
     """Arithmetic of a phase. `memory_bytes`: read and written by operations other than matrix products."""
 
-    matrix_flops: int = 0
-    matrix_bytes: int = 0
-    memory_bytes: int = 0
-    num_operations: int = 0
+    matrix_flops: float = 0
+    matrix_bytes: float = 0
+    memory_bytes: float = 0
+    num_operations: float = 0
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,8 @@ class Traffic:
     together; gather: this rank's part; all-to-all: everything that this rank sends.
     """
 
-    num_messages: int = 0
-    num_bytes: int = 0
+    num_messages: float = 0
+    num_bytes: float = 0
 
 
 class Ledger:
@@ -70,8 +72,10 @@ class Ledger:
         self.host_syncs: Counter[str] = Counter()
         self.labels: dict[str, tuple[str, tuple[int, ...]]] = {}
         self._phases = [BUILD]
+        self._moment = ""
         self._purposes = ["other"]
         self._share = 1.0
+        self.is_paused = False
         self._total = 0
         self._storages: dict[int, tuple[weakref.ref[torch.UntypedStorage], str, int]] = {}
 
@@ -92,7 +96,15 @@ class Ledger:
     def leave(self, *_: object) -> None:
         """Ends the phase; a PhaseTimer's `on_exit`."""
         self._phases.pop()
+
+    def begin_moment(self, name: str) -> None:
+        """Gives what follows a peak of its own, until `end_moment`; all else still belongs to the phase."""
+        self._moment = name
         self._update_peak()
+
+    def end_moment(self) -> None:
+        """Ends what `begin_moment` began, if anything."""
+        self._moment = ""
 
     @contextmanager
     def purpose(self, name: str) -> Iterator[None]:
@@ -111,6 +123,15 @@ class Ledger:
             yield
         finally:
             self._share = outer
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Counts nothing in the block, neither memory nor arithmetic."""
+        before, self.is_paused = self.is_paused, True
+        try:
+            yield
+        finally:
+            self.is_paused = before
 
     def hold(self, tensor: Tensor) -> None:
         """Counts a tensor's storage from now on until it is freed, unless it is counted already."""
@@ -154,7 +175,7 @@ class Ledger:
             self._update_peak()
 
     def _update_peak(self) -> None:
-        peak = self.peaks[self.phase]
+        peak = self.peaks[self._moment or self.phase]
         if self._total > peak.total:
             peak.total = self._total
             peak.parts = {name: size for name, size in self.live.items() if size}

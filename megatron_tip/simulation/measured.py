@@ -1,5 +1,6 @@
 """The same account of a real rank: a step on real tensors over real process groups, to check the simulated one."""
 
+import time
 from collections.abc import Sequence
 
 import torch.distributed as dist
@@ -10,7 +11,8 @@ from megatron_tip.parallel.distributed import Worker
 from megatron_tip.planning.plan import plan_run
 from megatron_tip.records import Rollout
 from megatron_tip.simulation.assumptions import STEP
-from megatron_tip.simulation.ledger import Ledger, Route, Traffic
+from megatron_tip.simulation.ledger import EXCHANGE, Ledger, Route, Traffic
+from megatron_tip.simulation.parts import with_receiver
 from megatron_tip.simulation.rank import label_groups
 from megatron_tip.simulation.tensors import CountedTensors
 from megatron_tip.teachers.megatron import MegatronTeacher
@@ -28,6 +30,7 @@ def measure_rank(config: Config, worker: Worker, rollouts: Sequence[Rollout]) ->
         run = build_run(config, plan, worker, timer, num_threads=1, generates=False)
         assert isinstance(run.teacher, MegatronTeacher), "a teacher behind servers has no rank"
         label_groups(ledger, run.student.groups, run.teacher.groups)
+        run = with_receiver(run, worker.rank)
         ledger.end_build()
         learn(run, run.batch_of(rollouts), STEP)
         with timer.phase("sync"):
@@ -35,11 +38,26 @@ def measure_rank(config: Config, worker: Worker, rollouts: Sequence[Rollout]) ->
     return ledger
 
 
+def time_rank(config: Config, worker: Worker, rollouts: Sequence[Rollout], *, repeats: int = 3) -> float:
+    """Returns the seconds of this worker's fastest step and sync of several, after a first one. Collective."""
+    timer = PhaseTimer(worker.device)
+    run = build_run(config, plan_run(config, dist.get_world_size()), worker, timer, num_threads=1, generates=False)
+    run = with_receiver(run, worker.rank)
+    batch, seconds = run.batch_of(rollouts), []
+    for _ in range(repeats + 1):
+        dist.barrier()
+        start = time.perf_counter()
+        learn(run, batch, STEP)
+        weight_sync.stream_weights(run, STEP)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])
+
+
 def peaks_of(ledger: Ledger) -> dict[str, int]:
-    """Returns the peak of live bytes of each phase; the optimizer's update counts as part of training."""
+    """Returns the peak of live bytes of each phase, of which the simulated one has more."""
     found: dict[str, int] = {}
     for phase, peak in ledger.peaks.items():
-        name = "train" if phase == "update" else phase
+        name = {"update": "train", EXCHANGE: "teacher"}.get(phase, phase)
         found[name] = max(found.get(name, 0), peak.total)
     return found
 

@@ -3,8 +3,8 @@
 Each subclass calls the product's method; it adds what other ranks would send, and the purpose of what is created.
 """
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,13 +18,18 @@ from megatron_tip.conversion.weight_map import hf_shapes
 from megatron_tip.models.pipeline import LastStage
 from megatron_tip.models.student import Student
 from megatron_tip.parallel.groups import ModelGroups
-from megatron_tip.records import MicroBatch, TokenIndex, TokenSelection
+from megatron_tip.records import MicroBatch, Prompt, Rollout, TokenIndex, TokenSelection
+from megatron_tip.rollout.engine import RolloutEngine, SamplingParams
 from megatron_tip.selection import Calibration, Selector
 from megatron_tip.simulation.assumptions import AssumedSelection, selected_rows_of
-from megatron_tip.simulation.ledger import Ledger
+from megatron_tip.simulation.ledger import EXCHANGE, Ledger
 from megatron_tip.simulation.world import Answers
 from megatron_tip.statistics import TokenStatistics
 from megatron_tip.teachers.megatron import HiddenRows, MegatronTeacher
+from megatron_tip.training.run import RolloutSource, TrainingRun
+
+ROWS_SENT, ROWS_RECEIVED = "teacher: rows to send", "teacher: rows of a step"
+"""The purposes whose bytes grow with the rows of a step; others belong to a few micro-batches, or are small."""
 
 
 class ShapesOnly(HfCheckpoint):
@@ -64,7 +69,7 @@ class Pipe:
 
     def expect(self, micro_batches: Sequence[MicroBatch], *, backward: bool) -> None:
         """Tells the shapes of one pass, which every stage learns from its neighbours."""
-        shapes = [(batch.shape[1] // self.sequence_parts, batch.shape[0], self.hidden_size) for batch in micro_batches]
+        shapes = [(sum(batch.lengths) // self.sequence_parts, 1, self.hidden_size) for batch in micro_batches]
         if not self.groups.is_first_stage:
             self.answers.forward_shapes.extend(shapes)
         if backward and not self.groups.is_last_stage:
@@ -109,11 +114,18 @@ class SimulatedTeacher(MegatronTeacher):
         self.pipe.expect([batch.micro_batch(*place) for place in self.served(batch)], backward=False)
         with self.ledger.purpose("teacher: activations"):
             rows = super().ask(batch)
+        self.ledger.end_moment()
         if rows is not None:
-            self.ledger.assign("teacher: rows of a step", [rows.states])
+            self.ledger.assign(ROWS_RECEIVED, [rows.states])
             replica = self.student_groups.dp_rank
             self.remaining[:] = self.assumed.statistics_of(replica, batch.num_rows()[replica])
         return rows
+
+    def _forward(self, batch: StepBatch) -> dict[tuple[int, int], Tensor]:
+        outgoing = super()._forward(batch)
+        self.ledger.assign(ROWS_SENT, list(outgoing.values()))
+        self.ledger.begin_moment(EXCHANGE)
+        return outgoing
 
     def statistics(
         self,
@@ -132,6 +144,23 @@ class SimulatedTeacher(MegatronTeacher):
     def loss(self, student: Student, hidden: Tensor, rows: HiddenRows, labels: Tensor, row_weights: Tensor) -> Tensor:
         with self.ledger.purpose("loss"):
             return super().loss(student, hidden, rows, labels, row_weights)
+
+
+class Receiver(RolloutEngine):
+    """An engine that takes weights as fast as they come, and does nothing with them."""
+
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
+        raise AssertionError("a simulated step is given its rollouts")
+
+    def update_weights(self, weights: Iterable[tuple[str, Tensor]], weight_version: int) -> None:
+        for _ in weights:
+            pass
+
+
+def with_receiver(run: TrainingRun, rank: int) -> TrainingRun:
+    """Returns the run with an engine in the first process that only receives weights."""
+    nothing: Any = None  # no prompts
+    return replace(run, source=RolloutSource(nothing, Receiver())) if rank == 0 else run
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,97 +5,77 @@ from dataclasses import dataclass
 
 from megatron_tip.batching.step_batch import StepBatch
 from megatron_tip.config import Config
-from megatron_tip.conversion.model_size import layer_parameters
 from megatron_tip.errors import ConfigError
 from megatron_tip.machine import Machine
-from megatron_tip.parallel.grid import ModelGrid
-from megatron_tip.planning.dtypes import Dtypes
-from megatron_tip.planning.memory_estimate import has_servers_beside
+from megatron_tip.placement.hosts import Hosts
+from megatron_tip.placement.placement import num_workers_on
+from megatron_tip.planning.memory_estimate import GATHERED_BYTES
 from megatron_tip.planning.plan import Outline, outline_run
 from megatron_tip.records import Rollout
+from megatron_tip.simulation.account import Account
 from megatron_tip.simulation.assumptions import AssumedSelection, assumed_rollouts
 from megatron_tip.simulation.device import Device, crosses_nodes
-from megatron_tip.simulation.ledger import Route
-from megatron_tip.simulation.rank import SimulatedRank, simulate_rank, step_batch
+from megatron_tip.simulation.kinds import RankKind, beside_bytes, offloaded, rank_kinds
+from megatron_tip.simulation.layers import CountedRank, count_rank
+from megatron_tip.simulation.ledger import EXCHANGE
+from megatron_tip.simulation.parts import ROWS_RECEIVED, ROWS_SENT
+from megatron_tip.simulation.rank import step_batch
+from megatron_tip.simulation.timing import (
+    PER_TOKEN,
+    STEP_PHASES,
+    Generation,
+    generation_of,
+    message_scale,
+    seconds_of,
+)
 from megatron_tip.teachers.setup import teacher_kind
 
-PASSES = ("teacher", "score", "train")
-"""The phases that go through a pipeline."""
-PHASES = ("teacher", "score", "select", "train", "update", "sync")
 BATCHES = ("longest", "typical")
-PER_TOKEN = ("teacher", "score", "select", "train")
-"""The phases whose work grows with the tokens of a step."""
-
-
-@dataclass(frozen=True)
-class RankKind:
-    """Ranks that do the same: `rank` stands for `count` of them. `stages`: of student and teacher, in words."""
-
-    rank: int
-    stages: str
-    count: int
-    has_server: bool
-
-
-TEACHER_ROWS = "teacher: rows of a step"
-"""The purpose whose bytes grow with the rows of a step; others belong to a few micro-batches, or are small."""
+SET_ASIDE = 0.1
+"""Share of a GPU's memory for what is not counted: CUDA's context, NCCL's buffers, fragmentation."""
 
 
 @dataclass(frozen=True)
 class PlannedRank:
     """A kind of rank in one batch.
 
-    `scale`: tokens of the step over those simulated, a few micro-batches. `server_bytes`: of SGLang on the same GPU.
-    `seconds`: by phase, messages and waiting in the pipeline included.
+    `live`: bytes by phase and purpose at the phase's peak, of a whole step, with what shares the GPU, without what is
+    in host memory. `scale`: tokens of the step over those simulated, a few micro-batches. `num_trained`: of these
+    micro-batches. `seconds`: by phase, messages and waiting in the pipeline included.
     """
 
     kind: RankKind
     batch: str
-    simulated: SimulatedRank
+    account: Account
+    live: dict[str, dict[str, float]]
     scale: float
-    server_bytes: float
+    num_trained: int
     seconds: dict[str, float]
     gpus_per_node: int
 
     @property
     def peak_phase(self) -> str:
         """The phase with the most live bytes."""
-        return max(self.simulated.ledger.peaks, key=lambda phase: sum(self.parts(phase).values()))
+        return max(self.live, key=lambda phase: sum(self.live[phase].values()))
 
     @property
     def peak_bytes(self) -> float:
         """The most bytes that live at once on this GPU."""
-        return sum(self.parts(self.peak_phase).values())
-
-    def parts(self, phase: str) -> dict[str, float]:
-        """Returns the bytes at the phase's peak by purpose, of a whole step."""
-        parts: dict[str, float] = dict(self.simulated.ledger.peaks[phase].parts)
-        if TEACHER_ROWS in parts:
-            parts[TEACHER_ROWS] *= self.scale
-        return parts | ({"SGLang server": self.server_bytes} if self.server_bytes else {})
+        return sum(self.live[self.peak_phase].values())
 
     def flops(self, phase: str) -> float:
         """Returns the phase's floating-point operations in matrix products and attention."""
-        return self.simulated.ledger.work[phase].matrix_flops * (self.scale if phase in PER_TOKEN else 1)
+        return self.account.work(phase).matrix_flops * (self.scale if phase in PER_TOKEN else 1)
 
     def bytes_sent(self) -> dict[tuple[str, str, bool], float]:
         """Returns the bytes of a step's messages by phase, group and whether they leave their node."""
         found: dict[tuple[str, str, bool], float] = {}
-        for route, traffic in self.simulated.ledger.traffic.items():
-            if route.phase not in PHASES or len(route.ranks) < 2:
+        for route, traffic in self.account.traffic().items():
+            if route.phase not in STEP_PHASES or len(route.ranks) < 2:
                 continue
             key = (route.phase, route.group, crosses_nodes(route, self.gpus_per_node))
             found[key] = found.get(key, 0.0) + traffic.num_bytes * message_scale(route, self.scale)
         return found
-
-
-@dataclass(frozen=True)
-class Generation:
-    """The generation of a step's rollouts by `num_servers` engines."""
-
-    num_tokens: int
-    num_servers: int
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -104,12 +84,14 @@ class Plan:
 
     config: Config
     device: Device
-    world_size: int
-    gpus_per_node: int
     outline: Outline
     ranks: list[PlannedRank]
     generation: dict[str, Generation]
     notes: list[str]
+
+    @property
+    def hosts(self) -> Hosts:
+        return self.outline.placement.hosts
 
     @property
     def fits(self) -> bool:
@@ -117,35 +99,54 @@ class Plan:
 
     @property
     def missing_bytes(self) -> float:
-        """The bytes that the fullest GPU lacks, with a tenth of it left for CUDA, NCCL and fragmentation."""
-        return max(rank.peak_bytes for rank in self.ranks) - 0.9 * self.device.memory_gib * 2**30
+        """The bytes that the fullest GPU lacks, with `SET_ASIDE` of it left free."""
+        return self.fullest.peak_bytes - (1 - SET_ASIDE) * self.device.memory_bytes
+
+    @property
+    def fullest(self) -> PlannedRank:
+        return max(self.ranks, key=lambda rank: rank.peak_bytes)
 
     def phase_seconds(self, batch: str) -> dict[str, float]:
         """Returns the time of each phase on its slowest rank, without generation."""
         own = [rank for rank in self.ranks if rank.batch == batch]
-        return {phase: max(rank.seconds[phase] for rank in own) for phase in PHASES}
+        return {phase: max(rank.seconds[phase] for rank in own) for phase in STEP_PHASES}
 
     def step_seconds(self, batch: str) -> float:
         """Returns the time of a step; a batch that is generated ahead overlaps with the training of the one before."""
         training, generating = sum(self.phase_seconds(batch).values()), self.generation[batch].seconds
         return max(training, generating) if self.config.rollout.ahead else training + generating
 
+    def gpu_hours(self, batch: str) -> float:
+        """Returns the time of all steps on all GPUs of the nodes."""
+        gpus = len(self.hosts.gpus) * self.hosts.nodes or self.hosts.workers
+        return self.step_seconds(batch) * self.config.training.steps * gpus / 3600
+
     def bubble(self, batch: str) -> float:
         """Returns the share of the training pass in which a stage waits for its first or after its last micro-batch."""
         stages = self.outline.student_grid.pp_size - 1
-        counts = [rank.simulated.num_trained * rank.scale for rank in self.ranks if rank.batch == batch]
+        counts = [rank.num_trained * rank.scale for rank in self.ranks if rank.batch == batch]
         return stages / (max(counts) + stages)
+
+
+def planned_hosts(config: Config, nodes: int, gpus_per_node: int, device: Device) -> Hosts:
+    """Returns training nodes whose GPUs all have a rank, except those that servers have for themselves."""
+    gpus = tuple(range(gpus_per_node)) if device.is_gpu else ()
+    workers = num_workers_on(config, gpus_per_node) if device.is_gpu else gpus_per_node
+    return Hosts(nodes * workers, workers, gpus, by_job=device.is_gpu)
 
 
 def make_plan(
     config: Config,
-    world_size: int,
+    hosts: Hosts,
     device: Device,
     *,
-    gpus_per_node: int,
-    batches: Sequence[str] = ("longest", "typical"),
+    batches: Sequence[str] = BATCHES,
+    by_layers: bool = True,
 ) -> Plan:
-    """Returns the plan of a run on `world_size` GPUs. Needs no weights and no GPU.
+    """Returns the plan of a run on `hosts`. Needs no weights and no GPU.
+
+    Args:
+        by_layers: False simulates whole models, not pairs with few layers.
 
     Raises:
         ConfigError: the run would be refused, or its teacher is behind servers. For other errors see `outline_run`.
@@ -153,76 +154,109 @@ def make_plan(
     if not teacher_kind(config).has_weights:
         raise ConfigError('teacher.kind: expected "megatron" for a plan, got "sglang"; use train --dry-run')
     machine = Machine(is_elsewhere=True)
-    config, notes = as_simulated(config, on_gpu=device.name != "cpu")
-    outline = outline_run(config, world_size, machine)
+    config = as_simulated(config, on_gpu=device.is_gpu)
+    outline = outline_run(config, hosts.workers, machine, hosts)
     if outline.selector.selects_in_one_pass(None) or outline.selector.thresholds == "last_step":
         raise ConfigError("selection: expected a separate scoring pass for a plan; use train --dry-run")
     kinds = rank_kinds(config, outline)
     ranks: list[PlannedRank] = []
     generation = {}
-    for name in BATCHES:
+    for name in batches:
         rollouts = assumed_rollouts(config, longest=name == "longest")
         generation[name] = generation_of(config, outline, device, rollouts)
         batch, scale = shortened(config, outline, rollouts, longest=name == "longest")
         assumed = AssumedSelection.of(outline.selector, batch)
-        metrics = None
+        memory = device.memory_bytes if device.is_gpu else 0
+        counted: dict[str, CountedRank] = {}  # what shares the GPU changes nothing in the simulation
         for kind in kinds:
-            simulated = simulate_rank(
-                config, outline, kind.rank, batch, assumed, metrics=metrics, on_gpu=device.name != "cpu"
-            )
-            metrics = metrics or simulated.metrics
-            server = server_bytes(config, device) if kind.has_server else 0.0
-            seconds = seconds_of(simulated, outline, device, gpus_per_node, scale)
-            ranks.append(PlannedRank(kind, name, simulated, scale, server, seconds, gpus_per_node))
-    return Plan(config, device, world_size, gpus_per_node, outline, ranks, generation, [*machine.notes, *notes])
+            if kind.stages not in counted:
+                metrics = next((one.metrics for one in counted.values()), None)
+                counted[kind.stages] = count_rank(
+                    config,
+                    outline,
+                    kind.rank,
+                    batch,
+                    assumed,
+                    metrics=metrics,
+                    gpu_memory_bytes=memory,
+                    by_layers=by_layers,
+                )
+            ranks.append(_planned(config, outline, device, kind, name, counted[kind.stages], scale))
+    return Plan(config, device, outline, ranks, generation, [*machine.notes, *_notes(device)])
 
 
-def as_simulated(config: Config, *, on_gpu: bool) -> tuple[Config, list[str]]:
-    """Returns the configuration as it is simulated, and what that changes."""
+def _planned(
+    config: Config, outline: Outline, device: Device, kind: RankKind, batch: str, counted: CountedRank, scale: float
+) -> PlannedRank:
+    live = live_bytes(config, outline, device, kind, counted.account, scale)
+    seconds = seconds_of(config, outline, device, counted, scale)
+    per_node = outline.placement.hosts.workers_per_node
+    return PlannedRank(kind, batch, counted.account, live, scale, counted.num_trained, seconds, per_node)
+
+
+def live_bytes(
+    config: Config, outline: Outline, device: Device, kind: RankKind, account: Account, scale: float
+) -> dict[str, dict[str, float]]:
+    """Returns the bytes of each phase by purpose, of a whole step: with what shares the GPU, without what left it."""
+    phases = own_bytes(config, outline, account, scale)
+    for phase, parts in phases.items():
+        for purpose in offloaded(config, phase):
+            parts.pop(purpose, None)
+        if beside := beside_bytes(config, outline, device, kind, phase):
+            parts[kind.beside] = beside
+    return phases
+
+
+def own_bytes(config: Config, outline: Outline, account: Account, scale: float) -> dict[str, dict[str, float]]:
+    """Returns the rank's own bytes of each phase by purpose, simulated and scaled to a step, if nothing leaves the GPU.
+
+    A held-out measurement runs the passes of the teacher and the scoring on its own rollouts, with both models on the
+    device; a checkpoint gathers a piece of the optimizer's state at a time.
+    """
+    phases = {phase: _scaled(account.live(phase), scale) for phase in ("rollout", *STEP_PHASES)}
+    phases["teacher"] = _asking(account, scale)
+    if config.heldout.num_prompts:
+        measured = scale * config.heldout.num_prompts / config.rollout.prompts_per_step
+        measured /= config.rollout.samples_per_prompt
+        phases["measure"] = max(_asking(account, measured), _scaled(account.live("score"), measured), key=_total)
+    gathers = config.optimizer.distributed and outline.student_grid.dp_size > 1
+    piece = {"save: a piece of the optimizer": float(outline.student_grid.dp_size * GATHERED_BYTES)}
+    phases["save"] = phases["rollout"] | (piece if gathers else {})
+    return phases
+
+
+def _asking(account: Account, scale: float) -> dict[str, float]:
+    """Returns the bytes by purpose while the teacher answers: in its last passes, or while rows are exchanged."""
+    exchange, passes = account.live(EXCHANGE), account.live("teacher")
+    # While micro-batches pass, the rows of those before are among the activations.
+    more = max(0.0, scale - 1) * exchange.get(ROWS_SENT, 0.0)
+    return max(passes | ({ROWS_SENT: more} if more else {}), _scaled(exchange, scale), key=_total)
+
+
+def _scaled(parts: dict[str, float], scale: float) -> dict[str, float]:
+    return {name: size * (scale if name in (ROWS_SENT, ROWS_RECEIVED) else 1) for name, size in parts.items()}
+
+
+def _total(parts: dict[str, float]) -> float:
+    return sum(parts.values())
+
+
+def _notes(device: Device) -> list[str]:
+    note = "Transformer Engine's layers: torch's own, with fused attention, are simulated in their place"
+    return [note] if device.is_gpu else []
+
+
+def as_simulated(config: Config, *, on_gpu: bool) -> Config:
+    """Returns the configuration as it is simulated."""
     sections = config.model_dump()
-    notes = ["Transformer Engine's layers: torch's own, with fused attention, are simulated in their place"]
-    if config.rollout.engine == "embedded":
-        notes.append("the memory of the embedded engine on the first GPU; train --dry-run estimates it")
     for name in ("model", "teacher"):
         if sections[name]["dtype"] == "auto" and on_gpu:
             sections[name]["dtype"] = "bfloat16"
         sections[name]["transformer_impl"] = "local"
     sections["tracking"]["view_every_steps"] = 0
-    sections["loss"]["compile"] = False
-    return Config.model_validate(sections), notes
-
-
-def rank_kinds(config: Config, outline: Outline) -> list[RankKind]:
-    """Returns one rank of each kind, the rank that reports the step's metrics first.
-
-    Ranks differ by their stage of either model (first, middle, last) and by a server on the same GPU. Where they differ
-    by replica, replica 0 stands for all: it also sends its weights to the engine.
-    """
-    student, teacher = outline.student_grid, outline.teacher_grid
-    found: dict[tuple[str, bool], list[int]] = {}
-    beside = servers_beside(config, student.world_size)
-    for rank in range(student.world_size):
-        stages = f"student {_stage(student, rank)}, teacher {_stage(teacher, rank)}"
-        found.setdefault((stages, rank in beside), []).append(rank)
-    reporter = student.rank_at(tp=0, dp=0, pp=student.pp_size - 1)
-    kinds = []
-    for (stages, has_server), ranks in found.items():
-        kinds.append(RankKind(reporter if reporter in ranks else ranks[0], stages, len(ranks), has_server))
-    return sorted(kinds, key=lambda kind: (kind.rank != reporter, kind.rank))
-
-
-def servers_beside(config: Config, world_size: int) -> set[int]:
-    """Returns the ranks that share their GPU with a server of the run's own."""
-    if not has_servers_beside(config, world_size):
-        return set()
-    if config.sglang.gpus:
-        return {gpu for gpu in config.sglang.gpus if gpu < world_size}
-    return set(range(min(world_size, config.rollout.servers * config.sglang.tensor_parallel_size)))
-
-
-def server_bytes(config: Config, device: Device) -> float:
-    """Returns the memory that a server takes on its GPU."""
-    return config.sglang.memory_fraction * device.memory_gib * 2**30
+    if not on_gpu:
+        sections["loss"]["kernels"] = "eager"
+    return Config.model_validate(sections)
 
 
 def shortened(
@@ -243,55 +277,3 @@ def shortened(
     kept = assumed_rollouts(config, longest=longest, count=count)
     short = step_batch(config, outline, kept)
     return short, whole.num_model_tokens() / short.num_model_tokens()
-
-
-def message_scale(route: Route, scale: float) -> float:
-    """Returns how many times more messages of this route a whole step has: those of its micro-batches grow."""
-    is_of_pass = route.group.removeprefix("teacher ") in ("tp", "pp") or route.peer is not None
-    return scale if route.phase in PASSES and is_of_pass else 1.0
-
-
-def seconds_of(
-    simulated: SimulatedRank, outline: Outline, device: Device, gpus_per_node: int, scale: float
-) -> dict[str, float]:
-    """Returns the time of each phase on one rank: arithmetic, messages, and waiting in the pipeline."""
-    ledger, seconds = simulated.ledger, {}
-    for phase in PHASES:
-        busy = device.seconds_of(ledger.work[phase]) * (scale if phase in PER_TOKEN else 1)
-        for route, traffic in ledger.traffic.items():
-            if route.phase == phase:
-                alone = device.seconds_of_traffic(route, traffic, gpus_per_node=gpus_per_node)
-                busy += alone * message_scale(route, scale)
-        grid = outline.teacher_grid if phase == "teacher" else outline.student_grid
-        counts = {"teacher": simulated.num_taught, "score": simulated.num_scored, "train": simulated.num_trained}
-        count = counts.get(phase, 0) * scale
-        seconds[phase] = busy * (count + grid.pp_size - 1) / count if count else busy
-    return seconds
-
-
-def generation_of(config: Config, outline: Outline, device: Device, rollouts: Sequence[Rollout]) -> Generation:
-    """Returns the time that the engines need, bound by their memory's bandwidth.
-
-    Each token position of the longest response reads the weights once; each token also reads the keys and values of
-    its context. Prompts, sampling and host time are left out. Servers given by URL count as their own GPUs.
-    """
-    student = outline.student.architecture
-    num_servers = max(1, len(config.rollout.server_urls) or config.rollout.servers)
-    if config.rollout.engine == "embedded":
-        num_servers = 1
-    tokens = sum(len(rollout.response_ids) for rollout in rollouts)
-    longest = max(len(rollout.response_ids) for rollout in rollouts)
-    contexts = sum(len(one.response_ids) * (len(one.prompt_ids) + len(one.response_ids) / 2) for one in rollouts)
-    itemsize = Dtypes.of(config).engine.itemsize
-    cached = 2 * student.num_layers * student.num_query_groups * student.head_dim * itemsize
-    weights = (student.num_layers * layer_parameters(student) + student.vocab_size * student.hidden_size) * itemsize
-    split = config.sglang.tensor_parallel_size
-    bandwidth = device.memory_tb_per_s * 1e12 * device.memory_share * split
-    return Generation(tokens, num_servers, (longest * weights + contexts * cached / num_servers) / bandwidth)
-
-
-def _stage(grid: ModelGrid, rank: int) -> str:
-    place = grid.coordinates(rank)[2]
-    if grid.pp_size == 1:
-        return "whole"
-    return "first" if place == 0 else "last" if place == grid.pp_size - 1 else "middle"

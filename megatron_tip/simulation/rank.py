@@ -1,12 +1,13 @@
 """One rank's step in a simulated world, and what it costs."""
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 
 from megatron_tip.batching.step_batch import StepBatch
 from megatron_tip.config import Config
@@ -20,6 +21,7 @@ from megatron_tip.planning.plan import Outline, RunPlan
 from megatron_tip.records import Rollout
 from megatron_tip.simulation.assumptions import STEP, AssumedSelection
 from megatron_tip.simulation.ledger import Ledger
+from megatron_tip.simulation.on_gpu import as_on_gpu
 from megatron_tip.simulation.parts import (
     Pipe,
     ShapesOnly,
@@ -27,6 +29,7 @@ from megatron_tip.simulation.parts import (
     SimulatedStudent,
     SimulatedTeacher,
     settings_of,
+    with_receiver,
 )
 from megatron_tip.simulation.tensors import ReadBack, SimulatedTensors
 from megatron_tip.simulation.world import Answers, simulated_world
@@ -35,9 +38,10 @@ from megatron_tip.training import weight_sync
 from megatron_tip.training.run import TrainingRun
 from megatron_tip.training.setup import build_run
 from megatron_tip.training.step import learn
-from megatron_tip.vocab_parallel import chunks
 
 _CPU = torch.device("cpu")
+_NOTHING = b"\0" + json.dumps(None).encode()
+"""What `together.run_on` sends of an action that returns None."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ def step_batch(config: Config, outline: Outline, rollouts: Sequence[Rollout]) ->
         dp_size=outline.student_grid.dp_size,
         max_tokens=config.training.max_tokens_per_micro_batch,
         pad_token_id=0,
-        sequence_multiple=model.tensor_parallel_size if model.sequence_parallel else 1,
+        token_multiple=model.tensor_parallel_size if model.sequence_parallel else 1,
         device=_CPU,
     )
 
@@ -73,30 +77,35 @@ def simulate_rank(
     assumed: AssumedSelection,
     *,
     metrics: dict[str, float] | None = None,
-    on_gpu: bool = False,
+    gpu_memory_bytes: float = 0,
 ) -> SimulatedRank:
     """Returns one rank of the world after a step of `batch` and a sync of the weights.
 
-    `on_gpu`: its vocabulary-parallel work is cut into blocks as on a GPU; the tensors are always the CPU's.
+    `gpu_memory_bytes`: above 0, logits are worked on as on a GPU of that memory; the tensors are always the CPU's.
     `assumed`: the selection in `batch`, which costs the same for all ranks. `metrics`: those of the step, which the
     last stage computes and sends; None: simulate that stage's first rank first.
     """
     ledger, answers = Ledger(rank), Answers()
     world_size = outline.student_grid.world_size
+    parallel_state.destroy_global_memory_buffer()  # each rank makes its own
     prepare_megatron()
     world = simulated_world(ledger, answers, rank=rank, world_size=world_size)
-    blocks = gpu_blocks() if on_gpu else nullcontext()
-    with world, blocks, SimulatedTensors(ledger), ReadBack(ledger):
+    place = as_on_gpu(ledger, int(gpu_memory_bytes)) if gpu_memory_bytes else nullcontext()
+    with world, place, SimulatedTensors(ledger), ReadBack(ledger):
         timer = PhaseTimer(_CPU, on_enter=ledger.enter, on_exit=ledger.leave)
         run = _build(config, outline, Worker(rank, world_size, 0, _CPU), timer)
-        run = with_assumptions(run, ledger, answers, assumed)
+        run = with_receiver(with_assumptions(run, ledger, answers, assumed), rank)
         ledger.end_build()
         _expect(run, assumed, answers, metrics)
         batch = replace(batch)  # each rank builds its own micro-batches
         found = learn(run, batch, STEP)
         answers.check_used()
+        if rank != 0:
+            answers.broadcasts.extend((_length(_NOTHING), _bytes(_NOTHING)))  # a server can take weights
         with timer.phase("sync"), ledger.purpose("sync: gathered weights"):
             weight_sync.stream_weights(run, STEP)
+        with timer.phase("rollout"):
+            pass  # what stays on the device while rollouts are generated
         assert isinstance(run.teacher, MegatronTeacher), "checked by `plan`"
         replica = run.student.groups.dp_rank
         return SimulatedRank(
@@ -109,17 +118,6 @@ def simulate_rank(
         )
 
 
-@contextmanager
-def gpu_blocks() -> Iterator[None]:
-    """Gives logits on the CPU the blocks of a GPU: a CPU's fit its caches, a row each for a large vocabulary."""
-    before = chunks._CPU_BLOCK_BYTES_PER_THREAD
-    chunks._CPU_BLOCK_BYTES_PER_THREAD = chunks._GPU_BLOCK_BYTES // torch.get_num_threads()
-    try:
-        yield
-    finally:
-        chunks._CPU_BLOCK_BYTES_PER_THREAD = before
-
-
 def _build(config: Config, outline: Outline, worker: Worker, timer: PhaseTimer) -> TrainingRun:
     dtypes = Dtypes.of(config)
     assert outline.teacher is not None, "checked by `plan`"
@@ -130,7 +128,8 @@ def _build(config: Config, outline: Outline, worker: Worker, timer: PhaseTimer) 
     shapes = {one.name: getattr(outline, one.name) for one in fields(Outline)}
     values: dict[str, Any] = shapes | models | {"stop_token_ids": outline.stop_token_ids or (0,)}
     plan = RunPlan(**values)
-    return build_run(config, plan, worker, timer, num_threads=1, generates=False)
+    stays = config.training.model_copy(update={"offload": "none"})  # what leaves the device is no matter of values
+    return build_run(config.model_copy(update={"training": stays}), plan, worker, timer, num_threads=1, generates=False)
 
 
 def with_assumptions(run: TrainingRun, ledger: Ledger, answers: Answers, assumed: AssumedSelection) -> TrainingRun:
@@ -139,7 +138,7 @@ def with_assumptions(run: TrainingRun, ledger: Ledger, answers: Answers, assumed
     assert isinstance(teacher, MegatronTeacher), "checked by `plan`"
     label_groups(ledger, student.groups, teacher.groups)
     assign_purposes(ledger, student, teacher)
-    own_pipe = Pipe(student.groups, run.architecture.hidden_size, student.sequence_multiple, answers)
+    own_pipe = Pipe(student.groups, run.architecture.hidden_size, student.token_multiple, answers)
     names = [one.name for one in fields(Student)]
     simulated_student = SimulatedStudent(**settings_of(student, names), ledger=ledger, pipe=own_pipe)
     simulated_teacher = SimulatedTeacher(
@@ -201,8 +200,8 @@ def _expect(run: TrainingRun, assumed: AssumedSelection, answers: Answers, metri
         if groups.grid.dp_size > 1:
             answers.replicas.extend(assumed.arrivals(groups.dp_rank))
     else:
-        nothing = b"\0" + json.dumps(None).encode()  # the last stage has no calibration to share
-        answers.broadcasts.extend((_length(nothing), _bytes(nothing), assumed.last_selected))
+        # The last stage has no calibration to share.
+        answers.broadcasts.extend((_length(_NOTHING), _bytes(_NOTHING), assumed.last_selected))
     reporter = groups.grid.rank_at(tp=0, dp=0, pp=groups.grid.pp_size - 1)
     if groups.rank != reporter:
         assert metrics is not None, "the reporting rank is simulated first"

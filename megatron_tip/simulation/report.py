@@ -2,7 +2,10 @@
 
 from typing import Any
 
-from megatron_tip.simulation.plan import PER_TOKEN, PHASES, Plan, PlannedRank
+from megatron_tip.placement.table import table_of
+from megatron_tip.simulation.plan import SET_ASIDE, Plan, PlannedRank
+from megatron_tip.simulation.search import Found, overrides_of
+from megatron_tip.simulation.timing import PER_TOKEN, STEP_PHASES
 
 _GIB = 2**30
 
@@ -11,7 +14,9 @@ def as_text(plan: Plan) -> str:
     """Returns the plan as a table for people."""
     device = plan.device
     lines = [
-        f"{plan.world_size} x {device.name}, {plan.gpus_per_node} per node: {_grids(plan)}",
+        f"{plan.hosts.workers} x {device.name}, {plan.hosts.workers_per_node} per node: {grids_of(plan)}",
+        *(table_of(plan.outline.placement) if plan.outline.placement.servers else []),
+        "",
         *_memory_lines(plan),
         "",
         *(line for batch in plan.generation for line in _time_lines(plan, batch)),
@@ -28,8 +33,8 @@ def as_values(plan: Plan) -> dict[str, Any]:
     """Returns the plan as JSON values; bytes, seconds and floating-point operations of a whole step."""
     return {
         "device": plan.device.name,
-        "world_size": plan.world_size,
-        "gpus_per_node": plan.gpus_per_node,
+        "world_size": plan.hosts.workers,
+        "gpus_per_node": plan.hosts.workers_per_node,
         "student": vars(plan.outline.student_grid),
         "teacher": vars(plan.outline.teacher_grid),
         "fits": plan.fits,
@@ -40,58 +45,70 @@ def as_values(plan: Plan) -> dict[str, Any]:
     }
 
 
+def search_lines(found: Found) -> list[str]:
+    """Returns what a search found: the best layouts as overrides, and what is missing where nothing or little fits."""
+    lines = [f"{found.num_tried:,} combinations; the fastest that fit, by the time of a typical step:"]
+    for values, plan in found.best:
+        peak = plan.fullest.peak_bytes / _GIB
+        lines.append(f"{plan.step_seconds('typical'):.1f} s, {peak:.1f} GiB: {overrides_of(values)}")
+    if not found.best:
+        lines.append("none fits; use more nodes, or larger GPUs")
+    if found.near:
+        lines.append("do not fit, with the GiB that are missing, the fewest first:")
+    lines += [f"{one.missing_bytes / _GIB:.1f} GiB: {overrides_of(one.values)}" for one in found.near]
+    return lines
+
+
 def _batch_values(plan: Plan, batch: str) -> dict[str, Any]:
     generation, seconds = plan.generation[batch], plan.step_seconds(batch)
     return {
         "response_tokens": generation.num_tokens,
         "step_seconds": seconds,
         "response_tokens_per_second": generation.num_tokens / seconds,
-        "gpu_hours": _gpu_hours(plan, batch),
+        "gpu_hours": plan.gpu_hours(batch),
         "phase_seconds": {"rollout": generation.seconds, **plan.phase_seconds(batch)},
         "bubble": plan.bubble(batch),
     }
 
 
 def _rank_values(rank: PlannedRank) -> dict[str, Any]:
-    ledger = rank.simulated.ledger
     return {
         "rank": rank.kind.rank,
         "stages": rank.kind.stages,
         "count": rank.kind.count,
-        "has_server": rank.kind.has_server,
+        "beside": rank.kind.beside,
         "batch": rank.batch,
         "peak_phase": rank.peak_phase,
         "peak_bytes": rank.peak_bytes,
-        "live_bytes": {phase: rank.parts(phase) for phase in ledger.peaks},
-        "matrix_flops": {phase: rank.flops(phase) for phase in PHASES},
+        "live_bytes": rank.live,
+        "matrix_flops": {phase: rank.flops(phase) for phase in STEP_PHASES},
         "message_bytes": [
             {"phase": phase, "group": group, "between_nodes": between, "bytes": num_bytes}
             for (phase, group, between), num_bytes in rank.bytes_sent().items()
         ],
         "host_syncs": {
-            phase: count * (rank.scale if phase in PER_TOKEN else 1) for phase, count in ledger.host_syncs.items()
+            phase: rank.account.host_syncs(phase) * (rank.scale if phase in PER_TOKEN else 1) for phase in STEP_PHASES
         },
         "seconds": rank.seconds,
     }
 
 
-def _grids(plan: Plan) -> str:
+def grids_of(plan: Plan) -> str:
+    """Returns the layouts of both models in words."""
     grids = (("student", plan.outline.student_grid), ("teacher", plan.outline.teacher_grid))
     return ", ".join(f"{name} tp {grid.tp_size} x pp {grid.pp_size} x dp {grid.dp_size}" for name, grid in grids)
 
 
 def _memory_lines(plan: Plan) -> list[str]:
-    limit = 0.9 * plan.device.memory_gib
-    fullest = max(plan.ranks, key=lambda rank: rank.peak_bytes)
+    limit, fullest = (1 - SET_ASIDE) * plan.device.memory_gib, plan.fullest
     state = "fits" if plan.fits else f"does NOT fit: {plan.missing_bytes / _GIB:.1f} GiB are missing"
     lines = [f"memory: {state} ({plan.device.memory_gib:g} GiB less a tenth: {limit:.1f} GiB)", ""]
     lines.append(f"{'GiB at the peak, by kind of rank':<44}{'batch':<10}{'peak':>8}  phase")
-    for rank in plan.ranks:
-        server = ", with a server" if rank.kind.has_server else ""
-        name = f"{rank.kind.stages}{server} ({rank.kind.count})"
-        lines.append(f"{name:<44.43}{rank.batch:<10}{rank.peak_bytes / _GIB:>8.1f}  {rank.peak_phase}")
+    lines += [
+        f"{rank.kind!s:<44.43}{rank.batch:<10}{rank.peak_bytes / _GIB:>8.1f}  {rank.peak_phase}" for rank in plan.ranks
+    ]
     lines += ["", f"the fullest: rank {fullest.kind.rank}, {fullest.batch} batch, in {fullest.peak_phase}"]
-    parts = sorted(fullest.parts(fullest.peak_phase).items(), key=lambda part: -part[1])
+    parts = sorted(fullest.live[fullest.peak_phase].items(), key=lambda part: -part[1])
     return lines + [f"{size / _GIB:>8.2f} GiB  {name}" for name, size in parts if size >= 0.005 * _GIB]
 
 
@@ -102,29 +119,34 @@ def _time_lines(plan: Plan, batch: str) -> list[str]:
     rate = generation.num_tokens / total
     return [
         f"{batch} batch: {total:.1f} s a step, bound by {slowest}; {rate:,.0f} response tokens/s,",
-        f"  {_gpu_hours(plan, batch):,.0f} GPU hours for {plan.config.training.steps} steps, "
+        f"  {plan.gpu_hours(batch):,.0f} GPU hours for {plan.config.training.steps} steps, "
         f"pipeline bubble {100 * plan.bubble(batch):.0f} %",
         "  " + "  ".join(f"{name} {seconds:.1f} s" for name, seconds in phases.items()),
         "",
     ]
 
 
-def _traffic_lines(plan: Plan) -> list[str]:
+def largest_messages(plan: Plan, most: int = 10) -> list[tuple[tuple[str, str, bool], float]]:
+    """Returns the bytes of the first batch's messages on the rank that has the most, the largest first.
+
+    The keys are phase, group and whether they leave their node.
+    """
     first = next(iter(plan.generation))
     totals: dict[tuple[str, str, bool], float] = {}
     for rank in plan.ranks:
         if rank.batch == first:
             for key, num_bytes in rank.bytes_sent().items():
                 totals[key] = max(totals.get(key, 0.0), num_bytes)
+    return sorted(totals.items(), key=lambda item: -item[1])[:most]
+
+
+def _traffic_lines(plan: Plan) -> list[str]:
+    first = next(iter(plan.generation))
     lines = [f"{f'messages of a step, {first} batch, most of a rank':<44}{'GiB':>10}"]
-    for (phase, group, between), num_bytes in sorted(totals.items(), key=lambda item: -item[1])[:10]:
+    for (phase, group, between), num_bytes in largest_messages(plan):
         link = "between nodes" if between else "within a node"
         lines.append(f"  {phase:<10}{group:<22}{link:<14}{num_bytes / _GIB:>6.2f}")
     return lines
-
-
-def _gpu_hours(plan: Plan, batch: str) -> float:
-    return plan.step_seconds(batch) * plan.config.training.steps * plan.world_size / 3600
 
 
 def _wrap(line: str) -> list[str]:

@@ -37,9 +37,11 @@ class CountedTensors(TorchDispatchMode):
             return func(*args, **kwargs)
         if func is aten._local_scalar_dense.default:
             self.ledger.host_syncs[self.ledger.phase] += 1
-        inputs = [*_tensors_in(args), *_tensors_in(kwargs.values())]
+        inputs = [*tensors_in(args), *tensors_in(kwargs.values())]
         result = self.run(func, args, kwargs, inputs)
-        outputs = _tensors_in([result]) if isinstance(result, Tensor | list | tuple) else []
+        if self.ledger.is_paused:
+            return result
+        outputs = tensors_in([result]) if isinstance(result, Tensor | list | tuple) else []
         for tensor in outputs:
             self.ledger.hold(tensor)
         if outputs and not func.is_view:
@@ -127,7 +129,7 @@ class SimulatedTensors(CountedTensors):
         return result
 
 
-def _tensors_in(values: Iterable[Any]) -> list[Tensor]:
+def tensors_in(values: Iterable[Any]) -> list[Tensor]:
     """Returns the tensors among an operation's arguments or results, at most one level deep."""
     found: list[Tensor] = []
     for value in values:

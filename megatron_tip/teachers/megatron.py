@@ -53,6 +53,10 @@ class MegatronTeacher(Teacher[HiddenRows]):
         assert self.output_head is not None, "the teacher's head is on the student's last stage"
         return self.output_head
 
+    def tensors(self) -> dict[str, list[Tensor]]:
+        head = [self.output_head] if self.output_head is not None else []
+        return {"teacher": list(self.model.parameters()), "head": head}
+
     def ask(self, batch: StepBatch) -> HiddenRows | None:
         """Returns the hidden states for this rank's student replica; see `Teacher.ask`.
 

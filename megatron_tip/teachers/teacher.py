@@ -32,6 +32,12 @@ class Teacher(ABC, Generic[Rows]):
     def close(self) -> None:
         """Closes what the teacher holds open."""
 
+    def tensors(self) -> dict[str, list[Tensor]]:
+        """Returns the tensors that this rank holds for the teacher, as "teacher", which `ask` needs, and "head", which
+        scoring and loss need; empty for a teacher elsewhere.
+        """
+        return {}
+
     @property
     def heldout_metric(self) -> str:
         """The name of the held-out metric."""

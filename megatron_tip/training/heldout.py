@@ -21,6 +21,7 @@ def measure_heldout(run: TrainingRun, step: int) -> tuple[float, list[Rollout]]:
     batch = run.batch_of(rollouts)
     if not batch.num_valid():
         return float("nan"), rollouts
+    run.enter("measure")
     statistics, _ = run.teacher.score(run.student, batch, run.teacher.ask(batch))
     groups = run.student.groups
     total = 0.0

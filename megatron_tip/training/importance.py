@@ -3,6 +3,7 @@
 from dataclasses import replace
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,11 +32,8 @@ def log_ratios(batch: StepBatch, replica: int, statistics: TokenStatistics) -> T
     index = batch.token_index(replica)
     lengths = [len(rollout.rollout_logprobs) for rollout in batch.rollouts]
     starts = torch.tensor(list(accumulate(lengths, initial=0))[:-1], dtype=torch.int64, device=index.position.device)
-    flat = torch.tensor(
-        [logprob for rollout in batch.rollouts for logprob in rollout.rollout_logprobs],
-        dtype=torch.float32,
-        device=index.position.device,
-    )
+    logprobs = np.concatenate([rollout.rollout_logprobs.array for rollout in batch.rollouts])
+    flat = torch.from_numpy(logprobs).to(index.position.device, torch.float32)
     return statistics.student_logprobs - flat[starts[index.rollout_index] + index.position]
 
 

@@ -12,7 +12,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from megatron_tip.config import Config, FaultConfig
+from megatron_tip.config import Config
 from megatron_tip.errors import EngineError, TooManySkips
 from megatron_tip.observability.run_folder import RunFolder
 from megatron_tip.observability.run_lock import RunLock
@@ -35,8 +35,8 @@ from megatron_tip.training.finish import finish_run
 from megatron_tip.training.heldout import measure_heldout
 from megatron_tip.training.recorder import RecorderState, RunRecorder
 from megatron_tip.training.run import Gauge, RolloutSource, TrainingRun
-from megatron_tip.training.setup import build_run
-from megatron_tip.training.step import SKIPPED_NOT_FINITE, train_step
+from megatron_tip.training.setup import build_run, with_prompts
+from megatron_tip.training.step import SKIPPED_NO_VALID_TOKEN, SKIPPED_NOT_FINITE, train_step
 from megatron_tip.training.throughput import Throughput
 from megatron_tip.training.weight_sync import update_engine
 
@@ -69,12 +69,13 @@ def train(config: Config, *, fresh: bool = False, make_gauge: MakeGauge | None =
         StopRequested: a signal ended the run, and its state is saved.
     """
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    plan = plan_run(config, world_size)
+    plan = plan_run(config, world_size, reads_prompts=False)
     folder = RunFolder.create(config.run.folder)
     if not fresh:
         check_same_run(config)
     build_gauge = make_gauge(config, plan) if make_gauge else None
-    worker = init_distributed(timeout_seconds=collective_timeout_seconds(config.fault))
+    limit = config.fault.collective_timeout_seconds
+    worker = init_distributed(timeout_seconds=limit, device_index=plan.device_index)
     lock = RunLock(folder.path)
     run_on(0, partial(take_folder, folder, lock), device=worker.device)
     recorder = RunRecorder(config, folder, worker, Throughput.of_run(config, plan, worker))
@@ -126,12 +127,13 @@ def run_to_continue(
     """Returns the run, its progress and its totals from the newest complete checkpoint.
 
     Without a checkpoint, clears the folder and returns a new run. The gauge is built before the weights are restored.
-    Collective over the world. Raises what `newest_whole`, `build_run` and `restore` raise.
+    Collective over the world. Raises what `with_prompts`, `newest_whole`, `build_run` and `restore` raise.
 
     Args:
         fresh: clears the folder first.
     """
     files = CheckpointFiles(folder.checkpoints)
+    plan = with_prompts(config, plan, worker)  # before anything is removed; not kept after the set-up
     if worker.rank == 0 and fresh:
         folder.clear()
     step = newest_whole(files, worker.device)
@@ -180,11 +182,6 @@ def is_shared(reason: BaseException) -> bool:
     return isinstance(reason, StopRequested | EngineError | TooManySkips)
 
 
-def collective_timeout_seconds(fault: FaultConfig) -> float:
-    """Returns the time-out of collectives: longer than the watchdog's, whose report says more."""
-    return fault.step_timeout_seconds + 120.0 if fault.step_timeout_seconds else 7 * 24 * 3600.0
-
-
 def run_steps(
     run: TrainingRun, recorder: RunRecorder, checkpointer: Checkpointer, watchdog: HangWatchdog, progress: RunProgress
 ) -> tuple[Heldout, Heldout]:
@@ -220,7 +217,8 @@ def _run_steps(
         watchdog.step_done()
         checkpointer.between_steps(progress)
         metrics = train_step(run, progress.step + 1)
-        progress.take_step(metrics, is_skipped=SKIPPED_NOT_FINITE in metrics)
+        is_finite = SKIPPED_NOT_FINITE not in metrics
+        progress.take_step(metrics, is_update=is_finite and SKIPPED_NO_VALID_TOKEN not in metrics, is_finite=is_finite)
         after = _sync_and_record(run, recorder, checkpointer, progress)
     watchdog.step_done()
     checkpointer.finish()
@@ -252,8 +250,9 @@ def record_step(run: TrainingRun, recorder: RunRecorder, progress: RunProgress) 
         metrics = metrics | {run.teacher.heldout_metric: reverse_kl}
     if run.gauge is not None:
         with run.timer.phase("diagnose"):
+            run.enter("measure")
             metrics = metrics | run.gauge(step)
-    recorder.record(step, metrics | run.timer.step_metrics(), run.views.latest)
+    recorder.record(step, metrics | run.timer.step_metrics() | run.memory.step_metrics(), run.views.latest)
     progress.unrecorded = None
     if step == 0:
         progress.before = heldout
@@ -282,16 +281,16 @@ def end_after_skips(config: Config, progress: RunProgress) -> None:
 
 
 def end_without_updates(config: Config, progress: RunProgress) -> None:
-    """Ends a run that took all of its steps and updated nothing in any of them.
+    """Ends a run that took all of its steps, however often it was continued, and updated nothing in any of them.
 
     Raises:
-        TooManySkips: no step was finite; on every rank.
+        TooManySkips: no step updated the student; on every rank.
     """
-    if progress.skipped_in_a_row >= progress.step:
+    if not progress.num_updates:
         raise TooManySkips(
-            f"none of the {progress.step} steps was finite, so that the student is as it was; their rollouts are in "
-            f"{RunFolder(config.run.folder).skipped}, readable by the replay engine; start anew with --fresh and other "
-            "settings"
+            f"none of the {progress.step} steps updated the student: each lacked a finite loss or gradient, whose "
+            f"rollouts are in {RunFolder(config.run.folder).skipped}, readable by the replay engine, or a token to "
+            "supervise; start over with --fresh and other settings"
         )
 
 
@@ -304,6 +303,7 @@ def _measures_after(config: Config, step: int) -> bool:
 def _prompt_metrics(source: RolloutSource) -> dict[str, float]:
     """Returns how many prompts were left out, as metrics."""
     return {
+        "prompts/num_copies": float(source.prompts.num_copies),
         "prompts/num_skipped": float(source.prompts.num_skipped),
         "prompts/num_duplicates": float(source.prompts.num_duplicates),
     }

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from megatron_tip.batching.step_batch import StepBatch
 from megatron_tip.models.student import Student
-from megatron_tip.records import Rollout
+from megatron_tip.records import Rollout, logprobs, token_ids
 from megatron_tip.vocab_parallel import ShardedVocabulary
 from megatron_tip.vocab_parallel.topk_statistics import student_statistics
 
@@ -34,11 +34,11 @@ def probe_logprobs(student: Student, vocab_size: int, device: torch.device) -> l
         return []
     ids = probe_ids(vocab_size)
     batch = StepBatch.over(
-        [Rollout(0, 0, ids[:1], ids[1:], (0.0,) * (len(ids) - 1), "length", weight_version=0)],
+        [Rollout(0, 0, token_ids(ids[:1]), token_ids(ids[1:]), logprobs([0.0] * (len(ids) - 1)), "length", 0)],
         dp_size=1,
         max_tokens=PROBE_LENGTH,
         pad_token_id=ids[0],  # any id will do: padding comes after the tokens that are read
-        sequence_multiple=student.sequence_multiple,
+        token_multiple=student.token_multiple,
         device=device,
     )
     micro_batches = batch.micro_batches(0)

@@ -9,7 +9,7 @@ from typing import Self
 from megatron_tip.config import Config
 from megatron_tip.errors import OutputError
 from megatron_tip.observability.memory import PhaseMemory
-from megatron_tip.observability.metrics_file import MetricsWriter
+from megatron_tip.observability.metrics_file import MetricsWriter, recorded_steps
 from megatron_tip.observability.monitor import Monitor
 from megatron_tip.observability.progress import ProgressDisplay
 from megatron_tip.observability.run_folder import RunFolder
@@ -117,6 +117,8 @@ class RunRecorder:
             self._trace = TraceWriter(self._folder.trace, self._rank)
             self._stack.callback(self._trace.close)
         self._trackers.start(self._config, self._folder, self.state.tracker_ids)
+        if self._rank == 0:
+            self._trackers.fill_gaps(recorded_steps(self._folder.metrics))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

@@ -69,6 +69,7 @@ def generate_rollouts(
         return rollouts
 
     while True:
+        run.enter("generate")  # again after a sync
         rollouts = run_on(0, generate, device=run.device, encode=encode_rollouts, decode=decode_rollouts)
         if rollouts is not None:
             return rollouts

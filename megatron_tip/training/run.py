@@ -16,8 +16,10 @@ from megatron_tip.parallel.together import run_on
 from megatron_tip.prompts.source import PromptSource
 from megatron_tip.records import Rollout
 from megatron_tip.rollout.engine import RolloutEngine, SamplingParams
+from megatron_tip.rollout.handover.exchange import HandleExchange
 from megatron_tip.selection import Calibration, Selector
 from megatron_tip.teachers.teacher import Teacher
+from megatron_tip.training.device_memory import DeviceMemory
 from megatron_tip.training.token_views import TokenViews
 from megatron_tip.vocab_parallel import ShardedVocabulary
 
@@ -49,7 +51,8 @@ class TrainingRun:
 
     `architecture`: the student's, without dropped layers. `vocabulary`: the ids that student and teacher share, at the
     loss temperature. `source`: None except on rank 0. `stop`: signals that may end the run early. `gauge`: measures on
-    the context bank, if the run has one.
+    the context bank, if the run has one. `exchange`: this rank's part in weight syncs by IPC, if ranks other than the
+    first take part.
     """
 
     config: Config
@@ -64,9 +67,19 @@ class TrainingRun:
     source: RolloutSource | None
     timer: PhaseTimer
     views: TokenViews
+    memory: DeviceMemory
     last_step: LastStep = field(default_factory=LastStep)
     stop: StopSignals = field(default_factory=StopSignals)
     gauge: Gauge | None = None
+    exchange: HandleExchange | None = None
+
+    def enter(self, phase: str) -> None:
+        """Makes room for `phase`, one of `planning.phases.PHASES`: trainer and servers move what that needs.
+
+        Does nothing if the phase is the present one or nothing moves in this run. Collectives and errors are those of
+        `DeviceMemory.enter`.
+        """
+        self.memory.enter(phase, self.source.engine if self.source is not None else None)
 
     def on_source(self, action: Callable[[RolloutSource], T]) -> T:
         """Runs `action` on rank 0 and returns its result on every rank. The result is sent as JSON.
@@ -87,7 +100,7 @@ class TrainingRun:
             dp_size=self.student.groups.grid.dp_size,
             max_tokens=self.config.training.max_tokens_per_micro_batch,
             pad_token_id=self.pad_token_id,
-            sequence_multiple=self.student.sequence_multiple,
+            token_multiple=self.student.token_multiple,
             device=self.device,
         )
 

@@ -1,4 +1,7 @@
-"""The stages of one training step: generate, ask, score, select, train."""
+"""The stages of one training step: generate, ask, score, select, train, update.
+
+`run.enter` says where memory moves: what each stage leaves on the device is in `planning.phases.PHASES`.
+"""
 
 import math
 from collections.abc import Callable
@@ -26,6 +29,8 @@ from megatron_tip.training.supervision import Scored, SelectedRows, SelectedWhil
 
 SKIPPED_NOT_FINITE = "train/skipped_not_finite"
 """The metric that is 1 for a step without an update because its loss or gradient was not finite."""
+SKIPPED_NO_VALID_TOKEN = "train/skipped_no_valid_token"
+"""The metric that is 1 for a step without an update because none of its tokens may be supervised."""
 
 
 def train_step(run: TrainingRun, step: int) -> dict[str, float]:
@@ -51,7 +56,7 @@ def train_step(run: TrainingRun, step: int) -> dict[str, float]:
         )
     batch = run.batch_of(rollouts)
     if not batch.num_valid():
-        return {**metrics, "train/skipped_no_valid_token": 1.0}
+        return {**metrics, SKIPPED_NO_VALID_TOKEN: 1.0}
     try:
         metrics |= learn(run, batch, step)
     except NotFiniteError as error:
@@ -68,6 +73,7 @@ def learn(run: TrainingRun, batch: StepBatch, step: int) -> dict[str, float]:
     """
     timer = run.timer
     with timer.phase("teacher"):
+        run.enter("ask")
         teacher_rows = run.teacher.ask(batch)
     if run.selector.selects_in_one_pass(run.last_step.calibration):
         trained = select_while_training(run, batch, teacher_rows, step)
@@ -79,6 +85,7 @@ def learn(run: TrainingRun, batch: StepBatch, step: int) -> dict[str, float]:
         metrics = supervision_metrics(run.student.groups, trained, pass_seconds=pass_seconds)
         if not math.isfinite(metrics["train/loss"]):
             raise NotFiniteError(f"step {step}: expected a finite loss, got {metrics['train/loss']}")
+        run.enter("update")
         return metrics | run.student.apply_gradients(step)
 
 
@@ -89,6 +96,7 @@ def score(run: TrainingRun, batch: StepBatch, teacher_rows: TeacherRows | None, 
     """
     statistics = None
     with run.timer.phase("score"):
+        run.enter("score")
         if run.selector.required_statistics or run.config.rollout.importance_cap or run.views.is_due(step):
             with_support = run.views.shows_support(step)
             statistics, teacher_rows = run.teacher.score(run.student, batch, teacher_rows, with_support=with_support)
@@ -103,6 +111,7 @@ def select_then_train(run: TrainingRun, scored: Scored, step: int) -> Trained:
         selection = select(run, scored, step)
         batch, selected = cut_to_selection(groups, scored, selection)
     with run.timer.phase("train"):
+        run.enter("train")
         rows = selected.by_micro_batch(batch.micro_batches(groups.dp_rank)) if selected is not None else []
         loss = accumulate_gradients(run.student, run.teacher, batch, lambda index, *_: rows[index])
     return Trained(scored, selection, batch, loss)
@@ -118,6 +127,7 @@ def select_while_training(run: TrainingRun, batch: StepBatch, teacher_rows: Teac
     """
     groups = run.student.groups
     with run.timer.phase("train"):
+        run.enter("train")
         chooser = SelectedWhileTraining(run, batch, teacher_rows, step) if teacher_rows is not None else None
         loss = accumulate_gradients(run.student, run.teacher, batch, chooser.rows if chooser is not None else None)
         expected = f"step {step}: expected finite scores and a finite loss in every micro-batch"

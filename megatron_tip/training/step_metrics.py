@@ -80,16 +80,19 @@ def supervision_metrics(groups: ModelGroups, trained: Trained, *, pass_seconds: 
 def saved_metrics(scored: StepBatch, trained: StepBatch, pass_seconds: float) -> dict[str, float]:
     """Returns how much the training pass saved by cutting responses after their last selected token.
 
-    `train/saved_token_share` is a share of the uncut batch's tokens. `perf/saved_train_seconds` is an estimate: it
-    assumes time proportional to the padded tokens of the replica with the most.
+    `train/saved_token_share` is a share of the uncut batch's tokens, `train/padding_token_share` that of padding in all
+    that goes through the model. `perf/saved_train_seconds` is an estimate: it assumes time proportional to the tokens,
+    with padding, of the replica with the most.
     """
     tokens, uncut = trained.num_model_tokens(), scored.num_model_tokens()
-    slowdown = max(scored.num_padded_tokens()) / max(trained.num_padded_tokens())
+    padded = trained.num_padded_tokens()
+    slowdown = max(scored.num_padded_tokens()) / max(padded)
     return {
         "train/num_model_tokens": float(tokens),
         "train/num_model_tokens_uncut": float(uncut),
         "train/num_micro_batches": float(trained.num_micro_batches()),
         "train/num_micro_batches_uncut": float(scored.num_micro_batches()),
         "train/saved_token_share": 1 - tokens / uncut,
+        "train/padding_token_share": 1 - tokens / sum(padded),
         "perf/saved_train_seconds": pass_seconds * (slowdown - 1),
     }

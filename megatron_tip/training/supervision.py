@@ -46,7 +46,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class MicroBatchRows:
-    """The `k` rows of one micro-batch to train on. `mask`: `[b, s]` bool, true there. `row_weights`: `[k]` float32."""
+    """The `k` rows of one micro-batch to train on. `mask`: `[s]` bool, true there. `row_weights`: `[k]` float32."""
 
     mask: Tensor
     teacher_rows: TeacherRows
@@ -192,7 +192,7 @@ class SelectedWhileTraining:
 
 
 def rows_mask(micro_batch: MicroBatch, row_is_selected: Tensor) -> Tensor:
-    """Returns the micro-batch's `loss_mask` without the rows that were not selected: `[b, s]` bool."""
+    """Returns the micro-batch's `loss_mask` without the rows that were not selected: `[s]` bool."""
     mask = micro_batch.loss_mask.clone()
     mask[micro_batch.loss_mask] = row_is_selected
     return mask

@@ -7,26 +7,51 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_tip.vocab_parallel.kernel_choice import KernelSet, triton_kernels
+from megatron_tip.vocab_parallel.kernels import NUM_SCRATCH
 from megatron_tip.vocab_parallel.partition import VocabPartition
 from megatron_tip.vocab_parallel.products import logits_into
 
 # A kernel takes blocks of rows, and scratch memory shaped like the first block (None: allocate); it returns tensors.
 Kernel = Callable[..., tuple[Tensor, ...]]
 
-NUM_SCRATCH = 4
-
-# Bytes of one model's float32 logits per chunk: large enough for fast matrix products, small compared with a head.
-_CHUNK_BYTES = 52 * 2**20
+# On a CPU, bytes of one model's float32 logits per chunk: large enough for fast products, small compared with a head.
+_CPU_CHUNK_BYTES = 52 * 2**20
+# On a GPU, rows per chunk: enough that reading a head costs little next to its product. Fewer if the logits of both
+# models, at most 12 bytes a pair, would take more than this share of the memory.
+_GPU_CHUNK_ROWS = 2048
+_GPU_BYTES_PER_PAIR = 12
+_GPU_SHARE = 1 / 16
+# Rows that a GPU's matrix products take at a time.
+_GPU_TILE_ROWS = 128
 # Bytes of one model's logits per block: on a CPU, each core's share stays in its cache.
 _CPU_BLOCK_BYTES_PER_THREAD = 3 * 2**17
 _GPU_BLOCK_BYTES = 32 * 2**20
 
 
-def default_chunk_rows(num_rows: int, num_columns: int) -> int:
-    """Returns rows per chunk for `num_columns` logits per row: chunks of even size within a byte budget per rank."""
-    most = max(1, _CHUNK_BYTES // (4 * num_columns))
+def default_chunk_rows(num_rows: int, num_columns: int, device: torch.device) -> int:
+    """Returns rows per chunk for `num_columns` logits per row and model: chunks of about the same size.
+
+    It depends on the device's whole memory, not on what is free of it, because other chunks add up gradients in another
+    order: a resumed run must repeat its numbers bit for bit, and the ranks must agree.
+    """
+    if device.type != "cuda":
+        return even_rows(num_rows, max(1, _CPU_CHUNK_BYTES // (4 * num_columns)))
+    most = most_rows_on_gpu(num_columns, torch.cuda.get_device_properties(device).total_memory)
+    return even_rows(num_rows, most, multiple_of=min(_GPU_TILE_ROWS, most))
+
+
+def most_rows_on_gpu(num_columns: int, memory_bytes: int) -> int:
+    """Returns the largest chunk, a power of two, on a GPU of `memory_bytes` for `num_columns` logits per model."""
+    fitting = int(memory_bytes * _GPU_SHARE / (_GPU_BYTES_PER_PAIR * num_columns))
+    return min(_GPU_CHUNK_ROWS, 1 << max(fitting.bit_length() - 1, 0))
+
+
+def even_rows(num_rows: int, most: int, multiple_of: int = 1) -> int:
+    """Returns rows per chunk so that as few chunks as `most` rows each allow are of about the same size."""
     num_chunks = max(1, -(-num_rows // most))
-    return max(1, -(-num_rows // num_chunks))
+    each = max(1, -(-num_rows // num_chunks))
+    return -(-each // multiple_of) * multiple_of
 
 
 def row_ranges(num_rows: int, rows_each: int) -> Iterator[slice]:
@@ -36,20 +61,21 @@ def row_ranges(num_rows: int, rows_each: int) -> Iterator[slice]:
 
 
 class LogitBuffer:
-    """Memory for one model's float32 logits of a chunk, reused by every chunk.
+    """Memory for one model's logits of a chunk, reused by every chunk.
 
     `head`: the `[v, H]` rows of the real ids that this rank owns. With a head of lower precision, the product is
-    computed in that precision, as in the model itself, and then cast to float32.
+    computed in that precision, as in the model itself, and then cast to float32, unless the kernels read bfloat16.
     """
 
-    def __init__(self, head: Tensor, chunk_rows: int, temperature: float):
+    def __init__(self, head: Tensor, chunk_rows: int, temperature: float, *, reads_bfloat16: bool = False):
         self._head = head
         self._scale = 1 / temperature
         self._product = head.new_empty(chunk_rows, head.shape[0])
-        self._logits = self._product if head.dtype == torch.float32 else self._product.float()
+        is_read = head.dtype == torch.float32 or (reads_bfloat16 and head.dtype == torch.bfloat16)
+        self._logits = self._product if is_read else self._product.float()
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Returns `[c, v]` float32 logits / temperature of `[c, H]` hidden states, valid until the next call."""
+        """Returns `[c, v]` logits / temperature of `[c, H]` hidden states, valid until the next call."""
         product, logits = self._product[: hidden.shape[0]], self._logits[: hidden.shape[0]]
         logits_into(product, hidden, self._head, self._scale)
         return logits if logits.dtype == product.dtype else logits.copy_(product)
@@ -62,26 +88,30 @@ class LogitBuffer:
 
 
 class RowBlocks:
-    """A runner of kernels over blocks of rows of `[c, width]` tensors, with scratch memory reused by every block.
+    """A runner of kernels over `[c, width]` tensors.
 
-    Elementwise passes over a whole chunk each go through main memory; over a block they stay in the cache.
-    `compiled`: torch.compile fuses each kernel into one pass that needs no scratch.
+    Eager kernels run over blocks of rows, with scratch memory reused by every block: elementwise passes over a whole
+    chunk each go through main memory; over a block they stay in the cache. torch.compile and Triton fuse each kernel
+    into one pass that needs no scratch; the kernel given to `run` then stands for its namesake.
     """
 
-    def __init__(self, num_rows: int, width: int, device: torch.device, *, compiled: bool = False):
+    def __init__(self, num_rows: int, width: int, device: torch.device, *, kernels: KernelSet = "eager"):
         on_gpu = device.type != "cpu"
         budget = _GPU_BLOCK_BYTES if on_gpu else _CPU_BLOCK_BYTES_PER_THREAD * torch.get_num_threads()
-        fitting = num_rows if compiled else min(num_rows, budget // max(4 * width, 1))
+        is_eager = kernels == "eager"
+        fitting = min(num_rows, budget // max(4 * width, 1)) if is_eager else num_rows
         self._block_rows = max(1, fitting)
-        self._compiled = compiled
+        self._kernels = kernels
         self._scratch: list[Tensor | None] = [None] * NUM_SCRATCH
-        if not compiled:
+        if is_eager:
             memory = torch.empty(NUM_SCRATCH, self._block_rows, width, dtype=torch.float32, device=device)
             self._scratch = list(memory.unbind(0))
 
     def run(self, kernel: Kernel, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Returns the results of `kernel` for all rows of `tensors`, which share their first dimension."""
-        call = _compile(kernel) if self._compiled else kernel
+        if self._kernels == "triton":
+            return getattr(triton_kernels(), kernel.__name__)(*tensors)
+        call = _compile(kernel) if self._kernels == "compiled" else kernel
         if tensors[0].shape[0] <= self._block_rows:
             return call(*tensors, self._scratch_of(tensors[0].shape[0]))
         splits = zip(*(tensor.split(self._block_rows) for tensor in tensors), strict=True)
@@ -96,7 +126,7 @@ class RowBlocks:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A range of rows with each model's `[c, v]` float32 logits over the ids that this rank owns.
+    """A range of rows with each model's `[c, v]` logits over the ids of this rank, in float32 or what `blocks` read.
 
     The student comes first. The logits are in `buffers`, may be overwritten, and are valid until the next chunk.
     """

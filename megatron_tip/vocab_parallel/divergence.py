@@ -41,8 +41,9 @@ def divergence_loss(
         labels: `[n]` int64 in [0, vocab_size), for "sampled_token".
         jsd_beta: in [0, 1].
 
-    Memory: two float32 logit chunks, the head's gradient in float32, and `[n, H]`; no `[n, V]` values are kept. The
-    backward pass only scales the gradients, has no collective, and can run once.
+    Memory: two logit chunks (float32; with Triton's kernels a bfloat16 head's are bfloat16 alone), the head's gradient
+    in float32, and `[n, H]`; no `[n, V]` values are kept. The backward pass only scales the gradients, has no
+    collective, and can run once.
 
     Raises:
         InputError: arguments do not match (before the first collective), or logits are not finite.

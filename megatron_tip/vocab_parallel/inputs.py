@@ -1,6 +1,6 @@
 """The checked inputs of this package: matching hidden states and head shards of one or two models."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 from megatron_tip.errors import InputError, NotFiniteError
 from megatron_tip.vocab_parallel.chunks import Chunk, LogitBuffer, RowBlocks, default_chunk_rows, row_ranges
 from megatron_tip.vocab_parallel.collectives import agree
+from megatron_tip.vocab_parallel.kernel_choice import KernelSet, chosen_kernels, triton_problem
 from megatron_tip.vocab_parallel.partition import VocabPartition
 from megatron_tip.vocab_parallel.vocabulary import ShardedVocabulary
 
@@ -58,6 +59,7 @@ class Inputs:
     vocabulary: ShardedVocabulary
     partition: VocabPartition
     chunk_rows: int
+    kernels: KernelSet
 
     @property
     def num_rows(self) -> int:
@@ -73,10 +75,12 @@ class Inputs:
 
     def chunks(self) -> Iterator[Chunk]:
         """Yields all rows in chunks that reuse the same memory. Without rows, yields one empty chunk."""
+        temperature, reads_bfloat16 = self.vocabulary.temperature, self.kernels == "triton"
         buffers = tuple(
-            LogitBuffer(self.local_head(model), self.chunk_rows, self.vocabulary.temperature) for model in self.models
+            LogitBuffer(self.local_head(model), self.chunk_rows, temperature, reads_bfloat16=reads_bfloat16)
+            for model in self.models
         )
-        blocks = RowBlocks(self.chunk_rows, self.partition.num_local, self.device, compiled=self.vocabulary.compiled)
+        blocks = RowBlocks(self.chunk_rows, self.partition.num_local, self.device, kernels=self.kernels)
         for rows in row_ranges(self.num_rows, self.chunk_rows):
             pairs = zip(buffers, self.models, strict=True)
             logits = tuple(buffer.logits(model.hidden[rows]) for buffer, model in pairs)
@@ -120,14 +124,15 @@ def checked_inputs(
         partition = VocabPartition.of_shard(shard_size, vocabulary.vocab_size, vocabulary.tp_group)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
-    chunk_rows = min(vocabulary.chunk_rows or default_chunk_rows(n, shard_size), max(n, 1))
-    inputs = Inputs(where, checked, vocabulary, partition, chunk_rows)
-    not_finite = _not_finite(checked, row_weights)
-    problem = not_finite or _problem_with_labels(labels, partition.vocab_size)
-    error = NotFiniteError if not_finite else InputError
-    sizes = {"rows": n, "rows per chunk": chunk_rows, **partition.sizes}
-    agree(where, problem, sizes, inputs.device, vocabulary.tp_group, error=error)
-    return inputs
+    device = checked[0].hidden.device
+    chunk_rows = min(vocabulary.chunk_rows or default_chunk_rows(n, shard_size, device), max(n, 1))
+    kernels = chosen_kernels(vocabulary.kernels, device)
+    faults = _faults(checked, row_weights, labels, partition.vocab_size, kernels)
+    sizes = {"rows": n, **partition.sizes, "rows per chunk": chunk_rows}
+    if mask := agree(where, _as_mask(faults, device), sizes, vocabulary.tp_group):
+        first = next(fault for number, fault in enumerate(faults) if mask >> number & 1)
+        raise first.error(f"{where}: {first.message()}")
+    return Inputs(where, checked, vocabulary, partition, chunk_rows, kernels)
 
 
 def _check_fit(models: Sequence[Model], labels: Tensor | None, row_weights: Tensor | None) -> None:
@@ -155,20 +160,44 @@ def _check_fit(models: Sequence[Model], labels: Tensor | None, row_weights: Tens
         )
 
 
-def _not_finite(models: Sequence[Model], row_weights: Tensor | None) -> str | None:
-    """Returns a message if values on this rank are not finite, or None."""
-    for model in models:
-        if not model.hidden.isfinite().all():
-            return f"expected finite {model.name}_hidden, got NaN or inf."
-    if row_weights is not None and not row_weights.isfinite().all():
-        return "expected finite row_weights, got NaN or inf."
-    return None
+@dataclass(frozen=True)
+class _Fault:
+    """What may be wrong on this rank: a bool, or a bool scalar on the device, and the error if it is."""
+
+    is_met: Tensor | bool
+    error: type[InputError]
+    message: Callable[[], str]
 
 
-def _problem_with_labels(labels: Tensor | None, vocab_size: int) -> str | None:
-    if labels is None or labels.numel() == 0 or (labels.min() >= 0 and labels.max() < vocab_size):
-        return None
+def _faults(
+    models: Sequence[Model], row_weights: Tensor | None, labels: Tensor | None, vocab_size: int, kernels: KernelSet
+) -> list[_Fault]:
+    """Returns the faults to look for, the most telling first. Does not wait for the device."""
+    checked = [(f"{model.name}_hidden", model.hidden) for model in models]
+    if row_weights is not None:
+        checked.append(("row_weights", row_weights))
+    faults = [_not_finite(name, values) for name, values in checked]
+    if labels is not None:
+        is_met = ((labels < 0) | (labels >= vocab_size)).any()
+        faults.append(_Fault(is_met, InputError, lambda: _range_of(labels, vocab_size)))
+    problem = triton_problem(models[0].hidden.device) if kernels == "triton" else None
+    message = f'expected kernels that run on this device, got "triton": {problem}.'
+    faults.append(_Fault(problem is not None, InputError, lambda: message))
+    return faults
+
+
+def _not_finite(name: str, values: Tensor) -> _Fault:
+    return _Fault(~values.isfinite().all(), NotFiniteError, lambda: f"expected finite {name}, got NaN or inf.")
+
+
+def _range_of(labels: Tensor, vocab_size: int) -> str:
     return (
         f"expected labels in [0, {vocab_size}), got {labels.min().item()} to {labels.max().item()}; pass only rows "
         "that have a label."
     )
+
+
+def _as_mask(faults: Sequence[_Fault], device: torch.device) -> Tensor:
+    """Returns an int64 scalar on the device: bit i stands for fault i."""
+    bits = [torch.as_tensor(fault.is_met, device=device).long() << number for number, fault in enumerate(faults)]
+    return torch.stack(bits).sum()

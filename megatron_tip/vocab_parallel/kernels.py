@@ -3,6 +3,9 @@
 `z_s`, `z_t`: `[r, v]` float32 logits of student and teacher over the ids that this rank owns. Sums are in this rank's
 *frame*: x = z - maximum over its ids, e = exp(x), d = x_s - x_t. softmax_normaliser.py combines the frames of all
 ranks. Scratch tensors have a block's shape; None allocates new memory.
+
+The gradient of a divergence follows its sums, on the same tensors: the sums may turn the logits into what the gradient
+needs, and the gradient takes the place of z_s. `offsets`: `[r, 4]` maxima and lse of both models in this rank's frame.
 """
 
 from collections.abc import Sequence
@@ -14,13 +17,14 @@ from torch import Tensor
 from megatron_tip.vocab_parallel.topk import group_maxima
 
 Scratch = Sequence[Tensor | None]
+NUM_SCRATCH = 4
 
 # The maximum of a shard without real ids: below every logit, but finite to avoid inf - inf.
-_NO_MAXIMUM = -1e30
+NO_MAXIMUM = -1e30
 
 
 def _maximum(z: Tensor) -> Tensor:
-    return z.amax(-1, keepdim=True) if z.shape[1] else z.new_full((z.shape[0], 1), _NO_MAXIMUM)
+    return z.amax(-1, keepdim=True) if z.shape[1] else z.new_full((z.shape[0], 1), NO_MAXIMUM)
 
 
 def _sum(values: Tensor) -> Tensor:
@@ -85,7 +89,7 @@ def jsd_sums(z_s: Tensor, z_t: Tensor, offsets: Tensor, mix: Tensor, scratch: Sc
 
     Turns z_s into p and z_t into ln(p / m).
 
-    `offsets`: `[r, 4]` maxima and lse of both models. `mix`: `[r, 2]`, 1 - β and β.
+    `mix`: `[r, 2]`, 1 - β and β.
     """
     log_p = z_s.sub_(offsets[:, 0:1]).sub_(offsets[:, 2:3])
     log_ratio = z_t.sub_(offsets[:, 1:2]).sub_(offsets[:, 3:4]).sub_(log_p)  # ln(q / p)
@@ -100,10 +104,23 @@ def jsd_sums(z_s: Tensor, z_t: Tensor, offsets: Tensor, mix: Tensor, scratch: Sc
     return (torch.cat([_sum(torch.mul(p, log_p_over_m, out=scratch[1])), teacher], 1),)
 
 
-def product_gradient(a: Tensor, b: Tensor, rows: Tensor, scratch: Scratch) -> tuple[()]:
-    """Turns `a` into scale x a x (b + shift), with `rows` `[r, 2]`: shift, scale."""
-    # In scratch rather than in b, which would have to be written back to main memory.
-    a.mul_(torch.add(b, rows[:, :1], out=scratch[0]).mul_(rows[:, 1:]))
+def reverse_kl_gradient(z_s: Tensor, z_t: Tensor, offsets: Tensor, rows: Tensor, scratch: Scratch) -> tuple[()]:
+    """Writes weight x p (ln p - ln q - KL) to z_s, with `rows` `[r, 2]`: KL, weight."""
+    shift = offsets[:, 3:4] - offsets[:, 2:3] - rows[:, :1]
+    _multiply(z_s, z_t, shift, rows[:, 1:] * (-offsets[:, 2:3]).exp(), scratch)
+    return ()
+
+
+def forward_kl_gradient(z_s: Tensor, z_t: Tensor, offsets: Tensor, rows: Tensor, scratch: Scratch) -> tuple[()]:
+    """Writes weight x (p - q) to z_s, with `rows` `[r, 1]`: weight."""
+    first, second = (rows * (-offsets[:, 2:]).exp()).split(1, 1)
+    z_s.mul_(first).sub_(torch.mul(z_t, second, out=scratch[0]))
+    return ()
+
+
+def jsd_gradient(z_s: Tensor, z_t: Tensor, offsets: Tensor, mix: Tensor, rows: Tensor, scratch: Scratch) -> tuple[()]:
+    """Writes weight x p (ln p - ln m - KL(p || m)) to z_s, with `rows` `[r, 2]`: KL(p || m), weight."""
+    _multiply(z_s, z_t, -rows[:, :1], rows[:, 1:], scratch)
     return ()
 
 
@@ -113,7 +130,7 @@ def scaled_probabilities(z_s: Tensor, rows: Tensor, scratch: Scratch) -> tuple[(
     return ()
 
 
-def difference_gradient(a: Tensor, b: Tensor, rows: Tensor, scratch: Scratch) -> tuple[()]:
-    """Turns `a` into a x first - b x second, with `rows` `[r, 2]`: first, second."""
-    a.mul_(rows[:, :1]).sub_(torch.mul(b, rows[:, 1:], out=scratch[0]))
-    return ()
+def _multiply(a: Tensor, b: Tensor, shift: Tensor, scale: Tensor, scratch: Scratch) -> None:
+    """Turns `a` into scale x a x (b + shift)."""
+    # In scratch rather than in b, which would have to be written back to main memory.
+    a.mul_(torch.add(b, shift, out=scratch[0]).mul_(scale))

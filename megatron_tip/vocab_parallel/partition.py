@@ -22,6 +22,10 @@ def padded_vocab_size(vocab_size: int, tp_size: int, multiple_of: int = 1) -> in
     return -(-vocab_size // step) * step
 
 
+# Takes a logit out of its distribution: below every logit, but finite to avoid inf - inf.
+_HIDDEN = -1e30
+
+
 @dataclass(frozen=True)
 class VocabPartition:
     """The token ids that this rank owns. The ranks of `group` hold equal shards of the padded vocabulary.
@@ -73,17 +77,21 @@ class VocabPartition:
         return 0 if self.group is None else self.group.rank()
 
     def owned(self, values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns `[c, k]` entries of `values` `[c, num_local]` at global `ids`, zero if not owned, and which are."""
+        """Returns `[c, k]` float32 entries of `values` `[c, num_local]` at `ids`, zero if not owned, and which are."""
         columns, is_owned = self._columns(ids)
         if self.num_local == 0:
-            return values.new_zeros(ids.shape), is_owned
-        return torch.where(is_owned, values.gather(1, columns), 0.0), is_owned
+            return values.new_zeros(ids.shape, dtype=torch.float32), is_owned
+        return torch.where(is_owned, values.gather(1, columns).float(), 0.0), is_owned
 
     def add_owned(self, values: Tensor, ids: Tensor, addend: Tensor) -> None:
         """Adds `[c, k]` `addend` in place to `values` `[c, num_local]` at the global `ids` that this rank owns."""
         columns, is_owned = self._columns(ids)
         if self.num_local:
-            values.scatter_add_(1, columns, torch.where(is_owned, addend, 0.0))
+            values.scatter_add_(1, columns, torch.where(is_owned, addend, 0.0).to(values.dtype))
+
+    def hide(self, logits: Tensor, ids: Tensor) -> None:
+        """Gives the global `ids` `[c, k]` that this rank owns probability zero in `[c, num_local]` `logits`."""
+        self.add_owned(logits, ids, torch.full(ids.shape, _HIDDEN, device=ids.device))
 
     def _columns(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         columns = ids - self.vocab_start_index

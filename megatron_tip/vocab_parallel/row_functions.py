@@ -36,9 +36,8 @@ def reverse_kl(chunk: Chunk) -> RowValues:
     values = normaliser.expectation(0, sums[..., 2], sums[..., 4], normaliser.log_ratio_shift)
 
     def gradient(weights: Tensor) -> Tensor:
-        shift = normaliser.log_ratio_shift[rank] - values
-        scale = weights * (-normaliser.lse[rank, :, 0]).exp()
-        chunk.blocks.run(kernels.product_gradient, z_s, z_t, torch.stack([shift, scale], 1))
+        rows = torch.stack([values, weights], 1)
+        chunk.blocks.run(kernels.reverse_kl_gradient, z_s, z_t, normaliser.offsets(rank), rows)
         return z_s
 
     return RowValues(values, gradient)
@@ -53,8 +52,8 @@ def forward_kl(chunk: Chunk) -> RowValues:
     values = -normaliser.expectation(1, sums[..., 3], sums[..., 4], normaliser.log_ratio_shift)
 
     def gradient(weights: Tensor) -> Tensor:
-        rows = weights.unsqueeze(1) * (-normaliser.lse[chunk.partition.rank]).exp()
-        chunk.blocks.run(kernels.difference_gradient, z_s, z_t, rows)
+        offsets = normaliser.offsets(chunk.partition.rank)
+        chunk.blocks.run(kernels.forward_kl_gradient, z_s, z_t, offsets, weights.unsqueeze(1))
         return z_s
 
     return RowValues(values, gradient)
@@ -73,13 +72,14 @@ def jsd(chunk: Chunk, *, beta: float) -> RowValues:
 def jsd_of_normalised(chunk: Chunk, normaliser: SoftmaxNormaliser, *, beta: float) -> RowValues:
     """Returns the same as `jsd` for logits whose normaliser is known. One all-reduce."""
     (z_s, z_t), rank = chunk.logits, chunk.partition.rank
-    offsets = torch.cat([normaliser.maxima[rank], normaliser.lse[rank]], 1)
-    mix = offsets.new_tensor([1 - beta, beta]).expand(len(z_s), 2)
+    offsets = normaliser.offsets(rank)
+    mix = torch.stack([offsets.new_full((len(z_s),), share) for share in (1 - beta, beta)], 1)
     (parts,) = chunk.blocks.run(kernels.jsd_sums, z_s, z_t, offsets, mix)
     student, teacher = all_reduce_sum(parts, chunk.partition.group).unbind(1)
 
     def gradient(weights: Tensor) -> Tensor:
-        chunk.blocks.run(kernels.product_gradient, z_s, z_t, torch.stack([-student, (1 - beta) * weights], 1))
+        rows = torch.stack([student, (1 - beta) * weights], 1)
+        chunk.blocks.run(kernels.jsd_gradient, z_s, z_t, offsets, mix, rows)
         return z_s
 
     return RowValues(beta * teacher + (1 - beta) * student, gradient)
@@ -103,10 +103,12 @@ def sampled_token(chunk: Chunk, labels: Tensor, teacher_logprobs: Tensor | None 
     values = logprobs[:, 0] - (logprobs[:, 1] if teacher_logprobs is None else teacher_logprobs)
 
     def gradient(weights: Tensor) -> Tensor:
-        scale = weights * values
+        scale, label = weights * values, labels.unsqueeze(1)
         maximum, lse = normaliser.maxima[partition.rank, :, 0], normaliser.lse[partition.rank, :, 0]
+        # The label's own gradient, scale (1 - p(y)), would be lost in the rounding of bfloat16 logits: it comes last.
+        partition.hide(z_s, label)
         chunk.blocks.run(kernels.scaled_probabilities, z_s, torch.stack([maximum, lse, -scale], 1))
-        partition.add_owned(z_s, labels.unsqueeze(1), scale.unsqueeze(1))
+        partition.add_owned(z_s, label, (-scale * logprobs[:, 0].expm1()).unsqueeze(1))
         return z_s
 
     return RowValues(values, gradient)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -30,6 +31,10 @@ class SoftmaxNormaliser:
         """Returns the `[c]` mean of value + shift under a model, from every rank's `[tp, c]` Σe and Σe x value."""
         weight = (-self.lse[..., model]).exp()
         return (weight * (sum_e_value + shift * sum_e)).sum(0)
+
+    def offsets(self, rank: int) -> Tensor:
+        """Returns the `[c, 2 m]` maxima and lse of the frame of `rank`, as kernels take them."""
+        return torch.cat([self.maxima[rank], self.lse[rank]], 1)
 
     @property
     def log_ratio_shift(self) -> Tensor:

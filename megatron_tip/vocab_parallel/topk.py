@@ -9,19 +9,19 @@ from torch.nn.functional import pad
 from megatron_tip.vocab_parallel.collectives import all_gather
 from megatron_tip.vocab_parallel.partition import VocabPartition
 
-# Columns per group; the first round of a top-K searches only the groups' maxima.
-_GROUP_SIZE = 64
+GROUP_SIZE = 64
+"""Columns per group; the first round of a top-K searches only the groups' maxima."""
 
 
 def group_maxima(logits: Tensor) -> Tensor:
     """Returns maxima over 64 neighbouring columns of `[r, v]` `logits`: `[r, ceil(v / 64)]`, for `local_topk`."""
-    num_whole, rest = logits.shape[1] // _GROUP_SIZE, logits.shape[1] % _GROUP_SIZE  # torch.compile knows no divmod
-    maxima = logits[:, : num_whole * _GROUP_SIZE].unflatten(1, (num_whole, _GROUP_SIZE)).amax(-1)
+    num_whole, rest = logits.shape[1] // GROUP_SIZE, logits.shape[1] % GROUP_SIZE  # torch.compile knows no divmod
+    maxima = logits[:, : num_whole * GROUP_SIZE].unflatten(1, (num_whole, GROUP_SIZE)).amax(-1)
     return torch.cat([maxima, logits[:, -rest:].amax(-1, keepdim=True)], 1) if rest else maxima
 
 
 def local_topk(logits: Tensor, maxima: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Returns the `k` largest of `[c, v]` float32 `logits` and their columns, descending, ties by lower column.
+    """Returns the `k` largest of `[c, v]` `logits`, in float32, and their columns, descending, ties by lower column.
 
     `maxima`: the logits' `group_maxima`. Only the `k` groups with the largest maxima (the first of equal ones) are
     searched, as they contain the result. If `v < k`, the rest is -inf at columns from `v` up.
@@ -31,13 +31,13 @@ def local_topk(logits: Tensor, maxima: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if num_groups < k:
         maxima = pad(maxima, (0, k - num_groups), value=float("-inf"))
     groups = _ordered_topk_indices(maxima, k).sort(-1).values  # back in column order, which breaks ties
-    columns = torch.add(groups.unsqueeze(-1) * _GROUP_SIZE, torch.arange(_GROUP_SIZE, device=logits.device)).flatten(1)
+    columns = torch.add(groups.unsqueeze(-1) * GROUP_SIZE, torch.arange(GROUP_SIZE, device=logits.device)).flatten(1)
     if v == 0:
-        return logits.new_full((c, k), float("-inf")), columns[:, :k]
-    if num_groups >= k and v % _GROUP_SIZE == 0:
-        candidates = logits.gather(1, columns)
+        return maxima.new_full((c, k), float("-inf")), columns[:, :k]
+    if num_groups >= k and v % GROUP_SIZE == 0:
+        candidates = logits.gather(1, columns).float()
     else:
-        candidates = logits.gather(1, columns.clamp(max=v - 1)).masked_fill_(columns >= v, float("-inf"))
+        candidates = logits.gather(1, columns.clamp(max=v - 1)).float().masked_fill_(columns >= v, float("-inf"))
     places = _ordered_topk_indices(candidates, k)
     return candidates.gather(1, places), columns.gather(1, places)
 
@@ -47,8 +47,8 @@ def exchange_topk(
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     """Returns every rank's `[tp, c, ...]` sums, and each model's global top-K: logits and ids `[c, k]`.
 
-    `models`: `[c, v]` local logits. `maxima`: their group maxima. `sums`: `[c, ...]` float32, gathered in the same
-    message. One all-gather of 8 bytes x k per row and model, plus the sums.
+    `models`: `[c, v]` local logits. `maxima`: their group maxima, float32. `sums`: `[c, ...]` float32, gathered in the
+    same message. One all-gather of 8 bytes x k per row and model, plus the sums.
     """
     packed = [sums.view(torch.int32)]  # floats are sent as their bits, so that logits and ids share one message
     for logits, groups in zip(models, maxima, strict=True):

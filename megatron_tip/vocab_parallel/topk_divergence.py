@@ -24,8 +24,6 @@ NO_ID = -1
 
 # The rounding error of a sum of float32 probabilities near 1: a smaller teacher tail is not known.
 _TEACHER_TAIL_FLOOR = 1e-6
-# Hides a logit from the tail: below every logit, but finite to avoid inf - inf.
-_HIDDEN = -1e30
 
 
 def topk_divergence_loss(
@@ -117,7 +115,7 @@ def tail_and_known(chunk: Chunk, ids: Tensor) -> tuple[SoftmaxNormaliser, Tensor
     """
     (z,), partition = chunk.logits, chunk.partition
     owned, _ = partition.owned(z, ids)
-    partition.add_owned(z, ids, torch.full_like(owned, _HIDDEN))
+    partition.hide(z, ids)
     (sums,) = chunk.blocks.run(kernels.partition_sums, z)
     gathered = all_gather(torch.cat([sums, owned], 1), partition.group)
     found = gathered[..., 2:].sum(0)  # one rank owns an id, the others hold zero

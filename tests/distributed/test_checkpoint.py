@@ -4,6 +4,7 @@ import random
 import threading
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.planner import LoadPlan
 
 from megatron_tip.config import Config
 from megatron_tip.conversion import background_save
@@ -130,6 +133,40 @@ def test_a_resumed_run_is_the_same_bit_for_bit(
     )
     for straight, resumed in run_workers(interrupted_and_not, 2, tmp_path, config, tmp_path):
         torch.testing.assert_close(resumed, straight, rtol=0, atol=0)
+
+
+def read_of_the_optimizer(config: Config, folder: Path) -> tuple[int, int, int, int]:
+    """Restores a run. Bytes of the optimizer: that this rank read, and made room for; all of it; its largest part."""
+    run, files = build_tiny_run(config, ROLLOUTS), CheckpointFiles(folder / "checkpoints")
+    take_step(run, 1)
+    checkpointer = checkpointer_of(run, files)
+    checkpointer.save(RunProgress(step=1))
+    checkpointer.finish()
+    counted: list[int] = []
+    read_data = FileSystemReader.read_data
+
+    def read_and_count(reader: Any, plan: LoadPlan, planner: Any) -> Any:
+        items = [item for item in plan.items if item.storage_index.fqn.startswith("optimizer.")]
+        stored = {index: place.length for index, place in reader.storage_data.items() if "optimizer." in index.fqn}
+        read = sum(stored[index] for index in {item.storage_index for item in items})
+        room = sum(4 * prod(item.lengths) for item in items)
+        counted.extend([read, room, sum(stored.values()), max(stored.values())])
+        return read_data(reader, plan, planner)
+
+    FileSystemReader.read_data = read_and_count  # type: ignore[method-assign]
+    restore(build_tiny_run(config, ROLLOUTS), files, 1)
+    FileSystemReader.read_data = read_data  # type: ignore[method-assign]
+    read, room, total, largest = counted
+    return read, room, total, largest
+
+
+def test_each_rank_reads_its_own_part_of_the_distributed_optimizer(models: Path, tmp_path: Path):
+    config = make_config(models, Layout(2), optimizer={"distributed": True})
+    ranks = run_workers(read_of_the_optimizer, 2, tmp_path, config, tmp_path)
+    reads, rooms, (total, _), (largest, _) = zip(*ranks, strict=True)
+    assert sum(reads) <= total + 3 * largest, "three states of the parameter that both hold a part of are read twice"
+    assert max(reads) <= total / 2 + 3 * largest < total
+    assert sum(rooms) <= total, "and room is made for little more than a rank's own elements"
 
 
 SAVED_LAYOUT = Layout(4, student=(2, 1))
@@ -294,11 +331,12 @@ def test_what_all_ranks_meet_alike_ends_the_run_when_it_is_saved(models: Path, t
     progress = RunProgress.from_json(files.read_state(2)["progress"])
     if broken_head:
         assert all(message.startswith("TooManySkips: step 2: the loss or the gradient") for message in messages)
-        assert (progress.unrecorded, progress.skipped_in_a_row) == (None, 0)
+        assert (progress.unrecorded, progress.skipped_in_a_row, progress.num_updates) == (None, 0, 0)
         assert len(list((tmp_path / "run" / "skipped").iterdir())) == 2
     else:  # the step is taken, its metrics are not yet written
         assert messages == ["EngineError: all servers are gone"] * 2
         assert progress.unrecorded is not None
+        assert progress.num_updates == 2
         assert "train/loss" in progress.unrecorded
 
 

@@ -28,7 +28,7 @@ from megatron_tip.models.gpt import HiddenStatesModel, build_gpt, prepare_megatr
 from megatron_tip.parallel.grid import ModelGrid
 from megatron_tip.parallel.groups import ModelGroups, build_groups
 from tests.helpers.distributed import run_workers
-from tests.helpers.models import VARIANTS, hf_logits, megatron_logits, write_tiny_model
+from tests.helpers.models import VARIANTS, hf_logits, megatron_logits, packed_forward, write_tiny_model
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]
 INPUT_IDS = torch.randint(0, 101, (2, 32), generator=torch.Generator().manual_seed(1))
@@ -90,13 +90,13 @@ def _check_marks(model: HiddenStatesModel, checkpoint: HfCheckpoint) -> None:
 
 def _check_export(model: HiddenStatesModel, checkpoint: HfCheckpoint, groups: ModelGroups) -> None:
     exported = {name: tensor.clone() for name, tensor in export_hf(model, checkpoint.architecture, groups)}
-    if groups.rank != 0:
-        assert not exported
-        return
+    everywhere = export_hf(model, checkpoint.architecture, groups, everywhere=True)
+    on_this_rank = {name: tensor.clone() for name, tensor in everywhere}
     original = load_file(checkpoint.folder / "model.safetensors")
-    assert exported.keys() == original.keys()
-    for name, tensor in original.items():
-        assert torch.equal(exported[name], tensor), name
+    assert exported.keys() == (original.keys() if groups.rank == 0 else set())
+    assert on_this_rank.keys() == original.keys()
+    for name, tensor in [*exported.items(), *on_this_rank.items()]:
+        assert torch.equal(original[name], tensor), name
 
 
 def test_checkpoints_and_folders(tiny_models: dict[str, Path], tmp_path: Path) -> None:
@@ -190,12 +190,12 @@ def test_gradients_are_those_of_transformers(tiny_models: dict[str, Path], tmp_p
 
 def _hf_gradients(folder: Path) -> dict[str, Tensor]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    hidden = model.model(INPUT_IDS).last_hidden_state.transpose(0, 1)
+    hidden = model.model(INPUT_IDS).last_hidden_state
     (hidden * _loss_weights(hidden.shape)).sum().backward()
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
-def _loss_weights(shape: torch.Size) -> Tensor:
+def _loss_weights(shape: tuple[int, ...]) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(2))
 
 
@@ -228,8 +228,8 @@ def _backward(model: HiddenStatesModel, groups: ModelGroups) -> None:
     wrapped = DistributedDataParallel(
         model.config, DistributedDataParallelConfig(), model, pg_collection=groups.collection
     )
-    hidden = wrapped(INPUT_IDS, torch.arange(INPUT_IDS.shape[1]).expand_as(INPUT_IDS), None)
-    weights = _loss_weights(torch.Size((INPUT_IDS.shape[1], *hidden.shape[1:])))
+    hidden = packed_forward(wrapped, INPUT_IDS)
+    weights = _loss_weights((*INPUT_IDS.shape, hidden.shape[-1])).view(INPUT_IDS.numel(), 1, -1)
     if model.config.sequence_parallel:
         weights = weights.chunk(groups.grid.tp_size)[groups.tp_rank]
     (hidden * weights).sum().backward()

@@ -11,7 +11,7 @@ from megatron_tip.errors import EngineError, OutputError, ServersLostError, Weig
 from megatron_tip.rollout.engine import RolloutEngine
 from megatron_tip.training.probe import probe_ids, probe_logprobs
 from megatron_tip.training.rollouts import generate_rollouts
-from megatron_tip.training.weight_sync import is_bad, sync_engine, tolerance_of
+from megatron_tip.training.weight_sync import median_gap, sync_engine, tolerance_of
 from tests.helpers.distributed import run_workers
 from tests.helpers.training import (
     Layout,
@@ -162,10 +162,30 @@ def test_a_full_shared_folder_is_the_same_error_on_every_rank(tmp_path):
     assert messages == ["the shared folder is full"] * 2
 
 
-@pytest.mark.parametrize("gap, bad", [(0.0, False), (1.0, True), (float("nan"), True)])
-def test_a_gap_that_is_no_number_is_within_no_tolerance(tmp_path, gap, bad):
-    tolerance = tolerance_of(make_config(tmp_path, LAYOUTS[0], **SERVED), torch.device("cpu"))
-    assert is_bad({"one": 0.0, "other": gap}, tolerance) == bad
+def test_the_probe_in_bfloat16_passes_rounding_and_notices_a_wrong_layer(tmp_path):
+    """The logprobs are those of SmolLM2-135M-Instruct: their spread, and what rounding and a wrong layer change."""
+    config = make_config(tmp_path, LAYOUTS[0], **{**SERVED, "rollout": {**SERVED["rollout"], "dtype": "bfloat16"}})
+    generator = torch.Generator().manual_seed(0)
+    expected = (-14.0 + 3.0 * torch.randn(47, generator=generator)).tolist()
+    tolerance = tolerance_of(config, torch.device("cpu"), expected)
+    for scale, is_wrong in ((0.1, False), (0.6, True)):
+        found = [value + scale * torch.randn((), generator=generator).item() for value in expected]
+        found[3] += 4.0  # one position of huge activations, where rounding alone changes nats
+        assert (median_gap(found, expected) > tolerance) == is_wrong
+
+
+def test_the_probe_in_float32_allows_no_more_than_summation_order(tmp_path):
+    config = make_config(tmp_path, LAYOUTS[0], **SERVED)
+    assert tolerance_of(config, torch.device("cpu"), [-1.0, -2.0]) == 1e-4
+    config = make_config(tmp_path, LAYOUTS[0], **{**SERVED, "sync": {"tolerance": 0.3}})
+    assert tolerance_of(config, torch.device("cpu"), [-1.0, -2.0]) == 0.3
+
+
+@pytest.mark.parametrize("place", [0, 2])
+def test_a_gap_that_is_no_number_is_within_no_tolerance(place):
+    found = [0.0, 0.0, 0.0]
+    found[place] = float("nan")
+    assert not median_gap(found, [0.0, 0.0, 0.0]) <= 1e9
 
 
 @pytest.mark.parametrize("gone", ["sync", "generate"])

@@ -143,7 +143,7 @@ class StepPrompts:
 
     heldout: tuple[Prompt, ...] = ()
     digest = "steps"
-    num_skipped = num_duplicates = 0
+    num_skipped = num_duplicates = num_copies = 0
 
     def batch(self, step: int) -> list[Prompt]:
         return [Prompt(10 * step + place, "", rollout.prompt_ids) for place, rollout in enumerate(ROLLOUTS)]

@@ -26,7 +26,7 @@ def move(dtype: torch.dtype) -> tuple[list[tuple[int, ...]], int]:
     train on as (rollout, position, hidden ..., weight), read through the masks, and how many rows came from elsewhere.
     """
     rank, dp_size = dist.get_rank(), dist.get_world_size()
-    layout = {"max_tokens": 24, "pad_token_id": 0, "sequence_multiple": 1, "device": torch.device("cpu")}
+    layout = {"max_tokens": 24, "pad_token_id": 0, "token_multiple": 1, "device": torch.device("cpu")}
     batch = StepBatch.over(make_rollouts(LENGTHS), dp_size=dp_size, **layout)
     index = batch.token_index(rank)
     mask = (index.position % 3 == 0) & (rank % 2 == 0)
@@ -44,8 +44,7 @@ def move(dtype: torch.dtype) -> tuple[list[tuple[int, ...]], int]:
     micro_batches = cut.micro_batches(rank)
     rows = []
     for micro_batch, part in zip(micro_batches, arrived.by_micro_batch(micro_batches), strict=True):
-        sequences, positions = part.mask.nonzero().unbind(dim=1)
-        rollouts = micro_batch.rollout_indices[sequences]
+        rollouts, positions = micro_batch.rollout_indices[part.mask], micro_batch.position_ids[part.mask]
         prompts = torch.tensor([4 + int(place) % 3 for place in rollouts], dtype=torch.int64)
         columns = (rollouts, positions - prompts + 1, *part.teacher_rows.states.unbind(dim=1), part.row_weights)
         rows += zip(*(column.tolist() for column in columns), strict=True)

@@ -20,7 +20,12 @@ from tests.helpers.tiny import make_qwen
 from tests.helpers.training import Layout, build_tiny_run, engine_of, make_config, make_models, make_rollouts
 
 ROLLOUTS = make_rollouts([12, 0, 7, 15, 9, 1])
-DIFFERENT_BY_LAYOUT = {"perf/saved_train_seconds", "train/num_micro_batches", "train/num_micro_batches_uncut"}
+DIFFERENT_BY_LAYOUT = {
+    "perf/saved_train_seconds",
+    "train/num_micro_batches",
+    "train/num_micro_batches_uncut",
+    "train/padding_token_share",
+}
 Row = tuple[int, int, float]
 """Rollout, position in the response, weight."""
 
@@ -198,10 +203,10 @@ def kernels_compiled(config: Config, rollouts: list[Rollout]) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "value, expected", [(True, {"statistics_sums", "reverse_kl_sums", "product_gradient"}), (False, set())]
+    "name, expected", [("compiled", {"statistics_sums", "reverse_kl_sums", "reverse_kl_gradient"}), ("auto", set())]
 )
-def test_loss_compile_reaches_statistics_and_loss(models: Path, tmp_path: Path, value: bool, expected: set[str]):
-    config = make_config(models, Layout(1), loss={"compile": value})
+def test_loss_kernels_reach_statistics_and_loss(models: Path, tmp_path: Path, name: str, expected: set[str]):
+    config = make_config(models, Layout(1), loss={"kernels": name})
     (seen,) = run_workers(kernels_compiled, 1, tmp_path, config, ROLLOUTS)
     assert seen == expected
 

@@ -59,7 +59,7 @@ def check_loss(case: Case, name: str, beta: float, group: ProcessGroup) -> None:
     loss = divergence_loss(
         (hidden, head),
         (inputs["teacher_hidden"], shard(inputs["teacher_head"], group)),
-        ShardedVocabulary(case.vocab_size, case.temperature, group, case.chunk_rows),
+        ShardedVocabulary(case.vocab_size, case.temperature, group, case.chunk_rows, case.kernels),
         divergence=name,
         jsd_beta=beta,
         row_weights=weights,
@@ -123,9 +123,8 @@ def check_ties(group: ProcessGroup) -> None:
     assert actual.support_overlap.tolist() == [0.0] * 3
 
 
-def check_equal_models(group: ProcessGroup) -> None:
+def check_equal_models(group: ProcessGroup, case: Case, losses: list[tuple[str, float]]) -> None:
     """Teacher = student: every divergence and every gradient is zero to the bit."""
-    case = Case(scale=3.0)
     inputs = case.inputs()
     hidden, head = inputs["student_hidden"], shard(inputs["student_head"], group)
     models = {"student_hidden": hidden, "teacher_hidden": hidden, "student_head": head, "teacher_head": head}
@@ -133,12 +132,12 @@ def check_equal_models(group: ProcessGroup) -> None:
     for name in ("reverse_kl", "forward_kl", "jsd", "support_divergence"):
         assert torch.equal(getattr(actual, name), torch.zeros(case.n)), name
     assert torch.equal(actual.support_jaccard, torch.ones(case.n))
-    for name, beta in LOSSES:
+    for name, beta in losses:
         student = {"student_hidden": hidden.clone(), "student_head": head.clone()}
         for tensor in student.values():
             tensor.requires_grad_()
         arguments = {"divergence": name, "jsd_beta": beta, "labels": case.labels(), "vocab_size": case.vocab_size}
-        loss = called(divergence_loss, **(models | student), **arguments, tp_group=group)
+        loss = called(divergence_loss, **(models | student), **arguments, tp_group=group, kernels=case.kernels)
         loss.backward()
         assert loss.item() == 0, f"{name} {beta}"
         assert all(torch.equal(t.grad, torch.zeros_like(t)) for t in student.values()), f"{name} {beta}"
@@ -151,7 +150,7 @@ def check_layout(group: ProcessGroup) -> None:
             check_loss(case, name, beta, group)
     check_rounded_logits(group)
     check_ties(group)
-    check_equal_models(group)
+    check_equal_models(group, Case(scale=3.0), LOSSES)
 
 
 def test_every_layout_matches_the_float64_formulas(tmp_path):

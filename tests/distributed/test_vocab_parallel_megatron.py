@@ -20,7 +20,7 @@ from tests.helpers import reference
 from tests.helpers.distributed import run_workers
 
 VOCAB_SIZE, PADDED, HIDDEN, FFN, TEACHER_HIDDEN = 37, 40, 16, 32, 24
-SEQUENCE, BATCH = 8, 2
+NUM_TOKENS = 16
 
 
 def make(*shape: int) -> Tensor:
@@ -34,8 +34,8 @@ def full_weights(tied: bool) -> dict[str, Tensor]:
 
 
 def batch() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Token ids and mask `[b, s]`, teacher's hidden states `[n, h]` and full head."""
-    ids = torch.arange(BATCH * SEQUENCE).view(BATCH, SEQUENCE) * 7 % VOCAB_SIZE
+    """Token ids and mask `[s]`, teacher's hidden states `[n, h]` and full head."""
+    ids = torch.arange(NUM_TOKENS) * 7 % VOCAB_SIZE
     mask = ids % 3 != 0
     return ids, mask, make(int(mask.sum()), TEACHER_HIDDEN) * 5, make(PADDED, TEACHER_HIDDEN) * 5
 
@@ -83,7 +83,7 @@ def check_layers(tied: bool, sequence_parallel: bool) -> None:
         modules[name].weight.data.copy_(shard(name, full))
 
     ids, mask, teacher_hidden, teacher_head = batch()
-    embedded = modules["embedding"](ids)
+    embedded = modules["embedding"](ids[None])
     embedded = embedded if sequence_parallel else embedded.transpose(0, 1)
     added, _ = modules["down"](modules["up"](embedded)[0].tanh())
     rows = masked_rows(embedded + added, mask, tp_group=tp_group, sequence_parallel=sequence_parallel)

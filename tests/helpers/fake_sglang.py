@@ -17,7 +17,8 @@ class FakeSGLang:
 
     `misbehave(number, request, chunks)` gets every streamed /generate (counted from 0) with the chunks that a good
     server would send, and returns those that this one sends; it may also sleep, or raise one of the two exceptions
-    below. `seen`: every (path, body, authorization).
+    below. `seen`: every (path, body, authorization). `held` are its weights: those of the last version that it took, or
+    with `keeps_weights` what it held before, under the new name.
     """
 
     def __init__(self, *, model_type: str = "llama", vocab_size: int = VOCAB_SIZE, cumulative: bool = False) -> None:
@@ -25,8 +26,13 @@ class FakeSGLang:
         self.vocab_size = vocab_size
         self.cumulative = cumulative
         self.version = "default"
+        self.held = "nothing"
+        self.keeps_weights = False
+        self.gives_checksums = True
         self.misbehave: Callable[[int, dict[str, Any], list[Any]], list[Any]] = lambda number, request, chunks: chunks
-        self.layout: dict[str, int] = {}
+        self.layout: dict[str, Any] = {}
+        self.released: set[str] = set()
+        self.crashes: list[str] = []
         self.statuses: dict[str, list[int]] = {}
         self.seen: list[tuple[str, Any, str | None]] = []
         self.seconds_per_request = 0.0
@@ -51,7 +57,8 @@ class FakeSGLang:
     def come_back(self, *, with_weights: bool = False) -> None:
         """Listens again on the same port; `with_weights`: it had only been cut off, not restarted."""
         if not with_weights:
-            self.version = "default"
+            self.version, self.held = "default", "nothing"
+            self.released = set()
         self._server = self._listen(self.port)
 
     def __enter__(self) -> "FakeSGLang":
@@ -66,8 +73,15 @@ class FakeSGLang:
     # -- what it answers
 
     def respond(self, handler: BaseHTTPRequestHandler, path: str, body: Any) -> None:
+        path = path.partition("?")[0]
         if self.statuses.get(path):
             handler.send_error(self.statuses[path].pop(0))
+        elif path in ("/health", "/generate") and self.released:
+            self.crashes.append(f"{path} without {', '.join(sorted(self.released))}")
+            raise CutError([])
+        elif path in ("/release_memory_occupation", "/resume_memory_occupation"):
+            self.move_memory(path, set(body["tags"]))
+            send_json(handler, None)
         elif path == "/health":
             send_json(handler, {})
         elif path == "/model_info":
@@ -78,13 +92,31 @@ class FakeSGLang:
         elif path == "/generate":
             self.generate(handler, body)
         elif path == "/update_weight_version":
-            self.version = body["new_version"]
+            self.take(body["new_version"])
             send_json(handler, {"success": True, "message": "", "new_version": self.version})
         elif path == "/update_weights_from_disk":
-            self.version = body["weight_version"]
+            self.take(body["weight_version"])
             send_json(handler, {"success": True, "message": ""})
+        elif path == "/weights_checker" and self.gives_checksums:
+            name = "model.layers.0.self_attn.o_proj.weight"
+            ranks = [{"checksums": {name: self.held}, "per_gpu_checksum": "x"}]
+            send_json(handler, {"success": True, "message": "Success.", "ranks": ranks})
         else:
             send_json(handler, {"success": True, "message": ""})
+
+    def take(self, version: str) -> None:
+        self.version = version
+        if not self.keeps_weights:
+            self.held = version
+
+    def move_memory(self, path: str, tags: set[str]) -> None:
+        """Gives back or takes back; a real server ends if it is busy, or has done so before."""
+        is_release = path.startswith("/release")
+        if is_release and self._at_once:
+            self.crashes.append("released while it generates")
+        if tags & self.released if is_release else tags - self.released:
+            self.crashes.append(f"{path} of {', '.join(sorted(tags))} again")
+        self.released = self.released | tags if is_release else self.released - tags
 
     def model_info(self) -> dict[str, Any]:
         return {

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Co
 
 from megatron_tip.conversion.gguf import convert_gguf
 from megatron_tip.models.gpt import HiddenStatesModel, output_head_weight
+from megatron_tip.models.packing import boundaries
 from megatron_tip.parallel.groups import ModelGroups
 
 SIZES = {
@@ -82,8 +83,15 @@ def hf_logits(folder: Path, input_ids: Tensor) -> Tensor:
         return model(input_ids).logits
 
 
+def packed_forward(model: torch.nn.Module, input_ids: Tensor) -> Tensor:
+    """The output of a stage, `[b x s, 1, h]`, for the sequences `[b, s]` packed into one micro-batch."""
+    b, s = input_ids.shape
+    positions = torch.arange(s).repeat(b)
+    return model(input_ids.reshape(1, -1), positions[None], None, packed_seq_params=boundaries(model, (s,) * b))
+
+
 def final_hidden(model: HiddenStatesModel, groups: ModelGroups, input_ids: Tensor) -> Tensor | None:
-    """The last stage's hidden states `[s, b, h]`; None on the other stages."""
+    """The last stage's hidden states `[b x s, 1, h]`; None on the other stages."""
     received: list[Tensor] = []
 
     def forward_step(_: Any, stage: HiddenStatesModel) -> Any:
@@ -91,15 +99,15 @@ def final_hidden(model: HiddenStatesModel, groups: ModelGroups, input_ids: Tenso
             received.append(hidden)
             return hidden
 
-        return stage(input_ids, torch.arange(input_ids.shape[1]).expand_as(input_ids), None), keep
+        return packed_forward(stage, input_ids), keep
 
     arguments: dict[str, Any] = {
         "forward_step_func": forward_step,
         "data_iterator": None,
         "model": model,
         "num_microbatches": 1,
-        "seq_length": input_ids.shape[1],
-        "micro_batch_size": input_ids.shape[0],
+        "seq_length": input_ids.numel(),
+        "micro_batch_size": 1,
         "forward_only": True,
         "collect_non_loss_data": True,
         "pg_collection": groups.collection,
@@ -127,7 +135,7 @@ def megatron_logits(
             hidden = torch.cat(_gathered(hidden, groups))
         head = output_head_weight(model) if head is None else head
         logits = torch.cat(_gathered(hidden @ head.T, groups), dim=-1)
-        return logits.transpose(0, 1)
+        return logits.view(*input_ids.shape, -1)
 
 
 def _gathered(tensor: Tensor, groups: ModelGroups) -> list[Tensor]:

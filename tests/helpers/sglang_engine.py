@@ -1,5 +1,7 @@
 """An engine over several fake servers, and what its tests share."""
 
+import torch
+
 from megatron_tip.records import Prompt
 from megatron_tip.rollout.engine import SamplingParams
 from megatron_tip.rollout.sglang.client import SGLangClient, Timeouts
@@ -10,6 +12,9 @@ from tests.helpers.fake_sglang import VOCAB_SIZE, FakeSGLang
 FAST = Timeouts(connect=1.0, silence=1.0, control=1.0, retries=0, back_off=0.01)
 SAMPLING = SamplingParams(6, 1.0, 1.0, samples_per_prompt=2, stop_token_ids=(2,), seed=1, batch_name="step_000001")
 PROMPTS = [Prompt(10 * place, f"prompt {place}", (1, 4 + place)) for place in range(6)]
+
+
+_ENGINE_VALUES = ("attempts", "drop_wrong_version", "releases_memory")
 
 
 class VersionTransport:
@@ -50,7 +55,7 @@ class Cluster:
         self.transport = VersionTransport()
         self.set_aside_path = tmp_path / "set_aside.jsonl"
         values = {"concurrency": 3, "heartbeat": 0.05, "heartbeat_timeout": 0.5, "missed_heartbeats": 2, "wait": 1.0}
-        engine_values = {name: settings.pop(name) for name in ("attempts", "drop_wrong_version") if name in settings}
+        engine_values = {name: settings.pop(name) for name in _ENGINE_VALUES if name in settings}
 
         def connect(url):
             return SGLangClient(url, vocab_size=VOCAB_SIZE, timeouts=FAST)
@@ -62,12 +67,13 @@ class Cluster:
         self.engine = SGLangEngine(
             self.pool,
             self.transport,
-            EngineSettings("run", engine_values.pop("attempts", 3), self.set_aside_path, **engine_values),
+            EngineSettings("run", engine_values.pop("attempts", 3), self.set_aside_path, num_layers=1, **engine_values),
         )
         stack.callback(self.engine.close)
 
     def sync(self, version=0):
-        stream = iter([("a", None), ("b", None)])
+        weight = torch.full((8,), float(version))
+        stream = iter([("model.layers.0.self_attn.o_proj.weight", weight), ("b", weight)])
         self.engine.update_weights(stream, version)
         assert next(stream, None) is None, "the stream was not consumed to its end"
 

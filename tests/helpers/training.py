@@ -80,7 +80,7 @@ class FixedPrompts:
 
     heldout: tuple[Prompt, ...] = ()
     digest = "fixed"
-    num_skipped = num_duplicates = 0
+    num_copies = num_skipped = num_duplicates = 0
 
     def __init__(self, rollouts: list[Rollout]) -> None:
         self.prompts = [Prompt(rollout.prompt_index, "", rollout.prompt_ids) for rollout in rollouts]

@@ -11,6 +11,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_tip.statistics import TokenStatistics
 from megatron_tip.vocab_parallel import HiddenAndHead, ShardedVocabulary, padded_vocab_size, token_statistics
+from megatron_tip.vocab_parallel.kernel_choice import KernelSetting
 from tests.helpers import reference
 
 GIVEN = [field for field in fields(TokenStatistics) if field.name != "topk_reverse_kl"]
@@ -29,6 +30,7 @@ class Case:
     support_size: int = 8
     dtype: torch.dtype = torch.float32  # bfloat16 with a scale and a temperature that are powers of two
     constant: bool = False  # all logits equal
+    kernels: KernelSetting = "auto"
 
     def inputs(self) -> dict[str, Tensor]:
         g = torch.Generator().manual_seed(self.n + self.vocab_size)
@@ -90,6 +92,7 @@ def statistics(case: Case, group: ProcessGroup, **changes) -> TokenStatistics:
         "temperature": case.temperature,
         "tp_group": group,
         "chunk_rows": case.chunk_rows,
+        "kernels": case.kernels,
         "with_jsd": True,
         "with_support": True,
     }

@@ -20,6 +20,8 @@ def records_of(path: Path) -> list[wandb_internal_pb2.Record]:
     """What a .wandb file holds, also one whose run was killed."""
     from wandb.sdk.internal.datastore import DataStore
 
+    if not path.stat().st_size:  # killed before the first block was full
+        return []
     store, records = DataStore(), []
     store.open_for_scan(str(path))
     while (data := store.scan_data()) is not None:

@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from megatron_tip.config import Config
@@ -13,7 +14,9 @@ from megatron_tip.config.io import dump_config
 from megatron_tip.training.checkpoints.files import CheckpointFiles
 from tests.helpers.processes import wait_until
 from tests.helpers.runs import Workers, assert_same_run, metrics_of, run_to_end
+from tests.helpers.tensorboard_files import values_of
 from tests.helpers.training import make_models, make_pruned_run
+from tests.helpers.wandb_files import finished_records_of, history_of, records_of
 from tools.try_faults import try_faults
 
 STEPS = 6
@@ -52,6 +55,25 @@ def test_told_to_stop_it_saves_and_continues(models: Path, undisturbed: Path, tm
     # Told before the weights go to the engine, the step's metrics are in the checkpoint and not yet in the file.
     assert CheckpointFiles(tmp_path / "run" / "checkpoints").steps()[-1] in (step, step + 1)
     run_to_end(config, 2, tmp_path / "log")
+    assert_same_run(tmp_path / "run", undisturbed)
+
+
+def test_killed_it_leaves_no_gap_in_the_trackers_when_it_continues(models: Path, undisturbed: Path, tmp_path: Path):
+    config = config_of(models, tmp_path / "run", tracking={"wandb": "offline", "tensorboard": True})
+    workers = started(config, tmp_path / "log", until_step=4)
+    for process in psutil.Process(workers.processes[0].pid).children():  # W&B's own, which would otherwise write all
+        process.kill()
+    workers.kill()
+    run_to_end(config, 2, tmp_path / "log")
+    steps = [step["step"] for step in metrics_of(tmp_path / "run")]
+    assert steps == list(range(STEPS + 1))
+    files = sorted((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
+    assert len({path.name for path in files}) == 1
+    history = [*history_of(records_of(files[0])), *history_of(finished_records_of(files[1]))]
+    assert [row["_step"] for row in history] == steps
+    files = (tmp_path / "run" / "tensorboard").iterdir()
+    losses = {step for path in files for step, value in values_of(path) if value.tag == "train/loss"}
+    assert losses == set(steps[1:])
     assert_same_run(tmp_path / "run", undisturbed)
 
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,13 +18,14 @@ from megatron_tip.conversion.safetensors_io import HfCheckpoint
 from megatron_tip.conversion.weight_map import hf_shapes
 from megatron_tip.errors import WeightsLostError
 from megatron_tip.records import Prompt
-from megatron_tip.rollout.engine import SamplingParams
+from megatron_tip.rollout.engine import ALL_MEMORY, WEIGHTS, SamplingParams
 from megatron_tip.rollout.sglang.client import ServerKeys, SGLangClient, Timeouts
 from megatron_tip.rollout.sglang.engine import EngineSettings, SGLangEngine, new_run_id
 from megatron_tip.rollout.sglang.pool import PooledServer, PoolSettings, ServerPool
 from megatron_tip.rollout.sglang.server import ServerSettings, SGLangServer
 from megatron_tip.rollout.sglang.weights.broadcast import BroadcastTransport
 from megatron_tip.rollout.sglang.weights.folder import FolderTransport
+from megatron_tip.rollout.sglang.weights.ipc import IpcTransport
 from tests.helpers.processes import is_alive, wait_until
 from tests.helpers.tiny import make_llama
 
@@ -31,6 +33,7 @@ pytestmark = [pytest.mark.sglang, pytest.mark.timeout(280)]
 
 PYTHON = (sys.executable,)
 VOCAB_SIZE = 307
+LAYERS = 6
 KEYS = ServerKeys(api="api-key-of-the-test", admin="admin-key-of-the-test")
 PROBE = list(range(3, 43))
 PROMPTS = [Prompt(place, f"prompt {place}", tuple(range(3, 9 + place))) for place in range(8)]
@@ -110,7 +113,8 @@ def engine(student, folder):
         model_type="llama",
     )
     run_id = new_run_id()
-    engine = SGLangEngine(pool, broadcast(run_id), EngineSettings(run_id, 6, folder / "set_aside.jsonl"))
+    settings = EngineSettings(run_id, 6, folder / "set_aside.jsonl", num_layers=LAYERS, releases_memory=True)
+    engine = SGLangEngine(pool, broadcast(run_id), settings)
     try:
         engine.update_weights(student.weights(), 0)
         yield engine
@@ -167,6 +171,23 @@ def test_temperature_divides_the_logits_that_logprobs_are_taken_of(engine, stude
     assert generation.logprobs[0] == pytest.approx(expected, abs=1e-4)
 
 
+def test_servers_give_back_their_memory_and_take_it_back(engine, student):
+    """The calls and their order; on a CPU SGLang has no memory saver and frees nothing."""
+    engine.hold_memory(frozenset(), may_start=False)
+    time.sleep(2.5)  # heartbeats
+    assert engine.take_metrics(SAMPLING.batch_name)["servers/num_up"] == 2
+    with pytest.raises(WeightsLostError):
+        engine.generate(PROMPTS, SAMPLING)
+    for version in (5, 6):
+        engine.hold_memory(frozenset({WEIGHTS}), may_start=True)
+        student.change()
+        engine.update_weights(student.weights(), version)
+        assert engine.take_metrics(SAMPLING.batch_name)["sync/num_servers"] == 2
+        engine.hold_memory(ALL_MEMORY, may_start=True)
+        assert student.largest_gap(engine) < 1e-4
+        assert_complete(engine.generate(PROMPTS, SAMPLING), version)
+
+
 def test_no_password_is_in_a_log_or_a_process_list(engine, folder):
     seen = "".join(path.read_text(errors="replace") for path in folder.glob("*.log"))
     for entry in Path("/proc").glob("[0-9]*"):
@@ -182,8 +203,11 @@ def test_no_password_is_in_a_log_or_a_process_list(engine, folder):
     assert KEYS.admin not in seen
 
 
-def test_weights_through_a_folder(engine, student, folder):
-    transport = FolderTransport(folder / "weights", student.checkpoint, dtype=torch.float32, bucket_bytes=200_000)
+@pytest.mark.parametrize("way", ["folder", "ipc"])
+def test_weights_in_other_ways_than_by_broadcast(engine, student, folder, way):
+    transport = IpcTransport(bucket_bytes=40_000, device=torch.device("cpu"))
+    if way == "folder":
+        transport = FolderTransport(folder / "weights", student.checkpoint, dtype=torch.float32, bucket_bytes=200_000)
     by_broadcast, engine._transport = engine._transport, transport
     try:
         student.change()
@@ -194,7 +218,7 @@ def test_weights_through_a_folder(engine, student, folder):
         engine._transport = by_broadcast
         transport.close()
     student.change()
-    engine.update_weights(student.weights(), 4)  # and back: a folder leaves a server able to take a broadcast
+    engine.update_weights(student.weights(), 4)  # and back: a server stays able to take a broadcast
     assert student.largest_gap(engine) < 1e-4
 
 

@@ -41,8 +41,8 @@ if sys.argv[1] == "serve":
     options = dict(zip(arguments[:18:2], arguments[1:18:2]), further=arguments[18:])
     server = http.server.ThreadingHTTPServer((options["--host"], int(options["--port"])), Health)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    gpus = os.environ["CUDA_VISIBLE_DEVICES"]
-    note("server_" + options["--port"], {{"node": node, "options": options, "gpus": gpus}})
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    note("server_" + options["--port"] + "_" + node, {{"node": node, "options": options, "gpus": gpus}})
     sys.stdin.read()
     note("ended_" + options["--port"], node)
 else:
@@ -74,16 +74,18 @@ def test_servers_get_nodes_of_their_own_and_the_trainer_their_urls(
     job = cluster.submit(script, config_path, "run.seed=7", options=["--nodes=2"], env=env)
     job.wait_for("COMPLETED")
     folder = config_path.parent
-    trainer, server = note(folder, "trainer_0"), note(folder, "server_31000")
+    trainer, server = note(folder, "trainer_0"), note(folder, "server_31000_n2")
     assert (trainer["node"], server["node"]) == ("n1", "n2")
     assert trainer["codes"] == [200]
     keys_file = folder / "run" / "servers" / "keys.json"
-    assert trainer["arguments"][-5:] == [
+    assert trainer["arguments"][-7:] == [
         str(config_path),
         "run.seed=7",
         "rollout.engine=sglang",
         'rollout.server_urls=["http://127.0.0.2:31000"]',
         f"sglang.keys_file={keys_file}",
+        "sglang.share_gpus=false",
+        "sglang.gpus=[]",
     ]
     keys = json.loads(keys_file.read_text())
     assert keys_file.stat().st_mode & 0o077 == 0
@@ -92,7 +94,7 @@ def test_servers_get_nodes_of_their_own_and_the_trainer_their_urls(
     assert (options["--model-path"], options["--load-format"]) == (str(described), "dummy")
     assert json.loads((described / "config.json").read_text())["num_hidden_layers"] == 4
     assert (options["--api-key"], options["--admin-api-key"]) == (keys["api"], keys["admin"])
-    assert options["--mem-fraction-static"] == "0.85"
+    assert options["--mem-fraction-static"] == "0.5"  # of a node without GPUs
     assert options["further"][-2:] == ["--log-level", "error"]
     assert keys["api"] not in job.log()
     assert note(folder, "ended_31000") == "n2", "the server ended with the job"
@@ -101,15 +103,23 @@ def test_servers_get_nodes_of_their_own_and_the_trainer_their_urls(
 def test_servers_share_the_trainers_nodes_where_the_site_says_so(
     cluster: SlurmCluster, config_path: Path, stand_ins: dict[str, str]
 ):
-    site = stand_ins | {"TIP_SGLANG_PER_NODE": "2", "TIP_SGLANG_PORT": "31100"}
-    job = cluster.submit(SLURM / "train.sbatch", config_path, env=site)
+    """Two nodes that say that they have two GPUs each, with one worker on each of them."""
+    site = stand_ins | {"TIP_GPUS_PER_NODE": "2", "TIP_TASKS_PER_NODE": "1", "TIP_SGLANG_PORT": "31100"}
+    overrides = ("rollout.engine=sglang", "sglang.share_gpus=true", "sglang.gpus=[0,1]")
+    job = cluster.submit(SLURM / "train.sbatch", config_path, *overrides, options=["--nodes=2"], env=site)
     job.wait_for("COMPLETED")
     folder = config_path.parent
-    servers = [note(folder, f"server_{port}") for port in (31100, 31101)]
-    trainer = note(folder, "trainer_0")
-    assert {server["node"] for server in servers} == {trainer["node"]}
-    assert [server["gpus"] for server in servers] == ["0", "1"]
-    assert trainer["codes"] == [200, 200]
+    servers = [note(folder, f"server_{port}_{node}") for node in ("n1", "n2") for port in (31100, 31101)]
+    assert [(server["node"], server["gpus"]) for server in servers] == [
+        ("n1", "0"),
+        ("n1", "1"),
+        ("n2", "0"),
+        ("n2", "1"),
+    ]
+    trainers = [note(folder, f"trainer_{rank}") for rank in (0, 1)]
+    assert [trainer["node"] for trainer in trainers] == ["n1", "n2"]
+    assert [trainer["codes"] for trainer in trainers] == [[200] * 4] * 2
+    assert "trainer, ranks 0-1" in job.log(), "the log has the placement"
 
 
 def test_a_split_without_a_trainer_is_refused(cluster: SlurmCluster, config_path: Path, stand_ins: dict[str, str]):
@@ -140,8 +150,7 @@ def test_a_run_with_nodes_for_its_rollouts_and_its_teacher(cluster: SlurmCluster
         "TIP_PYTHON": str(wrapper),
         "TIP_TEACHER_NODES": "1",
         "TIP_SGLANG_PORT": "31300",
-        "TIP_SGLANG_OWN_MEMORY": "0.2",
-        "TIP_SGLANG_ARGUMENTS": f"{cpu} --max-total-tokens 4096",
+        "TIP_SGLANG_ARGUMENTS": f"{cpu} --max-total-tokens 4096 --mem-fraction-static 0.2",
     }
     overrides = ("training.steps=2", "loss.divergence=topk_reverse_kl", "selection.support_size=8")
     script = SLURM / "train_disaggregated.sbatch"

@@ -40,11 +40,11 @@ def workers_of(job: Job) -> dict[int, psutil.Process]:
 
 
 def test_submit_runs_on_two_nodes_to_the_end(cluster: SlurmCluster, config_path: Path):
-    folder = config_path.parent / "run"
-    overrides = ["training.steps=2", "monitoring.trace=true", "tracking.view_every_steps=2"]
+    folder = config_path.parent / "50%j"  # a pattern of SLURM's, which here is a name
+    overrides = ["training.steps=2", "monitoring.trace=true", "tracking.view_every_steps=2", f"run.folder={folder}"]
     command = [sys.executable, "-m", "megatron_tip.cli", "submit", str(config_path), *overrides]
     printed = subprocess.run(
-        [*command, "--nodes=2", "--gpus-per-node=1"],
+        [*command, "--nodes=2", "--gpus-per-node=0"],
         env=cluster.environ | SITE | {"PYTHONPATH": str(SLURM.parent)},
         capture_output=True,
         text=True,
@@ -125,6 +125,16 @@ def test_a_run_goes_on_by_itself_after_a_requeue_and_after_a_time_limit(cluster:
     assert len({path.name for path in files}) == 1, "all starts are one run of W&B"
     logged = [row["_step"] for path in files for row in history_of(records_of(path))]
     assert 0 in logged  # of the last steps before a signal some may be missing: it ends W&B's own process as well
+
+
+def test_a_time_limit_that_leaves_no_time_for_a_step_ends_the_job(cluster: SlurmCluster, config_path: Path):
+    """The warning is due at once. SLURM looks every half minute, and meanwhile the run has not begun."""
+    options = ["--nodes=1", "--time=2", "--signal=B:USR1@110"]
+    env = SITE | {"TIP_PROLOGUE": "until [[ -n $TIP_WARNED ]]; do sleep 1; done"}
+    job = cluster.submit(SLURM / "train.sbatch", config_path, *LONG, options=options, env=env)
+    job.wait_for("FAILED")
+    assert (job.fact("ExitCode"), job.fact("Restarts")) == ("75:0", "0")
+    assert "not requeued: this start finished no step (newest checkpoint: none)" in job.log()
 
 
 def test_a_sweep_runs_each_rule_and_budget_in_its_own_folder(cluster: SlurmCluster, config_path: Path):

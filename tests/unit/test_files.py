@@ -1,11 +1,11 @@
-"""New folders appear whole or not at all."""
+"""New folders appear whole or not at all; what is read of JSON is what it says, or refused."""
 
 from pathlib import Path
 
 import pytest
 
 from megatron_tip.errors import OutputError
-from megatron_tip.files import new_folder
+from megatron_tip.files import finite_number, new_folder, parse_json
 
 
 def names(folder: Path) -> list[str]:
@@ -61,3 +61,16 @@ def test_a_place_that_cannot_be_written_to(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot be written"), new_folder(tmp_path / "file" / "new"):
         pass
+
+
+def test_json_that_nests_too_deep_is_a_value_error_like_any_other() -> None:
+    assert parse_json(b'{"a": [1, 2]}') == {"a": [1, 2]}
+    for broken in (b"[" * 200_000, "[" * 200_000 + "]" * 200_000, b'{"a": ', b"\xff"):
+        with pytest.raises(ValueError, match=r"."):
+            parse_json(broken)
+
+
+def test_a_number_is_one_that_sums_can_hold() -> None:
+    assert [finite_number(value) for value in (3, -0.5, True, 3.3e38)] == [3.0, -0.5, 1.0, 3.3e38]
+    for odd in (None, "3", [3], float("nan"), float("-inf"), 10**400, 1e39):
+        assert finite_number(odd) is None

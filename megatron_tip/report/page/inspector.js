@@ -10,6 +10,8 @@ class Inspector {
   constructor(runs, labels) {
     this.runs = runs;
     this.labels = labels; // of the statistics by name, in the order in which they are offered
+    const recorded = new Set(runs.flatMap((run) => run.views.flatMap((view) => view.statistics)));
+    this.known = Object.keys(labels).filter((name) => recorded.has(name)); // those that some view on the page has
     this.box = document.getElementById("inspector");
     this.text = document.getElementById("text");
     this.card = document.getElementById("card");
@@ -72,6 +74,8 @@ class Inspector {
     if (run.left_out) notes.push(`${run.left_out} more views of this run were left out to keep the file small.`);
     if (!view.statistics.length) notes.push("This view has no statistics: the run scored no tokens at this step.");
     if (view.statistics.length && !view.medians) notes.push("This view has no quadrants: the batch's medians were not recorded.");
+    const lacking = this.known.filter((name) => !view.statistics.includes(name));
+    if (view.statistics.length && lacking.length) notes.push(`Not recorded in this view: ${lacking.map((name) => this.labels[name].symbol).join(", ")}.`);
     notes.push(`Rule ${view.rule}, budget ${percent(view.retention_ratio)}, temperature ${view.temperature}.`);
     if (view.medians) notes.push(`Quadrants part at the batch's medians: H(p) ${view.medians[0].toFixed(3)}, ${view.divergence.replaceAll("_", " ")} ${view.medians[1].toFixed(3)} nats.`);
     const { most, least, coarse } = view.detail;

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Log
 from transformers.initialization import no_init_weights
 
 from megatron_tip.errors import EngineError
-from megatron_tip.records import Prompt, Rollout
+from megatron_tip.records import Prompt, Rollout, logprobs, token_ids
 from megatron_tip.rollout.embedded.grouped_attention import register_grouped_attention
 from megatron_tip.rollout.embedded.sampling import TokenSampler
 from megatron_tip.rollout.engine import EngineNeeds, RolloutEngine, SamplingParams
@@ -136,18 +136,18 @@ class EmbeddedEngine(RolloutEngine):
             ),
         )
         responses = sequences[:, input_ids.shape[1] :].tolist()
-        logprobs = sampler.sampled_logprobs()
-        if not logprobs.isfinite().all():
+        sampled = sampler.sampled_logprobs()
+        if not sampled.isfinite().all():
             raise EngineError(f"embedded engine: the weights of version {self._weight_version} produce NaN logits")
-        for (place, sample), response, response_logprobs in zip(jobs, responses, logprobs.tolist(), strict=True):
+        for (place, sample), response, response_logprobs in zip(jobs, responses, sampled.tolist(), strict=True):
             length = _length_to_stop(response, sampling.stop_token_ids)
             assert self._weight_version is not None, "health() has passed"
             yield Rollout(
                 prompt_index=prompts[place].index,
                 sample_index=sample,
-                prompt_ids=prompts[place].prompt_ids,
-                response_ids=tuple(response[:length]),
-                rollout_logprobs=tuple(response_logprobs[:length]),
+                prompt_ids=token_ids(prompts[place].prompt_ids),
+                response_ids=token_ids(response[:length]),
+                rollout_logprobs=logprobs(response_logprobs[:length]),
                 finish_reason="stop" if response[length - 1] in sampling.stop_token_ids else "length",
                 weight_version=self._weight_version,
             )

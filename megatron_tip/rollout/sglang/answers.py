@@ -27,12 +27,15 @@ class ModelInfo(Answer):
 
 
 class ServerInfo(Answer):
-    """The answer to GET /server_info: the server's layout."""
+    """The answer to GET /server_info: the server's layout and how it keeps its weights."""
 
     version: str
     tp_size: int = 1
     pp_size: int = 1
     dp_size: int = 1
+    quantization: str | None = None
+    device: str | None = None
+    enable_memory_saver: bool = False
 
 
 class Outcome(Answer):
@@ -40,6 +43,18 @@ class Outcome(Answer):
 
     success: bool
     message: str = ""
+
+
+class RankChecksums(Answer):
+    """One rank's part of the answer to POST /weights_checker: the checksum of each tensor by name."""
+
+    checksums: dict[str, str]
+
+
+class WeightChecksums(Outcome):
+    """The answer to POST /weights_checker."""
+
+    ranks: list[RankChecksums] = []
 
 
 class FinishReason(Answer):

@@ -26,6 +26,7 @@ from megatron_tip.rollout.sglang.answers import (
     ModelInfo,
     Outcome,
     ServerInfo,
+    WeightChecksums,
     checked_generation,
     parse,
 )
@@ -275,6 +276,15 @@ class SGLangClient:
         """Drops all keys and values of earlier weights."""
         self._control("/flush_cache", {})
 
+    def end_requests(self, *, timeout_seconds: float) -> None:
+        """Aborts all requests, waits until none is left and flushes the cache; else raises ServerRefusedError."""
+        self.abort()
+        self._control(f"/flush_cache?timeout={timeout_seconds:g}", {})
+
+    def move_memory(self, action: Literal["release", "resume"], tags: Sequence[str]) -> None:
+        """Gives back the memory with SGLang's `tags`, or takes it back without its content. The server must be idle."""
+        self._control(f"/{action}_memory_occupation", {"tags": tags})
+
     def weights_endpoint(self, name: str, body: Mapping[str, Any] | None = None) -> None:
         """Calls a weight endpoint such as "begin_weight_update"; returns when it reports success.
 
@@ -284,6 +294,14 @@ class SGLangClient:
         outcome = parse(Outcome, self._control(f"/{name}", body or {}), f"{self.url}/{name}")
         if not outcome.success:
             raise ServerRefusedError(f"{self.url}/{name}: {outcome.message}")
+
+    def weight_checksums(self, skipped: Sequence[str]) -> list[dict[str, str]]:
+        """Returns each tensor's checksum by name, per rank, but for names with one of `skipped`; raises as above."""
+        body = {"action": "checksum", "skip_tensor_list": list(skipped), "selector": "target"}
+        answer = parse(WeightChecksums, self._control("/weights_checker", body), f"{self.url}/weights_checker")
+        if not answer.success:
+            raise ServerRefusedError(f"{self.url}/weights_checker: {answer.message}")
+        return [rank.checksums for rank in answer.ranks]
 
     # -- HTTP
 

@@ -14,32 +14,43 @@ from torch import Tensor
 from megatron_tip.errors import EngineError, ServerError, ServersLostError, WeightsLostError
 from megatron_tip.files import output_errors
 from megatron_tip.records import Prompt, Rollout
-from megatron_tip.rollout.engine import RolloutEngine, SamplingParams
+from megatron_tip.rollout.engine import WEIGHTS, RolloutEngine, SamplingParams
 from megatron_tip.rollout.sglang.answers import checked_logprobs
 from megatron_tip.rollout.sglang.jobs import BatchRun, Progress, SetAside
+from megatron_tip.rollout.sglang.memory import ServerMemory
 from megatron_tip.rollout.sglang.pool import PooledServer, ServerPool
+from megatron_tip.rollout.sglang.weights.proof import WeightProof
 from megatron_tip.rollout.sglang.weights.transport import WeightTransport
 
 logger = logging.getLogger(__name__)
 
-MAX_SYNCS = 4
-"""Consecutive syncs that reach no server, or after which no response finishes, before the run gives up."""
+MAX_STALLS = 4
+"""Consecutive losses of the weights, without a finished response in between, before the run gives up."""
+
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 30.0
+"""The pause after a sync that reached no server; it doubles with each further one."""
 
 MAX_EMPTY_BATCHES = 3
 """Consecutive batches without any response before the run gives up."""
+
+RESTORE_SECONDS = 60.0
+"""How long `close` waits for given servers to take back their memory."""
 
 
 @dataclass(frozen=True)
 class EngineSettings:
     """Settings of an SGLangEngine. `run_id` distinguishes this run's weights from another trainer's on the same server.
-    `attempts`: failures of a sample before it is set aside in `set_aside_path`. `drop_wrong_version`: drop responses of
-    other weights instead of regenerating them.
+    `attempts`: failures of a sample before it is set aside in `set_aside_path`. `num_layers`: the model's.
+    `drop_wrong_version`: drop responses of other weights instead of regenerating them. `releases_memory`: `hold_memory`
+    will be called.
     """
 
     run_id: str
     attempts: int
     set_aside_path: Path
+    num_layers: int
     drop_wrong_version: bool = False
+    releases_memory: bool = False
 
 
 def new_run_id() -> str:
@@ -58,13 +69,16 @@ class SGLangEngine(RolloutEngine):
         self._pool = pool
         self._transport = transport
         self._settings = settings
+        self._proof = WeightProof(settings.num_layers)
         self._version: str | None = None
         self._weight_version = -1
         self._progress: Progress | None = None
         self._failed_syncs = 0
+        self._failing_since = 0.0
         self._empty_batches = 0
         self._batch_metrics: dict[str, dict[str, float]] = {}
         self._sync_metrics: dict[str, float] = {}
+        self._memory = ServerMemory(pool, run_id=settings.run_id)
         pool.on_back = self._weights_of_returned
         pool.start()
 
@@ -80,7 +94,6 @@ class SGLangEngine(RolloutEngine):
         begin = time.monotonic()
         self._finish(prompts, sampling, progress)
         self._progress = None
-        self._failed_syncs = 0
         self._write_set_aside(sampling.batch_name, list(progress.set_aside.values()))
         self._batch_metrics[sampling.batch_name] = progress.metrics() | {
             "rollout/generate_seconds": time.monotonic() - begin
@@ -88,18 +101,28 @@ class SGLangEngine(RolloutEngine):
         self._note_emptiness(sampling.batch_name, progress)
         return [progress.rollouts[job] for job in sorted(progress.rollouts)]
 
+    def wait_for_receivers(self) -> None:
+        """Waits for a server that can take weights; after a sync that reached none, pauses first.
+
+        Raises:
+            ServersLostError: no server came up within the limit.
+        """
+        if self._failed_syncs:
+            time.sleep(min(FIRST_PAUSE_SECONDS * 2 ** (self._failed_syncs - 1), LONGEST_PAUSE_SECONDS))
+        self._pool.wait_for_any()
+
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], weight_version: int) -> None:
         """Sends `weights` to every running server as version `weight_version`; consumes the stream.
 
-        A server that does not take all of them generates nothing until a later sync. If no server does, the next
-        `generate` raises WeightsLostError.
+        A server that does not take all of them, or is seen to hold others, generates nothing until a later sync. If no
+        server takes them, the next `generate` raises WeightsLostError.
 
         Raises:
             OutputError: the shared folder is not writable.
-            ServersLostError: no server came up within the limit, or several consecutive syncs reached none.
+            ServersLostError: no server came up within the limit, or no sync reached one for as long.
         """
-        stream = iter(weights)
         version = f"{self._settings.run_id}/{weight_version}"
+        stream = self._proof.watched(weights, version)
         self._version = None
         begin = time.monotonic()
         try:
@@ -110,17 +133,41 @@ class SGLangEngine(RolloutEngine):
         finally:
             for _ in stream:
                 pass
+        taken = self._proof.confirmed(taken, version)
         self._version, self._weight_version = version, weight_version
-        for server in taken:
-            self._pool.set_weights(server, version)
-        self._failed_syncs = 0 if taken else self._failed_syncs + 1
-        if self._failed_syncs >= MAX_SYNCS:
-            raise ServersLostError(f"sglang: {MAX_SYNCS} weight syncs in a row reached no server; see the log above")
+        for server in servers:
+            if server in taken:
+                self._pool.set_weights(server, version)
+            else:
+                self._pool.suspect(server)
+        self._note_reach(len(taken), begin)
         self._sync_metrics = {
             "sync/bytes": float(self._transport.num_bytes),
             "sync/seconds": time.monotonic() - begin,
             "sync/num_servers": float(len(taken)),
         }
+
+    def _note_reach(self, num_taken: int, begin: float) -> None:
+        """Raises ServersLostError if no sync has reached a server for longer than the pool waits for one."""
+        if num_taken:
+            self._failed_syncs = 0
+            return
+        if not self._failed_syncs:
+            self._failing_since = begin
+        self._failed_syncs += 1
+        limit = self._pool.settings.wait
+        if self._failed_syncs > 1 and time.monotonic() - self._failing_since > limit:
+            raise ServersLostError(
+                f"sglang: {self._failed_syncs} weight syncs in a row, over {limit:.0f} s (sglang.wait_seconds), "
+                "reached no server; see the log above"
+            )
+
+    def hold_memory(self, held: frozenset[str], *, may_start: bool) -> None:
+        """Makes the servers hold exactly `held` and give back the rest of their memory; see `RolloutEngine`."""
+        assert self._settings.releases_memory, "the servers were checked and started for it"
+        if WEIGHTS not in held:
+            self._version = None  # no server that comes back may be taken for one that has them
+        self._memory.hold(held, may_start=may_start)
 
     def input_logprobs(self, input_ids: Sequence[int]) -> dict[str, list[float]]:
         """Returns the logprobs of all ids but the first, given the ids before them, by server with the last weights."""
@@ -165,13 +212,15 @@ class SGLangEngine(RolloutEngine):
         }
 
     def close(self) -> None:
-        """Stops our own servers; leaves given servers running."""
+        """Stops our own servers; leaves given servers running, with all their memory."""
+        if self._settings.releases_memory:
+            self._memory.restore(RESTORE_SECONDS)
         self._transport.close()
         self._pool.close()
 
     def _finish(self, prompts: Sequence[Prompt], sampling: SamplingParams, progress: Progress) -> None:
         """Runs the unfinished jobs of a batch. Raises as `generate`."""
-        if self._version is None:
+        if self._version is None or self._failed_syncs:
             raise WeightsLostError("sglang: the servers have no complete weights")
         run = BatchRun(
             self._pool,
@@ -186,10 +235,10 @@ class SGLangEngine(RolloutEngine):
         try:
             run.run()
         except WeightsLostError as error:
-            if progress.note_stall() < MAX_SYNCS:
+            if progress.note_stall() < MAX_STALLS:
                 raise
             raise ServersLostError(
-                f"sglang: the servers lost the weights {MAX_SYNCS} times before any response finished ({error}); "
+                f"sglang: the servers lost the weights {MAX_STALLS} times before any response finished ({error}); "
                 "is another trainer using them?"
             ) from error
 
@@ -200,12 +249,23 @@ class SGLangEngine(RolloutEngine):
 
     def _weights_of_returned(self, server: PooledServer) -> str | None:
         """Returns the weight version of a started or returned server: the last if it still has it or the transport can
-        resend it. Raises ServerMismatchError if the server cannot take the weights.
+        resend it.
+
+        Raises:
+            ServerMismatchError: the server cannot take the weights.
+            ServerError: it says that it has the last weights, and has others.
         """
         self._transport.check(server)
-        if self._version is not None and server.http.model_info().weight_version == self._version:
-            return self._version
-        return self._transport.refresh(server)
+        if self._settings.releases_memory:
+            self._memory.check(server)
+        version = self._version
+        reported = server.http.model_info().weight_version
+        if version is not None and reported == version and self._proof.still_holds(server, version):
+            return version
+        version = self._transport.refresh(server)
+        if version is not None:
+            self._proof.confirm(server, version)
+        return version
 
     def _note_emptiness(self, batch_name: str, progress: Progress) -> None:
         """Raises EngineError if several consecutive batches are empty: the prompts cannot be the cause."""

@@ -8,7 +8,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
 from megatron_tip.errors import EngineError, ServerAnswerError, ServerError, ServerRefusedError
-from megatron_tip.records import Prompt, Rollout
+from megatron_tip.records import Prompt, Rollout, logprobs, token_ids
 from megatron_tip.rollout.engine import FINISH_REASONS, SamplingParams
 from megatron_tip.rollout.sglang.answers import Generation
 from megatron_tip.rollout.sglang.client import SGLangClient
@@ -211,9 +211,9 @@ class BatchRun:
         rollout = Rollout(
             prompt_index=prompt.index,
             sample_index=job[1],
-            prompt_ids=prompt.prompt_ids,
-            response_ids=generation.response_ids,
-            rollout_logprobs=tuple(min(logprob, 0.0) for logprob in generation.logprobs),
+            prompt_ids=token_ids(prompt.prompt_ids),
+            response_ids=token_ids(generation.response_ids),
+            rollout_logprobs=logprobs(min(logprob, 0.0) for logprob in generation.logprobs),
             finish_reason=generation.finish_reason,
             weight_version=self._weight_version,
         )

@@ -4,6 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
@@ -39,11 +40,20 @@ class PooledServer:
     """One server of the pool; its fields change under the pool's lock.
 
     `process`: None for a given server. `weights`: the version that it holds completely, None if unknown. `is_suspect`:
-    a request failed and the server has not been checked since. `incarnation` counts its restarts. `tp_size`: ranks that
-    share each layer; `num_replicas`: pipeline stages times data-parallel replicas.
+    a request or a sync failed and the server has not been checked since. `incarnation` counts its restarts. `tp_size`:
+    ranks that share each layer; `num_replicas`: pipeline stages times data-parallel replicas. `is_quantized`: it keeps
+    its weights in another form than they are sent in. `neighbours`: the trainer's rank on the GPU of each of its ranks,
+    for sync.transport = "ipc"; empty: rank 0 for all.
     """
 
-    def __init__(self, connect: Callable[[str], SGLangClient], *, url: str = "", process: SGLangServer | None = None):
+    def __init__(
+        self,
+        connect: Callable[[str], SGLangClient],
+        *,
+        url: str = "",
+        process: SGLangServer | None = None,
+        neighbours: Sequence[int] = (),
+    ) -> None:
         self.connect = connect
         self.process = process
         self.client = connect(url) if process is None else None
@@ -54,6 +64,8 @@ class PooledServer:
         self.incarnation = 0
         self.tp_size = 1
         self.num_replicas = 1
+        self.is_quantized = False
+        self.neighbours = tuple(neighbours)
         self.look_now = threading.Event()
         self.busy_with_sync = False
 
@@ -71,7 +83,8 @@ class ServerPool:
     """A pool that keeps `servers` running and leases them. Any thread may call its public methods.
 
     `on_back`: called with a server before it joins the pool, in the thread that watches it; may give the server weights
-    and then returns their version.
+    and then returns their version. `on_contact` is called before that, when a given server may answer again; `on_up`
+    after it has joined. `may_start`: False while dead servers stay dead, because others need their memory.
 
     Args:
         model_type: the model_type in config.json that every server must serve.
@@ -90,7 +103,10 @@ class ServerPool:
         self.settings = settings
         self.num_lost = 0
         self.num_restarts = 0
+        self.may_start = True
+        self.on_contact: Callable[[PooledServer], None] = lambda server: None
         self.on_back: Callable[[PooledServer], str | None] = lambda server: None
+        self.on_up: Callable[[PooledServer], None] = lambda server: None
         self.router = router
         self._router_back_at = 0.0
         self._model_type = model_type
@@ -109,8 +125,7 @@ class ServerPool:
             for server in self.servers:
                 if server.process:
                     server.process.start()
-            for server in self.servers:
-                self._bring_up(server)
+            self._bring_up_all()
         except BaseException:
             self.close()
             raise
@@ -143,15 +158,15 @@ class ServerPool:
             return [server for server in self.servers if server.is_up and weights in (None, server.weights)]
 
     def wait_for_any(self) -> list[PooledServer]:
-        """Waits for at least one running server and returns all that are running.
+        """Waits for at least one running server that is not suspect and returns all of them.
 
         Raises:
             ServersLostError: no server came up within the limit.
         """
         with self._changed:
-            if not self._changed.wait_for(lambda: any(s.is_up for s in self.servers), self.settings.wait):
+            if not self._changed.wait_for(self._sound, self.settings.wait):
                 raise self._lost()
-            return [server for server in self.servers if server.is_up]
+            return self._sound()
 
     @contextmanager
     def lease(self, weights: str, stopped: threading.Event | None = None) -> Iterator[PooledServer]:
@@ -201,7 +216,7 @@ class ServerPool:
             self._changed.notify_all()
 
     def suspect(self, server: PooledServer) -> None:
-        """Sends no more requests to `server`, where one failed, until an immediate check succeeds."""
+        """Sends nothing more to `server`, where a request or a sync failed, until an immediate check succeeds."""
         with self._changed:
             server.is_suspect = True
         server.look_now.set()
@@ -211,6 +226,9 @@ class ServerPool:
         for server in self.up():
             with suppress(ServerError):
                 server.http.abort()
+
+    def _sound(self) -> list[PooledServer]:
+        return [server for server in self.servers if server.is_up and not server.is_suspect]
 
     def _least_loaded(self, weights: str) -> PooledServer | None:
         ready = [
@@ -230,6 +248,16 @@ class ServerPool:
             "them or raise sglang.wait_seconds"
         )
 
+    def _bring_up_all(self) -> None:
+        """Brings up all servers at once; raises the first error without waiting for the others."""
+        executor = ThreadPoolExecutor(len(self.servers), thread_name_prefix="start")
+        try:
+            starts = [executor.submit(self._bring_up, server) for server in self.servers]
+            for start in wait(starts, return_when=FIRST_EXCEPTION).done:
+                start.result()
+        finally:
+            executor.shutdown(wait=False)
+
     def _bring_up(self, server: PooledServer) -> None:
         """Waits until a server is healthy, checks its model, and adds it to the running servers."""
         if server.process:
@@ -238,15 +266,18 @@ class ServerPool:
                 server.client.close()
             server.client = server.connect(server.process.url)
         else:
+            self.on_contact(server)
             server.http.check_health(timeout_seconds=self.settings.heartbeat_timeout)
         server.http.check_model(model_type=self._model_type)
         info = server.http.server_info()
         server.tp_size, server.num_replicas = info.tp_size, info.pp_size * info.dp_size
+        server.is_quantized = info.quantization is not None
         weights = self.on_back(server)
         with self._changed:
             server.is_up, server.is_suspect, server.weights = True, False, weights
             server.incarnation += 1
             self._changed.notify_all()
+        self.on_up(server)
 
     def _keep(self, server: PooledServer) -> None:
         """Watches one server until the pool closes."""
@@ -256,7 +287,9 @@ class ServerPool:
             server.look_now.clear()
             if self._closing.is_set():
                 return
-            if not server.is_up:
+            if not server.is_up and not self.may_start:
+                missed, back_off = 0, 1.0
+            elif not server.is_up:
                 back_off = 1.0 if self._revive(server) else min(2 * back_off, MAX_BACK_OFF_SECONDS)
                 missed = 0
             elif self._is_alive(server):
@@ -266,7 +299,7 @@ class ServerPool:
                 missed += 1
                 gone = server.process is not None and not server.process.is_running
                 if gone or missed >= self.settings.missed_heartbeats:
-                    self._take_down(server, "its process ended" if gone else f"{missed} heartbeats missed")
+                    self.take_down(server, "its process ended" if gone else f"{missed} heartbeats missed")
                 else:  # check again soon, but not at once: the failure may be transient
                     self._closing.wait(min(MISSED_PAUSE_SECONDS, self.settings.heartbeat))
                     server.look_now.set()
@@ -288,7 +321,8 @@ class ServerPool:
                 server.is_suspect = False
                 self._changed.notify_all()
 
-    def _take_down(self, server: PooledServer, reason: str) -> None:
+    def take_down(self, server: PooledServer, reason: str) -> None:
+        """Counts `server` as dead, until the thread that watches it brings it back."""
         with self._changed:
             if not server.is_up:
                 return
@@ -305,6 +339,9 @@ class ServerPool:
         try:
             if server.process:
                 server.process.start()
+                if not self.may_start:  # since a moment ago
+                    server.process.stop()
+                    return False
                 with self._changed:
                     self.num_restarts += 1
             self._bring_up(server)

@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import IO, Literal, Self
 
 from megatron_tip.errors import OptionalDependencyError, ServerError
+from megatron_tip.placement.hosts import device_names
 from megatron_tip.rollout.sglang.client import ServerKeys, SGLangClient, Timeouts
 
 CPU_SHIM = Path(__file__).parent / "cpu_shim"
@@ -36,9 +37,10 @@ class ServerSettings:
     """The settings of a server.
 
     `model_path`: Hugging Face directory; with `dummy_weights` only its config.json is read, and the weights are random
-    until the first sync. `log_path`: for the server's output. `threads`: CPU threads per rank. `gpus`: devices that it
-    may see; empty: those of this process. `max_total_tokens`: of its cache; 0: as many as `memory_fraction` allows.
-    `seed`: of its sampling; servers of one run need different ones. `extra_arguments`: further SGLang arguments.
+    until the first sync. `log_path`: for the server's output. `threads`: CPU threads per rank. `gpus`: ids of those
+    that it may see, as `visible_gpus` counts them; empty: those of this process. `max_total_tokens`: of its cache; 0:
+    as many as `memory_fraction` allows. `memory_saver`: it can give back its memory for a while; on GPUs only. `seed`:
+    of its sampling; servers of one run need different ones. `extra_arguments`: further SGLang arguments.
     """
 
     model_path: Path
@@ -53,6 +55,7 @@ class ServerSettings:
     memory_fraction: float = 0.0
     context_length: int = 0
     dummy_weights: bool = False
+    memory_saver: bool = False
     seed: int = 0
     extra_arguments: tuple[str, ...] = ()
     keys: ServerKeys = field(default_factory=ServerKeys, repr=False)
@@ -199,6 +202,8 @@ def server_arguments(settings: ServerSettings, port: int) -> list[str]:
         arguments |= {"--attention-backend": "torch_native", "--sampling-backend": "pytorch"}
     # Without the last flag an idle scheduler spins on a core that the trainer needs.
     flags = ["--skip-tokenizer-init", "--incremental-streaming-output", "--sleep-on-idle"]
+    if settings.memory_saver:
+        flags.append("--enable-memory-saver")
     pairs = [[name, str(value)] for name, value in arguments.items() if value is not None]
     return [*(part for pair in pairs for part in pair), *flags, *settings.extra_arguments]
 
@@ -215,7 +220,7 @@ def server_environment(settings: ServerSettings, environment: Mapping[str, str])
         if settings.tp_size > 1:
             kept["SGLANG_CPU_OMP_THREADS_BIND"] = _bound_cores(settings.tp_size, sorted(os.sched_getaffinity(0)))
     elif settings.gpus:
-        kept["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, settings.gpus))
+        kept["CUDA_VISIBLE_DEVICES"] = device_names(settings.gpus, environment)
     return kept | {"PYTHONPATH": os.pathsep.join(paths)}
 
 

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -11,16 +12,20 @@ import torch
 
 from megatron_tip.config import Config
 from megatron_tip.conversion.model_folder import ModelFolder
+from megatron_tip.conversion.model_size import num_parameters
 from megatron_tip.errors import ConfigError
 from megatron_tip.files import new_folder
 from megatron_tip.machine import Machine
+from megatron_tip.parallel.environment import expands_segments
 from megatron_tip.rollout.engine import EngineNeeds
+from megatron_tip.rollout.handover.shared_memory import bucket_limit
 from megatron_tip.rollout.sglang.client import ServerKeys, SGLangClient, Timeouts
 from megatron_tip.rollout.sglang.engine import EngineSettings, SGLangEngine, new_run_id
 from megatron_tip.rollout.sglang.pool import PooledServer, PoolSettings, ServerPool
 from megatron_tip.rollout.sglang.server import ServerSettings, SGLangServer, new_keys, require_sglang
 from megatron_tip.rollout.sglang.weights.broadcast import BroadcastTransport
 from megatron_tip.rollout.sglang.weights.folder import FolderTransport
+from megatron_tip.rollout.sglang.weights.ipc import IpcTransport
 from megatron_tip.rollout.sglang.weights.transport import WeightTransport
 from megatron_tip.seeds import derive_seed
 
@@ -43,13 +48,6 @@ def check_sglang(config: Config) -> None:
         if bad:
             name = "sglang.router_url" if bad[0] == sglang.router_url else "rollout.server_urls"
             raise ConfigError(f'{name}: expected "http://host:port", got {bad[0]!r}')
-        return
-    needed = rollout.servers * sglang.tensor_parallel_size
-    if sglang.gpus and len(sglang.gpus) < needed:
-        raise ConfigError(
-            f"sglang.gpus: expected {needed} for rollout.servers = {rollout.servers} of tensor_parallel_size "
-            f"{sglang.tensor_parallel_size}, got {len(sglang.gpus)}"
-        )
 
 
 def check_served(config: Config, vocab_sizes: Sequence[int], machine: Machine) -> None:
@@ -93,6 +91,16 @@ def read_keys(path: Path | None, *, setting: str = "sglang.keys_file") -> Server
     return ServerKeys(**content)
 
 
+def check_allocator(transport: str | None, device: torch.device, environ: Mapping[str, str]) -> None:
+    """Raises ConfigError if torch's allocator in this process takes memory that CUDA IPC cannot share."""
+    if transport == "ipc" and device.type == "cuda" and expands_segments(environ):
+        raise ConfigError(
+            "PYTORCH_CUDA_ALLOC_CONF: expected no expandable_segments:True in the trainer's environment with "
+            'sync.transport = "ipc", got it; CUDA IPC cannot share such memory: unset it, or set sync.transport = '
+            '"broadcast"'
+        )
+
+
 def build_sglang_engine(needs: EngineNeeds) -> SGLangEngine:
     """Returns the engine with its servers started, healthy and checked, but without weights.
 
@@ -101,16 +109,21 @@ def build_sglang_engine(needs: EngineNeeds) -> SGLangEngine:
     Raises:
         ServerError, ServerMismatchError: a server does not start, does not answer, or serves another model.
         OutputError: the run's folder is not writable.
+        ConfigError: see `check_allocator`.
     """
-    config, student, device = needs.config, needs.student, needs.device
+    check_allocator(needs.placement.transport, needs.device, os.environ)
+    config, student = needs.config, needs.student
     rollout, sglang = config.rollout, config.sglang
     run_id = new_run_id()
     keys = read_keys(sglang.keys_file) if rollout.server_urls else new_keys(sglang.host)
     connect = _connector(config, student, keys)
     servers = [PooledServer(connect, url=url) for url in rollout.server_urls]
     if not servers:
-        own = _own_servers(config, student, needs.dtype, keys, on_gpu=device.type == "cuda")
+        own = _own_servers(needs, keys)
         servers = [PooledServer(connect, process=SGLangServer(server)) for server in own]
+    if needs.placement.transport == "ipc":
+        for server, placed in zip(servers, needs.placement.students, strict=True):
+            server.neighbours = placed.neighbours
     pool = ServerPool(
         servers,
         PoolSettings(
@@ -126,9 +139,11 @@ def build_sglang_engine(needs: EngineNeeds) -> SGLangEngine:
         run_id=run_id,
         attempts=rollout.attempts,
         set_aside_path=config.run.folder / "set_aside.jsonl",
+        num_layers=student.architecture.num_layers,
         drop_wrong_version=rollout.on_wrong_version == "drop",
+        releases_memory=needs.releases_memory,
     )
-    return SGLangEngine(pool, _transport(config, student, run_id, needs.weights_dtype, device), settings)
+    return SGLangEngine(pool, _transport(needs, run_id), settings)
 
 
 def _connector(config: Config, student: ModelFolder, keys: ServerKeys) -> Callable[[str], SGLangClient]:
@@ -144,47 +159,52 @@ def _connector(config: Config, student: ModelFolder, keys: ServerKeys) -> Callab
     )
 
 
-def _own_servers(
-    config: Config, student: ModelFolder, dtype: torch.dtype, keys: ServerKeys, *, on_gpu: bool
-) -> list[ServerSettings]:
+def _own_servers(needs: EngineNeeds, keys: ServerKeys) -> list[ServerSettings]:
     """Returns the settings of servers with the student's architecture; the first sync brings their weights."""
+    config, dtype = needs.config, needs.dtype
     rollout, sglang = config.rollout, config.sglang
     description = config.run.folder / "servers" / "model"
     with new_folder(description, overwrite=True) as folder:
-        student.write_description(folder, dtype)
+        needs.student.write_description(folder, dtype)
     batch = max(rollout.prompts_per_step * rollout.samples_per_prompt, config.heldout.num_prompts)
     name: Literal["float32", "bfloat16"] = "float32" if dtype == torch.float32 else "bfloat16"
-    size = sglang.tensor_parallel_size
+    cpu_tokens = min(batch, sglang.concurrency) * config.longest_sequence + 256
     return [
         ServerSettings(
             model_path=description.absolute(),
-            log_path=config.run.folder / "servers" / f"server_{index}.log",
+            log_path=config.run.folder / "servers" / f"server_{server.index}.log",
             dtype=name,
-            device="cuda" if on_gpu else "cpu",
+            device="cuda" if server.gpus_on(0) else "cpu",
             host=sglang.host,
-            tp_size=size,
+            tp_size=len(server.places),
             threads=sglang.threads,
-            gpus=sglang.gpus[index * size : (index + 1) * size],
-            max_total_tokens=sglang.max_total_tokens
-            or (0 if on_gpu else min(batch, sglang.concurrency) * config.longest_sequence + 256),
-            memory_fraction=sglang.memory_fraction or (0.0 if on_gpu else 0.5),
+            gpus=server.gpus_on(0),
+            max_total_tokens=sglang.max_total_tokens or (0 if server.gpus_on(0) else cpu_tokens),
+            memory_fraction=server.memory_fraction,
+            memory_saver=needs.releases_memory and bool(server.gpus_on(0)),
             dummy_weights=True,
-            seed=derive_seed(config.run.seed, 3, index) % 2**31,
+            seed=derive_seed(config.run.seed, 3, server.index) % 2**31,
             extra_arguments=sglang.arguments,
             keys=keys,
         )
-        for index in range(rollout.servers)
+        for server in needs.placement.students
     ]
 
 
-def _transport(
-    config: Config, student: ModelFolder, run_id: str, weights_dtype: torch.dtype, device: torch.device
-) -> WeightTransport:
-    sync = config.sync
-    if sync.transport == "folder":
+def _transport(needs: EngineNeeds, run_id: str) -> WeightTransport:
+    config, device, sync = needs.config, needs.device, needs.config.sync
+    if needs.placement.transport == "folder":
         folder = sync.folder or config.run.folder / "weights"
         owner = hashlib.sha256(str(config.run.folder.absolute()).encode()).hexdigest()[:12]
-        return FolderTransport(folder, student, dtype=weights_dtype, bucket_bytes=sync.bucket_bytes, owner=owner)
+        return FolderTransport(
+            folder, needs.student, dtype=needs.weights_dtype, bucket_bytes=sync.bucket_bytes, owner=owner
+        )
+    if needs.placement.transport == "ipc":
+        if needs.exchange is not None:
+            return IpcTransport(bucket_bytes=needs.exchange.bucket_bytes, device=device, exchange=needs.exchange)
+        model_bytes = num_parameters(needs.student.architecture) * needs.weights_dtype.itemsize
+        limit = bucket_limit(sync.bucket_bytes, model_bytes, device, num_handing=1)
+        return IpcTransport(bucket_bytes=limit, device=device)
     return BroadcastTransport(
         run_id=run_id,
         bucket_bytes=sync.bucket_bytes,

@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tip.errors import CheckpointError
-from megatron_tip.files import output_errors, sync_path
+from megatron_tip.files import output_errors, parse_json, sync_path
 
 FORMAT = "megatron_tip checkpoint 1"
 MANIFEST_NAME = "manifest.json"
 STATE_NAME = "state.json"
+STATE_SECTIONS = ("settings", "progress", "recorder")
+"""The parts of a state that are objects themselves."""
 SHARDS_NAME = "shards"
 
 Checksums = Mapping[str, tuple[int, str]]
@@ -99,7 +101,7 @@ class CheckpointFiles:
         """Returns what is wrong with a step's checkpoint, or None. Reads every `num_parts`-th file from `part` on."""
         folder = self.step_folder(step)
         try:
-            manifest = json.loads((folder / MANIFEST_NAME).read_bytes())
+            manifest = parse_json((folder / MANIFEST_NAME).read_bytes())
             if manifest["format"] != FORMAT:
                 return f"{MANIFEST_NAME}: expected the format {FORMAT!r}, got {manifest['format']!r}"
             files = [(name, size, digest) for name, (size, digest) in manifest["files"].items()]
@@ -108,8 +110,8 @@ class CheckpointFiles:
         for name, size, digest in files[part::num_parts]:
             try:
                 got_size, got_digest = checksum(folder / name)
-            except OSError as error:
-                return f"{name}: {error.strerror}"
+            except (OSError, ValueError) as error:  # the latter for a name that no file can have
+                return f"{name}: {getattr(error, 'strerror', error)}"
             if got_size != size:
                 return f"{name}: expected {size} bytes, got {got_size}"
             if got_digest != digest:
@@ -117,11 +119,17 @@ class CheckpointFiles:
         return None
 
     def read_state(self, step: int) -> dict[str, Any]:
+        """Returns the state of a step's checkpoint; raises CheckpointError if it is damaged, or of another kind."""
         path = self.step_folder(step) / STATE_NAME
         try:
-            return json.loads(path.read_bytes())
+            state = parse_json(path.read_bytes())
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path}: cannot be read: {error}") from error
+        if not isinstance(state, dict) or not all(isinstance(state.get(name, {}), dict) for name in STATE_SECTIONS):
+            raise CheckpointError(
+                f"{path}: expected a run's state, in it objects for {', '.join(STATE_SECTIONS)}, got {state!r:.80}"
+            )
+        return state
 
 
 def write_state(partial: Path, state: Mapping[str, Any]) -> None:

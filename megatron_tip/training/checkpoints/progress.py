@@ -1,10 +1,10 @@
 """The state of a run between two steps, apart from weights and optimizer."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from megatron_tip.records import Rollout
-from megatron_tip.rollout.codec import rollout_from_record
+from megatron_tip.rollout.codec import rollout_from_record, rollout_to_record
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,9 @@ class RunProgress:
     """The state of the training loop, the same on every rank.
 
     `step`: steps taken. `unrecorded`: metrics of the last step, until they are in metrics.jsonl with the measurements
-    that belong to them. `skipped_in_a_row`: steps since the last update whose loss or gradient was not finite.
-    `before`: the measurement before the first step, once it exists.
+    that belong to them. `num_updates`: steps that updated the student. `skipped_in_a_row`: steps whose loss or
+    gradient was not finite, since the last update or the last end for too many of them. `before`: the measurement
+    before the first step, once it exists.
 
     Prompts and their order, rollouts and selections are not part of it: they follow from seed, step and weights. An
     unfinished step is repeated.
@@ -29,20 +30,35 @@ class RunProgress:
 
     step: int = 0
     unrecorded: dict[str, float] | None = None
+    num_updates: int = 0
     skipped_in_a_row: int = 0
     before: Heldout | None = None
 
-    def take_step(self, metrics: dict[str, float], *, is_skipped: bool) -> None:
-        """Counts a step that was taken; its metrics are still to be recorded."""
+    def take_step(self, metrics: dict[str, float], *, is_update: bool, is_finite: bool = True) -> None:
+        """Counts a step that was taken; its metrics are still to be recorded.
+
+        Args:
+            is_update: it updated the student.
+            is_finite: without an update, that was not for lack of finite numbers.
+        """
         self.step += 1
         self.unrecorded = metrics
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if is_skipped else 0
+        self.num_updates += is_update
+        self.skipped_in_a_row = 0 if is_update else self.skipped_in_a_row + (not is_finite)
 
     def as_json(self) -> dict[str, Any]:
-        return asdict(self)
+        before = self.before and {
+            "reverse_kl": self.before.reverse_kl,
+            "rollouts": [rollout_to_record(rollout) for rollout in self.before.rollouts],
+        }
+        return {**vars(self), "before": before}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "RunProgress":
+        """Returns the progress that `as_json` described.
+
+        A checkpoint that was written before updates were counted is taken to have one per step.
+        """
         before = values["before"]
         heldout = before and Heldout(before["reverse_kl"], [rollout_from_record(one) for one in before["rollouts"]])
-        return cls(**{**values, "before": heldout})
+        return cls(**{"num_updates": values["step"], **values, "before": heldout})

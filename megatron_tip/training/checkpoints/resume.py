@@ -64,8 +64,9 @@ def restore(run: TrainingRun, files: CheckpointFiles, step: int) -> tuple[RunPro
         CheckpointError: on every rank; the checkpoint does not fit, or the prompts are not those of the run.
     """
     state = files.read_state(step)
+    progress, recorded = read_progress(files, step)
     own = broadcast_json(identity_of(run), source=0, device=run.device)
-    if state["prompts"] != own["prompts"]:
+    if state.get("prompts") != own["prompts"]:
         raise CheckpointError(
             f"prompts: expected those that the run in {files.folder.parent} began with, got others under the same "
             "settings; restore the original file, or start over with --fresh"
@@ -75,4 +76,20 @@ def restore(run: TrainingRun, files: CheckpointFiles, step: int) -> tuple[RunPro
     run.timer.resume(state["seconds"])
     if state["calibration"] is not None:
         run.last_step.calibration = Calibration(**state["calibration"])
-    return RunProgress.from_json(state["progress"]), RecorderState(**state["recorder"])
+    return progress, recorded
+
+
+def read_progress(files: CheckpointFiles, step: int) -> tuple[RunProgress, RecorderState]:
+    """Returns the progress and the totals in the checkpoint of `step`.
+
+    Raises:
+        CheckpointError: they are not those of a run; the same on every rank.
+    """
+    state = files.read_state(step)
+    try:
+        return RunProgress.from_json(state["progress"]), RecorderState(**state["recorder"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{files.step_folder(step)}: expected the progress of a run, got {type(error).__name__}: {error}; start "
+            "over with --fresh"
+        ) from error

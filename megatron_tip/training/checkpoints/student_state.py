@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_tip.conversion.tensor_load import load_tensors
 from megatron_tip.errors import CheckpointError, WeightsError
 from megatron_tip.models.student import Student
-from megatron_tip.training.checkpoints.distributed_optimizer_state import mend_gathering
+from megatron_tip.training.checkpoints.distributed_optimizer_state import load_own_rows, mend_gathering, own_rows
 
 _HOST_RANDOM_BYTES = 16384
 """Bytes for Python's and numpy's generators, which take at most 14,000 in decimal."""
@@ -55,6 +55,10 @@ def load_state(student: Student, shards: Path, *, with_random_states: bool) -> N
         CheckpointError: on every rank; something is missing or has another shape.
     """
     state = sharded_state(student, is_loading=True)
+    (part,) = student.optimizer.chained_optimizers
+    shapes = state["optimizer"].pop("param_state", None)
+    if isinstance(part, DistributedOptimizer):
+        state["own_rows"] = own_rows(part, shapes)
     if with_random_states:
         state["random"] = _sharded_random_states()
     try:
@@ -65,31 +69,21 @@ def load_state(student: Student, shards: Path, *, with_random_states: bool) -> N
     missing = [key for key in missing if not key.endswith("_extra_state")]
     assert not missing, f"parameters missing from Megatron's shards: {missing}"
     assert not unexpected, f"shards that are not parameters: {unexpected}"
-    _load_optimizer(student, loaded["optimizer"])
+    _load_optimizer(part, loaded["optimizer"])
+    if isinstance(part, DistributedOptimizer):
+        load_own_rows(part, shapes, loaded["own_rows"])
     complete_optimizer_state(student)
     student.scheduler.load_state_dict(loaded["scheduler"])
     if with_random_states:
         _set_random_states({name: tensor[0] for name, tensor in loaded["random"].items()})
 
 
-def _load_optimizer(student: Student, loaded: dict[str, Any]) -> None:
-    """Loads the optimizer through Megatron, around two places that mishandle the step counts of torch's AdamW."""
-    (part,) = student.optimizer.chained_optimizers
-    inner: Any = part.optimizer
-    if not isinstance(inner, torch.optim.Adam):
-        part.load_state_dict(loaded)
-    elif isinstance(part, DistributedOptimizer):
-        shards = loaded.pop("param_state")
-        part.load_state_dict(loaded)
-        counts = {parameter: state.pop("step") for parameter, state in inner.state.items()}
-        part.load_parameter_state_from_fully_reshardable(shards)
-        for parameter, count in counts.items():
-            inner.state[parameter]["step"] = count
-    else:
-        loaded.get("optimizer", loaded)["state"].setdefault(
-            "common_step", torch.tensor(0.0)
-        )  # a count of 0 is left out
-        part.load_state_dict(loaded)
+def _load_optimizer(part: Any, loaded: dict[str, Any]) -> None:
+    """Loads the optimizer through Megatron; of the distributed one only what `own_rows` leaves out."""
+    if isinstance(part.optimizer, torch.optim.Adam) and not isinstance(part, DistributedOptimizer):
+        # Megatron leaves out a count of 0, and asks for it.
+        loaded.get("optimizer", loaded)["state"].setdefault("common_step", torch.tensor(0.0))
+    part.load_state_dict(loaded)
 
 
 def complete_optimizer_state(student: Student) -> None:

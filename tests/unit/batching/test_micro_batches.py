@@ -48,8 +48,11 @@ EPISODES = [
     multiple=st.sampled_from([1, 2, 3]),
 )
 def test_a_plan_holds_each_sequence_once_within_the_limit(lengths, dp_size, max_tokens, multiple):
-    plan = plan_micro_batches(lengths, dp_size, max_tokens, sequence_multiple=multiple)
-    padded = [-(-length // multiple) * multiple for length in lengths]
+    plan = plan_micro_batches(lengths, dp_size, max_tokens, token_multiple=multiple)
+
+    def tokens_of(micro_batch):
+        return sum(lengths[i] for i in micro_batch)
+
     assert len(plan) == dp_size
     assert all(replica for replica in plan), "every replica takes part"
     planned = [index for replica in plan for micro_batch in replica for index in micro_batch]
@@ -58,14 +61,20 @@ def test_a_plan_holds_each_sequence_once_within_the_limit(lengths, dp_size, max_
         assert replica == [[]] or all(replica), "an empty micro-batch stands alone"
         for micro_batch in replica:
             if len(micro_batch) > 1:
-                assert len(micro_batch) * max(padded[i] for i in micro_batch) <= max_tokens
-    loads = [sum(padded[i] for micro_batch in replica for i in micro_batch) for replica in plan]
-    assert max(loads) - min(loads) <= max(padded, default=0), "longest first: never further apart than one sequence"
+                assert -(-tokens_of(micro_batch) // multiple) * multiple <= max_tokens
+    loads = [sum(map(tokens_of, replica)) for replica in plan]
+    assert max(loads) - min(loads) <= max(lengths, default=0), "longest first: never further apart than one sequence"
+    for replica in plan:
+        sizes = sorted(map(tokens_of, replica))
+        if len(sizes) > 1:
+            assert sizes[0] + sizes[1] > max_tokens - max_tokens % multiple, "no two would fit into one"
 
 
-def test_a_plan_fills_micro_batches_with_neighbours_in_length():
-    assert plan_micro_batches([4, 10, 1, 5, 4], 1, 10) == [[[1], [3, 0], [4, 2]]]
+def test_a_plan_fills_each_micro_batch_with_what_still_fits():
+    assert plan_micro_batches([4, 10, 1, 5, 4], 1, 10) == [[[1], [3, 0, 2], [4]]]
     assert plan_micro_batches([4, 10, 1, 5, 4], 2, 10) == [[[1], [2]], [[3, 0], [4]]]
+    assert plan_micro_batches([4, 10, 1, 5, 4], 1, 11, token_multiple=4) == [[[1], [3, 2], [0, 4]]], "8 tokens at most"
+    assert plan_micro_batches([9, 12, 1], 1, 3) == [[[1], [0], [2]]], "longer ones go alone"
     assert plan_micro_batches([], 2, 10) == [[[]], [[]]]
 
 
@@ -93,7 +102,7 @@ def slow_rows(rollouts, indices, kept):
 def test_masks_labels_and_index_are_those_of_a_slow_loop(rollouts, multiple, kept):
     groups = [[1, 0], [3, 2, 4]]
     micro_batches = [
-        build_micro_batch(rollouts, group, PAD, sequence_multiple=multiple, num_kept_tokens=kept) for group in groups
+        build_micro_batch(rollouts, group, PAD, token_multiple=multiple, num_kept_tokens=kept) for group in groups
     ]
     index = token_index(micro_batches)
     rows = [
@@ -109,22 +118,25 @@ def test_masks_labels_and_index_are_those_of_a_slow_loop(rollouts, multiple, kep
     assert got == [row for group in groups for row in slow_rows(rollouts, group, kept or LENGTHS)]
 
 
-def test_padding_lies_behind_and_positions_count_from_the_first_token():
-    micro_batch = build_micro_batch(ROLLOUTS, [4, 0], PAD, sequence_multiple=4)
-    assert micro_batch.shape == (2, 8)
-    assert micro_batch.input_ids[0].tolist() == [*ROLLOUTS[4].prompt_ids, *ROLLOUTS[4].response_ids, *[PAD] * 4]
-    assert micro_batch.position_ids.tolist() == [list(range(8))] * 2
-    assert micro_batch.rollout_indices.tolist() == [4, 0]
-    shifted = micro_batch.input_ids.roll(-1, dims=1)
+def test_sequences_lie_end_to_end_and_padding_is_one_more_of_them():
+    micro_batch = build_micro_batch(ROLLOUTS, [4, 0], PAD, token_multiple=4)
+    sequences = [[*ROLLOUTS[place].prompt_ids, *ROLLOUTS[place].response_ids] for place in (4, 0)]
+    assert micro_batch.lengths == (4, 7, 1)
+    assert micro_batch.input_ids.tolist() == [*sequences[0], *sequences[1], PAD]
+    assert micro_batch.position_ids.tolist() == [*range(4), *range(7), 0]
+    assert micro_batch.rollout_indices.tolist() == [4] * 4 + [0] * 7 + [-1]
+    assert micro_batch.response_positions.tolist() == [-1, 0, 1, 2, -2, -1, 0, 1, 2, 3, 4, -1]
+    shifted = micro_batch.input_ids.roll(-1)
     assert torch.equal(micro_batch.labels[micro_batch.response_mask], shifted[micro_batch.response_mask])
     assert torch.equal(micro_batch.loss_mask, micro_batch.response_mask)
+    assert build_micro_batch(ROLLOUTS, [4], PAD, token_multiple=4).lengths == (4,), "no padding where none is needed"
 
 
-def test_a_micro_batch_without_rollouts_has_a_sequence_and_no_row():
-    micro_batch = build_micro_batch(ROLLOUTS, [], PAD, sequence_multiple=3)
-    assert micro_batch.shape == (1, 3)
+def test_a_micro_batch_without_rollouts_is_padding_and_has_no_row():
+    micro_batch = build_micro_batch(ROLLOUTS, [], PAD, token_multiple=3)
+    assert micro_batch.lengths == (3,)
     assert micro_batch.num_valid() == 0
-    assert micro_batch.rollout_indices.tolist() == [-1]
+    assert micro_batch.rollout_indices.tolist() == [-1] * 3
     assert len(token_index([micro_batch])) == 0
 
 
@@ -144,17 +156,26 @@ def test_rows_have_the_logprobs_that_transformers_gives_each_sequence_alone():
     def logprobs(ids, labels):
         return torch.log_softmax(model(ids).logits, -1).gather(-1, labels[..., None])[..., 0]
 
+    def packed_logprobs(micro_batch):
+        """One forward pass under the mask and with the positions that the micro-batch describes."""
+        sequence = torch.arange(len(micro_batch.lengths)).repeat_interleave(torch.tensor(micro_batch.lengths))
+        may_see = (sequence[:, None] == sequence[None]).tril()
+        mask = torch.zeros(may_see.shape).masked_fill(~may_see, -torch.inf)[None, None]
+        ids, positions = micro_batch.input_ids[None], micro_batch.position_ids[None]
+        logits = model(ids, attention_mask=mask, position_ids=positions).logits
+        return torch.log_softmax(logits, -1).gather(-1, micro_batch.labels[None, :, None])[0, :, 0]
+
     with torch.no_grad():
         alone = {}
         for i, one in enumerate(ROLLOUTS):
             ids = torch.tensor([one.prompt_ids + one.response_ids])
             values = logprobs(ids[:, :-1], ids[:, 1:])[0, len(one.prompt_ids) - 1 :]
             alone.update({(i, place): value for place, value in enumerate(values.tolist())})
-        plan = plan_micro_batches(LENGTHS, 2, 16, sequence_multiple=4)
+        plan = plan_micro_batches(LENGTHS, 2, 16, token_multiple=4)
         seen = 0
         for group in [group for replica in plan for group in replica]:
-            micro_batch = build_micro_batch(ROLLOUTS, group, PAD, sequence_multiple=4)
-            got = logprobs(micro_batch.input_ids, micro_batch.labels)[micro_batch.loss_mask]
+            micro_batch = build_micro_batch(ROLLOUTS, group, PAD, token_multiple=4)
+            got = packed_logprobs(micro_batch)[micro_batch.loss_mask]
             index = token_index([micro_batch])
             keys = zip(index.rollout_index.tolist(), index.position.tolist(), strict=True)
             torch.testing.assert_close(got, torch.tensor([alone[key] for key in keys]), atol=1e-5, rtol=1e-5)

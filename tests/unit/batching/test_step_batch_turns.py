@@ -26,7 +26,7 @@ GENERATED = [
 
 def batch_over(dp_size: int) -> StepBatch:
     return StepBatch.over(
-        ROLLOUTS, dp_size=dp_size, max_tokens=24, pad_token_id=0, sequence_multiple=2, device=torch.device("cpu")
+        ROLLOUTS, dp_size=dp_size, max_tokens=24, pad_token_id=0, token_multiple=2, device=torch.device("cpu")
     )
 
 

@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tip.commands.submit import Submission, as_served, sbatch_command, site_values, submit, trainer_share
+from megatron_tip.commands.submit import (
+    Submission,
+    as_served,
+    hosts_of,
+    sbatch_command,
+    site_values,
+    submit,
+)
+from megatron_tip.commands.time_limit import WARNING_SECONDS, seconds_of
 from megatron_tip.errors import ConfigError
 from tests.helpers.training import Layout, make_config
 
@@ -20,7 +28,7 @@ def test_site_values_and_run_become_options_and_the_command_line_wins(tmp_path: 
     config = make_config(tmp_path, Layout(1))
     environ = ENVIRON | {"TIP_PARTITION": "h800", "TIP_TIME": "12:00:00"}
     submission = Submission(
-        Path("my run.toml"), ["run.seed=2"], nodes=8, options=["--qos=high", "--time=1:00"], environ=environ
+        Path("my run.toml"), ["run.seed=2"], nodes=8, options=["--qos=high", "--time=1:00:00"], environ=environ
     )
     command = sbatch_command(submission, config)
     assert command == [
@@ -30,9 +38,10 @@ def test_site_values_and_run_become_options_and_the_command_line_wins(tmp_path: 
         "--partition=h800",
         "--time=12:00:00",
         f"--output={tmp_path}/run/slurm/%j.out",
-        f"--export=ALL,TIP_ROOT={ROOT}",
+        f"--export=ALL,TIP_ROOT={ROOT},TIP_GPUS_PER_NODE=8",
+        "--gpus-per-node=8",
         "--qos=high",
-        "--time=1:00",
+        "--time=1:00:00",
         f"{SLURM}/train.sbatch",
         f"{Path.cwd()}/my run.toml",
         "run.seed=2",
@@ -47,13 +56,58 @@ def test_the_job_of_a_sweep_logs_each_run_apart(tmp_path: Path):
     assert f"--output={tmp_path}/run/slurm/%A_%a.out" in command
 
 
+def test_a_percent_sign_in_a_folder_is_no_pattern_of_slurm(tmp_path: Path):
+    config = make_config(tmp_path / "50%j", Layout(1))
+    command = sbatch_command(Submission(Path("a.toml"), environ=ENVIRON), config)
+    assert f"--output={tmp_path}/50%%j/run/slurm/%j.out" in command
+
+
+@pytest.mark.parametrize(
+    "options, limit",
+    [
+        ([], "3"),
+        (["--time=2"], "24:00:00"),
+        (["-t3:00"], "24:00:00"),
+        (["--time=10", "--signal=B:USR1@600"], ""),
+        (["--signal=USR1@90000"], "1-00"),
+    ],
+)
+def test_a_time_limit_without_time_for_a_step_is_refused(tmp_path: Path, options, limit):
+    submission = Submission(Path("a.toml"), options=options, environ=ENVIRON | {"TIP_TIME": limit})
+    with pytest.raises(ConfigError, match=r"--time: expected more than the \d+ s before the limit at which SLURM"):
+        sbatch_command(submission, make_config(tmp_path, Layout(1)))
+    longer = Submission(Path("a.toml"), options=[*options, "--time=2-0:00"], environ=submission.environ)
+    assert sbatch_command(longer, make_config(tmp_path, Layout(1)))
+
+
+@pytest.mark.parametrize(
+    "limit, seconds",
+    [
+        ("7", 420),
+        ("7:30", 450),
+        ("1:00:05", 3605),
+        ("2-3", 183600),
+        ("2-3:04", 183840),
+        ("2-3:04:05", 183845),
+        ("UNLIMITED", None),
+        ("", None),
+        ("1:2:3:4", None),
+    ],
+)
+def test_time_limits_as_slurm_writes_them(limit, seconds):
+    assert seconds_of(limit) == seconds
+
+
+def test_the_warning_is_that_of_the_scripts():
+    for script in ("train", "train_disaggregated", "sweep"):
+        assert f"#SBATCH --signal=B:USR1@{WARNING_SECONDS}\n" in (SLURM / f"{script}.sbatch").read_text()
+
+
 def test_another_site_file_is_read_by_bash(tmp_path: Path):
     site = tmp_path / "site.sh"
     site.write_text('TIP_PARTITION=$(printf gpu)\nTIP_ACCOUNT="a b"\nTIP_TIME=1\nTIP_TASKS_PER_NODE=4\n')
-    environ = {"TIP_SGLANG_PER_NODE": "8", "TIP_SGLANG_SHARED_MEMORY": "0.25", "MEGATRON_TIP_SITE": str(site)}
-    values = site_values(ENVIRON | environ)
-    assert list(values.values()) == ["gpu", "a b", "1", "4", "8", "0.25"]
-    assert (trainer_share(values), trainer_share(values | {"TIP_SGLANG_PER_NODE": "0"})) == (0.75, 1.0)
+    values = site_values(ENVIRON | {"TIP_GPU_REQUEST": "--gres=gpu:", "MEGATRON_TIP_SITE": str(site)})
+    assert list(values.values()) == ["gpu", "a b", "1", "4", "", "--gres=gpu:", ""]
     with pytest.raises(ConfigError, match=r"nowhere.sh: expected a file of shell variables"):
         site_values(ENVIRON | {"MEGATRON_TIP_SITE": "nowhere.sh"})
 
@@ -70,15 +124,50 @@ def test_without_slurm_the_command_to_run_elsewhere_is_told(tmp_path: Path, monk
         submit(Submission(Path("a.toml"), environ=ENVIRON), make_config(tmp_path, Layout(1)), dry_run=False)
 
 
+def test_the_job_has_the_gpus_that_are_asked_for():
+    def hosts(*, gpus: int | None = None, nodes: int = 2, **environ: str):
+        return hosts_of(Submission(Path("a.toml"), nodes=nodes, gpus_per_node=gpus, environ=ENVIRON | environ))
+
+    assert (hosts().workers, hosts().gpus, hosts().first_port, hosts().by_job) == (16, tuple(range(8)), 31000, True)
+    assert hosts(gpus=4, TIP_GPUS_PER_NODE="6").gpus == tuple(range(4)), "the command line wins"
+    few = hosts(TIP_GPUS_PER_NODE="6", TIP_TASKS_PER_NODE="4")
+    assert (few.workers, few.workers_per_node, len(few.gpus)) == (8, 4, 6)
+    assert (hosts(gpus=0).workers, hosts(gpus=0).gpus) == (2, ())
+    with pytest.raises(ConfigError, match="expected numbers in TIP_GPUS_PER_NODE"):
+        hosts(TIP_GPUS_PER_NODE="eight")
+
+
+@pytest.mark.parametrize(
+    "gpus,environ,expected",
+    [
+        (4, {}, ["--gpus-per-node=4"]),
+        (2, {"TIP_GPU_REQUEST": "--gres=gpu:h800:"}, ["--gres=gpu:h800:2"]),
+        (4, {"TIP_GPU_REQUEST": ""}, []),
+        (0, {}, []),
+    ],
+)
+def test_slurm_is_asked_for_gpus_as_the_site_says(tmp_path: Path, gpus: int, environ: dict, expected: list[str]):
+    submission = Submission(Path("a.toml"), gpus_per_node=gpus, environ=ENVIRON | environ)
+    command = sbatch_command(submission, make_config(tmp_path, Layout(1)))
+    assert [part for part in command if part.startswith(("--gpus", "--gres"))] == expected
+    assert f"--export=ALL,TIP_ROOT={ROOT},TIP_GPUS_PER_NODE={gpus}" in command
+
+
 def test_a_configuration_is_checked_as_the_script_will_run_it(tmp_path: Path):
-    config, alone, shared = make_config(tmp_path, Layout(1)), {"TIP_SGLANG_PER_NODE": "0"}, {"TIP_SGLANG_PER_NODE": "8"}
-    assert as_served(config, alone, "train") == as_served(config, shared, "sweep") == config
-    for served in (as_served(config, alone, "train_disaggregated"), as_served(config, shared, "train")):
-        assert served.rollout.engine == "sglang"
-        assert served.rollout.server_urls
+    config = make_config(tmp_path, Layout(1))
+    apart = Submission(Path("a.toml"), nodes=3, script="train_disaggregated", rollout_nodes=1, teacher_nodes=1)
+    assert as_served(config, Submission(Path("a.toml"))) == config
+    served = as_served(config, apart)
+    assert (served.rollout.engine, len(served.rollout.server_urls)) == ("sglang", 1)
+    assert (served.teacher.kind, len(served.teacher.urls)) == ("sglang", 1)
     replay = make_config(tmp_path, Layout(1), rollout={"engine": "replay", "replay_folder": tmp_path})
     with pytest.raises(ConfigError, match=r"that slurm/train_disaggregated\.sbatch starts"):
-        as_served(replay, alone, "train_disaggregated")
+        as_served(replay, apart)
+
+
+def test_nodes_for_servers_need_the_script_that_splits_nodes():
+    with pytest.raises(ConfigError, match="expected --script train_disaggregated, got --script train"):
+        Submission(Path("a.toml"), nodes=2, rollout_nodes=1)
 
 
 def shell(script: str, **environ: str) -> subprocess.CompletedProcess[str]:
@@ -131,12 +220,89 @@ def test_network_settings_of_the_site_reach_the_tasks_and_the_caller_wins():
         (75, "1", "5", "not requeued: restarted 5 times already"),
     ],
 )
-def test_a_job_goes_back_to_the_queue_only_after_a_warning_and_a_checkpoint(code, warned, restarts, expected):
-    script = f'scontrol() {{ echo "$@" >&2; }}; TIP_WARNED={warned}; tip_finish {code}'
+def test_a_job_goes_back_to_the_queue_only_after_a_warning_and_a_checkpoint(code, warned, restarts, expected, tmp_path):
+    (tmp_path / "checkpoints" / "step_000002").mkdir(parents=True)
+    script = f'scontrol() {{ echo "$@" >&2; }}; TIP_FOLDER={tmp_path}; TIP_WARNED={warned}; tip_finish {code}'
     ended = shell(script, SLURM_JOB_ID="7", SLURM_RESTART_COUNT=restarts, TIP_MAX_RESTARTS="5")
     assert ended.returncode == (75 if warned and code > 128 else code)
     assert expected in ended.stderr
     assert ("requeue 7" in ended.stderr) == (expected == "requeue 7")
+
+
+FINISH = 'scontrol() { echo "$@" >&2; }; TIP_CHECKPOINT_BEFORE=$(tip_newest_checkpoint); '
+
+
+@pytest.mark.parametrize(
+    "before, after, expected",
+    [
+        ([], [], "not requeued: this start finished no step (newest checkpoint: none)"),
+        ([2, 999999], [], "not requeued: this start finished no step (newest checkpoint: step_999999)"),
+        ([], [2], "from its last checkpoint, step_000002\nrequeue 7\n"),
+        ([2, 999999], [1000000], "from its last checkpoint, step_1000000\nrequeue 7\n"),
+    ],
+)
+@pytest.mark.parametrize("code", [75, 138])
+def test_a_start_without_a_step_is_the_last_one(before, after, expected, code, tmp_path):
+    """Otherwise a time limit that is too short would requeue the job again and again."""
+    folder = tmp_path / "my run" / "checkpoints"
+    for step in before:
+        (folder / f"step_{step:06d}").mkdir(parents=True)
+    steps = " ".join(f"step_{step:06d}" for step in after)
+    made = f'for step in {steps}; do mkdir -p "$TIP_FOLDER/checkpoints/$step"; done; '
+    ended = shell(
+        f"TIP_FOLDER='{folder.parent}'; {FINISH}{made}TIP_WARNED=1; code={code}; tip_finish $code", SLURM_JOB_ID="7"
+    )
+    assert expected in ended.stderr
+    assert ended.returncode == 75
+    assert ("requeue 7" in ended.stderr) == bool(after)
+
+
+@pytest.mark.parametrize("steps, expected", [([], "before the first step was done"), ([3], "with a checkpoint")])
+def test_a_cancelled_job_says_what_it_left(steps, expected, tmp_path):
+    for step in steps:
+        (tmp_path / "checkpoints" / f"step_{step:06d}").mkdir(parents=True)
+    ended = shell(f"TIP_FOLDER={tmp_path}; {FINISH}tip_finish 75", SLURM_JOB_ID="7")
+    assert f"stopped {expected}; submit the same command again to continue" in ended.stderr
+
+
+def test_the_folder_of_the_run_is_known_before_it_starts(tmp_path):
+    (tmp_path / "checkpoints" / "step_000004").mkdir(parents=True)
+    stand_ins = "tip_address() { echo n1; }; scontrol() { echo n1; }; srun() { :; }; TIP_TASKS_PER_NODE=1; "
+    python = f'python() {{ echo "{tmp_path}"; }}; TIP_PYTHON=python; '
+    ran = shell(stand_ins + python + 'tip_train 1 n1 run.toml; echo "$TIP_FOLDER $TIP_CHECKPOINT_BEFORE"')
+    assert ran.stdout == f"{tmp_path} step_000004\n"
+
+
+def test_in_a_container_the_batch_node_needs_no_interpreter():
+    """srun runs it there, and cannot see the processes of the batch node."""
+    stand_ins = "tip_address() { echo n1; }; scontrol() { echo n1; }; TIP_PYTHON=not-here; TIP_TASKS_PER_NODE=1; "
+    srun = 'srun() { echo "$@" >&2; }; TIP_ROLLOUT_NODES=1 TIP_TEACHER_NODES=0; '
+    served = "tip_serve run.toml; TIP_URLS=(http://n1:1) TIP_SERVER_PROCESSES=(17); tip_wait_for_servers; "
+    job = {"SLURM_JOB_NODELIST": "n1", "TIP_CONTAINER_IMAGE": "tip.sqsh"}
+    ran = shell(stand_ins + srun + served + "tip_setting run.folder run.toml", **job)
+    assert ran.returncode == 0, ran.stderr
+    calls = [line.split(" not-here ") for line in ran.stderr.splitlines() if " not-here " in line]
+    assert [inside for _, inside in calls] == [
+        "-m megatron_tip.commands.serving servers n1 run.toml",
+        "-m megatron_tip.commands.serving wait 900  http://n1:1",
+        "-c import sys; from megatron_tip.config.io import load_config",
+    ]
+    for options, _ in calls:
+        assert options.startswith("--overlap ")
+        assert "--container-image=tip.sqsh" in options
+        assert "--label" not in options
+
+
+@pytest.mark.parametrize("script", ["train", "train_disaggregated", "sweep", "convert"])
+def test_a_script_that_does_not_find_the_repository_says_what_to_do(script, tmp_path):
+    command = ["bash", str(SLURM / f"{script}.sbatch"), "run.toml"]
+    ran = subprocess.run(
+        command, env=ENVIRON | {"SLURM_SUBMIT_DIR": str(tmp_path)}, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 2
+    assert (
+        f"expected the repository in {tmp_path}: run sbatch in its root, or with --export=ALL,TIP_ROOT=" in ran.stderr
+    )
 
 
 def test_signals_go_on_to_the_workers_and_their_exit_code_comes_back():
@@ -145,9 +311,10 @@ def test_signals_go_on_to_the_workers_and_their_exit_code_comes_back():
     assert shell(script).stdout.split("\n")[:3] == ["ready", "got USR1", "75 1"]
 
 
-def test_a_task_of_an_array_is_requeued_alone():
+def test_a_task_of_an_array_is_requeued_alone(tmp_path):
     """SLURM's own number of an array's last task is that of the array: by it all tasks would be requeued."""
-    script = 'scontrol() { echo "$@" >&2; }; TIP_WARNED=1; tip_finish 75'
+    (tmp_path / "checkpoints" / "step_000002").mkdir(parents=True)
+    script = f'scontrol() {{ echo "$@" >&2; }}; TIP_FOLDER={tmp_path}; TIP_WARNED=1; tip_finish 75'
     ended = shell(script, SLURM_JOB_ID="7", SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID="3")
     assert "requeue 7_3\n" in ended.stderr
 
@@ -158,13 +325,17 @@ def test_a_warning_before_the_workers_start_is_not_lost():
     assert ended.stdout == "75 1\n"
 
 
-def test_a_warning_while_servers_start_ends_the_wait_and_the_job_goes_back():
+def test_a_warning_while_servers_start_ends_the_wait_and_the_job():
+    """It had no time for a step, and would not have it after a requeue either."""
     start = "tip_network() { :; }; tip_setup; tip_address() { echo node; }; srun() { cat >/dev/null; }; "
-    wait = "python() { case $3 in wait) exec sleep 60 ;; esac; }; TIP_PYTHON=python; (sleep 0.5; kill -USR1 $$) & "
-    hosts = 'scontrol() { [[ $1 == requeue ]] && echo "$@" >&2 || echo node; }; '
-    ended = shell(start + wait + hosts + "tip_serve n1 1 model 0.5 keys; tip_wait_for_servers", SLURM_JOB_ID="7")
+    lines = r"printf 'server\tstudent\t0\t-\thttp://node:1\t[]\n'"
+    wait = f"python() {{ case $3 in wait) exec sleep 60 ;; servers) {lines} ;; esac; }}; TIP_PYTHON=python; "
+    hosts = 'scontrol() { [[ $1 == requeue ]] && echo "$@" >&2 || echo node; }; (sleep 0.5; kill -USR1 $$) & '
+    served = "TIP_ROLLOUT_NODES=1 TIP_TEACHER_NODES=0; tip_serve run.toml; tip_wait_for_servers"
+    ended = shell(start + wait + hosts + served, SLURM_JOB_ID="7", SLURM_JOB_NODELIST="node")
     assert ended.returncode == 75
-    assert "requeue 7\n" in ended.stderr
+    assert "requeue 7\n" not in ended.stderr
+    assert "not requeued: this start finished no step (newest checkpoint: none)" in ended.stderr
 
 
 @pytest.mark.parametrize("nodes", [{"nodes": 2, "rollout_nodes": 2}, {"nodes": 2}, {"nodes": 3, "rollout_nodes": 1}])
@@ -182,3 +353,27 @@ def test_a_node_without_an_address_ends_the_job_before_anything_starts():
     )
     assert (ran.returncode, ran.stdout) == (2, "")
     assert "scontrol show node node1: expected a NodeAddr, got none" in ran.stderr
+
+
+@pytest.mark.parametrize(
+    "environ,expected",
+    [
+        ({"SLURM_GPUS_ON_NODE": "4"}, "4 4"),
+        ({"TIP_GPUS_PER_NODE": "8", "TIP_TASKS_PER_NODE": "6"}, "6 8"),
+        ({"SLURM_GPUS_ON_NODE": "4", "CUDA_VISIBLE_DEVICES": ""}, "1 0"),
+        ({}, "1 0"),
+    ],
+)
+def test_a_script_has_as_many_workers_as_gpus(tmp_path: Path, environ: dict[str, str], expected: str):
+    environ = {"PATH": "/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": "0,1,2,3"} | environ  # without nvidia-smi
+    assert shell('tip_setup; echo "$TIP_TASKS_PER_NODE $TIP_GPUS_PER_NODE"', **environ).stdout == f"{expected}\n"
+
+
+def test_no_interpreter_is_needed_where_the_job_starts_no_servers(tmp_path: Path):
+    config = tmp_path / "run.toml"
+    config.write_text('rollout.engine = "embedded"\n')
+    script = f"TIP_ROLLOUT_NODES=0 TIP_TEACHER_NODES=0 TIP_PYTHON=nowhere; tip_serve {config}; tip_wait_for_servers"
+    assert shell(script, SLURM_JOB_NUM_NODES="2").returncode == 0
+    config.write_text('rollout.engine = "sglang"\n')
+    assert shell(script, SLURM_JOB_NUM_NODES="1").returncode == 0
+    assert shell(f"scontrol() {{ echo NodeAddr=n1; }}; {script}", SLURM_JOB_NUM_NODES="2").returncode == 2

@@ -76,6 +76,7 @@ def test_malformed_override_is_refused(minimal, override):
         ("model.tensor_paralel_size=3", "did you mean model.tensor_parallel_size?"),
         ("training.lr=0.1", "did you mean optimizer.lr?"),
         ("optimzer.lr=0.1", "optimzer: unknown section; did you mean optimizer?"),
+        ("loss.compile=true", 'loss.compile (on the command line): unknown key; use loss.kernels = "compiled"'),
         ("training.zzzzzzzz=1", "see `megatron-tip train --help`"),
         ("training.steps=many", 'training.steps (on the command line): expected integer >= 1, got "many" (text)'),
         ("training.steps=0", "expected integer >= 1, got 0 (integer)"),

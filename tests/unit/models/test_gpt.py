@@ -1,10 +1,12 @@
 """Layouts that a model cannot take."""
 
 import pytest
+import torch
 from transformers import LlamaConfig
 
 from megatron_tip.conversion.architecture import ModelArchitecture
 from megatron_tip.errors import ConfigError, OptionalDependencyError
+from megatron_tip.models import gpt
 from megatron_tip.models.gpt import resolve_transformer_impl
 from megatron_tip.models.layout import check_layout
 from megatron_tip.models.transformer_engine import has_transformer_engine, transformer_engine_block
@@ -36,8 +38,18 @@ def test_layouts_that_do_not(tp_size: int, pp_size: int, message: str) -> None:
         check_layout(SMOLLM2, tp_size=tp_size, pp_size=pp_size, owner="teacher")
 
 
+@pytest.mark.parametrize("dtype,expected", [(torch.bfloat16, "transformer_engine"), (torch.float32, "local")])
+def test_auto_on_a_gpu_goes_by_what_transformer_engine_has_kernels_for(
+    dtype: torch.dtype, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpt, "has_transformer_engine", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert resolve_transformer_impl("auto", dtype) == expected
+
+
 @pytest.mark.skipif(has_transformer_engine(), reason="Transformer Engine is installed")
 def test_transformer_engine_that_is_not_installed() -> None:
-    assert resolve_transformer_impl("auto") == "local"
+    assert resolve_transformer_impl("auto", torch.bfloat16) == "local"
+    assert resolve_transformer_impl("transformer_engine", torch.bfloat16) == "transformer_engine"
     with pytest.raises(OptionalDependencyError, match=r"megatron_tip\[transformer-engine\]"):
         transformer_engine_block(2, qk_norm=False)

@@ -7,8 +7,8 @@ import os
 
 import pytest
 
-from megatron_tip.errors import OutputError
-from megatron_tip.observability.metrics_file import MetricsWriter
+from megatron_tip.errors import InputError, OutputError
+from megatron_tip.observability.metrics_file import MetricsWriter, read_metrics, recorded_steps
 
 
 def test_each_step_is_a_line_on_disk_at_once(tmp_path):
@@ -73,3 +73,18 @@ def test_a_continued_run_cuts_what_lies_behind_its_checkpoint(tmp_path):
     path.write_bytes(whole[:-1])
     with MetricsWriter(path, keep_until_step=3):
         assert path.read_bytes() == b"".join(whole.splitlines(keepends=True)[:3])
+
+
+def test_steps_are_read_as_they_were_given(tmp_path):
+    with MetricsWriter(tmp_path / "metrics.jsonl") as writer:
+        writer.write(0, {"a": math.nan, "b": 0.1})
+        writer.write(1, {"a": 2.0})
+    (first, first_metrics), second = recorded_steps(tmp_path / "metrics.jsonl")
+    assert (first, first_metrics["b"], math.isnan(first_metrics["a"])) == (0, 0.1, True)
+    assert second == (1, {"a": 2.0})
+
+
+def test_bytes_that_are_no_text_are_refused_by_line(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 0}\n{"step": 1, "\xff": 2}\n{"step": 2}\n')
+    with pytest.raises(InputError, match=r"metrics\.jsonl, line 2: expected a JSON object with a step"):
+        read_metrics(tmp_path / "metrics.jsonl")

@@ -3,23 +3,33 @@
 import json
 import logging
 import re
-import struct
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
+from multiprocessing import Queue, get_context
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
 from megatron_tip.config import Config
 from megatron_tip.errors import OptionalDependencyError
 from megatron_tip.observability import trackers as module
+from megatron_tip.observability.metrics_file import RecordedStep
 from megatron_tip.observability.run_folder import RunFolder
-from megatron_tip.observability.token_table import TokenTable, TokenTableFacts, ViewedRollout, read_token_table
-from megatron_tip.observability.trackers import MAX_FAILURES, Trackers, check_trackers, make_trackers
+from megatron_tip.observability.token_table import (
+    TokenTable,
+    TokenTableFacts,
+    ViewedRollout,
+    read_token_table,
+    token_table_file,
+)
+from megatron_tip.observability.trackers import MAX_FAILURES, FolderTracker, Trackers, check_trackers, make_trackers
 from megatron_tip.observability.wandb_tracker import wandb  # first: it sets wandb's environment
+from tests.helpers.tensorboard_files import values_of
 from tests.helpers.training import Layout, make_config
-from tests.helpers.wandb_files import finished_records_of, history_of
+from tests.helpers.wandb_files import finished_records_of, history_of, records_of
 
 VIEW = TokenTable.of_columns(
     TokenTableFacts(
@@ -57,7 +67,12 @@ def started(config: Config, identities: dict[str, str]) -> Trackers:
 
 @pytest.fixture
 def no_wandb_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_DIR"):
+    for name in (
+        "WANDB_MODE",
+        "WANDB_API_KEY",
+        "WANDB_DIR",
+        "WANDB_SERVICE",
+    ):  # the last: W&B's process of another test
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "no_netrc"))
 
@@ -110,7 +125,7 @@ def test_online_without_a_way_out_is_kept_offline(
     trackers = started(config, {})
     trackers.log_metrics(1, {"train/loss": 0.25})
     trackers.finish()
-    assert "stays offline: wandb sync" in caplog.text
+    assert f"stays offline: wandb sync --append {config.run.folder}/wandb/offline-run-*" in caplog.text
     files = list((config.run.folder / "wandb").glob("offline-run-*/*.wandb"))
     assert history_of(finished_records_of(files[0]))[0]["train/loss"] == 0.25
 
@@ -119,20 +134,130 @@ def test_an_online_run_is_resumed_under_its_id(
     tmp_path: Path, no_wandb_environment: None, monkeypatch: pytest.MonkeyPatch
 ):
     asked: list[dict[str, Any]] = []
+    logged: list[int] = []
 
     def noted(**arguments: Any) -> Any:
         asked.append(arguments)
-        return SimpleNamespace(id=arguments["id"] or "new", finish=lambda exit_code: None)
+        return SimpleNamespace(
+            id=arguments["id"] or "new",
+            offline=False,
+            starting_step=5 if arguments["id"] else 0,
+            log=lambda metrics, step: logged.append(step),
+            finish=lambda exit_code: None,
+        )
 
     monkeypatch.setattr(wandb, "init", noted)
     config = config_of(tmp_path, wandb="online")
     started(config, identities := {}).finish()
-    started(config, identities).finish()
+    trackers = started(config, identities)
+    trackers.fill_gaps([(step, {"train/loss": 0.5}) for step in range(7)])
+    for step in (7, 8):
+        trackers.log_metrics(step, {})
+    trackers.finish()
+    assert logged == [5, 6, 7, 8], "the server has steps 0 to 4"
     assert identities == {"wandb": "new"}
     assert [(one["mode"], one["id"], one["resume"]) for one in asked] == [
         ("online", None, "allow"),
         ("online", "new", "allow"),
     ]
+
+
+def log_until_killed(config: Config, names: "Queue[str]") -> None:
+    trackers = started(config, identities := {})
+    names.put(identities["wandb"])
+    for step in range(31):
+        trackers.log_metrics(step, metrics_of(step))
+        if step == 1:
+            trackers.log_view(step, VIEW)
+    for process in [*psutil.Process().children(), psutil.Process()]:  # W&B's own process, then this one
+        process.kill()
+
+
+def metrics_of(step: int) -> dict[str, float]:
+    return {f"train/metric_{place}": float("nan") if place == 0 else step + place / 64 for place in range(64)}
+
+
+def test_what_a_killed_run_lost_is_logged_once_when_it_continues(tmp_path: Path, no_wandb_environment: None):
+    """Killed in step 31, continued after step 28; W&B's file ends before that. Killed again and continued after 5."""
+    config = config_of(tmp_path, wandb="offline")
+    context = get_context("spawn")
+    names = context.Queue()
+    killed = context.Process(target=log_until_killed, args=(config, names))
+    killed.start()
+    identities = {"wandb": names.get(timeout=300)}
+    killed.join()
+    (cut,) = (config.run.folder / "wandb").glob("offline-run-*/*.wandb")
+    kept = [row["_step"] for row in history_of(records_of(cut))]
+    assert 5 < len(kept) < 28, "W&B writes blocks of 32 KB"
+
+    FolderTracker.log_view(SimpleNamespace(_folder=RunFolder(config.run.folder).views), kept[-1] + 1, VIEW)
+    history, files = history_of(records_of(cut)), {cut}
+    for checkpoint, last in ((28, 33), (5, 35)):
+        trackers = started(config, identities)
+        trackers.fill_gaps([(step, metrics_of(step)) for step in range(checkpoint + 1)])
+        for step in range(checkpoint + 1, last + 1):
+            trackers.log_metrics(step, metrics_of(step))
+        trackers.finish()
+        (written,) = set((config.run.folder / "wandb").glob("offline-run-*/*.wandb")) - files
+        files.add(written)
+        history += history_of(finished_records_of(written))
+    assert [row["_step"] for row in history] == list(range(36))
+    for row in history:
+        assert {name: value for name, value in row.items() if name.startswith("train/metric")} == pytest.approx(
+            metrics_of(row["_step"]), nan_ok=True
+        )
+    shown = [row["_step"] for row in history if "view/responses._type" in row]
+    assert shown == [1, kept[-1] + 1]
+
+
+def test_a_run_whose_wandb_files_are_gone_or_broken_is_logged_whole(tmp_path: Path, no_wandb_environment: None):
+    config = config_of(tmp_path, wandb="offline")
+    folder = config.run.folder / "wandb" / "offline-run-20260101_000000-abc"
+    folder.mkdir(parents=True)
+    (folder / "run-abc.wandb").write_bytes(b"not W&B's")
+    trackers = started(config, {"wandb": "abc"})
+    trackers.fill_gaps([(0, {"train/loss": 1.0}), (1, {"train/loss": 2.0})])
+    trackers.finish()
+    (written,) = set((config.run.folder / "wandb").glob("offline-run-*/*.wandb")) - {folder / "run-abc.wandb"}
+    assert [row["_step"] for row in history_of(finished_records_of(written))] == [0, 1]
+
+
+def gaps_filled(config: Config, monkeypatch: pytest.MonkeyPatch, *, offline: bool = True) -> list[int]:
+    """The steps that a run continued after step 2 logs again, W&B's own having none of them."""
+    logged: list[int] = []
+    run = SimpleNamespace(
+        id="abc",
+        offline=offline,
+        starting_step=1,
+        log=lambda metrics, step: logged.append(step),
+        finish=lambda exit_code: None,
+    )
+    monkeypatch.setattr(wandb, "init", lambda **_: run)
+    trackers = started(config, {"wandb": "abc"})
+    trackers.fill_gaps([(step, {"train/loss": 1.0}) for step in range(3)])
+    trackers.log_metrics(3, {})
+    trackers.finish()
+    return logged
+
+
+def test_an_unreadable_view_does_not_keep_later_steps_from_being_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = config_of(tmp_path, wandb="offline")
+    folder = RunFolder(config.run.folder).views
+    folder.mkdir(parents=True)
+    token_table_file(folder, 0).write_bytes(b"no Parquet")
+    assert gaps_filled(config, monkeypatch) == [0, 1, 2, 3]
+
+
+def test_a_wandb_without_its_private_reader_fills_no_gaps_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setitem(sys.modules, "wandb.sdk.internal.datastore", None)
+    config = config_of(tmp_path, wandb="offline")
+    assert gaps_filled(config, monkeypatch) == [3]
+    assert "cannot read its own files" in caplog.text
+    assert gaps_filled(config, monkeypatch, offline=False) == [1, 2, 3], "the server says what it has"
 
 
 @pytest.mark.parametrize("asks", [True, False])
@@ -142,7 +267,7 @@ def test_the_exported_student_becomes_an_artifact_on_request(
     student, artifacts = tmp_path / "hf", []
     student.mkdir()
     (student / "config.json").write_text("{}")
-    run = SimpleNamespace(id="abc", log_artifact=artifacts.append, finish=lambda exit_code: None)
+    run = SimpleNamespace(id="abc", offline=True, log_artifact=artifacts.append, finish=lambda exit_code: None)
     monkeypatch.setattr(wandb, "init", lambda **_: run)
     trackers = started(config_of(tmp_path, wandb="offline", wandb_artifact=asks), {})
     trackers.log_student(student)
@@ -152,20 +277,13 @@ def test_the_exported_student_becomes_an_artifact_on_request(
 
 
 def test_tensorboard_gets_scalars_text_and_picture(tmp_path: Path):
-    from tensorboardX.proto.event_pb2 import Event
-
     config = config_of(tmp_path, tensorboard=True)
     trackers = started(config, {})
     trackers.log_metrics(3, {"train/loss": 0.25})
     trackers.log_view(3, VIEW)
     trackers.finish()
-    data = next((config.run.folder / "tensorboard").iterdir()).read_bytes()
-    values, start = {}, 0
-    while start < len(data):  # a TFRecord: length, its checksum, content, its checksum
-        (length,) = struct.unpack_from("<Q", data, start)
-        event = Event.FromString(data[start + 12 : start + 12 + length])
-        values |= {value.tag: (event.step, value) for value in event.summary.value}
-        start += 12 + length + 4
+    (path,) = (config.run.folder / "tensorboard").iterdir()
+    values = {value.tag: (step, value) for step, value in values_of(path)}
     step, loss = values["train/loss"]
     assert (step, loss.simple_value) == (3, 0.25)
     assert b"**`4`**" in values["view/response_0/text_summary"][1].tensor.string_val[0]
@@ -195,6 +313,8 @@ class Broken:
 
     def start(self, config: Config, folder: RunFolder, identity: str | None) -> str:
         return "id"
+
+    def fill_gaps(self, steps: Sequence[RecordedStep]) -> None: ...
 
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         self.calls += 1
@@ -245,6 +365,9 @@ def test_a_job_that_is_requeued_before_its_first_checkpoint_goes_on_under_its_id
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert ids_of_a_start({}) == {"broken": "first"}
     assert ids_of_a_start({"broken": "of the checkpoint"}) == {"broken": "of the checkpoint"}
+    for broken in ("[1]", "{", "null"):
+        (tmp_path / "trackers.json").write_text(broken)
+        assert ids_of_a_start({}) == {"broken": "new"}
     monkeypatch.delenv("SLURM_RESTART_COUNT")
     assert ids_of_a_start({}) == {"broken": "new"}, "another run in this folder, whose settings may be others"
 

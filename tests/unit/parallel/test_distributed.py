@@ -49,3 +49,10 @@ def test_a_worker_says_whom_it_waits_for(place, monkeypatch, caplog, rank, whom)
         init_distributed(timeout_seconds=3)
     assert f"rank {rank} of 2 has waited 0 s for {whom} at MASTER_ADDR:MASTER_PORT = 127.0.0.1:{port}" in caplog.text
     assert caplog.text.count("unset RANK and WORLD_SIZE") > 2
+
+
+def test_a_run_without_a_gpu_says_so_loudly(caplog):
+    distributed._log_device(torch.device("cpu"), 3)
+    (record,) = caplog.records
+    assert (record.levelname, "NO GPU is visible to torch" in record.message) == ("WARNING", True)
+    assert "3 workers run on the CPU" in record.message

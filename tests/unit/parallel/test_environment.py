@@ -1,12 +1,25 @@
 """A worker's place and thread settings from environment variables."""
 
 import os
+import socket
 import stat
 
+import psutil
 import pytest
 
 from megatron_tip.errors import ConfigError
-from megatron_tip.parallel.environment import available_threads, is_worker, thread_environment, worker_environment
+from megatron_tip.parallel import environment as environment_module
+from megatron_tip.parallel.environment import (
+    available_threads,
+    drop_expandable_segments,
+    expands_segments,
+    gloo_interface,
+    is_worker,
+    nccl_environment,
+    server_network_environment,
+    thread_environment,
+    worker_environment,
+)
 
 STEP = {
     "SLURM_JOB_ID": "4711",
@@ -27,6 +40,7 @@ def scontrol(tmp_path, monkeypatch):
     program.write_text('#!/bin/sh\n[ "$*" = "show hostnames node[07-09]" ] && printf "node07\\nnode08\\nnode09\\n"\n')
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(environment_module, "_source_to", lambda host: "127.0.0.1" if host == "node07" else "")
 
 
 @pytest.mark.parametrize(
@@ -106,3 +120,82 @@ def test_torchrun_place_is_left_alone():
 )
 def test_threads_are_shared_and_the_user_s_choice_holds(threads, local_workers, environ, expected):
     assert thread_environment(threads, local_workers, environ)["OMP_NUM_THREADS"] == expected
+
+
+INTERFACES = {"lo": ["127.0.0.1", "::1"], "eth0": ["10.1.0.9", "fe80::1"], "ib0": ["10.2.0.9"]}
+OVER_HOSTS = {"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}
+
+
+@pytest.mark.parametrize(
+    "environ, sources, expected",
+    [
+        (OVER_HOSTS, ["10.2.0.9", "10.1.0.9"], "ib0"),  # the route to MASTER_ADDR
+        (OVER_HOSTS, ["127.0.1.1", "10.1.0.9"], "eth0"),  # the first host, whose name resolves to loopback
+        (OVER_HOSTS, ["127.0.1.1"], ""),
+        (OVER_HOSTS, [], ""),
+        (OVER_HOSTS, ["10.3.0.9"], ""),
+        ({**OVER_HOSTS, "MASTER_ADDR": "127.0.0.1"}, ["127.0.0.1", "10.1.0.9"], ""),  # all on one host after all
+        ({**OVER_HOSTS, "GLOO_SOCKET_IFNAME": "eth7"}, ["10.2.0.9"], ""),
+        ({"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"}, ["10.2.0.9"], ""),
+        ({}, ["10.2.0.9"], ""),
+    ],
+)
+def test_gloo_listens_where_other_hosts_reach_it(environ, sources, expected):
+    assert gloo_interface(environ, sources, INTERFACES) == expected
+
+
+def test_a_worker_of_several_hosts_gets_the_interface_of_the_route_to_the_first(scontrol, monkeypatch):
+    name, own = next(
+        (name, one.address)
+        for name, all_own in psutil.net_if_addrs().items()
+        for one in all_own
+        if one.family == socket.AF_INET and not one.address.startswith("127.")
+    )
+    monkeypatch.setattr(environment_module, "_source_to", lambda host: own if host == "node07" else "")
+    assert worker_environment(STEP, threads=8)["GLOO_SOCKET_IFNAME"] == name
+    assert "GLOO_SOCKET_IFNAME" not in worker_environment({"RANK": "0", "WORLD_SIZE": "1"}, threads=8)
+
+
+def test_a_server_uses_the_interface_of_its_own_address():
+    name, own = next(
+        (name, one.address)
+        for name, all_own in psutil.net_if_addrs().items()
+        for one in all_own
+        if one.family == socket.AF_INET and not one.address.startswith("127.")
+    )
+    assert server_network_environment({}, own) == {"GLOO_SOCKET_IFNAME": name}
+    assert server_network_environment({"GLOO_SOCKET_IFNAME": "eth7"}, own) == {}
+    assert server_network_environment({}, "127.0.0.1") == {}
+
+
+def test_nccl_is_set_for_trainer_and_servers_alike_unless_the_user_has_set_it():
+    off = {"NCCL_CUMEM_ENABLE": "0", "NCCL_NVLS_ENABLE": "0"}  # SGLang's own defaults for its processes
+    assert nccl_environment({}) == off
+    assert nccl_environment({"NCCL_NVLS_ENABLE": "1"}) == off | {"NCCL_NVLS_ENABLE": "1"}
+    worker = {"RANK": "0", "WORLD_SIZE": "1"}
+    assert worker_environment(worker, threads=1, joins_servers=True) == {"OMP_NUM_THREADS": "1"} | off
+    assert worker_environment(worker, threads=1) == {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.parametrize(
+    "options, rest",
+    [
+        ("expandable_segments:True", ""),
+        ("expandable_segments:True,max_split_size_mb:128", "max_split_size_mb:128"),
+        (
+            "roundup_power2_divisions:[256:1,512:2], expandable_segments : True",
+            "roundup_power2_divisions:[256:1,512:2]",
+        ),
+    ],
+)
+@pytest.mark.parametrize("name", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
+def test_expandable_segments_are_found_and_dropped_alone(name, options, rest):
+    environ = {"OTHER": "1", name: options}
+    assert expands_segments(environ)
+    drop_expandable_segments(environ)
+    assert environ == {"OTHER": "1", name: rest}
+    assert not expands_segments(environ)
+
+
+def test_expandable_segments_that_are_off_are_not_used():
+    assert not expands_segments({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False"})

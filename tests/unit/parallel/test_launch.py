@@ -80,7 +80,7 @@ if rank == 1:
 time.sleep(1000)
 """
     )
-    assert outcome.exit_code == 1
+    assert outcome.exit_code == 2, "refused input"
     assert outcome.message == "prompts.jsonl, line 3: expected an object: got nothing"
     assert not is_alive(int((tmp_path / "0.pid").read_text()))
     assert capfd.readouterr().err == ""

@@ -8,6 +8,7 @@ import pytest
 from megatron_tip.config import Config
 from megatron_tip.config.io import load_config
 from megatron_tip.errors import ConfigError
+from megatron_tip.placement.hosts import hosts_elsewhere
 from megatron_tip.planning.dry_run import DryRun, dry_run
 from megatron_tip.rollout.sglang import setup as sglang_setup
 from tests.helpers.training import Layout, make_config, make_models
@@ -21,7 +22,7 @@ SERVED_TEACHER = ["teacher.kind=sglang", 'teacher.urls=["http://n7:1"]', "teache
 
 
 def checked(config: Config, world_size: int = 64, gpu_memory_gib: float = 80.0) -> DryRun:
-    return dry_run(config, world_size, gpu_memory_gib=gpu_memory_gib)
+    return dry_run(config, hosts_elsewhere(world_size, 8), gpu_memory_gib=gpu_memory_gib)
 
 
 def recipe(*overrides: str) -> Config:
@@ -38,6 +39,7 @@ def test_recipe_runs_on_eight_nodes_of_eight(path: Path):
     assert result.outline.student_grid.world_size == result.outline.teacher_grid.world_size == 64
     assert 5 * 2**30 < result.memory.total_bytes < 80 * 2**30
     assert "64 workers: student tp" in result.report(80.0)
+    assert "\n0-7    trainer, ranks 0-63 " in result.report(80.0)
 
 
 def test_quickstart_runs_on_three_workers():
@@ -57,9 +59,21 @@ def test_quickstart_runs_on_three_workers():
         (["rollout.temperature=0.5"], "expected rollout.temperature = loss.temperature"),
         (["loss.divergence=jsd", "rollout.top_p=0.9"], 'rollout.top_p: expected 1 with rollout.engine = "sglang"'),
         (["rollout.engine=sglang", "sglang.gpus=[7]", "rollout.servers=2"], "sglang.gpus: expected 2 for"),
-        (["rollout.engine=sglang", 'rollout.server_urls=["n7:1"]'], 'rollout.server_urls: expected "http://host:port"'),
-        (["rollout.engine=sglang", "sglang.memory_fraction=0.97"], "or give servers less memory (sglang."),
+        (
+            ["sglang.share_gpus=false", 'rollout.server_urls=["n7:1"]'],
+            'rollout.server_urls: expected "http://host:port"',
+        ),
+        (["sglang.memory_fraction=0.88"], "or give servers less memory (sglang."),
         ([*SERVED_TEACHER, "loss.divergence=jsd"], "loss.divergence: expected one of"),
+        (
+            ["sglang.release_memory=always", "rollout.ahead=1"],
+            'release_memory: expected "auto" or "never" with',
+        ),
+        (
+            ["sglang.release_memory=always", "sglang.router_url=http://n7:1"],
+            'release_memory: expected "auto" or "never" with sglang.router_url',
+        ),
+        ([*SERVED_TEACHER, "training.offload=teacher"], 'offload: expected "none", "optimizer" or "all" with teacher.'),
         (["model.drop_layers=[28]"], "drop_layers: expected different layers among 0..27"),
         (
             ["training.max_tokens_per_micro_batch=4000000"],
@@ -85,7 +99,6 @@ def test_what_could_not_be_seen_is_told(monkeypatch: pytest.MonkeyPatch):
         "models/Qwen3-1.7B",
         "models/Qwen3-4B",
         "data/dapo-math-17k.parquet",
-        "SGLang's memory on the trainer's GPUs: set sglang.memory_fraction, or sglang.gpus",
     ]
 
 
@@ -123,13 +136,13 @@ def test_memory_follows_the_layout():
 
 def test_servers_of_our_own_take_their_share_of_the_gpus_that_they_share():
     name, gib = "SGLang on the trainer's GPUs (sglang.memory_fraction)", 2.0**30
-    served = ["rollout.engine=sglang", "sglang.memory_fraction=0.3"]
-    assert parts(recipe(*served))[name] == pytest.approx(0.3 * 10_000 * gib)
-    assert parts(recipe(*served, "rollout.servers=2"))[name] == pytest.approx(0.6 * 10_000 * gib)
-    assert parts(recipe(*served, "rollout.servers=2", "sglang.gpus=[6,7]"))[name] == pytest.approx(0.3 * 10_000 * gib)
-    assert name not in parts(recipe(*served, "sglang.gpus=[6]"), 4)  # workers on 0 to 3
+    served = ["sglang.share_gpus=true", "sglang.memory_fraction=0.4"]
+    assert parts(recipe(*served))[name] == pytest.approx(0.4 * 10_000 * gib)
+    assert parts(recipe(*served, "rollout.servers=2", "sglang.gpus=[6,7]"))[name] == pytest.approx(0.4 * 10_000 * gib)
+    assert parts(recipe("sglang.memory_fraction=0"))[name] == pytest.approx(0.3 * 10_000 * gib)
+    assert name not in parts(recipe("sglang.share_gpus=false", "sglang.gpus=[6]"), 4)  # workers on 0 to 3
     assert name not in parts(recipe("rollout.engine=embedded", "sglang.memory_fraction=0.3"))
-    assert name not in parts(recipe(*served, 'rollout.server_urls=["http://n7:1"]'))
+    assert name not in parts(recipe("sglang.share_gpus=false", 'rollout.server_urls=["http://n7:1"]'))
 
 
 def test_a_teacher_behind_servers_takes_nothing():
@@ -139,9 +152,9 @@ def test_a_teacher_behind_servers_takes_nothing():
 
 
 def test_the_embedded_engine_holds_weights_of_the_students_type():
-    name = "embedded engine, first GPU: weights and cache"
     bfloat16, float32 = (parts(recipe("rollout.engine=embedded", f"model.dtype={it}")) for it in ("auto", "float32"))
-    assert float32[name] == pytest.approx(2 * bfloat16[name])
+    for name in ("embedded engine, first GPU: weights", "embedded engine, first GPU: cache"):
+        assert float32[name] == pytest.approx(2 * bfloat16[name]), name
 
 
 def test_dropped_layers_are_dropped_from_a_known_shape():

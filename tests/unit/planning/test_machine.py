@@ -62,7 +62,8 @@ def test_a_missing_package_is_refused_here_and_noted_elsewhere(models: Path, mon
 
     monkeypatch.setattr(sglang_setup, "require_sglang", missing)
     monkeypatch.setattr(inputs, "find_spec", lambda name: None)
-    sections = {"rollout": {"engine": "sglang"}, "teacher": {"transformer_impl": "transformer_engine"}}
+    teacher = {"transformer_impl": "transformer_engine", "dtype": "bfloat16"}
+    sections = {"rollout": {"engine": "sglang"}, "teacher": teacher}
     with pytest.raises(OptionalDependencyError, match=r"teacher\.transformer_impl"):
         plan_run(config_of(models, **sections), 1)
     with pytest.raises(OptionalDependencyError, match="expected SGLang"):

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tip.errors import MegatronTipError
+from megatron_tip.errors import ConfigError, MegatronTipError
 from megatron_tip.machine import Machine
 from megatron_tip.planning.plan import outline_run, plan_run
+from megatron_tip.planning.settings import check_settings
 from tests.helpers.tiny import make_llama, make_tokenizer
 from tests.helpers.training import Layout, make_config, make_models
 
@@ -75,6 +76,14 @@ def test_what_cannot_run_is_refused(models: Path, sections, world_size: int, exp
         with pytest.raises(MegatronTipError) as elsewhere:
             outline_run(make_config(models, Layout(1), **sections), world_size, Machine(is_elsewhere=True))
         assert str(elsewhere.value) == str(caught.value)
+
+
+@pytest.mark.parametrize("owner", ["model", "teacher"])
+def test_transformer_engine_in_float32_is_refused(models: Path, owner: str):
+    layers = {"transformer_impl": "transformer_engine", "dtype": "float32"}
+    with pytest.raises(ConfigError, match=rf'{owner}\.transformer_impl: expected "auto" or "local" with'):
+        check_settings(make_config(models, Layout(1), **{owner: layers}), {})
+    check_settings(make_config(models, Layout(1), **{owner: layers | {"dtype": "bfloat16"}}), {})
 
 
 def test_another_tokenizer_is_refused_with_an_example(models: Path, tmp_path: Path):

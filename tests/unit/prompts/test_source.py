@@ -1,5 +1,6 @@
 import json
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pyarrow as pa
@@ -9,6 +10,7 @@ from tokenizers.processors import TemplateProcessing
 
 from megatron_tip.config import HeldoutConfig, PromptsConfig
 from megatron_tip.errors import ConfigError, InputError, OptionalDependencyError
+from megatron_tip.prompts.files import read_prompt_file
 from megatron_tip.prompts.reasoning_tasks import generate_questions
 from megatron_tip.prompts.source import PromptSource, load_prompts
 from megatron_tip.seeds import derive_seed
@@ -132,7 +134,7 @@ def test_the_last_of_a_file_are_held_out_and_their_texts_not_trained_on(tmp_path
     source = load(path=write_texts(tmp_path, "a", "d", "b", "c", "d"), heldout=2, apply_chat_template=False)
     assert [prompt.text for prompt in source.heldout] == ["c", "d"]
     assert [prompt.text for prompt in source.training] == ["a", "b"]
-    assert source.num_duplicates == 1
+    assert (source.num_copies, source.num_duplicates) == (1, 0)
     with pytest.raises(InputError, match="none is left for training"):
         load(path=write_texts(tmp_path, "a", "b"), heldout=2)
     with pytest.raises(InputError, match="at least 3 held-out prompts"):
@@ -265,16 +267,84 @@ def test_a_template_that_loses_the_system_message_or_fails(tmp_path, template, r
 
 
 def test_a_file_that_repeats_its_prompts(tmp_path, caplog):
-    """Held-out prompts are different ones, and none of them is trained on."""
+    """Each is drawn once an epoch, whatever its copies; held-out ones are different ones and never trained on."""
     caplog.set_level("INFO")
     source = load(path=write_texts(tmp_path, *"abcd" * 25), heldout=2, apply_chat_template=False)
     assert [prompt.text for prompt in source.heldout] == ["c", "d"]
-    assert {prompt.text for prompt in source.training} == {"a", "b"}
-    assert len(source.training) == 50
-    assert "50 to train on, 2 of them distinct; 2 held out; left out: 0 longer than" in caplog.text
-    assert "48 equal to held-out ones" in caplog.text
+    assert [(prompt.index, prompt.text) for prompt in source.training] == [(0, "a"), (1, "b")]
+    assert source.num_copies == 96
+    assert "100 rows, 4 distinct; copies are left out" in caplog.text
+    assert "2 to train on, 2 of them distinct; 2 held out; left out: 0 longer than" in caplog.text
     with pytest.raises(InputError, match="5 held-out prompts and one for training, got 4 different ones"):
         load(path=write_texts(tmp_path, *"abcd" * 25), heldout=5, apply_chat_template=False)
+
+
+def write_both(folder: Path, rows: list[dict]) -> list[Path]:
+    """The rows as JSONL and as Parquet."""
+    pq.write_table(pa.Table.from_pylist(rows), folder / "p.parquet")
+    return [write_lines(folder, *map(json.dumps, rows)), folder / "p.parquet"]
+
+
+def chat(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def test_rows_are_copies_if_the_fields_that_matter_are_the_same(tmp_path):
+    """Not by other fields, which differ here from row to row; a different teacher makes a different prompt."""
+    values = [("x", "m"), ("y", "m"), ("x", "m"), ("x", "n"), ("y", "m"), ("z", "n"), ("x", "n")]
+    rows = [{"id": i, "chat": chat(text), "who": who} for i, (text, who) in enumerate(values)]
+    for path in write_both(tmp_path, rows):
+        found = read_prompt_file(path, "chat", "who")
+        assert (found.num_rows, found.num_copies) == (7, 3)
+        assert [(row.index, row.last_index, row.prompt, row.teacher) for row in found.rows] == [
+            (0, 2, chat("x"), "m"),
+            (1, 4, chat("y"), "m"),
+            (3, 6, chat("x"), "n"),
+            (5, 5, chat("z"), "n"),
+        ]
+        without = read_prompt_file(path, "chat")
+        assert [(row.index, row.last_index) for row in without.rows] == [(0, 6), (1, 4), (5, 5)]
+
+
+def test_values_that_look_alike_are_no_copies(tmp_path):
+    texts = ["1", "1 ", "\u00e9", "e\u0301", '{"role": "user"}']
+    for path in write_both(tmp_path, [{"prompt": text} for text in texts]):
+        assert [row.prompt for row in read_prompt_file(path, "prompt").rows] == texts
+    lines = [json.dumps({"prompt": "a", "teacher": "b"}), json.dumps({"prompt": chat("a"), "teacher": "b"})]
+    assert read_prompt_file(write_lines(tmp_path, *lines), "prompt", "teacher").num_copies == 0
+
+
+def test_a_line_of_the_same_bytes_is_not_decoded_again(tmp_path, monkeypatch):
+    """The last line has no newline, which makes no difference."""
+    decoded: list[bytes] = []
+    loads = json.loads
+    monkeypatch.setattr(json, "loads", lambda line: decoded.append(line) or loads(line))
+    path = write_texts(tmp_path, *"abab")
+    path.write_bytes(path.read_bytes().rstrip(b"\n"))
+    assert read_prompt_file(path, "prompt").num_rows == 4
+    assert len(decoded) == 2
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_memory_does_not_grow_with_copies(tmp_path, suffix):
+    """Also where another field differs in every row, so that each is decoded."""
+    peaks = []
+    for copies in (4, 40):
+        rows = [{"id": f"{i:040}", "prompt": f"{i % 1000} " * 50} for i in range(1000 * copies)]
+        path = write_both(tmp_path, rows)[suffix == "parquet"]
+        del rows
+        tracemalloc.start()
+        assert len(read_prompt_file(path, "prompt").rows) == 1000
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.5 * peaks[0] + 1_000_000, "ten times the rows"
+
+
+def test_the_digest_knows_copies_that_change_what_is_held_out(tmp_path):
+    first = load(path=write_texts(tmp_path, *"abcabc"), heldout=1)
+    other = load(path=write_texts(tmp_path, *"abcacb"), heldout=1)
+    assert first.heldout[0].text != other.heldout[0].text
+    assert first.digest != other.digest
 
 
 def test_the_digest_is_of_what_the_file_holds_and_not_of_the_day(tmp_path):

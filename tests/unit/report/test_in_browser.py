@@ -4,6 +4,7 @@ import json
 import shutil
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from playwright.sync_api import expect, sync_playwright
 
@@ -31,6 +32,9 @@ def report(tmp_path_factory):
     """A whole run; one that lacks metrics and has nasty texts in its view; one without views; one without tokens."""
     folder = tmp_path_factory.mktemp("runs")
     write_run(folder / "whole", steps=6, view_steps=[3, 6], responses=3, tokens=200)
+    older = token_table_file(folder / "whole" / "views", 3)
+    facts = {key: value for key, value in pq.read_metadata(older).metadata.items() if key != b"ARROW:schema"}
+    pq.write_table(pq.read_table(older).drop_columns(["compatibility"]).replace_schema_metadata(facts), older)
     lacking = ["train/teacher_entropy", "memory/"]
     texts = dict.fromkeys(range(0, 400, 3), NASTY)
     rule = "tip_soft_or"
@@ -121,6 +125,15 @@ def test_plane_follows_its_step(page):
     page.locator("#plane-step").press("ArrowLeft")
     expect(page.locator("#plane-step-shown")).to_have_text("3")
     expect(note).to_contain_text("tokens of step 3")
+
+
+def test_a_statistic_that_an_older_view_lacks_is_named(page):
+    note, shade = page.locator("#token-note"), page.locator("#shade input[value=compatibility]")
+    expect(shade).to_have_count(1)
+    expect(note).not_to_contain_text("Not recorded in this view")
+    page.select_option("#token-step", label="3")
+    expect(note).to_contain_text("Not recorded in this view: C.")
+    expect(shade).to_have_count(0)
 
 
 def test_hover_and_focus_show_the_token(page, report):

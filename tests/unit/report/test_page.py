@@ -270,6 +270,32 @@ def test_what_cannot_be_read_is_named_or_refused(tmp_path):
         assert expected in notes
 
 
+ODD_EVENTS = """{"name": ["a"], "ph": "X", "ts": "early", "dur": 1}
+{"name": "rollout", "ph": "X", "ts": 1, "dur": "long"}
+{"name": "rollout", "ph": "X", "ts": NaN}
+{"name": 3, "ph": "X", "ts": 5, "dur": 1e6}
+{"name": "step 1", "ph": "i", "ts": 9}
+"""
+
+
+def test_a_line_ends_where_the_file_says_so(tmp_path):
+    """A student may write U+2028 or U+0085, at which a text's lines would end."""
+    write_run(tmp_path / "run", steps=2, sample="one\u2028two\x85three")
+    sample = {"prompt": "p", "before": "x", "after": "one\u2028two\x85three"}
+    (tmp_path / "run" / "samples.jsonl").write_text(json.dumps(sample, ensure_ascii=False) + "\n", encoding="utf-8")
+    [run] = read_runs([tmp_path / "run"])
+    assert (run.samples, run.notes) == ([sample], [])
+
+
+@pytest.mark.parametrize("name", ["samples.jsonl", "eval.jsonl"])
+def test_a_folder_in_the_place_of_a_file_is_noted(tmp_path, name):
+    write_run(tmp_path / "run", steps=2)
+    (tmp_path / "run" / name).unlink(missing_ok=True)
+    (tmp_path / "run" / name).mkdir()
+    [run] = read_runs([tmp_path / "run"])
+    assert f"{name} cannot be read: Is a directory" in run.notes
+
+
 @pytest.mark.parametrize(
     "name, content, note",
     [
@@ -279,10 +305,16 @@ def test_what_cannot_be_read_is_named_or_refused(tmp_path):
         ("eval.jsonl", "3\n", "eval.jsonl, line 1 is broken and left out"),
         ("config.toml", "a = " + "[" * 20_000, "config.toml cannot be read"),
         ("config.toml", "selection = 3\n", ""),
+        ("summary.json", '{"seconds": {"total": NaN}, "tokens": {"valid": 1e999, "selected": 1, "trained": "x"}}', ""),
+        ("summary.json", '{"peak_rss_bytes": 1%s, "tokens": {"valid": 1%s, "selected": 2}}' % ((400 * "0",) * 2), ""),
+        ("eval.jsonl", '{"mean": 1%s, "sd": NaN}\n' % (400 * "0"), ""),
+        ("metrics.jsonl", '{"step": 1, "train/loss": 1%s, "train/lr": NaN, "a": 1e300}\n' % (400 * "0"), ""),
+        ("trace/rank_00000.jsonl", ODD_EVENTS, ""),
     ],
 )
 def test_files_of_another_shape_are_noted_and_left_out(tmp_path, name, content, note):
     write_run(tmp_path / "run", steps=2)
+    (tmp_path / "run" / name).parent.mkdir(exist_ok=True)
     (tmp_path / "run" / name).write_text(content)
     write_report_page([tmp_path / "run"], tmp_path / "report.html")
     [run] = read_runs([tmp_path / "run"])

@@ -5,6 +5,7 @@ import json
 from dataclasses import fields
 
 import pyarrow.parquet as pq
+import pytest
 
 from megatron_tip.records import Rollout
 from megatron_tip.rollout.codec import (
@@ -44,4 +45,16 @@ def test_parts_of_tables_and_tables_of_parts_are_read():
 
 def test_records_go_through_json():
     records = json.loads(json.dumps([rollout_to_record(rollout) for rollout in ROLLOUTS]))
+    assert json.dumps(rollout_to_record(ROLLOUTS[2])) == (
+        '{"prompt_index": 4, "sample_index": 0, "prompt_ids": [9], "response_ids": [8, 7, 6, 5, 4], '
+        '"rollout_logprobs": [-0.5, 0.0, -5e-324, 0.0, -2.0], "finish_reason": "turns", "weight_version": 6, '
+        '"environment_spans": [[1, 2], [3, 4]], "teacher": "maths \\u00e9"}'
+    )
     assert [rollout_from_record({**record, "prompt_text": "ignored"}) for record in records] == ROLLOUTS
+
+
+def test_an_id_outside_int64_is_no_rollout():
+    record = json.loads(json.dumps(rollout_to_record(ROLLOUTS[0])))
+    assert rollout_from_record({**record, "response_ids": [0, 2**63 - 1]}).response_ids == (0, 2**63 - 1)
+    with pytest.raises(ValueError, match="response_ids has 0 to 9223372036854775808, which is outside the range"):
+        rollout_from_record({**record, "response_ids": [0, 2**63]})

@@ -34,7 +34,7 @@ def config_of(tmp_path, **rollout):
 
 
 def needs_of(tmp_path, **rollout) -> EngineNeeds:
-    others = {"student": None, "vocab_size": 300, "device": "cpu", "num_threads": 1, "dtype": None}
+    others = {"student": None, "placement": None, "vocab_size": 300, "device": "cpu", "num_threads": 1, "dtype": None}
     config = config_of(tmp_path, **rollout)
     return EngineNeeds(config=config, tokenizer=TOKENIZER, stop_token_ids=(2,), weights_dtype=None, **others)
 

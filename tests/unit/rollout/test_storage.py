@@ -44,6 +44,13 @@ def test_a_file_that_was_cut_off_is_named_with_the_line(tmp_path, missing_bytes)
         ({"weight_version": None}, "weight_version is None, not of type int"),
         ({"finish_reason": "abort"}, "finish_reason is 'abort'"),
         ({"prompt_ids": []}, "prompt_ids is empty"),
+        (
+            {"response_ids": [4, 2**63]},
+            "response_ids has 4 to 9223372036854775808, which is outside the range",
+        ),
+        ({"prompt_ids": [-(2**63) - 1]}, "prompt_ids has -9223372036854775809 to .* outside the range of int64"),
+        ({"prompt_index": 2**63}, "prompt_index is 9223372036854775808, not of type int within int64"),
+        ({"environment_spans": [[0, 2**63]]}, r"environment_spans is .*, not a list of \[start, end\]"),
         ({"environment_spans": [1, 2]}, r"environment_spans is \[1, 2\], not a list of \[start, end\]"),
         ({"environment_spans": [[0, 1]]}, "with generated ids before, between and after them"),
         ({"environment_spans": [[1, 2]]}, "within 2 response ids"),

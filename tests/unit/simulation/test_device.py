@@ -1,5 +1,6 @@
 """A device is known by name or described by a file, and its times follow from its peaks."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,9 @@ SIMPLE = Device(
 
 def test_time_of_arithmetic_is_that_of_products_and_memory_but_not_below_that_of_starting_operations():
     assert SIMPLE.seconds_of(Work(matrix_flops=10**12, memory_bytes=10**12)) == pytest.approx(2 + 2)
-    assert SIMPLE.seconds_of(Work(matrix_flops=1, num_operations=10**6)) == pytest.approx(1.0)
+    starting = Work(matrix_flops=10**12, num_operations=10**7)
+    assert SIMPLE.seconds_of(starting) == pytest.approx(10.0)
+    assert replace(SIMPLE, name="cpu").seconds_of(starting) == pytest.approx(2 + 10), "one after the other"
 
 
 def test_messages_within_a_node_take_its_links_and_others_the_network():

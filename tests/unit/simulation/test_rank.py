@@ -4,12 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_tip.config import Config
 from megatron_tip.machine import Machine
 from megatron_tip.planning.plan import Outline, outline_run
 from megatron_tip.simulation.assumptions import AssumedSelection, assumed_rollouts
-from megatron_tip.simulation.measured import measure_rank, peaks_of, traffic_of
+from megatron_tip.simulation.measured import measure_rank, peaks_of, time_rank, traffic_of
 from megatron_tip.simulation.rank import SimulatedRank, simulate_rank, step_batch
 from tests.helpers.distributed import run_workers
 from tests.helpers.training import Layout, make_config, make_models, this_worker
@@ -56,6 +57,11 @@ def measured(config: Config) -> tuple[dict[str, int], dict[Any, tuple[int, int]]
     return peaks_of(ledger), traffic_of(ledger), sum(work.matrix_flops for work in ledger.work.values())
 
 
+def timed(config: Config) -> float:
+    torch.set_num_threads(1)
+    return time_rank(config, this_worker(), assumed_rollouts(config, longest=False))
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.timeout(900)
 def test_a_simulated_rank_costs_what_a_real_one_does(name: str, tmp_path: Path):
@@ -65,6 +71,6 @@ def test_a_simulated_rank_costs_what_a_real_one_does(name: str, tmp_path: Path):
         assert traffic_of(rank.ledger) == traffic
         assert sum(work.matrix_flops for work in rank.ledger.work.values()) == flops
         found = peaks_of(rank.ledger)
-        assert found.keys() == peaks.keys()
+        assert peaks.keys() >= {"build", "teacher", "score", "select", "train", "sync"}
         for phase, num_bytes in peaks.items():
             assert found[phase] == pytest.approx(num_bytes, rel=0.1), phase

@@ -26,7 +26,7 @@ def statistics_of(logprobs):
 def test_each_row_is_compared_with_its_own_token():
     rollouts = [rollout(0, [-1.0, -2.0]), rollout(1, []), rollout(2, [-3.0, -4.0, -5.0])]
     batch = StepBatch.over(
-        rollouts, dp_size=1, max_tokens=64, pad_token_id=0, sequence_multiple=1, device=torch.device("cpu")
+        rollouts, dp_size=1, max_tokens=64, pad_token_id=0, token_multiple=1, device=torch.device("cpu")
     )
     index = batch.token_index(0)
     own = [rollouts[r].rollout_logprobs[p] for r, p in zip(index.rollout_index, index.position, strict=True)]

@@ -1,14 +1,24 @@
 """The table of a view holds every token at its place, with what is known of it."""
 
-from dataclasses import replace
+import io
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from megatron_tip.config.io import load_config
 from megatron_tip.errors import InputError
-from megatron_tip.observability.token_table import decode_token_table, encode_token_table, read_token_table
+from megatron_tip.observability.token_table import (
+    SCHEMA,
+    TokenTable,
+    decode_token_table,
+    encode_token_table,
+    read_token_table,
+)
 from megatron_tip.records import Rollout, TokenSelection
 from megatron_tip.training.view_table import token_texts, view_table
 from tests.helpers.selection import make_batch
@@ -92,6 +102,40 @@ def test_the_bytes_hold_the_whole_view():
     found = decode_token_table(content)
     assert (found.facts, found.tokens) == (view.facts, view.tokens)
     assert encode_token_table(found) == content
+
+
+def test_a_view_of_another_version_is_read_with_gaps():
+    statistics, index = make_batch(1, LENGTHS)
+    view = view_of(with_supports(statistics, len(index)), index, selection_of(index.position == 1))
+
+    def read(tokens: pa.Table, **changes: object) -> TokenTable:
+        content = io.BytesIO()
+        facts = json.dumps({**asdict(view.facts), **changes})
+        kept = tokens.replace_schema_metadata({"megatron_tip.token_table": facts})
+        pq.write_table(kept, content)
+        return decode_token_table(content.getvalue(), "older.parquet")
+
+    older = view.tokens.drop_columns(["forward_kl", "teacher_support_ids", "teacher_support_logprobs"])
+    older = older.append_column("novel", [[0.5] * len(older)])
+    found = read(older)
+    assert (found.facts, found.tokens.schema) == (view.facts, SCHEMA)
+    gaps = {name for name in SCHEMA.names if found.tokens.column(name).null_count > view.tokens.column(name).null_count}
+    assert gaps == {"forward_kl", "teacher_support_ids", "teacher_support_logprobs"}
+    assert found.tokens.column("reverse_kl") == view.tokens.column("reverse_kl")
+    with pytest.raises(InputError, match=r"older\.parquet: .* without values in the columns \['selected'\]"):
+        read(view.tokens.drop_columns(["selected"]))
+    with pytest.raises(InputError, match=r"without values in the columns \['rollout'\]"):
+        read(view.tokens.set_column(0, "rollout", pa.nulls(len(view.tokens), pa.int32())))
+    with pytest.raises(InputError, match=r"older\.parquet: expected a token table"):
+        read(view.tokens.set_column(6, SCHEMA.names[6], [["high"] * len(view.tokens)]))
+    for changes in ({"medians": [1.0]}, {"points": [["x", 1.0, True]]}, {"rollouts": [{"rollout": 0}]}, {"step": "7"}):
+        with pytest.raises(InputError, match=r"older\.parquet: expected a token table"):
+            read(view.tokens, **changes)
+    assert read(view.tokens, novel="a fact of a later version").facts == view.facts
+    place = SCHEMA.names.index("student_support_ids")
+    short = pa.array([[1]] * len(view.tokens), pa.list_(pa.int32()))
+    with pytest.raises(InputError, match=r"the lists of student_support_ids .* differ in length"):
+        read(view.tokens.set_column(place, "student_support_ids", short))
 
 
 def test_a_view_shows_the_tokens_of_the_first_responses_and_points_of_all():

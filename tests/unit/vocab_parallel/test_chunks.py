@@ -16,10 +16,10 @@ def test_ranges_cover_every_row_once(num_rows, rows_each):
 @pytest.mark.parametrize("num_rows", [0, 1, 511, 2048, 8192])
 @pytest.mark.parametrize("num_columns", [1, 1000, 49_152, 151_936, 10**9])
 def test_chunks_keep_to_their_byte_budget(num_rows, num_columns):
-    rows = default_chunk_rows(num_rows, num_columns)
+    rows = default_chunk_rows(num_rows, num_columns, torch.device("cpu"))
     assert 1 <= rows <= max(num_rows, 1)
-    assert rows == 1 or 4 * rows * num_columns <= chunks._CHUNK_BYTES
-    most = max(1, chunks._CHUNK_BYTES // (4 * num_columns))
+    assert rows == 1 or 4 * rows * num_columns <= chunks._CPU_CHUNK_BYTES
+    most = max(1, chunks._CPU_CHUNK_BYTES // (4 * num_columns))
     num_chunks = len(list(row_ranges(num_rows, rows)))
     assert num_chunks == len(list(row_ranges(num_rows, most))), "as few as the budget allows"
     assert rows == 1 or len(list(row_ranges(num_rows, rows - 1))) > num_chunks, "shared out evenly"
@@ -61,3 +61,38 @@ def test_logits_of_low_precision_are_the_models_own():
     assert logits.dtype == torch.float32
     assert torch.equal(logits, (hidden @ head.T).float())
     assert buffer.narrowed(logits).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "num_columns, gib, expected",
+    [
+        (151_936, 80, 2048),
+        (151_936, 40, 1024),  # 2,048 rows of both models would take 3.7 of its 2.5 GB
+        (262_144, 80, 1024),
+        (151_936 // 8, 24, 2048),
+        (10**12, 80, 1),
+    ],
+)
+def test_a_gpu_takes_2048_rows_unless_its_memory_is_small(num_columns, gib, expected):
+    assert chunks.most_rows_on_gpu(num_columns, gib * 2**30) == expected
+
+
+@pytest.mark.parametrize("num_rows, expected", [(0, 128), (1, 128), (2048, 2048), (2049, 1152), (16_000, 2048)])
+def test_chunks_on_a_gpu_are_even_and_fill_its_tiles(num_rows, expected, monkeypatch):
+    class Properties:
+        total_memory = 80 * 2**30
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Properties)
+    rows = default_chunk_rows(num_rows, 151_936, torch.device("cuda"))
+    assert rows == expected
+    assert len(list(row_ranges(num_rows, rows))) == max(1, -(-num_rows // 2048)), "as few chunks as allowed"
+
+
+def test_logits_stay_bfloat16_for_kernels_that_read_it():
+    head, hidden = torch.randn(7, 64).bfloat16(), torch.randn(4, 64).bfloat16()
+    buffer = LogitBuffer(head, 4, temperature=1.0, reads_bfloat16=True)
+    logits = buffer.logits(hidden)
+    assert torch.equal(logits, hidden @ head.T)
+    assert buffer.narrowed(logits).data_ptr() == logits.data_ptr(), "the gradient is used where it is"
+    half = LogitBuffer(head.half(), 4, temperature=1.0, reads_bfloat16=True).logits(hidden.half())
+    assert half.dtype == torch.float32

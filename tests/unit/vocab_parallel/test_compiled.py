@@ -1,4 +1,4 @@
-"""`compiled=True` is the same code through torch.compile, whole kernels without a break, and the same numbers."""
+"""`kernels="compiled"` is the same code through torch.compile, whole kernels without a break, and the same numbers."""
 
 import functools
 from dataclasses import fields
@@ -32,14 +32,16 @@ def test_the_loss_is_the_same(divergence, kernels_seen):
     inputs, arguments = models(), {"divergence": divergence, "labels": torch.arange(6), "chunk_rows": 4}
     plain = with_gradients(inputs, **arguments)
     assert not kernels_seen
-    for actual, expected in zip(with_gradients(inputs, **arguments, compiled=True), plain, strict=True):
+    for actual, expected in zip(with_gradients(inputs, **arguments, kernels="compiled"), plain, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-7)
     assert len(kernels_seen) >= 2, "values and gradient"
 
 
 def test_the_statistics_are_the_same(kernels_seen):
     inputs, arguments = models(), {"labels": torch.arange(6), "chunk_rows": 4, "with_jsd": True, "with_support": True}
-    plain, compiled = (called(token_statistics, **inputs, **arguments, compiled=value) for value in (False, True))
+    plain, compiled = (
+        called(token_statistics, **inputs, **arguments, kernels=value) for value in ("eager", "compiled")
+    )
     assert kernels_seen == ["statistics_sums", "jsd_sums"]
     for field in GIVEN:
         torch.testing.assert_close(getattr(compiled, field.name), getattr(plain, field.name), rtol=1e-6, atol=1e-7)
@@ -49,8 +51,8 @@ def test_the_statistics_of_a_student_alone_are_the_same(kernels_seen):
     inputs, ids = models(), torch.arange(12).view(6, 2)
     arguments = {"teacher_support_ids": ids, "labels": torch.arange(6)}
     plain, compiled = (
-        student_statistics(pairs(inputs)["student"], ShardedVocabulary(chunk_rows=4, compiled=value), **arguments)
-        for value in (False, True)
+        student_statistics(pairs(inputs)["student"], ShardedVocabulary(chunk_rows=4, kernels=value), **arguments)
+        for value in ("eager", "compiled")
     )
     assert kernels_seen == ["entropy_and_topk_sums"]
     for field in fields(StudentStatistics):

@@ -12,6 +12,7 @@ from megatron_tip.vocab_parallel import (
     ShardedVocabulary,
     chunks,
     divergence_loss,
+    kernels,
     products,
     token_statistics,
 )
@@ -62,7 +63,7 @@ def test_the_loss_allocates_two_chunks_and_the_gradients_whatever_the_batch(dive
     few, many = allocated(2 * CHUNK_ROWS, work), allocated(8 * CHUNK_ROWS, work)
     assert many.largest == CHUNK_BYTES
     assert few.peak >= 2 * CHUNK_BYTES, "nothing was counted"
-    grad_head, scratch = 4 * VOCAB_SIZE * STUDENT_DIM, chunks.NUM_SCRATCH * 2 * 4 * VOCAB_SIZE
+    grad_head, scratch = 4 * VOCAB_SIZE * STUDENT_DIM, kernels.NUM_SCRATCH * 2 * 4 * VOCAB_SIZE
     assert few.peak <= 2 * CHUNK_BYTES + grad_head + scratch + 0.1 * CHUNK_BYTES
     per_row = (many.peak - few.peak) / (6 * CHUNK_ROWS)
     assert per_row <= 4 * 4 * STUDENT_DIM, "bytes a row: a gradient of hidden states and a few scalars"

@@ -3,25 +3,46 @@
 import datetime
 import logging
 import socket
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from ipaddress import ip_address
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import TCPStore
-from torch.distributed.distributed_c10d import GroupName, PrefixStore, _new_process_group_helper, _world
+from torch.distributed.distributed_c10d import (
+    PrefixStore,
+    _abort_process_group,
+    _new_process_group_helper,
+    _world,
+)
 
-from megatron_tip.errors import ServerError, ServerMismatchError, ServerRefusedError
-from megatron_tip.rollout.sglang.client import SGLangClient
+from megatron_tip.errors import ServerError
+from megatron_tip.parallel.environment import source_address
+from megatron_tip.rollout.handover.buckets import WeightBucket, weight_buckets
 from megatron_tip.rollout.sglang.pool import PooledServer
-from megatron_tip.rollout.sglang.weights.buckets import WeightBucket, weight_buckets
-from megatron_tip.rollout.sglang.weights.transport import start_on_all, that_report, those_that_did, without_heartbeats
+from megatron_tip.rollout.sglang.weights.session import close_session, open_session
+from megatron_tip.rollout.sglang.weights.transport import (
+    refuse_replicas,
+    start_on_all,
+    that_report,
+    those_that_did,
+    without_heartbeats,
+)
 
 logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.0005
+LEAVE_SECONDS = 20.0
+
+T = TypeVar("T")
 
 
 class WeightGroup:
@@ -45,6 +66,8 @@ class WeightGroup:
         self.members = [(server, server.incarnation) for server in servers]
         self.name = name
         self._executor = executor
+        self._backend = backend
+        self._timeout_seconds = timeout_seconds
         self._group: dist.ProcessGroup | None = None
         world_size = 1 + sum(server.tp_size for server in servers)
         timeout = datetime.timedelta(seconds=timeout_seconds)
@@ -63,7 +86,7 @@ class WeightGroup:
             offset += server.tp_size
         self._join(store, world_size, backend, timeout)
         if len(those_that_did(calls)) < len(servers):
-            self.close()
+            self.close(failed=True)
             raise ServerError("weight sync: a server refused to join the process group")
 
     def _join(self, store: TCPStore, world_size: int, backend: str, timeout: datetime.timedelta) -> None:
@@ -76,8 +99,8 @@ class WeightGroup:
                 [],
                 backend,
                 PrefixStore(self.name, store),
-                group_name=GroupName(self.name),
-                timeout=timeout,
+                group_name=self.name,  # pyright: ignore[reportArgumentType]  # GroupName, which older torch lacks
+                timeout=2 * timeout,  # NCCL's own watchdog would end this process: `_wait_for` gives up before it
             )
             _world.pg_group_ranks[self._group] = {rank: rank for rank in range(world_size)}
         except (RuntimeError, ValueError) as error:
@@ -102,31 +125,52 @@ class WeightGroup:
         }
         servers = [server for server, _ in self.members]
         calls = start_on_all(self._executor, servers, _endpoint("update_weights_from_distributed", body))
-        try:
-            dist.broadcast(bucket.data, src=0, group=self._group)
-        except RuntimeError as error:
-            raise ServerError(f"weight sync: the broadcast failed: {error}") from error
+        # NCCL connects in the first broadcast, and waits there for servers that may be gone: not in this thread.
+        begun = _in_daemon(lambda: dist.broadcast(bucket.data, src=0, group=self._group, async_op=True))
+        self._wait_for(begun, calls)
         if len(those_that_did(calls)) < len(servers):
             raise ServerError("weight sync: a server did not load a bucket")
 
-    def close(self, *, tell_servers: bool = True) -> None:
-        """Leaves the group, which ends the servers' waiting in it."""
+    def _wait_for(self, begun: "Future[dist.Work | None]", calls: Mapping[PooledServer, Future[object]]) -> None:
+        """Waits until a broadcast is complete, or cannot be any more.
+
+        Raises:
+            ServerError: a server failed, the broadcast did, or it took too long.
+        """
+        deadline = time.monotonic() + self._timeout_seconds
+        while not (begun.done() and (begun.exception() or _work_of(begun).is_completed())):
+            errors = [call.exception() for call in calls.values() if call.done()]
+            if error := next(filter(None, errors), None):
+                raise ServerError(f"weight sync: a server failed in the middle of a broadcast: {error}")
+            if time.monotonic() > deadline:
+                raise ServerError(f"weight sync: a broadcast took more than {self._timeout_seconds:.0f} s")
+            time.sleep(POLL_SECONDS)
+        try:
+            _work_of(begun).wait()
+        except RuntimeError as error:
+            raise ServerError(f"weight sync: the broadcast failed: {error}") from error
+
+    def close(self, *, failed: bool = False) -> None:
+        """Leaves the group, which ends the servers' waiting in it.
+
+        Args:
+            failed: a member may be gone. NCCL's kernels would wait for it for ever: they are aborted.
+        """
         group, self._group = self._group, None
         if group is None:
             return
-        with suppress(RuntimeError, ValueError):
-            dist.destroy_process_group(group)
-        del group
-        if tell_servers:
-            servers = [
-                server for server, incarnation in self.members if server.is_up and server.incarnation == incarnation
-            ]
-            calls = start_on_all(
-                self._executor, servers, _endpoint("destroy_weights_update_group", {"group_name": self.name})
-            )
-            for call in calls.values():
-                with suppress(ServerError):
-                    call.result()
+        leave = _abort_process_group if failed and self._backend == "nccl" else dist.destroy_process_group
+        left = _in_daemon(partial(leave, group))
+        del group, leave
+        with suppress(RuntimeError, ValueError, TimeoutError):
+            left.result(timeout=LEAVE_SECONDS)
+        del left
+        servers = [server for server, incarnation in self.members if server.is_up and server.incarnation == incarnation]
+        body: dict[str, object] = {"group_name": self.name}
+        calls = start_on_all(self._executor, servers, _endpoint("destroy_weights_update_group", body))
+        for call in calls.values():
+            with suppress(ServerError):
+                call.result()
 
 
 class BroadcastTransport:
@@ -152,7 +196,7 @@ class BroadcastTransport:
         self._run_id = run_id
         self._bucket_bytes = bucket_bytes
         self._backend = backend
-        self._device = device
+        self._new_buffer = partial(torch.empty, dtype=torch.uint8, device=device)
         self._timeout_seconds = timeout_seconds
         self._host = host
         self._group: WeightGroup | None = None
@@ -161,11 +205,7 @@ class BroadcastTransport:
 
     def check(self, server: PooledServer) -> None:
         """Refuses several pipeline stages or replicas: SGLang receives broadcasts only in its tensor-parallel ranks."""
-        if server.num_replicas > 1:
-            raise ServerMismatchError(
-                f'{server.url}: expected a server of pp_size 1 and dp_size 1 with sync.transport = "broadcast", got '
-                f'{server.num_replicas} stages or replicas; set sync.transport = "folder"'
-            )
+        refuse_replicas(server, "broadcast")
 
     def send(
         self, servers: Sequence[PooledServer], weights: Iterable[tuple[str, Tensor]], version: str
@@ -173,22 +213,22 @@ class BroadcastTransport:
         """Broadcasts to all servers that open a session; if one fails, none counts as updated."""
         self.num_bytes = 0
         with without_heartbeats(servers):
-            ready = those_that_did(start_on_all(self._executor, servers, lambda client: _open_session(client, version)))
+            ready = those_that_did(start_on_all(self._executor, servers, lambda client: open_session(client, version)))
             if not ready:
                 return []
             try:
                 group = self._group_of(ready)
-                for bucket in weight_buckets(weights, self._bucket_bytes, self._device):
+                for bucket in weight_buckets(weights, self._bucket_bytes, self._new_buffer):
                     self.num_bytes += bucket.data.numel()
                     group.broadcast(bucket)
             except ServerError as error:
                 logger.warning("%s; it starts over with the remaining servers", error)
-                self._leave_group()
+                self._leave_group(failed=True)
                 return []
             except BaseException:
-                self._leave_group()
+                self._leave_group(failed=True)
                 raise
-            done = those_that_did(start_on_all(self._executor, ready, lambda client: _close_session(client, version)))
+            done = those_that_did(start_on_all(self._executor, ready, lambda client: close_session(client, version)))
             return that_report(done, version)
 
     def refresh(self, server: PooledServer) -> str | None:
@@ -213,9 +253,9 @@ class BroadcastTransport:
             )
         return self._group
 
-    def _leave_group(self) -> None:
+    def _leave_group(self, *, failed: bool = False) -> None:
         if self._group is not None:
-            self._group.close()
+            self._group.close(failed=failed)
             self._group = None
 
 
@@ -238,25 +278,24 @@ def _listening_store(host: str, world_size: int, timeout: datetime.timedelta) ->
     return store, port
 
 
-def _open_session(client: SGLangClient, version: str) -> None:
-    """Stops sampling and opens the server for weights; until they are complete, its version says so."""
-    client.pause("abort")
-    client.flush_cache()
-    client.weights_endpoint(
-        "update_weight_version", {"new_version": f"{version} incomplete", "abort_all_requests": True}
-    )
-    try:
-        client.weights_endpoint("begin_weight_update")
-    except ServerRefusedError:  # an earlier failure left a session open
-        client.weights_endpoint("end_weight_update")
-        client.weights_endpoint("begin_weight_update")
+def _in_daemon(action: Callable[[], T]) -> Future[T]:
+    """Runs `action` in a thread that the process's end does not wait for."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(action())
+        except BaseException as error:  # whoever asks for the result gets it
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True, name="weight-broadcast").start()
+    return future
 
 
-def _close_session(client: SGLangClient, version: str) -> None:
-    client.weights_endpoint("end_weight_update")
-    client.flush_cache()
-    client.weights_endpoint("update_weight_version", {"new_version": version, "abort_all_requests": False})
-    client.resume()
+def _work_of(begun: "Future[dist.Work | None]") -> dist.Work:
+    work = begun.result()
+    assert work is not None, "this process is in the group"
+    return work
 
 
 def _endpoint(name: str, body: dict[str, object]):
@@ -274,12 +313,8 @@ def own_address(urls: Sequence[str]) -> str:
         ServerError: there is no route to one of them.
     """
     for url in urls:
-        parts = urlsplit(url)
         try:
-            family, *_, destination = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_DGRAM)[0]
-            with socket.socket(family, socket.SOCK_DGRAM) as way:
-                way.connect(destination)  # a datagram socket: chooses the route, sends nothing
-                address = str(way.getsockname()[0])
+            address = source_address(urlsplit(url).hostname)
         except OSError as error:
             raise ServerError(f"weight sync: no route to {url}: {error}") from error
         if not ip_address(address).is_loopback:

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from megatron_tip.errors import EngineError, ServerError
+from megatron_tip.errors import EngineError, ServerError, ServerMismatchError
 from megatron_tip.rollout.sglang.client import SGLangClient
 from megatron_tip.rollout.sglang.pool import PooledServer
 
@@ -41,6 +41,15 @@ class WeightTransport(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+def refuse_replicas(server: PooledServer, transport: str) -> None:
+    """Raises ServerMismatchError for a server of several pipeline stages or replicas, which take only whole files."""
+    if server.num_replicas > 1:
+        raise ServerMismatchError(
+            f'{server.url}: expected a server of pp_size 1 and dp_size 1 with sync.transport = "{transport}", got '
+            f'{server.num_replicas} stages or replicas; set sync.transport = "folder"'
+        )
 
 
 def start_on_all(

@@ -142,7 +142,7 @@ def test_a_server_of_another_model_is_refused_at_the_start(tmp_path):
             model_type="llama",
         )
         with pytest.raises(ServerMismatchError, match="qwen2"):
-            SGLangEngine(pool, VersionTransport(), EngineSettings("run", 3, tmp_path / "x"))
+            SGLangEngine(pool, VersionTransport(), EngineSettings("run", 3, tmp_path / "x", num_layers=1))
 
 
 def test_a_layout_that_takes_no_broadcast_is_refused_at_the_start(tmp_path):
@@ -155,7 +155,7 @@ def test_a_layout_that_takes_no_broadcast_is_refused_at_the_start(tmp_path):
             model_type="llama",
         )
         with pytest.raises(ServerMismatchError, match=r'got 2 stages .* sync.transport = "folder"'):
-            SGLangEngine(pool, transport, EngineSettings("run", 3, tmp_path / "x"))
+            SGLangEngine(pool, transport, EngineSettings("run", 3, tmp_path / "x", num_layers=1))
 
 
 def test_the_probe_asks_every_server_that_holds_the_weights(stack, tmp_path):

@@ -19,15 +19,6 @@ from tests.helpers.sglang_engine import (
 )
 
 
-def test_syncs_that_reach_nobody_end_the_run(stack, tmp_path):
-    cluster = Cluster(stack, tmp_path)
-    cluster.transport.refuse = {fake.url for fake in cluster.fakes}
-    for version in range(3):
-        cluster.sync(version)
-    with pytest.raises(ServersLostError, match="reached no server"):
-        cluster.sync(3)
-
-
 @pytest.mark.parametrize("fault", ["dead", "another trainer"])
 def test_what_fails_by_way_of_the_router_is_asked_of_the_servers_themselves(stack, tmp_path, fault):
     cluster = Cluster(stack, tmp_path, with_router=True)

@@ -2,6 +2,11 @@
 
 import io
 import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
 
 import pytest
 
@@ -119,9 +124,20 @@ def test_a_router_without_servers_or_scheme_is_refused(tmp_path, urls, router, m
         check_sglang(config_of(tmp_path, rollout={"server_urls": urls}, sglang={"router_url": router}))
 
 
-def test_too_few_gpus_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="expected 4"):
-        check_sglang(config_of(tmp_path, rollout={"servers": 2}, sglang={"tensor_parallel_size": 2, "gpus": (0, 1)}))
+def test_a_server_whose_port_is_taken_ends_before_it_loads_anything():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        ended = subprocess.run(
+            [sys.executable, "-P", "-m", "megatron_tip.rollout.sglang.main"],
+            input=json.dumps(["--host", "127.0.0.1", "--port", port]) + "\n",
+            env={"PYTHONPATH": os.pathsep.join(sys.path)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert ended.returncode == 1
+    assert f"127.0.0.1:{port}: expected a free port of this machine" in ended.stderr
+    assert "set another TIP_SGLANG_PORT" in ended.stderr
 
 
 def test_ahead_needs_servers(tmp_path):
@@ -146,3 +162,9 @@ def test_a_broken_file_of_passwords_is_refused_without_showing_it(tmp_path, cont
     with pytest.raises(ConfigError, match="keys_file") as caught:
         read_keys(path)
     assert "secret" not in str(caught.value)
+
+
+def test_only_a_server_that_shares_its_gpu_can_give_back_its_memory(tmp_path):
+    settings = ServerSettings(model_path=tmp_path, log_path=tmp_path / "log", device="cuda")
+    assert "--enable-memory-saver" not in server_arguments(settings, 1)
+    assert "--enable-memory-saver" in server_arguments(replace(settings, memory_saver=True), 1)

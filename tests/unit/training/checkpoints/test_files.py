@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tip.errors import OutputError
+from megatron_tip.errors import CheckpointError, OutputError
 from megatron_tip.training.checkpoints.files import FORMAT, CheckpointFiles, synced_checksums, write_state
 
 NO_DIGEST = {"format": FORMAT, "files": {"shards/a": 6}}
@@ -124,3 +124,20 @@ def test_the_manifest_names_no_machine(files: CheckpointFiles):
     manifest = json.loads((files.step_folder(4) / "manifest.json").read_text())
     assert sorted(manifest["files"]) == ["shards/a", "shards/b", "state.json"]
     assert str(files.folder) not in json.dumps(manifest)
+
+
+@pytest.mark.parametrize("content", ["[]", '{"settings": {}, "progress": 3}', "[" * 200_000, "null"])
+def test_a_state_of_another_shape_is_refused(files: CheckpointFiles, content: str):
+    folder = files.step_folder(3)
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"state\.json: "):
+        files.read_state(3)
+
+
+@pytest.mark.parametrize("content", ["[" * 200_000, json.dumps({"format": FORMAT, "files": {"a\0b": [1, ""]}})])
+def test_a_manifest_that_cannot_be_is_damage(files: CheckpointFiles, content: str):
+    folder = files.step_folder(3)
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text(content)
+    assert files.problem_with(3)

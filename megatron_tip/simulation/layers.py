@@ -1,0 +1,87 @@
+"""The account of a rank from models with few layers: layers are alike, so every cost grows by the same with each."""
+
+from dataclasses import dataclass, replace
+
+from megatron_tip.batching.step_batch import StepBatch
+from megatron_tip.config import Config
+from megatron_tip.conversion.architecture import ModelArchitecture
+from megatron_tip.parallel.grid import ModelGrid
+from megatron_tip.planning.dtypes import Dtypes
+from megatron_tip.planning.models import FoundModel
+from megatron_tip.planning.plan import Outline
+from megatron_tip.simulation.account import Account
+from megatron_tip.simulation.assumptions import AssumedSelection
+from megatron_tip.simulation.parts import ShapesOnly
+from megatron_tip.simulation.rank import SimulatedRank, simulate_rank
+
+FEW = 2
+"""Layers of each stage in the smaller simulated models; the larger ones have one more.
+
+The first layer of a stage is unlike the others: its input is not the output of a layer.
+"""
+
+
+@dataclass(frozen=True)
+class CountedRank:
+    """A rank's account for the whole models, its micro-batches in each pass, and the step's metrics."""
+
+    account: Account
+    num_taught: int
+    num_scored: int
+    num_trained: int
+    metrics: dict[str, float]
+
+
+def count_rank(
+    config: Config,
+    outline: Outline,
+    rank: int,
+    batch: StepBatch,
+    assumed: AssumedSelection,
+    *,
+    metrics: dict[str, float] | None = None,
+    gpu_memory_bytes: float = 0,
+    by_layers: bool = True,
+) -> CountedRank:
+    """Returns the account of one rank; for the arguments see `simulate_rank`.
+
+    Args:
+        by_layers: False simulates whole models; else two pairs of models with few layers, if that is less work.
+    """
+
+    def simulate(student: int, teacher: int) -> SimulatedRank:
+        shrunk = with_layers(config, outline, student, teacher)
+        return simulate_rank(config, shrunk, rank, batch, assumed, metrics=metrics, gpu_memory_bytes=gpu_memory_bytes)
+
+    student, teacher = _stage_layers(outline)
+    if by_layers and student + teacher > 4 * FEW + 2:
+        found = simulate(FEW, FEW)
+        more = simulate(FEW + 1, FEW + 1)
+        account = Account.of(found.ledger).with_layers(
+            Account.of(more.ledger), student=student - FEW, teacher=teacher - FEW
+        )
+    else:
+        found = simulate(student, teacher)
+        account = Account.of(found.ledger)
+    return CountedRank(account, found.num_taught, found.num_scored, found.num_trained, found.metrics)
+
+
+def with_layers(config: Config, outline: Outline, student: int, teacher: int) -> Outline:
+    """Returns the outline with models of that many layers in each stage; they have no weights."""
+    assert outline.teacher is not None, "checked by `make_plan`"
+    dtypes = Dtypes.of(config)
+    return replace(
+        outline,
+        student=ShapesOnly(_shrunk(outline.student, outline.student_grid, student), dtypes.student),
+        teacher=ShapesOnly(_shrunk(outline.teacher, outline.teacher_grid, teacher), dtypes.teacher),
+    )
+
+
+def _shrunk(model: FoundModel, grid: ModelGrid, stage_layers: int) -> ModelArchitecture:
+    return replace(model.architecture, num_layers=stage_layers * grid.pp_size)
+
+
+def _stage_layers(outline: Outline) -> tuple[int, int]:
+    assert outline.teacher is not None, "checked by `make_plan`"
+    student = outline.student.architecture.num_layers // outline.student_grid.pp_size
+    return student, outline.teacher.architecture.num_layers // outline.teacher_grid.pp_size

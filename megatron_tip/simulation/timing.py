@@ -1,0 +1,95 @@
+"""The time of a step's phases, from what a rank does in them and what its device can do."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_tip.config import Config
+from megatron_tip.planning.phases import OFFLOADED, PHASES
+from megatron_tip.planning.plan import Outline
+from megatron_tip.records import Rollout
+from megatron_tip.simulation.account import Account
+from megatron_tip.simulation.device import Device
+from megatron_tip.simulation.kinds import MEMORY_PHASES, PURPOSES, cache_bytes_per_token, engine_weight_bytes
+from megatron_tip.simulation.layers import CountedRank
+from megatron_tip.simulation.ledger import Route
+
+STEP_PHASES = ("teacher", "score", "select", "train", "update", "sync")
+"""The simulated phases of a step, in order."""
+PASSES = ("teacher", "score", "train")
+"""The phases that go through a pipeline."""
+PER_TOKEN = ("teacher", "score", "select", "train")
+"""The phases whose work grows with the tokens of a step."""
+_OWN_SERVERS_SHARE = 0.85
+"""Share of its GPU's memory that a server takes if it has the GPU alone: about what SGLang chooses."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The generation of a step's rollouts by `num_servers` engines, `num_waves` times as many as their caches hold."""
+
+    num_tokens: int
+    num_servers: int
+    num_waves: int
+    seconds: float
+
+
+def seconds_of(
+    config: Config, outline: Outline, device: Device, counted: CountedRank, scale: float
+) -> dict[str, float]:
+    """Returns the time of each phase on one rank: arithmetic, messages, waiting in the pipeline, moves of memory."""
+    account, seconds = counted.account, {}
+    per_node = outline.placement.hosts.workers_per_node
+    traffic = account.traffic()
+    counts = {"teacher": counted.num_taught, "score": counted.num_scored, "train": counted.num_trained}
+    for phase in STEP_PHASES:
+        busy = device.seconds_of(account.work(phase)) * (scale if phase in PER_TOKEN else 1)
+        for route, messages in traffic.items():
+            if route.phase == phase:
+                alone = device.seconds_of_traffic(route, messages, gpus_per_node=per_node)
+                busy += alone * message_scale(route, scale)
+        grid = outline.teacher_grid if phase == "teacher" else outline.student_grid
+        count = counts.get(phase, 0) * scale
+        busy *= (count + grid.pp_size - 1) / count if count else 1
+        seconds[phase] = busy + moved_seconds(config, account, device, phase)
+    return seconds
+
+
+def message_scale(route: Route, scale: float) -> float:
+    """Returns how many times more messages of this route a whole step has: those of its micro-batches grow."""
+    is_of_pass = route.group.removeprefix("teacher ") in ("tp", "pp") or route.peer is not None
+    return scale if route.phase in PASSES and is_of_pass else 1.0
+
+
+def moved_seconds(config: Config, account: Account, device: Device, phase: str) -> float:
+    """Returns the time in which parts enter or leave the device at the start of a phase; gradients are dropped."""
+    order = ["sync", *STEP_PHASES]  # generation holds what a sync does
+    before = PHASES[MEMORY_PHASES[order[order.index(phase, 1) - 1]]].trainer
+    changed = (before ^ PHASES[MEMORY_PHASES[phase]].trainer) & OFFLOADED[config.training.offload] - {"gradients"}
+    live = account.live("rollout") if changed else {}
+    num_bytes = sum(live.get(PURPOSES[name], 0.0) for name in changed)
+    return num_bytes / (device.host_gb_per_s * 1e9 * device.link_share)
+
+
+def generation_of(config: Config, outline: Outline, device: Device, rollouts: Sequence[Rollout]) -> Generation:
+    """Returns the time that the engines need, bound by their memory's bandwidth.
+
+    Each token position of the longest response reads the weights once; each token also reads the keys and values of
+    its context. What the caches cannot hold together is generated in waves, one after another. Prompts, sampling and
+    host time are left out. Servers given by URL count as their own GPUs.
+    """
+    servers, split = outline.placement.students, config.sglang.tensor_parallel_size
+    num_servers = len(servers) or len(config.rollout.server_urls) or max(1, config.rollout.servers)
+    if config.rollout.engine == "embedded":
+        num_servers = split = 1
+    tokens = sum(len(rollout.response_ids) for rollout in rollouts)
+    longest = max(len(rollout.response_ids) for rollout in rollouts)
+    contexts = sum(len(one.response_ids) * (len(one.prompt_ids) + len(one.response_ids) / 2) for one in rollouts)
+    weights = engine_weight_bytes(config, outline, on_gpu=device.is_gpu)
+    cached = cache_bytes_per_token(config, outline, on_gpu=device.is_gpu)
+    share = (servers[0].memory_fraction if servers else 0) or _OWN_SERVERS_SHARE
+    room = max(share * device.memory_bytes * split - weights, cached) / cached  # tokens
+    kept = sum(one.num_tokens for one in rollouts) / num_servers
+    num_waves = -(-int(kept) // max(1, int(room)))
+    bandwidth = device.memory_tb_per_s * 1e12 * device.memory_share * split
+    seconds = (num_waves * longest * weights + contexts * cached / num_servers) / bandwidth
+    return Generation(tokens, num_servers, num_waves, seconds)

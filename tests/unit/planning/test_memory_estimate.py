@@ -1,0 +1,186 @@
+"""The estimate of each phase, against numbers worked out by hand and against the tensors of tiny models."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_tip.config import Config
+from megatron_tip.config.io import load_config
+from megatron_tip.errors import ConfigError
+from megatron_tip.machine import Machine
+from megatron_tip.placement.hosts import Hosts, hosts_elsewhere
+from megatron_tip.placement.placement import place
+from megatron_tip.planning.dry_run import dry_run
+from megatron_tip.planning.memory_estimate import SERVERS, UNCOUNTED, MemoryEstimate, estimate_memory
+from megatron_tip.planning.phases import releases_memory
+from megatron_tip.planning.plan import outline_run
+from megatron_tip.training.checkpoints.student_state import complete_optimizer_state
+from tests.helpers.distributed import run_workers
+from tests.helpers.training import Layout, build_tiny_run, make_config, make_models, make_rollouts
+
+EXAMPLES = Path(__file__).parents[3] / "examples"
+GIB = 2.0**30
+H, V, F = 4096, 128_256, 14_336
+"""Llama-3.1-8B: 32 layers, 8 key/value heads of 128, an output layer of its own."""
+H_TEACHER, F_TEACHER = 8192, 28_672
+"""Llama-3.3-70B: 80 layers, 8 key/value heads of 128."""
+
+
+def llama(*overrides: str) -> Config:
+    """The recipe, with half of each GPU for the server on it unless `overrides` say otherwise."""
+    path = EXAMPLES / "llama3_70b_to_8b" / "llama3_70b_to_8b.toml"
+    return load_config(path, ("sglang.memory_fraction=0.5", *overrides))
+
+
+def dry(*overrides: str) -> MemoryEstimate:
+    """A dry run on one node of eight GPUs of 80 GiB."""
+    return dry_run(llama(*overrides), hosts_elsewhere(8, 8), gpu_memory_gib=80.0).memory
+
+
+def estimate(config: Config, world_size: int) -> MemoryEstimate:
+    outline = outline_run(config, world_size, Machine(is_elsewhere=True))
+    return estimate_memory(config, outline, gpu_memory_gib=80.0)
+
+
+def test_seventy_billion_on_one_node_by_hand():
+    """8 GPUs: the student tp 4 x dp 2, the teacher tp 8."""
+    found = estimate(llama(), 8).phases
+    layer = (H * H + 2 * H * 1024 + H * H + 3 * H * F) / 4 + 2 * H
+    student = 32 * layer + 2 * V * H / 4 + H
+    layer = (H_TEACHER**2 + 2 * H_TEACHER * 1024 + H_TEACHER**2 + 3 * H_TEACHER * F_TEACHER) / 8 + 2 * H_TEACHER
+    teacher = 80 * layer + V * H_TEACHER / 8 + H_TEACHER
+    rows = 8 * 16 * 8192 * H_TEACHER * 2  # bfloat16
+    whole_student = 32 * (2 * H * H + 2 * H * 1024 + 3 * H * F + 2 * H) + 2 * V * H + H
+    assert {name: found["ask"][name] for name in found["ask"] if "activations" not in name} == {
+        UNCOUNTED: pytest.approx(8 * GIB),
+        "student: weights": 2 * student,
+        "student: gradients, float32": 4 * student,
+        "student: optimizer": 12 * student / 2,
+        "teacher: weights": 2 * teacher,
+        "teacher: head on the student's ranks": V / 4 * H_TEACHER * 2,
+        "teacher: hidden states to send": rows,  # one replica of the teacher serves all
+        "teacher: hidden states of a step": rows / 2,
+        SERVERS: 0.0,
+    }
+    assert found["generate"][SERVERS] == 40 * GIB
+    assert found["sync"][SERVERS] == found["save"][SERVERS] == 2 * whole_student
+    assert found["sync"]["sync: a whole tensor, gathered and merged"] == 2 * V * H * 2
+    assert found["sync"]["sync: buckets"] == 2 * 268_435_456
+    assert estimate(llama("sync.transport=folder"), 8).parts["sync: buckets"] == 268_435_456
+    assert found["save"]["save: a piece of the optimizer"] == 2 * 16 * 2**20
+    assert found["train"]["teacher: hidden states of a step, the selected"] == rows / 2  # twice half of them
+    assert found["update"]["optimizer: square roots, if AdamW is torch's"] == 4 * student / 2
+
+
+def test_seventy_billion_on_one_node_does_not_pass_unless_it_fits():
+    with pytest.raises(ConfigError, match=r'got an estimate of 87.1 GiB in phase "generate"') as caught:
+        dry()
+    assert "teacher: hidden states to send" in str(caught.value), "with the table"
+    assert dry("training.offload=all").total_bytes < 80 * GIB
+    with pytest.raises(ConfigError, match='in phase "update"'):
+        dry_run(
+            llama("training.offload=optimizer", "sglang.release_memory=never"),
+            hosts_elsewhere(8, 8),
+            gpu_memory_gib=80.0,
+        )
+
+
+def test_what_is_offloaded_is_counted_where_it_is_needed_and_on_the_host():
+    plain, moved = estimate(llama(), 8), estimate(llama("training.offload=all"), 8)
+    expected = {
+        "teacher: weights": {"ask", "measure", "save"},
+        "teacher: head on the student's ranks": {"score", "train", "measure", "save"},
+        "student: gradients, float32": {"train", "update"},
+        "student: optimizer": {"update"},
+    }
+    for name, phases in expected.items():
+        assert {phase for phase, parts in moved.phases.items() if name in parts} == phases, name
+        assert {phase for phase, parts in plain.phases.items() if name in parts} == set(plain.phases), name
+    on_host = sum(plain.parts[name] for name in expected) - plain.parts["student: gradients, float32"]
+    assert moved.host_bytes == on_host
+    assert plain.host_bytes == 0
+    assert f"host memory for training.offload: {on_host / GIB:.1f} GiB per GPU" in moved.lines()
+
+
+def test_servers_that_keep_their_memory_count_in_every_phase():
+    kept = estimate(llama("sglang.release_memory=never", "sglang.memory_fraction=0.3"), 64)
+    assert [parts[SERVERS] for parts in kept.phases.values()] == pytest.approx([24 * GIB] * len(kept.phases))
+    ahead = estimate(llama("rollout.ahead=1"), 64)
+    assert {parts[SERVERS] for parts in ahead.phases.values()} == {40 * GIB}
+
+
+def test_the_table_has_a_column_per_phase_and_the_sums():
+    lines = estimate(llama("heldout.num_prompts=0"), 8).lines()
+    columns = ["generate", "ask", "score", "train", "update", "sync", "save"]
+    assert lines[0].split()[: len(columns)] == columns
+    assert lines[0].endswith("GiB by phase; the most in generate")
+    sums = lines[-1].split()
+    assert sums[-1] == "all"
+    assert float(sums[0]) == pytest.approx(87.1, abs=0.05)
+
+
+APART = ("sglang.share_gpus=false", "sglang.gpus=[7]")
+GIVEN = ("sglang.share_gpus=false", 'rollout.server_urls=["http://n7:1"]')
+
+
+@pytest.mark.parametrize(
+    "overrides,gpus,expected",
+    [
+        ([], range(8), True),
+        ([], (), False),
+        (["sglang.release_memory=never"], range(8), False),
+        (["sglang.release_memory=always"], (), True),
+        (["rollout.ahead=1"], range(8), False),
+        (["sglang.router_url=http://n7:1"], range(8), False),
+        (APART, range(8), False),
+        (GIVEN, range(8), False),
+        ([*GIVEN, "sglang.release_memory=always"], range(8), True),
+        (["rollout.engine=embedded", "sglang.release_memory=always"], range(8), False),
+    ],
+)
+def test_servers_give_back_memory_that_they_share(overrides: Sequence[str], gpus: Sequence[int], expected: bool):
+    config = llama(*overrides)
+    assert releases_memory(config, place(config, Hosts(4, 4, tuple(gpus)))) == expected
+
+
+def counted(config: Config) -> dict[str, int]:
+    """The bytes of this rank's tensors."""
+    run = build_tiny_run(config, make_rollouts([3]))
+    complete_optimizer_state(run.student)
+    tensors = run.teacher.tensors()
+    return {
+        "student: weights": sum(parameter.nbytes for parameter in run.student.model.parameters()),
+        "student: gradients, float32": sum(it.main_grad.nbytes for it in run.student.model.parameters()),  # type: ignore[attr-defined]
+        "student: optimizer": sum(tensor.nbytes for tensor in run.student.optimizer_tensors() if tensor.dim()),
+        "teacher: weights": sum(tensor.nbytes for tensor in tensors["teacher"]),
+        "teacher: head on the student's ranks": sum(tensor.nbytes for tensor in tensors["head"]),
+    }
+
+
+@pytest.mark.parametrize(
+    "layout,dtype,distributed",
+    [
+        (Layout(1), "bfloat16", False),
+        (Layout(2, student=(2, 1)), "float32", False),
+        (Layout(2, student=(1, 2)), "bfloat16", False),
+        (Layout(2), "bfloat16", True),
+        (Layout(2), "float32", True),
+    ],
+    ids=str,
+)
+def test_the_sums_are_those_of_the_tensors(tmp_path: Path, layout: Layout, dtype: str, distributed: bool):
+    sections: dict[str, Any] = {
+        "model": {"dtype": dtype},
+        "teacher": {"dtype": dtype},
+        "optimizer": {"distributed": distributed},
+    }
+    config = make_config(make_models(tmp_path), layout, **sections)
+    ranks = run_workers(counted, layout.world_size, tmp_path, config, timeout_seconds=300.0)
+    expected = estimate(config, layout.world_size).parts
+    for name in ranks[0]:
+        values = [rank[name] for rank in ranks]
+        # Replicas share the optimizer's values, not always in equal parts.
+        found = sum(values) / len(values) if distributed and name == "student: optimizer" else max(values)
+        assert found == expected[name], name
