@@ -14,7 +14,9 @@ import psutil
 
 from megatron_tip.errors import ConfigError
 
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+"""Addresses that no other host can reach."""
+
 _FAR_AWAY = "192.0.2.1"  # reserved for documentation: the default route leads there
 
 RENDEZVOUS_PORTS = range(20_000, 30_000)
@@ -107,7 +109,7 @@ def gloo_interface(environ: Mapping[str, str], sources: Sequence[str], addresses
         addresses: of each of this host's interfaces.
     """
     is_one_host = environ.get("LOCAL_WORLD_SIZE", "1") == environ.get("WORLD_SIZE", "1")
-    if is_one_host or environ.get("MASTER_ADDR") in _LOOPBACK or "GLOO_SOCKET_IFNAME" in environ:
+    if is_one_host or environ.get("MASTER_ADDR") in LOOPBACK or "GLOO_SOCKET_IFNAME" in environ:
         return ""
     outward = [source for source in sources if not ip_address(source).is_loopback]
     return next((name for name, own in addresses.items() if outward and outward[0] in own), "")

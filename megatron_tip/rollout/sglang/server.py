@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import os
-import secrets
 import signal
 import socket
 import subprocess
@@ -18,8 +17,10 @@ from types import TracebackType
 from typing import IO, Literal, Self
 
 from megatron_tip.errors import OptionalDependencyError, ServerError
+from megatron_tip.parallel.environment import LOOPBACK
 from megatron_tip.placement.hosts import device_names
-from megatron_tip.rollout.sglang.client import ServerKeys, SGLangClient, Timeouts
+from megatron_tip.rollout.sglang.client import SGLangClient, Timeouts
+from megatron_tip.rollout.sglang.keys import ServerKeys
 
 CPU_SHIM = Path(__file__).parent / "cpu_shim"
 CPU_ENVIRONMENT = {
@@ -29,7 +30,6 @@ CPU_ENVIRONMENT = {
     "TORCHDYNAMO_DISABLE": "1",  # it would look for the real triton
 }
 _WORLD_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "TORCH_NCCL_")
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,7 @@ class ServerSettings:
 
     @property
     def is_loopback(self) -> bool:
-        return self.host in _LOOPBACK
-
-
-def new_keys(host: str) -> ServerKeys:
-    """Returns random passwords for a server that other machines can reach; none for one on loopback."""
-    if host in _LOOPBACK:
-        return ServerKeys()
-    return ServerKeys(api=secrets.token_urlsafe(32), admin=secrets.token_urlsafe(32))
+        return self.host in LOOPBACK
 
 
 def require_sglang() -> None:
