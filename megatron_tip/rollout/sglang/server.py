@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import IO, Literal, Self
 
 from megatron_tip.errors import OptionalDependencyError, ServerError
-from megatron_tip.parallel.environment import LOOPBACK
+from megatron_tip.parallel.environment import LOOPBACK, SPIN_COUNT
 from megatron_tip.placement.hosts import device_names
 from megatron_tip.rollout.sglang.client import SGLangClient, Timeouts
 from megatron_tip.rollout.sglang.keys import ServerKeys
@@ -26,7 +26,7 @@ CPU_SHIM = Path(__file__).parent / "cpu_shim"
 CPU_ENVIRONMENT = {
     "SGLANG_USE_CPU_ENGINE": "1",
     "OMP_WAIT_POLICY": "passive",  # spinning threads take the trainer's cores, but
-    "GOMP_SPINCOUNT": "20000",  # 0.2 ms help: a decode step has hundreds of parallel regions, and waking is slow
+    "GOMP_SPINCOUNT": SPIN_COUNT,  # a short wait helps: a decode step has hundreds of parallel regions
     "TORCHDYNAMO_DISABLE": "1",  # it would look for the real triton
 }
 _WORLD_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "TORCH_NCCL_")
