@@ -226,15 +226,9 @@ def _working(site: _Site, held_tokens: int | None) -> dict[str, Parts]:
     sent, received = _rows_of_teacher(config, student, teacher, rollouts)
     loss = {"loss: logits of a chunk": float(chunk_rows * shard * _FLOAT32 * _LOSS_BUFFERS)}
     asking = _forward(config, "teacher", teacher)
-    layer = _forward(config, "student", student)
-    scoring, activations = layer | loss, {"student: activations of a micro-batch": _activations(config, student)}
-    held: Parts = {}
-    if held_tokens is not None:
-        held = {"student: activations of a step, held": held_tokens * _kept_bytes_per_token(config, student)}
-        activations = layer | held
+    scoring, training = _student_activations(config, student, held_tokens)
     selected = {name: 2 * config.selection.retention_ratio * value for name, value in received.items()}
-    training = {
-        **activations,
+    training |= {
         "loss: gradient of the head": shard * student.architecture.hidden_size * _FLOAT32,
         **{f"{name}, the selected": value for name, value in selected.items()},
     }
@@ -242,17 +236,27 @@ def _working(site: _Site, held_tokens: int | None) -> dict[str, Parts]:
     phases = {
         "generate": {},
         "ask": asking | sent | received,
-        "score": scoring | held | received,
+        "score": scoring | loss | received,
         "train": training | loss | received,
         "update": received | {"optimizer: square roots, if AdamW is torch's": roots},
         "sync": _gathered_for_sync(config, outline, student),
     }
     if config.heldout.num_prompts:
         heldout_sent, heldout_received = _rows_of_teacher(config, student, teacher, config.heldout.num_prompts)
-        phases["measure"] = asking | scoring | heldout_sent | heldout_received
+        measuring = asking | _forward(config, "student", student) | loss
+        phases["measure"] = measuring | heldout_sent | heldout_received
     gathers = config.optimizer.distributed and student.grid.dp_size > 1
     phases["save"] = {"save: a piece of the optimizer": float(student.grid.dp_size * GATHERED_BYTES * gathers)}
     return phases
+
+
+def _student_activations(config: Config, student: _Model, held_tokens: int | None) -> tuple[Parts, Parts]:
+    """Returns the student's activations in "score" and in "train"; `held_tokens` as for `_phases`."""
+    layer = _forward(config, "student", student)
+    if held_tokens is None:
+        return layer, {"student: activations of a micro-batch": _activations(config, student)}
+    held = {"student: activations of a step, held": held_tokens * _kept_bytes_per_token(config, student)}
+    return layer | held, layer | held
 
 
 def _rows_of_teacher(config: Config, student: _Model, teacher: _Model | None, num_rollouts: int) -> tuple[Parts, Parts]:

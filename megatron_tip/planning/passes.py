@@ -9,7 +9,7 @@ from megatron_tip.planning.memory_estimate import estimate_memory, may_take_one_
 from megatron_tip.planning.plan import Outline
 
 _BACKWARD_COST = 2
-"""Of a backward pass, in forward passes."""
+"""The cost of a backward pass in forward passes."""
 
 
 @dataclass(frozen=True)

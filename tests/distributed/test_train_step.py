@@ -275,13 +275,32 @@ def observe_metrics(config: Config, rollouts: list[Rollout]) -> dict[str, float]
     return train_step(build_tiny_run(config, rollouts), 1)
 
 
-def test_a_replica_without_rollouts_takes_part(models: Path, tmp_path: Path):
+@pytest.mark.parametrize("layout,passes", [(Layout(6, student=(1, 2)), "two"), (Layout(3), "one")], ids=str)
+def test_a_replica_without_rollouts_takes_part(models: Path, tmp_path: Path, layout: Layout, passes: str):
+    """Three replicas for one rollout."""
     rollouts = make_rollouts([9])
     single = run_workers(observe_metrics, 1, tmp_path / "1", make_config(models, Layout(1)), rollouts)[0]
-    layout = Layout(6, student=(1, 2))  # three replicas for one rollout
-    for metrics in run_workers(observe_metrics, 6, tmp_path / "6", make_config(models, layout), rollouts):
+    config = make_config(models, layout, selection={"passes": passes})
+    for metrics in run_workers(observe_metrics, layout.world_size, tmp_path / "all", config, rollouts):
         assert metrics["train/loss"] == pytest.approx(single["train/loss"], rel=1e-5)
         assert metrics["train/grad_norm"] == pytest.approx(single["train/grad_norm"], rel=1e-5)
+
+
+def skipped_then_taken(config: Config, rollouts: list[Rollout]) -> tuple[dict[str, float], dict[str, float]]:
+    run = build_tiny_run(config, rollouts)
+    head, whole = run.student.output_head.data, run.student.output_head.data.clone()
+    head.fill_(float("nan"))
+    skipped = train_step(run, 1)
+    head.copy_(whole)
+    return skipped, train_step(run, 1)
+
+
+def test_one_pass_skips_a_step_that_is_not_finite_and_takes_the_next(models: Path, single: Observed, tmp_path: Path):
+    config = make_config(models, Layout(2), selection={"passes": "one"}, run={"folder": tmp_path / "run"})
+    for skipped, taken in run_workers(skipped_then_taken, 2, tmp_path, config, ROLLOUTS):
+        assert skipped["train/skipped_not_finite"] == 1.0
+        for name in ("train/loss", "train/grad_norm"):
+            assert taken[name] == pytest.approx(single.metrics[name], rel=1e-5), name
 
 
 def test_teacher_equal_to_student_gives_nothing_to_learn(tmp_path: Path):
