@@ -155,8 +155,15 @@ def _checked_toml(text: str) -> dict[str, Any]:
     return values
 
 
-_REPLACED = {"loss.compile": 'loss.kernels = "compiled" or "eager"'}
+_REPLACED = {
+    "loss.compile": 'loss.kernels = "compiled" or "eager"',
+    "selection.thresholds": 'selection.passes = "one", which selects exactly, by this step\'s scores',
+}
 """Keys of earlier versions, and what took their place."""
+_REPLACED_VALUES = {
+    ("selection.scope", "micro_batch"): 'selection.passes = "one", which selects exactly, among the whole batch',
+}
+"""Keys and values of earlier versions, and what took their place."""
 
 
 def _explain(detail: ErrorDetails, overridden: set[str]) -> str:
@@ -173,7 +180,8 @@ def _explain(detail: ErrorDetails, overridden: set[str]) -> str:
     expected = f"section [{name}]" if name in _sections() else _all_keys()[name].expected
     got = "nothing" if detail["type"] == "missing" else _shown(detail["input"])
     element = "".join(f", element {part}" for part in detail["loc"][2:])
-    return f"{name}{origin}{element}: expected {expected}, got {got}"
+    hint = next((f"; use {new}" for old, new in _REPLACED_VALUES.items() if old == (name, detail["input"])), "")
+    return f"{name}{origin}{element}: expected {expected}, got {got}{hint}"
 
 
 def _nearest(name: str) -> str:

@@ -14,11 +14,13 @@ class SelectionConfig(Section):
     """A preset of megatron_tip.selection, an installed package's rule, or your own as "package.module:function"."""
     retention_ratio: float = Field(default=0.05, gt=0, le=1)
     """Share rho of the valid response tokens that is kept."""
-    scope: Literal["auto", "batch", "rollout", "micro_batch"] = "auto"
-    """What the budget is a share of; auto: as in the preset's paper; micro_batch: one pass, without a scoring pass."""
-    thresholds: Literal["this_step", "last_step"] = "this_step"
-    """Which step's quantiles and threshold decide. last_step: one pass, the budget is met on average; needs scope =
-    "batch"."""
+    scope: Literal["auto", "batch", "rollout"] = "auto"
+    """What the budget is a share of; auto: as in the preset's paper."""
+    passes: Literal["auto", "one", "two"] = "auto"
+    """Forward passes of the student per step; both ways train the same tokens with the same gradients. two: score
+    without gradient, then train on sequences cut after their last selected token. one: score with gradient, hold the
+    activations of all micro-batches and go backward from the selected tokens; needs model.pipeline_parallel_size = 1.
+    auto: one where the activations fit into memory and the cut is expected to save less than the second pass costs."""
     normaliser: Literal["auto", "robust", "clipped_min_max", "min_max", "raw"] = "auto"
     """How statistics are scaled before they are scored; auto: as in the preset's paper."""
     tie_break: Literal["token_order", "random"] = "token_order"
@@ -34,7 +36,8 @@ class SelectionConfig(Section):
 
     def settings(self) -> dict[str, Any]:
         """Returns the arguments of `selection.Selector` except the seed, which is the run's; "auto" becomes None."""
-        return {name: None if value == "auto" else value for name, value in self if name != "support_size"}
+        others = ("support_size", "passes")
+        return {name: None if value == "auto" else value for name, value in self if name not in others}
 
 
 class LossConfig(Section):

@@ -16,7 +16,7 @@ from megatron_tip.selection.normalise import ABOVE_MEDIAN, CLIPPED_MIN_MAX, MIN_
 from megatron_tip.statistics import STATISTICS
 
 Take = Literal["all", "top", "bottom", "sample"]
-Scope = Literal["batch", "rollout", "micro_batch"]
+Scope = Literal["batch", "rollout"]
 
 ENTRY_POINTS = "megatron_tip.selection_rules"
 

@@ -72,7 +72,13 @@ class ServedTeacher(Teacher[TeacherTopK]):
             self.scorer.close()
 
     def score(
-        self, student: Student, batch: StepBatch, rows: TeacherTopK | None, *, with_support: bool = False
+        self,
+        student: Student,
+        batch: StepBatch,
+        rows: TeacherTopK | None,
+        *,
+        with_support: bool = False,
+        held: list[Tensor] | None = None,
     ) -> tuple[TokenStatistics | None, TeacherTopK | None]:
         """Returns statistics and rows; see `Teacher.score`. Raises what `ask` raises.
 
@@ -83,7 +89,7 @@ class ServedTeacher(Teacher[TeacherTopK]):
             pair, ids = (hidden, student.output_head), part.support_ids
             return student_statistics(pair, self.vocabulary, teacher_support_ids=ids, labels=labels)
 
-        found = score_micro_batches(student, batch, rows, score, _unknown)
+        found = score_micro_batches(student, batch, rows, score, _unknown, held=held)
         own = StudentStatistics.concatenate(found) if found else None
         if self.asks_student_support:
             rows = self._with_student_support(batch, rows, own.support_ids if own else None)

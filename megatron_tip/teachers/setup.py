@@ -125,22 +125,16 @@ class TeacherKind:
     `check`: rejects what it does not support, given the configuration and the machine's files.
     `known_statistics`: the fields of TokenStatistics that it can provide. `module`: the module with its class and
     `build(config, site)`. `has_weights`: the run loads its weights; otherwise `teacher.path` only describes it.
-    `scores_rows`: it has `Teacher.statistics`, which selection while training needs.
     """
 
     check: Callable[[Config, Machine], None]
     known_statistics: Callable[[Config], frozenset[str]]
     module: str
     has_weights: bool
-    scores_rows: bool
 
 
 TEACHER_KINDS = {
-    "megatron": TeacherKind(
-        _check_in_trainer, _known_in_trainer, "megatron_tip.teachers.megatron", has_weights=True, scores_rows=True
-    ),
-    "sglang": TeacherKind(
-        _check_served, _known_of_servers, "megatron_tip.teachers.served", has_weights=False, scores_rows=False
-    ),
+    "megatron": TeacherKind(_check_in_trainer, _known_in_trainer, "megatron_tip.teachers.megatron", has_weights=True),
+    "sglang": TeacherKind(_check_served, _known_of_servers, "megatron_tip.teachers.served", has_weights=False),
 }
 """`teacher.kind` -> the kind."""

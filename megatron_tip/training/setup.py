@@ -1,7 +1,11 @@
 """Set-up of a run from a checked plan, ready for its first step."""
 
+import logging
 from contextlib import ExitStack
 from dataclasses import replace
+
+import psutil
+import torch
 
 from megatron_tip.config import Config
 from megatron_tip.conversion.bridge import load_hf
@@ -18,6 +22,7 @@ from megatron_tip.parallel.together import run_on, together
 from megatron_tip.placement.placement import Placement
 from megatron_tip.planning.dtypes import Dtypes
 from megatron_tip.planning.inputs import read_prompts
+from megatron_tip.planning.passes import OnePass, plan_passes
 from megatron_tip.planning.phases import releases_memory
 from megatron_tip.planning.plan import RunPlan
 from megatron_tip.prompts.source import PromptSource, load_prompts
@@ -31,6 +36,8 @@ from megatron_tip.training.device_memory import DeviceMemory
 from megatron_tip.training.run import RolloutSource, TrainingRun
 from megatron_tip.training.token_views import TokenViews
 from megatron_tip.vocab_parallel import ShardedVocabulary
+
+logger = logging.getLogger(__name__)
 
 
 def with_prompts(config: Config, plan: RunPlan, worker: Worker) -> RunPlan:
@@ -93,6 +100,7 @@ def build_run(
             device=worker.device,
         )
         student, teacher = _student(config, plan, student_groups), build_teacher(config, teacher_site)
+        one_pass = _one_pass(config, plan, worker)
         on_failure.pop_all()
     return TrainingRun(
         config=config,
@@ -102,6 +110,7 @@ def build_run(
         architecture=plan.student.architecture,
         vocabulary=vocabulary,
         selector=plan.selector,
+        one_pass=one_pass,
         sampling=_sampling(config, plan),
         pad_token_id=plan.pad_token_id,
         source=source,
@@ -139,6 +148,21 @@ def _check_same_placement(placement: Placement, worker: Worker, *, releases: boo
                 f"on the node of rank 0, {other[-1]} on that of rank {rank}; start the same number everywhere, or give "
                 "rollouts GPUs of their own"
             )
+
+
+def _one_pass(config: Config, plan: RunPlan, worker: Worker) -> OnePass:
+    """Returns which batches take one pass, by the memory of rank 0's device. Collective over the world."""
+
+    def memory_bytes() -> float:
+        if worker.device.type == "cuda":
+            return torch.cuda.get_device_properties(worker.device).total_memory
+        return psutil.virtual_memory().total / plan.placement.hosts.workers_per_node
+
+    memory_gib = run_on(0, memory_bytes, device=worker.device) / 2**30
+    one_pass = plan_passes(config, plan, memory_gib=memory_gib, on_gpu=worker.device.type == "cuda")
+    if worker.rank == 0:
+        logger.info('selection.passes = "%s": %s', config.selection.passes, one_pass)
+    return one_pass
 
 
 def _sampling(config: Config, plan: RunPlan) -> SamplingParams:

@@ -17,7 +17,10 @@ _DEFINING_KEYS: dict[str, tuple[str, ...]] = {
         *("prompts_per_step", "samples_per_prompt", "max_response_tokens", "temperature", "top_p", "dtype"),
         *("environment", "max_turns", "observation_role", "ahead", "importance_cap"),
     ),
-    "selection": (),
+    "selection": (
+        *("rule", "retention_ratio", "scope", "normaliser", "tie_break", "minimum_per_rollout", "support_size"),
+        *("loss_scale", "compare"),
+    ),
     "loss": ("divergence", "jsd_beta", "temperature"),
     "optimizer": (),
     "training": ("steps",),
@@ -27,15 +30,17 @@ _DEFINING_KEYS: dict[str, tuple[str, ...]] = {
 Layouts, outputs, reports, and settings that affect only memory or time may change from one start to the next.
 """
 
+_WITHOUT_SUCCESSOR = {"selection.scope": "micro_batch", "selection.thresholds": "last_step"}
+"""Keys and values of earlier versions for tokens that no present setting selects."""
+
 
 def defining_settings(config: Config) -> dict[str, Any]:
     """Returns the keys and values that cannot change during a run, as JSON values."""
     values = config.model_dump(mode="json")
-    keys_of = dict(_DEFINING_KEYS)
-    if config.selection.scope == "micro_batch":  # rows that share a micro-batch share a budget
-        keys_of["training"] += ("max_tokens_per_micro_batch",)
     return {
-        f"{section}.{key}": values[section][key] for section, keys in keys_of.items() for key in keys or values[section]
+        f"{section}.{key}": values[section][key]
+        for section, keys in _DEFINING_KEYS.items()
+        for key in keys or values[section]
     }
 
 
@@ -52,6 +57,12 @@ def check_same_run(config: Config) -> None:
             saved = files.read_state(step)["settings"]
         except (CheckpointError, KeyError):
             continue  # damaged; `resume.newest_whole` will report it
+        if gone := [f"{key} = {value!r}" for key, value in _WITHOUT_SUCCESSOR.items() if saved.get(key) == value]:
+            raise ConfigError(
+                f"run.folder: {folder.path} holds an unfinished run with {' and '.join(gone)}, which only earlier "
+                'versions have; selection.passes = "one" replaced it and selects other tokens, so give another '
+                "run.folder, or start over with --fresh, which removes the run"
+            )
         wanted = defining_settings(config)
         changed = [
             f"{key}: {saved[key]!r}, now {value!r}"

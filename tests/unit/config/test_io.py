@@ -76,6 +76,14 @@ def test_malformed_override_is_refused(minimal, override):
         ("model.tensor_paralel_size=3", "did you mean model.tensor_parallel_size?"),
         ("training.lr=0.1", "did you mean optimizer.lr?"),
         ("optimzer.lr=0.1", "optimzer: unknown section; did you mean optimizer?"),
+        (
+            "selection.thresholds=last_step",
+            "selection.thresholds (on the command line): unknown key; use selection.passes",
+        ),
+        (
+            "selection.scope=micro_batch",
+            'got "micro_batch" (text); use selection.passes = "one", which selects exactly',
+        ),
         ("loss.compile=true", 'loss.compile (on the command line): unknown key; use loss.kernels = "compiled"'),
         ("training.zzzzzzzz=1", "see `megatron-tip train --help`"),
         ("training.steps=many", 'training.steps (on the command line): expected integer >= 1, got "many" (text)'),

@@ -46,7 +46,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
             1,
             "selection.retention_ratio: expected at least one token of the longest response, got floor(0.01 x 64) = 0",
         ),
-        ({"selection": {"scope": "rollout", "thresholds": "last_step"}}, 1, "thresholds 'last_step': expected scope"),
+        (
+            {"selection": {"passes": "one"}, "model": {"pipeline_parallel_size": 2}},
+            2,
+            'selection.passes = "one": expected model.pipeline_parallel_size = 1, got 2; set it to "auto"',
+        ),
         ({"selection": {"rule": "full"}}, 1, "rule 'full' keeps every row: set retention_ratio = 1"),
         ({"rollout": {"max_response_tokens": 4090}}, 1, "expected at most the student's max_position_embeddings 4096"),
         (
