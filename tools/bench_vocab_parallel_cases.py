@@ -178,7 +178,7 @@ def _error(actual: Tensor, wanted: Tensor) -> float:
 
 
 def measure(call: Call, work: Work, num_calls: int) -> tuple[dict[str, Any], Tensor | None]:
-    """Returns each call's seconds after warm-up, peak bytes above those held before, bytes sent, and the last result."""
+    """Returns each call's seconds after warm-up, peak bytes above those held before, bytes sent, last result."""
     for _ in range(work.options.get("warm_up_calls", 1)):  # compiles, and creates what a library caches
         call()
     sent, readings, result = _count_bytes_sent(), [], None

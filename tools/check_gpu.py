@@ -30,7 +30,7 @@ from tools.gpu_checks.summary import table_of
 
 def main(
     device: Annotated[
-        Literal["cuda", "cpu"], typer.Option(help="cpu: small sizes; no figure means anything.")
+        Literal["cuda", "cpu"], typer.Option(help="cpu: small sizes, whose figures mean little.")
     ] = "cuda",
     seconds: Annotated[float, typer.Option(min=1, help="Limit of all checks together.")] = 480.0,
     out: Annotated[Path | None, typer.Option(help="Write the JSON lines to this file too.")] = None,
@@ -40,9 +40,7 @@ def main(
     collect: Annotated[
         Path | None, typer.Option("--collect-wheels", help="Fetch the wheels into this folder, and do nothing else.")
     ] = None,
-    only: Annotated[
-        list[str] | None, typer.Option(help="Run only checks whose name contains this; repeatable.")
-    ] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Run only checks with this in their name; repeatable.")] = None,
     lists: Annotated[bool, typer.Option("--list", help="Name the checks, and do nothing else.")] = False,
 ) -> None:
     """Check on one GPU what a CPU cannot: kernels, NCCL, speed, memory."""

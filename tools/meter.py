@@ -30,7 +30,7 @@ class Reading:
 def read_call(
     call: Callable[[], T], device: torch.device, *, at_start: Callable[[], None] = lambda: None
 ) -> tuple[Reading, T]:
-    """Returns the figures of `call` and its result. Free memory is given back first, then `at_start` runs, unmeasured."""
+    """Returns the figures of `call` and its result. Before it, free memory is given back and `at_start` runs."""
     before = _held_bytes_after_cleaning(device)
     at_start()
     start, cpu_start = _Clock(device), time.process_time()
