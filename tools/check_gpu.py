@@ -52,11 +52,11 @@ def main(
         typer.echo("\n".join(f"{check.name:<14} {check.seconds:>4.0f} s  {check.what}" for check in checks))
     else:
         with tempfile.TemporaryDirectory(prefix="check_gpu_") as name:
-            site = Path(name) if wheels_folder is not None else None
             if wheels_folder is not None:
                 wheels.install(wheels_folder, Path(name))
+            wheels.describe_package(Path(name))
             left = seconds - (time.monotonic() - start)
-            outcomes = [told(outcome, out) for outcome in run_checks(checks, device, left, site)]
+            outcomes = [told(outcome, out) for outcome in run_checks(checks, device, left, Path(name))]
         Console(width=150).print(table_of(outcomes))
         raise typer.Exit(any(outcome.is_bad for outcome in outcomes))
 

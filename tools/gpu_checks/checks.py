@@ -30,7 +30,7 @@ CHECKS = (
     Check("loss_peers", "losses:peers", 60, "the JSD beside Liger's and plain chunked torch", proves=False),
     Check("resumes", "resumes:equal", 60, "two resumes and the run that went straight on are equal bit for bit"),
     Check("loss_chunks", "losses:chunk_sizes", 30, "chunk sizes", proves=False),
-    Check("waiting", "waiting:decode_beside", 50, "decoding beside a rank that waits in gloo, in NCCL", proves=False),
+    Check("waiting", "waiting:decode_beside", 85, "decoding beside a rank that waits in gloo, in NCCL", proves=False),
     Check("dead_peer", "dead_peer:end_group", 70, "abort and destroy of a group whose peer has died", proves=False),
     Check("checkpoint", "checkpoint:peak", 60, "memory and seconds of a checkpoint", proves=False),
     Check("widths", "widths:new_and_rounded", 60, "recompiles and plans over new widths", proves=False),

@@ -11,7 +11,6 @@ import torch.distributed as dist
 from tools.gpu_checks.ranks import RankError, run_ranks
 from tools.gpu_checks.task import Task
 
-_LIMIT = 30
 _WAYS = ("abort", "destroy")
 
 
@@ -21,7 +20,7 @@ def end_group(task: Task) -> None:
         place = "tools.gpu_checks.dead_peer:ended"
         start = time.monotonic()
         try:
-            found, _ = run_ranks(place, 2, task, task.device, way, seconds=_LIMIT, may_die=(1,))
+            found, _ = run_ranks(place, 2, task, task.device, way, seconds=task.size(30, 90), may_die=(1,))
         except RankError as error:
             found = {"ended_after_s": round(time.monotonic() - start, 1), "error": str(error)[-300:]}
         task.note(**{way: found})

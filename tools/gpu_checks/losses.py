@@ -49,7 +49,8 @@ def errors(task: Task) -> None:
 
 def speeds(task: Task) -> None:
     """Notes the figures of the loss of all rows and of scoring, at two widths, for the whole vocabulary and shards."""
-    for hidden, shards in ((2560, 1), (2560, 8), (4096, 1), (2560, 2), (4096, 8), (4096, 2)):
+    shapes = ((2560, 1), (2560, 8), (4096, 1), (2560, 2), (4096, 8), (4096, 2))
+    for hidden, shards in task.size(shapes, shapes[:2]):
         work = _work(task, hidden=task.size(hidden, hidden // 128), shards=shards)
         floor = _figures(_FLOOR, _with(work, chunk_rows=task.size(2048, 64)))
         rows = {"products": floor}

@@ -11,7 +11,7 @@ _SUM = "tools.gpu_checks.nccl:summed"
 
 def two_ranks(task: Task) -> None:
     """Notes what NCCL says to two ranks of one host on one GPU; requires that it takes them for two hosts."""
-    sums = run_ranks(_SUM, 2, task, task.device, seconds=25)
+    sums = run_ranks(_SUM, 2, task, task.device, seconds=task.size(25, 100))
     task.note(as_two_hosts=sums)
     task.require(sums == [[3.0, 1.0, 2.0]] * 2, f"expected the sum 3 and both ranks' values, got {sums}")
     if not task.on_gpu:

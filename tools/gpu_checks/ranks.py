@@ -15,6 +15,8 @@ from typing import Any
 
 from tools.gpu_checks.task import Task
 
+ROOT = Path(__file__).parents[2]
+
 
 class RankError(Exception):
     """A rank that failed, died or did not end; the message has its last words."""
@@ -48,6 +50,7 @@ def run_ranks(
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "tools.gpu_checks.ranks", place, str(folder)],
+            cwd=ROOT,
             env={**os.environ, **environment_of(rank, world_size, port), **environment},
             stdout=(folder / f"{rank}.log").open("wb"),
             stderr=subprocess.STDOUT,

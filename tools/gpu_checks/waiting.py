@@ -19,7 +19,7 @@ def decode_beside(task: Task) -> None:
     ways = ("nobody", "gloo", *["nccl"] * task.on_gpu)
     tokens = task.size(256, 4)
     place = "tools.gpu_checks.waiting:rates"
-    rates, _ = run_ranks(place, 2, task, task.device, str(task.folder), ways, tokens, seconds=45)
+    rates, _ = run_ranks(place, 2, task, task.device, str(task.folder), ways, tokens, seconds=task.size(80, 200))
     task.note(tokens_per_second={name: round(rate, 1) for name, rate in rates.items()})
     if not task.on_gpu:
         task.note(nccl="needs a GPU")

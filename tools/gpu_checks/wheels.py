@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from megatron_tip import __version__
+
 # What a machine with torch, transformers and pytest still lacks; megatron-core's wheel has a compiled helper.
 NEEDED = (
     *("megatron-core", "pydantic", "pydantic-core", "annotated-types", "typing-inspection", "typing-extensions"),
@@ -29,6 +31,13 @@ def pinned(requirements: str) -> list[str]:
     """Returns the lines of `requirements` for the packages of NEEDED."""
     pins = dict(line.split("==", 1) for line in requirements.splitlines() if "==" in line and line[0] != "#")
     return [f"{name}=={pins[name]}" for name in NEEDED]
+
+
+def describe_package(target: Path) -> None:
+    """Writes into `target` what says that this checkout is installed: a checkpoint records the version."""
+    described = target / f"megatron_tip-{__version__}.dist-info"
+    described.mkdir(parents=True)
+    (described / "METADATA").write_text(f"Metadata-Version: 2.1\nName: megatron_tip\nVersion: {__version__}\n")
 
 
 def install(folder: Path, target: Path) -> None:
