@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.timeout(900)
 def test_every_check_ends_well_on_a_cpu(tmp_path: Path):
     out = tmp_path / "checks.jsonl"
-    command = [sys.executable, str(ROOT / "tools/check_gpu.py"), "--device", "cpu", "--seconds", "800", "--out", str(out)]
+    options = ["--device", "cpu", "--seconds", "800", "--out", str(out)]
+    command = [sys.executable, str(ROOT / "tools/check_gpu.py"), *options]
     ended = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert [line["check"] for line in lines] == [check.name for check in CHECKS]
