@@ -10,14 +10,13 @@ to standard output and --out. A table follows at the end. docs/gpu_check.md list
 Exit code 0: every check that shows something to be right has passed. 1: one has not, or was not run for lack of time.
 """
 
+import argparse
 import json
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Annotated, Literal
 
-import typer
 from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -28,37 +27,35 @@ from tools.gpu_checks.run import Outcome, run_checks
 from tools.gpu_checks.summary import table_of
 
 
-def main(
-    device: Annotated[
-        Literal["cuda", "cpu"], typer.Option(help="cpu: small sizes, whose figures mean little.")
-    ] = "cuda",
-    seconds: Annotated[float, typer.Option(min=1, help="Limit of all checks together.")] = 480.0,
-    out: Annotated[Path | None, typer.Option(help="Write the JSON lines to this file too.")] = None,
-    wheels_folder: Annotated[
-        Path | None, typer.Option("--wheels", help="Wheels to install into a temporary folder first.")
-    ] = None,
-    collect: Annotated[
-        Path | None, typer.Option("--collect-wheels", help="Fetch the wheels into this folder, and do nothing else.")
-    ] = None,
-    only: Annotated[list[str] | None, typer.Option(help="Run only checks with this in their name; repeatable.")] = None,
-    lists: Annotated[bool, typer.Option("--list", help="Name the checks, and do nothing else.")] = False,
-) -> None:
-    """Check on one GPU what a CPU cannot: kernels, NCCL, speed, memory."""
-    start = time.monotonic()
-    checks = [check for check in CHECKS if any(part in check.name for part in only or [""])]
-    if collect is not None:
-        typer.echo("\n".join(wheels.collect(collect)))
-    elif lists:
-        typer.echo("\n".join(f"{check.name:<14} {check.seconds:>4.0f} s  {check.what}" for check in checks))
-    else:
-        with tempfile.TemporaryDirectory(prefix="check_gpu_") as name:
-            if wheels_folder is not None:
-                wheels.install(wheels_folder, Path(name))
-            wheels.describe_package(Path(name))
-            left = seconds - (time.monotonic() - start)
-            outcomes = [told(outcome, out) for outcome in run_checks(checks, device, left, Path(name))]
-        Console(width=150).print(table_of(outcomes))
-        raise typer.Exit(any(outcome.is_bad for outcome in outcomes))
+def main() -> None:
+    start, arguments = time.monotonic(), parsed()
+    checks = [check for check in CHECKS if any(part in check.name for part in arguments.only or [""])]
+    if arguments.collect_wheels is not None:
+        print("\n".join(wheels.collect(arguments.collect_wheels)))
+        return
+    if arguments.list:
+        print("\n".join(f"{check.name:<14} {check.seconds:>4.0f} s  {check.what}" for check in checks))
+        return
+    with tempfile.TemporaryDirectory(prefix="check_gpu_") as name:
+        if arguments.wheels is not None:
+            wheels.install(arguments.wheels, Path(name))
+        wheels.describe_package(Path(name))
+        left = arguments.seconds - (time.monotonic() - start)
+        outcomes = [told(one, arguments.out) for one in run_checks(checks, arguments.device, left, Path(name))]
+    Console(width=150).print(table_of(outcomes))
+    sys.exit(any(outcome.is_bad for outcome in outcomes))
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: small sizes, over gloo")
+    parser.add_argument("--seconds", type=float, default=480.0, help="limit of all checks together (480)")
+    parser.add_argument("--out", type=Path, help="write the JSON lines to this file too")
+    parser.add_argument("--wheels", type=Path, metavar="FOLDER", help="install these wheels into a temporary folder")
+    parser.add_argument("--collect-wheels", type=Path, metavar="FOLDER", help="fetch the wheels, and do nothing else")
+    parser.add_argument("--only", action="append", help="only checks with this in their name; repeatable")
+    parser.add_argument("--list", action="store_true", help="name the checks and their limits, and do nothing else")
+    return parser.parse_args()
 
 
 def told(outcome: Outcome, out: Path | None) -> Outcome:
@@ -72,4 +69,4 @@ def told(outcome: Outcome, out: Path | None) -> Outcome:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    main()

@@ -11,19 +11,22 @@ import torch.distributed as dist
 from tools.gpu_checks.ranks import RankError, run_ranks
 from tools.gpu_checks.task import Task
 
-_WAYS = ("abort", "destroy")
+_WAYS = {"abort": "abort", "destroy": "destroy"}
+_NCCL_WAYS = {**_WAYS, "abort without torch's watchdog": "abort"}
+"""By default torch's own watchdog may end the process as soon as NCCL reports that the peer is gone."""
 
 
 def end_group(task: Task) -> None:
     """Notes what the living rank met in its collective, and how soon each way of ending the group returned."""
-    for way in _WAYS:
-        place = "tools.gpu_checks.dead_peer:ended"
+    place, seconds = "tools.gpu_checks.dead_peer:ended", task.size(22, 90)
+    for name, way in task.size(_NCCL_WAYS, _WAYS).items():
         start = time.monotonic()
+        handling = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"} if name not in _WAYS else {}
         try:
-            found, _ = run_ranks(place, 2, task, task.device, way, seconds=task.size(30, 90), may_die=(1,))
+            found, _ = run_ranks(place, 2, task, task.device, way, seconds=seconds, may_die=(1,), **handling)
         except RankError as error:
             found = {"ended_after_s": round(time.monotonic() - start, 1), "error": str(error)[-300:]}
-        task.note(**{way: found})
+        task.note(**{name: found})
 
 
 def ended(device: str, way: str) -> dict[str, Any]:
