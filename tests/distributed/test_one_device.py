@@ -54,4 +54,4 @@ def refuse() -> None:
 
 def test_a_rank_that_fails_ends_the_others_and_is_named(tmp_path: Path):
     with pytest.raises(RankError, match=r"rank 1 of .*refuse ended with 1: (?s:.*)a message"):
-        run_ranks(f"{HERE}:refuse", 2, Task("cpu", tmp_path), seconds=120, may_die=(0,))
+        run_ranks(f"{HERE}:refuse", 2, Task("cpu", tmp_path), seconds=120)

@@ -38,25 +38,17 @@ def peak(task: Task) -> None:
 
 def _note_save(task: Task, checkpointer: Checkpointer, step: int) -> None:
     """Saves once, and notes what it took."""
-    if task.on_gpu:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    start = time.monotonic()
-    waited = 0.0
+    seconds: list[float] = []
 
     def save() -> None:
-        nonlocal waited
+        start = time.monotonic()
         checkpointer.save(RunProgress(step=step))
-        waited = time.monotonic() - start
+        seconds.append(time.monotonic() - start)
         checkpointer.finish()
+        seconds.append(time.monotonic() - start)
 
-    reading, _ = read_call(save, torch.device("cpu"))
-    figures = {
-        "training_waits_s": round(waited, 2),
-        "written_after_s": round(time.monotonic() - start, 2),
-        "host_peak_mb": round(reading.peak_bytes / 1e6, 1),
-    }
+    host, (device, _) = read_call(lambda: read_call(save, torch.device(task.device)), torch.device("cpu"))
+    figures = {"training_waits_s": seconds[0], "written_after_s": seconds[1], "host_peak_mb": host.peak_bytes / 1e6}
     if task.on_gpu:
-        figures["gpu_peak_mb"] = round((torch.cuda.max_memory_allocated() - before) / 1e6, 1)
-    task.note(**{f"save {step}": figures})
+        figures["gpu_peak_mb"] = device.peak_bytes / 1e6
+    task.note(**{f"save {step}": {name: round(value, 2) for name, value in figures.items()}})

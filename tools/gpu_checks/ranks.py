@@ -47,21 +47,14 @@ def run_ranks(
     folder = Path(tempfile.mkdtemp(dir=task.folder))
     (folder / "arguments").write_bytes(pickle.dumps(arguments))
     port = free_port()
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tools.gpu_checks.ranks", place, str(folder)],
-            cwd=ROOT,
-            env={**os.environ, **environment_of(rank, world_size, port), **environment},
-            stdout=(folder / f"{rank}.log").open("wb"),
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(world_size)
-    ]
+    places = [{**environment_of(rank, world_size, port), **environment} for rank in range(world_size)]
+    processes = [_started(place, folder, one) for one in places]
     codes = _ended(processes, time.monotonic() + seconds, may_die)
-    for rank, code in enumerate(codes):
-        if code != 0 and rank not in may_die:
-            how = f"ended with {code}" if code is not None else f"still ran after {seconds:.0f} s"
-            raise RankError(f"rank {rank} of {place} {how}: {_last_words(folder, rank)}")
+    failed = [rank for rank, code in enumerate(codes) if code != 0 and rank not in may_die]
+    if failed:
+        rank = min(failed, key=lambda rank: _failed_at(folder, rank))
+        how = f"ended with {codes[rank]}" if codes[rank] is not None else f"still ran after {seconds:.0f} s"
+        raise RankError(f"rank {rank} of {place} {how}: {_last_words(folder, rank)}")
     results = [folder / f"{rank}.result" for rank in range(world_size)]
     return [pickle.loads(path.read_bytes()) if path.exists() else None for path in results]
 
@@ -104,6 +97,17 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def _started(place: str, folder: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    with (folder / f"{environment['RANK']}.log").open("wb") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "tools.gpu_checks.ranks", place, str(folder)],
+            cwd=ROOT,
+            env={**os.environ, **environment},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+
+
 def _ended(processes: Sequence[subprocess.Popen[bytes]], deadline: float, may_die: Sequence[int]) -> list[int | None]:
     """Returns the exit codes, None of those that had to be killed. The first failure ends the others soon after."""
     wanted = [process for rank, process in enumerate(processes) if rank not in may_die]
@@ -116,6 +120,12 @@ def _ended(processes: Sequence[subprocess.Popen[bytes]], deadline: float, may_di
         process.kill()
         process.wait()
     return codes
+
+
+def _failed_at(folder: Path, rank: int) -> float:
+    """Returns when the rank wrote its error, so that the first failure counts and not that of its peers."""
+    error = folder / f"{rank}.error"
+    return error.stat().st_mtime if error.exists() else float("inf")
 
 
 def _last_words(folder: Path, rank: int) -> str:

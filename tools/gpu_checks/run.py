@@ -26,7 +26,7 @@ _LOG_LINES = 15
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a check. `log`: the last lines of its output, unless it passed or was skipped."""
+    """What came of a check. `log`: the last lines of its output, unless it passed."""
 
     check: str
     status: Status
@@ -91,9 +91,9 @@ def _run(check: Check, device: str, seconds: float, environment: dict[str, str])
                 _end_all(process)
         found, took = task.found(), time.monotonic() - start
         status = _status(found, code)
-        why = found.skipped or (f"limit {seconds:.0f} s" if status == "timed out" else "")
+        why = f"limit {seconds:.0f} s" if status == "timed out" else ""
         lines = log.read_text(errors="replace").splitlines()[-_LOG_LINES:]
-        shown = "" if status in ("passed", "skipped") else "\n".join(lines)
+        shown = "" if status == "passed" else "\n".join(lines)
         return Outcome(check.name, status, round(took, 1), check.proves, found.values, found.failures, why, shown)
 
 
@@ -104,7 +104,7 @@ def _status(found: Found, code: int | None) -> Status:
         return "timed out"
     if code or not found.is_whole:
         return "error"
-    return "skipped" if found.skipped else "passed"
+    return "passed"
 
 
 def _end_all(process: subprocess.Popen[bytes]) -> None:

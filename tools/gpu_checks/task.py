@@ -8,17 +8,12 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-class SkippedError(Exception):
-    """A check that means nothing here; the message says why."""
-
-
 @dataclass
 class Found:
     """What a check has found so far. `is_whole`: it came to its end."""
 
     values: dict[str, Any] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
-    skipped: str = ""
     is_whole: bool = False
 
 
@@ -49,10 +44,8 @@ class Task:
         if not condition:
             self._write("failure", message)
 
-    def skip(self, why: str) -> None:
-        self._write("skipped", why)
-
     def end(self) -> None:
+        """Records that the check came to its end."""
         self._write("end", True)
 
     def found(self) -> Found:
@@ -79,7 +72,5 @@ def _add(found: Found, kind: str, content: Any) -> None:
             found.values[name] = {**found.values[name], **value} if merges else value
     elif kind == "failure":
         found.failures.append(content)
-    elif kind == "skipped":
-        found.skipped = content
     else:
         found.is_whole = True

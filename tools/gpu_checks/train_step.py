@@ -60,6 +60,7 @@ def _observed(task: Task, folder: Path, layout: Layout) -> list[Observed]:
     if task.on_gpu:
         place = "tools.gpu_checks.train_step:observed_step"
         return run_ranks(place, layout.world_size, task, folder, layout, seconds=70)
+    # forked after one import of everything, which a fresh process would repeat
     return run_workers(observed_step, layout.world_size, task.folder, folder, layout)
 
 
