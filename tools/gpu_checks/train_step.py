@@ -14,11 +14,12 @@ from tests.distributed.test_train_step import (
 )
 from tests.helpers.distributed import run_workers
 from tests.helpers.training import Layout, make_config, make_models
-from tools.gpu_checks.ranks import run_ranks
+from tools.gpu_checks.ranks import RankError, run_ranks
 from tools.gpu_checks.task import Task
 
+_ALONE = "one process"
 _LAYOUTS = {
-    "one process": Layout(1),
+    _ALONE: Layout(1),
     "tp 2, sequence parallel": Layout(2, student=(2, 1), sequence_parallel=True),
     "pp 2": Layout(2, student=(1, 2)),
     "dp 2": Layout(2),
@@ -33,11 +34,18 @@ def layouts(task: Task) -> None:
     (folder / "prompts.jsonl").write_text("".join(f'{{"prompt": "what is {n} and {n} ?"}}\n' for n in range(4)))
     with ThreadPoolExecutor(task.size(len(_LAYOUTS), 1)) as pool:
         started = {name: pool.submit(_observed, task, folder, layout) for name, layout in _LAYOUTS.items()}
-        observed = {name: one.result() for name, one in started.items()}
-    single, *_ = observed["one process"]
+    observed = {}
+    for name, one in started.items():
+        try:
+            observed[name] = one.result()
+        except RankError as error:  # the other layouts still tell something
+            task.require(False, f"{name}: {error}")
+    if _ALONE not in observed:
+        return
+    single, *_ = observed[_ALONE]
     loss, gradients = reference_gradients(folder, ROLLOUTS, single.selected)
     for name, ranks in observed.items():
-        _check(task, name, ranks, single)
+        _compare(task, name, ranks, single)
         own = sum(rank.loss for rank in ranks)
         task.require(abs(own - loss) <= _TOLERANCE * abs(loss), f"{name}: loss {own}, expected {loss}")
         errors = {
@@ -64,7 +72,7 @@ def _observed(task: Task, folder: Path, layout: Layout) -> list[Observed]:
     return run_workers(observed_step, layout.world_size, task.folder, folder, layout)
 
 
-def _check(task: Task, name: str, ranks: list[Observed], single: Observed) -> None:
+def _compare(task: Task, name: str, ranks: list[Observed], single: Observed) -> None:
     selected = sorted(row for rank in ranks for row in rank.selected)
     task.require(selected == sorted(single.selected), f"{name}: other tokens are selected, or with other weights")
     for rank in ranks:
