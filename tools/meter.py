@@ -30,7 +30,7 @@ class Reading:
 def read_call(
     call: Callable[[], T], device: torch.device, *, at_start: Callable[[], None] = lambda: None
 ) -> tuple[Reading, T]:
-    """Returns the figures of `call` and its result. Before it, free memory is given back and `at_start` runs."""
+    """Returns the figures of `call` and its result. Before it, garbage is collected and `at_start` runs."""
     before = _held_bytes_after_cleaning(device)
     at_start()
     start, cpu_start = _Clock(device), time.process_time()
@@ -80,10 +80,9 @@ class _Clock:
 
 
 def _held_bytes_after_cleaning(device: torch.device) -> int:
-    """Returns free memory to the system, resets the peak, and returns the bytes held after that."""
+    """Returns free memory to the system (on a CPU), resets the peak, and returns the bytes held after that."""
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    if device.type == "cuda":  # what the allocator keeps stays there: to get it from the driver again would be timed
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
     ctypes.CDLL("libc.so.6").malloc_trim(0)
