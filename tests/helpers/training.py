@@ -186,4 +186,5 @@ def recorder_of(run: TrainingRun, folder: RunFolder) -> RunRecorder:
 
 def this_worker() -> Worker:
     rank = dist.get_rank()
-    return Worker(rank, dist.get_world_size(), rank, torch.device("cpu"))
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return Worker(rank, dist.get_world_size(), rank, device)
