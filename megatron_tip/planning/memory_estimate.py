@@ -176,7 +176,7 @@ def _working(
     loss = {"loss: logits of a chunk": float(chunk_rows * shard * _FLOAT32 * _LOSS_BUFFERS)}
     asking = _forward(config, "teacher", teacher)
     scoring = _forward(config, "student", student) | loss
-    selected = {name: 2 * config.selection.retention_ratio * value for name, value in received.items()}
+    selected = {name: 2 * outline.selector.asked_share * value for name, value in received.items()}
     training = {
         "student: activations of a micro-batch": _activations(config, student),
         "loss: gradient of the head": shard * student.architecture.hidden_size * _FLOAT32,

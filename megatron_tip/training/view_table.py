@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_tip.config import Config
 from megatron_tip.observability.token_table import VALUES, TokenTable, TokenTableFacts, ViewedRollout
+from megatron_tip.planning.settings import make_selector
 from megatron_tip.records import Rollout, TokenIndex, TokenSelection
 from megatron_tip.selection.metrics import QUADRANT_DIVERGENCES
 from megatron_tip.statistics import STATISTICS, TokenStatistics
@@ -43,7 +44,7 @@ def view_table(
     facts = TokenTableFacts(
         step=step,
         rule=config.selection.rule,
-        retention_ratio=config.selection.retention_ratio,
+        retention_ratio=make_selector(config).asked_share,
         temperature=config.loss.temperature,
         divergence=axis,
         medians=None if entropy is None or divergence is None else (entropy, divergence),
