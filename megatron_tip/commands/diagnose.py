@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from megatron_tip.commands.outcome import end_as, errors_reported
-from megatron_tip.commands.run_command import RunCommand, configured_run
+from megatron_tip.commands.run_command import Overrides, RunCommand, configured_run
 from megatron_tip.config import Config
 from megatron_tip.errors import InputError
 from megatron_tip.observability.logs import configure_logging
@@ -26,7 +26,6 @@ diagnose = typer.Typer(
 )
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="As for train; [diagnostics] names the bank.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="section.key=value")]
 Nproc = Annotated[int | None, typer.Option(min=1, help="Workers to start on this machine, as for train.")]
 Checkpoint = Annotated[
     Path | None,

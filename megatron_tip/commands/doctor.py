@@ -18,7 +18,7 @@ from megatron_tip import __version__
 from megatron_tip.commands.finding import Finding
 from megatron_tip.commands.network import address_findings, gpu_findings, network_findings, server_findings
 from megatron_tip.commands.outcome import errors_reported
-from megatron_tip.commands.run_command import configured_run
+from megatron_tip.commands.run_command import Overrides, configured_run
 from megatron_tip.config import Config
 from megatron_tip.errors import ConfigError, MegatronTipError
 from megatron_tip.placement.hosts import Hosts, hosts_elsewhere
@@ -29,7 +29,7 @@ _MINIMUM_FREE_BYTES = 20 * 2**30
 @errors_reported()
 def command(
     config_path: Annotated[Path | None, typer.Argument(metavar="[CONFIG.toml]", help="The run to check for.")] = None,
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="section.key=value")] = None,
+    overrides: Overrides = None,
     world_size: Annotated[
         int | None,
         typer.Option(min=1, help="Check the run for this many GPUs elsewhere, and nothing of this machine."),

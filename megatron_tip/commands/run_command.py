@@ -3,14 +3,33 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
+import typer
 from typer.core import TyperCommand
 
 from megatron_tip.commands.outcome import errors_reported
 from megatron_tip.config import Config
 from megatron_tip.config.hints import names_a_key, override_hint
 from megatron_tip.config.io import load_config
+from megatron_tip.config.keys import all_keys
 from megatron_tip.errors import ConfigError
+
+
+def complete_override(incomplete: str) -> list[str]:
+    """Returns the overrides that begin with `incomplete`, for the shell: keys, and after "=" the values of a choice."""
+    name, equals, _ = incomplete.partition("=")
+    if not equals:
+        return [f"{key}=" for key in all_keys() if key.startswith(incomplete)]
+    key = all_keys().get(name)
+    values = [] if key is None else ["true", "false"] if key.expected == "boolean" else key.choices
+    return [full for value in values if (full := f"{name}={value}").startswith(incomplete)]
+
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="section.key=value", help="Overrides of the file.", autocompletion=complete_override),
+]
 
 
 class RunCommand(TyperCommand):

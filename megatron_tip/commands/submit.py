@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from megatron_tip.commands.outcome import errors_reported
-from megatron_tip.commands.run_command import configured_run
+from megatron_tip.commands.run_command import Overrides, configured_run
 from megatron_tip.commands.time_limit import check_time_limit
 from megatron_tip.commands.train import check_elsewhere
 from megatron_tip.config import Config
@@ -70,7 +70,7 @@ class Submission:
 @errors_reported()
 def command(
     config_path: Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="The run, as for train.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="section.key=value")] = None,
+    overrides: Overrides = None,
     nodes: Annotated[int, typer.Option(min=1, help="Nodes of the job.")] = 1,
     gpus_per_node: Annotated[
         int | None, typer.Option(min=0, help="GPUs per node; 0: none. Default: what slurm/site.sh says, or 8.")

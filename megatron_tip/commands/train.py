@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from megatron_tip.commands.outcome import end_as, errors_reported
-from megatron_tip.commands.run_command import RunCommand, configured_run
+from megatron_tip.commands.run_command import Overrides, RunCommand, configured_run
 from megatron_tip.config import Config
 from megatron_tip.config.io import dump_config
 from megatron_tip.config.reference import reference
@@ -36,7 +36,7 @@ class TrainCommand(RunCommand):
 @errors_reported()
 def command(
     config_path: Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="The run; its keys are listed below.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="section.key=value")] = None,
+    overrides: Overrides = None,
     nproc: Annotated[
         int | None,
         typer.Option(

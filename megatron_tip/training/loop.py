@@ -207,7 +207,7 @@ def run_steps(
             raise
         checkpointer.save(progress)
         checkpointer.finish()
-        if dist.get_rank() == 0 and progress.step and not has_launcher():  # which says so itself
+        if dist.get_rank() == 0 and progress.step and not (has_launcher() and isinstance(reason, StopRequested)):
             logger.warning("ended by %s; saved after step %d; the same command continues it", reason, progress.step)
         raise
 

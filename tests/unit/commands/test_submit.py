@@ -113,9 +113,7 @@ def test_another_site_file_is_read_by_bash(tmp_path: Path):
 
 
 def test_an_unknown_script_is_refused_with_the_known_ones():
-    with pytest.raises(
-        ConfigError, match=r"expected one of train, train_disaggregated, sweep, got tarin; did you mean t"
-    ):
+    with pytest.raises(ConfigError, match=r"expected one of train, .*, sweep, got tarin; did you mean train\?"):
         Submission(Path("a.toml"), script="tarin", environ=ENVIRON)
 
 
