@@ -77,7 +77,7 @@ def after_start(stderr):
     """What the command says after its first line, by which it says at once what it does."""
     first, _, rest = stderr.partition("\n")
     assert first.startswith(("starting ", "checking "))
-    assert "student learns from teacher, into " in first
+    assert " learns from teacher, into " in first
     return rest
 
 
@@ -161,7 +161,11 @@ def test_version(environ):
 
 def test_dry_run_prints_what_would_run(config_path, environ, stand_in, tmp_path):
     stand_in("raise AssertionError('started')")
-    ended = run("train", config_path, "training.steps=7", "--dry-run", environ=environ)
+    refused = run("train", config_path, "--dry-run", environ=environ)
+    assert refused.returncode == 2
+    assert "expected at least 16 held-out prompts and one for training, got 1 different ones" in refused.stderr
+    overrides = ["training.steps=7", "heldout.num_prompts=0"]
+    ended = run("train", config_path, *overrides, "--dry-run", environ=environ)
     assert ended.returncode == 0
     resolved = tmp_path / "resolved.toml"
     resolved.write_text(ended.stdout)
@@ -170,7 +174,7 @@ def test_dry_run_prints_what_would_run(config_path, environ, stand_in, tmp_path)
     assert told[1].startswith("teacher: teacher, 6 layers, ")
     assert "prompts: 1 to train on, fewer than rollout.prompts_per_step = 8" in ended.stderr
     assert told[-1] == "ok: this configuration can run here, on 1 workers"
-    assert load_config(resolved) == load_config(config_path, ["training.steps=7"])
+    assert load_config(resolved) == load_config(config_path, overrides)
     assert not (tmp_path / "run").exists()
 
 

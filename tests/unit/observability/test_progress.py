@@ -52,10 +52,9 @@ def test_bar_phase_and_live_line_on_a_terminal(caplog):
     console = Console(file=screen, force_terminal=True, width=160)
     with ProgressDisplay(3, enabled=True, console=console) as progress:
         progress.finish_step(1, METRICS)
-        progress.show_phase("teacher")
         progress.show_phase("rollout")
         progress.show_progress("3 of 8 responses")
-    for text in ("1/3", "elapsed", "left", "teacher", "rollout: 3 of 8 responses", LINE):
+    for text in ("1/3", "elapsed", "left", "rollout: 3 of 8 responses", LINE):
         assert text in screen.getvalue()
     assert caplog.messages == []
 
