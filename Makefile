@@ -15,7 +15,7 @@ STUDY ?= runs/fixed_context_study
 quickstart quickstart-sglang study test: export CUDA_VISIBLE_DEVICES :=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart quickstart-sglang study test lint format install sglang-cpu eval
+.PHONY: quickstart quickstart-sglang study test lint format install sglang-cpu eval package
 .DELETE_ON_ERROR:
 
 quickstart: $(INSTALLED) $(SMOLLM2)/.converted
@@ -74,6 +74,17 @@ $(SGLANG): requirements/sglang-cpu.txt requirements/sglang-cpu-no-deps.txt $(INS
 $(TRITON): requirements/triton.txt | $(INSTALLED)
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/triton -r requirements/triton.txt
 	touch $@
+
+# The package for an index: sdist and wheel in dist/, and the wheel with all of its dependencies in a clean environment.
+package: $(INSTALLED)
+	rm -rf dist .venv-package
+	$(BIN)/python -c "import setuptools.build_meta as build; build.build_sdist('dist'); build.build_wheel('dist')"
+	$(PYTHON) -m venv .venv-package
+	.venv-package/bin/pip install --quiet -r requirements/torch.txt
+	.venv-package/bin/pip install --quiet dist/megatron_tip-*.whl
+	cd / && $(CURDIR)/.venv-package/bin/megatron-tip train --help >/dev/null
+	cd / && $(CURDIR)/.venv-package/bin/megatron-tip train $(CURDIR)/examples/qwen3_4b_to_1p7b/qwen3_4b_to_1p7b.toml \
+		--dry-run --world-size 64 >/dev/null
 
 # lm-evaluation-harness in a separate environment: megatron-tip eval --python .venv-eval/bin/python
 eval: $(EVAL)

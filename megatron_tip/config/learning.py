@@ -11,9 +11,14 @@ class SelectionConfig(Section):
     """Which tokens are supervised."""
 
     rule: str = "ta_opd_teachability"
-    """A preset of megatron_tip.selection, an installed package's rule, or your own as "package.module:function"."""
+    """One of: full, random; ta_opd_teachability, ta_opd_teachability_lower_bound, ta_opd_entropy, ta_opd_divergence,
+    ta_opd_compatibility, ta_opd_soft_or, ta_opd_incompatible, ta_opd_entropy_teachability, ta_opd_q3_only,
+    ta_opd_q3_high_compatibility, ta_opd_q3_low_compatibility, ta_opd_q3_high_teachability, ta_opd_q3_low_teachability,
+    ta_opd_q3_high_incompatible; tip_entropy, tip_divergence, tip_soft_or, tip_q3_only, each also with _bottom;
+    tip_entropy_sampling. Or an installed package's rule, or your own as "module:function", from a module that lies
+    beside the run's TOML or can be imported. Equations: docs/selection.md."""
     retention_ratio: float = Field(default=0.05, gt=0, le=1)
-    """Share rho of the valid response tokens that is kept."""
+    """Share rho of the valid response tokens that is kept. The rule full keeps all of them and does not read it."""
     scope: Literal["auto", "batch", "rollout"] = "auto"
     """What the budget is a share of; auto: as in the preset's paper."""
     passes: Literal["auto", "one", "two"] = "auto"

@@ -161,6 +161,9 @@ def build_student(
         end_wd=settings.weight_decay,
         wd_incr_steps=num_steps,
         wd_incr_style="constant",
+        # The run's settings win over a checkpoint's: `same_run` lets only the number of steps change.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )
     assert isinstance(optimizer, ChainedOptimizer), "Megatron chains the optimizers of its parameter kinds"
     return Student(model, wrapped, optimizer, scheduler, groups, settings.clip_grad)

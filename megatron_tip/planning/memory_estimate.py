@@ -227,7 +227,7 @@ def _working(site: _Site, held_tokens: int | None) -> dict[str, Parts]:
     loss = {"loss: logits of a chunk": float(chunk_rows * shard * _FLOAT32 * _LOSS_BUFFERS)}
     asking = _forward(config, "teacher", teacher)
     scoring, training = _student_activations(config, student, held_tokens)
-    selected = {name: 2 * config.selection.retention_ratio * value for name, value in received.items()}
+    selected = {name: 2 * outline.selector.asked_share * value for name, value in received.items()}
     training |= {
         "loss: gradient of the head": shard * student.architecture.hidden_size * _FLOAT32,
         **{f"{name}, the selected": value for name, value in selected.items()},

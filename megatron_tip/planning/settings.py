@@ -53,8 +53,10 @@ def make_selector(config: Config) -> Selector:
     except ConfigError as error:  # it names the setting without its section
         raise ConfigError(f"selection.{error}") from error
     longest = config.rollout.max_response_tokens
-    if selector.resolved_scope == "rollout" and not rollout_budget(
-        selection.retention_ratio, longest, selection.minimum_per_rollout
+    if (
+        selector.resolved_scope == "rollout"
+        and not selector.keeps_all
+        and not rollout_budget(selection.retention_ratio, longest, selection.minimum_per_rollout)
     ):
         raise ConfigError(
             f"selection.retention_ratio: expected at least one token of the longest response, got floor("

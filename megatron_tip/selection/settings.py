@@ -22,7 +22,8 @@ class SelectionSettings:
 
     Args:
         rule: a name in `rules.RULES`, an installed rule, or an import path (see `load_rule`).
-        retention_ratio: rho in (0, 1], the share of the valid rows to keep; 1 keeps all, for every rule.
+        retention_ratio: rho in (0, 1], the share of the valid rows to keep; 1 keeps all, for every rule, and the rule
+            "full" does so whatever rho is.
         scope: the unit of the budget: "batch", ceil(rho |I|) of the whole batch; "rollout", floor(rho m) of each
             rollout. None: as the rule was published.
         normaliser: one of `normalise.NORMALISERS` for all inputs of the rule; None: the rule's own.
@@ -58,8 +59,6 @@ class SelectionSettings:
         if self.minimum_per_rollout < 0:
             raise ConfigError(f"minimum_per_rollout: expected 0 or more, got {self.minimum_per_rollout}")
         take = self.resolved_rule.take
-        if take == "all" and not self.keeps_all:
-            raise ConfigError(f"rule {self.rule!r} keeps every row: set retention_ratio = 1, or choose another rule")
         if self.loss_scale == "importance" and take not in ("all", "sample"):
             sampling = [name for name, rule in RULES.items() if rule.take == "sample"]
             raise ConfigError(
@@ -84,7 +83,13 @@ class SelectionSettings:
 
     @property
     def keeps_all(self) -> bool:
-        return self.retention_ratio == 1.0
+        """Whether every valid row is kept: with the rule "full" whatever the budget, or a budget of 1."""
+        return self.retention_ratio == 1.0 or self.resolved_rule.take == "all"
+
+    @property
+    def asked_share(self) -> float:
+        """The share of the valid rows that is asked for: `retention_ratio`, or 1 if all are kept."""
+        return 1.0 if self.keeps_all else self.retention_ratio
 
     @property
     def required_statistics(self) -> frozenset[str]:

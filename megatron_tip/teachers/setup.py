@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_tip.config import Config
 from megatron_tip.conversion.model_folder import read_json
+from megatron_tip.conversion.not_a_model import require_model_folder
 from megatron_tip.errors import ConfigError
 from megatron_tip.machine import Machine
 from megatron_tip.rollout.sglang.keys import read_keys
@@ -98,9 +99,10 @@ def teacher_limits(folder: Path) -> tuple[int, int]:
     """Returns vocabulary size and number of positions from `folder`'s config.json, for any architecture; no weights.
 
     Raises:
-        WeightsError: config.json cannot be read.
+        WeightsError: it is no model's folder, or config.json cannot be read.
         ConfigError: one of the two values is missing.
     """
+    require_model_folder(folder)
     content = read_json(folder / "config.json")
     content |= content.get("text_config") or {}
     found = [content.get(key) for key in ("vocab_size", "max_position_embeddings")]

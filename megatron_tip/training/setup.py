@@ -30,6 +30,7 @@ from megatron_tip.rollout.engine import EngineNeeds, SamplingParams
 from megatron_tip.rollout.engines import build_engine
 from megatron_tip.rollout.handover.exchange import HandleExchange
 from megatron_tip.rollout.handover.shared_memory import bucket_limit
+from megatron_tip.rollout.progress_clock import Show, show_nothing
 from megatron_tip.teachers.setup import build_teacher
 from megatron_tip.teachers.teacher import TeacherSite
 from megatron_tip.training.device_memory import DeviceMemory
@@ -53,7 +54,14 @@ def with_prompts(config: Config, plan: RunPlan, worker: Worker) -> RunPlan:
 
 
 def build_run(
-    config: Config, plan: RunPlan, worker: Worker, timer: PhaseTimer, *, num_threads: int, generates: bool = True
+    config: Config,
+    plan: RunPlan,
+    worker: Worker,
+    timer: PhaseTimer,
+    *,
+    num_threads: int,
+    generates: bool = True,
+    show_progress: Show = show_nothing,
 ) -> TrainingRun:
     """Returns the run with its models, optimizer, prompts and engine. Collective over the world.
 
@@ -61,6 +69,7 @@ def build_run(
         generates: if False, leaves out prompts and engine, for work on existing rollouts.
         num_threads: CPU threads of all workers on this machine together. The embedded engine uses them all while the
             other workers wait.
+        show_progress: shows the progress of a rollout.
 
     Raises:
         ConfigError: ranks on unequal nodes placed the servers differently.
@@ -85,7 +94,7 @@ def build_run(
         source = None
         with together(device=worker.device):
             if worker.rank == 0 and generates:
-                source = _source(config, plan, worker, num_threads, exchange)
+                source = _source(config, plan, worker, num_threads, exchange, show_progress)
                 on_failure.callback(source.engine.close)  # given servers get back their memory
                 if releases:  # the models are built where the servers have taken their share
                     source.engine.hold_memory(frozenset(), may_start=False)
@@ -192,7 +201,7 @@ def _student(config: Config, plan: RunPlan, groups: ModelGroups) -> Student:
 
 
 def _source(
-    config: Config, plan: RunPlan, worker: Worker, num_threads: int, exchange: HandleExchange | None
+    config: Config, plan: RunPlan, worker: Worker, num_threads: int, exchange: HandleExchange | None, show: Show
 ) -> RolloutSource:
     dtypes = Dtypes.of(config)
     engine = build_engine(
@@ -209,6 +218,7 @@ def _source(
             weights_dtype=dtypes.student,
             exchange=exchange,
             releases_memory=releases_memory(config, plan.placement),
+            show=show,
         )
     )
     return RolloutSource(_prompts(config, plan), engine)

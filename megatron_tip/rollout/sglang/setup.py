@@ -123,6 +123,7 @@ def build_sglang_engine(needs: EngineNeeds) -> SGLangEngine:
         num_layers=student.architecture.num_layers,
         drop_wrong_version=rollout.on_wrong_version == "drop",
         releases_memory=needs.releases_memory,
+        show=needs.show,
     )
     return SGLangEngine(pool, _transport(needs, run_id), settings)
 

@@ -34,6 +34,9 @@ _WITHOUT_SUCCESSOR = {"selection.scope": "micro_batch", "selection.thresholds": 
 """Keys and values of earlier versions for tokens that no present setting selects."""
 
 
+_STEPS = "training.steps"
+
+
 def defining_settings(config: Config) -> dict[str, Any]:
     """Returns the keys and values that cannot change during a run, as JSON values."""
     values = config.model_dump(mode="json")
@@ -44,8 +47,26 @@ def defining_settings(config: Config) -> dict[str, Any]:
     }
 
 
+def _is_extended(config: Config, saved_steps: int) -> bool:
+    """Returns whether more steps than the run began with leave the steps before as they are."""
+    return config.training.steps > saved_steps and not _why_not_longer(config)
+
+
+def _why_not_longer(config: Config) -> str:
+    """Returns why a run cannot take other steps than it began with, and what to do; empty if it can take more."""
+    if config.optimizer.min_lr < config.optimizer.lr:
+        why = "the learning rate falls to optimizer.min_lr over all steps; it can be extended where both are equal"
+    elif config.prompts.source == "reasoning_gym" and not config.prompts.num_prompts:
+        why = "as many prompts are generated as the run has steps for; it can be extended with prompts.num_prompts set"
+    else:
+        return ""
+    return f" ({why}; or let it end, and start a run with another run.folder from its student: model.path=.../hf)"
+
+
 def check_same_run(config: Config) -> None:
     """Refuses to continue a run with settings that make it a different run. Reads one small file.
+
+    More steps than it began with make it no different run if learning rate and prompts do not depend on their number.
 
     Raises:
         ConfigError: names the keys, with the checkpoint's values.
@@ -65,9 +86,9 @@ def check_same_run(config: Config) -> None:
             )
         wanted = defining_settings(config)
         changed = [
-            f"{key}: {saved[key]!r}, now {value!r}"
+            f"{key}: {saved[key]!r}, now {value!r}{_why_not_longer(config) if key == _STEPS else ''}"
             for key, value in wanted.items()
-            if key in saved and saved[key] != value
+            if key in saved and saved[key] != value and not (key == _STEPS and _is_extended(config, saved[key]))
         ]
         if changed:
             raise ConfigError(

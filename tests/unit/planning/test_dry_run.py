@@ -74,7 +74,7 @@ def test_quickstart_runs_on_three_workers():
             'release_memory: expected "auto" or "never" with sglang.router_url',
         ),
         ([*SERVED_TEACHER, "training.offload=teacher"], 'offload: expected "none", "optimizer" or "all" with teacher.'),
-        (["model.drop_layers=[28]"], "drop_layers: expected different layers among 0..27"),
+        (["model.drop_layers=[28]"], "model.drop_layers: expected different layers among 0..27"),
         (
             ["training.max_tokens_per_micro_batch=4000000"],
             "memory: expected at most 80 GiB per GPU (--gpu-memory), got an estimate of",

@@ -40,7 +40,7 @@ def test_layout_speed_and_outputs_may_change(tmp_path: Path):
     "sections,expected",
     [
         ({"optimizer": {"lr": 2.0}}, "optimizer.lr: 0.001, now 2.0"),
-        ({"training": {"steps": 5}}, "training.steps: 4, now 5"),
+        ({"optimizer": {"min_lr": 1e-3}}, "optimizer.min_lr: 0.0, now 0.001"),
         ({"run": {"seed": 7}}, "run.seed: 1, now 7"),
         ({"selection": {"rule": "random"}}, "selection.rule: 'ta_opd_teachability', now 'random'"),
         ({"rollout": {"importance_cap": 2.0}}, "rollout.importance_cap: 0.0, now 2.0"),
@@ -65,6 +65,33 @@ def test_a_selection_of_earlier_versions_names_what_replaced_it(tmp_path: Path, 
 
 def test_defaults_of_earlier_versions_are_continued(tmp_path: Path):
     check_same_run(saved_under(make_config(tmp_path, Layout(1)), **{"selection.thresholds": "this_step"}))
+
+
+CONSTANT = {"min_lr": 1e-3}
+NAMED = {"num_prompts": 9}
+
+
+@pytest.mark.parametrize(
+    "optimizer,prompts,steps,why",
+    [
+        (CONSTANT, NAMED, 5, ""),
+        (CONSTANT, NAMED, 3, "training.steps: 4, now 3"),
+        ({}, NAMED, 5, "training.steps: 4, now 5 (the learning rate falls to optimizer.min_lr over all steps;"),
+        (CONSTANT, {}, 5, "training.steps: 4, now 5 (as many prompts are generated as the run has steps for;"),
+    ],
+    ids=["longer", "shorter", "cosine", "generated"],
+)
+def test_a_run_is_extended_where_no_earlier_step_would_change(tmp_path: Path, optimizer, prompts, steps: int, why: str):
+    saved_under(make_config(tmp_path, Layout(1), optimizer=optimizer, prompts=prompts))
+    extended = make_config(tmp_path, Layout(1), optimizer=optimizer, prompts=prompts, training={"steps": steps})
+    if not why:
+        check_same_run(extended)
+        return
+    with pytest.raises(ConfigError) as caught:
+        check_same_run(extended)
+    told = str(caught.value).splitlines()[1].strip()
+    assert told.startswith(why)
+    assert ("model.path=.../hf" in told) == ("(" in why)
 
 
 def test_a_folder_without_checkpoints_says_nothing(tmp_path: Path):
