@@ -15,7 +15,7 @@ from megatron_tip.parallel.groups import ModelGroups
 from megatron_tip.parallel.together import together
 from megatron_tip.records import Rollout, TeacherTopK
 from megatron_tip.rollout.sglang.client import SGLangClient, Timeouts
-from megatron_tip.rollout.sglang.setup import read_keys
+from megatron_tip.rollout.sglang.keys import read_keys
 from megatron_tip.statistics import TokenStatistics
 from megatron_tip.teachers.server_scorer import ScoringSettings, ServerTeacher
 from megatron_tip.teachers.teacher import Teacher, TeacherSite, score_micro_batches

@@ -11,7 +11,7 @@ from megatron_tip.conversion.model_folder import read_json
 from megatron_tip.conversion.not_a_model import require_model_folder
 from megatron_tip.errors import ConfigError
 from megatron_tip.machine import Machine
-from megatron_tip.rollout.sglang.setup import read_keys
+from megatron_tip.rollout.sglang.keys import read_keys
 from megatron_tip.vocab_parallel.statistics import FULL_STATISTICS
 from megatron_tip.vocab_parallel.topk_divergence import TOPK_DIVERGENCES
 from megatron_tip.vocab_parallel.topk_statistics import ON_STUDENT_SUPPORT, TOPK_STATISTICS

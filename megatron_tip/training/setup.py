@@ -1,5 +1,6 @@
 """Set-up of a run from a checked plan, ready for its first step."""
 
+from contextlib import ExitStack
 from dataclasses import replace
 
 from megatron_tip.config import Config
@@ -82,23 +83,26 @@ def build_run(
         _check_same_placement(plan.placement, worker, releases=releases)
     if generates and set(plan.placement.handing_ranks) - {0}:
         exchange = _exchange(config, plan, worker)
-    source = None
-    with together(device=worker.device):
-        if worker.rank == 0 and generates:
-            source = _source(config, plan, worker, num_threads, exchange, show_progress)
-            if releases:  # the models are built where the servers have taken their share
-                source.engine.hold_memory(frozenset(), may_start=False)
-    teacher_site = TeacherSite(
-        checkpoint=plan.teacher,
-        groups=teacher_groups,
-        student_groups=student_groups,
-        vocabulary=vocabulary,
-        padded_vocab_size=plan.padded_vocab_size,
-        required_statistics=plan.selector.required_statistics,
-        dtype=Dtypes.of(config).teacher,
-        device=worker.device,
-    )
-    student, teacher = _student(config, plan, student_groups), build_teacher(config, teacher_site)
+    with ExitStack() as on_failure:
+        source = None
+        with together(device=worker.device):
+            if worker.rank == 0 and generates:
+                source = _source(config, plan, worker, num_threads, exchange, show_progress)
+                on_failure.callback(source.engine.close)  # given servers get back their memory
+                if releases:  # the models are built where the servers have taken their share
+                    source.engine.hold_memory(frozenset(), may_start=False)
+        teacher_site = TeacherSite(
+            checkpoint=plan.teacher,
+            groups=teacher_groups,
+            student_groups=student_groups,
+            vocabulary=vocabulary,
+            padded_vocab_size=plan.padded_vocab_size,
+            required_statistics=plan.selector.required_statistics,
+            dtype=Dtypes.of(config).teacher,
+            device=worker.device,
+        )
+        student, teacher = _student(config, plan, student_groups), build_teacher(config, teacher_site)
+        on_failure.pop_all()
     return TrainingRun(
         config=config,
         device=worker.device,
