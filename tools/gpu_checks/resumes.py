@@ -58,9 +58,10 @@ def equal(task: Task) -> None:
 
 def small_config(task: Task) -> Config:
     """Returns a run on one process, of two models in bfloat16 large enough that a GPU splits their sums."""
-    shape: dict[str, Any] = task.size({"hidden_size": 768, "vocab_size": 8192, "num_layers": 4}, {"num_layers": 2})
+    hidden_size, vocab_size, num_layers = task.size((768, 8192, 4), (48, 307, 2))
     for seed, name in enumerate(("student", "teacher")):
-        make_llama(task.folder / name, seed=seed, **shape)
+        folder = task.folder / name
+        make_llama(folder, seed=seed, num_layers=num_layers, hidden_size=hidden_size, vocab_size=vocab_size)
     return config_in(task.folder, max_tokens=task.size(1024, 48))
 
 
