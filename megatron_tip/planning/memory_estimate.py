@@ -27,7 +27,7 @@ GATHERED_BYTES = 2**24
 """Each rank's part of what a checkpoint of a distributed optimizer gathers at a time."""
 
 _HELD_SHARE = 0.5
-"""What one pass may fill of the free memory: layers that are not fused keep up to twice what is counted."""
+"""What one pass may fill of the free memory: layers that are not fused keep about twice what is counted."""
 
 Parts = dict[str, float]
 """Bytes by purpose."""
