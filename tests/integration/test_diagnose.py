@@ -227,7 +227,7 @@ def test_a_worker_of_a_foreign_launcher_checks_before_it_meets_the_others(
         check=False,
         timeout=100,
     )
-    assert ended.returncode == 1
+    assert ended.returncode == 2
     assert message in ended.stderr
 
 
