@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from megatron_tip.commands.outcome import errors_reported
+from megatron_tip.commands.run_command import Overrides, configured_run
 from megatron_tip.config import Config
-from megatron_tip.config.io import load_config
 from megatron_tip.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def command(
     config_path: Annotated[
         Path | None, typer.Argument(metavar="CONFIG.toml", help="The run, as for train; needs no weights.")
     ] = None,
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="section.key=value")] = None,
+    overrides: Overrides = None,
     gpu: Annotated[str, typer.Option(help="h800, h100, h200, a100, b200, or FILE.toml that describes one.")] = "h800",
     nodes: Annotated[int, typer.Option(min=1, help="Nodes of the trainer.")] = 1,
     gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs per node; for a CPU, workers.")] = 8,
@@ -54,7 +54,7 @@ def command(
         raise ConfigError("CONFIG.toml: expected a configuration, or --calibrate")
     if search + scaling + (html is not None) > 1:
         raise ConfigError("plan: expected at most one of --search, --scaling and --html")
-    config, device = load_config(config_path, overrides or []), find_device(gpu)
+    config, device = configured_run(config_path, overrides), find_device(gpu)
     from megatron_tip.simulation.plan import make_plan, planned_hosts  # imports Megatron
     from megatron_tip.simulation.report import as_text, as_values
 

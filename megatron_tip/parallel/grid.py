@@ -33,6 +33,10 @@ class ModelGrid:
             )
         return cls(tp_size, pp_size, world_size // (tp_size * pp_size))
 
+    def __str__(self) -> str:
+        """Returns the layout in words."""
+        return f"tp {self.tp_size} x pp {self.pp_size} x dp {self.dp_size}"
+
     @property
     def world_size(self) -> int:
         return self.tp_size * self.pp_size * self.dp_size

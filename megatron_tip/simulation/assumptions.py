@@ -14,8 +14,9 @@ from torch import Tensor
 
 from megatron_tip.batching.step_batch import StepBatch
 from megatron_tip.config import Config
+from megatron_tip.planning.passes import OnePass
 from megatron_tip.records import Numbers, Rollout, TokenIndex, TokenSelection
-from megatron_tip.selection import Calibration, Selector
+from megatron_tip.selection import Selector
 from megatron_tip.selection.replicas import Replicas
 from megatron_tip.statistics import STATISTICS, TokenStatistics
 
@@ -72,8 +73,9 @@ class WholeReplicas(Replicas):
 class AssumedSelection:
     """The selection in a batch whose statistics are independent and uniform in [0, 1), the same on every rank.
 
-    All rows of all replicas are at hand here: one process stands for the world. `starts`: of each replica's rows.
-    `trained`: the batch cut to the selection.
+    All rows of all replicas are known here: one process stands for the world. `starts`: of each replica's rows.
+    `takes_one_pass`: whether the scoring forward pass is held for the training. `trained`: the batch that goes
+    backward, cut to the selection unless there is one pass.
     """
 
     index: TokenIndex
@@ -81,11 +83,12 @@ class AssumedSelection:
     starts: list[int]
     selection: TokenSelection
     last_selected: Tensor
+    takes_one_pass: bool
     trained: StepBatch
 
     @classmethod
-    def of(cls, selector: Selector, batch: StepBatch) -> "AssumedSelection":
-        """Returns the selection by `selector` among all rows of `batch`."""
+    def of(cls, selector: Selector, batch: StepBatch, one_pass: OnePass) -> "AssumedSelection":
+        """Returns the selection by `selector` among all rows of `batch`. `one_pass`: the batches that take one."""
         parts = [batch.token_index(replica) for replica in range(len(batch.plan))]
         index = TokenIndex(
             torch.cat([part.rollout_index for part in parts]), torch.cat([part.position for part in parts])
@@ -98,8 +101,9 @@ class AssumedSelection:
         mask = selection.selection_mask
         last_selected = torch.full((len(batch.rollouts),), -1, dtype=torch.int64)
         last_selected.scatter_reduce_(0, index.rollout_index[mask], index.position[mask], "amax")
-        trained = batch.cut_after(last_selected.tolist())
-        return cls(index, statistics, starts, selection, last_selected, trained)
+        takes_one_pass = one_pass.suits(batch)
+        trained = batch if takes_one_pass else batch.cut_after(last_selected.tolist())
+        return cls(index, statistics, starts, selection, last_selected, takes_one_pass, trained)
 
     def rows_of(self, replica: int) -> slice:
         return slice(self.starts[replica], self.starts[replica + 1])
@@ -152,11 +156,11 @@ def selected_rows_of(
     is_scored: bool,
     replica: int,
     dp_group: dist.ProcessGroup,
-) -> tuple[TokenSelection, Calibration | None]:
+) -> TokenSelection:
     """Returns a replica's selection, made by the product's selector among the rows of all replicas."""
     statistics = assumed.statistics if is_scored else None
-    whole, calibration = selector.select_among(WholeReplicas(dp_group), statistics, assumed.index, STEP)
+    whole = selector.select_among(WholeReplicas(dp_group), statistics, assumed.index, STEP)
     rows = assumed.rows_of(replica)
     scores = None if whole.scores is None else whole.scores[rows].clone()
     mask, weights = whole.selection_mask[rows].clone(), whole.row_weights[rows].clone()
-    return TokenSelection(mask, weights, whole.num_valid, whole.num_selected, whole.metrics, scores), calibration
+    return TokenSelection(mask, weights, whole.num_valid, whole.num_selected, whole.metrics, scores)

@@ -8,12 +8,14 @@ import difflib
 import time
 import tomllib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
+import psutil
 import torch
 
 from megatron_tip.errors import ConfigError
+from megatron_tip.planning.memory_estimate import UNCOUNTED_SHARE
 from megatron_tip.simulation.ledger import Ledger, Route, Traffic, Work
 from megatron_tip.simulation.tensors import CountedTensors
 
@@ -46,6 +48,15 @@ class Device:
     @property
     def memory_bytes(self) -> float:
         return self.memory_gib * 2**30
+
+    @property
+    def usable_bytes(self) -> float:
+        """The memory without what is set aside because nothing counts it."""
+        return (1 - UNCOUNTED_SHARE) * self.memory_bytes
+
+    def of_worker(self, workers_per_node: int) -> "Device":
+        """Returns the device of one worker; those of a node share its CPU's memory."""
+        return self if self.is_gpu else replace(self, memory_gib=self.memory_gib / workers_per_node)
 
     def seconds_of(self, work: Work) -> float:
         """Returns the time of a phase's arithmetic. A GPU works while the host starts the next operations."""
@@ -109,7 +120,7 @@ def calibrate(path: Path) -> Device:
     device = Device(
         name="cpu",
         tflops=flops / 1e12,
-        memory_gib=16.0,
+        memory_gib=psutil.virtual_memory().total / 2**30,
         memory_tb_per_s=bandwidth / 1e12,
         link_gb_per_s=bandwidth / 4e9,
         network_gb_per_s=bandwidth / 4e9,

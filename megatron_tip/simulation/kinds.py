@@ -3,12 +3,11 @@
 from dataclasses import dataclass
 
 from megatron_tip.config import Config
-from megatron_tip.conversion.model_size import num_parameters
 from megatron_tip.parallel.grid import ModelGrid
-from megatron_tip.planning.dtypes import Dtypes
-from megatron_tip.planning.phases import OFFLOADED, PHASES, releases_memory
+from megatron_tip.planning.beside import EngineMemory
+from megatron_tip.planning.phases import OFFLOADED, PHASES
 from megatron_tip.planning.plan import Outline
-from megatron_tip.rollout.engine import ALL_MEMORY, CACHE, WEIGHTS
+from megatron_tip.rollout.engine import CACHE
 from megatron_tip.simulation.device import Device
 
 MEMORY_PHASES = {
@@ -81,32 +80,12 @@ def beside_ranks(config: Config, outline: Outline) -> dict[int, str]:
 def beside_bytes(config: Config, outline: Outline, device: Device, kind: RankKind, phase: str) -> float:
     """Returns the bytes in a phase of what shares the GPU of `kind`.
 
-    A server gives back its memory as `planning.phases` says. The embedded engine always has its weights, and a cache
-    while it generates.
+    The embedded engine always has its weights, and a cache while it generates.
     """
-    needed, on_gpu = PHASES[_memory_phase(config, phase)].servers, device.is_gpu
-    weights = engine_weight_bytes(config, outline, on_gpu=on_gpu)
+    engine, held = EngineMemory.of(config, outline, on_gpu=device.is_gpu), PHASES[_memory_phase(config, phase)].servers
     if kind.beside == ENGINE:
-        sequences = min(config.rollout.batch_size, config.rollout.prompts_per_step * config.rollout.samples_per_prompt)
-        cache = sequences * config.longest_sequence * cache_bytes_per_token(config, outline, on_gpu=on_gpu)
-        return weights + (cache if CACHE in needed else 0.0)
-    if kind.beside != SERVER:
-        return 0.0
-    held = needed if releases_memory(config, outline.placement) else ALL_MEMORY
-    if CACHE in held:
-        return outline.placement.memory_beside_trainers * device.memory_bytes
-    return weights / config.sglang.tensor_parallel_size if WEIGHTS in held else 0.0
-
-
-def engine_weight_bytes(config: Config, outline: Outline, *, on_gpu: bool) -> float:
-    """Returns the bytes of the student's weights in an engine."""
-    return float(num_parameters(outline.student.architecture) * Dtypes.of(config, on_gpu=on_gpu).engine.itemsize)
-
-
-def cache_bytes_per_token(config: Config, outline: Outline, *, on_gpu: bool) -> float:
-    """Returns the bytes of a token's keys and values in all layers."""
-    a, itemsize = outline.student.architecture, Dtypes.of(config, on_gpu=on_gpu).engine.itemsize
-    return float(2 * a.num_layers * a.num_query_groups * a.head_dim * itemsize)
+        return engine.weight_bytes + (engine.embedded_cache_bytes(config) if CACHE in held else 0.0)
+    return engine.server_bytes(config, outline, held, device.memory_bytes) if kind.beside == SERVER else 0.0
 
 
 def offloaded(config: Config, phase: str) -> list[str]:

@@ -17,6 +17,7 @@ from megatron_tip.simulation.rank import label_groups
 from megatron_tip.simulation.tensors import CountedTensors
 from megatron_tip.teachers.megatron import MegatronTeacher
 from megatron_tip.training import weight_sync
+from megatron_tip.training.checkpoints.student_state import complete_optimizer_state
 from megatron_tip.training.setup import build_run
 from megatron_tip.training.step import learn
 
@@ -31,6 +32,7 @@ def measure_rank(config: Config, worker: Worker, rollouts: Sequence[Rollout]) ->
         assert isinstance(run.teacher, MegatronTeacher), "a teacher behind servers has no rank"
         label_groups(ledger, run.student.groups, run.teacher.groups)
         run = with_receiver(run, worker.rank)
+        complete_optimizer_state(run.student)  # as every step but the first finds it
         ledger.end_build()
         learn(run, run.batch_of(rollouts), STEP)
         with timer.phase("sync"):

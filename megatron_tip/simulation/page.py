@@ -8,9 +8,10 @@ import jinja2
 
 from megatron_tip import __version__
 from megatron_tip.files import atomic_write_text, output_errors
+from megatron_tip.planning.memory_estimate import UNCOUNTED_SHARE
 from megatron_tip.report.visible_text import visible
-from megatron_tip.simulation.plan import SET_ASIDE, Plan, PlannedRank
-from megatron_tip.simulation.report import grids_of, largest_messages
+from megatron_tip.simulation.plan import Plan, PlannedRank
+from megatron_tip.simulation.report import largest_messages
 from megatron_tip.simulation.timing import STEP_PHASES
 
 _GIB = 2**30
@@ -46,7 +47,7 @@ def page_of(plan: Plan) -> str:
         overview=_overview(plan),
         phases=[{"name": phase, "colour": place} for place, phase in enumerate(_PHASES)],
         batches=[_batch(plan, name) for name in plan.generation],
-        set_aside=round(100 * SET_ASIDE),
+        set_aside=round(100 * UNCOUNTED_SHARE),
         memory=[_memory(plan, rank) for rank in plan.ranks if rank.batch == next(iter(plan.generation))],
         messages=_messages(plan),
         notes=[
@@ -59,7 +60,7 @@ def page_of(plan: Plan) -> str:
 
 def _overview(plan: Plan) -> list[tuple[str, str]]:
     missing = plan.missing_bytes / _GIB
-    rows = [("layouts", grids_of(plan))]
+    rows = [("layouts", plan.outline.layouts)]
     fits = f"fits, {-missing:.1f} GiB are free" if plan.fits else f"does not fit: {missing:.1f} GiB are missing"
     rows.append(("memory", fits))
     for batch, generation in plan.generation.items():
@@ -97,7 +98,7 @@ def _memory(plan: Plan, rank: PlannedRank) -> dict[str, Any]:
         for name, size in parts.items():
             sizes[name] = max(size, sizes.get(name, 0.0))
     named = sorted(sizes, key=lambda name: -sizes[name])[: _NUM_COLOURS - 1]
-    limit = (1 - SET_ASIDE) * plan.device.memory_bytes
+    limit = plan.device.usable_bytes
     scale = _HEIGHT / max(rank.peak_bytes, limit)
     each = _WIDTH / len(rank.live)
     bars, labels = [], []

@@ -20,7 +20,7 @@ from megatron_tip.models.student import Student
 from megatron_tip.parallel.groups import ModelGroups
 from megatron_tip.records import MicroBatch, Prompt, Rollout, TokenIndex, TokenSelection
 from megatron_tip.rollout.engine import RolloutEngine, SamplingParams
-from megatron_tip.selection import Calibration, Selector
+from megatron_tip.selection import Selector
 from megatron_tip.simulation.assumptions import AssumedSelection, selected_rows_of
 from megatron_tip.simulation.ledger import EXCHANGE, Ledger
 from megatron_tip.simulation.world import Answers
@@ -83,15 +83,19 @@ class SimulatedStudent(Student):
     ledger: Ledger
     pipe: Pipe
 
-    def forward(self, micro_batches: Sequence[MicroBatch], on_hidden_states: LastStage) -> None:
+    def forward(
+        self, micro_batches: Sequence[MicroBatch], on_hidden_states: LastStage, *, held: list[Tensor] | None = None
+    ) -> None:
         self.pipe.expect(micro_batches, backward=False)
         with self.ledger.purpose("student: activations"):
-            super().forward(micro_batches, on_hidden_states)
+            super().forward(micro_batches, on_hidden_states, held=held)
 
-    def accumulate_gradients(self, micro_batches: Sequence[MicroBatch], loss_of: LastStage) -> None:
+    def accumulate_gradients(
+        self, micro_batches: Sequence[MicroBatch], loss_of: LastStage, *, held: list[Tensor] | None = None
+    ) -> None:
         self.pipe.expect(micro_batches, backward=True)
         with self.ledger.purpose("student: activations"):
-            super().accumulate_gradients(micro_batches, loss_of)
+            super().accumulate_gradients(micro_batches, loss_of, held=held)
 
     def apply_gradients(self, step: int) -> dict[str, float]:
         self.ledger.enter("update")
@@ -171,14 +175,14 @@ class SimulatedSelector(Selector):
     assumed: AssumedSelection
     replica: int
 
-    def select_and_calibrate(
+    def select(
         self,
         statistics: TokenStatistics | None,
         index: TokenIndex,
         *,
         step: int,
         dp_group: dist.ProcessGroup | None = None,
-    ) -> tuple[TokenSelection, Calibration | None]:
+    ) -> TokenSelection:
         assert dp_group is not None, "the training step passes its group"
         with self.ledger.purpose("selection"), self.ledger.share(len(index) / len(self.assumed.index)):
             return selected_rows_of(

@@ -10,6 +10,7 @@ from megatron_tip.machine import Machine
 from megatron_tip.placement.hosts import Hosts
 from megatron_tip.placement.placement import num_workers_on
 from megatron_tip.planning.memory_estimate import GATHERED_BYTES
+from megatron_tip.planning.passes import OnePass, plan_passes
 from megatron_tip.planning.plan import Outline, outline_run
 from megatron_tip.records import Rollout
 from megatron_tip.simulation.account import Account
@@ -31,8 +32,6 @@ from megatron_tip.simulation.timing import (
 from megatron_tip.teachers.setup import teacher_kind
 
 BATCHES = ("longest", "typical")
-SET_ASIDE = 0.1
-"""Share of a GPU's memory for what is not counted: CUDA's context, NCCL's buffers, fragmentation."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +98,8 @@ class Plan:
 
     @property
     def missing_bytes(self) -> float:
-        """The bytes that the fullest GPU lacks, with `SET_ASIDE` of it left free."""
-        return self.fullest.peak_bytes - (1 - SET_ASIDE) * self.device.memory_bytes
+        """The bytes that the fullest GPU lacks, with what is set aside left free."""
+        return self.fullest.peak_bytes - self.device.usable_bytes
 
     @property
     def fullest(self) -> PlannedRank:
@@ -154,18 +153,17 @@ def make_plan(
     if not teacher_kind(config).has_weights:
         raise ConfigError('teacher.kind: expected "megatron" for a plan, got "sglang"; use train --dry-run')
     machine = Machine(is_elsewhere=True)
-    config = as_simulated(config, on_gpu=device.is_gpu)
+    config, device = as_simulated(config, on_gpu=device.is_gpu), device.of_worker(hosts.workers_per_node)
     outline = outline_run(config, hosts.workers, machine, hosts)
-    if outline.selector.selects_in_one_pass(None) or outline.selector.thresholds == "last_step":
-        raise ConfigError("selection: expected a separate scoring pass for a plan; use train --dry-run")
+    one_pass = plan_passes(config, outline, memory_gib=device.memory_gib, on_gpu=device.is_gpu)
     kinds = rank_kinds(config, outline)
     ranks: list[PlannedRank] = []
     generation = {}
     for name in batches:
         rollouts = assumed_rollouts(config, longest=name == "longest")
         generation[name] = generation_of(config, outline, device, rollouts)
-        batch, scale = shortened(config, outline, rollouts, longest=name == "longest")
-        assumed = AssumedSelection.of(outline.selector, batch)
+        batch, scale = shortened(config, outline, one_pass, rollouts, longest=name == "longest")
+        assumed = AssumedSelection.of(outline.selector, batch, one_pass)
         memory = device.memory_bytes if device.is_gpu else 0
         counted: dict[str, CountedRank] = {}  # what shares the GPU changes nothing in the simulation
         for kind in kinds:
@@ -218,7 +216,8 @@ def own_bytes(config: Config, outline: Outline, account: Account, scale: float) 
     if config.heldout.num_prompts:
         measured = scale * config.heldout.num_prompts / config.rollout.prompts_per_step
         measured /= config.rollout.samples_per_prompt
-        phases["measure"] = max(_asking(account, measured), _scaled(account.live("score"), measured), key=_total)
+        scored = account.live("measure") or account.live("score")
+        phases["measure"] = max(_asking(account, measured), _scaled(scored, measured), key=_total)
     gathers = config.optimizer.distributed and outline.student_grid.dp_size > 1
     piece = {"save: a piece of the optimizer": float(outline.student_grid.dp_size * GATHERED_BYTES)}
     phases["save"] = phases["rollout"] | (piece if gathers else {})
@@ -260,19 +259,20 @@ def as_simulated(config: Config, *, on_gpu: bool) -> Config:
 
 
 def shortened(
-    config: Config, outline: Outline, rollouts: Sequence[Rollout], *, longest: bool
+    config: Config, outline: Outline, one_pass: OnePass, rollouts: Sequence[Rollout], *, longest: bool
 ) -> tuple[StepBatch, float]:
-    """Returns a batch with fewer rollouts of the same lengths, and how much more tokens the step itself has.
+    """Returns a batch with fewer rollouts of the same lengths, and how many times more tokens the step itself has.
 
     Each replica keeps enough micro-batches to fill its pipeline and one more: live activations are then those of the
-    whole step, and everything else grows with the tokens.
+    whole step, and everything else grows with the tokens. A step of one pass, which holds the activations of all
+    micro-batches, stays whole.
     """
     whole = step_batch(config, outline, rollouts)
     grid = outline.student_grid
     in_flight = max(grid.pp_size, outline.teacher_grid.pp_size) + 1
     each = max(len(places) for replica in whole.plan for places in replica)
     count = min(len(rollouts), grid.dp_size * each * in_flight)
-    if count == len(rollouts):
+    if count == len(rollouts) or one_pass.suits(whole):
         return whole, 1.0
     kept = assumed_rollouts(config, longest=longest, count=count)
     short = step_batch(config, outline, kept)

@@ -1,6 +1,7 @@
 """One rank's step in a simulated world, and what it costs."""
 
 import json
+import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
@@ -17,6 +18,7 @@ from megatron_tip.observability.timing import PhaseTimer
 from megatron_tip.parallel.distributed import Worker
 from megatron_tip.parallel.groups import ModelGroups
 from megatron_tip.planning.dtypes import Dtypes
+from megatron_tip.planning.passes import OnePass
 from megatron_tip.planning.plan import Outline, RunPlan
 from megatron_tip.records import Rollout
 from megatron_tip.simulation.assumptions import STEP, AssumedSelection
@@ -35,6 +37,7 @@ from megatron_tip.simulation.tensors import ReadBack, SimulatedTensors
 from megatron_tip.simulation.world import Answers, simulated_world
 from megatron_tip.teachers.megatron import MegatronTeacher
 from megatron_tip.training import weight_sync
+from megatron_tip.training.checkpoints.student_state import complete_optimizer_state
 from megatron_tip.training.run import TrainingRun
 from megatron_tip.training.setup import build_run
 from megatron_tip.training.step import learn
@@ -42,6 +45,8 @@ from megatron_tip.training.step import learn
 _CPU = torch.device("cpu")
 _NOTHING = b"\0" + json.dumps(None).encode()
 """What `together.run_on` sends of an action that returns None."""
+_MEMORY = b"\0" + json.dumps(0.0).encode()
+"""What it sends of the first rank's memory, by which a real run decides about one pass."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +98,12 @@ def simulate_rank(
     place = as_on_gpu(ledger, int(gpu_memory_bytes)) if gpu_memory_bytes else nullcontext()
     with world, place, SimulatedTensors(ledger), ReadBack(ledger):
         timer = PhaseTimer(_CPU, on_enter=ledger.enter, on_exit=ledger.leave)
+        if rank != 0:
+            answers.broadcasts.extend((_length(_MEMORY), _bytes(_MEMORY)))
         run = _build(config, outline, Worker(rank, world_size, 0, _CPU), timer)
         run = with_receiver(with_assumptions(run, ledger, answers, assumed), rank)
+        with ledger.purpose("student: optimizer"):
+            complete_optimizer_state(run.student)  # as every step but the first finds it
         ledger.end_build()
         _expect(run, assumed, answers, metrics)
         batch = replace(batch)  # each rank builds its own micro-batches
@@ -102,10 +111,7 @@ def simulate_rank(
         answers.check_used()
         if rank != 0:
             answers.broadcasts.extend((_length(_NOTHING), _bytes(_NOTHING)))  # a server can take weights
-        with timer.phase("sync"), ledger.purpose("sync: gathered weights"):
-            weight_sync.stream_weights(run, STEP)
-        with timer.phase("rollout"):
-            pass  # what stays on the device while rollouts are generated
+        _between_steps(run, ledger, batch)
         assert isinstance(run.teacher, MegatronTeacher), "checked by `plan`"
         replica = run.student.groups.dp_rank
         return SimulatedRank(
@@ -116,6 +122,26 @@ def simulate_rank(
             num_taught=len(run.teacher.served(batch)),
             metrics=found,
         )
+
+
+def _between_steps(run: TrainingRun, ledger: Ledger, batch: StepBatch) -> None:
+    """Runs what comes after a step: the sync, and the passes of a held-out measurement if the step has none like them.
+
+    They take the step's `batch`.
+    """
+    with run.timer.phase("sync"), ledger.purpose("sync: gathered weights"):
+        weight_sync.stream_weights(run, STEP)
+    with run.timer.phase("rollout"):
+        pass  # what stays on the device while rollouts are generated
+    if run.config.heldout.num_prompts and not _scores_without_holding(run):
+        with run.timer.phase("measure"):
+            run.teacher.score(run.student, batch, run.teacher.ask(batch))
+
+
+def _scores_without_holding(run: TrainingRun) -> bool:
+    """Returns whether the step's own scoring stands for that of a held-out measurement."""
+    scores = bool(run.selector.required_statistics or run.config.rollout.importance_cap)
+    return scores and run.one_pass.max_tokens == 0
 
 
 def _build(config: Config, outline: Outline, worker: Worker, timer: PhaseTimer) -> TrainingRun:
@@ -154,7 +180,14 @@ def with_assumptions(run: TrainingRun, ledger: Ledger, answers: Answers, assumed
         assumed=assumed,
         replica=student.groups.dp_rank,
     )
-    return replace(run, student=simulated_student, teacher=simulated_teacher, selector=simulated_selector)
+    one_pass = OnePass(sys.maxsize if assumed.takes_one_pass else 0, 1.0, selector.asked_share)
+    return replace(
+        run,
+        student=simulated_student,
+        teacher=simulated_teacher,
+        selector=simulated_selector,
+        one_pass=one_pass,
+    )
 
 
 def label_groups(ledger: Ledger, student: ModelGroups, teacher: ModelGroups) -> None:
@@ -195,12 +228,12 @@ def assign_purposes(ledger: Ledger, student: Student, teacher: MegatronTeacher) 
 def _expect(run: TrainingRun, assumed: AssumedSelection, answers: Answers, metrics: dict[str, float] | None) -> None:
     """Tells what the other ranks of the world will send during the step."""
     groups = run.student.groups
-    if groups.is_last_stage:
+    if groups.is_last_stage and not assumed.takes_one_pass:
         answers.replicas.append(assumed.last_selected)
         if groups.grid.dp_size > 1:
             answers.replicas.extend(assumed.arrivals(groups.dp_rank))
-    else:
-        # The last stage has no calibration to share.
+    elif not groups.is_last_stage:
+        # The last stage tells that it has selected.
         answers.broadcasts.extend((_length(_NOTHING), _bytes(_NOTHING), assumed.last_selected))
     reporter = groups.grid.rank_at(tp=0, dp=0, pp=groups.grid.pp_size - 1)
     if groups.rank != reporter:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from megatron_tip.placement.table import table_of
-from megatron_tip.simulation.plan import SET_ASIDE, Plan, PlannedRank
+from megatron_tip.simulation.plan import Plan, PlannedRank
 from megatron_tip.simulation.search import Found, overrides_of
 from megatron_tip.simulation.timing import PER_TOKEN, STEP_PHASES
 
@@ -14,7 +14,7 @@ def as_text(plan: Plan) -> str:
     """Returns the plan as a table for people."""
     device = plan.device
     lines = [
-        f"{plan.hosts.workers} x {device.name}, {plan.hosts.workers_per_node} per node: {grids_of(plan)}",
+        f"{plan.hosts.workers} x {device.name}, {plan.hosts.workers_per_node} per node: {plan.outline.layouts}",
         *(table_of(plan.outline.placement) if plan.outline.placement.servers else []),
         "",
         *_memory_lines(plan),
@@ -93,14 +93,8 @@ def _rank_values(rank: PlannedRank) -> dict[str, Any]:
     }
 
 
-def grids_of(plan: Plan) -> str:
-    """Returns the layouts of both models in words."""
-    grids = (("student", plan.outline.student_grid), ("teacher", plan.outline.teacher_grid))
-    return ", ".join(f"{name} tp {grid.tp_size} x pp {grid.pp_size} x dp {grid.dp_size}" for name, grid in grids)
-
-
 def _memory_lines(plan: Plan) -> list[str]:
-    limit, fullest = (1 - SET_ASIDE) * plan.device.memory_gib, plan.fullest
+    limit, fullest = plan.device.usable_bytes / _GIB, plan.fullest
     state = "fits" if plan.fits else f"does NOT fit: {plan.missing_bytes / _GIB:.1f} GiB are missing"
     lines = [f"memory: {state} ({plan.device.memory_gib:g} GiB less a tenth: {limit:.1f} GiB)", ""]
     lines.append(f"{'GiB at the peak, by kind of rank':<44}{'batch':<10}{'peak':>8}  phase")

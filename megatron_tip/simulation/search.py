@@ -13,7 +13,7 @@ from megatron_tip.simulation.assumptions import assumed_rollouts
 from megatron_tip.simulation.device import Device
 from megatron_tip.simulation.kinds import RankKind, beside_bytes, beside_ranks, offloaded
 from megatron_tip.simulation.parts import ROWS_SENT
-from megatron_tip.simulation.plan import SET_ASIDE, Plan, make_plan, own_bytes
+from megatron_tip.simulation.plan import Plan, make_plan, own_bytes
 from megatron_tip.simulation.timing import STEP_PHASES, Generation, generation_of, moved_seconds
 
 SIZES = (1, 2, 4, 8)
@@ -213,7 +213,7 @@ def _combined(values: Values, plan: Plan, taught: Plan, engines: list[_Engines])
         moved = sum(moved_seconds(one.config, plan.ranks[0].account, device, phase) for phase in STEP_PHASES)
         total, generating = training + moved, one.generation.seconds
         seconds = max(total, generating) if one.config.rollout.ahead else total + generating
-        yield Choice(values | one.values, seconds, peak - (1 - SET_ASIDE) * device.memory_bytes)
+        yield Choice(values | one.values, seconds, peak - device.usable_bytes)
 
 
 def _merged(own: dict[str, dict[str, float]], taught: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:

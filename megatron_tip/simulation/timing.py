@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_tip.config import Config
+from megatron_tip.planning.beside import EngineMemory
 from megatron_tip.planning.phases import OFFLOADED, PHASES
 from megatron_tip.planning.plan import Outline
 from megatron_tip.records import Rollout
 from megatron_tip.simulation.account import Account
 from megatron_tip.simulation.device import Device
-from megatron_tip.simulation.kinds import MEMORY_PHASES, PURPOSES, cache_bytes_per_token, engine_weight_bytes
+from megatron_tip.simulation.kinds import MEMORY_PHASES, PURPOSES
 from megatron_tip.simulation.layers import CountedRank
 from megatron_tip.simulation.ledger import Route
 
@@ -84,8 +85,8 @@ def generation_of(config: Config, outline: Outline, device: Device, rollouts: Se
     tokens = sum(len(rollout.response_ids) for rollout in rollouts)
     longest = max(len(rollout.response_ids) for rollout in rollouts)
     contexts = sum(len(one.response_ids) * (len(one.prompt_ids) + len(one.response_ids) / 2) for one in rollouts)
-    weights = engine_weight_bytes(config, outline, on_gpu=device.is_gpu)
-    cached = cache_bytes_per_token(config, outline, on_gpu=device.is_gpu)
+    engine = EngineMemory.of(config, outline, on_gpu=device.is_gpu)
+    weights, cached = engine.weight_bytes, engine.cache_bytes_per_token
     share = (servers[0].memory_fraction if servers else 0) or _OWN_SERVERS_SHARE
     room = max(share * device.memory_bytes * split - weights, cached) / cached  # tokens
     kept = sum(one.num_tokens for one in rollouts) / num_servers

@@ -8,6 +8,7 @@ import pytest
 from megatron_tip.errors import ConfigError
 from megatron_tip.simulation.device import Device, calibrate, find_device
 from megatron_tip.simulation.ledger import Route, Traffic, Work
+from megatron_tip.training.throughput import PEAK_TFLOPS
 
 SIMPLE = Device(
     name="simple",
@@ -48,6 +49,16 @@ def test_messages_within_a_node_take_its_links_and_others_the_network():
 def test_an_unknown_device_is_refused_with_the_known_ones_and_how_to_describe_another():
     with pytest.raises(ConfigError, match=r"h800, h100, h200, a100, b200, or a TOML file.*'h80'; the nearest"):
         find_device("h80")
+
+
+def test_workers_share_the_memory_of_a_cpu_and_not_that_of_a_gpu():
+    assert SIMPLE.of_worker(4) == SIMPLE
+    assert replace(SIMPLE, name="cpu").of_worker(4).memory_gib == 0.25
+
+
+def test_peaks_are_those_of_the_utilisation_that_a_run_logs():
+    for name in ("h800", "h100", "h200", "a100", "b200"):
+        assert find_device(name).tflops == PEAK_TFLOPS[name.upper()]
 
 
 def test_every_known_device_names_its_source():

@@ -6,17 +6,19 @@ import pytest
 
 from megatron_tip.config.io import load_config
 from megatron_tip.machine import Machine
+from megatron_tip.planning.passes import OnePass
 from megatron_tip.planning.plan import outline_run
 from megatron_tip.simulation.assumptions import AssumedSelection, assumed_rollouts
 from megatron_tip.simulation.device import find_device
 from megatron_tip.simulation.kinds import rank_kinds
 from megatron_tip.simulation.layers import count_rank
-from megatron_tip.simulation.plan import as_simulated, own_bytes, planned_hosts, shortened
+from megatron_tip.simulation.plan import as_simulated, make_plan, own_bytes, planned_hosts, shortened
 from megatron_tip.simulation.rank import step_batch
 from megatron_tip.simulation.timing import PER_TOKEN, STEP_PHASES, seconds_of
 from tests.helpers.tiny import make_llama
 from tests.helpers.training import Layout, make_config, make_models
 
+TWO_PASSES = OnePass(0, 0.0, 1.0)
 RECIPE = Path(__file__).parents[3] / "examples" / "qwen3_14b_to_4b" / "qwen3_14b_to_4b.toml"
 
 
@@ -48,9 +50,9 @@ def test_a_few_micro_batches_scaled_to_the_step_cost_what_all_of_them_do(tmp_pat
     planned = []
     for batch, scale in (
         (step_batch(config, outline, rollouts), 1.0),
-        shortened(config, outline, rollouts, longest=True),
+        shortened(config, outline, TWO_PASSES, rollouts, longest=True),
     ):
-        assumed = AssumedSelection.of(outline.selector, batch)
+        assumed = AssumedSelection.of(outline.selector, batch, TWO_PASSES)
         counted = count_rank(config, outline, 0, batch, assumed, by_layers=False)
         seconds = seconds_of(config, outline, find_device("h800"), counted, scale)
         planned.append((counted.account, scale, own_bytes(config, outline, counted.account, scale), seconds))
@@ -78,7 +80,7 @@ def test_models_with_few_layers_tell_the_cost_of_whole_ones(
     config = as_simulated(make_config(tmp_path, layout, rollout={"prompts_per_step": 4}, **sections), on_gpu=True)
     outline = outline_run(config, 2, Machine(is_elsewhere=True))
     batch = step_batch(config, outline, assumed_rollouts(config, longest=True))
-    assumed = AssumedSelection.of(outline.selector, batch)
+    assumed = AssumedSelection.of(outline.selector, batch, TWO_PASSES)
     metrics = None
     for kind in rank_kinds(config, outline):
         counted = [
@@ -95,3 +97,20 @@ def test_models_with_few_layers_tell_the_cost_of_whole_ones(
             assert few.work(phase).memory_bytes == pytest.approx(whole.work(phase).memory_bytes, rel=0.01), phase
         bytes_of = [{route: one.num_bytes for route, one in part.traffic().items()} for part in (few, whole)]
         assert bytes_of[0] == pytest.approx(bytes_of[1], rel=0.01)
+
+
+def test_one_pass_holds_the_activations_of_a_step_and_saves_a_forward_pass(tmp_path: Path):
+    models, device, plans = make_models(tmp_path), find_device("h800"), {}
+    for passes in ("one", "two"):
+        sections = {"selection": {"passes": passes}, "training": {"max_tokens_per_micro_batch": 260}}
+        config = make_config(models, Layout(2), rollout={"prompts_per_step": 16}, **sections)
+        plan = make_plan(config, planned_hosts(config, 1, 2, device), device, batches=("longest",))
+        (plans[passes],) = plan.ranks
+    one, two = plans["one"], plans["two"]
+    activations = "student: activations"
+    assert (one.scale, two.scale) == (1.0, 2.0), "4 micro-batches, and 2 of 4"
+    assert one.live["score"][activations] > 3 * two.live["score"][activations]
+    assert one.live["train"][activations] > 3 * two.live["train"][activations]
+    assert one.live["measure"][activations] == pytest.approx(two.live["measure"][activations], rel=0.1)
+    assert one.flops("score") == pytest.approx(two.flops("score"), rel=0.01)
+    assert one.flops("train") < 0.75 * two.flops("train")

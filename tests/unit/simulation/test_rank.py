@@ -8,6 +8,7 @@ import torch
 
 from megatron_tip.config import Config
 from megatron_tip.machine import Machine
+from megatron_tip.planning.passes import plan_passes
 from megatron_tip.planning.plan import Outline, outline_run
 from megatron_tip.simulation.assumptions import AssumedSelection, assumed_rollouts
 from megatron_tip.simulation.measured import measure_rank, peaks_of, time_rank, traffic_of
@@ -31,18 +32,21 @@ LAYOUTS = {
 
 
 def configured(name: str, models: Path) -> Config:
-    """The run of a layout. One replica also scores, for importance weights, which this rule does not need itself.
+    """The run of a layout, one of them in one pass.
 
-    Over several replicas, the rounds of a search for quantiles depend on the statistics, which are assumed.
+    One replica also scores, for importance weights, which this rule does not need itself. Over several replicas, the
+    rounds of a search for quantiles depend on the statistics, which are assumed.
     """
     scores = {} if name == "2x1x2" else {"rollout": SECTIONS["rollout"] | {"importance_cap": 2.0}}
-    return make_config(models, LAYOUTS[name], **SECTIONS | scores)
+    passes = {"selection": SECTIONS["selection"] | {"passes": "one" if name == "1x1x1" else "two"}}
+    return make_config(models, LAYOUTS[name], **SECTIONS | scores | passes)
 
 
 def simulated(config: Config, world_size: int) -> list[SimulatedRank]:
     outline: Outline = outline_run(config, world_size, Machine(is_elsewhere=True))
     batch = step_batch(config, outline, assumed_rollouts(config, longest=False))
-    assumed = AssumedSelection.of(outline.selector, batch)
+    one_pass = plan_passes(config, outline, memory_gib=0.0, on_gpu=False)
+    assumed = AssumedSelection.of(outline.selector, batch, one_pass)
     grid = outline.student_grid
     reporter = grid.rank_at(tp=0, dp=0, pp=grid.pp_size - 1)
     first = simulate_rank(config, outline, reporter, batch, assumed)
