@@ -28,7 +28,6 @@ class Work:
     """Arithmetic of a phase. `memory_bytes`: read and written by operations other than matrix products."""
 
     matrix_flops: float = 0
-    matrix_bytes: float = 0
     memory_bytes: float = 0
     num_operations: float = 0
 

@@ -4,7 +4,6 @@ from typing import Any
 
 from megatron_tip.placement.table import table_of
 from megatron_tip.simulation.plan import Plan, PlannedRank
-from megatron_tip.simulation.search import Found, overrides_of
 from megatron_tip.simulation.timing import PER_TOKEN, STEP_PHASES
 
 _GIB = 2**30
@@ -43,20 +42,6 @@ def as_values(plan: Plan) -> dict[str, Any]:
         "ranks": [_rank_values(rank) for rank in plan.ranks],
         "notes": plan.notes,
     }
-
-
-def search_lines(found: Found) -> list[str]:
-    """Returns what a search found: the best layouts as overrides, and what is missing where nothing or little fits."""
-    lines = [f"{found.num_tried:,} combinations; the fastest that fit, by the time of a typical step:"]
-    for values, plan in found.best:
-        peak = plan.fullest.peak_bytes / _GIB
-        lines.append(f"{plan.step_seconds('typical'):.1f} s, {peak:.1f} GiB: {overrides_of(values)}")
-    if not found.best:
-        lines.append("none fits; use more nodes, or larger GPUs")
-    if found.near:
-        lines.append("do not fit, with the GiB that are missing, the fewest first:")
-    lines += [f"{one.missing_bytes / _GIB:.1f} GiB: {overrides_of(one.values)}" for one in found.near]
-    return lines
 
 
 def _batch_values(plan: Plan, batch: str) -> dict[str, Any]:

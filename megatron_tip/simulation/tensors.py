@@ -58,15 +58,13 @@ class CountedTensors(TorchDispatchMode):
         packet = func.overloadpacket
         if packet in _FREE:
             return
-        num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         work = self.ledger.work[self.ledger.phase]
         work.num_operations += 1
         flops = _flops(packet, args, kwargs, result)
         if flops:
             work.matrix_flops += flops
-            work.matrix_bytes += num_bytes
         else:
-            work.memory_bytes += num_bytes
+            work.memory_bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def _count_message(self, func: Any, args: tuple[Any, ...]) -> None:
         """Enters a message of a real process group."""
