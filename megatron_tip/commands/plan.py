@@ -11,6 +11,7 @@ from megatron_tip.commands.outcome import errors_reported
 from megatron_tip.commands.run_command import Overrides, configured_run
 from megatron_tip.cpu.lean_imports import lean_imports
 from megatron_tip.errors import ConfigError
+from megatron_tip.observability.logs import hide_warnings_of_libraries
 
 
 @errors_reported()
@@ -35,6 +36,7 @@ def command(
     """
     # The simulated tensors are the CPU's: on a machine with a GPU, Megatron would place them there.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # without it, Megatron warns that a GPU would be slower
     if calibrate is not None:
         from megatron_tip.simulation.device import calibrate as measure  # late: imports torch
 
@@ -44,6 +46,7 @@ def command(
     if config_path is None:
         raise ConfigError("CONFIG.toml: expected a configuration, or --calibrate")
     config = configured_run(config_path, overrides)
+    hide_warnings_of_libraries()
     with lean_imports():
         from megatron_tip.simulation import device, page, plan, report  # late: imports torch and Megatron
     chosen = device.find_device(gpu)

@@ -24,6 +24,11 @@ def configure_logging(rank: int) -> None:
     handler.setFormatter(logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logging.getLogger("megatron_tip").setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    hide_warnings_of_libraries()
+
+
+def hide_warnings_of_libraries() -> None:
+    """Hides what Megatron and torch warn of and who starts a run cannot act on. Call it before importing Megatron."""
     # Both are optional, as the README says; each rank would repeat the warning several times.
     for absent in ("Transformer Engine and Apex are not installed", "Apex is not installed"):
         warnings.filterwarnings("ignore", message=absent)
