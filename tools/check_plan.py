@@ -20,8 +20,8 @@ from megatron_tip.simulation.device import Device, find_device
 from megatron_tip.simulation.measured import peaks_of, traffic_of
 from megatron_tip.simulation.plan import make_plan, planned_hosts
 from tests.helpers.distributed import run_workers
+from tests.helpers.simulation import LAYOUTS, configured, measured, simulated, timed
 from tests.helpers.training import make_models
-from tests.unit.simulation.test_rank import LAYOUTS, configured, measured, simulated, timed
 
 TOLERANCE = 0.1
 TIME_TOLERANCE = 0.25
