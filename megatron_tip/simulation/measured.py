@@ -13,7 +13,7 @@ from megatron_tip.records import Rollout
 from megatron_tip.simulation.assumptions import STEP
 from megatron_tip.simulation.ledger import EXCHANGE, Ledger, Route, Traffic
 from megatron_tip.simulation.parts import with_receiver
-from megatron_tip.simulation.rank import label_groups
+from megatron_tip.simulation.rank import between_steps, label_groups
 from megatron_tip.simulation.tensors import CountedTensors
 from megatron_tip.teachers.megatron import MegatronTeacher
 from megatron_tip.training import weight_sync
@@ -34,9 +34,9 @@ def measure_rank(config: Config, worker: Worker, rollouts: Sequence[Rollout]) ->
         run = with_receiver(run, worker.rank)
         complete_optimizer_state(run.student)  # as every step but the first finds it
         ledger.end_build()
-        learn(run, run.batch_of(rollouts), STEP)
-        with timer.phase("sync"):
-            weight_sync.stream_weights(run, STEP)
+        batch = run.batch_of(rollouts)
+        learn(run, batch, STEP)
+        between_steps(run, ledger, batch)
     return ledger
 
 

@@ -111,7 +111,7 @@ def simulate_rank(
         answers.check_used()
         if rank != 0:
             answers.broadcasts.extend((_length(_NOTHING), _bytes(_NOTHING)))  # a server can take weights
-        _between_steps(run, ledger, batch)
+        between_steps(run, ledger, batch)
         assert isinstance(run.teacher, MegatronTeacher), "checked by `plan`"
         replica = run.student.groups.dp_rank
         return SimulatedRank(
@@ -124,7 +124,7 @@ def simulate_rank(
         )
 
 
-def _between_steps(run: TrainingRun, ledger: Ledger, batch: StepBatch) -> None:
+def between_steps(run: TrainingRun, ledger: Ledger, batch: StepBatch) -> None:
     """Runs what comes after a step: the sync, and the passes of a held-out measurement if the step has none like them.
 
     They take the step's `batch`.

@@ -10,7 +10,8 @@ from tests.helpers.simulation import LAYOUTS, configured, measured, simulated
 from tests.helpers.training import make_models
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+# `python -m tools.check_plan` compares the other layouts too, which takes longer.
+@pytest.mark.parametrize("name", ["1x1x1", "2x1x2"])
 @pytest.mark.timeout(900)
 def test_a_simulated_rank_costs_what_a_real_one_does(name: str, tmp_path: Path):
     world_size, config = LAYOUTS[name].world_size, configured(name, make_models(tmp_path))
