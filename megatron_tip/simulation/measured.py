@@ -64,7 +64,7 @@ def peaks_of(ledger: Ledger) -> dict[str, int]:
     return found
 
 
-def traffic_of(ledger: Ledger) -> dict[tuple[str, str, str, int | None], tuple[int, int]]:
+def traffic_of(ledger: Ledger) -> dict[tuple[str, str, str, int | None], tuple[float, float]]:
     """Returns (messages, bytes) by phase, operation, group and peer, of groups of several ranks.
 
     Left out: the set-up, and the step's metrics, whose text has as many bytes as their digits.

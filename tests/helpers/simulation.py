@@ -55,7 +55,7 @@ def simulated(config: Config, world_size: int) -> list[SimulatedRank]:
     ]
 
 
-def measured(config: Config) -> tuple[dict[str, int], dict[Any, tuple[int, int]], int]:
+def measured(config: Config) -> tuple[dict[str, int], dict[Any, tuple[float, float]], float]:
     """This worker's peaks, messages and floating-point operations in the same step. Call it inside `run_workers`."""
     ledger = measure_rank(config, this_worker(), assumed_rollouts(config, longest=False))
     return peaks_of(ledger), traffic_of(ledger), sum(work.matrix_flops for work in ledger.work.values())
