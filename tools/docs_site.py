@@ -14,6 +14,7 @@ from typer.main import get_command
 
 from megatron_tip.cli import app
 from megatron_tip.config.keys import keys_of, sections
+from megatron_tip.observability.metric_reference import METRICS
 from megatron_tip.selection.rules import RULES, Rule
 from megatron_tip.statistics import STATISTICS
 
@@ -37,6 +38,7 @@ def main(target: Annotated[Path, typer.Argument(help="Folder to create; replaced
         ("commands", _commands()),
         ("rules", _rules()),
         ("statistics", _statistics()),
+        ("metrics", _metrics()),
     ):
         (reference / f"{name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -100,6 +102,17 @@ def _statistics() -> Iterator[str]:
     yield "\n| Statistic | Symbol | Meaning |\n|---|---|---|"
     for name, one in STATISTICS.items():
         yield f"| `{name}` | {one.symbol.replace('|', chr(92) + '|')} | {one.meaning.replace('|', chr(92) + '|')} |"
+
+
+def _metrics() -> Iterator[str]:
+    yield "# Metrics"
+    yield "\nOf each step, in `metrics.jsonl` and in every tracker. Which of them a run has depends on its settings."
+    area = ""
+    for metric in METRICS:
+        if (own := metric.name.partition("/")[0]) != area:
+            area = own
+            yield f"\n## {area}\n\n| Metric | Unit | Meaning |\n|---|---|---|"
+        yield f"| `{metric.name}` | {metric.unit} | {metric.meaning.replace('|', chr(92) + '|')} |"
 
 
 if __name__ == "__main__":

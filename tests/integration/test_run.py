@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_tip.observability.metric_reference import metric_of
 from megatron_tip.selection import RULES
 from tests.helpers.training import RUN_TOML, make_models
 
@@ -56,6 +57,7 @@ def test_what_a_run_leaves(first_run: Path, models: Path):
     metrics = metrics_of(first_run)
 
     assert [line["step"] for line in metrics] == [0, 1, 2, 3]
+    assert [name for line in metrics for name in line if name != "step" and metric_of(name) is None] == []
     assert summary["steps"] == 3
     assert summary["world"] == {"tp": 1, "pp": 1, "dp": 1}
     assert summary["heldout_reverse_kl"]["before"] == metrics[0]["heldout/reverse_kl"]
