@@ -48,6 +48,7 @@ def install() -> None:
         return
     torch.cuda.current_device = _current_device
     torch.cuda.synchronize = _synchronize
+    torch.cuda.current_stream = _current_stream
     CudaOnCpu().__enter__()
 
 
@@ -57,3 +58,7 @@ def _current_device() -> str:
 
 def _synchronize(*_: Any, **__: Any) -> None:
     return None
+
+
+def _current_stream(*_: Any, **__: Any) -> None:
+    """Returns nothing. Megatron-Core 0.19 asks before each gradient reduction, and uses the answer in CUDA graphs."""
