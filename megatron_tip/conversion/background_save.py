@@ -5,6 +5,7 @@ use its plan as it is. But it forks writer processes out of a process that runs 
 behind; and when a save fails, only rank 0 learns why, and the others hang if rank 0 cannot write the metadata.
 """
 
+import io
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyPara
 from megatron.core.dist_checkpointing.strategies.state_dict_saver import save_state_dict_async_plan
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
+    TorchDistSaveShardedStrategy,
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
@@ -49,10 +51,12 @@ class ShardedSave:
             copies: `write` writes copies in host memory; otherwise the shards must not change until it is done.
             sharers: ranks that share the writing of what they all hold.
         """
-        sharded, self._common = save_preprocess(state)
+        sharded, common = save_preprocess(state)
+        self._common = io.BytesIO()  # as it is now: a schedule's dict is the live one
+        torch.save(common, self._common)
         if sharers is not None and sharers.size() > 1:
-            nothing: Any = None  # of the wrapped strategy, this method needs nothing
-            FullyParallelSaveStrategyWrapper(nothing, sharers).apply_saving_parallelization(sharded)
+            strategy = TorchDistSaveShardedStrategy("torch_dist", 1)
+            FullyParallelSaveStrategyWrapper(strategy, sharers).apply_saving_parallelization(sharded)
         flat, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
         writer: Any = _StagedWriter(folder, copies=copies)
         planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
@@ -81,7 +85,7 @@ class ShardedSave:
             failures = _get_failure_dict(results)
             if not failures:
                 try:
-                    torch.save(self._common, self._folder / COMMON_STATE_FNAME)
+                    (self._folder / COMMON_STATE_FNAME).write_bytes(self._common.getvalue())
                     self._writer.finish(self._metadata, results)
                     save_config(CheckpointingConfig("torch_dist", 1), str(self._folder))
                 except Exception as error:
