@@ -5,12 +5,13 @@ from typing import Annotated
 import typer
 
 from megatron_tip import __version__
-from megatron_tip.commands import doctor, evaluate, report, submit, train
+from megatron_tip.commands import doctor, evaluate, report, submit, sweep, train
 from megatron_tip.commands.diagnose import diagnose
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 app.command("train", cls=train.TrainCommand)(train.command)
 app.command("submit")(submit.command)
+app.command("sweep")(sweep.command)
 app.command("report")(report.command)
 app.command("eval")(evaluate.command)
 app.command("doctor")(doctor.command)

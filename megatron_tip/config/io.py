@@ -105,6 +105,8 @@ def _type_name(annotation: Any) -> str:
         return " | ".join(f'"{choice}"' for choice in arguments)
     if origin in (Union, types.UnionType):
         return " or ".join(_type_name(argument) for argument in arguments if argument is not type(None))
+    if origin is dict:
+        return f"table of {_type_name(arguments[1])}s"
     if origin is tuple:
         return f"list of {_type_name(arguments[0])}{'' if arguments[0] is str else 's'}"
     return _TYPE_NAMES[annotation]
@@ -115,7 +117,7 @@ def _default(field: FieldInfo) -> str:
         return "required"
     if field.default is None:
         return "none by default"
-    return f"default {json.dumps(field.default)}"
+    return f"default {json.dumps(field.default, default=str)}"
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

@@ -13,9 +13,14 @@ class SelectionConfig(Section):
     rule: str = "ta_opd_teachability"
     """A preset of megatron_tip.selection, an installed package's rule, or your own as "package.module:function"."""
     retention_ratio: float = Field(default=0.05, gt=0, le=1)
-    """Share rho of the valid response tokens that is kept."""
-    scope: Literal["auto", "batch", "rollout", "micro_batch"] = "auto"
-    """What the budget is a share of; auto: as in the preset's paper; micro_batch: one pass, without a scoring pass."""
+    """Share rho of the valid response tokens that is kept. 1 for presets that only weigh tokens."""
+    adaptive_ratio: bool = False
+    """Let the ratio follow the loss, from retention_ratio on, as AdaKD does."""
+    parameters: dict[str, float] = Field(default={})
+    """Constants of the preset's weights, in place of the published ones: { tokens = 128 }."""
+    scope: Literal["auto", "batch", "rollout", "whole_rollouts", "micro_batch"] = "auto"
+    """What the budget is a share of; auto: as in the preset's paper; whole_rollouts: rollouts are kept or dropped as a
+    whole; micro_batch: one pass, without a scoring pass."""
     thresholds: Literal["this_step", "last_step"] = "this_step"
     """Which step's quantiles and threshold decide. last_step: one pass, the budget is met on average; needs scope =
     "batch"."""

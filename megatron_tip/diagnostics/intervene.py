@@ -227,6 +227,7 @@ def train_arm_step(
 
 def config_of(config: Config, arm: Arm) -> Config:
     """Returns the run's configuration with the arm's selection; the budget is per step, for every rule."""
+    is_own = arm.rule == config.selection.rule
     selection = config.selection.model_copy(
         update={
             "rule": arm.rule,
@@ -234,6 +235,8 @@ def config_of(config: Config, arm: Arm) -> Config:
             "support_size": arm.support_size,
             "scope": "batch",
             "thresholds": "this_step",
+            "parameters": config.selection.parameters if is_own else {},
+            "adaptive_ratio": False,
             "compare": False,
         }
     )

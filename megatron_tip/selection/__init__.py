@@ -1,16 +1,20 @@
 """Token selection: the supervised response tokens of a rollout batch, exact on any layout. Depends only on torch."""
 
+from megatron_tip.selection.adaptive_ratio import AdaptiveRatio
 from megatron_tip.selection.budget import rollout_budget
 from megatron_tip.selection.calibration import BatchTotals, Calibration
 from megatron_tip.selection.comparison import RuleComparison, compare_rules
 from megatron_tip.selection.normalise import NORMALISERS, Normaliser
 from megatron_tip.selection.one_pass import agreement, batch_totals, select_micro_batch
-from megatron_tip.selection.rules import RULES, Input, Rule
+from megatron_tip.selection.rule import Input, Rule, Term, Weight
+from megatron_tip.selection.rules import PAPERS_RULES, RULES
 from megatron_tip.selection.selector import Selector
 
 __all__ = [
     "NORMALISERS",
+    "PAPERS_RULES",
     "RULES",
+    "AdaptiveRatio",
     "BatchTotals",
     "Calibration",
     "Input",
@@ -18,6 +22,8 @@ __all__ = [
     "Rule",
     "RuleComparison",
     "Selector",
+    "Term",
+    "Weight",
     "agreement",
     "batch_totals",
     "compare_rules",

@@ -1,7 +1,7 @@
 """The settings of a run's selection, checked before anything runs."""
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
 
@@ -12,7 +12,8 @@ from megatron_tip.selection.calibration import Calibration
 from megatron_tip.selection.counter_hash import shuffled
 from megatron_tip.selection.loss_scale import LossScale
 from megatron_tip.selection.normalise import NORMALISERS
-from megatron_tip.selection.rules import RULES, Rule, Scope, load_rule
+from megatron_tip.selection.rule import Rule, Scope
+from megatron_tip.selection.rules import PAPERS_RULES, RULES, load_rule
 
 TieBreak = Literal["token_order", "random"]
 Thresholds = Literal["this_step", "last_step"]
@@ -26,8 +27,8 @@ class SelectionSettings:
         rule: a name in `rules.RULES`, an installed rule, or an import path (see `load_rule`).
         retention_ratio: rho in (0, 1], the share of the valid rows to keep; 1 keeps all, for every rule.
         scope: the unit of the budget: "batch", ceil(rho |I|) of the whole batch; "rollout", floor(rho m) of each
-            rollout; "micro_batch", ceil(rho m) of each micro-batch, in one pass (`select_micro_batch`). None: as the
-            rule was published.
+            rollout; "whole_rollouts", all rows of ceil(rho R) of the R rollouts; "micro_batch", ceil(rho m) of
+            each micro-batch, in one pass (`select_micro_batch`). None: as the rule was published.
         thresholds: the source of quantiles and threshold: "this_step", exact; or "last_step", in one pass, which meets
             the budget on average. Scope "batch" only.
         normaliser: one of `normalise.NORMALISERS` for all inputs of the rule; None: the rule's own.
@@ -37,6 +38,9 @@ class SelectionSettings:
             valid and each row's inclusion probability ("importance", for rules that sample).
         seed: for rules that sample, and for random ties.
         minimum_per_rollout: rows to keep of a rollout if floor(rho m) is smaller; scope "rollout" only.
+        parameters: constants of the rule's weights, in place of the published ones.
+        adaptive_ratio: whether the retention ratio changes from step to step (see `adaptive_ratio`).
+        steps: of the whole training, for rules that follow a schedule.
         compare: report the agreement with every other rule that the statistics allow.
 
     Raises:
@@ -52,6 +56,9 @@ class SelectionSettings:
     loss_scale: LossScale = "selected"
     seed: int = 0
     minimum_per_rollout: int = 1
+    parameters: Mapping[str, float] = field(default_factory=dict)
+    adaptive_ratio: bool = False
+    steps: int = 1
     compare: bool = True
 
     def __post_init__(self) -> None:
@@ -65,8 +72,16 @@ class SelectionSettings:
         if self.minimum_per_rollout < 0:
             raise ConfigError(f"minimum_per_rollout: expected 0 or more, got {self.minimum_per_rollout}")
         take = self.resolved_rule.take
-        if take == "all" and not self.keeps_all:
-            raise ConfigError(f"rule {self.rule!r} keeps every row: set retention_ratio = 1, or choose another rule")
+        if take == "all" and (self.retention_ratio < 1 or self.adaptive_ratio):
+            raise ConfigError(
+                f"rule {self.rule!r} keeps every row: set retention_ratio = 1 without adaptive_ratio, or choose "
+                "another rule"
+            )
+        in_one_pass = self.resolved_scope == "micro_batch" or self.thresholds == "last_step"
+        if in_one_pass and (self.resolved_rule.weights or self.adaptive_ratio):
+            raise ConfigError(f"rule {self.rule!r}: expected a scoring pass, got scope 'micro_batch' or 'last_step'")
+        if self.resolved_scope == "whole_rollouts" and take == "sample":
+            raise ConfigError(f"scope 'whole_rollouts': expected a rule that ranks, got {self.rule!r}, which samples")
         if self.thresholds == "last_step" and (self.keeps_all or self.resolved_scope != "batch"):
             raise ConfigError(
                 "thresholds 'last_step': expected scope 'batch' and a retention_ratio below 1, got scope "
@@ -81,14 +96,17 @@ class SelectionSettings:
 
     @cached_property
     def resolved_rule(self) -> Rule:
-        """The rule with the configured normaliser."""
-        rule = load_rule(self.rule)
+        """The rule with the configured normaliser and constants."""
+        rule = load_rule(self.rule).with_constants(self.parameters)
         return rule if self.normaliser is None else rule.with_normaliser(NORMALISERS[self.normaliser])
 
     @property
     def active_rule(self) -> Rule:
-        """The rule in effect: "full" if all rows are kept anyway."""
-        return RULES["full"] if self.keeps_all else self.resolved_rule
+        """The rule in effect: without its score if all rows are kept anyway, "full" if it has no weights either."""
+        rule = self.resolved_rule
+        if not self.keeps_all:
+            return rule
+        return replace(rule, score=None, inputs=(), take="all") if rule.weights else RULES["full"]
 
     @property
     def resolved_scope(self) -> Scope:
@@ -96,7 +114,12 @@ class SelectionSettings:
 
     @property
     def keeps_all(self) -> bool:
-        return self.retention_ratio == 1.0
+        """Whether the budget leaves nothing to choose in any step; weights of 0 may still drop rows."""
+        return self.retention_ratio == 1.0 and not self.adaptive_ratio
+
+    def progress(self, step: int) -> float:
+        """Returns the share of the training that is done: 0 at step 1, 1 at the last."""
+        return min(1.0, max(0.0, (step - 1) / (self.steps - 1))) if self.steps > 1 else 1.0
 
     @property
     def required_statistics(self) -> frozenset[str]:
@@ -139,7 +162,7 @@ class SelectionSettings:
         """Returns the other published rules that can be evaluated on the `available` statistics."""
         if not self.compare or self.keeps_all:
             return []
-        others = (rule for rule in RULES.values() if rule.take != "all" and rule != self.resolved_rule)
+        others = (rule for rule in PAPERS_RULES.values() if rule.take != "all" and rule != self.resolved_rule)
         return [rule for rule in others if rule.required_statistics <= set(available)]
 
     def tie_order(self, batch: Batch, step: int) -> TieOrder:

@@ -17,7 +17,7 @@ from megatron_tip.prompts.source import PromptSource
 from megatron_tip.records import Rollout
 from megatron_tip.rollout.engine import RolloutEngine, SamplingParams
 from megatron_tip.rollout.handover.exchange import HandleExchange
-from megatron_tip.selection import Calibration, Selector
+from megatron_tip.selection import AdaptiveRatio, Calibration, Selector
 from megatron_tip.teachers.teacher import Teacher
 from megatron_tip.training.device_memory import DeviceMemory
 from megatron_tip.training.token_views import TokenViews
@@ -39,6 +39,7 @@ class LastStep:
     """State that a step leaves for the next one, if the run uses it; equal on every rank."""
 
     calibration: Calibration | None = None
+    adaptive_ratio: AdaptiveRatio | None = None
 
 
 Gauge = Callable[[int], dict[str, float]]

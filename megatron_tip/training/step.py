@@ -5,7 +5,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -86,7 +86,11 @@ def learn(run: TrainingRun, batch: StepBatch, step: int) -> dict[str, float]:
         if not math.isfinite(metrics["train/loss"]):
             raise NotFiniteError(f"step {step}: expected a finite loss, got {metrics['train/loss']}")
         run.enter("update")
-        return metrics | run.student.apply_gradients(step)
+        updated = run.student.apply_gradients(step)
+        run.teacher.follow(run.student)
+    if run.last_step.adaptive_ratio is not None:
+        run.last_step.adaptive_ratio = run.last_step.adaptive_ratio.after(metrics["train/loss"])
+    return metrics | updated
 
 
 def score(run: TrainingRun, batch: StepBatch, teacher_rows: TeacherRows | None, step: int) -> Scored:
@@ -153,8 +157,10 @@ def select(run: TrainingRun, scored: Scored, step: int) -> TokenSelection | None
     groups, cap = run.student.groups, run.config.rollout.importance_cap
 
     def choose() -> tuple[TokenSelection, Calibration | None]:
-        index = scored.batch.token_index(groups.dp_rank)
-        return run.selector.select_and_calibrate(scored.statistics, index, step=step, dp_group=groups.dp_group)
+        index, selector, adaptive = scored.batch.token_index(groups.dp_rank), run.selector, run.last_step.adaptive_ratio
+        if adaptive is not None:
+            selector = replace(selector, retention_ratio=adaptive.ratio)
+        return selector.select_and_calibrate(scored.statistics, index, step=step, dp_group=groups.dp_group)
 
     selection = selected_on_last_stage(run, choose)
     if selection is not None and cap and scored.ratios is not None:
@@ -224,6 +230,10 @@ def accumulate_gradients(
             rows = supervise(index, micro_batch, hidden_states)
             hidden, labels = student.rows(hidden_states, rows.mask), micro_batch.labels[rows.mask]
             loss = teacher.loss(student, hidden, rows.teacher_rows, labels, rows.row_weights)
+            for divergence, weights in rows.term_weights.items():
+                on = weights > 0
+                term = (hidden[on], rows.teacher_rows[on], labels[on], weights[on])
+                loss = loss + teacher.loss(student, *term, divergence=divergence)
         except NotFiniteError:  # finish the schedule, as other ranks wait in it; the NaN loss tells them all
             loss = hidden_states.sum() * float("nan")
         total.add_(loss.detach())
