@@ -63,6 +63,30 @@ class StepBatch:
             ).to(self.device)
         return self._built[replica, index]
 
+    def as_the_teacher_reads_it(self, replica: int, index: int) -> list[MicroBatch]:
+        """Returns the micro-batch with the teacher's prompts, cut into several where those make it too long.
+
+        Together they have the rows of the student's micro-batch, in its order.
+        """
+        places = self.plan[replica][index]
+        if not any(len(self.rollouts[place].teacher_prompt_ids) for place in places):
+            return [self.micro_batch(replica, index)]
+        rollouts = [rollout.as_the_teacher_reads_it() for rollout in self.rollouts]
+        added = [len(own.prompt_ids) - len(one.prompt_ids) for own, one in zip(rollouts, self.rollouts, strict=True)]
+        kept = [length + more for length, more in zip(self.num_kept_tokens, added, strict=True)]
+        parts: list[list[int]] = [[]]
+        for place in places:
+            if parts[-1] and sum(kept[one] for one in parts[-1]) + kept[place] > self.max_tokens:
+                parts.append([])
+            parts[-1].append(place)
+        built = (
+            build_micro_batch(
+                rollouts, part, self.pad_token_id, token_multiple=self.token_multiple, num_kept_tokens=kept
+            )
+            for part in parts
+        )
+        return [micro_batch.to(self.device) for micro_batch in built]
+
     def micro_batches(self, replica: int) -> list[MicroBatch]:
         return [self.micro_batch(replica, index) for index in range(len(self.plan[replica]))]
 
@@ -77,6 +101,12 @@ class StepBatch:
     def num_model_tokens(self) -> int:
         """Returns the number of tokens of the whole batch that go through the model, without padding."""
         return sum(self.num_kept_tokens[place] for replica in self.plan for places in replica for place in places)
+
+    def num_teacher_tokens(self) -> int:
+        """Returns the number of tokens of the whole batch that the teacher reads, without padding."""
+        placed = [self.rollouts[place] for replica in self.plan for places in replica for place in places]
+        longer = (len(one.teacher_prompt_ids) - len(one.prompt_ids) for one in placed if len(one.teacher_prompt_ids))
+        return self.num_model_tokens() + sum(longer)
 
     def num_padded_tokens(self) -> list[int]:
         """Returns the number of tokens that go through the model on each replica, with padding."""

@@ -19,8 +19,13 @@ class SelectionConfig(Section):
     beside the run's TOML or can be imported. Equations: docs/selection.md."""
     retention_ratio: float = Field(default=0.05, gt=0, le=1)
     """Share rho of the valid response tokens that is kept. The rule full keeps all of them and does not read it."""
-    scope: Literal["auto", "batch", "rollout"] = "auto"
-    """What the budget is a share of; auto: as in the preset's paper."""
+    adaptive_ratio: bool = False
+    """Let the ratio follow the loss, from retention_ratio on, as AdaKD does."""
+    parameters: dict[str, float] = Field(default={})
+    """Constants of the preset's weights, in place of the published ones: { tokens = 128 }."""
+    scope: Literal["auto", "batch", "rollout", "whole_rollouts"] = "auto"
+    """What the budget is a share of; auto: as in the preset's paper; whole_rollouts: rollouts are kept or dropped as a
+    whole."""
     passes: Literal["auto", "one", "two"] = "auto"
     """Forward passes of the student per step; both ways train the same tokens with the same gradients. two: score
     without gradient, then train on sequences cut after their last selected token. one: score with gradient, hold the

@@ -16,11 +16,13 @@ def check_settings(config: Config, positions: Mapping[str, int]) -> None:
         positions: maximum tokens of a sequence, for "student" and "teacher".
     """
     _check_passes(config)
+    lengths = {"student": config.longest_sequence, "teacher": config.longest_teacher_sequence}
     for owner, limit in positions.items():
-        if config.longest_sequence > limit:
+        if lengths[owner] > limit:
+            setting = "max_teacher_prompt_tokens" if lengths[owner] != lengths["student"] else "max_prompt_tokens"
             raise ConfigError(
-                f"prompts.max_prompt_tokens + rollout.max_response_tokens: expected at most the {owner}'s "
-                f"max_position_embeddings {limit}, got {config.longest_sequence}; shorten one of them"
+                f"prompts.{setting} + rollout.max_response_tokens: expected at most the {owner}'s "
+                f"max_position_embeddings {limit}, got {lengths[owner]}; shorten one of them"
             )
     _check_schedule(config)
     _check_sampling(config)
@@ -34,6 +36,10 @@ def check_settings(config: Config, positions: Mapping[str, int]) -> None:
 
 def check_whole_teacher(config: Config) -> None:
     """Refuses a fixed-context diagnostic with a teacher behind servers."""
+    if config.teacher.update != "frozen":
+        raise ConfigError(
+            f'diagnostics: expected a teacher that does not change, got teacher.update = "{config.teacher.update}"'
+        )
     if "forward_kl" not in known_statistics(config):
         raise ConfigError(
             f'diagnostics: expected teacher.kind = "megatron", got {config.teacher.kind!r}; KL(teacher || student) '
@@ -49,21 +55,37 @@ def make_selector(config: Config) -> Selector:
     """
     selection = config.selection
     try:
-        selector = Selector(seed=config.run.seed, **selection.settings())
+        selector = Selector(seed=config.run.seed, steps=config.training.steps, **selection.settings())
     except ConfigError as error:  # it names the setting without its section
         raise ConfigError(f"selection.{error}") from error
     longest = config.rollout.max_response_tokens
     if (
         selector.resolved_scope == "rollout"
         and not selector.keeps_all
-        and not rollout_budget(selection.retention_ratio, longest, selection.minimum_per_rollout)
+        and not rollout_budget(
+            selection.retention_ratio, longest, selection.minimum_per_rollout, selector.resolved_rule.rounding
+        )
     ):
         raise ConfigError(
             f"selection.retention_ratio: expected at least one token of the longest response, got floor("
             f"{selection.retention_ratio} x {longest}) = 0 for every rollout; raise it or selection.minimum_per_rollout"
         )
     selector.check_available(known_statistics(config), teacher_in_words(config))
+    _check_losses(config, selector)
     return selector
+
+
+def _check_losses(config: Config, selector: Selector) -> None:
+    """Refuses losses other than those that the preset was published with, and constants beyond the support."""
+    rule, size = selector.resolved_rule, config.selection.support_size
+    if rule.divergence not in ("", config.loss.divergence):
+        raise ConfigError(
+            f'loss.divergence: expected "{rule.divergence}" with selection.rule = "{rule.name}", got '
+            f'"{config.loss.divergence}"'
+        )
+    top = max((weight.constants["top"] for weight in rule.weights if "top" in weight.constants), default=0)
+    if top > size:
+        raise ConfigError(f"selection.support_size: expected at least {top:g} for rule {rule.name!r}, got {size}")
 
 
 def _check_layers(config: Config) -> None:

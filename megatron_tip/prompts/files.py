@@ -21,12 +21,14 @@ RawPrompt = str | list[dict[str, Any]]
 class PromptRow:
     """A distinct prompt of a file. `index`: the place of its first row, from 0. `last_index`: that of its last copy.
 
-    `where`: its first row, for errors. `teacher`: the value of the teacher field, "" without one.
+    `where`: its first row, for errors. `teacher`: the value of the teacher field, "" without one. `teacher_prompt`:
+    what the teacher reads in its place; the prompt itself without such a field.
     """
 
     where: str
     prompt: RawPrompt
     teacher: str
+    teacher_prompt: RawPrompt
     index: int
     last_index: int
 
@@ -35,7 +37,7 @@ class PromptRow:
 class PromptFile:
     """The prompts of a file. `num_rows`: with copies. `rows`: without, by their first row.
 
-    Rows are copies if they have the same value in the prompt field and in the teacher field.
+    Rows are copies if they have the same value in the prompt field and in the teacher's fields.
     """
 
     num_rows: int
@@ -46,11 +48,12 @@ class PromptFile:
         return self.num_rows - len(self.rows)
 
 
-def read_prompt_file(path: Path, field: str, teacher_field: str = "") -> PromptFile:
+def read_prompt_file(path: Path, field: str, teacher_field: str = "", teacher_prompt_field: str = "") -> PromptFile:
     """Returns the prompts of a .jsonl or .parquet file. Memory grows with the distinct ones, not with their copies.
 
     Args:
         teacher_field: the field that names each prompt's teacher; "" for none.
+        teacher_prompt_field: the field with what the teacher reads; "" for none.
 
     Raises:
         InputError: the file is missing, has another suffix, holds no prompt, has a line that is empty or not a JSON
@@ -67,7 +70,7 @@ def read_prompt_file(path: Path, field: str, teacher_field: str = "") -> PromptF
         raise InputError(f"prompts.path: no file {path}; data sets are not fetched, a file must lie on this machine")
     if is_lfs_pointer(path):
         raise InputError(f"prompts.path: expected prompts, got a Git LFS pointer in {path}; run `git lfs pull` there")
-    distinct = _DistinctPrompts(field, teacher_field)
+    distinct = _DistinctPrompts(field, teacher_field, teacher_prompt_field)
     num_rows = readers[path.suffix](path, distinct)
     if not num_rows:
         raise InputError(f"prompts.path: expected prompts in {path}, got an empty file")
@@ -77,8 +80,9 @@ def read_prompt_file(path: Path, field: str, teacher_field: str = "") -> PromptF
 class _DistinctPrompts:
     """The prompts that were read so far, each once. `fields`: the names of a row's values, in the order of `add`."""
 
-    def __init__(self, field: str, teacher_field: str) -> None:
-        self.fields = [field, *[teacher_field] * bool(teacher_field)]
+    def __init__(self, field: str, teacher_field: str, teacher_prompt_field: str) -> None:
+        self.fields = [name for name in (field, teacher_field, teacher_prompt_field) if name]
+        self._names = (field, teacher_field, teacher_prompt_field)
         self.rows: list[PromptRow] = []
         self._known: dict[bytes, PromptRow] = {}
 
@@ -87,9 +91,11 @@ class _DistinctPrompts:
         key = _key(where, values)
         row = self._known.get(key)
         if row is None:
-            prompt = _checked(where, self.fields[0], values[0])
-            teacher = _checked_teacher(where, self.fields[1], values[1]) if len(values) > 1 else ""
-            row = self._known[key] = PromptRow(where, prompt, teacher, index, index)
+            (field, teacher_field, own_field), rest = self._names, list(values)
+            prompt = _checked(where, field, rest.pop(0))
+            teacher = _checked_teacher(where, teacher_field, rest.pop(0)) if teacher_field else ""
+            own = _checked(where, own_field, rest.pop(0)) if own_field else prompt
+            row = self._known[key] = PromptRow(where, prompt, teacher, own, index, index)
             self.rows.append(row)
         row.last_index = index
         return row

@@ -58,7 +58,7 @@ def equal(task: Task) -> None:
 
 def small_config(task: Task) -> Config:
     """Returns a run on one process, of two models in bfloat16 large enough that a GPU splits their sums."""
-    shape = task.size({"hidden_size": 768, "vocab_size": 8192, "num_layers": 4}, {"num_layers": 2})
+    shape: dict[str, Any] = task.size({"hidden_size": 768, "vocab_size": 8192, "num_layers": 4}, {"num_layers": 2})
     for seed, name in enumerate(("student", "teacher")):
         make_llama(task.folder / name, seed=seed, **shape)
     return config_in(task.folder, max_tokens=task.size(1024, 48))

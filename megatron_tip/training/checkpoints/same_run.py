@@ -10,7 +10,7 @@ from megatron_tip.training.checkpoints.files import CheckpointFiles
 _DEFINING_KEYS: dict[str, tuple[str, ...]] = {
     "run": ("seed",),
     "model": ("path", "drop_layers", "dtype"),
-    "teacher": ("kind", "path", "dtype", "student_support"),
+    "teacher": ("kind", "path", "dtype", "update", "ema_decay", "student_support"),
     "prompts": (),
     "heldout": ("num_prompts", "every_steps"),
     "rollout": (

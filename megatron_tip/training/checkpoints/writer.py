@@ -129,7 +129,7 @@ class Checkpointer:
         with self._run.timer.phase("save"):
             partial = Path(self._on_writer(lambda: str(self._files.begin(progress.step))))
             request = dist_checkpointing.save(
-                sharded_state(self._run.student),
+                sharded_state(self._run.student, self._run.teacher),
                 str(partial / SHARDS_NAME),
                 sharded_strategy=self._strategy(),
                 async_sharded_save=True,
@@ -137,6 +137,7 @@ class Checkpointer:
             assert request is not None, "an asynchronous save returns a request"
             values = {
                 "progress": progress.as_json(),
+                "adaptive_ratio": (ratio := self._run.last_step.adaptive_ratio) and asdict(ratio),
                 "recorder": asdict(self._recorder.state),
                 "seconds": self._run.timer.total_seconds(),
                 **identity_of(self._run),

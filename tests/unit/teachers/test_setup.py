@@ -16,6 +16,8 @@ from tests.helpers.training import Layout, make_config, make_models
 SERVED = {"kind": "sglang", "urls": ("http://127.0.0.1:1",)}
 SKIPPED = SERVED | {"student_support": "skip"}
 NAMED = SERVED | {"urls": ("maths=http://127.0.0.1:1", "code=http://127.0.0.1:2")}
+OWN: dict[str, Any] = {"kind": "self", "path": None}
+"""To be given the student's path."""
 TOPK = {"divergence": "topk_reverse_kl"}
 
 
@@ -28,6 +30,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def planned(models: Path, **sections: dict[str, Any]):
+    if sections.get("teacher", {}).get("kind") == "self":
+        sections = sections | {"teacher": sections["teacher"] | {"path": models / "student"}}
     return plan_run(make_config(models, Layout(1), **sections), 1)
 
 
@@ -85,6 +89,26 @@ def test_what_servers_cannot_give_is_refused(models: Path, sections, message: st
     [
         ({"loss": TOPK}, r'"topk_reverse_kl": expected teacher.kind = "sglang"'),
         ({"prompts": {"teacher_field": "domain"}}, r"prompts.teacher_field: expected several teachers"),
+        (
+            {"teacher": OWN | {"update": "live"}},
+            r'teacher.update = "live": expected a prompt of the teacher.s own',
+        ),
+        (
+            {"teacher": OWN | {"update": "average"}, "training": {"offload": "all"}},
+            r'training.offload: expected "none" or "optimizer"',
+        ),
+        (
+            {"teacher": OWN | {"update": "average"}, "diagnostics": {"bank": Path("bank"), "every_steps": 1}},
+            r'a teacher that does not change, got teacher.update = "average"',
+        ),
+        (
+            {"selection": {"rule": "tsd_kd", "retention_ratio": 1.0}},
+            r'loss.divergence: expected "jsd" with selection.rule = "tsd_kd", got "reverse_kl"',
+        ),
+        (
+            {"selection": {"rule": "selectkd", "retention_ratio": 1.0, "support_size": 4}},
+            r"selection.support_size: expected at least 5 for rule 'selectkd', got 4",
+        ),
     ],
 )
 def test_what_only_servers_have_is_refused_of_the_teacher_at_hand(tmp_path: Path, sections, message: str):
