@@ -84,7 +84,8 @@ def command(
     elif dry_run and world_size:
         check_elsewhere(config, hosts_elsewhere(world_size, gpus_per_node), gpu_memory)
         typer.echo(dump_config(config), nl=False)
-        typer.echo(f"ok: this configuration can run on {world_size} workers with {gpu_memory:g} GiB per GPU", err=True)
+        memory = f", with {gpu_memory:g} GiB per GPU" if gpus_per_node else ""
+        typer.echo(f"ok: this configuration can run on {world_size} workers{memory}", err=True)
     else:
         num_workers, plan = _check(config, nproc, fresh=fresh, reads_prompts=dry_run)
         if dry_run:

@@ -29,3 +29,4 @@ def configure_logging(rank: int) -> None:
         warnings.filterwarnings("ignore", message=absent)
     # What these libraries will change is for those who call them, not for who starts a run.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|megatron|transformers)\.")
+    warnings.filterwarnings("ignore", message=".* is deprecated", module=r"megatron\.core\.")

@@ -1,4 +1,4 @@
-"""Progress of the run: a bar and a live line on a terminal, else one log line per step."""
+"""Progress of the run: a bar and live lines on a terminal, else one log line per step and of long phases."""
 
 import logging
 import time
@@ -38,29 +38,30 @@ class ProgressDisplay:
         self._bar = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
-            BarColumn(),
+            BarColumn(bar_width=24),  # the line fits 80 columns
             TextColumn("elapsed"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("[cyan]{task.fields[phase]}"),
             console=console,
         )
         self._phase = ""
-        self._task = self._bar.add_task("train", total=num_steps, phase="")
+        self._task = self._bar.add_task("train", total=num_steps)
+        self._now = Text(style="cyan")
         self._line = Text()
         self._first_step: int | None = None
         self._begin = self._last_log = time.monotonic()
-        self._live = Live(Group(self._bar, self._line), console=console) if enabled and console.is_terminal else None
+        self._live = (
+            Live(Group(self._bar, self._now, self._line), console=console) if enabled and console.is_terminal else None
+        )
 
     def show_phase(self, name: str) -> None:
         """Shows the name of the current phase."""
-        self._phase = name
-        self._bar.update(self._task, phase=name)
+        self._phase = self._now.plain = name
 
     def show_progress(self, text: str) -> None:
         """Shows how far the current phase is; where there is no terminal, twice a minute."""
-        self._bar.update(self._task, phase=f"{self._phase}: {text}")
+        self._now.plain = f"{self._phase}: {text}"
         now = time.monotonic()
         if self._logs and now - self._last_log >= _LOG_SECONDS:
             self._last_log = now

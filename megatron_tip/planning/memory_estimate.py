@@ -26,6 +26,9 @@ _LOSS_BUFFERS = 3
 GATHERED_BYTES = 2**24
 """Each rank's part of what a checkpoint of a distributed optimizer gathers at a time."""
 
+_HELD_SHARE = 0.5
+"""What one pass may fill of the free memory: layers that are not fused keep about twice what is counted."""
+
 Parts = dict[str, float]
 """Bytes by purpose."""
 
@@ -39,7 +42,7 @@ class MemoryEstimate:
     """Bytes by phase and purpose on the rank that needs the most. `host_bytes`: host memory per GPU for what leaves it.
 
     Phases are those of `PHASES`, without "measure" if nothing is measured, and "save". `held_tokens`: tokens of a
-    replica's batch whose activations one pass could hold; 0 if a step never takes one pass.
+    replica's batch whose activations one pass may hold; 0 if a step never takes one pass.
     """
 
     phases: dict[str, Parts]
@@ -163,10 +166,10 @@ def may_take_one_pass(config: Config, selector: Selector) -> bool:
 
 
 def _fitting_tokens(site: _Site) -> int:
-    """Returns the tokens of a replica whose activations one pass can hold beside everything else."""
+    """Returns the tokens of a replica whose activations one pass may hold beside everything else."""
     phases = _phases(site, held_tokens=0)
     free = site.gpu_memory_gib * 2**30 - max(sum(phases[name].values()) for name in ("score", "train"))
-    return max(0, int(free / _kept_bytes_per_token(site.config, site.student)))
+    return max(0, int(_HELD_SHARE * free / _kept_bytes_per_token(site.config, site.student)))
 
 
 def _phases(site: _Site, held_tokens: int | None) -> dict[str, Parts]:

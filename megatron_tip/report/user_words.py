@@ -2,7 +2,7 @@
 
 import re
 
-_USER = re.compile(r"(?:^|[>|\]\n\uff5c])\s*(?:user|human)(?:<[^<>\n]*>|:|\n)\s*", re.IGNORECASE)
+_USER = re.compile(r"(?:^|[>|\]\n\uff5c])\s*(?:user|human)(?:<[^<>\n]*>|\uff5c>|:|\n)\s*", re.IGNORECASE)
 """Where a user's message begins: the role after a special token, a bracket or a new line, as templates write it."""
 
 _END = re.compile(

@@ -4,6 +4,7 @@ import importlib
 import sys
 from pathlib import Path
 
+from megatron_tip.cpu.lean_imports import lean_imports
 from tools.gpu_checks.checks import CHECKS
 from tools.gpu_checks.task import Task
 
@@ -12,7 +13,9 @@ def main(name: str, device: str, folder: Path) -> None:
     (check,) = [check for check in CHECKS if check.name == name]
     module, function = check.place.split(":")
     task = Task(device, folder)
-    getattr(importlib.import_module(f"tools.gpu_checks.{module}"), function)(task)
+    with lean_imports():
+        imported = importlib.import_module(f"tools.gpu_checks.{module}")
+    getattr(imported, function)(task)
     task.end()
 
 

@@ -11,17 +11,17 @@ import torch.distributed as dist
 from tools.gpu_checks.ranks import RankError, run_ranks
 from tools.gpu_checks.task import Task
 
-_WAYS = {"abort": "abort", "destroy": "destroy"}
-_NCCL_WAYS = {**_WAYS, "abort without torch's watchdog": "abort"}
+_UNWATCHED = "abort without torch's watchdog"
 """By default torch's own watchdog may end the process as soon as NCCL reports that the peer is gone."""
+_WAYS = {"abort": "abort", "destroy": "destroy", _UNWATCHED: "abort"}
 
 
 def end_group(task: Task) -> None:
     """Notes what the living rank met in its collective, and how soon each way of ending the group returned."""
     place, seconds = "tools.gpu_checks.dead_peer:ended", task.size(22, 90)
-    for name, way in task.size(_NCCL_WAYS, _WAYS).items():
+    for name, way in task.size(_WAYS, {"abort": "abort"}).items():
         start = time.monotonic()
-        handling = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"} if name not in _WAYS else {}
+        handling = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"} if name == _UNWATCHED else {}
         try:
             found, _ = run_ranks(place, 2, task, task.device, way, seconds=seconds, may_die=(1,), **handling)
         except RankError as error:

@@ -117,7 +117,7 @@ def _work(
 ) -> Work:
     """Returns the inputs of one rank among `shards`, whose part of the vocabulary is all that it has."""
     vocab = task.size(151_936, 1024) // shards
-    sizes = {"rows": rows or task.size(16_384, 256), "hidden": hidden, "vocab": vocab, "tp": 1}
+    sizes = {"rows": rows or task.size(16_384, 128), "hidden": hidden, "vocab": vocab, "tp": 1}
     return make_work({**sizes, "dtype": dtype, "divergence": divergence, "options": {}, "device": task.device}, 0)
 
 

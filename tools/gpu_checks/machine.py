@@ -6,6 +6,7 @@ import statistics
 import subprocess
 
 import torch
+from torch.cuda import nccl
 
 from tools.gpu_checks.task import Task
 from tools.meter import seconds_of
@@ -25,7 +26,7 @@ def describe(task: Task) -> None:
             memory_gib=round(found.total_memory / 2**30, 1),
             multiprocessors=found.multi_processor_count,
             cuda=torch.version.cuda,
-            nccl=".".join(map(str, torch.cuda.nccl.version())),  # pyright: ignore[reportAttributeAccessIssue]
+            nccl=".".join(map(str, nccl.version())),
             driver=_driver(),
         )
     task.note(copy_tb_per_second=_copied(device, task.size(2**33, 2**24)) / 1e12)

@@ -11,7 +11,7 @@ from megatron_tip.training.checkpoints.files import CheckpointFiles
 from megatron_tip.training.checkpoints.progress import RunProgress
 from megatron_tip.training.checkpoints.resume import restore
 from megatron_tip.training.run import TrainingRun
-from tests.distributed.test_checkpoint import checkpointer_of, take_step, weights_of
+from tests.helpers.checkpoints import checkpointer_of, take_step, weights_of
 from tests.helpers.tiny import make_llama
 from tests.helpers.training import Layout, build_tiny_run, make_config, make_rollouts
 from tools.gpu_checks.ranks import join_alone
@@ -58,9 +58,10 @@ def equal(task: Task) -> None:
 
 def small_config(task: Task) -> Config:
     """Returns a run on one process, of two models in bfloat16 large enough that a GPU splits their sums."""
-    shape: dict[str, Any] = task.size({"hidden_size": 768, "vocab_size": 8192, "num_layers": 4}, {"num_layers": 2})
+    hidden_size, vocab_size, num_layers = task.size((768, 8192, 4), (48, 307, 2))
     for seed, name in enumerate(("student", "teacher")):
-        make_llama(task.folder / name, seed=seed, **shape)
+        folder = task.folder / name
+        make_llama(folder, seed=seed, num_layers=num_layers, hidden_size=hidden_size, vocab_size=vocab_size)
     return config_in(task.folder, max_tokens=task.size(1024, 48))
 
 

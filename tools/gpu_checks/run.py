@@ -56,7 +56,7 @@ def run_checks(checks: Sequence[Check], device: str, seconds: float, site: Path 
     """
     deadline, environment = time.monotonic() + seconds, _environment(device, site)
     for check in checks:
-        left = deadline - time.monotonic()
+        left = max(0.0, deadline - time.monotonic())
         if device == "cpu" and check.needs_gpu:
             yield Outcome(check.name, "skipped", 0.0, check.proves, {}, [], check.needs_gpu)
         elif left < min(_LEAST_SECONDS, check.seconds):

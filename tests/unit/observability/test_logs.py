@@ -17,6 +17,7 @@ warnings.warn("Transformer Engine and Apex are not installed. Falling back")
 warnings.warn("Apex is not installed. Falling back to Torch Norm")
 for module in ("torch.distributed.checkpoint", "megatron.core.models", "megatron_tip.training"):
     warnings.warn_explicit("a change to " + module, FutureWarning, "file.py", 1, module=module)
+    warnings.warn_explicit("scope of " + module + " is deprecated.", UserWarning, "file.py", 2, module=module)
 warnings.warn("another warning")
 """
 
@@ -33,6 +34,8 @@ def test_info_comes_from_rank_0_and_warnings_from_all(rank):
     assert "a change to torch" not in run.stderr
     assert "a change to megatron.core" not in run.stderr
     assert "a change to megatron_tip" in run.stderr
+    assert "scope of megatron.core" not in run.stderr
+    assert "scope of megatron_tip.training is deprecated" in run.stderr
     assert "another warning" in run.stderr
 
 

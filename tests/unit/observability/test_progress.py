@@ -49,7 +49,7 @@ def test_a_long_phase_is_logged_twice_a_minute_where_there_is_no_terminal(caplog
 def test_bar_phase_and_live_line_on_a_terminal(caplog):
     caplog.set_level(logging.INFO, logger="megatron_tip")
     screen = io.StringIO()
-    console = Console(file=screen, force_terminal=True, width=160)
+    console = Console(file=screen, force_terminal=True, width=80)
     with ProgressDisplay(3, enabled=True, console=console) as progress:
         progress.finish_step(1, METRICS)
         progress.show_phase("rollout")

@@ -187,7 +187,7 @@ def test_a_character_of_several_tokens_stands_at_the_last():
     assert texts[place - 2 : place] == ["", ""]
     broken = [TOKENIZER.encode("数", add_special_tokens=False)[0], *TOKENIZER.encode("a", add_special_tokens=False)]
     [cut, letter] = token_texts(broken, TOKENIZER)
-    assert (cut, letter) == ("\u27e8F0\u27e9", "a")
+    assert (cut, letter) == ("\u27e8E6\u27e9", "a")
 
 
 def test_files_that_are_no_tables_are_refused_by_name(tmp_path):
