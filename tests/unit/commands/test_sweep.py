@@ -78,7 +78,7 @@ def test_runs_are_rules_by_budgets_by_seeds(path: Path):
         (
             "budgets = [0.05, 0.1]",
             "budgets = [0.05, 2.0]",
-            r"(?s)random-2-seed1: .*selection.retention_ratio .*expected",
+            r"(?s)random-2-seed1: .*retention_ratio .*expected",
         ),
         ("tsd_kd = [", "eopd = [", "overrides_of: expected rules of the sweep, got eopd"),
         ('"training.steps=7"', '"training.stops=7"', "(?s)random-0.05-seed1: .*did you mean training.steps"),
