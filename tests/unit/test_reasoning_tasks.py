@@ -35,7 +35,7 @@ def test_the_tasks_own_verifier_scores_the_answers(tmp_path: Path):
     rollouts = []
     for place, answer in enumerate(answers):
         ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
-        rollouts.append(Rollout(place, 0, (1,), ids, (0.0,) * len(ids), "stop", 0))
+        rollouts.append(Rollout(place, 0, token_ids((1,)), token_ids(ids), logprobs([0.0] * len(ids)), "stop", 0))
     write_rollouts(tmp_path, "heldout_000000", rollouts, [Prompt(place, "", (1,)) for place in range(2)])
     scores = score_file(tmp_path / "heldout_000000.jsonl", rows, tokenizer)
     assert scores[0] == 1.0
