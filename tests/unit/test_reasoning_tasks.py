@@ -6,7 +6,7 @@ import pytest
 
 from megatron_tip.errors import ConfigError, InputError
 from megatron_tip.prompts.reasoning_tasks import score_answer
-from megatron_tip.records import Prompt, Rollout
+from megatron_tip.records import Prompt, Rollout, logprobs, token_ids
 from megatron_tip.rollout.storage import write_rollouts
 from tests.helpers.tiny_tokenizer import make_tiny_tokenizer
 from tools.reasoning_tasks import make_tasks, score_file, summary_of
