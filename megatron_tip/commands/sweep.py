@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from megatron_tip.commands import train
 from megatron_tip.commands.outcome import end_as, errors_reported
+from megatron_tip.commands.submit import Submission, hosts_of
+from megatron_tip.commands.submit import submit as submit_job
+from megatron_tip.errors import ConfigError
 from megatron_tip.parallel.launch import Outcome
 
 if TYPE_CHECKING:
-    from megatron_tip.commands.submit import Submission
     from megatron_tip.commands.sweep_runs import Sweep, SweepRun
 
 
@@ -34,8 +37,7 @@ def command(
 ) -> None:
     """Compares rules at budgets over seeds, each as an ordinary run in a folder of its own.
 
-    Finished runs are skipped and unfinished ones continued, so the same command continues a sweep. A run that fails
-    does not end the others. `megatron-tip report FOLDER` puts the runs side by side.
+    The same command continues a sweep: it skips finished runs. `megatron-tip report FOLDER` puts them side by side.
     """
     from megatron_tip.commands.sweep_runs import load_sweep, runs_of, unfinished  # imports torch
     from megatron_tip.report.sweep_data import write_sweep
@@ -51,19 +53,10 @@ def command(
             typer.echo(f"{'to run  ' if place in left else 'finished'} {one.entry.name}")
         return
     if not dry_run:
-        sweep.folder.mkdir(parents=True, exist_ok=True)
         write_sweep(sweep.folder, [one.entry for one in runs])
     if submit and left:
-        from megatron_tip.commands.submit import Submission
-
-        array = f"--array={','.join(map(str, left))}"
-        submission = Submission(
-            sweep_path,
-            nodes=nodes,
-            script="sweep",
-            options=[array, *(sbatch or [])],
-            gpus_per_node=gpus_per_node,
-        )
+        options = [f"--array={','.join(map(str, left))}", *(sbatch or [])]
+        submission = Submission(sweep_path, nodes=nodes, script="sweep", options=options, gpus_per_node=gpus_per_node)
         _submit(submission, runs[left[0]], sweep, gpu_memory, dry_run=dry_run)
     else:
         _run_here([runs[place] for place in left], nproc)
@@ -71,21 +64,15 @@ def command(
 
 
 def _print_run(runs: Sequence["SweepRun"], place: int) -> None:
-    from megatron_tip.errors import ConfigError
-
     if place >= len(runs):
         raise ConfigError(f"--run: expected at most {len(runs) - 1}, got {place}")
     typer.echo("\n".join([str(runs[place].config_path), *runs[place].overrides]))
 
 
-def _submit(submission: "Submission", first: "SweepRun", sweep: "Sweep", gpu_memory: float, *, dry_run: bool) -> None:
+def _submit(submission: Submission, first: "SweepRun", sweep: "Sweep", gpu_memory: float, *, dry_run: bool) -> None:
     """Checks the first run for the job's nodes and submits the array."""
-    from megatron_tip.commands.submit import hosts_of
-    from megatron_tip.commands.submit import submit as submit_job
-    from megatron_tip.commands.train import check_elsewhere
-
     config = first.config()
-    check_elsewhere(config, hosts_of(submission), gpu_memory)
+    train.check_elsewhere(config, hosts_of(submission), gpu_memory)
     of_sweep = config.model_copy(update={"run": config.run.model_copy(update={"folder": sweep.folder})})
     typer.echo(submit_job(submission, of_sweep, dry_run=dry_run))
 

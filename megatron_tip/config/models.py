@@ -35,7 +35,7 @@ class TeacherConfig(Section):
     kind: Literal["megatron", "sglang", "self"] = "megatron"
     """megatron: in the trainer's own processes; sglang: behind SGLang servers that run at `urls`; self: the student's
     own weights, with the path, dtype and layout of [model]."""
-    path: Path = Path()
+    path: Path = Field(default=Path(), validate_default=False)
     """Hugging Face directory; its tokenizer must be the student's. With kind = "sglang" no weights are needed.
     Required, except with kind = "self"."""
     update: Literal["frozen", "live", "average"] = "frozen"

@@ -1,5 +1,6 @@
 """The runs of a sweep, as its folder lists them, and their results over seeds."""
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tip.errors import InputError
-from megatron_tip.files import finite_number, parse_json, write_json
+from megatron_tip.files import atomic_write_text, finite_number, output_errors, parse_json
 from megatron_tip.observability.run_folder import RunFolder
 from megatron_tip.report.seeds import mean_and_half
 
@@ -55,8 +56,12 @@ def sweep_file(folder: Path) -> Path:
 
 
 def write_sweep(folder: Path, entries: Sequence[SweepEntry]) -> None:
-    """Writes the list of a sweep's runs; raises OutputError if the folder is not writable."""
-    write_json(sweep_file(folder), {"format": FORMAT, "runs": [asdict(entry) for entry in entries]})
+    """Writes the list of a sweep's runs atomically; creates the folder. Raises OutputError if it is not writable."""
+    path = sweep_file(folder)
+    with output_errors(path, setting="folder"):
+        folder.mkdir(parents=True, exist_ok=True)
+    content = {"format": FORMAT, "runs": [asdict(entry) for entry in entries]}
+    atomic_write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n", setting="folder")
 
 
 def read_sweep(folder: Path) -> list[Arm]:

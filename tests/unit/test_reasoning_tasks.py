@@ -6,7 +6,7 @@ import pytest
 
 from megatron_tip.errors import ConfigError, InputError
 from megatron_tip.prompts.reasoning_tasks import score_answer
-from megatron_tip.records import Prompt, Rollout
+from megatron_tip.records import Prompt, Rollout, logprobs, token_ids
 from megatron_tip.rollout.storage import write_rollouts
 from tests.helpers.tiny_tokenizer import make_tiny_tokenizer
 from tools.reasoning_tasks import make_tasks, score_file, summary_of
@@ -35,7 +35,7 @@ def test_the_tasks_own_verifier_scores_the_answers(tmp_path: Path):
     rollouts = []
     for place, answer in enumerate(answers):
         ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
-        rollouts.append(Rollout(place, 0, (1,), ids, (0.0,) * len(ids), "stop", 0))
+        rollouts.append(Rollout(place, 0, token_ids((1,)), token_ids(ids), logprobs([0.0] * len(ids)), "stop", 0))
     write_rollouts(tmp_path, "heldout_000000", rollouts, [Prompt(place, "", (1,)) for place in range(2)])
     scores = score_file(tmp_path / "heldout_000000.jsonl", rows, tokenizer)
     assert scores[0] == 1.0
