@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -71,12 +72,11 @@ class StepBatch:
         places = self.plan[replica][index]
         if not any(len(self.rollouts[place].teacher_prompt_ids) for place in places):
             return [self.micro_batch(replica, index)]
-        rollouts = [rollout.as_the_teacher_reads_it() for rollout in self.rollouts]
-        added = [len(own.prompt_ids) - len(one.prompt_ids) for own, one in zip(rollouts, self.rollouts, strict=True)]
-        kept = [length + more for length, more in zip(self.num_kept_tokens, added, strict=True)]
+        rollouts, kept = self._as_the_teacher_reads_them
+        capacity = self.max_tokens - self.max_tokens % self.token_multiple
         parts: list[list[int]] = [[]]
         for place in places:
-            if parts[-1] and sum(kept[one] for one in parts[-1]) + kept[place] > self.max_tokens:
+            if parts[-1] and sum(kept[one] for one in parts[-1]) + kept[place] > capacity:
                 parts.append([])
             parts[-1].append(place)
         built = (
@@ -104,9 +104,8 @@ class StepBatch:
 
     def num_teacher_tokens(self) -> int:
         """Returns the number of tokens of the whole batch that the teacher reads, without padding."""
-        placed = [self.rollouts[place] for replica in self.plan for places in replica for place in places]
-        longer = (len(one.teacher_prompt_ids) - len(one.prompt_ids) for one in placed if len(one.teacher_prompt_ids))
-        return self.num_model_tokens() + sum(longer)
+        _, kept = self._as_the_teacher_reads_them
+        return sum(kept[place] for replica in self.plan for places in replica for place in places)
 
     def num_padded_tokens(self) -> list[int]:
         """Returns the number of tokens that go through the model on each replica, with padding."""
@@ -143,6 +142,13 @@ class StepBatch:
             for places in micro_batches:
                 replicas[places] = replica
         return replicas.to(self.device)
+
+    @cached_property
+    def _as_the_teacher_reads_them(self) -> tuple[list[Rollout], list[int]]:
+        """The rollouts with the teacher's prompts, and how many leading tokens of each go through the teacher."""
+        rollouts = [rollout.as_the_teacher_reads_it() for rollout in self.rollouts]
+        added = (len(own.prompt_ids) - len(one.prompt_ids) for own, one in zip(rollouts, self.rollouts, strict=True))
+        return rollouts, [kept + more for kept, more in zip(self.num_kept_tokens, added, strict=True)]
 
     def _num_padded(self, places: Sequence[int]) -> int:
         """Returns the number of one micro-batch's tokens, with padding."""

@@ -7,6 +7,8 @@ from megatron_tip.errors import ConfigError
 from megatron_tip.rollout.engines import engine_kind
 from megatron_tip.selection import Selector, rollout_budget
 from megatron_tip.teachers.setup import known_statistics, teacher_in_words, teacher_kind
+from megatron_tip.vocab_parallel.divergence import DIVERGENCES
+from megatron_tip.vocab_parallel.topk_divergence import TOPK_DIVERGENCES
 
 
 def check_settings(config: Config, positions: Mapping[str, int]) -> None:
@@ -83,6 +85,15 @@ def _check_losses(config: Config, selector: Selector) -> None:
             f'loss.divergence: expected "{rule.divergence}" with selection.rule = "{rule.name}", got '
             f'"{config.loss.divergence}"'
         )
+    possible = DIVERGENCES if teacher_kind(config).has_weights else TOPK_DIVERGENCES
+    terms = {term.divergence for term in rule.terms}
+    if impossible := sorted(terms.difference(possible)):
+        raise ConfigError(
+            f"selection.rule: expected loss terms among {', '.join(possible)} with {teacher_in_words(config)}, got "
+            f"{', '.join(impossible)} of rule {rule.name!r}"
+        )
+    if "sampled_token" in terms:
+        _check_sampled_token(config, f"selection.rule = {rule.name!r}, with a term sampled_token")
     top = max((weight.constants["top"] for weight in rule.weights if "top" in weight.constants), default=0)
     if top > size:
         raise ConfigError(f"selection.support_size: expected at least {top:g} for rule {rule.name!r}, got {size}")
@@ -111,17 +122,8 @@ def _check_schedule(config: Config) -> None:
 
 def _check_sampling(config: Config) -> None:
     rollout, temperature = config.rollout, config.loss.temperature
-    if config.loss.divergence == "sampled_token" and (rollout.temperature, rollout.top_p) != (temperature, 1.0):
-        raise ConfigError(
-            'loss.divergence = "sampled_token": expected rollout.temperature = loss.temperature and rollout.top_p = 1, '
-            f"got {rollout.temperature}, {temperature} and {rollout.top_p}; its mean is the reverse KL only over "
-            "tokens drawn from the student's own distribution"
-        )
-    if config.loss.divergence == "sampled_token" and not engine_kind(config).generates:
-        raise ConfigError(
-            'loss.divergence = "sampled_token": expected an engine that generates, got rollout.engine = "replay"; its '
-            "gradient is that of the reverse KL only over tokens drawn from the student as it is"
-        )
+    if config.loss.divergence == "sampled_token":
+        _check_sampled_token(config, 'loss.divergence = "sampled_token"')
     if rollout.importance_cap and rollout.temperature != temperature:
         raise ConfigError(
             "rollout.importance_cap: expected rollout.temperature = loss.temperature, got "
@@ -131,6 +133,22 @@ def _check_sampling(config: Config) -> None:
         raise ConfigError(
             f"rollout.importance_cap: expected rollout.top_p = 1, got {rollout.top_p}; the engine's log-probabilities "
             "are then of the cut distribution and the trainer's of the whole one"
+        )
+
+
+def _check_sampled_token(config: Config, where: str) -> None:
+    """Refuses the sampled-token loss over tokens that were not drawn from the student as it is."""
+    rollout, temperature = config.rollout, config.loss.temperature
+    if (rollout.temperature, rollout.top_p) != (temperature, 1.0):
+        raise ConfigError(
+            f"{where}: expected rollout.temperature = loss.temperature and rollout.top_p = 1, got "
+            f"{rollout.temperature}, {temperature} and {rollout.top_p}; its mean is the reverse KL only over tokens "
+            "drawn from the student's own distribution"
+        )
+    if not engine_kind(config).generates:
+        raise ConfigError(
+            f'{where}: expected an engine that generates, got rollout.engine = "replay"; its gradient is that of the '
+            "reverse KL only over tokens drawn from the student as it is"
         )
 
 

@@ -41,12 +41,9 @@ class Groups:
 
 @dataclass(frozen=True)
 class Places:
-    """The places of one replica's rows; all rows of a rollout lie on one replica. `progress`: share of the training
-    that is done, 0 at the first step and 1 at the last.
-    """
+    """The places of one replica's rows; all rows of a rollout lie on one replica."""
 
     index: TokenIndex
-    progress: float = 1.0
 
     @cached_property
     def rollouts(self) -> Groups:

@@ -29,11 +29,13 @@ class Weight:
 
     `function(places, *inputs, **constants)` returns `[n]` float64, at least 0; a row that weighs 0 is not supervised.
     `constants`: the published numbers, which `selection.parameters` may replace; NaN: there is none, it must be set.
+    `follows_training`: the function also takes `progress`, 0 at the first step of the training and 1 at the last.
     """
 
     function: Callable[..., Tensor]
     inputs: tuple[Input, ...] = ()
     constants: Mapping[str, float] = field(default_factory=dict)
+    follows_training: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,11 @@ class Rule:
     def weights(self) -> tuple[Weight, ...]:
         """The main weight, if there is one, and those of the terms."""
         return (*([self.weight] if self.weight else []), *(term.weight for term in self.terms))
+
+    @property
+    def follows_training(self) -> bool:
+        """Whether a weight depends on how much of the training is done."""
+        return any(weight.follows_training for weight in self.weights)
 
     @property
     def scored_statistics(self) -> frozenset[str]:

@@ -74,7 +74,12 @@ _LATER_ROWS = (
         ),
     ),
     Rule("iw_opd", None, take="all", weight=Weight(weights.undrifted, (_LOG_P, _LOG_Q), {"strength": 0.5})),
-    Rule("prefix", None, take="all", weight=Weight(weights.growing_prefix, (), {"start": 0.3, "rest": 0.0})),
+    Rule(
+        "prefix",
+        None,
+        take="all",
+        weight=Weight(weights.growing_prefix, (), {"start": 0.3, "rest": 0.0}, follows_training=True),
+    ),
     Rule("first_segment", None, take="all", weight=Weight(weights.first_segment, (), {"tokens": math.nan})),
     Rule(
         "selectkd",

@@ -83,7 +83,7 @@ class Selector(SelectionSettings):
             self.tie_order(batch, step),
             with_runner_up=self.loss_scale == "importance",
         )
-        factors = row_factors(self.active_rule, Places(index, self.progress(step)), inputs)
+        factors = row_factors(self.active_rule, Places(index), inputs, self.progress(step))
         mask = kept.mask & factors.is_positive() if factors else kept.mask
         others = {rule.name: other.mask for rule, other in zip(rules[1:], kept_by_others, strict=True)}
         described = described_rows(batch, mask, found, axes, others)

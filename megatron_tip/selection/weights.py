@@ -31,12 +31,12 @@ def undrifted(places: Places, log_p: Tensor, log_q: Tensor, *, strength: float) 
     return 1 + strength * (1 - torch.where(total > 0, before / total, 0.0))
 
 
-def growing_prefix(places: Places, *, start: float, rest: float) -> Tensor:
+def growing_prefix(places: Places, *, start: float, rest: float, progress: float) -> Tensor:
     """Returns 1 for the first ceil(r L) tokens of a rollout of L, and `rest` for the others.
 
     r rises from `start` at the first step to 1 at the last, along a cosine.
     """
-    r = start + (1 - start) * (1 - math.cos(math.pi * places.progress)) / 2
+    r = start + (1 - start) * (1 - math.cos(math.pi * progress)) / 2
     rollouts = places.rollouts
     return torch.where(rollouts.rank < (r * rollouts.sizes.double()).ceil()[rollouts.group], 1.0, rest).double()
 
@@ -90,8 +90,11 @@ class RowFactors:
         return ((factors < 0) | ~factors.isfinite()).any(0)
 
 
-def row_factors(rule: Rule, places: Places, inputs: Mapping[Input, Tensor]) -> RowFactors | None:
+def row_factors(rule: Rule, places: Places, inputs: Mapping[Input, Tensor], progress: float) -> RowFactors | None:
     """Returns the factors of this replica's rows, None for a rule without weights and terms; no communication.
+
+    Args:
+        progress: of the training, 0 at its first step and 1 at its last.
 
     Raises:
         InputError: a weight function does not return one number per row.
@@ -100,7 +103,8 @@ def row_factors(rule: Rule, places: Places, inputs: Mapping[Input, Tensor]) -> R
         return None
 
     def of(weight: Weight) -> Tensor:
-        values = weight.function(places, *(inputs[item] for item in weight.inputs), **weight.constants)
+        schedule = {"progress": progress} if weight.follows_training else {}
+        values = weight.function(places, *(inputs[item] for item in weight.inputs), **weight.constants, **schedule)
         if not isinstance(values, Tensor) or values.shape != places.index.position.shape:
             raise InputError(f"rule {rule.name!r}: expected weights of shape {tuple(places.index.position.shape)}")
         return values.to(torch.float64)

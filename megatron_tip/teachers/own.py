@@ -76,7 +76,6 @@ def build(config: Config, site: TeacherSite) -> MegatronTeacher:
     """
     if config.teacher.update == "frozen":
         return megatron.build(config, site)
-    assert site.student is not None, "the student is built first"
     shared: dict[str, Any] = {
         "groups": site.student_groups,
         "student_groups": site.student_groups,

@@ -125,13 +125,13 @@ class Teacher(ABC, Generic[Rows]):
 class TeacherSite:
     """The inputs for building a teacher, besides the configuration.
 
-    `checkpoint`: its weights; None for a teacher outside the trainer's processes. `student`: None only where there is
-    none yet. `groups`: this rank's groups in the
-    teacher's layout. `vocabulary`: the ids shared with the student. `padded_vocab_size`: rows of both LM heads.
-    `required_statistics`: those that the run's rule reads.
+    `checkpoint`: its weights; None for a teacher outside the trainer's processes, and for a live student. `groups`:
+    this rank's groups in the teacher's layout. `vocabulary`: the ids shared with the student. `padded_vocab_size`: rows
+    of both LM heads. `required_statistics`: those that the run's rule reads.
     """
 
     checkpoint: HfCheckpoint | None
+    student: Student
     groups: ModelGroups
     student_groups: ModelGroups
     vocabulary: ShardedVocabulary
@@ -139,7 +139,6 @@ class TeacherSite:
     required_statistics: frozenset[str]
     dtype: torch.dtype
     device: torch.device
-    student: Student | None = None
 
 
 def score_micro_batches(

@@ -102,6 +102,7 @@ def build_run(
         student = _student(config, plan, student_groups)
         teacher_site = TeacherSite(
             checkpoint=plan.teacher,
+            student=student,
             groups=teacher_groups,
             student_groups=student_groups,
             vocabulary=vocabulary,
@@ -109,7 +110,6 @@ def build_run(
             required_statistics=plan.selector.required_statistics,
             dtype=Dtypes.of(config).teacher,
             device=worker.device,
-            student=student,
         )
         teacher = build_teacher(config, teacher_site)
         one_pass = _one_pass(config, plan, worker)

@@ -7,12 +7,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megatron_tip.training.step import train_step
-from tests.distributed.test_train_step import reference_gradients, selected_and_gradients
 from tests.helpers.distributed import run_workers
-from tests.helpers.training import Layout, build_tiny_run, make_config, make_models, make_rollouts
+from tests.helpers.first_step import ROLLOUTS, Observed, Row, observe, reference_gradients
+from tests.helpers.training import Layout, make_config, make_models
 
-ROLLOUTS = make_rollouts([12, 0, 7, 15, 9, 1])
 LAYOUTS = [Layout(1), Layout(2), Layout(4), Layout(2, student=(2, 1)), Layout(4, student=(2, 2), teacher=(4, 1))]
 
 
@@ -42,27 +40,59 @@ def gate(models: Path) -> float:
     return sum(ordered[len(ordered) // 2 - 1 : len(ordered) // 2 + 1]) / 2
 
 
-def losses_and_metrics(config, rollouts):
-    return selected_and_gradients(config, rollouts), train_step(build_tiny_run(config, rollouts), 1)
+def rows_of(ranks: list[Observed]) -> list[Row]:
+    return sorted(row for observed in ranks for row in observed.selected)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_a_gated_term_is_added_to_the_loss(models: Path, gate: float, layout: Layout, tmp_path: Path):
-    selection = {"rule": "eopd", "retention_ratio": 1.0, "parameters": {"entropy": gate, "coefficient": 0.5}}
-    config = make_config(models, layout, selection=selection)
-    ranks = run_workers(losses_and_metrics, layout.world_size, tmp_path, config, ROLLOUTS)
-    num_rows = sum(len(rollout.response_ids) for rollout in ROLLOUTS)
-    rows = sorted(row for (selected, _, _), _ in ranks for row in selected)
-    assert len(rows) == num_rows
+def check(ranks: list[Observed], expected: tuple[float, dict[str, Tensor]]) -> None:
+    loss, gradients = expected
+    assert sum(observed.loss for observed in ranks) == pytest.approx(loss, rel=1e-5)
+    assert ranks[0].metrics["train/loss"] == pytest.approx(loss, rel=1e-5)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(ranks[0].gradients[name].double(), gradient, rtol=2e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "layout,passes",
+    [(layout, "two") for layout in LAYOUTS] + [(layout, "one") for layout in LAYOUTS if layout.student[1] == 1],
+    ids=str,
+)
+def test_a_gated_term_is_added_to_the_loss(models: Path, gate: float, layout: Layout, passes: str, tmp_path: Path):
+    parameters = {"entropy": gate, "coefficient": 0.5}
+    config = make_config(models, layout, selection={"rule": "eopd", "parameters": parameters, "passes": passes})
+    ranks = run_workers(observe, layout.world_size, tmp_path, config, ROLLOUTS)
+    assert {observed.metrics["train/one_pass"] for observed in ranks} == {float(passes == "one")}
+    rows = rows_of(ranks)
+    assert len(rows) == sum(len(rollout.response_ids) for rollout in ROLLOUTS)
 
     def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
         return kl(log_p, log_q) + 0.5 * (entropy(log_q) > gate) * kl(log_q, log_p)
 
-    loss, gradients = reference_gradients(models, ROLLOUTS, rows, divergence=divergence)
+    expected = reference_gradients(models, ROLLOUTS, rows, divergence=divergence)
     plain, _ = reference_gradients(models, ROLLOUTS, rows)
-    assert loss > 1.1 * plain, "the gate is open somewhere"
-    assert sum(part for (_, part, _), _ in ranks) == pytest.approx(loss, rel=1e-5)
-    assert ranks[0][1]["train/loss"] == pytest.approx(loss, rel=1e-5)
-    exported = ranks[0][0][2]
-    for name, expected in gradients.items():
-        torch.testing.assert_close(exported[name].double(), expected, rtol=2e-4, atol=2e-6)
+    assert expected[0] > 1.1 * plain, "the gate is open somewhere"
+    check(ranks, expected)
+
+
+@pytest.mark.parametrize("layout", [Layout(1), Layout(3), Layout(2, student=(2, 1))], ids=str)
+def test_whole_rollouts_and_their_weights_are_the_same_in_one_pass(models: Path, layout: Layout, tmp_path: Path):
+    one, two = (
+        run_workers(
+            observe,
+            layout.world_size,
+            tmp_path / passes,
+            make_config(models, layout, selection={"rule": "fire", "retention_ratio": 0.5, "passes": passes}),
+            ROLLOUTS,
+        )
+        for passes in ("one", "two")
+    )
+    assert one[0].metrics["train/one_pass"] == 1.0
+    rows = rows_of(two)
+    assert rows_of(one) == rows
+    kept = {rollout for rollout, _, _ in rows}
+    assert len(kept) == 3  # ceil(0.5 x 5)
+    assert len(rows) == sum(len(ROLLOUTS[rollout].response_ids) for rollout in kept)
+    assert len({weight for _, _, weight in rows}) > 3
+    expected = reference_gradients(models, ROLLOUTS, rows)
+    check(one, expected)
+    check(two, expected)

@@ -16,9 +16,9 @@ from megatron_tip.training.checkpoints.files import CheckpointFiles
 from megatron_tip.training.checkpoints.progress import RunProgress
 from megatron_tip.training.checkpoints.resume import restore
 from megatron_tip.training.run import TrainingRun
-from tests.distributed.test_checkpoint import checkpointer_of, take_step
-from tests.distributed.test_train_step import selected_and_gradients
+from tests.helpers.checkpoints import checkpointer_of, take_step
 from tests.helpers.distributed import run_workers
+from tests.helpers.first_step import selected_and_gradients
 from tests.helpers.training import Layout, build_tiny_run, make_config, make_models, make_rollouts
 
 ROLLOUTS = [
@@ -149,3 +149,27 @@ def test_it_follows_and_resumes_exactly(
         rtol, atol = (1e-6, 1e-7) if dtype == "float32" else (4e-3, 1e-5)
         torch.testing.assert_close(average.double(), expected, rtol=rtol, atol=atol)
         assert not torch.equal(average, two[name]) or torch.equal(start[name], two[name])
+
+
+def two_steps(configs: list[Config]) -> list[dict[str, float]]:
+    """The metrics of each configuration's second step, before which the teacher has followed the student once."""
+    found = []
+    for config in configs:
+        run = build_tiny_run(config, ROLLOUTS)
+        take_step(run, 1)
+        found.append(take_step(run, 2))
+    return found
+
+
+@pytest.mark.parametrize("update", ["live", "average"])
+def test_one_pass_is_two(models: Path, update: str, tmp_path: Path):
+    selection = {"rule": "ta_opd_teachability", "retention_ratio": 0.3}
+    configs = [
+        own_config(models, Layout(2), update, selection=selection | {"passes": passes}, optimizer={"lr": 1e-2})
+        for passes in ("one", "two")
+    ]
+    for one, two in run_workers(two_steps, 2, tmp_path, configs):
+        assert (one["train/one_pass"], two["train/one_pass"]) == (1.0, 0.0)
+        assert one["train/loss"] > 0
+        for name in ("selection/num_selected", "selection/threshold", "train/loss", "train/grad_norm"):
+            assert one[name] == pytest.approx(two[name], rel=1e-4), name

@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from pydantic import ValidationError
@@ -10,6 +11,8 @@ from pydantic import ValidationError
 from megatron_tip.config import TeacherConfig
 from megatron_tip.errors import ConfigError
 from megatron_tip.planning.plan import plan_run
+from megatron_tip.selection import RULES, Rule, Term, Weight
+from megatron_tip.selection.weights import first_segment
 from megatron_tip.teachers.setup import teacher_limits
 from tests.helpers.training import Layout, make_config, make_models
 
@@ -145,3 +148,18 @@ def test_limits_are_those_of_any_architecture(models: Path, tmp_path: Path):
     (tmp_path / "other/config.json").write_text('{"vocab_size": 9}')
     with pytest.raises(ConfigError, match="expected vocab_size and max_position_embeddings"):
         teacher_limits(tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    "divergence, sections, message",
+    [
+        ("forward_kl", {"teacher": SERVED, "loss": TOPK}, "expected loss terms among topk_reverse_kl, sampled_token"),
+        ("topk_reverse_kl", {"teacher": OWN}, "expected loss terms among reverse_kl, forward_kl, jsd, sampled_token"),
+        ("sampled_token", {"rollout": {"top_p": 0.9}}, "with a term sampled_token: expected .* rollout.top_p = 1"),
+    ],
+)
+def test_a_loss_term_that_cannot_be_computed_is_refused(tmp_path: Path, divergence: str, sections, message: str):
+    term = Term(divergence, Weight(first_segment, (), {"tokens": 3}))
+    termed = Rule("termed", None, take="all", terms=(term,))
+    with patch.dict(RULES, termed=termed), pytest.raises(ConfigError, match=message):
+        planned(make_models(tmp_path), selection={"rule": "termed"}, **sections)
