@@ -59,8 +59,7 @@ def compare_rules(
     axes = quadrant_axes(batch.values, {divergence})
     names = [n for n, r in PAPERS_RULES.items() if r.take != "all" and r.required_statistics <= batch.values.keys()]
     # a separate seed for each: with the same draws, two sampling rules would agree spuriously
-    seeds = range(seed, seed + len(names))
-    selectors = (Selector(n, retention_ratio, scope, seed=s, compare=False) for n, s in zip(names, seeds, strict=True))
+    selectors = (Selector(n, retention_ratio, scope, seed=s, compare=False) for s, n in enumerate(names, start=seed))
     masks = torch.stack([s.select(statistics, index, step=0, dp_group=dp_group).selection_mask for s in selectors])
     medians = quantiles(batch.values, {(name, 0.5) for name in axes}, batch.num_valid, replicas)
     quadrants = quadrant_rows(batch, medians, axes).values()
