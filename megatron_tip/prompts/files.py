@@ -2,7 +2,7 @@
 
 import hashlib
 import marshal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,9 @@ from megatron_tip.files import is_lfs_pointer, parse_json
 
 # A text, or chat messages with the texts "role" and "content"; other keys are for the chat template.
 RawPrompt = str | list[dict[str, Any]]
+
+# The keys of the configuration that name the fields of a row.
+_PROMPT, _TEACHER, _TEACHER_PROMPT = "prompts.field", "prompts.teacher_field", "prompts.teacher_prompt_field"
 
 
 @dataclass
@@ -78,11 +81,14 @@ def read_prompt_file(path: Path, field: str, teacher_field: str = "", teacher_pr
 
 
 class _DistinctPrompts:
-    """The prompts that were read so far, each once. `fields`: the names of a row's values, in the order of `add`."""
+    """The prompts that were read so far, each once.
+
+    `fields`: the fields of a row, in the order of `add`, by the key of the configuration that names each.
+    """
 
     def __init__(self, field: str, teacher_field: str, teacher_prompt_field: str) -> None:
-        self.fields = [name for name in (field, teacher_field, teacher_prompt_field) if name]
-        self._names = (field, teacher_field, teacher_prompt_field)
+        fields = {_PROMPT: field, _TEACHER: teacher_field, _TEACHER_PROMPT: teacher_prompt_field}
+        self.fields = {key: name for key, name in fields.items() if name}
         self.rows: list[PromptRow] = []
         self._known: dict[bytes, PromptRow] = {}
 
@@ -91,10 +97,12 @@ class _DistinctPrompts:
         key = _key(where, values)
         row = self._known.get(key)
         if row is None:
-            (field, teacher_field, own_field), rest = self._names, list(values)
-            prompt = _checked(where, field, rest.pop(0))
-            teacher = _checked_teacher(where, teacher_field, rest.pop(0)) if teacher_field else ""
-            own = _checked(where, own_field, rest.pop(0)) if own_field else prompt
+            fields, found = self.fields, dict(zip(self.fields, values, strict=True))
+            prompt = _checked(where, fields[_PROMPT], found[_PROMPT])
+            teacher = _checked_teacher(where, fields[_TEACHER], found[_TEACHER]) if _TEACHER in fields else ""
+            own = prompt
+            if _TEACHER_PROMPT in fields:
+                own = _checked(where, fields[_TEACHER_PROMPT], found[_TEACHER_PROMPT])
             row = self._known[key] = PromptRow(where, prompt, teacher, own, index, index)
             self.rows.append(row)
         row.last_index = index
@@ -122,7 +130,7 @@ def _read_jsonl(path: Path, distinct: _DistinctPrompts) -> int:
     return number
 
 
-def _values(where: str, line: bytes, fields: Sequence[str]) -> list[Any]:
+def _values(where: str, line: bytes, fields: Mapping[str, str]) -> list[Any]:
     """Returns the values of a line's `fields`."""
     if not line.strip():
         raise InputError(f"{where}: expected a JSON object, got an empty line; remove it")
@@ -132,40 +140,36 @@ def _values(where: str, line: bytes, fields: Sequence[str]) -> list[Any]:
         raise InputError(f"{where}: expected a JSON object, got a broken line ({error})") from error
     if not isinstance(record, dict):
         raise InputError(f"{where}: expected a JSON object, got {type(record).__name__}")
-    for key, field in zip(_KEYS, fields, strict=False):
+    for key, field in fields.items():
         if field not in record:
             raise InputError(_no_field(key, field, where, sorted(record)))
-    return [record[field] for field in fields]
+    return [record[field] for field in fields.values()]
 
 
 def _read_parquet(path: Path, distinct: _DistinctPrompts) -> int:
     """Adds the file's prompts to `distinct`; returns the number of rows."""
     index = 0
     for batch in _batches(path, distinct.fields):
-        for values in zip(*(batch.column(field).to_pylist() for field in distinct.fields), strict=True):
+        for values in zip(*(batch.column(field).to_pylist() for field in distinct.fields.values()), strict=True):
             distinct.add(f"{path}, row {index + 1}", index, values)
             index += 1
     return index
 
 
-def _batches(path: Path, fields: Sequence[str]) -> Iterator[pa.RecordBatch]:
+def _batches(path: Path, fields: Mapping[str, str]) -> Iterator[pa.RecordBatch]:
     try:
         with pq.ParquetFile(path) as file:
             columns = file.schema_arrow.names
-            for key, field in zip(_KEYS, fields, strict=False):
+            for key, field in fields.items():
                 if field not in columns:
                     raise InputError(_no_field(key, field, str(path), columns))
-            yield from file.iter_batches(_ROWS_PER_BATCH, columns=list(dict.fromkeys(fields)))
+            yield from file.iter_batches(_ROWS_PER_BATCH, columns=list(dict.fromkeys(fields.values())))
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path}: not a readable Parquet file ({error})") from error
 
 
 _ROWS_PER_BATCH = 8192
 """Rows that are Python objects at a time."""
-
-
-_KEYS = ("prompts.field", "prompts.teacher_field")
-"""The keys of the configuration that name the fields of a row, in the order of `_DistinctPrompts.fields`."""
 
 
 def _no_field(key: str, field: str, where: str, found: Sequence[str]) -> str:

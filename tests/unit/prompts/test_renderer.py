@@ -72,7 +72,9 @@ def test_rows_that_differ_for_the_teacher_alone_are_no_copies(tmp_path: Path):
 
 def test_a_row_without_the_teachers_prompt_is_named(tmp_path: Path):
     path = write(tmp_path, {"prompt": "1", "hint": "a"}, {"prompt": "2"})
-    with pytest.raises(InputError, match=r"prompts.jsonl, line 2: no field 'hint'"):
+    with pytest.raises(
+        InputError, match=r"prompts.teacher_prompt_field: expected a field of .*prompts.jsonl, line 2, got 'hint'"
+    ):
         load(path, teacher_prompt_field="hint")
     pq.write_table(pa.table({"prompt": ["1", "2"], "hint": ["a", None]}), tmp_path / "prompts.parquet")
     with pytest.raises(InputError, match=r"row 2: expected 'hint' to be a text or a list"):
