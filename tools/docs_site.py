@@ -15,7 +15,7 @@ from typer.main import get_command
 from megatron_tip.cli import app
 from megatron_tip.config.keys import keys_of, sections
 from megatron_tip.observability.metric_reference import METRICS
-from megatron_tip.selection.rules import RULES, Rule
+from megatron_tip.selection import RULES, Rule
 from megatron_tip.statistics import STATISTICS
 
 ROOT = Path(__file__).parents[1]
@@ -87,13 +87,14 @@ def _commands() -> Iterator[str]:
 def _rules() -> Iterator[str]:
     yield "# Rules"
     yield "\nValues of `selection.rule`. Equations and sources: [Token selection](../docs/selection.md)."
-    yield "\n| Rule | Takes | Of the score of | Budget's scope |\n|---|---|---|---|"
+    yield "\n| Rule | Takes | Of the score of | Weighs by | Budget's scope |\n|---|---|---|---|---|"
     yield from (_rule(rule) for rule in RULES.values())
 
 
 def _rule(rule: Rule) -> str:
     statistics = ", ".join(f"`{item.statistic}`" for item in rule.inputs) or "nothing"
-    return f"| `{rule.name}` | {rule.take} | {statistics} | {rule.scope} |"
+    weights = ", ".join(f"`{weight.function.__name__}`" for weight in rule.weights) or "nothing"
+    return f"| `{rule.name}` | {rule.take} | {statistics} | {weights} | {rule.scope} |"
 
 
 def _statistics() -> Iterator[str]:

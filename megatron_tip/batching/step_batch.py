@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -63,6 +64,29 @@ class StepBatch:
             ).to(self.device)
         return self._built[replica, index]
 
+    def as_the_teacher_reads_it(self, replica: int, index: int) -> list[MicroBatch]:
+        """Returns the micro-batch with the teacher's prompts, cut into several where those make it too long.
+
+        Together they have the rows of the student's micro-batch, in its order.
+        """
+        places = self.plan[replica][index]
+        if not any(len(self.rollouts[place].teacher_prompt_ids) for place in places):
+            return [self.micro_batch(replica, index)]
+        rollouts, kept = self._as_the_teacher_reads_them
+        capacity = self.max_tokens - self.max_tokens % self.token_multiple
+        parts: list[list[int]] = [[]]
+        for place in places:
+            if parts[-1] and sum(kept[one] for one in parts[-1]) + kept[place] > capacity:
+                parts.append([])
+            parts[-1].append(place)
+        built = (
+            build_micro_batch(
+                rollouts, part, self.pad_token_id, token_multiple=self.token_multiple, num_kept_tokens=kept
+            )
+            for part in parts
+        )
+        return [micro_batch.to(self.device) for micro_batch in built]
+
     def micro_batches(self, replica: int) -> list[MicroBatch]:
         return [self.micro_batch(replica, index) for index in range(len(self.plan[replica]))]
 
@@ -77,6 +101,11 @@ class StepBatch:
     def num_model_tokens(self) -> int:
         """Returns the number of tokens of the whole batch that go through the model, without padding."""
         return sum(self.num_kept_tokens[place] for replica in self.plan for places in replica for place in places)
+
+    def num_teacher_tokens(self) -> int:
+        """Returns the number of tokens of the whole batch that the teacher reads, without padding."""
+        _, kept = self._as_the_teacher_reads_them
+        return sum(kept[place] for replica in self.plan for places in replica for place in places)
 
     def num_padded_tokens(self) -> list[int]:
         """Returns the number of tokens that go through the model on each replica, with padding."""
@@ -113,6 +142,13 @@ class StepBatch:
             for places in micro_batches:
                 replicas[places] = replica
         return replicas.to(self.device)
+
+    @cached_property
+    def _as_the_teacher_reads_them(self) -> tuple[list[Rollout], list[int]]:
+        """The rollouts with the teacher's prompts, and how many leading tokens of each go through the teacher."""
+        rollouts = [rollout.as_the_teacher_reads_it() for rollout in self.rollouts]
+        added = (len(own.prompt_ids) - len(one.prompt_ids) for own, one in zip(rollouts, self.rollouts, strict=True))
+        return rollouts, [kept + more for kept, more in zip(self.num_kept_tokens, added, strict=True)]
 
     def _num_padded(self, places: Sequence[int]) -> int:
         """Returns the number of one micro-batch's tokens, with padding."""

@@ -30,12 +30,19 @@ class ModelConfig(Section):
 
 
 class TeacherConfig(Section):
-    """The teacher: frozen, forward passes only. Its layout may differ from the student's; both fill the same ranks."""
+    """The teacher: forward passes only. Its layout may differ from the student's; both fill the same ranks."""
 
-    kind: Literal["megatron", "sglang"] = "megatron"
-    """megatron: in the trainer's own processes; sglang: behind SGLang servers that run at `urls`."""
-    path: Path
-    """Hugging Face directory; its tokenizer must be the student's. With kind = "sglang" no weights are needed."""
+    kind: Literal["megatron", "sglang", "self"] = "megatron"
+    """megatron: in the trainer's own processes; sglang: behind SGLang servers that run at `urls`; self: the student's
+    own weights, with the path, dtype and layout of [model]."""
+    path: Path = Field(default=Path(), validate_default=False)
+    """Hugging Face directory; its tokenizer must be the student's. With kind = "sglang" no weights are needed.
+    Required, except with kind = "self"."""
+    update: Literal["frozen", "live", "average"] = "frozen"
+    """With kind = "self". frozen: the student as it began; live: as it is, without a second copy; average: a moving
+    average of it."""
+    ema_decay: float = Field(default=0.999, ge=0, lt=1)
+    """With update = "average": the share of itself that the average keeps at each step."""
     special_tokens: Literal["same", "may_differ"] = "same"
     """may_differ: the teacher's special tokens may have other names and meanings, as long as all text tokens are the
     same; it reads the student's ids as its own. TA-OPD's pair of DeepSeek-R1-Distill-Qwen and Qwen2.5 needs this."""
@@ -67,6 +74,14 @@ class TeacherConfig(Section):
         if (self.kind == "sglang") != bool(self.urls):
             got = ", ".join(self.urls) or "none"
             raise ValueError(f'teacher.urls: expected URLs with teacher.kind = "sglang" and only then, got {got}')
+        if self.kind != "self" and self.path == Path():
+            raise ValueError("teacher.path: expected path, got nothing")
+        if self.kind != "self" and self.update != "frozen":
+            raise ValueError(
+                f'teacher.update: expected "frozen" with teacher.kind = "{self.kind}", got "{self.update}"'
+            )
+        if self.update != "average" and "ema_decay" in self.model_fields_set and self.ema_decay != 0.999:
+            raise ValueError(f'teacher.ema_decay: expected teacher.update = "average", got "{self.update}"')
         names = {name for name, _ in self.routes}
         if "" in names and len(names) > 1:
             raise ValueError('teacher.urls: expected all or none of them as "name=http://host:port"')

@@ -227,12 +227,15 @@ def train_arm_step(
 
 def config_of(config: Config, arm: Arm) -> Config:
     """Returns the run's configuration with the arm's selection; the budget is per step, for every rule."""
+    is_own = arm.rule == config.selection.rule
     selection = config.selection.model_copy(
         update={
             "rule": arm.rule,
             "retention_ratio": arm.retention_ratio,
             "support_size": arm.support_size,
             "scope": "batch",
+            "parameters": config.selection.parameters if is_own else {},
+            "adaptive_ratio": False,
             "compare": False,
         }
     )

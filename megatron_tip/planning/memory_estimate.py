@@ -135,7 +135,7 @@ class _Site:
     def movable(self) -> dict[str, tuple[str, float]]:
         """What may leave the device: by its name in `PHASES`, the name in the estimate and the bytes."""
         head_rows = self.outline.padded_vocab_size / self.student.grid.tp_size
-        return _student_parts(self.config, self.student) | _teacher_parts(self.teacher, head_rows)
+        return _student_parts(self.config, self.student) | _teacher_parts(self.config, self.teacher, head_rows)
 
     @property
     def leaving(self) -> frozenset[str]:
@@ -150,7 +150,7 @@ def estimate_memory(config: Config, outline: Outline, *, gpu_memory_gib: float, 
     dtypes, padded = Dtypes.of(config, on_gpu=on_gpu), outline.padded_vocab_size
     student = _Model(outline.student.architecture, outline.student_grid, dtypes.student.itemsize, padded)
     engine = _Model(student.architecture, ModelGrid(1, 1, 1), dtypes.engine.itemsize, padded)
-    site = _Site(config, outline, gpu_memory_gib, student, _teacher(outline, dtypes), engine)
+    site = _Site(config, outline, gpu_memory_gib, student, _teacher(config, outline, dtypes, student), engine)
     fitting, held_tokens = 0, None
     if may_take_one_pass(config, outline.selector):
         fitting, longest = _fitting_tokens(site), _num_rollouts(config, student) * config.longest_sequence
@@ -186,7 +186,9 @@ def _phases(site: _Site, held_tokens: int | None) -> dict[str, Parts]:
     return phases
 
 
-def _teacher(outline: Outline, dtypes: Dtypes) -> _Model | None:
+def _teacher(config: Config, outline: Outline, dtypes: Dtypes, student: _Model) -> _Model | None:
+    if config.teacher.update != "frozen":
+        return student
     if outline.teacher is None:
         return None
     grid, architecture = outline.teacher_grid, outline.teacher.architecture
@@ -205,10 +207,16 @@ def _student_parts(config: Config, student: _Model) -> dict[str, tuple[str, floa
     }
 
 
-def _teacher_parts(teacher: _Model | None, head_rows: float) -> dict[str, tuple[str, float]]:
-    """Returns the same for a teacher in the trainer's processes; its head is sharded as the student's."""
-    if teacher is None:
+def _teacher_parts(config: Config, teacher: _Model | None, head_rows: float) -> dict[str, tuple[str, float]]:
+    """Returns the same for a teacher in the trainer's processes; its head is sharded as the student's.
+
+    A live teacher is the student; an averaged one has its head in its model, and a float32 copy of other weights.
+    """
+    if teacher is None or config.teacher.update == "live":
         return {}
+    if config.teacher.update == "average":
+        average = teacher.num_parameters * _FLOAT32 if teacher.bytes_per_value < _FLOAT32 else 0.0
+        return {"teacher": ("teacher: weights", teacher.weight_bytes + average)}
     head = head_rows * teacher.architecture.hidden_size * teacher.bytes_per_value
     return {
         "teacher": ("teacher: weights", teacher.weight_bytes),
@@ -282,7 +290,8 @@ def _forward(config: Config, owner: str, model: _Model | None) -> Parts:
         return {}
     sequence_parallel = config.model.sequence_parallel and owner == "student"
     layer = _layer_bytes_per_token(model, sequence_parallel=sequence_parallel)
-    return {f"{owner}: a layer's activations": layer * _tokens(config)}
+    longest = config.longest_teacher_sequence if owner == "teacher" else config.longest_sequence
+    return {f"{owner}: a layer's activations": layer * _tokens(config, longest)}
 
 
 def _gathered_for_sync(config: Config, outline: Outline, student: _Model) -> Parts:
@@ -324,7 +333,7 @@ def _activations(config: Config, student: _Model) -> float:
     per_token = student.grid.pp_size * _kept_bytes_per_token(config, student)
     if config.model.recompute_activations:
         per_token += _layer_bytes_per_token(student, sequence_parallel=config.model.sequence_parallel)
-    return per_token * _tokens(config)
+    return per_token * _tokens(config, config.longest_sequence)
 
 
 def _num_rollouts(config: Config, model: _Model) -> int:
@@ -332,8 +341,9 @@ def _num_rollouts(config: Config, model: _Model) -> int:
     return -(-config.rollout.prompts_per_step * config.rollout.samples_per_prompt // model.grid.dp_size)
 
 
-def _tokens(config: Config) -> int:
-    return max(config.training.max_tokens_per_micro_batch, config.longest_sequence)
+def _tokens(config: Config, longest: int) -> int:
+    """Returns the tokens of the fullest micro-batch, given those of the longest sequence."""
+    return max(config.training.max_tokens_per_micro_batch, longest)
 
 
 def _engine(config: Config, whole: _Model, phase: str) -> Parts:

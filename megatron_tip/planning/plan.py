@@ -31,7 +31,8 @@ GPUS_PER_NODE = 8
 class Outline:
     """A configuration resolved for a number of workers, as far as this machine can tell.
 
-    `teacher`: None behind servers. `vocab_size`: entries that both models have; their distributions cover these.
+    `teacher`: None behind servers, and if it is the student itself. `vocab_size`: entries that both models have; their
+    distributions cover these.
     `padded_vocab_size`: rows of the student's embeddings and of both LM heads, a multiple of the student's tp size.
     `tokenizer`, `stop_token_ids`: None and empty if the tokenizers are not on this machine. `prompts`: what the prompt
     file holds; None if prompts are generated, the file is elsewhere, or this process did not read it.
@@ -102,7 +103,7 @@ def outline_run(
     check_packages(config, machine)
     placement = place(config, hosts or _hosts(world_size, machine))
     student = find_model("model", config.model.path, machine, config.model.drop_layers)
-    teacher = find_model("teacher", config.teacher.path, machine) if teacher_kind(config).has_weights else None
+    teacher = _teacher(config, student, machine)
     grids = _grids(config, student, teacher, world_size)
     sizes, positions = zip(limits(student), limits(teacher) if teacher else served_limits(config, machine), strict=True)
     check_settings(config, dict(zip(("student", "teacher"), positions, strict=True)))
@@ -129,6 +130,13 @@ def outline_run(
         stop_token_ids=stop_token_ids,
         prompts=prompts,
     )
+
+
+def _teacher(config: Config, student: FoundModel, machine: Machine) -> FoundModel | None:
+    """Returns the model whose weights the run loads for the teacher, if any."""
+    if config.teacher.kind == "self":
+        return None if config.teacher.update == "live" else student
+    return find_model("teacher", config.teacher.path, machine) if teacher_kind(config).has_weights else None
 
 
 def _hosts(world_size: int, machine: Machine) -> Hosts:

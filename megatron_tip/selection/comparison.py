@@ -6,12 +6,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_tip.errors import ConfigError
 from megatron_tip.records import TokenIndex
 from megatron_tip.selection.batch import read_batch, read_values
 from megatron_tip.selection.metrics import quadrant_axes, quadrant_rows
 from megatron_tip.selection.order_statistics import quantiles
 from megatron_tip.selection.replicas import Replicas
-from megatron_tip.selection.rules import RULES, Scope
+from megatron_tip.selection.rule import Scope
+from megatron_tip.selection.rules import PAPERS_RULES
 from megatron_tip.selection.selector import Selector
 from megatron_tip.statistics import TokenStatistics
 
@@ -50,13 +52,14 @@ def compare_rules(
         seed: of the first rule; each further rule has the next seed.
         divergence: the statistic that cuts the quadrants along with the student's entropy, if available.
     """
+    if scope not in ("batch", "rollout"):
+        raise ConfigError(f"compare_rules: expected scope 'batch' or 'rollout', got {scope!r}")
     replicas = Replicas(dp_group)
     batch = read_batch(read_values(statistics), index, replicas)
     axes = quadrant_axes(batch.values, {divergence})
-    names = [n for n, r in RULES.items() if r.take != "all" and r.required_statistics <= batch.values.keys()]
+    names = [n for n, r in PAPERS_RULES.items() if r.take != "all" and r.required_statistics <= batch.values.keys()]
     # a separate seed for each: with the same draws, two sampling rules would agree spuriously
-    seeds = range(seed, seed + len(names))
-    selectors = (Selector(n, retention_ratio, scope, seed=s, compare=False) for n, s in zip(names, seeds, strict=True))
+    selectors = (Selector(n, retention_ratio, scope, seed=s, compare=False) for s, n in enumerate(names, start=seed))
     masks = torch.stack([s.select(statistics, index, step=0, dp_group=dp_group).selection_mask for s in selectors])
     medians = quantiles(batch.values, {(name, 0.5) for name in axes}, batch.num_valid, replicas)
     quadrants = quadrant_rows(batch, medians, axes).values()

@@ -1,6 +1,6 @@
 """A frozen teacher in the trainer's own processes, which sends its hidden states to the student's ranks."""
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 from torch import Tensor
@@ -32,7 +32,8 @@ class MegatronTeacher(Teacher[HiddenRows]):
 
     `output_head`: `[V_padded / student_tp, H]`, this rank's shard of the teacher's LM head, sharded over the
     *student's* tp group; None except on the student's last stage. `vocabulary`: the ids shared with the student.
-    `support_size`: K. `with_jsd`: whether the run's rule reads the JSD.
+    `support_size`: K. `with_jsd`: whether the run's rule reads the JSD. `splits_sequence`: whether `model` leaves each
+    tp rank a part of the tokens.
     """
 
     heldout_statistic = "reverse_kl"
@@ -46,6 +47,8 @@ class MegatronTeacher(Teacher[HiddenRows]):
     support_size: int
     with_jsd: bool
     settings: LossConfig
+    _: KW_ONLY
+    splits_sequence: bool = False
 
     @property
     def head(self) -> Tensor:
@@ -83,15 +86,18 @@ class MegatronTeacher(Teacher[HiddenRows]):
             for index in range(len(micro_batches))
             if teacher_replica(replica, index, len(micro_batches), grid, teacher.grid) == teacher.dp_rank
         ]
-        micro_batches = [batch.micro_batch(replica, index) for replica, index in work]
-        rows: dict[tuple[int, int], Tensor] = {}
+        parts = [(place, part) for place in work for part in batch.as_the_teacher_reads_it(*place)]
+        rows: dict[tuple[int, int], list[Tensor]] = {}
 
         def keep(index: int, hidden_states: Tensor) -> None:
-            mask = micro_batches[index].loss_mask
-            rows[work[index]] = masked_rows(hidden_states, mask, tp_group=teacher.tp_group, sequence_parallel=False)
+            place, part = parts[index]
+            kept = masked_rows(
+                hidden_states, part.loss_mask, tp_group=teacher.tp_group, sequence_parallel=self.splits_sequence
+            )
+            rows.setdefault(place, []).append(kept)
 
-        run_forward(self.model, teacher, micro_batches, keep)
-        return rows
+        run_forward(self.model, teacher, [part for _, part in parts], keep)
+        return {place: torch.cat(found) if len(found) > 1 else found[0] for place, found in rows.items()}
 
     def score(
         self,
@@ -131,12 +137,20 @@ class MegatronTeacher(Teacher[HiddenRows]):
             with_support=with_support,
         )
 
-    def loss(self, student: Student, hidden: Tensor, rows: HiddenRows, labels: Tensor, row_weights: Tensor) -> Tensor:
+    def loss(
+        self,
+        student: Student,
+        hidden: Tensor,
+        rows: HiddenRows,
+        labels: Tensor,
+        row_weights: Tensor,
+        divergence: str = "",
+    ) -> Tensor:
         return divergence_loss(
             (hidden, student.output_head),
             (rows.states, self.head),
             self.vocabulary,
-            divergence=self.settings.divergence,
+            divergence=divergence or self.settings.divergence,
             row_weights=row_weights,
             labels=labels,
             jsd_beta=self.settings.jsd_beta,

@@ -97,12 +97,20 @@ class ServedTeacher(Teacher[TeacherTopK]):
             return None, None
         return combined_statistics(own, rows), rows
 
-    def loss(self, student: Student, hidden: Tensor, rows: TeacherTopK, labels: Tensor, row_weights: Tensor) -> Tensor:
+    def loss(
+        self,
+        student: Student,
+        hidden: Tensor,
+        rows: TeacherTopK,
+        labels: Tensor,
+        row_weights: Tensor,
+        divergence: str = "",
+    ) -> Tensor:
         ids, logprobs = known_ids(rows)
         return topk_divergence_loss(
             (hidden, student.output_head),
             self.vocabulary,
-            divergence=self.settings.divergence,
+            divergence=divergence or self.settings.divergence,
             teacher_ids=ids,
             teacher_id_logprobs=logprobs,
             labels=labels,
@@ -146,8 +154,9 @@ class ServedTeacher(Teacher[TeacherTopK]):
 
 
 def _in_row_order(batch: StepBatch, replica: int) -> list[Rollout]:
-    """Returns the replica's rollouts in the order of its rows, which are their generated tokens."""
-    return [batch.rollouts[place] for micro_batch in batch.plan[replica] for place in micro_batch]
+    """Returns the replica's rollouts in the order of its rows, their generated tokens, as the teacher reads them."""
+    places = [place for micro_batch in batch.plan[replica] for place in micro_batch]
+    return [batch.rollouts[place].as_the_teacher_reads_it() for place in places]
 
 
 def _unknown(rows: TeacherTopK) -> StudentStatistics:

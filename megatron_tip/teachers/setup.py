@@ -135,8 +135,24 @@ class TeacherKind:
     has_weights: bool
 
 
+def _check_self(config: Config, machine: Machine) -> None:
+    _check_in_trainer(config, machine)
+    update, prompts = config.teacher.update, config.prompts
+    if update == "live" and not prompts.teacher_reads_another:
+        raise ConfigError(
+            'teacher.update = "live": expected a prompt of the teacher\'s own (prompts.teacher_prompt_field, '
+            "teacher_system_prompt or teacher_template_arguments), got none: the student would always agree with itself"
+        )
+    if update != "frozen" and config.training.offload in ("teacher", "all"):
+        raise ConfigError(
+            f'training.offload: expected "none" or "optimizer" with teacher.update = "{update}", got '
+            f"\"{config.training.offload}\"; the teacher's weights are the student's or follow them"
+        )
+
+
 TEACHER_KINDS = {
     "megatron": TeacherKind(_check_in_trainer, _known_in_trainer, "megatron_tip.teachers.megatron", has_weights=True),
+    "self": TeacherKind(_check_self, _known_in_trainer, "megatron_tip.teachers.own", has_weights=True),
     "sglang": TeacherKind(_check_served, _known_of_servers, "megatron_tip.teachers.served", has_weights=False),
 }
 """`teacher.kind` -> the kind."""

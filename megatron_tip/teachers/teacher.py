@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,6 +37,19 @@ class Teacher(ABC, Generic[Rows]):
         scoring and loss need; empty for a teacher elsewhere.
         """
         return {}
+
+    def follow(self, student: Student) -> None:
+        """Takes over the student's new weights, as far as the teacher follows them. Called after each update."""
+
+    def sharded_state(self, metadata: dict[str, Any]) -> dict[str, Any]:
+        """Returns what a checkpoint must hold of the teacher, as Megatron's sharded tensors; collective like theirs.
+
+        Empty for a teacher whose weights the run does not change.
+        """
+        return {}
+
+    def load_sharded_state(self, loaded: dict[str, Any]) -> None:
+        """Takes over the tensors of a `sharded_state` that a checkpoint held."""
 
     @property
     def heldout_metric(self) -> str:
@@ -97,11 +110,14 @@ class Teacher(ABC, Generic[Rows]):
         raise AssertionError(f"{type(self).__name__} scores whole batches; diagnostics reject it")
 
     @abstractmethod
-    def loss(self, student: Student, hidden: Tensor, rows: Rows, labels: Tensor, row_weights: Tensor) -> Tensor:
+    def loss(
+        self, student: Student, hidden: Tensor, rows: Rows, labels: Tensor, row_weights: Tensor, divergence: str = ""
+    ) -> Tensor:
         """Returns the weighted sum of the loss over the supervised rows: float32 scalar, equal on all tp ranks.
 
         Args:
             hidden: `[k, H]`, the student's, with gradient. labels, row_weights: `[k]`.
+            divergence: as in `loss.divergence`; "": the configured one.
         """
 
 
@@ -109,12 +125,13 @@ class Teacher(ABC, Generic[Rows]):
 class TeacherSite:
     """The inputs for building a teacher, besides the configuration.
 
-    `checkpoint`: its weights; None for a teacher outside the trainer's processes. `groups`: this rank's groups in the
-    teacher's layout. `vocabulary`: the ids shared with the student. `padded_vocab_size`: rows of both LM heads.
-    `required_statistics`: those that the run's rule reads.
+    `checkpoint`: its weights; None for a teacher outside the trainer's processes, and for a live student. `groups`:
+    this rank's groups in the teacher's layout. `vocabulary`: the ids shared with the student. `padded_vocab_size`: rows
+    of both LM heads. `required_statistics`: those that the run's rule reads.
     """
 
     checkpoint: HfCheckpoint | None
+    student: Student
     groups: ModelGroups
     student_groups: ModelGroups
     vocabulary: ShardedVocabulary

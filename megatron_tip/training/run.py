@@ -18,7 +18,7 @@ from megatron_tip.prompts.source import PromptSource
 from megatron_tip.records import Rollout
 from megatron_tip.rollout.engine import RolloutEngine, SamplingParams
 from megatron_tip.rollout.handover.exchange import HandleExchange
-from megatron_tip.selection import Selector
+from megatron_tip.selection import AdaptiveRatio, Selector
 from megatron_tip.teachers.teacher import Teacher
 from megatron_tip.training.device_memory import DeviceMemory
 from megatron_tip.training.token_views import TokenViews
@@ -33,6 +33,13 @@ class RolloutSource:
 
     prompts: PromptSource
     engine: RolloutEngine
+
+
+@dataclass
+class LastStep:
+    """State that a step leaves for the next one, if the run uses it; equal on every rank."""
+
+    adaptive_ratio: AdaptiveRatio | None = None
 
 
 Gauge = Callable[[int], dict[str, float]]
@@ -63,6 +70,7 @@ class TrainingRun:
     timer: PhaseTimer
     views: TokenViews
     memory: DeviceMemory
+    last_step: LastStep = field(default_factory=LastStep)
     stop: StopSignals = field(default_factory=StopSignals)
     gauge: Gauge | None = None
     exchange: HandleExchange | None = None

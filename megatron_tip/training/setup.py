@@ -31,10 +31,11 @@ from megatron_tip.rollout.engines import build_engine
 from megatron_tip.rollout.handover.exchange import HandleExchange
 from megatron_tip.rollout.handover.shared_memory import bucket_limit
 from megatron_tip.rollout.progress_clock import Show, show_nothing
+from megatron_tip.selection import AdaptiveRatio
 from megatron_tip.teachers.setup import build_teacher
 from megatron_tip.teachers.teacher import TeacherSite
 from megatron_tip.training.device_memory import DeviceMemory
-from megatron_tip.training.run import RolloutSource, TrainingRun
+from megatron_tip.training.run import LastStep, RolloutSource, TrainingRun
 from megatron_tip.training.token_views import TokenViews
 from megatron_tip.vocab_parallel import ShardedVocabulary
 
@@ -98,8 +99,10 @@ def build_run(
                 on_failure.callback(source.engine.close)  # given servers get back their memory
                 if releases:  # the models are built where the servers have taken their share
                     source.engine.hold_memory(frozenset(), may_start=False)
+        student = _student(config, plan, student_groups)
         teacher_site = TeacherSite(
             checkpoint=plan.teacher,
+            student=student,
             groups=teacher_groups,
             student_groups=student_groups,
             vocabulary=vocabulary,
@@ -108,7 +111,7 @@ def build_run(
             dtype=Dtypes.of(config).teacher,
             device=worker.device,
         )
-        student, teacher = _student(config, plan, student_groups), build_teacher(config, teacher_site)
+        teacher = build_teacher(config, teacher_site)
         one_pass = _one_pass(config, plan, worker)
         on_failure.pop_all()
     return TrainingRun(
@@ -126,8 +129,13 @@ def build_run(
         timer=timer,
         views=TokenViews(config, plan.tokenizer, student_groups),
         exchange=exchange,
+        last_step=LastStep(adaptive_ratio=_adaptive_ratio(config)),
         memory=DeviceMemory(student, teacher, worker.device, offload=config.training.offload, moves_servers=releases),
     )
+
+
+def _adaptive_ratio(config: Config) -> AdaptiveRatio | None:
+    return AdaptiveRatio(config.selection.retention_ratio) if config.selection.adaptive_ratio else None
 
 
 def _exchange(config: Config, plan: RunPlan, worker: Worker) -> HandleExchange:

@@ -5,6 +5,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -81,7 +82,11 @@ def learn(run: TrainingRun, batch: StepBatch, step: int) -> dict[str, float]:
         if not math.isfinite(metrics["train/loss"]):
             raise NotFiniteError(f"step {step}: expected a finite loss, got {metrics['train/loss']}")
         run.enter("update")
-        return metrics | run.student.apply_gradients(step)
+        updated = run.student.apply_gradients(step)
+        run.teacher.follow(run.student)
+    if run.last_step.adaptive_ratio is not None:
+        run.last_step.adaptive_ratio = run.last_step.adaptive_ratio.after(metrics["train/loss"])
+    return metrics | updated
 
 
 def score(run: TrainingRun, batch: StepBatch, teacher_rows: TeacherRows | None, step: int) -> Scored:
@@ -131,8 +136,10 @@ def select(run: TrainingRun, scored: Scored, step: int) -> TokenSelection | None
 
     def choose() -> None:
         nonlocal selection
-        index = scored.batch.token_index(groups.dp_rank)
-        selection = run.selector.select(scored.statistics, index, step=step, dp_group=groups.dp_group)
+        index, selector, adaptive = scored.batch.token_index(groups.dp_rank), run.selector, run.last_step.adaptive_ratio
+        if adaptive is not None:
+            selector = replace(selector, retention_ratio=adaptive.ratio)
+        selection = selector.select(scored.statistics, index, step=step, dp_group=groups.dp_group)
 
     run_on(groups.last_stage_rank, choose, device=run.device, group=groups.pp_group)
     if selection is not None and cap and scored.ratios is not None:
@@ -188,6 +195,10 @@ def accumulate_gradients(
         try:
             hidden = student.rows(hidden_states, own.mask)
             loss = teacher.loss(student, hidden, own.teacher_rows, labels[own.mask], own.row_weights)
+            for divergence, weights in own.term_weights.items():
+                on = weights > 0
+                term = (hidden[on], own.teacher_rows[on], labels[own.mask][on], weights[on])
+                loss = loss + teacher.loss(student, *term, divergence=divergence)
         except NotFiniteError:  # finish the schedule, as other ranks wait in it; the NaN loss tells them all
             loss = hidden_states.sum() * float("nan")
         total.add_(loss.detach())

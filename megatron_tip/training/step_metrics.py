@@ -68,6 +68,7 @@ def supervision_metrics(groups: ModelGroups, trained: Trained, *, pass_seconds: 
         metrics |= {name: metrics[name] / rows for name in means if name in metrics}
         metrics |= saved_metrics(trained.scored.batch, trained.batch, pass_seconds)
         metrics["train/one_pass"] = float(trained.scored.held is not None)
+        metrics["train/num_teacher_tokens"] = float(trained.scored.batch.num_teacher_tokens())
         metrics |= {
             "selection/num_valid": float(selection.num_valid),
             "selection/num_selected": float(selection.num_selected),

@@ -1,7 +1,7 @@
 """What is known of a step's rows before and after selection, and the rows of each micro-batch to train on."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -45,27 +45,33 @@ class Trained:
 
 @dataclass(frozen=True)
 class MicroBatchRows:
-    """The `k` rows of one micro-batch to train on. `mask`: `[s]` bool, true there. `row_weights`: `[k]` float32."""
+    """The `k` rows of one micro-batch to train on. `mask`: `[s]` bool, true there. `row_weights`: `[k]` float32.
+
+    `term_weights`: as in `TokenSelection`, `[k]` each.
+    """
 
     mask: Tensor
     teacher_rows: TeacherRows
     row_weights: Tensor
+    term_weights: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class SelectedRows:
-    """The k rows selected before the training pass. `row_weights`: `[k]` float32."""
+    """The k rows selected before the training pass. `row_weights`: `[k]` float32; `term_weights`: `[k]` each."""
 
     index: TokenIndex
     teacher_rows: TeacherRows
     row_weights: Tensor
+    term_weights: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, selection: TokenSelection, index: TokenIndex, teacher_rows: TeacherRows) -> "SelectedRows":
         """Returns the selected rows among this replica's scored rows."""
         mask = selection.selection_mask
         kept = TokenIndex(index.rollout_index[mask], index.position[mask])
-        return cls(kept, teacher_rows[mask], selection.row_weights[mask])
+        terms = {name: weights[mask] for name, weights in selection.term_weights.items()}
+        return cls(kept, teacher_rows[mask], selection.row_weights[mask], terms)
 
     def sent_to(self, destination: Tensor, dp_group: dist.ProcessGroup) -> "SelectedRows":
         """Sends each row to its replica and returns the rows that this replica receives, its own included.
@@ -87,8 +93,9 @@ class SelectedRows:
             return arriving
 
         places = moved(torch.stack([self.index.rollout_index, self.index.position], dim=1))
-        teacher_rows = self.teacher_rows.map(moved)
-        return SelectedRows(TokenIndex(*places.unbind(dim=1)), teacher_rows, moved(self.row_weights))
+        teacher_rows, row_weights = self.teacher_rows.map(moved), moved(self.row_weights)
+        terms = {name: moved(weights) for name, weights in self.term_weights.items()}
+        return SelectedRows(TokenIndex(*places.unbind(dim=1)), teacher_rows, row_weights, terms)
 
     def by_micro_batch(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatchRows]:
         """Returns the rows grouped by micro-batch; `micro_batches` must contain all of them."""
@@ -102,14 +109,17 @@ class SelectedRows:
         order[wanted.argsort()] = own_keys.argsort()
         parts = is_selected.split([micro_batch.num_valid() for micro_batch in micro_batches])
         counts = [int(part.sum()) for part in parts]
+        terms = {name: weights[order].split(counts) for name, weights in self.term_weights.items()}
         return [
-            MicroBatchRows(rows_mask(micro_batch, part), rows, weights)
-            for micro_batch, part, rows, weights in zip(
-                micro_batches,
-                parts,
-                self.teacher_rows[order].split(counts),
-                self.row_weights[order].split(counts),
-                strict=True,
+            MicroBatchRows(rows_mask(micro_batch, part), rows, weights, {name: own[i] for name, own in terms.items()})
+            for i, (micro_batch, part, rows, weights) in enumerate(
+                zip(
+                    micro_batches,
+                    parts,
+                    self.teacher_rows[order].split(counts),
+                    self.row_weights[order].split(counts),
+                    strict=True,
+                )
             )
         ]
 

@@ -83,7 +83,10 @@ class FixedPrompts:
     num_copies = num_skipped = num_duplicates = 0
 
     def __init__(self, rollouts: list[Rollout]) -> None:
-        self.prompts = [Prompt(rollout.prompt_index, "", rollout.prompt_ids) for rollout in rollouts]
+        self.prompts = [
+            Prompt(one.prompt_index, "", one.prompt_ids, teacher_prompt_ids=tuple(one.teacher_prompt_ids))
+            for one in rollouts
+        ]
 
     def batch(self, step: int) -> list[Prompt]:
         return self.prompts

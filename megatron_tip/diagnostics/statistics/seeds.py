@@ -2,17 +2,11 @@
 
 from collections.abc import Sequence
 
-import numpy as np
-from scipy import stats
-
-from megatron_tip.diagnostics.statistics.bootstrap import LEVEL, Interval, without_spread
+from megatron_tip.diagnostics.statistics.bootstrap import Interval, without_spread
+from megatron_tip.report.seeds import mean_and_half
 
 
 def seed_interval(values: Sequence[float]) -> Interval:
     """Returns the mean over seeds with Student's t interval; no bounds with fewer than two seeds."""
-    count = len(values)
-    if count < 2:
-        return without_spread(float(np.mean(values)) if count else float("nan"), 0)
-    mean = float(np.mean(values))
-    half = float(stats.t.ppf((1 + LEVEL) / 2, count - 1) * np.std(values, ddof=1) / np.sqrt(count))
-    return Interval(mean, mean - half, mean + half)
+    mean, half = mean_and_half(values)
+    return Interval(mean, mean - half, mean + half) if len(values) > 1 else without_spread(mean, 0)

@@ -125,13 +125,14 @@ class Checkpointer:
         with self._run.timer.phase("save"):
             partial = Path(self._on_writer(lambda: str(self._files.begin(progress.step))))
             save = ShardedSave(
-                sharded_state(self._run.student),
+                sharded_state(self._run.student, self._run.teacher),
                 partial / SHARDS_NAME,
                 copies=self._settings.in_background,
                 sharers=self._run.student.groups.dp_group,
             )
             values = {
                 "progress": progress.as_json(),
+                "adaptive_ratio": (ratio := self._run.last_step.adaptive_ratio) and asdict(ratio),
                 "recorder": asdict(self._recorder.state),
                 "seconds": self._run.timer.total_seconds(),
                 **identity_of(self._run),

@@ -107,6 +107,11 @@ def test_malformed_override_is_refused(minimal, override):
         ("model.dtype=fp8", 'expected "auto" | "float32" | "bfloat16", got "fp8" (text)'),
         ("model.drop_layers=[1, x]", "expected list of integers"),
         ('model.drop_layers=[1, "x"]', "model.drop_layers (on the command line), element 1: expected list of integers"),
+        (
+            'selection.parameters={ tokens = "x" }',
+            'selection.parameters (on the command line), element tokens: expected table of numbers, got "x" (text)',
+        ),
+        ("teacher.update=live", 'teacher.update: expected "frozen" with teacher.kind = "megatron", got "live"'),
         ("selection.retention_ratio=1.5", "expected number > 0 and <= 1, got 1.5 (number)"),
         ("selection.support_size=100000", "expected integer >= 1 and <= 1024, got 100000"),
         ("run.folder=", "run.folder: expected a separate folder for the run, got an empty text"),
@@ -226,3 +231,8 @@ def test_what_toml_cannot_hold_is_named(minimal, value):
     assert "run.seed" in message_of(minimal, [f"run.seed={value}"])
     minimal.write_text(MINIMAL.replace("[run]", f"[run]\nseed = {value}"))
     assert f"{minimal}: expected TOML" in message_of(minimal)
+
+
+def test_a_value_that_no_type_accepts_is_named_once(minimal):
+    (line,) = message_of(minimal, ["prompts.template_arguments={ think = [1] }"]).splitlines()[1:]
+    assert line.endswith("element think: expected table of booleans or integers or numbers or texts, got [1] (list)")

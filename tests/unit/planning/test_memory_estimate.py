@@ -185,3 +185,34 @@ def test_the_sums_are_those_of_the_tensors(tmp_path: Path, layout: Layout, dtype
         # Replicas share the optimizer's values, not always in equal parts.
         found = sum(values) / len(values) if distributed and name == "student: optimizer" else max(values)
         assert found == expected[name], name
+
+
+def own_bytes(config: Config) -> int:
+    """The bytes that this rank holds for the teacher and not for the student."""
+    run = build_tiny_run(config, make_rollouts([3]))
+    held = [*run.teacher.model.parameters(), *getattr(run.teacher, "averages", {}).values()]  # type: ignore[attr-defined]
+    students = {parameter.data_ptr() for parameter in run.student.model.parameters()}
+    return sum({one.data_ptr(): one.nbytes for one in held if one.data_ptr() not in students}.values())
+
+
+@pytest.mark.parametrize("update", ["live", "average"])
+@pytest.mark.parametrize("layout,dtype", [(Layout(1), "float32"), (Layout(2, student=(2, 1)), "bfloat16")], ids=str)
+def test_a_teacher_that_is_the_student_counts_what_it_adds(tmp_path: Path, layout: Layout, dtype: str, update: str):
+    models = make_models(tmp_path)
+    config = make_config(
+        models,
+        layout,
+        model={"dtype": dtype},
+        teacher={"kind": "self", "path": models / "student", "update": update, "dtype": dtype},
+        prompts={"teacher_system_prompt": "hint", "max_teacher_prompt_tokens": 400},
+    )
+    found = estimate(config, layout.world_size)
+    expected = run_workers(own_bytes, layout.world_size, tmp_path, config, timeout_seconds=300.0)
+    assert max(expected) == found.parts.get("teacher: weights", 0.0)
+    assert "teacher: head on the student's ranks" not in found.parts
+    row = 48 * (4 if dtype == "float32" else 2)
+    assert found.parts["teacher: hidden states of a step"] == 64 * row
+    activations = found.phases["ask"]
+    assert activations["teacher: a layer's activations"] / (400 + 64) == pytest.approx(
+        found.phases["score"]["student: a layer's activations"] / (64 + 64)
+    )

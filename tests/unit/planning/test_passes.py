@@ -107,6 +107,15 @@ def test_a_batch_takes_one_pass_if_its_fullest_replica_fits_and_little_is_cut():
     assert not OnePass(0, 1.0, 0.1).suits(batch)
 
 
+def test_whole_rollouts_that_are_dropped_are_cut_as_a_whole(models: Path):
+    batch = batch_of([40, 40])
+    assert OnePass(ALWAYS, 0.5, 0.5, of_whole_rollouts=True).suits(batch)
+    assert not OnePass(ALWAYS, 0.49, 0.5, of_whole_rollouts=True).suits(batch)
+    assert OnePass(ALWAYS, 0.49, 0.5).suits(batch)
+    assert planned(configured(models, selection={"rule": "fire", "retention_ratio": 0.8})).of_whole_rollouts
+    assert not planned(configured(models)).of_whole_rollouts
+
+
 def test_the_estimate_is_that_of_the_way_that_a_full_batch_takes(models: Path):
     held = "student: activations of a step, held"
     outline = outline_run(configured(models), 1, Machine(is_elsewhere=True))
