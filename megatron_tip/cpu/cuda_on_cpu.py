@@ -5,10 +5,14 @@ Imported only on machines without a CUDA device. Megatron-Core names that device
 TorchFunctionMode maps these requests to the CPU; Megatron-Core itself is not patched.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
+
+_SPLITS = ("input_split_sizes", "output_split_sizes")
 
 
 class CudaOnCpu(TorchFunctionMode):
@@ -23,6 +27,10 @@ class CudaOnCpu(TorchFunctionMode):
             return func(*args).replace("torch.", "torch.cuda.")
         if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
             args = (args[0], "cpu", *args[2:])
+        if func is dist.all_to_all_single:
+            # Megatron's dispatcher of tokens to experts makes lists of these counts only as it copies them from a GPU.
+            splits = {name: kwargs[name] for name in _SPLITS if torch.is_tensor(kwargs.get(name))}
+            kwargs = kwargs | {name: sizes.tolist() for name, sizes in splits.items()}
         if _is_cuda(kwargs.get("device")):
             kwargs = dict(kwargs, device="cpu")
         return func(*args, **kwargs)
@@ -48,7 +56,32 @@ def install() -> None:
         return
     torch.cuda.current_device = _current_device
     torch.cuda.synchronize = _synchronize
+    stream: Any = HostStream()
+    torch.cuda.Stream = HostStream  # type: ignore[misc, assignment]
+    torch.cuda.current_stream = lambda *_: stream
+    torch.cuda.stream = _on_stream  # type: ignore[misc, assignment]
     CudaOnCpu().__enter__()
+
+
+class HostStream:
+    """A CUDA stream, or an event on it, where every operation ends before the next one begins.
+
+    Megatron's dispatcher of tokens to experts makes one for its copies of counts to the host.
+    """
+
+    def wait_stream(self, _: "HostStream") -> None:
+        """Does nothing: there is no queue."""
+
+    def record_event(self) -> "HostStream":
+        """Returns an event that has already happened."""
+        return self
+
+    def synchronize(self) -> None:
+        """Does nothing: there is no queue."""
+
+
+def _on_stream(_: HostStream) -> AbstractContextManager[None]:
+    return nullcontext()
 
 
 def _current_device() -> str:

@@ -13,7 +13,9 @@ from megatron.core.pipeline_parallel.schedules import (
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
+from megatron_tip.batching.micro_batches import build_micro_batch
 from megatron_tip.models.packing import boundaries
+from megatron_tip.parallel.collectives import agree_on_maxima
 from megatron_tip.parallel.groups import ModelGroups
 from megatron_tip.records import MicroBatch
 
@@ -27,7 +29,7 @@ def run_forward(
 
     On the last stage, `on_hidden_states(index, hidden_states)` receives each micro-batch's final-norm output,
     `[s, 1, h]` (`[s/tp, 1, h]` under sequence parallelism); its result is ignored. Collective over the replica's tp x
-    pp.
+    pp; over the world if replicas share experts (`in_step`).
     """
     with torch.no_grad():
         _run_schedule(model, groups, micro_batches, on_hidden_states, forward_only=True)
@@ -53,9 +55,11 @@ def _run_schedule(
     *,
     forward_only: bool,
 ) -> None:
+    given, micro_batches = len(micro_batches), in_step(model, groups, micro_batches)
     if not micro_batches:  # only a teacher replica without work: no other rank waits for its pipeline
         assert forward_only, "a student replica always has a micro-batch"
         return
+    on_last_stage = partial(_unless_filler, on_last_stage, given)
     arguments: dict[str, Any] = {
         "forward_step_func": partial(_forward_step, on_last_stage=on_last_stage),
         "data_iterator": iter(enumerate(micro_batches)),
@@ -73,6 +77,30 @@ def _run_schedule(
     else:
         communicator = P2PCommunicator(groups.pp_group, get_model_config(model))
         forward_backward_pipelining_without_interleaving(p2p_communicator=communicator, **arguments)
+
+
+def token_multiple(model: torch.nn.Module) -> int:
+    """Returns the divisor of a micro-batch's tokens: sequence parallelism splits them evenly over the tp ranks."""
+    config = get_model_config(model)
+    return config.tensor_model_parallel_size if config.sequence_parallel else 1
+
+
+def in_step(model: torch.nn.Module, groups: ModelGroups, micro_batches: Sequence[MicroBatch]) -> Sequence[MicroBatch]:
+    """Returns the micro-batches, filled up with padding so that all replicas that share experts have equally many.
+
+    A replica's tokens go to experts on the ranks of others, which must be in the same layer of a micro-batch of their
+    own. Collective: one all-reduce of an integer over the world, between CPUs; none if no replicas share experts.
+    """
+    if not groups.grid.replicas_share_experts:
+        return micro_batches
+    (most,) = agree_on_maxima([len(micro_batches)])
+    filler = build_micro_batch([], [], 0, token_multiple=token_multiple(model)).to(next(model.parameters()).device)
+    return [*micro_batches, *[filler] * (most - len(micro_batches))]
+
+
+def _unless_filler(on_last_stage: LastStage, num_given: int, index: int, hidden_states: Tensor) -> Tensor | None:
+    """Returns the last stage's result; for a micro-batch that fills up, a zero that reaches every parameter."""
+    return on_last_stage(index, hidden_states) if index < num_given else hidden_states.sum() * 0.0
 
 
 def _forward_step(

@@ -18,7 +18,8 @@ from megatron_tip import config as configuration
 from megatron_tip.errors import NotFiniteError
 from megatron_tip.models.gpt import output_head_weight
 from megatron_tip.models.hidden_states import masked_rows
-from megatron_tip.models.pipeline import LastStage, run_forward, run_forward_backward
+from megatron_tip.models.pipeline import LastStage, run_forward, run_forward_backward, token_multiple
+from megatron_tip.models.router import set_step_tokens
 from megatron_tip.parallel.groups import ModelGroups
 from megatron_tip.records import MicroBatch
 
@@ -58,8 +59,8 @@ class Student:
 
     @property
     def token_multiple(self) -> int:
-        """Divisor of a micro-batch's tokens: sequence parallelism splits them evenly over the tp ranks."""
-        return self.groups.grid.tp_size if get_model_config(self.model).sequence_parallel else 1
+        """Divisor of a micro-batch's tokens."""
+        return token_multiple(self.model)
 
     def rows(self, hidden_states: Tensor, mask: Tensor) -> Tensor:
         """Returns the last stage's output where `mask` `[s]` holds, `[n, H]`."""
@@ -74,6 +75,8 @@ class Student:
         """Zeroes the gradients, then accumulates and reduces the summed loss's."""
         self.wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
+        num_tokens = sum(sum(micro_batch.lengths) for micro_batch in micro_batches)
+        set_step_tokens(self.model, num_tokens, self.groups.dp_group)
         run_forward_backward(self.wrapped, self.groups, micro_batches, loss_of)
 
     def optimizer_tensors(self) -> list[Tensor]:
@@ -105,7 +108,8 @@ class Student:
         if self.clip_grad > 0:
             for part in self.optimizer.chained_optimizers:
                 parameters: list[Tensor] = [*part.get_parameters()]
-                clip_grad_by_total_norm_fp32(parameters, max_norm=self.clip_grad, total_norm=grad_norm)
+                if parameters:  # a stage may have no experts
+                    clip_grad_by_total_norm_fp32(parameters, max_norm=self.clip_grad, total_norm=grad_norm)
         self.optimizer.step_with_ready_grads()
         self.scheduler.step(increment=1)
         return {"train/grad_norm": grad_norm, "train/lr": lr}

@@ -3,11 +3,14 @@
 from dataclasses import dataclass
 
 from megatron_tip.config import Config
+from megatron_tip.conversion.model_size import num_parameters
 from megatron_tip.errors import ConfigError
 from megatron_tip.machine import Machine
+from megatron_tip.parallel.grid import ModelGrid
 from megatron_tip.placement.hosts import Hosts
 from megatron_tip.placement.table import table_of
 from megatron_tip.planning.memory_estimate import MemoryEstimate, estimate_memory
+from megatron_tip.planning.models import FoundModel
 from megatron_tip.planning.plan import Outline, outline_run
 
 
@@ -23,18 +26,32 @@ class DryRun:
     def report(self, gpu_memory_gib: float) -> str:
         """Returns the result as text."""
         grids = ", ".join(
-            f"{owner} tp {grid.tp_size} x pp {grid.pp_size} x dp {grid.dp_size}"
+            f"{owner} {_in_words(grid)}"
             for owner, grid in (("student", self.outline.student_grid), ("teacher", self.outline.teacher_grid))
         )
         total = self.memory.total_bytes / 2**30
+        models = (("student", self.outline.student), ("teacher", self.outline.teacher))
         lines = [
             f"{self.world_size} workers: {grids}",
+            *(_experts_of(owner, model) for owner, model in models if model and model.architecture.experts),
             *table_of(self.outline.placement),
             f"memory of the fullest GPU, roughly: {total:.1f} of {gpu_memory_gib:g} GiB",
             *self.memory.lines(),
             *(f"not checked here: {note}" for note in self.notes),
         ]
         return "\n".join(lines)
+
+
+def _experts_of(owner: str, model: FoundModel) -> str:
+    every, active = (num_parameters(model.architecture, active=active) / 1e9 for active in (False, True))
+    return f"{owner}: {every:.1f} billion parameters, of which each token passes through {active:.1f} billion"
+
+
+def _in_words(grid: ModelGrid) -> str:
+    words = f"tp {grid.tp_size} x pp {grid.pp_size} x dp {grid.dp_size}"
+    if not grid.splits_experts:
+        return words
+    return f"{words} (experts tp {grid.expert_tp_size} x ep {grid.ep_size} x dp {grid.expert_dp_size})"
 
 
 def dry_run(config: Config, hosts: Hosts, *, gpu_memory_gib: float) -> DryRun:

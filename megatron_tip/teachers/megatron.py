@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron_tip.batching.step_batch import StepBatch
@@ -10,7 +11,7 @@ from megatron_tip.config import Config, LossConfig
 from megatron_tip.conversion.bridge import load_hf, load_output_head
 from megatron_tip.models.gpt import build_gpt
 from megatron_tip.models.hidden_states import exchange, masked_rows, plan_transfers, teacher_replica
-from megatron_tip.models.pipeline import run_forward
+from megatron_tip.models.pipeline import run_forward, token_multiple
 from megatron_tip.models.student import Student
 from megatron_tip.parallel.groups import ModelGroups
 from megatron_tip.records import TeacherRows
@@ -53,6 +54,10 @@ class MegatronTeacher(Teacher[HiddenRows]):
         assert self.output_head is not None, "the teacher's head is on the student's last stage"
         return self.output_head
 
+    @property
+    def token_multiple(self) -> int:
+        return token_multiple(self.model)
+
     def tensors(self) -> dict[str, list[Tensor]]:
         head = [self.output_head] if self.output_head is not None else []
         return {"teacher": list(self.model.parameters()), "head": head}
@@ -88,7 +93,12 @@ class MegatronTeacher(Teacher[HiddenRows]):
 
         def keep(index: int, hidden_states: Tensor) -> None:
             mask = micro_batches[index].loss_mask
-            rows[work[index]] = masked_rows(hidden_states, mask, tp_group=teacher.tp_group, sequence_parallel=False)
+            rows[work[index]] = masked_rows(
+                hidden_states,
+                mask,
+                tp_group=teacher.tp_group,
+                sequence_parallel=get_model_config(self.model).sequence_parallel,
+            )
 
         run_forward(self.model, teacher, micro_batches, keep)
         return rows
@@ -152,6 +162,8 @@ def build(config: Config, site: TeacherSite) -> MegatronTeacher:
         padded_vocab_size=padded_vocab_size(architecture.vocab_size, groups.grid.tp_size),
         dtype=site.dtype,
         transformer_impl=config.teacher.transformer_impl,
+        # Otherwise every tensor-parallel rank would send all tokens to the experts.
+        sequence_parallel=architecture.experts is not None,
         trainable=False,
     )
     load_hf(model, checkpoint, groups)

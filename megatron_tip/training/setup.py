@@ -158,6 +158,7 @@ def _student(config: Config, plan: RunPlan, groups: ModelGroups) -> Student:
         transformer_impl=config.model.transformer_impl,
         sequence_parallel=config.model.sequence_parallel,
         recompute_activations=config.model.recompute_activations,
+        moe_aux_loss_coeff=config.model.moe_aux_loss_coeff,
     )
     load_hf(model, plan.student, groups)
     return build_student(model, groups, config.optimizer, num_steps=config.training.steps)

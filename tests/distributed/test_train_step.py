@@ -64,7 +64,7 @@ def selected_and_gradients(config: Config, rollouts: list[Rollout]) -> tuple[lis
         loss = 0.0
     for parameter in run.student.model.parameters():  # the exporter knows how to gather and name: let it take gradients
         parameter.data = parameter.main_grad.clone()  # type: ignore[attr-defined]
-    exported = export_hf(run.student.model, run.architecture, groups) if groups.dp_rank == 0 else ()
+    exported = export_hf(run.student.model, run.architecture, groups) if groups.holds_first_copy else ()
     return weights, loss, {name: grad.clone() for name, grad in exported}
 
 
@@ -82,7 +82,9 @@ def reference_gradients(
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """Sum of weight x divergence and its gradients: transformers, float64, one process, plain autograd."""
     student, teacher = (
-        AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float64) for name in ("student", "teacher")
+        # Without "eager", transformers multiplies experts by a kernel that has no float64.
+        AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float64, experts_implementation="eager")
+        for name in ("student", "teacher")
     )
     loss = torch.zeros((), dtype=torch.float64)
     for place, rollout in enumerate(rollouts):
