@@ -114,6 +114,6 @@ def load_shards(model: GPTModel, weights: Path, groups: ModelGroups) -> None:
 def _manifest(groups: ModelGroups) -> dict[str, Any]:
     return {
         "format": FORMAT,
-        "layout": groups.grid.sizes,
+        "layout": groups.grid.sizes(),
         "versions": {name: version(name) for name in ("megatron_core", "torch")},
     }

@@ -89,12 +89,6 @@ class ModelGrid:
         """Whether a copy of the experts belongs to several replicas, which must then run in step."""
         return self.stage_size // self.dp_size % (self.expert_tp_size * self.ep_size) != 0
 
-    @property
-    def sizes(self) -> dict[str, int]:
-        """The layout as files of a run describe it; the experts' part if it differs from the other layers'."""
-        sizes = {"tp": self.tp_size, "pp": self.pp_size, "dp": self.dp_size}
-        return sizes | ({"ep": self.ep_size, "expert_tp": self.expert_tp_size} if self.splits_experts else {})
-
     def layers_of_stages(self, num_layers: int) -> list[range]:
         """Returns the layers of each pipeline stage of a model with `num_layers`, counted from 0."""
         ends = list(accumulate(self.pipeline_layers or [num_layers // self.pp_size] * self.pp_size))
@@ -128,3 +122,17 @@ class ModelGrid:
     def ranks(self) -> torch.Tensor:
         """Returns the global ranks, `[pp, dp, tp]` int64."""
         return torch.arange(self.world_size).reshape(self.pp_size, self.dp_size, self.tp_size)
+
+    def sizes(self) -> dict[str, int]:
+        """Returns the size of each dimension by name, as run folders and checkpoints record it.
+
+        Those of the experts' grid are among them if it differs from the other layers'.
+        """
+        sizes = {"tp": self.tp_size, "pp": self.pp_size, "dp": self.dp_size}
+        return sizes | ({"expert_tp": self.expert_tp_size, "ep": self.ep_size} if self.splits_experts else {})
+
+    def in_words(self) -> str:
+        """Returns the sizes for messages and tables."""
+        words = f"tp {self.tp_size} x pp {self.pp_size} x dp {self.dp_size}"
+        experts = f" (experts tp {self.expert_tp_size} x ep {self.ep_size} x dp {self.expert_dp_size})"
+        return words + (experts if self.splits_experts else "")

@@ -26,7 +26,7 @@ class DryRun:
     def report(self, gpu_memory_gib: float) -> str:
         """Returns the result as text."""
         grids = ", ".join(
-            f"{owner} {_in_words(grid)}"
+            f"{owner} {_layout(grid)}"
             for owner, grid in (("student", self.outline.student_grid), ("teacher", self.outline.teacher_grid))
         )
         total = self.memory.total_bytes / 2**30
@@ -47,11 +47,9 @@ def _experts_of(owner: str, model: FoundModel) -> str:
     return f"{owner}: {every:.1f} billion parameters, of which each token passes through {active:.1f} billion"
 
 
-def _in_words(grid: ModelGrid) -> str:
-    words = f"tp {grid.tp_size} x pp {grid.pp_size} x dp {grid.dp_size}"
-    if not grid.splits_experts:
-        return words
-    return f"{words} (experts tp {grid.expert_tp_size} x ep {grid.ep_size} x dp {grid.expert_dp_size})"
+def _layout(grid: ModelGrid) -> str:
+    stages = f" ({', '.join(map(str, grid.pipeline_layers))} layers)" if grid.pipeline_layers else ""
+    return grid.in_words() + stages
 
 
 def dry_run(config: Config, hosts: Hosts, *, gpu_memory_gib: float) -> DryRun:
