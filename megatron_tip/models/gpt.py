@@ -150,6 +150,8 @@ def build_gpt(
     _scale_rope(model, architecture.rope_scaling)
     _mark_tensor_parallel(model)
     _mark_experts(model)
+    if torch.cuda.is_available():
+        model.cuda()  # the routers' weights: Megatron makes them on the host
     if not trainable:
         if groups.is_last_stage:
             model.output_layer = None  # pyright: ignore[reportAttributeAccessIssue]
