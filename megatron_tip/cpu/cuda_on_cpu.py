@@ -9,10 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
-
-_SPLITS = ("input_split_sizes", "output_split_sizes")
 
 
 class CudaOnCpu(TorchFunctionMode):
@@ -27,10 +24,6 @@ class CudaOnCpu(TorchFunctionMode):
             return func(*args).replace("torch.", "torch.cuda.")
         if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
             args = (args[0], "cpu", *args[2:])
-        if func is dist.all_to_all_single:
-            # Megatron's dispatcher of tokens to experts makes lists of these counts only as it copies them from a GPU.
-            splits = {name: kwargs[name] for name in _SPLITS if torch.is_tensor(kwargs.get(name))}
-            kwargs = kwargs | {name: sizes.tolist() for name, sizes in splits.items()}
         if _is_cuda(kwargs.get("device")):
             kwargs = dict(kwargs, device="cpu")
         return func(*args, **kwargs)

@@ -72,9 +72,10 @@ def prepare_megatron() -> None:
     layers and, without a CUDA device, the CPU in its place, with the processor's faster matrix products.
     """
     if not torch.cuda.is_available():
-        from megatron_tip.cpu import cuda_on_cpu
+        from megatron_tip.cpu import cuda_on_cpu, expert_dispatch
 
         cuda_on_cpu.install()
+        expert_dispatch.install()
         use_faster_products()
     initialize_rng_tracker(inference_rng_tracker=True)
     if not moe_utils.HAVE_TE:  # Megatron 0.16's router asks for it even then, without having defined it

@@ -108,8 +108,7 @@ class Student:
         if self.clip_grad > 0:
             for part in self.optimizer.chained_optimizers:
                 parameters: list[Tensor] = [*part.get_parameters()]
-                if parameters:  # a stage may have no experts
-                    clip_grad_by_total_norm_fp32(parameters, max_norm=self.clip_grad, total_norm=grad_norm)
+                clip_grad_by_total_norm_fp32(parameters, max_norm=self.clip_grad, total_norm=grad_norm)
         self.optimizer.step_with_ready_grads()
         self.scheduler.step(increment=1)
         return {"train/grad_norm": grad_norm, "train/lr": lr}

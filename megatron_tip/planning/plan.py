@@ -106,7 +106,7 @@ def outline_run(
     student = find_model("model", config.model.path, machine, config.model.drop_layers)
     teacher = find_model("teacher", config.teacher.path, machine) if teacher_kind(config).has_weights else None
     grids = _grids(config, student, teacher, world_size)
-    check_experts(config, student.architecture)
+    check_experts(config, student.architecture, grids[0])
     sizes, positions = zip(limits(student), limits(teacher) if teacher else served_limits(config, machine), strict=True)
     check_settings(config, dict(zip(("student", "teacher"), positions, strict=True)))
     selector = make_selector(config)

@@ -137,6 +137,15 @@ def test_experts_that_cannot_run_are_refused(tmp_path: Path, sections, world_siz
     assert expected_text in str(caught.value)
 
 
+def test_a_stage_without_experts_is_refused(tmp_path: Path):
+    make_experts(tmp_path / "student", seed=1, mlp_only_layers=[0, 1])
+    config = make_config(tmp_path, Layout(2, student=(1, 2)), teacher={"path": tmp_path / "student"})
+    with pytest.raises(ConfigError, match=r"experts in every pipeline stage, got none in stage 0 \(layers 0 to 1\)"):
+        plan_run(config, 2)
+    sections = {"model": {"pipeline_layers": (3, 1)}, "teacher": {"path": tmp_path / "student"}}
+    plan_run(make_config(tmp_path, Layout(2, student=(1, 2)), **sections), 2)
+
+
 def test_an_auxiliary_loss_without_experts_is_refused(models: Path):
     with pytest.raises(ConfigError, match=r"model.moe_aux_loss_coeff: expected 0 for a model without experts, got 0.1"):
         plan_run(make_config(models, Layout(1), model={"moe_aux_loss_coeff": 0.1}), 1)
