@@ -307,8 +307,9 @@ def _mark_experts(model: GPTModel) -> None:
     """
     for module in model.modules():
         if isinstance(module, MoELayer):
-            for key, parameter in module.experts.named_parameters():
+            experts: Any = module.experts
+            for key, parameter in experts.named_parameters():
                 is_first = ".linear_fc1." in f".{key}"
                 if not hasattr(parameter, "tensor_model_parallel"):
                     set_tensor_model_parallel_attributes(parameter, True, 0 if is_first else 1, 2 if is_first else 1)
-                parameter.allreduce = False  # pyright: ignore[reportAttributeAccessIssue]
+                parameter.allreduce = False
