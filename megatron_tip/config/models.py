@@ -31,7 +31,8 @@ class ModelConfig(Section):
     expert_tensor_parallel_size: int = Field(default=0, ge=0)
     """Ranks that share each expert; 0: tensor_parallel_size, as in Megatron. 1 suits small experts."""
     moe_aux_loss_coeff: float = Field(default=0.0, ge=0)
-    """Weight of the load-balancing loss of the experts' routers beside the distillation loss; 0: none."""
+    """Weight of the load-balancing loss of the experts' routers beside the distillation loss; 0: none. It covers the
+    tokens that are trained on: in one pass all of them, in two those that the cut leaves."""
     sequence_parallel: bool = False
     """Shard activations between tensor-parallel regions along the sequence. Experts need it for tensor parallelism."""
     recompute_activations: bool = False

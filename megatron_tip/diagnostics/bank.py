@@ -117,16 +117,32 @@ def read_bank(folder: Path) -> ContextBank:
         ) from error
     if name != FORMAT:
         raise InputError(f"{path}: expected the format {FORMAT!r}, got {name!r}; create the bank with this version")
-    wrong = [key for key, kind in _KEYS.items() if not isinstance(manifest.get(key), kind)]
-    if manifest.get("source") == GENERATED and not isinstance(manifest.get("student"), dict):
-        wrong.append("student")
-    if wrong:
+    if wrong := _wrong_parts(manifest):
         raise InputError(
             f"{path}: expected a manifest with {', '.join(_KEYS)}, got {', '.join(wrong)} missing or of another type; "
             "restore the file, or create the bank again"
         )
     table, _ = read_table(folder / _CONTEXTS, format_name=FORMAT, columns=SCHEMA.names, sha256=manifest["sha256"])
     return ContextBank(folder, rollouts_from_table(table), manifest)
+
+
+def _wrong_parts(manifest: dict[str, Any]) -> list[str]:
+    """Returns the keys of a manifest whose values are missing or cannot be used."""
+    wrong = [key for key, kind in _KEYS.items() if not isinstance(manifest.get(key), kind)]
+    if manifest.get("source") == GENERATED and not _has_fingerprint(manifest.get("student")):
+        wrong.append("student")
+    if manifest.get("teacher") and not _has_fingerprint(manifest["teacher"]):
+        wrong.append("teacher")
+    sampling = manifest.get("sampling")
+    if sampling and not (isinstance(sampling, dict) and {"temperature", "top_p"} <= sampling.keys()):
+        wrong.append("sampling")
+    if sampling and "seed" not in manifest:
+        wrong.append("seed")
+    return wrong
+
+
+def _has_fingerprint(model: Any) -> bool:
+    return isinstance(model, dict) and isinstance(model.get("fingerprint"), str)
 
 
 def check_bank(bank: ContextBank, *, tokenizer: str, vocab_size: int) -> None:

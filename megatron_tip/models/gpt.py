@@ -39,6 +39,16 @@ class HiddenStatesModel(GPTModel):
     after the final norm; `[s / tp, 1, h]` with sequence parallelism.
     """
 
+    def _preprocess(self, *arguments: Any, padding_mask: Tensor | None = None, **others: Any) -> tuple[Any, ...]:
+        """Returns what Megatron's method does, with this rank's part of the padding mask `[1, s]` on every stage.
+
+        Megatron 0.16's own shards it on the first stage only, and over its global groups, which we do not create.
+        """
+        prepared = super()._preprocess(*arguments, **others)
+        if padding_mask is not None and self.config.sequence_parallel:
+            padding_mask = padding_mask.chunk(self.tp_group.size(), dim=1)[self.tp_group.rank()]
+        return (*prepared[:5], padding_mask, *prepared[6:])
+
     def _postprocess(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         return hidden_states
 

@@ -23,46 +23,93 @@ LastStage = Callable[[int, Tensor], Tensor | None]
 
 
 def run_forward(
-    model: torch.nn.Module, groups: ModelGroups, micro_batches: Sequence[MicroBatch], on_hidden_states: LastStage
+    model: torch.nn.Module,
+    groups: ModelGroups,
+    micro_batches: Sequence[MicroBatch],
+    on_hidden_states: LastStage,
+    *,
+    held: list[Tensor] | None = None,
 ) -> None:
-    """Runs every micro-batch forward, without gradient.
+    """Runs every micro-batch forward, without gradient unless `held` takes the outputs.
 
     On the last stage, `on_hidden_states(index, hidden_states)` receives each micro-batch's final-norm output,
-    `[s, 1, h]` (`[s/tp, 1, h]` under sequence parallelism); its result is ignored. Collective over the replica's tp x
-    pp; over the world if replicas share experts (`in_step`).
+    `[s, 1, h]` (`[s/tp, 1, h]` under sequence parallelism), without gradient; its result is ignored. Collective over
+    the replica's tp x pp; over the world if replicas share experts (`in_step`).
+
+    Args:
+        held: receives the output of each micro-batch with its graph, for `run_forward_backward`; pp 1 only.
     """
-    with torch.no_grad():
-        _run_schedule(model, groups, micro_batches, on_hidden_states, forward_only=True)
+    assert held is None or groups.grid.pp_size == 1, "a stage cannot hold what flows between stages"
+
+    @torch.no_grad()
+    def take(index: int, hidden_states: Tensor) -> None:
+        if held is not None:
+            held.append(hidden_states)
+        if index < len(micro_batches):
+            on_hidden_states(index, hidden_states.detach())
+
+    filled = in_step(model, groups, micro_batches)
+    with torch.set_grad_enabled(held is not None):
+        _run_schedule(model, groups, filled, _outputs(model, filled), take, forward_only=True)
 
 
 def run_forward_backward(
-    model: torch.nn.Module, groups: ModelGroups, micro_batches: Sequence[MicroBatch], loss_of: LastStage
+    model: torch.nn.Module,
+    groups: ModelGroups,
+    micro_batches: Sequence[MicroBatch],
+    loss_of: LastStage,
+    *,
+    held: list[Tensor] | None = None,
 ) -> None:
     """Runs every micro-batch forward and backward and reduces the gradients over the data-parallel ranks.
 
     On the last stage, `loss_of(index, hidden_states)` returns the micro-batch's part of the loss, a scalar that is
     summed over micro-batches and replicas without division: its weights are already in it. For a micro-batch without a
     selected token it must return a zero connected to `hidden_states`, so that every rank runs its backward.
+
+    Args:
+        held: the outputs that `run_forward` held for the same micro-batches. They take the place of the forward passes
+            and are removed one by one, so that each backward pass frees its graph.
     """
-    _run_schedule(model, groups, micro_batches, loss_of, forward_only=False)
+
+    def loss_or_zero(index: int, hidden_states: Tensor) -> Tensor | None:
+        return loss_of(index, hidden_states) if index < len(micro_batches) else hidden_states.sum() * 0.0
+
+    filled = in_step(model, groups, micro_batches)
+    outputs = _outputs(model, filled) if held is None else _removed_from(held)
+    _run_schedule(model, groups, filled, outputs, loss_or_zero, forward_only=False)
+
+
+# These are generators, because `enumerate` keeps its last item, and with it the item's graph, until the next.
+def _outputs(model: torch.nn.Module, micro_batches: Sequence[MicroBatch]) -> Iterator[tuple[int, Tensor]]:
+    """Yields each micro-batch's index and the stage's output, running the model when it is asked for the next."""
+    for index, micro_batch in enumerate(micro_batches):
+        ids, positions = micro_batch.input_ids[None], micro_batch.position_ids[None]
+        sequences, padding = boundaries(model, micro_batch.lengths), micro_batch.rollout_indices[None] < 0
+        yield index, model(ids, positions, None, packed_seq_params=sequences, padding_mask=padding)
+
+
+def _removed_from(held: list[Tensor]) -> Iterator[tuple[int, Tensor]]:
+    """Yields each micro-batch's index and its held output, which is no longer in `held`."""
+    for index in range(len(held)):
+        yield index, held.pop(0)
 
 
 def _run_schedule(
     model: torch.nn.Module,
     groups: ModelGroups,
     micro_batches: Sequence[MicroBatch],
+    outputs: Iterator[tuple[int, Tensor]],
     on_last_stage: LastStage,
     *,
     forward_only: bool,
 ) -> None:
-    given, micro_batches = len(micro_batches), in_step(model, groups, micro_batches)
     if not micro_batches:  # only a teacher replica without work: no other rank waits for its pipeline
         assert forward_only, "a student replica always has a micro-batch"
         return
-    on_last_stage = partial(_unless_filler, on_last_stage, given)
     arguments: dict[str, Any] = {
         "forward_step_func": partial(_forward_step, on_last_stage=on_last_stage),
-        "data_iterator": iter(enumerate(micro_batches)),
+        "data_iterator": outputs,
         "model": model,
         "num_microbatches": len(micro_batches),
         # Ignored: with several stages, config.variable_seq_lengths sends each tensor's shape first.
@@ -98,17 +145,10 @@ def in_step(model: torch.nn.Module, groups: ModelGroups, micro_batches: Sequence
     return [*micro_batches, *[filler] * (most - len(micro_batches))]
 
 
-def _unless_filler(on_last_stage: LastStage, num_given: int, index: int, hidden_states: Tensor) -> Tensor | None:
-    """Returns the last stage's result; for a micro-batch that fills up, a zero that reaches every parameter."""
-    return on_last_stage(index, hidden_states) if index < num_given else hidden_states.sum() * 0.0
-
-
 def _forward_step(
-    micro_batches: Iterator[tuple[int, MicroBatch]], model: torch.nn.Module, *, on_last_stage: LastStage
+    outputs: Iterator[tuple[int, Tensor]], _model: torch.nn.Module, *, on_last_stage: LastStage
 ) -> tuple[Tensor, Callable[..., Any]]:
-    index, micro_batch = next(micro_batches)
-    ids, positions = micro_batch.input_ids[None], micro_batch.position_ids[None]
-    hidden_states = model(ids, positions, None, packed_seq_params=boundaries(model, micro_batch.lengths))
+    index, hidden_states = next(outputs)
     return hidden_states, partial(_finish, on_last_stage, index)
 
 

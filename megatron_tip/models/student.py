@@ -67,17 +67,23 @@ class Student:
         sequence_parallel = get_model_config(self.model).sequence_parallel
         return masked_rows(hidden_states, mask, tp_group=self.groups.tp_group, sequence_parallel=sequence_parallel)
 
-    def forward(self, micro_batches: Sequence[MicroBatch], on_hidden_states: LastStage) -> None:
-        """Runs the micro-batches forward, without gradient; see `pipeline.run_forward`."""
-        run_forward(self.model, self.groups, micro_batches, on_hidden_states)
+    def forward(
+        self, micro_batches: Sequence[MicroBatch], on_hidden_states: LastStage, *, held: list[Tensor] | None = None
+    ) -> None:
+        """Runs the micro-batches forward, without gradient unless `held` takes the outputs; see `run_forward`."""
+        if held is not None:  # the auxiliary loss of experts is part of the graph that is held
+            set_step_tokens(self.model, micro_batches, self.groups.dp_group)
+        run_forward(self.wrapped, self.groups, micro_batches, on_hidden_states, held=held)
 
-    def accumulate_gradients(self, micro_batches: Sequence[MicroBatch], loss_of: LastStage) -> None:
-        """Zeroes the gradients, then accumulates and reduces the summed loss's."""
+    def accumulate_gradients(
+        self, micro_batches: Sequence[MicroBatch], loss_of: LastStage, *, held: list[Tensor] | None = None
+    ) -> None:
+        """Zeroes the gradients, then accumulates and reduces the summed loss's; see `run_forward_backward`."""
         self.wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
-        num_tokens = sum(sum(micro_batch.lengths) for micro_batch in micro_batches)
-        set_step_tokens(self.model, num_tokens, self.groups.dp_group)
-        run_forward_backward(self.wrapped, self.groups, micro_batches, loss_of)
+        if held is None:
+            set_step_tokens(self.model, micro_batches, self.groups.dp_group)
+        run_forward_backward(self.wrapped, self.groups, micro_batches, loss_of, held=held)
 
     def optimizer_tensors(self) -> list[Tensor]:
         """Returns the tensors that only the optimizer needs: moments, and float32 copies of reduced weights.
@@ -160,6 +166,9 @@ def build_student(
         end_wd=settings.weight_decay,
         wd_incr_steps=num_steps,
         wd_incr_style="constant",
+        # The run's settings win over a checkpoint's: `same_run` lets only the number of steps change.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )
     assert isinstance(optimizer, ChainedOptimizer), "Megatron chains the optimizers of its parameter kinds"
     return Student(model, wrapped, optimizer, scheduler, groups, settings.clip_grad)

@@ -132,7 +132,8 @@ class ModelGrid:
         return sizes | ({"expert_tp": self.expert_tp_size, "ep": self.ep_size} if self.splits_experts else {})
 
     def in_words(self) -> str:
-        """Returns the sizes for messages and tables."""
+        """Returns the layout for messages and tables."""
         words = f"tp {self.tp_size} x pp {self.pp_size} x dp {self.dp_size}"
         experts = f" (experts tp {self.expert_tp_size} x ep {self.ep_size} x dp {self.expert_dp_size})"
-        return words + (experts if self.splits_experts else "")
+        stages = f" ({', '.join(map(str, self.pipeline_layers))} layers)"
+        return words + (experts if self.splits_experts else "") + (stages if self.pipeline_layers else "")

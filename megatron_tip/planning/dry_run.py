@@ -3,14 +3,12 @@
 from dataclasses import dataclass
 
 from megatron_tip.config import Config
-from megatron_tip.conversion.model_size import num_parameters
 from megatron_tip.errors import ConfigError
 from megatron_tip.machine import Machine
-from megatron_tip.parallel.grid import ModelGrid
 from megatron_tip.placement.hosts import Hosts
 from megatron_tip.placement.table import table_of
+from megatron_tip.planning.description import parameters_in_words
 from megatron_tip.planning.memory_estimate import MemoryEstimate, estimate_memory
-from megatron_tip.planning.models import FoundModel
 from megatron_tip.planning.plan import Outline, outline_run
 
 
@@ -26,30 +24,24 @@ class DryRun:
     def report(self, gpu_memory_gib: float) -> str:
         """Returns the result as text."""
         grids = ", ".join(
-            f"{owner} {_layout(grid)}"
+            f"{owner} {grid.in_words()}"
             for owner, grid in (("student", self.outline.student_grid), ("teacher", self.outline.teacher_grid))
         )
         total = self.memory.total_bytes / 2**30
         models = (("student", self.outline.student), ("teacher", self.outline.teacher))
         lines = [
             f"{self.world_size} workers: {grids}",
-            *(_experts_of(owner, model) for owner, model in models if model and model.architecture.experts),
+            *(
+                f"{owner}: {parameters_in_words(model.architecture)}"
+                for owner, model in models
+                if model and model.architecture.experts
+            ),
             *table_of(self.outline.placement),
             f"memory of the fullest GPU, roughly: {total:.1f} of {gpu_memory_gib:g} GiB",
             *self.memory.lines(),
             *(f"not checked here: {note}" for note in self.notes),
         ]
         return "\n".join(lines)
-
-
-def _experts_of(owner: str, model: FoundModel) -> str:
-    every, active = (num_parameters(model.architecture, active=active) / 1e9 for active in (False, True))
-    return f"{owner}: {every:.1f} billion parameters, of which each token passes through {active:.1f} billion"
-
-
-def _layout(grid: ModelGrid) -> str:
-    stages = f" ({', '.join(map(str, grid.pipeline_layers))} layers)" if grid.pipeline_layers else ""
-    return grid.in_words() + stages
 
 
 def dry_run(config: Config, hosts: Hosts, *, gpu_memory_gib: float) -> DryRun:
@@ -68,8 +60,8 @@ def dry_run(config: Config, hosts: Hosts, *, gpu_memory_gib: float) -> DryRun:
         raise ConfigError(
             f"memory: expected at most {gpu_memory_gib:g} GiB per GPU (--gpu-memory), got an estimate of "
             f'{memory.total_bytes / 2**30:.1f} GiB in phase "{memory.peak_phase}"; raise tensor or pipeline parallel '
-            "sizes, set optimizer.distributed, model.recompute_activations or training.offload, lower "
-            "training.max_tokens_per_micro_batch or rollout.prompts_per_step, or give servers less "
+            "sizes, set optimizer.distributed, model.recompute_activations or training.offload, leave selection.passes "
+            'at "auto", lower training.max_tokens_per_micro_batch or rollout.prompts_per_step, or give servers less '
             "memory (sglang.memory_fraction) or separate GPUs (sglang.gpus)\n" + result.report(gpu_memory_gib)
         )
     return result

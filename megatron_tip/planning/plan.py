@@ -15,7 +15,7 @@ from megatron_tip.parallel.grid import ModelGrid
 from megatron_tip.placement.hosts import Hosts, hosts_elsewhere, hosts_here
 from megatron_tip.placement.placement import Placement, place
 from megatron_tip.planning.balance import pipeline_layers
-from megatron_tip.planning.inputs import check_inputs, check_packages, read_prompts
+from megatron_tip.planning.inputs import check_inputs, check_number, check_packages, read_prompts
 from megatron_tip.planning.models import FoundModel, find_model, limits, served_limits, shared_tokenizer, stop_ids
 from megatron_tip.planning.settings import check_experts, check_settings, make_selector
 from megatron_tip.prompts.files import PromptFile
@@ -118,6 +118,7 @@ def outline_run(
     if tokenizer:
         check_environment(config.rollout, tokenizer, stop_token_ids)
     prompts = read_prompts(config, machine) if reads_prompts else None  # last: a large file takes a while
+    check_number(config, prompts)
     return Outline(
         student=student,
         teacher=teacher,

@@ -19,7 +19,6 @@ from torch.distributed.checkpoint.planner import LoadPlan
 from megatron_tip.config import Config
 from megatron_tip.conversion import background_save
 from megatron_tip.errors import CheckpointError, EngineError, MegatronTipError
-from megatron_tip.observability.metrics_file import MEASURED
 from megatron_tip.observability.run_folder import RunFolder
 from megatron_tip.parallel.watchdog import HangWatchdog
 from megatron_tip.training.checkpoints.files import CheckpointFiles
@@ -27,23 +26,18 @@ from megatron_tip.training.checkpoints.progress import Heldout, RunProgress
 from megatron_tip.training.checkpoints.resume import newest_whole, restore
 from megatron_tip.training.checkpoints.writer import Checkpointer
 from megatron_tip.training.loop import run_steps
-from megatron_tip.training.run import TrainingRun
-from megatron_tip.training.step import train_step
-from megatron_tip.training.weight_sync import update_engine
+from tests.helpers.checkpoints import checkpointer_of, take_step, weights_of
 from tests.helpers.distributed import run_workers
+from tests.helpers.first_step import ROLLOUTS
 from tests.helpers.training import (
     FixedEngine,
     Layout,
     build_tiny_run,
-    engine_of,
     make_config,
     make_models,
-    make_rollouts,
     recorder_of,
     with_source,
 )
-
-ROLLOUTS = make_rollouts([12, 0, 7, 15, 9, 1])
 
 
 @pytest.fixture(scope="module")
@@ -51,23 +45,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_models(tmp_path_factory.mktemp("models"))
 
 
-def checkpointer_of(run: TrainingRun, files: CheckpointFiles) -> Checkpointer:
-    files.folder.parent.mkdir(parents=True, exist_ok=True)
-    return Checkpointer(run, recorder_of(run, RunFolder(files.folder.parent)), files, run.stop)
-
-
-def take_step(run: TrainingRun, step: int) -> dict[str, float]:
-    update_engine(run, weight_version=step - 1)
-    return {name: value for name, value in train_step(run, step).items() if not name.startswith(MEASURED)}
-
-
 def draws() -> list[float]:
     return [random.random(), float(np.random.rand()), torch.rand(1).item()]
-
-
-def weights_of(run: TrainingRun) -> dict[str, torch.Tensor]:
-    update_engine(run, weight_version=0)
-    return getattr(engine_of(run), "weights", {})
 
 
 def held_writing() -> threading.Event:
@@ -133,6 +112,30 @@ def test_a_resumed_run_is_the_same_bit_for_bit(
     )
     for straight, resumed in run_workers(interrupted_and_not, 2, tmp_path, config, tmp_path):
         torch.testing.assert_close(resumed, straight, rtol=0, atol=0)
+
+
+def extended_and_not(config: Config, longer: Config, folder: Path) -> tuple[list[Any], list[Any]]:
+    """Metrics and weights after step 3: of a run that began with all steps of `longer`, and of one extended to them."""
+    run = build_tiny_run(longer, ROLLOUTS)
+    straight: list[Any] = [take_step(run, step) for step in (1, 2, 3)]
+    straight.append(weights_of(run))
+    short, files = build_tiny_run(config, ROLLOUTS), CheckpointFiles(folder / "checkpoints")
+    extended: list[Any] = [take_step(short, step) for step in (1, 2)]
+    checkpointer = checkpointer_of(short, files)
+    checkpointer.save(RunProgress(step=2))
+    checkpointer.finish()
+    resumed = build_tiny_run(longer, ROLLOUTS)
+    restore(resumed, files, 2)
+    extended += [take_step(resumed, 3), weights_of(resumed)]
+    return straight, extended
+
+
+def test_a_run_that_is_extended_is_the_longer_run_bit_for_bit(models: Path, tmp_path: Path):
+    constant = {"lr": 1e-3, "min_lr": 1e-3, "warmup_steps": 1}
+    layout = Layout(2, student=(2, 1))
+    config, longer = (make_config(models, layout, optimizer=constant, training={"steps": steps}) for steps in (2, 9))
+    for straight, extended in run_workers(extended_and_not, 2, tmp_path, config, longer, tmp_path):
+        torch.testing.assert_close(extended, straight, rtol=0, atol=0)
 
 
 def read_of_the_optimizer(config: Config, folder: Path) -> tuple[int, int, int, int]:

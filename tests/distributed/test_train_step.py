@@ -1,106 +1,31 @@
 """One training step is the same on every layout, and its gradients are those of a float64 single process."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from megatron_tip.config import Config
-from megatron_tip.conversion.bridge import export_hf
 from megatron_tip.records import Rollout
-from megatron_tip.training.step import score, select_then_train, select_while_training, train_step
+from megatron_tip.training.step import train_step
 from megatron_tip.training.weight_sync import update_engine
 from tests.helpers.distributed import run_workers
+from tests.helpers.first_step import (
+    DIFFERENT_BY_LAYOUT,
+    DIFFERENT_BY_PASSES,
+    ROLLOUTS,
+    Observed,
+    check_against_reference,
+    check_equal,
+    observe,
+    reference_gradients,
+    reverse_kl,
+)
 from tests.helpers.tiny import make_qwen
 from tests.helpers.training import Layout, build_tiny_run, engine_of, make_config, make_models, make_rollouts
-
-ROLLOUTS = make_rollouts([12, 0, 7, 15, 9, 1])
-DIFFERENT_BY_LAYOUT = {
-    "perf/saved_train_seconds",
-    "train/num_micro_batches",
-    "train/num_micro_batches_uncut",
-    "train/padding_token_share",
-}
-Row = tuple[int, int, float]
-"""Rollout, position in the response, weight."""
-
-
-@dataclass(frozen=True)
-class Observed:
-    """What one rank saw of the first step: its metrics; what its replica selected; its part of the loss; on rank 0 the
-    gradients under Hugging Face names.
-    """
-
-    metrics: dict[str, float]
-    selected: list[Row]
-    loss: float
-    gradients: dict[str, torch.Tensor]
-
-
-def observe(config: Config, rollouts: list[Rollout]) -> Observed:
-    return Observed(train_step(build_tiny_run(config, rollouts), 1), *selected_and_gradients(config, rollouts))
-
-
-def selected_and_gradients(config: Config, rollouts: list[Rollout]) -> tuple[list[Row], float, dict[str, torch.Tensor]]:
-    run = build_tiny_run(config, rollouts)
-    groups = run.student.groups
-    batch = run.batch_of(rollouts)
-    teacher_rows = run.teacher.ask(batch)
-    if run.selector.selects_in_one_pass(None):
-        trained = select_while_training(run, batch, teacher_rows, 1)
-    else:
-        trained = select_then_train(run, score(run, batch, teacher_rows, 1), 1)
-    loss, weights = trained.loss, []
-    if trained.selection is not None and groups.tp_rank == 0:
-        index = batch.token_index(groups.dp_rank)
-        columns = (index.rollout_index, index.position, trained.selection.row_weights)
-        weights = [row for row in zip(*(column.tolist() for column in columns), strict=True) if row[2]]
-    elif groups.tp_rank:
-        loss = 0.0
-    for parameter in run.student.model.parameters():  # the exporter knows how to gather and name: let it take gradients
-        parameter.data = parameter.main_grad.clone()  # type: ignore[attr-defined]
-    exported = export_hf(run.student.model, run.architecture, groups) if groups.holds_first_copy else ()
-    return weights, loss, {name: grad.clone() for name, grad in exported}
-
-
-def reverse_kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-    return (log_p.exp() * (log_p - log_q)).sum()
-
-
-def reference_gradients(
-    folder: Path,
-    rollouts: list[Rollout],
-    weights: list[Row],
-    *,
-    divergence: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = reverse_kl,
-    temperature: float = 1.0,
-) -> tuple[float, dict[str, torch.Tensor]]:
-    """Sum of weight x divergence and its gradients: transformers, float64, one process, plain autograd."""
-    student, teacher = (
-        # Without "eager", transformers multiplies experts by a kernel that has no float64.
-        AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float64, experts_implementation="eager")
-        for name in ("student", "teacher")
-    )
-    loss = torch.zeros((), dtype=torch.float64)
-    for place, rollout in enumerate(rollouts):
-        own = [(position, weight) for index, position, weight in weights if index == place]
-        if not own:
-            continue
-        ids = torch.tensor([rollout.prompt_ids + rollout.response_ids])
-        with torch.no_grad():
-            log_q = (teacher(ids).logits[0] / temperature).log_softmax(-1)
-        log_p = (student(ids).logits[0] / temperature).log_softmax(-1)
-        for position, weight in own:
-            row = len(rollout.prompt_ids) + position - 1
-            loss = loss + weight * divergence(log_p[row], log_q[row])
-    loss.backward()
-    return loss.item(), {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
-
 
 LAYOUTS = [
     Layout(3, student=(3, 1)),
@@ -135,20 +60,37 @@ def test_the_first_step_is_that_of_a_single_process(
 ):
     config = make_config(models, layout)
     ranks: list[Observed] = run_workers(observe, layout.world_size, tmp_path, config, ROLLOUTS)
+    check_equal(ranks, single, reference, but=DIFFERENT_BY_LAYOUT)
 
+
+IN_ONE_PASS = [Layout(1), *(layout for layout in LAYOUTS if layout.student[1] == 1)]
+
+
+@pytest.mark.parametrize(
+    "layout,recompute",
+    [(layout, False) for layout in IN_ONE_PASS] + [(layout, True) for layout in IN_ONE_PASS if layout.world_size < 3],
+    ids=str,
+)
+def test_one_pass_selects_and_trains_as_two(
+    models: Path,
+    single: Observed,
+    reference: tuple[float, dict[str, torch.Tensor]],
+    layout: Layout,
+    recompute: bool,
+    tmp_path: Path,
+):
+    sections = {"selection": {"passes": "one"}, "model": {"recompute_activations": recompute}}
+    config = make_config(models, layout, **sections)
+    ranks: list[Observed] = run_workers(observe, layout.world_size, tmp_path, config, ROLLOUTS)
+    check_equal(ranks, single, reference, but=DIFFERENT_BY_LAYOUT | DIFFERENT_BY_PASSES)
     for observed in ranks:
-        assert observed.metrics.keys() == single.metrics.keys()
-        for name, value in observed.metrics.items():
-            if name in DIFFERENT_BY_LAYOUT:
-                continue
-            assert value == pytest.approx(single.metrics[name], rel=1e-5, abs=1e-7), name
-    assert sorted(row for observed in ranks for row in observed.selected) == sorted(single.selected)
-    _check_against_reference(sum(observed.loss for observed in ranks), ranks[0].gradients, reference)
+        assert observed.metrics["train/one_pass"] == 1.0
+        assert observed.metrics["train/saved_token_share"] == 0.0
 
 
 def test_a_single_process_agrees_with_float64(single: Observed, reference: tuple[float, dict[str, torch.Tensor]]):
     assert len(single.selected) == 14  # ceil(0.3 x 44)
-    _check_against_reference(single.loss, single.gradients, reference)
+    check_against_reference(single.loss, single.gradients, reference)
 
 
 @pytest.mark.parametrize("qk_norm", [True, False], ids=["qwen3", "qwen2"])
@@ -162,18 +104,7 @@ def test_grouped_queries_with_biases_or_qk_norm_agree_with_float64(qk_norm: bool
         observe, layout.world_size, tmp_path / "workers", make_config(tmp_path, layout), ROLLOUTS
     )
     reference = reference_gradients(tmp_path, ROLLOUTS, [row for observed in ranks for row in observed.selected])
-    _check_against_reference(sum(observed.loss for observed in ranks), ranks[0].gradients, reference)
-
-
-def _check_against_reference(
-    loss: float, gradients: dict[str, torch.Tensor], reference: tuple[float, dict[str, torch.Tensor]]
-) -> None:
-    expected_loss, expected = reference
-    assert loss == pytest.approx(expected_loss, rel=1e-5)
-    assert gradients.keys() == expected.keys()
-    for name, gradient in gradients.items():
-        tolerance = 1e-5 * float(expected[name].abs().max())
-        torch.testing.assert_close(gradient.double(), expected[name], rtol=0, atol=tolerance, msg=name)
+    check_against_reference(sum(observed.loss for observed in ranks), ranks[0].gradients, reference)
 
 
 def jsd(log_p: torch.Tensor, log_q: torch.Tensor, beta: float = 0.3) -> torch.Tensor:
@@ -188,7 +119,7 @@ def test_the_settings_of_the_loss_reach_it(models: Path, tmp_path: Path):
     ranks: list[Observed] = run_workers(observe, 4, tmp_path, config, ROLLOUTS)
     selected = [row for observed in ranks for row in observed.selected]
     reference = reference_gradients(models, ROLLOUTS, selected, divergence=jsd, temperature=2.0)
-    _check_against_reference(sum(observed.loss for observed in ranks), ranks[0].gradients, reference)
+    check_against_reference(sum(observed.loss for observed in ranks), ranks[0].gradients, reference)
 
 
 def kernels_compiled(config: Config, rollouts: list[Rollout]) -> set[str]:
@@ -248,13 +179,32 @@ def observe_metrics(config: Config, rollouts: list[Rollout]) -> dict[str, float]
     return train_step(build_tiny_run(config, rollouts), 1)
 
 
-def test_a_replica_without_rollouts_takes_part(models: Path, tmp_path: Path):
+@pytest.mark.parametrize("layout,passes", [(Layout(6, student=(1, 2)), "two"), (Layout(3), "one")], ids=str)
+def test_a_replica_without_rollouts_takes_part(models: Path, tmp_path: Path, layout: Layout, passes: str):
+    """Three replicas for one rollout."""
     rollouts = make_rollouts([9])
     single = run_workers(observe_metrics, 1, tmp_path / "1", make_config(models, Layout(1)), rollouts)[0]
-    layout = Layout(6, student=(1, 2))  # three replicas for one rollout
-    for metrics in run_workers(observe_metrics, 6, tmp_path / "6", make_config(models, layout), rollouts):
+    config = make_config(models, layout, selection={"passes": passes})
+    for metrics in run_workers(observe_metrics, layout.world_size, tmp_path / "all", config, rollouts):
         assert metrics["train/loss"] == pytest.approx(single["train/loss"], rel=1e-5)
         assert metrics["train/grad_norm"] == pytest.approx(single["train/grad_norm"], rel=1e-5)
+
+
+def skipped_then_taken(config: Config, rollouts: list[Rollout]) -> tuple[dict[str, float], dict[str, float]]:
+    run = build_tiny_run(config, rollouts)
+    head, whole = run.student.output_head.data, run.student.output_head.data.clone()
+    head.fill_(float("nan"))
+    skipped = train_step(run, 1)
+    head.copy_(whole)
+    return skipped, train_step(run, 1)
+
+
+def test_one_pass_skips_a_step_that_is_not_finite_and_takes_the_next(models: Path, single: Observed, tmp_path: Path):
+    config = make_config(models, Layout(2), selection={"passes": "one"}, run={"folder": tmp_path / "run"})
+    for skipped, taken in run_workers(skipped_then_taken, 2, tmp_path, config, ROLLOUTS):
+        assert skipped["train/skipped_not_finite"] == 1.0
+        for name in ("train/loss", "train/grad_norm"):
+            assert taken[name] == pytest.approx(single.metrics[name], rel=1e-5), name
 
 
 def test_teacher_equal_to_student_gives_nothing_to_learn(tmp_path: Path):
@@ -281,48 +231,55 @@ def test_a_full_budget_is_plain_distillation(models: Path, tmp_path: Path):
     assert by_rule["train/reverse_kl"] == pytest.approx(full["train/loss"], rel=1e-5)
 
 
-ONE_PASS = {"rule": "ta_opd_teachability", "retention_ratio": 0.3, "scope": "micro_batch"}
+def counted_step(config: Config, rollouts: list[Rollout]) -> dict[str, float]:
+    """A step's metrics, with the number of micro-batches that the student read, and how many with a graph."""
+    run, calls = build_tiny_run(config, rollouts), []
+    run.student.model.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    metrics = train_step(run, 1)
+    return metrics | {"calls": float(len(calls)), "with_graph": float(sum(calls))}
 
 
-@pytest.mark.parametrize(
-    "layout", [Layout(1), Layout(4, student=(2, 2), sequence_parallel=True), Layout(2, teacher=(2, 1))], ids=str
-)
-def test_one_pass_trains_on_what_it_selects_within_each_micro_batch(models: Path, layout: Layout, tmp_path: Path):
-    config = make_config(models, layout, selection=ONE_PASS)
-    ranks: list[Observed] = run_workers(observe, layout.world_size, tmp_path, config, ROLLOUTS)
-    selected = sorted(row for observed in ranks for row in observed.selected)
-    assert sum(weight for *_, weight in selected) == pytest.approx(1.0)
-    for observed in ranks:
-        assert observed.metrics["selection/num_selected"] == len(selected)
-        assert observed.metrics["train/saved_token_share"] == 0.0
-        assert observed.metrics["train/reverse_kl"] > 0
-    reference = reference_gradients(models, ROLLOUTS, selected)
-    _check_against_reference(sum(observed.loss for observed in ranks), ranks[0].gradients, reference)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_one_pass_runs_the_student_once(models: Path, tmp_path: Path, recompute: bool):
+    """Each micro-batch of the uncut batch once, with its graph; two passes without, and then those of the cut batch."""
+    found = {}
+    for passes in ("one", "two"):
+        sections = {"selection": {"passes": passes}, "model": {"recompute_activations": recompute}}
+        config = make_config(models, Layout(1), **sections)
+        (found[passes],) = run_workers(counted_step, 1, tmp_path / passes, config, ROLLOUTS)
+    uncut = found["one"]["train/num_micro_batches_uncut"]
+    assert uncut > 1
+    assert found["one"]["calls"] == found["one"]["with_graph"] == uncut
+    assert found["two"]["with_graph"] == found["two"]["train/num_micro_batches"]
+    assert found["two"]["calls"] == uncut + found["two"]["train/num_micro_batches"]
 
 
-def two_steps(config: Config, rollouts: list[Rollout]) -> list[dict[str, float]]:
-    """Two steps on the same rollouts; the engine gives them out as if the second weights had made them."""
-    run = build_tiny_run(config, rollouts)
-    lines = []
-    for step in (1, 2):
-        if (engine := engine_of(run)) is not None:
-            engine.rollouts = [replace(rollout, weight_version=step - 1) for rollout in rollouts]
-        lines.append(train_step(run, step) | run.timer.step_metrics())
-    return lines
+@pytest.mark.parametrize("layout", [Layout(1), Layout(2, student=(1, 2))], ids=str)
+def test_auto_takes_one_pass_where_that_is_possible(models: Path, layout: Layout, tmp_path: Path):
+    selection = {"passes": "auto", "retention_ratio": 0.6}  # expected to cut few tokens
+    config = make_config(models, layout, selection=selection)
+    for metrics in run_workers(observe_metrics, layout.world_size, tmp_path, config, ROLLOUTS):
+        assert metrics["train/one_pass"] == float(layout.student[1] == 1)
 
 
-@pytest.mark.parametrize("layout", [Layout(2), Layout(2, student=(1, 2))], ids=str)
-def test_the_thresholds_of_the_last_step_save_the_scoring_pass(models: Path, layout: Layout, tmp_path: Path):
-    """With almost no learning rate the second batch is the first again, so that its thresholds are exact."""
-    config = make_config(models, layout, selection={"thresholds": "last_step"}, optimizer={"lr": 1e-12})
-    for first, second in run_workers(two_steps, 2, tmp_path, config, ROLLOUTS):
-        assert "time/score_seconds" in first
-        assert "selection/exact_agreement" not in first
-        assert "time/score_seconds" not in second
-        assert second["selection/num_selected"] == pytest.approx(14, abs=1)  # a score at the threshold may round
-        assert second["selection/exact_num_selected"] == 14.0
-        assert second["selection/exact_agreement"] > 0.9
-        assert second["train/loss"] == pytest.approx(first["train/loss"], rel=0.1)
+def test_importance_weights_are_the_same_in_one_pass(models: Path, tmp_path: Path):
+    sections = {"rollout": {"importance_cap": 2.0}}
+    one, two = (
+        run_workers(
+            observe,
+            2,
+            tmp_path / passes,
+            make_config(models, Layout(2), selection={"passes": passes}, **sections),
+            ROLLOUTS,
+        )
+        for passes in ("one", "two")
+    )
+    assert sorted(row for observed in one for row in observed.selected) == sorted(
+        row for observed in two for row in observed.selected
+    )
+    assert len({weight for observed in two for _, _, weight in observed.selected}) > 1
+    reference = reference_gradients(models, ROLLOUTS, [row for observed in two for row in observed.selected])
+    check_against_reference(sum(observed.loss for observed in one), one[0].gradients, reference)
 
 
 SPANS = {0: ((2, 6), (9, 11)), 3: ((1, 14),)}
@@ -353,6 +310,6 @@ def test_tokens_of_an_environment_are_read_and_never_reach_the_loss(models: Path
     assert [weight for _, _, weight in selected] == pytest.approx([1 / expected] * expected)
     assert ranks[0].metrics["rollout/response_tokens"] == 25.0
     assert ranks[0].metrics["rollout/environment_tokens"] == 19.0
-    _check_against_reference(
+    check_against_reference(
         sum(observed.loss for observed in ranks), ranks[0].gradients, reference_gradients(models, episodes, selected)
     )

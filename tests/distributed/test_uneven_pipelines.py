@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.test_checkpoint import ROLLOUTS, restore_and_save, save_after_steps
-from tests.distributed.test_train_step import DIFFERENT_BY_LAYOUT, Observed, _check_against_reference, observe
 from tests.helpers.distributed import run_workers
+from tests.helpers.first_step import DIFFERENT_BY_LAYOUT, Observed, check_equal, observe
 from tests.helpers.training import Layout, make_config, make_models
 
 UNEVEN = {"model": {"pipeline_layers": (4, 2)}, "teacher": {"pipeline_layers": (1, 2, 2, 1)}}
@@ -23,12 +23,7 @@ def test_the_first_step_is_that_of_a_single_process(models: Path, tmp_path: Path
     single: Observed = run_workers(observe, 1, tmp_path / "1", config, ROLLOUTS, timeout_seconds=240)[0]
     config = make_config(models, LAYOUT, **UNEVEN)
     ranks: list[Observed] = run_workers(observe, 4, tmp_path / "4", config, ROLLOUTS, timeout_seconds=240)
-    for observed in ranks:
-        for name, value in observed.metrics.items():
-            if name not in DIFFERENT_BY_LAYOUT:
-                assert value == pytest.approx(single.metrics[name], rel=1e-5, abs=1e-7), name
-    gradients = {name: gradient.double() for name, gradient in single.gradients.items()}
-    _check_against_reference(sum(observed.loss for observed in ranks), ranks[0].gradients, (single.loss, gradients))
+    check_equal(ranks, single, (single.loss, single.gradients), but=DIFFERENT_BY_LAYOUT)
 
 
 def test_a_checkpoint_of_uneven_stages_is_continued_by_even_ones(models: Path, tmp_path: Path) -> None:

@@ -46,3 +46,10 @@ def test_replicas_share_experts_that_one_of_them_does_not_hold(
 def test_a_stage_that_the_experts_do_not_fill_names_their_sizes():
     with pytest.raises(ConfigError, match=r"multiple of the experts' tp 2 x ep 4 = 8, got 4; .*expert_model_parallel"):
         ModelGrid.over(8, tp_size=2, pp_size=2, owner="teacher", ep_size=4)
+
+
+def test_a_layout_in_words_names_what_is_not_even():
+    plain = ModelGrid.over(8, tp_size=2, pp_size=2, owner="m")
+    assert plain.in_words() == "tp 2 x pp 2 x dp 2"
+    uneven = ModelGrid.over(8, tp_size=1, pp_size=2, owner="m", ep_size=2, pipeline_layers=(5, 3))
+    assert uneven.in_words() == "tp 1 x pp 2 x dp 4 (experts tp 1 x ep 2 x dp 2) (5, 3 layers)"
