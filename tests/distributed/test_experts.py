@@ -11,7 +11,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_tip.conversion.bridge import export_hf, load_hf, load_output_head, local_parameters
+from megatron_tip.conversion.bridge import export_hf, load_hf, load_output_head, local_parameters, save_hf
+from megatron_tip.conversion.megatron_checkpoint import (
+    MegatronCheckpoint,
+    load_megatron_checkpoint,
+    save_megatron_checkpoint,
+)
 from megatron_tip.conversion.safetensors_io import HfCheckpoint
 from megatron_tip.models.gpt import HiddenStatesModel, build_gpt, prepare_megatron
 from megatron_tip.parallel.grid import ModelGrid
@@ -95,6 +100,34 @@ def _check_export(model: HiddenStatesModel, checkpoint: HfCheckpoint, groups: Mo
     assert on_this_rank.keys() == original.keys()
     for name, tensor in [*exported.items(), *on_this_rank.items()]:
         assert torch.equal(original[name], tensor), name
+
+
+def test_folders_and_checkpoints_hold_every_bit(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Saved by the layout with all kinds of ranks, and read by every other."""
+    run_workers(_check_saved, 4, tmp_path, folders, tmp_path, timeout_seconds=240)
+    for name, folder in folders.items():
+        original, written = (load_file(path / "model.safetensors") for path in (folder, tmp_path / name / "hf"))
+        assert written.keys() == original.keys()
+        assert all(torch.equal(written[key], tensor) for key, tensor in original.items())
+
+
+def _check_saved(folders: dict[str, Path], tmp_path: Path) -> None:
+    prepare_megatron()
+    every = [_groups(**layout) for layout in LAYOUTS]
+    for name, folder in folders.items():
+        checkpoint, target = HfCheckpoint(folder), tmp_path / name
+        model = _build(checkpoint, every[-1])
+        load_hf(model, checkpoint, every[-1])
+        save_hf(model, checkpoint, every[-1], target / "hf")
+        save_megatron_checkpoint(model, checkpoint, every[-1], target / "megatron")
+        for groups in every:
+            expected, loaded = (_build(checkpoint, groups) for _ in range(2))
+            load_hf(expected, checkpoint, groups)
+            for parameter in loaded.parameters():
+                torch.nn.init.constant_(parameter, torch.nan)
+            load_megatron_checkpoint(loaded, MegatronCheckpoint(target / "megatron"), groups)
+            for (key, want), got in zip(expected.named_parameters(), loaded.parameters(), strict=True):
+                assert torch.equal(got, want), (key, groups.grid)
 
 
 def _groups(**layout: int) -> ModelGroups:
