@@ -184,8 +184,8 @@ def estimate_memory(config: Config, outline: Outline, *, gpu_memory_gib: float, 
 def may_take_one_pass(config: Config, selector: Selector) -> bool:
     """Returns whether the configuration allows that a step's only forward pass both scores and trains.
 
-    An auxiliary loss of experts covers all tokens in one pass and those that the cut leaves in two. With "auto" it takes
-    two, so that free memory does not decide what is learnt.
+    An auxiliary loss of experts covers all tokens in one pass and those that the cut leaves in two. With "auto"
+    there are two, so that free memory does not decide what is learnt.
     """
     is_scored = selector.required_statistics or config.rollout.importance_cap or config.tracking.view_every_steps
     if config.selection.passes == "auto" and config.model.moe_aux_loss_coeff:

@@ -119,9 +119,7 @@ def test_one_pass_selects_and_trains_as_two(
 ) -> None:
     """Replicas that share experts keep step while they hold their outputs, and while they go backward from them."""
     model = {**student, "recompute_activations": recompute}
-    config = make_config(
-        models, layout, model=model, teacher=teacher, training=UNEQUAL, selection={"passes": "one"}
-    )
+    config = make_config(models, layout, model=model, teacher=teacher, training=UNEQUAL, selection={"passes": "one"})
     ranks: list[Observed] = run_workers(observe, layout.world_size, tmp_path, config, ROLLOUTS, timeout_seconds=300)
     check_equal(ranks, single, reference, but=DIFFERENT_BY_LAYOUT | DIFFERENT_BY_PASSES, floor=FLOOR)
     assert {observed.metrics["train/one_pass"] for observed in ranks} == {1.0}
