@@ -45,7 +45,7 @@ def test_recipe_runs_on_eight_nodes_of_eight(path: Path):
 def test_the_experts_of_a_recipe_are_described():
     report = checked(load_config(EXAMPLES / "qwen3_30b_a3b_to_4b" / "qwen3_30b_a3b_to_4b.toml")).report(80.0)
     assert "teacher tp 2 x pp 1 x dp 32 (experts tp 1 x ep 8 x dp 8)\n" in report
-    assert "\nteacher: 30.5 B parameters, 3.3 B of them active\n" in report
+    assert "\nteacher: 30.5 B parameters, 3.4 B of them active\n" in report
 
 
 def test_quickstart_runs_on_three_workers():
