@@ -66,16 +66,20 @@ def read_experts(config: dict[str, Any], read: PretrainedConfig, num_layers: int
             f"{where}: expected full attention in every layer, got sliding_window = {values.sliding_window!r:.80}; "
             "such models are not supported"
         )
-    step, dense = _whole(values, "decoder_sparse_step", num_layers, where), values.mlp_only_layers
-    if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
-        raise WeightsError(f"{where}: expected mlp_only_layers to be a list of layers, got {dense!r:.80}")
     return Experts(
         num_experts=num_experts,
         num_active=num_active,
         ffn_hidden_size=_whole(values, "moe_intermediate_size", 10**9, where),
         normalised=normalised,
-        dense_layers=tuple(layer for layer in range(num_layers) if layer in dense or (layer + 1) % step),
+        dense_layers=_dense_layers(values, num_layers, where),
     ).of_layers(range(num_layers))
+
+
+def _dense_layers(values: Any, num_layers: int, where: str) -> tuple[int, ...]:
+    step, dense = _whole(values, "decoder_sparse_step", num_layers, where), values.mlp_only_layers
+    if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
+        raise WeightsError(f"{where}: expected mlp_only_layers to be a list of layers, got {dense!r:.80}")
+    return tuple(layer for layer in range(num_layers) if layer in dense or (layer + 1) % step)
 
 
 def config_of_layers(config: dict[str, Any], kept: Sequence[int]) -> dict[str, Any]:

@@ -104,7 +104,6 @@ def build_gpt(
     sequence_parallel: bool = False,
     recompute_activations: bool = False,
     trainable: bool = True,
-    moe_aux_loss_coeff: float = 0.0,
 ) -> HiddenStatesModel:
     """Returns this rank's stage with unset weights (`conversion.bridge.load_hf` sets them).
 
@@ -117,21 +116,7 @@ def build_gpt(
         ConfigError: the layout (`check_layout`) or the padded vocabulary does not fit.
         OptionalDependencyError: Transformer Engine was requested and is not installed.
     """
-    grid = groups.grid
-    check_layout(
-        architecture,
-        tp_size=grid.tp_size,
-        pp_size=grid.pp_size,
-        owner="model",
-        ep_size=grid.ep_size,
-        expert_tp_size=grid.expert_tp_size if architecture.experts else 0,
-        pipeline_layers=grid.pipeline_layers,
-    )
-    if padded_vocab_size % grid.tp_size or padded_vocab_size < architecture.vocab_size:
-        raise ConfigError(
-            f"padded_vocab_size: expected a multiple of tp {grid.tp_size}, at least {architecture.vocab_size}, "
-            f"got {padded_vocab_size}"
-        )
+    _check_sizes(architecture, groups.grid, padded_vocab_size)
     prepare_megatron()
     use_transformer_engine = resolve_transformer_impl(transformer_impl, dtype) == "transformer_engine"
     block = transformer_engine_block if use_transformer_engine else local_block
@@ -146,7 +131,6 @@ def build_gpt(
             dtype=dtype,
             use_transformer_engine=use_transformer_engine,
             sequence_parallel=sequence_parallel,
-            moe_aux_loss_coeff=moe_aux_loss_coeff,
         ),
         layers,
         vocab_size=padded_vocab_size,
@@ -168,6 +152,23 @@ def build_gpt(
             model.output_layer = None  # pyright: ignore[reportAttributeAccessIssue]
         model.requires_grad_(False).eval()
     return model
+
+
+def _check_sizes(architecture: ModelArchitecture, grid: ModelGrid, padded_vocab_size: int) -> None:
+    check_layout(
+        architecture,
+        tp_size=grid.tp_size,
+        pp_size=grid.pp_size,
+        owner="model",
+        ep_size=grid.ep_size,
+        expert_tp_size=grid.expert_tp_size if architecture.experts else 0,
+        pipeline_layers=grid.pipeline_layers,
+    )
+    if padded_vocab_size % grid.tp_size or padded_vocab_size < architecture.vocab_size:
+        raise ConfigError(
+            f"padded_vocab_size: expected a multiple of tp {grid.tp_size}, at least {architecture.vocab_size}, "
+            f"got {padded_vocab_size}"
+        )
 
 
 def resolve_transformer_impl(
@@ -202,13 +203,12 @@ def _transformer_config(
     dtype: torch.dtype,
     use_transformer_engine: bool,
     sequence_parallel: bool,
-    moe_aux_loss_coeff: float,
 ) -> TransformerConfig:
     on_gpu = torch.cuda.is_available()
     counts = groups.grid.pipeline_layers
     experts = {}
     if architecture.experts is not None:
-        experts = _experts_config(architecture, groups.grid, moe_aux_loss_coeff, grouped=use_transformer_engine)
+        experts = _experts_config(architecture, groups.grid, grouped=use_transformer_engine)
     return TransformerConfig(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
@@ -247,9 +247,7 @@ def _transformer_config(
     )
 
 
-def _experts_config(
-    architecture: ModelArchitecture, grid: ModelGrid, moe_aux_loss_coeff: float, *, grouped: bool
-) -> dict[str, Any]:
+def _experts_config(architecture: ModelArchitecture, grid: ModelGrid, *, grouped: bool) -> dict[str, Any]:
     """Returns Megatron's settings of the experts. `grouped`: with Transformer Engine's grouped products."""
     experts = architecture.experts
     assert experts is not None, "for models with experts"
@@ -261,8 +259,8 @@ def _experts_config(
         # The softmax of the chosen logits is the chosen part of the softmax of all, made to sum to 1.
         "moe_router_pre_softmax": not experts.normalised,
         "moe_router_dtype": "fp32",
-        "moe_router_load_balancing_type": "aux_loss" if moe_aux_loss_coeff else "none",
-        "moe_aux_loss_coeff": moe_aux_loss_coeff,
+        "moe_router_load_balancing_type": "aux_loss",
+        "moe_aux_loss_coeff": 0.0,  # a student may set it: `router.set_auxiliary_loss`
         "moe_grouped_gemm": grouped,
         "moe_permute_fusion": grouped,
         "expert_model_parallel_size": grid.ep_size,

@@ -19,8 +19,6 @@ def check_layout(
 ) -> None:
     """Refuses a layout that the model cannot take. Needs no process group; the outcome is the same on every rank.
 
-    Megatron-Core 0.16 can shard fewer query groups than tp ranks only with its global groups, which we do not create.
-
     Args:
         owner: "model" or "teacher", the section of the configuration that has the sizes.
         expert_tp_size: 0: `tp_size`.

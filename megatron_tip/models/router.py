@@ -49,6 +49,13 @@ class Router(TopKRouter):
         return MoEAuxLossAutoScaler.apply(probs, loss * num_tokens / self.step_tokens)  # pyright: ignore[reportReturnType]
 
 
+def set_auxiliary_loss(model: torch.nn.Module, coefficient: float) -> None:
+    """Sets the weight of the auxiliary loss of every router of `model`; 0: none."""
+    for module in model.modules():
+        if isinstance(module, Router):
+            module.config.moe_aux_loss_coeff = coefficient
+
+
 def set_step_tokens(model: torch.nn.Module, micro_batches: Sequence[MicroBatch], dp_group: dist.ProcessGroup) -> None:
     """Tells the routers of `model` how many tokens of the step go through it on all replicas together.
 
