@@ -33,7 +33,8 @@ class SelectionConfig(Section):
     """Forward passes of the student per step; both ways train the same tokens with the same gradients. two: score
     without gradient, then train on sequences cut after their last selected token. one: score with gradient, hold the
     activations of all micro-batches and go backward from the selected tokens; needs model.pipeline_parallel_size = 1.
-    auto: one where the activations fit into memory and the cut is expected to save less than the second pass costs."""
+    auto: one where the activations fit into memory and the cut is expected to save less than the second pass costs;
+    with model.moe_aux_loss_coeff always two."""
     normaliser: Literal["auto", "robust", "clipped_min_max", "min_max", "raw"] = "auto"
     """How statistics are scaled before they are scored; auto: as in the preset's paper."""
     tie_break: Literal["token_order", "random"] = "token_order"

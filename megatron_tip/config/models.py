@@ -22,9 +22,19 @@ class ModelConfig(Section):
     tensor_parallel_size: int = Field(default=1, ge=1)
     """Ranks that share each layer; must divide the number of attention heads."""
     pipeline_parallel_size: int = Field(default=1, ge=1)
-    """Ranks that share the stack of layers; must divide the number of layers kept."""
+    """Ranks that share the stack of layers; without `pipeline_layers` it must divide the number of layers kept."""
+    pipeline_layers: tuple[int, ...] | Literal["auto"] = ()
+    """How many of the layers kept each pipeline stage has; auto: balanced, with the work of both output heads and the
+    loss on the last stage. Default: equally many."""
+    expert_model_parallel_size: int = Field(default=1, ge=1)
+    """Ranks over which the experts of a layer are distributed; must divide their number."""
+    expert_tensor_parallel_size: int = Field(default=0, ge=0)
+    """Ranks that share each expert; 0: tensor_parallel_size, as in Megatron. 1 suits small experts."""
+    moe_aux_loss_coeff: float = Field(default=0.0, ge=0)
+    """Weight of the load-balancing loss of the experts' routers beside the distillation loss; 0: none. It covers the
+    tokens that are trained on: in one pass all of them, in two those that the cut leaves."""
     sequence_parallel: bool = False
-    """Shard activations between tensor-parallel regions along the sequence."""
+    """Shard activations between tensor-parallel regions along the sequence. Experts need it for tensor parallelism."""
     recompute_activations: bool = False
     """Recompute every layer in the backward pass instead of keeping its activations."""
 
@@ -54,6 +64,12 @@ class TeacherConfig(Section):
     """Ranks that share each layer of the teacher; also of each server that a SLURM job starts with it."""
     pipeline_parallel_size: int = Field(default=1, ge=1)
     """Ranks that share the teacher's stack of layers."""
+    pipeline_layers: tuple[int, ...] | Literal["auto"] = ()
+    """How many of the teacher's layers each stage has; auto: as equal as the number allows."""
+    expert_model_parallel_size: int = Field(default=1, ge=1)
+    """Ranks over which the experts of a teacher's layer are distributed; must divide their number."""
+    expert_tensor_parallel_size: int = Field(default=0, ge=0)
+    """Ranks that share each expert of the teacher; 0: tensor_parallel_size."""
     urls: tuple[str, ...] = ()
     """With kind = "sglang": "http://host:port" of each server; "name=http://host:port" with several teachers."""
     student_support: Literal["ask", "skip"] = "ask"

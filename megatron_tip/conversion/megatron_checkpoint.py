@@ -113,9 +113,8 @@ def load_shards(model: GPTModel, weights: Path, groups: ModelGroups) -> None:
 
 
 def _manifest(groups: ModelGroups) -> dict[str, Any]:
-    grid = groups.grid
     return {
         "format": FORMAT,
-        "layout": {"tp": grid.tp_size, "pp": grid.pp_size, "dp": grid.dp_size},
+        "layout": groups.grid.sizes(),
         "versions": {name: version(name) for name in ("megatron_core", "torch")},
     }

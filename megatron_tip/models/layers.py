@@ -1,5 +1,6 @@
 """Layers that need only torch: Megatron's own linear layers with torch's norm, attention and recomputation."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -7,11 +8,14 @@ import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from megatron_tip.models.router import Router
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -77,14 +81,26 @@ class RecomputedLayer(TransformerLayer):
         return checkpoint(super().forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
-def local_block(num_layers: int, *, qk_norm: bool) -> TransformerBlockSubmodules:
-    """Returns the specification of one stage's layers and final norm."""
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=qk_norm)
+def local_block(num_experts: Sequence[int], *, qk_norm: bool) -> TransformerBlockSubmodules:
+    """Returns the specification of one stage's layers and final norm.
+
+    `num_experts`: of each layer; 0: an ordinary feed-forward part.
+    """
+    final_norm: Any = RMSNorm
+    kinds = {count: _local_layer(count, qk_norm=qk_norm) for count in set(num_experts)}
+    return TransformerBlockSubmodules(layer_specs=[kinds[count] for count in num_experts], layer_norm=final_norm)
+
+
+def _local_layer(num_experts: int, *, qk_norm: bool) -> ModuleSpec:
+    layer = get_gpt_layer_local_spec(num_experts=num_experts or None, normalization="RMSNorm", qk_layernorm=qk_norm)
     submodules: Any = layer.submodules
+    if num_experts:
+        # The router reads this norm too, so no projection owns it; with Transformer Engine Megatron knows that.
+        del submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
+        submodules.mlp.submodules.router = Router
     submodules.input_layernorm = submodules.pre_mlp_layernorm = RMSNorm
     attention = submodules.self_attention.submodules
     attention.core_attention = PackedAttention
     if qk_norm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    final_norm: Any = RMSNorm
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=final_norm)
+    return layer

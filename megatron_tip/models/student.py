@@ -18,7 +18,8 @@ from megatron_tip import config as configuration
 from megatron_tip.errors import NotFiniteError
 from megatron_tip.models.gpt import output_head_weight
 from megatron_tip.models.hidden_states import masked_rows
-from megatron_tip.models.pipeline import LastStage, run_forward, run_forward_backward
+from megatron_tip.models.pipeline import LastStage, run_forward, run_forward_backward, token_multiple
+from megatron_tip.models.router import set_step_tokens
 from megatron_tip.parallel.groups import ModelGroups
 from megatron_tip.records import MicroBatch
 
@@ -58,8 +59,8 @@ class Student:
 
     @property
     def token_multiple(self) -> int:
-        """Divisor of a micro-batch's tokens: sequence parallelism splits them evenly over the tp ranks."""
-        return self.groups.grid.tp_size if get_model_config(self.model).sequence_parallel else 1
+        """Divisor of a micro-batch's tokens."""
+        return token_multiple(self.model)
 
     def rows(self, hidden_states: Tensor, mask: Tensor) -> Tensor:
         """Returns the last stage's output where `mask` `[s]` holds, `[n, H]`."""
@@ -70,6 +71,8 @@ class Student:
         self, micro_batches: Sequence[MicroBatch], on_hidden_states: LastStage, *, held: list[Tensor] | None = None
     ) -> None:
         """Runs the micro-batches forward, without gradient unless `held` takes the outputs; see `run_forward`."""
+        if held is not None:  # the auxiliary loss of experts is part of the graph that is held
+            set_step_tokens(self.model, micro_batches, self.groups.dp_group)
         run_forward(self.wrapped, self.groups, micro_batches, on_hidden_states, held=held)
 
     def accumulate_gradients(
@@ -78,6 +81,8 @@ class Student:
         """Zeroes the gradients, then accumulates and reduces the summed loss's; see `run_forward_backward`."""
         self.wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
+        if held is None:
+            set_step_tokens(self.model, micro_batches, self.groups.dp_group)
         run_forward_backward(self.wrapped, self.groups, micro_batches, loss_of, held=held)
 
     def optimizer_tensors(self) -> list[Tensor]:

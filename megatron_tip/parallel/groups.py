@@ -48,6 +48,23 @@ class ModelGroups:
         return self.grid.rank_at(tp=self.tp_rank, dp=self.dp_rank, pp=self.grid.pp_size - 1)
 
     @property
+    def expert_tp_rank(self) -> int:
+        return self.grid.expert_coordinates(self.rank)[0]
+
+    @property
+    def ep_rank(self) -> int:
+        return self.grid.expert_coordinates(self.rank)[1]
+
+    @property
+    def expert_dp_rank(self) -> int:
+        return self.grid.expert_coordinates(self.rank)[2]
+
+    @property
+    def holds_first_copy(self) -> bool:
+        """Whether this rank has a part of the first replica or of the first copy of the experts."""
+        return self.dp_rank == 0 or (self.grid.splits_experts and self.expert_dp_rank == 0)
+
+    @property
     def tp_group(self) -> dist.ProcessGroup:
         return self.collection.tp
 
@@ -58,6 +75,16 @@ class ModelGroups:
     @property
     def dp_group(self) -> dist.ProcessGroup:
         return self.collection.dp
+
+    @property
+    def ep_group(self) -> dist.ProcessGroup:
+        """The ranks among which the experts are distributed."""
+        return self.collection.ep
+
+    @property
+    def expert_tp_group(self) -> dist.ProcessGroup:
+        """The ranks that share each expert."""
+        return self.collection.expt_tp
 
     @property
     def model_group(self) -> dist.ProcessGroup:
@@ -86,6 +113,16 @@ def build_groups(grid: ModelGrid, *, timeout_seconds: float | None = None) -> Mo
     tp_dp_group = subgroup(ranks.reshape(grid.pp_size, -1))
     embedding_group = subgroup(ranks[stages].permute(1, 2, 0).reshape(-1, len(stages)))
     self_group = subgroup(ranks.reshape(-1, 1))  # context parallelism of size 1: Megatron still needs a group
+    experts = {
+        "ep": self_group,
+        "expt_tp": tp_group,
+        "expt_dp": dp_group,
+        "intra_expt_dp": dp_group,
+        "tp_ep": tp_group,
+        "tp_ep_pp": model_group,
+    }
+    if grid.splits_experts:
+        experts = _expert_groups(grid, timeout=timeout, backend=backend)
     collection = ProcessGroupCollection(
         tp=tp_group,
         pp=pp_group,
@@ -98,17 +135,30 @@ def build_groups(grid: ModelGrid, *, timeout_seconds: float | None = None) -> Mo
         tp_dp_cp=tp_dp_group,
         embd=embedding_group,
         pos_embd=None,
-        ep=self_group,
-        expt_tp=tp_group,
-        expt_dp=dp_group,
-        intra_expt_dp=dp_group,
-        tp_ep=tp_group,
-        tp_ep_pp=model_group,
         inter_dist_opt=None,
         # For Megatron: all ranks that together hold one copy of the optimizer's state; here the whole world.
         intra_dist_opt=dist.group.WORLD,
+        **experts,
     )
     return ModelGroups(grid, collection, rank)
+
+
+def _expert_groups(
+    grid: ModelGrid, *, timeout: datetime.timedelta | None, backend: str | None
+) -> dict[str, dist.ProcessGroup | None]:
+    """Returns the groups of the experts' own grid, under Megatron's names."""
+    ranks = grid.expert_ranks()
+    subgroup = partial(_subgroup, timeout=timeout, backend=backend)
+    data_parallel = ranks.permute(0, 2, 3, 1).reshape(-1, grid.expert_dp_size)
+    expert_dp_group = _subgroup(data_parallel, timeout=timeout, backend=None)
+    return {
+        "ep": subgroup(ranks.transpose(2, 3).reshape(-1, grid.ep_size)),
+        "expt_tp": subgroup(ranks.reshape(-1, grid.expert_tp_size)),
+        "expt_dp": expert_dp_group,
+        "intra_expt_dp": expert_dp_group,
+        "tp_ep": subgroup(ranks.reshape(-1, grid.expert_tp_size * grid.ep_size)),
+        "tp_ep_pp": subgroup(ranks.transpose(0, 1).reshape(grid.expert_dp_size, -1)),
+    }
 
 
 def _subgroup(

@@ -7,6 +7,7 @@ from megatron_tip.errors import ConfigError
 from megatron_tip.machine import Machine
 from megatron_tip.placement.hosts import Hosts
 from megatron_tip.placement.table import table_of
+from megatron_tip.planning.description import parameters_in_words
 from megatron_tip.planning.memory_estimate import MemoryEstimate, estimate_memory
 from megatron_tip.planning.plan import Outline, outline_run
 
@@ -23,12 +24,18 @@ class DryRun:
     def report(self, gpu_memory_gib: float) -> str:
         """Returns the result as text."""
         grids = ", ".join(
-            f"{owner} tp {grid.tp_size} x pp {grid.pp_size} x dp {grid.dp_size}"
+            f"{owner} {grid.in_words()}"
             for owner, grid in (("student", self.outline.student_grid), ("teacher", self.outline.teacher_grid))
         )
         total = self.memory.total_bytes / 2**30
+        models = (("student", self.outline.student), ("teacher", self.outline.teacher))
         lines = [
             f"{self.world_size} workers: {grids}",
+            *(
+                f"{owner}: {parameters_in_words(model.architecture)}"
+                for owner, model in models
+                if model and model.architecture.experts
+            ),
             *table_of(self.outline.placement),
             f"memory of the fullest GPU, roughly: {total:.1f} of {gpu_memory_gib:g} GiB",
             *self.memory.lines(),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from megatron_tip.config import Config
 from megatron_tip.conversion.architecture import ModelArchitecture
-from megatron_tip.conversion.model_size import layer_parameters
+from megatron_tip.conversion.model_size import feed_forward_parameters, layer_parameters
 from megatron_tip.parallel.grid import ModelGrid
 from megatron_tip.planning.dtypes import Dtypes
 from megatron_tip.planning.phases import OFFLOADED, PHASES, releases_memory
@@ -98,22 +98,44 @@ class _Model:
     has_head: bool = True
 
     @property
-    def stage_layers(self) -> int:
-        return self.architecture.num_layers // self.grid.pp_size
+    def stages(self) -> list[range]:
+        """The layers of each pipeline stage."""
+        return self.grid.layers_of_stages(self.architecture.num_layers)
+
+    @property
+    def counts(self) -> tuple[float, float]:
+        """Parameters on a rank of the fullest stage: outside of the experts, and in them."""
+        return max((self._counts(stage) for stage in range(self.grid.pp_size)), key=sum)
+
+    def _counts(self, stage: int) -> tuple[float, float]:
+        """Returns the same of one stage: layers, embedding or head or both, and the last norm.
+
+        Every tp rank has the norms and the routers whole.
+        """
+        a, grid = self.architecture, self.grid
+        is_last = stage == grid.pp_size - 1
+        outside, in_experts = 0.0, 0.0
+        for layer in self.stages[stage]:
+            dense, experts = feed_forward_parameters(a, layer)
+            whole = 2 * a.hidden_size + 2 * a.head_dim * a.qk_norm + (dense if experts else 0)
+            outside += (layer_parameters(a, layer) - experts - whole) / grid.tp_size + whole
+            in_experts += experts / (grid.expert_tp_size * grid.ep_size)
+        has_own_matrix = is_last and self.has_head and (stage > 0 or not a.tied_embeddings)
+        matrices = (stage == 0) + has_own_matrix
+        outside += matrices * self.padded_vocab_size * a.hidden_size / grid.tp_size + is_last * a.hidden_size
+        return outside, in_experts
 
     @property
     def num_parameters(self) -> float:
-        """Parameters of a rank of the fullest stage: layers, embedding or head or both, and mostly the last norm.
+        """Parameters on a rank of the fullest stage."""
+        return sum(self.counts)
 
-        Every tp rank has the norms whole.
-        """
-        a, tp = self.architecture, self.grid.tp_size
-        norms = 2 * a.hidden_size + 2 * a.head_dim * a.qk_norm
-        layer = (layer_parameters(a) - norms) / tp + norms
-        one_stage = self.grid.pp_size == 1
-        matrices = 2 if one_stage and self.has_head and not a.tied_embeddings else 1
-        last_norm = a.hidden_size if one_stage or self.has_head else 0
-        return self.stage_layers * layer + matrices * self.padded_vocab_size * a.hidden_size / tp + last_norm
+    def num_updated(self, *, distributed: bool) -> float:
+        """Returns of how many of them the rank has the optimizer's state. `distributed`: the copies share it."""
+        if not distributed:
+            return self.num_parameters
+        outside, in_experts = self.counts
+        return outside / self.grid.dp_size + in_experts / self.grid.expert_dp_size
 
     @property
     def weight_bytes(self) -> float:
@@ -160,8 +182,14 @@ def estimate_memory(config: Config, outline: Outline, *, gpu_memory_gib: float, 
 
 
 def may_take_one_pass(config: Config, selector: Selector) -> bool:
-    """Returns whether the configuration allows that a step's only forward pass both scores and trains."""
+    """Returns whether the configuration allows that a step's only forward pass both scores and trains.
+
+    An auxiliary loss of experts covers all tokens in one pass and those that the cut leaves in two. With "auto"
+    there are two, so that free memory does not decide what is learnt.
+    """
     is_scored = selector.required_statistics or config.rollout.importance_cap or config.tracking.view_every_steps
+    if config.selection.passes == "auto" and config.model.moe_aux_loss_coeff:
+        return False
     return bool(is_scored) and config.selection.passes != "two" and config.model.pipeline_parallel_size == 1
 
 
@@ -200,7 +228,7 @@ def _student_parts(config: Config, student: _Model) -> dict[str, tuple[str, floa
     """Returns what may leave the device: by its name in `PHASES`, the name in the estimate and the bytes."""
     # Megatron keeps float32 gradients, two moments, and for bfloat16 weights a float32 copy.
     optimizer_values = 3 if student.bytes_per_value < _FLOAT32 else 2
-    state = student.num_parameters * optimizer_values * _FLOAT32 / _optimizer_shards(config, student)
+    state = student.num_updated(distributed=config.optimizer.distributed) * optimizer_values * _FLOAT32
     return {
         "gradients": ("student: gradients, float32", student.num_parameters * _FLOAT32),
         "optimizer": ("student: optimizer", state),
@@ -224,10 +252,6 @@ def _teacher_parts(config: Config, teacher: _Model | None, head_rows: float) -> 
     }
 
 
-def _optimizer_shards(config: Config, student: _Model) -> int:
-    return student.grid.dp_size if config.optimizer.distributed else 1
-
-
 def _working(site: _Site, held_tokens: int | None) -> dict[str, Parts]:
     """Returns what each phase makes for itself: activations, rows, logits, what it gathers."""
     config, outline, student, teacher = site.config, site.outline, site.student, site.teacher
@@ -243,7 +267,7 @@ def _working(site: _Site, held_tokens: int | None) -> dict[str, Parts]:
         "loss: gradient of the head": shard * student.architecture.hidden_size * _FLOAT32,
         **{f"{name}, the selected": value for name, value in selected.items()},
     }
-    roots = student.num_parameters * _FLOAT32 / _optimizer_shards(config, student)
+    roots = student.num_updated(distributed=config.optimizer.distributed) * _FLOAT32
     phases = {
         "generate": {},
         "ask": asking | sent | received,
@@ -288,8 +312,8 @@ def _forward(config: Config, owner: str, model: _Model | None) -> Parts:
     """Returns the bytes of a forward pass without gradient: one layer's."""
     if model is None:
         return {}
-    sequence_parallel = config.model.sequence_parallel and owner == "student"
-    layer = _layer_bytes_per_token(model, sequence_parallel=sequence_parallel)
+    kinds = {model.architecture.has_experts(layer): layer for layer in range(model.architecture.num_layers)}
+    layer = max(_layer_bytes_per_token(config, model, layer, owner) for layer in kinds.values())
     longest = config.longest_teacher_sequence if owner == "teacher" else config.longest_sequence
     return {f"{owner}: a layer's activations": layer * _tokens(config, longest)}
 
@@ -303,37 +327,47 @@ def _gathered_for_sync(config: Config, outline: Outline, student: _Model) -> Par
     return {"sync: a whole tensor, gathered and merged": 2.0 * largest, "sync: buckets": float(buckets)}
 
 
-def _layer_bytes_per_token(model: _Model, *, sequence_parallel: bool) -> float:
+def _layer_bytes_per_token(config: Config, model: _Model, layer: int, owner: str) -> float:
     """Returns the activations of one layer; fused attention keeps nothing of size length x length.
 
-    They are the inputs of its two norms and of its four matrix products, q, k, v and the products of SwiGLU.
+    They are the inputs of its two norms and of its four matrix products, q, k, v and the products of SwiGLU. With
+    experts: inputs, products and outputs of each expert that a token passes through, if all experts get equally many.
     """
     a, tp = model.architecture, model.grid.tp_size
     heads = (a.num_attention_heads + 2 * a.num_query_groups) * a.head_dim
-    split = heads + a.num_attention_heads * a.head_dim + 3 * a.ffn_hidden_size
-    whole = 4 * a.hidden_size / (tp if sequence_parallel else 1)
+    split = heads + a.num_attention_heads * a.head_dim
+    if a.experts is not None and a.has_experts(layer):
+        hidden = 2 * a.hidden_size * model.grid.expert_tp_size  # each of an expert's ranks has the tokens of all
+        split += a.experts.num_active * (hidden + 3 * a.experts.ffn_hidden_size)
+    else:
+        split += 3 * a.ffn_hidden_size
+    whole = 4 * a.hidden_size / (tp if _is_sequence_parallel(config, model, owner) else 1)
     return (split / tp + whole) * model.bytes_per_value
 
 
-def _kept_bytes_per_token(config: Config, student: _Model) -> float:
+def _kept_bytes_per_token(config: Config, student: _Model, stage: int = 0) -> float:
     """Returns what a stage keeps for the backward pass; with recomputation a layer keeps only its input."""
-    sequence_parallel = config.model.sequence_parallel
-    layer = _layer_bytes_per_token(student, sequence_parallel=sequence_parallel)
-    if config.model.recompute_activations:
-        layer = student.architecture.hidden_size * student.bytes_per_value
-        layer /= student.grid.tp_size if sequence_parallel else 1
-    return student.stage_layers * layer
+    layers = student.stages[stage]
+    if not config.model.recompute_activations:
+        return sum(_layer_bytes_per_token(config, student, layer, "student") for layer in layers)
+    layer_input = student.architecture.hidden_size * student.bytes_per_value
+    return len(layers) * layer_input / (student.grid.tp_size if config.model.sequence_parallel else 1)
+
+
+def _is_sequence_parallel(config: Config, model: _Model, owner: str) -> bool:
+    return config.model.sequence_parallel if owner == "student" else model.architecture.experts is not None
 
 
 def _activations(config: Config, student: _Model) -> float:
-    """Returns the bytes kept for the backward pass: up to pp micro-batches are in flight.
+    """Returns the bytes kept for the backward pass.
 
-    With recomputation one layer at a time has all of its activations.
+    Up to pp micro-batches are in flight in the first stage, and one fewer in each that follows. With recomputation one
+    layer at a time has all of its activations.
     """
-    per_token = student.grid.pp_size * _kept_bytes_per_token(config, student)
-    if config.model.recompute_activations:
-        per_token += _layer_bytes_per_token(student, sequence_parallel=config.model.sequence_parallel)
-    return per_token * _tokens(config, config.longest_sequence)
+    in_flight = range(student.grid.pp_size, 0, -1)
+    per_token = max(count * _kept_bytes_per_token(config, student, stage) for stage, count in enumerate(in_flight))
+    recomputed = sum(_forward(config, "student", student).values()) if config.model.recompute_activations else 0.0
+    return per_token * _tokens(config, config.longest_sequence) + recomputed
 
 
 def _num_rollouts(config: Config, model: _Model) -> int:

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -13,9 +14,10 @@ from megatron_tip.models.layout import check_layout
 from megatron_tip.parallel.grid import ModelGrid
 from megatron_tip.placement.hosts import Hosts, hosts_elsewhere, hosts_here
 from megatron_tip.placement.placement import Placement, place
+from megatron_tip.planning.balance import pipeline_layers
 from megatron_tip.planning.inputs import check_inputs, check_number, check_packages, read_prompts
 from megatron_tip.planning.models import FoundModel, find_model, limits, served_limits, shared_tokenizer, stop_ids
-from megatron_tip.planning.settings import check_settings, make_selector
+from megatron_tip.planning.settings import check_experts, check_settings, make_selector
 from megatron_tip.prompts.files import PromptFile
 from megatron_tip.rollout.engines import engine_kind
 from megatron_tip.rollout.multi_turn import check_environment
@@ -105,6 +107,7 @@ def outline_run(
     student = find_model("model", config.model.path, machine, config.model.drop_layers)
     teacher = _teacher(config, student, machine)
     grids = _grids(config, student, teacher, world_size)
+    check_experts(config, student.architecture, grids[0])
     sizes, positions = zip(limits(student), limits(teacher) if teacher else served_limits(config, machine), strict=True)
     check_settings(config, dict(zip(("student", "teacher"), positions, strict=True)))
     selector = make_selector(config)
@@ -154,7 +157,13 @@ def _grids(
     for section, owner, model, found in models:
         if found is None:
             return grids[0], grids[0]
-        tp_size, pp_size = model.tensor_parallel_size, model.pipeline_parallel_size
-        check_layout(found.architecture, tp_size=tp_size, pp_size=pp_size, owner=section)
-        grids.append(ModelGrid.over(world_size, tp_size=tp_size, pp_size=pp_size, owner=owner))
+        sizes: dict[str, Any] = {
+            "tp_size": model.tensor_parallel_size,
+            "pp_size": model.pipeline_parallel_size,
+            "ep_size": model.expert_model_parallel_size,
+            "expert_tp_size": model.expert_tensor_parallel_size,
+            "pipeline_layers": pipeline_layers(config, found.architecture, teacher and teacher.architecture, section),
+        }
+        check_layout(found.architecture, owner=section, **sizes)
+        grids.append(ModelGrid.over(world_size, owner=owner, **sizes))
     return grids[0], grids[1]

@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 
 from megatron_tip.config import Config
+from megatron_tip.conversion.architecture import ModelArchitecture
 from megatron_tip.errors import ConfigError
+from megatron_tip.parallel.grid import ModelGrid
 from megatron_tip.rollout.engines import engine_kind
 from megatron_tip.selection import Selector, rollout_budget
 from megatron_tip.teachers.setup import known_statistics, teacher_in_words, teacher_kind
@@ -47,6 +49,39 @@ def check_whole_teacher(config: Config) -> None:
             f'diagnostics: expected teacher.kind = "megatron", got {config.teacher.kind!r}; KL(teacher || student) '
             "needs the whole distribution of the teacher"
         )
+
+
+def check_experts(config: Config, student: ModelArchitecture, grid: ModelGrid) -> None:
+    """Refuses settings of the student's experts that it cannot have.
+
+    Raises:
+        ConfigError: tensor parallelism without sequence parallelism: every rank would send the same tokens to the
+            experts, whose gradients would count them more than once. A pipeline stage without experts beside others
+            that have some. Or an auxiliary loss without experts.
+    """
+    model = config.model
+    if student.experts is None and model.moe_aux_loss_coeff:
+        raise ConfigError(
+            f"model.moe_aux_loss_coeff: expected 0 for a model without experts, got {model.moe_aux_loss_coeff}; "
+            "unset it"
+        )
+    if student.experts is not None and model.tensor_parallel_size > 1 and not model.sequence_parallel:
+        raise ConfigError(
+            "model.sequence_parallel: expected true for a model with experts and tensor_parallel_size = "
+            f"{model.tensor_parallel_size}, got false; set it, or use expert_model_parallel_size in its place"
+        )
+    if student.experts is not None:
+        _check_stages(student, grid)
+
+
+def _check_stages(student: ModelArchitecture, grid: ModelGrid) -> None:
+    for stage, layers in enumerate(grid.layers_of_stages(student.num_layers)):
+        if not any(map(student.has_experts, layers)):
+            raise ConfigError(
+                f"model.pipeline_layers: expected a layer with experts in every pipeline stage, got none in stage "
+                f"{stage} (layers {layers[0]} to {layers[-1]}); Megatron-Core 0.16.1 cannot save the optimizer of such "
+                "stages: choose other numbers of layers"
+            )
 
 
 def make_selector(config: Config) -> Selector:

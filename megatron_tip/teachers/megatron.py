@@ -1,8 +1,9 @@
 """A frozen teacher in the trainer's own processes, which sends its hidden states to the student's ranks."""
 
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 
 import torch
+from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron_tip.batching.step_batch import StepBatch
@@ -10,7 +11,7 @@ from megatron_tip.config import Config, LossConfig
 from megatron_tip.conversion.bridge import load_hf, load_output_head
 from megatron_tip.models.gpt import build_gpt
 from megatron_tip.models.hidden_states import exchange, masked_rows, plan_transfers, teacher_replica
-from megatron_tip.models.pipeline import run_forward
+from megatron_tip.models.pipeline import run_forward, token_multiple
 from megatron_tip.models.student import Student
 from megatron_tip.parallel.groups import ModelGroups
 from megatron_tip.records import TeacherRows
@@ -32,8 +33,7 @@ class MegatronTeacher(Teacher[HiddenRows]):
 
     `output_head`: `[V_padded / student_tp, H]`, this rank's shard of the teacher's LM head, sharded over the
     *student's* tp group; None except on the student's last stage. `vocabulary`: the ids shared with the student.
-    `support_size`: K. `with_jsd`: whether the run's rule reads the JSD. `splits_sequence`: whether `model` leaves each
-    tp rank a part of the tokens.
+    `support_size`: K. `with_jsd`: whether the run's rule reads the JSD.
     """
 
     heldout_statistic = "reverse_kl"
@@ -47,14 +47,16 @@ class MegatronTeacher(Teacher[HiddenRows]):
     support_size: int
     with_jsd: bool
     settings: LossConfig
-    _: KW_ONLY
-    splits_sequence: bool = False
 
     @property
     def head(self) -> Tensor:
         """The shard of the LM head; on the student's last stage only."""
         assert self.output_head is not None, "the teacher's head is on the student's last stage"
         return self.output_head
+
+    @property
+    def token_multiple(self) -> int:
+        return token_multiple(self.model)
 
     def tensors(self) -> dict[str, list[Tensor]]:
         head = [self.output_head] if self.output_head is not None else []
@@ -92,7 +94,10 @@ class MegatronTeacher(Teacher[HiddenRows]):
         def keep(index: int, hidden_states: Tensor) -> None:
             place, part = parts[index]
             kept = masked_rows(
-                hidden_states, part.loss_mask, tp_group=teacher.tp_group, sequence_parallel=self.splits_sequence
+                hidden_states,
+                part.loss_mask,
+                tp_group=teacher.tp_group,
+                sequence_parallel=get_model_config(self.model).sequence_parallel,
             )
             rows.setdefault(place, []).append(kept)
 
@@ -172,6 +177,8 @@ def build(config: Config, site: TeacherSite) -> MegatronTeacher:
         padded_vocab_size=padded_vocab_size(architecture.vocab_size, groups.grid.tp_size),
         dtype=site.dtype,
         transformer_impl=config.teacher.transformer_impl,
+        # Otherwise every tensor-parallel rank would send all tokens to the experts.
+        sequence_parallel=architecture.experts is not None,
         trainable=False,
     )
     load_hf(model, checkpoint, groups)

@@ -89,7 +89,6 @@ def build(config: Config, site: TeacherSite) -> MegatronTeacher:
             model=site.student.model,
             hidden_size=get_model_config(site.student.model).hidden_size,
             output_head=site.student.output_head.detach() if site.student_groups.is_last_stage else None,
-            splits_sequence=get_model_config(site.student.model).sequence_parallel,
             **shared,
         )
     model = _copy_of_the_student(config, site)

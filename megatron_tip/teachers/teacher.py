@@ -52,6 +52,11 @@ class Teacher(ABC, Generic[Rows]):
         """Takes over the tensors of a `sharded_state` that a checkpoint held."""
 
     @property
+    def token_multiple(self) -> int:
+        """Divisor of a micro-batch's tokens that the teacher's layers need."""
+        return 1
+
+    @property
     def heldout_metric(self) -> str:
         """The name of the held-out metric."""
         return f"heldout/{self.heldout_statistic}"

@@ -26,11 +26,14 @@ def probe_ids(vocab_size: int) -> tuple[int, ...]:
 def probe_logprobs(student: Student, vocab_size: int, device: torch.device) -> list[float]:
     """Returns the student's logprobs of the probe ids after the first, at temperature 1, on global rank 0.
 
-    All other ranks get an empty list. Collective over data-parallel replica 0 (other replicas need not call it): one
-    forward pass of one sequence, and one broadcast of one float64 per id over each pipeline group.
+    All other ranks get an empty list. Collective over data-parallel replica 0: one forward pass of one sequence, and
+    one broadcast of one float64 per id over each pipeline group. Other replicas must call it only if they share
+    experts, and then pass padding through their layers.
     """
     groups = student.groups
     if groups.dp_rank != 0:
+        if groups.grid.replicas_share_experts:
+            student.forward([], lambda *_: None)
         return []
     ids = probe_ids(vocab_size)
     batch = StepBatch.over(

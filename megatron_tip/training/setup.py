@@ -13,6 +13,7 @@ from megatron_tip.conversion.model_size import num_parameters
 from megatron_tip.errors import ConfigError, InputError
 from megatron_tip.machine import Machine
 from megatron_tip.models.gpt import build_gpt
+from megatron_tip.models.router import set_auxiliary_loss
 from megatron_tip.models.student import Student, build_student
 from megatron_tip.observability.timing import PhaseTimer
 from megatron_tip.parallel.collectives import gather_json
@@ -204,6 +205,7 @@ def _student(config: Config, plan: RunPlan, groups: ModelGroups) -> Student:
         sequence_parallel=config.model.sequence_parallel,
         recompute_activations=config.model.recompute_activations,
     )
+    set_auxiliary_loss(model, config.model.moe_aux_loss_coeff)
     load_hf(model, plan.student, groups)
     return build_student(model, groups, config.optimizer, num_steps=config.training.steps)
 

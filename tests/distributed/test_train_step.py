@@ -15,16 +15,17 @@ from megatron_tip.training.weight_sync import update_engine
 from tests.helpers.distributed import run_workers
 from tests.helpers.first_step import (
     DIFFERENT_BY_LAYOUT,
+    DIFFERENT_BY_PASSES,
     ROLLOUTS,
     Observed,
+    check_against_reference,
+    check_equal,
     observe,
     reference_gradients,
     reverse_kl,
 )
 from tests.helpers.tiny import make_qwen
 from tests.helpers.training import Layout, build_tiny_run, engine_of, make_config, make_models, make_rollouts
-
-DIFFERENT_BY_PASSES = {"train/num_model_tokens", "train/saved_token_share", "train/one_pass"}
 
 LAYOUTS = [
     Layout(3, student=(3, 1)),
@@ -59,7 +60,7 @@ def test_the_first_step_is_that_of_a_single_process(
 ):
     config = make_config(models, layout)
     ranks: list[Observed] = run_workers(observe, layout.world_size, tmp_path, config, ROLLOUTS)
-    _check_equal(ranks, single, reference, but=DIFFERENT_BY_LAYOUT)
+    check_equal(ranks, single, reference, but=DIFFERENT_BY_LAYOUT)
 
 
 IN_ONE_PASS = [Layout(1), *(layout for layout in LAYOUTS if layout.student[1] == 1)]
@@ -81,28 +82,15 @@ def test_one_pass_selects_and_trains_as_two(
     sections = {"selection": {"passes": "one"}, "model": {"recompute_activations": recompute}}
     config = make_config(models, layout, **sections)
     ranks: list[Observed] = run_workers(observe, layout.world_size, tmp_path, config, ROLLOUTS)
-    _check_equal(ranks, single, reference, but=DIFFERENT_BY_LAYOUT | DIFFERENT_BY_PASSES)
+    check_equal(ranks, single, reference, but=DIFFERENT_BY_LAYOUT | DIFFERENT_BY_PASSES)
     for observed in ranks:
         assert observed.metrics["train/one_pass"] == 1.0
         assert observed.metrics["train/saved_token_share"] == 0.0
 
 
-def _check_equal(
-    ranks: list[Observed], single: Observed, reference: tuple[float, dict[str, torch.Tensor]], *, but: set[str]
-) -> None:
-    for observed in ranks:
-        assert observed.metrics.keys() == single.metrics.keys()
-        for name, value in observed.metrics.items():
-            if name in but:
-                continue
-            assert value == pytest.approx(single.metrics[name], rel=1e-5, abs=1e-7), name
-    assert sorted(row for observed in ranks for row in observed.selected) == sorted(single.selected)
-    _check_against_reference(sum(observed.loss for observed in ranks), ranks[0].gradients, reference)
-
-
 def test_a_single_process_agrees_with_float64(single: Observed, reference: tuple[float, dict[str, torch.Tensor]]):
     assert len(single.selected) == 14  # ceil(0.3 x 44)
-    _check_against_reference(single.loss, single.gradients, reference)
+    check_against_reference(single.loss, single.gradients, reference)
 
 
 @pytest.mark.parametrize("qk_norm", [True, False], ids=["qwen3", "qwen2"])
@@ -116,18 +104,7 @@ def test_grouped_queries_with_biases_or_qk_norm_agree_with_float64(qk_norm: bool
         observe, layout.world_size, tmp_path / "workers", make_config(tmp_path, layout), ROLLOUTS
     )
     reference = reference_gradients(tmp_path, ROLLOUTS, [row for observed in ranks for row in observed.selected])
-    _check_against_reference(sum(observed.loss for observed in ranks), ranks[0].gradients, reference)
-
-
-def _check_against_reference(
-    loss: float, gradients: dict[str, torch.Tensor], reference: tuple[float, dict[str, torch.Tensor]]
-) -> None:
-    expected_loss, expected = reference
-    assert loss == pytest.approx(expected_loss, rel=1e-5)
-    assert gradients.keys() == expected.keys()
-    for name, gradient in gradients.items():
-        tolerance = 1e-5 * float(expected[name].abs().max())
-        torch.testing.assert_close(gradient.double(), expected[name], rtol=0, atol=tolerance, msg=name)
+    check_against_reference(sum(observed.loss for observed in ranks), ranks[0].gradients, reference)
 
 
 def jsd(log_p: torch.Tensor, log_q: torch.Tensor, beta: float = 0.3) -> torch.Tensor:
@@ -142,7 +119,7 @@ def test_the_settings_of_the_loss_reach_it(models: Path, tmp_path: Path):
     ranks: list[Observed] = run_workers(observe, 4, tmp_path, config, ROLLOUTS)
     selected = [row for observed in ranks for row in observed.selected]
     reference = reference_gradients(models, ROLLOUTS, selected, divergence=jsd, temperature=2.0)
-    _check_against_reference(sum(observed.loss for observed in ranks), ranks[0].gradients, reference)
+    check_against_reference(sum(observed.loss for observed in ranks), ranks[0].gradients, reference)
 
 
 def kernels_compiled(config: Config, rollouts: list[Rollout]) -> set[str]:
@@ -302,7 +279,7 @@ def test_importance_weights_are_the_same_in_one_pass(models: Path, tmp_path: Pat
     )
     assert len({weight for observed in two for _, _, weight in observed.selected}) > 1
     reference = reference_gradients(models, ROLLOUTS, [row for observed in two for row in observed.selected])
-    _check_against_reference(sum(observed.loss for observed in one), one[0].gradients, reference)
+    check_against_reference(sum(observed.loss for observed in one), one[0].gradients, reference)
 
 
 SPANS = {0: ((2, 6), (9, 11)), 3: ((1, 14),)}
@@ -333,6 +310,6 @@ def test_tokens_of_an_environment_are_read_and_never_reach_the_loss(models: Path
     assert [weight for _, _, weight in selected] == pytest.approx([1 / expected] * expected)
     assert ranks[0].metrics["rollout/response_tokens"] == 25.0
     assert ranks[0].metrics["rollout/environment_tokens"] == 19.0
-    _check_against_reference(
+    check_against_reference(
         sum(observed.loss for observed in ranks), ranks[0].gradients, reference_gradients(models, episodes, selected)
     )

@@ -74,18 +74,20 @@ def test_the_run_of_ones_own_loads_and_is_short(tmp_path: Path):
 
 
 LAYOUT = re.compile(
-    r"^\| \[.*?\]\(examples/(\w+)\) \| (\d+) \| (\S+ x \S+ x \S+) \| (\S+ x \S+ x \S+) \| (\d+) \|$", re.M
+    r"^\| \[.*?\]\(examples/(\w+)\) \| (\d+) \| (\S+ x \S+ x \S+) \| (\S+ x \S+ x \d+)(?:, ep (\d+))? \| (\d+) \|$",
+    re.MULTILINE,
 )
 
 
 def test_layouts_and_memory_are_those_of_the_dry_run():
     rows = LAYOUT.findall(README)
-    assert len(rows) == 6
-    for name, gpus, student, teacher, gib in rows:
+    assert len(rows) == 7
+    for name, gpus, student, teacher, experts, gib in rows:
         config = load_config(ROOT / "examples" / name / f"{name}.toml")
         result = dry_run(config, hosts_elsewhere(int(gpus), 8), gpu_memory_gib=80.0)
         grids = (result.outline.student_grid, result.outline.teacher_grid)
         assert [f"{grid.tp_size} x {grid.pp_size} x {grid.dp_size}" for grid in grids] == [student, teacher], name
+        assert [grid.ep_size for grid in grids] == [1, int(experts or 1)], name
         assert f"{result.memory.total_bytes / 2**30:.0f}" == gib, name
 
 

@@ -9,7 +9,7 @@ from megatron_tip.training.checkpoints.files import CheckpointFiles
 
 _DEFINING_KEYS: dict[str, tuple[str, ...]] = {
     "run": ("seed",),
-    "model": ("path", "drop_layers", "dtype"),
+    "model": ("path", "drop_layers", "dtype", "moe_aux_loss_coeff"),
     "teacher": ("kind", "path", "dtype", "update", "ema_decay", "student_support"),
     "prompts": (),
     "heldout": ("num_prompts", "every_steps"),

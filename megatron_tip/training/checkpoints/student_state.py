@@ -62,10 +62,10 @@ def load_state(student: Student, teacher: Teacher[Any], shards: Path, *, with_ra
         CheckpointError: on every rank; something is missing or has another shape.
     """
     state = sharded_state(student, teacher, is_loading=True)
-    (part,) = student.optimizer.chained_optimizers
-    shapes = state["optimizer"].pop("param_state", None)
-    if isinstance(part, DistributedOptimizer):
-        state["own_rows"] = own_rows(part, shapes)
+    parts = student.optimizer.chained_optimizers
+    shapes = [part.pop("param_state", None) for part in _by_part(state["optimizer"], len(parts))]
+    distributed = [(index, part) for index, part in enumerate(parts) if isinstance(part, DistributedOptimizer)]
+    state["own_rows"] = {index: own_rows(part, shapes[index]) for index, part in distributed}
     if with_random_states:
         state["random"] = _sharded_random_states()
     try:
@@ -76,14 +76,20 @@ def load_state(student: Student, teacher: Teacher[Any], shards: Path, *, with_ra
     missing = [key for key in missing if not key.endswith("_extra_state")]
     assert not missing, f"parameters missing from Megatron's shards: {missing}"
     assert not unexpected, f"shards that are not parameters: {unexpected}"
-    _load_optimizer(part, loaded["optimizer"])
-    if isinstance(part, DistributedOptimizer):
-        load_own_rows(part, shapes, loaded["own_rows"])
+    for part, content in zip(parts, _by_part(loaded["optimizer"], len(parts)), strict=True):
+        _load_optimizer(part, content)
+    for index, part in distributed:
+        load_own_rows(part, shapes[index], loaded["own_rows"][index])
     complete_optimizer_state(student)
     teacher.load_sharded_state(loaded.get("teacher", {}))
     student.scheduler.load_state_dict(loaded["scheduler"])
     if with_random_states:
         _set_random_states({name: tensor[0] for name, tensor in loaded["random"].items()})
+
+
+def _by_part(optimizer: dict[Any, Any], num_parts: int) -> list[dict[str, Any]]:
+    """Returns the state of each part of a chained optimizer: the experts' parameters have one of their own."""
+    return [optimizer] if num_parts == 1 else [optimizer[index] for index in range(num_parts)]
 
 
 def _load_optimizer(part: Any, loaded: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from megatron_tip.planning.phases import releases_memory
 from megatron_tip.planning.plan import outline_run
 from megatron_tip.training.checkpoints.student_state import complete_optimizer_state
 from tests.helpers.distributed import run_workers
+from tests.helpers.tiny import make_experts
 from tests.helpers.training import Layout, build_tiny_run, make_config, make_models, make_rollouts
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
@@ -177,14 +178,37 @@ def test_the_sums_are_those_of_the_tensors(tmp_path: Path, layout: Layout, dtype
         "teacher": {"dtype": dtype},
         "optimizer": {"distributed": distributed},
     }
-    config = make_config(make_models(tmp_path), layout, **sections)
+    check_sums(make_config(make_models(tmp_path), layout, **sections), layout, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "layout,experts,distributed",
+    [
+        (Layout(2), {"expert_model_parallel_size": 2}, True),
+        (Layout(2), {}, True),
+        (Layout(2, student=(2, 1), sequence_parallel=True), {"expert_tensor_parallel_size": 1}, False),
+        (Layout(2, student=(1, 2)), {}, False),
+    ],
+    ids=str,
+)
+def test_the_sums_of_experts_are_those_of_the_tensors(
+    tmp_path: Path, layout: Layout, experts: dict[str, int], distributed: bool
+):
+    make_experts(tmp_path / "student", seed=1, mlp_only_layers=[0])
+    make_experts(tmp_path / "teacher", seed=2, tie_word_embeddings=False)
+    optimizer = {"distributed": distributed}
+    config = make_config(tmp_path, layout, model=experts, teacher=experts, optimizer=optimizer)
+    check_sums(config, layout, tmp_path)
+
+
+def check_sums(config: Config, layout: Layout, tmp_path: Path) -> None:
     ranks = run_workers(counted, layout.world_size, tmp_path, config, timeout_seconds=300.0)
     expected = estimate(config, layout.world_size).parts
     for name in ranks[0]:
         values = [rank[name] for rank in ranks]
         # Replicas share the optimizer's values, not always in equal parts.
-        found = sum(values) / len(values) if distributed and name == "student: optimizer" else max(values)
-        assert found == expected[name], name
+        shared = config.optimizer.distributed and name == "student: optimizer"
+        assert (sum(values) / len(values) if shared else max(values)) == expected[name], name
 
 
 def own_bytes(config: Config) -> int:
