@@ -51,6 +51,7 @@ class ShardedSave:
             copies: `write` writes copies in host memory; otherwise the shards must not change until it is done.
             sharers: ranks that share the writing of what they all hold.
         """
+        sharded: Any
         sharded, common = save_preprocess(state)
         self._common = io.BytesIO()  # as it is now: a schedule's dict is the live one
         torch.save(common, self._common)

@@ -1,6 +1,7 @@
 """The router of tokens to experts, with an auxiliary loss that does not depend on the layout of a micro-batch."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -37,7 +38,8 @@ class Router(TopKRouter):
         tokens_per_expert, _, num_tokens = get_tokens_per_expert_and_token_count(
             routing_map=routing_map, reduce_group=self.tp_cp_group, topk=self.topk, with_padding_mask=True
         )
-        loss = switch_load_balancing_loss_func(
+        balancing_loss: Any = switch_load_balancing_loss_func
+        loss = balancing_loss(
             probs=scores_for_aux_loss,
             tokens_per_expert=tokens_per_expert,
             total_num_tokens=num_tokens.clamp(min=1),  # without tokens the sum over them is 0
