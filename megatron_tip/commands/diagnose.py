@@ -227,7 +227,7 @@ def _bank_of_rollouts(config: Config, rollouts: Path):
     from megatron_tip.planning.plan import plan_run
 
     require_new(bank_folder(config))
-    plan = plan_run(config, default_num_workers(config), reads_prompts=False)
+    plan = plan_run(config, default_num_workers(config), reads_prompts=False, generates=False)
     return bank_of_rollouts(config, plan, bank_folder(config), rollouts)
 
 
