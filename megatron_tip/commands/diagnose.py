@@ -1,5 +1,6 @@
 """`megatron-tip diagnose`: the commands of the fixed-context diagnostic. torch is imported late."""
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -17,6 +18,8 @@ from megatron_tip.errors import InputError
 from megatron_tip.observability.logs import configure_logging
 from megatron_tip.parallel.environment import is_worker
 from megatron_tip.parallel.launch import run_worker, start_workers
+
+logger = logging.getLogger(__name__)
 
 diagnose = typer.Typer(
     help="Freeze on-policy contexts, score checkpoints on them, and see which tokens teach the student.",
@@ -133,6 +136,7 @@ def intervene(
         from megatron_tip.diagnostics.intervene import intervene as run_arms
         from megatron_tip.diagnostics.session import built_run
 
+        _log_memory(config, subject)
         with built_run(config, subject.plan, checkpoint=subject.checkpoint) as run:
             run_arms(run, subject, ArmsFile(config.run.folder))
 
@@ -217,6 +221,22 @@ def _examine_arms(config: Config, num_workers: int, *, checkpoint: Path | None):
     subject = _examine(config, num_workers, checkpoint=checkpoint)
     check_arms(config, subject, ArmsFile(config.run.folder))
     return subject
+
+
+def _log_memory(config: Config, subject) -> None:
+    """Logs what the arms will need, phase by phase, before anything is loaded, and warns if there is less."""
+    from megatron_tip.diagnostics.intervene import estimate_arms
+
+    memory_gib = subject.plan.memory_bytes / 2**30
+    estimate = estimate_arms(config, subject, memory_gib=memory_gib, on_gpu=subject.plan.device_index is not None)
+    logger.info("memory of the fullest rank, roughly: %.1f of %.1f GiB", estimate.total_bytes / 2**30, memory_gib)
+    for line in estimate.lines():
+        logger.info("%s", line)
+    if estimate.total_bytes > memory_gib * 2**30:
+        logger.warning(
+            "memory: the estimate exceeds what exists; lower training.max_tokens_per_micro_batch, diagnostics.seeds or "
+            "diagnostics.num_contexts, raise tensor or pipeline parallel sizes, or set training.offload"
+        )
 
 
 def _bank_of_rollouts(config: Config, rollouts: Path):

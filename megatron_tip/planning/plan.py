@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass
 
+import psutil
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -70,6 +71,13 @@ class RunPlan(Outline):
         if not self.placement.hosts.gpus:
             return None
         return self.placement.visible_position(int(os.environ.get("LOCAL_RANK", "0")))
+
+    @property
+    def memory_bytes(self) -> float:
+        """The memory of this worker's GPU or, on a CPU, its share of the machine's."""
+        if self.device_index is not None:
+            return torch.cuda.get_device_properties(self.device_index).total_memory
+        return psutil.virtual_memory().total / self.placement.hosts.workers_per_node
 
 
 def plan_run(config: Config, world_size: int, *, reads_prompts: bool = True, generates: bool = True) -> RunPlan:
