@@ -169,6 +169,35 @@ def report(
     typer.echo(f"{folder}: {len(tables)} tables, {len(list(folder.glob('*.png')))} figures")
 
 
+@diagnose.command()
+@errors_reported()
+def advise(
+    bank: Annotated[Path, typer.Argument(help="Folder of the bank.")],
+    start: Annotated[str, typer.Option(help="Name of the scores of the student in question.")] = "start",
+    support_size: Annotated[
+        int | None, typer.Option("--k", help="K, one of the scores' own. Default: 16, or the first.")
+    ] = None,
+    ratios: Annotated[list[float] | None, typer.Option("--ratio", help="A budget; repeatable.")] = None,
+    resamples: Resamples = 1000,
+    seed: Seed = 1,
+) -> None:
+    """Says in numbers what regime a pair is in, which rules differ on it, and what studies know about such a pair."""
+    from megatron_tip.diagnostics.advice import advice, pair_facts
+    from megatron_tip.diagnostics.bank import read_bank, strangers
+    from megatron_tip.diagnostics.scores import read_scores
+
+    if bad := [ratio for ratio in ratios or [] if not 0 < ratio <= 1]:
+        raise InputError(f"--ratio: expected numbers in (0, 1], got {bad}")
+    opened = read_bank(bank)
+    scores = read_scores(opened.scores_path(start), opened)
+    _say_caveats(strangers(opened, student=scores.about["student"], teacher=scores.about["teacher"]))
+    size = support_size or (16 if 16 in scores.support_sizes else scores.support_sizes[0])
+    budgets = ratios or [0.01, 0.03, 0.05, 0.1]
+    facts = pair_facts(scores, support_size=size, ratios=budgets, resamples=resamples, seed=seed)
+    for line in advice(facts):
+        typer.echo(line)
+
+
 def _in_workers(
     arguments: Sequence[str],
     config: Config,
