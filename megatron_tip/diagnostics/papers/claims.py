@@ -9,8 +9,8 @@ import pandas as pd
 from megatron_tip.diagnostics.arms import ArmResult
 from megatron_tip.diagnostics.papers.arm_tables import pooled_gain
 from megatron_tip.diagnostics.papers.evidence import Evidence
-from megatron_tip.diagnostics.statistics.bootstrap import Interval
-from megatron_tip.diagnostics.statistics.seeds import MIN_SEEDS, seed_interval
+from megatron_tip.diagnostics.statistics.bootstrap import LEVEL, Interval
+from megatron_tip.diagnostics.statistics.seeds import MIN_SEEDS, holm, seed_p_value
 from megatron_tip.diagnostics.statistics.tokens import selected_rows
 
 TABLE_2 = (
@@ -64,25 +64,35 @@ class Claim:
     sign: int = 1
 
     @property
-    def verdict(self) -> str:
-        """Returns agrees or disagrees if the intervals over prompts and seeds lie on one side of 0, else undecided.
+    def p_value(self) -> float:
+        """The two-sided p over trainings; NaN below `MIN_SEEDS`."""
+        return seed_p_value(self.seeds) if len(self.seeds) >= MIN_SEEDS else float("nan")
+
+    def verdict(self, adjusted_p: float) -> str:
+        """Returns agrees or disagrees if prompts and trainings differ from 0 in one direction, else undecided.
 
         Without an estimate or with fewer than `MIN_SEEDS` trainings there is no verdict, and the word says why.
+
+        Args:
+            adjusted_p: the `p_value`, corrected for the other claims that are judged beside this one.
         """
         if not np.isfinite(self.found.estimate):
             return "no data"
         if len(self.seeds) < MIN_SEEDS:
             return f"too few seeds ({len(self.seeds)} of {MIN_SEEDS})"
-        intervals = [self.found, seed_interval(self.seeds)]
-        if not all(interval.excludes_zero for interval in intervals):
+        side = np.sign(self.found.estimate)
+        if not (self.found.excludes_zero and adjusted_p <= 1 - LEVEL and np.sign(np.mean(self.seeds)) == side):
             return "undecided"
-        sides = {np.sign(interval.low) for interval in intervals}
-        return "undecided" if len(sides) > 1 else "agrees" if sides == {self.sign} else "disagrees"
+        return "agrees" if side == self.sign else "disagrees"
 
 
 def claims(evidence: Evidence) -> pd.DataFrame:
-    """Returns every claim with its difference in nats, its intervals over prompts and per training, and the verdict."""
+    """Returns every claim with its difference in nats, its interval over prompts, each training, and the verdict.
+
+    `p_holm`: over trainings, corrected by Holm's method for all claims of the table.
+    """
     found = [*token_claims(evidence), *arm_claims(evidence)]
+    adjusted = holm([claim.p_value for claim in found])
     return pd.DataFrame(
         [
             {
@@ -92,9 +102,10 @@ def claims(evidence: Evidence) -> pd.DataFrame:
                 "low": claim.found.low,
                 "high": claim.found.high,
                 "by_seed": " ".join(f"{value:+.3g}" for value in claim.seeds),
-                "verdict": claim.verdict,
+                "p_holm": p_holm,
+                "verdict": claim.verdict(p_holm),
             }
-            for claim in found
+            for claim, p_holm in zip(found, adjusted, strict=True)
         ]
     )
 

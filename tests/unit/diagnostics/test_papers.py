@@ -116,7 +116,7 @@ def test_too_few_trainings_have_no_verdict_and_say_so(written, tmp_path):
     assert set(write_all(few, tmp_path)["claims"]["verdict"]) == {"too few seeds (2 of 5)", "no data"}
     assert "Note: too few seeds (2 of 5) for a verdict on a claim." in facts(few)
     four = replace(found, arms=[result for result in found.arms if result.arm.seed < 5])
-    verdicts = {claim.text: claim.verdict for claim in claims_of(four)}
+    verdicts = {claim.text: claim.verdict(0.0) for claim in claims_of(four)}
     assert verdicts["teachability at 5 % gains more than raw KL (D~)"] == "too few seeds (4 of 5)"
     assert "too few seeds (4 of 5)" in facts(four)
     assert "too few seeds" not in facts(found)
@@ -226,12 +226,26 @@ def test_the_data_of_both_panels_lie_beside_the_picture(written):
 
 def test_a_claim_is_decided_over_prompts_and_over_seeds():
     below, steady = Interval(-0.12, -0.24, -0.02), (-0.11, -0.12, -0.13, -0.12, -0.11)
-    assert Claim("", "", below, steady).verdict == "disagrees"
-    assert Claim("", "", below, steady, sign=-1).verdict == "agrees"
-    assert Claim("", "", below, (-0.455, -0.019, 0.118, -0.2, -0.05)).verdict == "undecided"
-    assert Claim("", "", Interval(-0.12, -0.24, 0.02), steady).verdict == "undecided"
-    assert Claim("", "", below, steady[:4]).verdict == "too few seeds (4 of 5)"
-    assert Claim("", "", Interval.unknown(), ()).verdict == "no data"
+    assert Claim("", "", below, steady).verdict(0.01) == "disagrees"
+    assert Claim("", "", below, steady, sign=-1).verdict(0.01) == "agrees"
+    assert Claim("", "", below, steady).verdict(0.06) == "undecided"
+    assert Claim("", "", below, tuple(-value for value in steady)).verdict(0.01) == "undecided"
+    assert Claim("", "", Interval(-0.12, -0.24, 0.02), steady).verdict(0.01) == "undecided"
+    assert Claim("", "", below, steady[:4]).verdict(0.01) == "too few seeds (4 of 5)"
+    assert np.isnan(Claim("", "", below, steady[:4]).p_value)
+    assert Claim("", "", Interval.unknown(), ()).verdict(float("nan")) == "no data"
+
+
+def test_the_verdicts_of_a_table_are_corrected_for_all_of_its_claims(written):
+    _, found, tables = written
+    values = np.array([claim.p_value for claim in claims_of(found)])
+    adjusted = tables["claims"]["p_holm"].to_numpy()
+    known = ~np.isnan(values)
+    assert known.sum() > 5
+    np.testing.assert_array_equal(known, ~np.isnan(adjusted))
+    smallest = np.nanargmin(values)
+    assert adjusted[smallest] == pytest.approx(min(1.0, values[smallest] * known.sum()))
+    assert (adjusted[known] >= values[known]).all()
 
 
 def test_scores_of_another_intervention_are_not_set_beside_arms(written, tmp_path):
