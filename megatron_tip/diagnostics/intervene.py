@@ -126,7 +126,8 @@ def intervene(run: TrainingRun, subject: Subject, file: ArmsFile) -> None:
     states: dict[int, SeedState] = {}
     whole = None
     for arm in todo:
-        return_freed_memory()  # arms cut their sequences at different lengths, which fragments the heap
+        if run.device.type == "cpu":  # arms cut their sequences at different lengths, which fragments the heap
+            return_freed_memory()
         if arm.rule != "full":  # plain distillations come first
             whole = None
         if arm.seed not in states:
@@ -144,16 +145,13 @@ def intervene(run: TrainingRun, subject: Subject, file: ArmsFile) -> None:
             score_after(run, subject, whole, state.split, arm)
         if dist.get_rank() == 0:
             file.append(result)
-            place, total = f"{len(done) + 1} of {len(arms)}", time.process_time()
-            logger.info(
-                "%s: %s: G %+.4f; %.1f s of CPU, %.0f since the start",
-                place,
-                arm,
-                result.gain,
-                result.cpu_seconds,
-                total,
-            )
+            _log(result, f"{len(done) + 1} of {len(arms)}")
         done.append(str(arm))
+
+
+def _log(result: ArmResult, place: str) -> None:
+    seconds = result.cpu_seconds, time.process_time()
+    logger.info("%s: %s: G %+.4f; %.1f s of CPU, %.0f since the start", place, result.arm, result.gain, *seconds)
 
 
 def check_arms(config: Config, subject: Subject, file: ArmsFile) -> None:
