@@ -14,7 +14,7 @@ from megatron_tip.rollout.sglang import setup as sglang_setup
 from tests.helpers.training import Layout, make_config, make_models
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
-SMALL = ("quickstart_cpu", "quickstart_sglang", "multi_turn_calculator", "fixed_context_study")
+SMALL = (*("quickstart_cpu", "quickstart_sglang", "multi_turn_calculator", "fixed_context_study", "near_pair_study"),)
 RECIPES = sorted(path for path in EXAMPLES.glob("*/*.toml") if path.parent.name not in SMALL)
 
 
