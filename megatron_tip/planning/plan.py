@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -21,6 +22,7 @@ from megatron_tip.planning.settings import check_experts, check_settings, make_s
 from megatron_tip.prompts.files import PromptFile
 from megatron_tip.rollout.engines import engine_kind
 from megatron_tip.rollout.multi_turn import check_environment
+from megatron_tip.rollout.replay_engine import check_same_batches
 from megatron_tip.selection import Selector
 from megatron_tip.teachers.setup import check_teacher, teacher_kind
 from megatron_tip.vocab_parallel import padded_vocab_size
@@ -73,18 +75,31 @@ class RunPlan(Outline):
             return None
         return self.placement.visible_position(int(os.environ.get("LOCAL_RANK", "0")))
 
+    @property
+    def memory_bytes(self) -> float:
+        """The memory of this worker's GPU or, on a CPU, its share of the machine's."""
+        if self.device_index is not None:
+            return torch.cuda.get_device_properties(self.device_index).total_memory
+        return psutil.virtual_memory().total / self.placement.hosts.workers_per_node
 
-def plan_run(config: Config, world_size: int, *, reads_prompts: bool = True) -> RunPlan:
+
+def plan_run(config: Config, world_size: int, *, reads_prompts: bool = True, generates: bool = True) -> RunPlan:
     """Returns the plan of a run that starts on this machine; see `outline_run`.
 
     Needs no process group. On nodes with the same number of workers and GPUs, every rank returns the same plan or
     raises the same error; on others `build_run` refuses placements that differ.
     """
-    return RunPlan(**vars(outline_run(config, world_size, Machine(), reads_prompts=reads_prompts)))
+    return RunPlan(**vars(outline_run(config, world_size, Machine(), reads_prompts=reads_prompts, generates=generates)))
 
 
 def outline_run(
-    config: Config, world_size: int, machine: Machine, hosts: Hosts | None = None, *, reads_prompts: bool = True
+    config: Config,
+    world_size: int,
+    machine: Machine,
+    hosts: Hosts | None = None,
+    *,
+    reads_prompts: bool = True,
+    generates: bool = True,
 ) -> Outline:
     """Checks a run, here or elsewhere, and returns its outline.
 
@@ -95,6 +110,7 @@ def outline_run(
         hosts: where it will run; None: on machines like this one, or for a run elsewhere on nodes of eight GPUs.
         reads_prompts: False for workers, whose prompt file only the first process reads (`with_prompts`), and for work
             without prompts.
+        generates: False for work on existing rollouts, which asks the engine for none.
 
     Raises:
         ConfigError: layouts, placement, lengths, schedule, rule, tokenizers or vocabularies cannot run.
@@ -115,6 +131,8 @@ def outline_run(
     check_inputs(config, machine)
     tokenizer = shared_tokenizer(config, machine, sizes)
     engine_kind(config).check(config, sizes, machine)
+    if generates and not engine_kind(config).generates:
+        check_same_batches(config, machine)
     stop_token_ids = stop_ids(config.model.path, tokenizer) if tokenizer else ()
     if tokenizer:
         check_environment(config.rollout, tokenizer, stop_token_ids)

@@ -25,6 +25,7 @@ class RuleComparison:
     `names`: of the rules. `masks`: `[rules, n]` bool, this replica's rows. `num_selected`: `[rules]` int64.
     `jaccard`: `[rules, rules]` float64, rows kept by both over rows kept by either. `quadrants`: `[rules, 4]` float64,
     the share of each rule's rows in Q1 to Q4, cut at the batch medians of `axes`; `[rules, 0]` without both statistics.
+    `tied_shares`: of each rule's rows, those that only the tie order chose; NaN where each rollout has its own budget.
     """
 
     names: tuple[str, ...]
@@ -33,6 +34,7 @@ class RuleComparison:
     jaccard: Tensor
     axes: tuple[str, ...]
     quadrants: Tensor
+    tied_shares: tuple[float, ...]
 
 
 def compare_rules(
@@ -59,8 +61,10 @@ def compare_rules(
     axes = quadrant_axes(batch.values, {divergence})
     names = [n for n, r in PAPERS_RULES.items() if r.take != "all" and r.required_statistics <= batch.values.keys()]
     # a separate seed for each: with the same draws, two sampling rules would agree spuriously
-    selectors = (Selector(n, retention_ratio, scope, seed=s, compare=False) for s, n in enumerate(names, start=seed))
-    masks = torch.stack([s.select(statistics, index, step=0, dp_group=dp_group).selection_mask for s in selectors])
+    seeds = range(seed, seed + len(names))
+    selectors = (Selector(n, retention_ratio, scope, seed=s, compare=False) for n, s in zip(names, seeds, strict=True))
+    selections = [s.select(statistics, index, step=0, dp_group=dp_group) for s in selectors]
+    masks = torch.stack([selection.selection_mask for selection in selections])
     medians = quantiles(batch.values, {(name, 0.5) for name in axes}, batch.num_valid, replicas)
     quadrants = quadrant_rows(batch, medians, axes).values()
     columns = torch.cat([masks, torch.stack(list(quadrants))]) if quadrants else masks
@@ -74,4 +78,5 @@ def compare_rules(
         jaccard=both / (num_selected[:, None] + num_selected - both),
         axes=axes,
         quadrants=of_quadrants / num_selected[:, None],
+        tied_shares=tuple(selection.metrics.get("selection/tied_share", float("nan")) for selection in selections),
     )

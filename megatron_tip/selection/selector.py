@@ -1,4 +1,4 @@
-"""The selector of the supervised rows of a rollout batch, with the same result on every layout."""
+"""The selector of the supervised rows of a rollout batch, with the same result for the same statistics."""
 
 from dataclasses import replace
 
@@ -49,7 +49,8 @@ class Selector(SelectionSettings):
     ) -> TokenSelection:
         """Returns the selection of this replica's rows.
 
-        Masks and weights depend only on the set of rows of the whole batch, so they are the same on every layout.
+        Masks and weights depend only on the set of rows of the whole batch, so they are the same on every layout with
+        the same statistics.
 
         Args:
             statistics: of this replica's rows, in any order, possibly empty. None only if the rule requires none.

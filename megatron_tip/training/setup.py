@@ -4,9 +4,6 @@ import logging
 from contextlib import ExitStack
 from dataclasses import replace
 
-import psutil
-import torch
-
 from megatron_tip.config import Config
 from megatron_tip.conversion.bridge import load_hf
 from megatron_tip.conversion.model_size import num_parameters
@@ -170,13 +167,7 @@ def _check_same_placement(placement: Placement, worker: Worker, *, releases: boo
 
 def _one_pass(config: Config, plan: RunPlan, worker: Worker) -> OnePass:
     """Returns which batches take one pass, by the memory of rank 0's device. Collective over the world."""
-
-    def memory_bytes() -> float:
-        if worker.device.type == "cuda":
-            return torch.cuda.get_device_properties(worker.device).total_memory
-        return psutil.virtual_memory().total / plan.placement.hosts.workers_per_node
-
-    memory_gib = run_on(0, memory_bytes, device=worker.device) / 2**30
+    memory_gib = run_on(0, lambda: plan.memory_bytes, device=worker.device) / 2**30
     one_pass = plan_passes(config, plan, memory_gib=memory_gib, on_gpu=worker.device.type == "cuda")
     if worker.rank == 0:
         logger.info('selection.passes = "%s": %s', config.selection.passes, one_pass)

@@ -95,7 +95,10 @@ def test_rules_side_by_side_on_the_rollouts_of_a_run(first_run: Path, tmp_path: 
     """The tool scores step 1's rollouts with the student that wrote them, and so finds the logged overlaps."""
     picture = tmp_path / "selectors.png"
     ended = subprocess.run(
-        [sys.executable, "tools/compare_selectors.py", str(first_run / "run"), "--picture", str(picture)],
+        [
+            *(sys.executable, "tools/compare_selectors.py", str(first_run / "run"), "--picture", str(picture)),
+            *("--set", "loss.chunk_rows=7"),
+        ],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,

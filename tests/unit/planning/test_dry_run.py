@@ -14,7 +14,10 @@ from megatron_tip.rollout.sglang import setup as sglang_setup
 from tests.helpers.training import Layout, make_config, make_models
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
-SMALL = ("quickstart_cpu", "quickstart_sglang", "multi_turn_calculator", "fixed_context_study", "self_distillation")
+SMALL = (
+    *("quickstart_cpu", "quickstart_sglang", "multi_turn_calculator"),
+    *("fixed_context_study", "near_pair_study", "self_distillation"),
+)
 RECIPES = sorted(
     path for path in EXAMPLES.glob("*/*.toml") if path.parent.name not in SMALL and path.name != "sweep.toml"
 )

@@ -82,6 +82,17 @@ def test_what_cannot_run_is_refused(models: Path, sections, world_size: int, exp
         assert str(elsewhere.value) == str(caught.value)
 
 
+def test_a_replay_with_other_held_out_prompts_is_refused_unless_nothing_is_replayed(models: Path, tmp_path: Path):
+    recorded = tmp_path / "rollouts"
+    recorded.mkdir()
+    (recorded / "step_000001.jsonl").touch()
+    replay = {"engine": "replay", "replay_folder": recorded}
+    config = make_config(models, Layout(1), rollout=replay, heldout={"num_prompts": 3})
+    with pytest.raises(ConfigError, match=r"heldout\.num_prompts: expected 0, .* got 3"):
+        plan_run(config, 1)
+    plan_run(config, 1, generates=False)
+
+
 def test_the_rule_full_needs_no_budget(models: Path):
     full = {"rule": "full", "retention_ratio": 0.01, "scope": "rollout", "minimum_per_rollout": 0}
     outline = outline_run(make_config(models, Layout(1), selection=full), 1, Machine())
