@@ -113,9 +113,8 @@ def test_whole_rollouts_that_are_dropped_are_cut_as_a_whole(models: Path):
     assert OnePass(ALWAYS, 0.5, 0.5, of_whole_rollouts=True).suits(batch)
     assert not OnePass(ALWAYS, 0.49, 0.5, of_whole_rollouts=True).suits(batch)
     assert OnePass(ALWAYS, 0.49, 0.5).suits(batch)
-    assert planned(
-        configured(models, selection={"passes": "auto", "rule": "fire", "retention_ratio": 0.8})
-    ).of_whole_rollouts
+    fire = {"passes": "auto", "rule": "fire", "retention_ratio": 0.8}
+    assert planned(configured(models, selection=fire)).of_whole_rollouts
     assert not planned(configured(models)).of_whole_rollouts
 
 
