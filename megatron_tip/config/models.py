@@ -23,10 +23,31 @@ class ModelConfig(Section):
     """Ranks that share each layer; must divide the number of attention heads."""
     pipeline_parallel_size: int = Field(default=1, ge=1)
     """Ranks that share the stack of layers; must divide the number of layers kept."""
+    context_parallel_size: int = Field(default=1, ge=1)
+    """Ranks that share each sequence: activations of long responses are divided by it."""
     sequence_parallel: bool = False
     """Shard activations between tensor-parallel regions along the sequence."""
     recompute_activations: bool = False
     """Recompute every layer in the backward pass instead of keeping its activations."""
+    recompute_modules: tuple[Literal["core_attn", "mlp"], ...] = ()
+    """Megatron's selective recomputation: parts of each layer to recompute instead, without recompute_activations. mlp:
+    the feed-forward network, which keeps the most; core_attn: attention, with the keys and values that local layers
+    gather under context parallelism."""
+
+    @model_validator(mode="after")
+    def _recomputes_in_one_way(self) -> "ModelConfig":
+        if self.recompute_activations and self.recompute_modules:
+            got = ", ".join(self.recompute_modules)
+            raise ValueError(
+                f"model.recompute_modules: expected none with model.recompute_activations, which recomputes whole "
+                f"layers, got {got}; set one of the two"
+            )
+        return self
+
+    @property
+    def recomputed(self) -> tuple[str, ...]:
+        """What the backward pass runs again, as `models.recompute` takes it."""
+        return ("layer",) if self.recompute_activations else self.recompute_modules
 
 
 class TeacherConfig(Section):
@@ -47,6 +68,10 @@ class TeacherConfig(Section):
     """Ranks that share each layer of the teacher; also of each server that a SLURM job starts with it."""
     pipeline_parallel_size: int = Field(default=1, ge=1)
     """Ranks that share the teacher's stack of layers."""
+    context_parallel_size: int = Field(default=1, ge=1)
+    """Ranks that share each sequence in the teacher; may differ from the student's."""
+    fp8: Literal["none", "e4m3", "hybrid"] = "none"
+    """Megatron's: matrix products of Transformer Engine's layers in 8 bits, scaled tensor by tensor. Needs a GPU."""
     urls: tuple[str, ...] = ()
     """With kind = "sglang": "http://host:port" of each server; "name=http://host:port" with several teachers."""
     student_support: Literal["ask", "skip"] = "ask"

@@ -59,16 +59,16 @@ def export_hf(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yields the model's weights by Hugging Face name, in the parameters' dtype, from the embeddings to the head.
 
-    Collective over the ranks of data-parallel replica 0 (`groups.dp_rank == 0`): all of them must call it and exhaust
-    it, at the same point of the program. The first of them (tp rank 0 of the first stage) yields every tensor; the
-    others yield nothing. Other replicas must not call it. A rank holds at most one Megatron parameter gathered over tp,
-    and one tensor made from it. A yielded tensor may share memory with the model: do not write to it, and copy it to
-    keep it beyond the next step. Padding rows of the vocabulary and a tied head are left out.
+    Collective over the ranks of the first copy of the model (`groups.dp_cp_rank == 0`): all of them must call it and
+    exhaust it, at the same point of the program. The first of them (tp rank 0 of the first stage) yields every tensor;
+    the others yield nothing. Other copies must not call it. A rank holds at most one Megatron parameter gathered over
+    tp, and one tensor made from it. A yielded tensor may share memory with the model: do not write to it, and copy it
+    to keep it beyond the next step. Padding rows of the vocabulary and a tied head are left out.
 
     Args:
-        everywhere: every rank yields every tensor; each replica may call it, all of its ranks together.
+        everywhere: every rank yields every tensor; each copy may call it, all of its ranks together.
     """
-    assert everywhere or groups.dp_rank == 0, f"export_hf is for replica 0, called by replica {groups.dp_rank}"
+    assert everywhere or groups.dp_cp_rank == 0, f"export_hf is for copy 0, called by copy {groups.dp_cp_rank}"
     parameters = {weight.name: parameter.detach() for _, parameter, weight in _local_parameters(model, architecture)}
     reference = next(iter(parameters.values()))
     for weight in weight_maps(architecture):
@@ -93,17 +93,17 @@ def save_hf(
 ) -> None:
     """Writes the model as a Hugging Face directory `target`, with the config and tokenizer of `source`.
 
-    Streams through `export_hf` on data-parallel replica 0, whose first rank writes beside `target` and renames once
+    Streams through `export_hf` on the first copy of the model, whose first rank writes beside `target` and renames once
     everything is on disk. Collective over the world. `dtype`: of the files; None: the parameters'.
 
     Raises:
         OutputError: `target` cannot be written, or exists and `overwrite` is not set; on every rank.
     """
     parameter = next(model.parameters())
-    stream = export_hf(model, source.architecture, groups) if groups.dp_rank == 0 else iter(())
+    stream = export_hf(model, source.architecture, groups) if groups.dp_cp_rank == 0 else iter(())
     with together(device=parameter.device):
         try:
-            if groups.dp_rank == groups.tp_rank == groups.pp_rank == 0:
+            if groups.dp_cp_rank == groups.tp_rank == groups.pp_rank == 0:
                 with new_folder(target, overwrite=overwrite) as folder:
                     written_dtype = dtype or parameter.dtype
                     source.write_description(folder, written_dtype)

@@ -115,6 +115,6 @@ def _manifest(groups: ModelGroups) -> dict[str, Any]:
     grid = groups.grid
     return {
         "format": FORMAT,
-        "layout": {"tp": grid.tp_size, "pp": grid.pp_size, "dp": grid.dp_size},
+        "layout": grid.sizes(),
         "versions": {name: version(name) for name in ("megatron_core", "torch")},
     }

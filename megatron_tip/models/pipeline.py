@@ -26,8 +26,8 @@ def run_forward(
     """Runs every micro-batch forward, without gradient.
 
     On the last stage, `on_hidden_states(index, hidden_states)` receives each micro-batch's final-norm output,
-    `[s, 1, h]` (`[s/tp, 1, h]` under sequence parallelism); its result is ignored. Collective over the replica's tp x
-    pp.
+    `[s, 1, h]` (`[s/tp, 1, h]` under sequence parallelism); its result is ignored. Under context parallelism each rank
+    passes its own part of the micro-batches, of `s / cp` tokens. Collective over the replica's tp x cp x pp.
     """
     with torch.no_grad():
         _run_schedule(model, groups, micro_batches, on_hidden_states, forward_only=True)
@@ -36,11 +36,12 @@ def run_forward(
 def run_forward_backward(
     model: torch.nn.Module, groups: ModelGroups, micro_batches: Sequence[MicroBatch], loss_of: LastStage
 ) -> None:
-    """Runs every micro-batch forward and backward and reduces the gradients over the data-parallel ranks.
+    """Runs every micro-batch forward and backward and reduces the gradients over the dp x cp ranks.
 
     On the last stage, `loss_of(index, hidden_states)` returns the micro-batch's part of the loss, a scalar that is
-    summed over micro-batches and replicas without division: its weights are already in it. For a micro-batch without a
-    selected token it must return a zero connected to `hidden_states`, so that every rank runs its backward.
+    summed over micro-batches, their parts and replicas without division: its weights are already in it. For a
+    micro-batch without a selected token it must return a zero connected to `hidden_states`, so that every rank runs its
+    backward.
     """
     _run_schedule(model, groups, micro_batches, loss_of, forward_only=False)
 
@@ -57,7 +58,7 @@ def _run_schedule(
         assert forward_only, "a student replica always has a micro-batch"
         return
     arguments: dict[str, Any] = {
-        "forward_step_func": partial(_forward_step, on_last_stage=on_last_stage),
+        "forward_step_func": partial(_forward_step, groups=groups, on_last_stage=on_last_stage),
         "data_iterator": iter(enumerate(micro_batches)),
         "model": model,
         "num_microbatches": len(micro_batches),
@@ -76,11 +77,16 @@ def _run_schedule(
 
 
 def _forward_step(
-    micro_batches: Iterator[tuple[int, MicroBatch]], model: torch.nn.Module, *, on_last_stage: LastStage
+    micro_batches: Iterator[tuple[int, MicroBatch]],
+    model: torch.nn.Module,
+    *,
+    groups: ModelGroups,
+    on_last_stage: LastStage,
 ) -> tuple[Tensor, Callable[..., Any]]:
     index, micro_batch = next(micro_batches)
+    packed = boundaries(model, micro_batch.lengths, cp_size=groups.grid.cp_size, cp_rank=groups.cp_rank)
     ids, positions = micro_batch.input_ids[None], micro_batch.position_ids[None]
-    hidden_states = model(ids, positions, None, packed_seq_params=boundaries(model, micro_batch.lengths))
+    hidden_states = model(ids, positions, None, packed_seq_params=packed)
     return hidden_states, partial(_finish, on_last_stage, index)
 
 

@@ -21,7 +21,9 @@ def default_num_workers(config: Config) -> int:
     if torch.cuda.is_available():
         return num_workers_on(config, torch.cuda.device_count())
     models = (config.model, config.teacher)
-    return math.lcm(*(model.tensor_parallel_size * model.pipeline_parallel_size for model in models))
+    return math.lcm(
+        *(model.tensor_parallel_size * model.context_parallel_size * model.pipeline_parallel_size for model in models)
+    )
 
 
 def check_packages(config: Config, machine: Machine) -> None:

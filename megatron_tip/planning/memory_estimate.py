@@ -20,6 +20,7 @@ from megatron_tip.vocab_parallel import padded_vocab_size
 from megatron_tip.vocab_parallel.chunks import most_rows_on_gpu
 
 _FLOAT32 = 4
+_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
 _LOSS_BUFFERS = 3
 """Chunks of float32 logits that the loss holds at most: both models' in bfloat16 and, for eager kernels, float32."""
 GATHERED_BYTES = 2**24
@@ -141,13 +142,28 @@ def _teacher(outline: Outline, dtypes: Dtypes) -> _Model | None:
 
 def _student_parts(config: Config, student: _Model) -> dict[str, tuple[str, float]]:
     """Returns what may leave the device: by its name in `PHASES`, the name in the estimate and the bytes."""
-    # Megatron keeps float32 gradients, two moments, and for bfloat16 weights a float32 copy.
-    optimizer_values = 3 if student.bytes_per_value < _FLOAT32 else 2
-    state = student.num_parameters * optimizer_values * _FLOAT32 / _optimizer_shards(config, student)
+    optimizer = config.optimizer
+    # Megatron keeps gradients, two moments, and for bfloat16 weights a copy. By default all are float32.
+    value_bytes = _BYTES[optimizer.exp_avg_dtype] + _BYTES[optimizer.exp_avg_sq_dtype]
+    if student.bytes_per_value < _FLOAT32:
+        value_bytes += _copy_bytes(config)
+    state = student.num_parameters * value_bytes / _optimizer_shards(config, student)
+    gradients = student.num_parameters * _BYTES[optimizer.main_grads_dtype]
+    name = "float32" if optimizer.main_grads_dtype == "fp32" else "bfloat16"
     return {
-        "gradients": ("student: gradients, float32", student.num_parameters * _FLOAT32),
+        "gradients": (f"student: gradients, {name}", gradients),
         "optimizer": ("student: optimizer", state),
     }
+
+
+def _copy_bytes(config: Config) -> int:
+    """Returns the bytes per weight of the optimizer's copy of bfloat16 weights.
+
+    Transformer Engine's AdamW keeps of a float32 copy only the half that the weights do not have.
+    """
+    if config.optimizer.use_precision_aware_optimizer:
+        return 2
+    return _FLOAT32
 
 
 def _teacher_parts(teacher: _Model | None, head_rows: float) -> dict[str, tuple[str, float]]:
@@ -162,7 +178,7 @@ def _teacher_parts(teacher: _Model | None, head_rows: float) -> dict[str, tuple[
 
 
 def _optimizer_shards(config: Config, student: _Model) -> int:
-    return student.grid.dp_size if config.optimizer.distributed else 1
+    return student.grid.dp_size * student.grid.cp_size if config.optimizer.distributed else 1
 
 
 def _working(
@@ -194,22 +210,23 @@ def _working(
     if config.heldout.num_prompts:
         heldout_sent, heldout_received = _rows_of_teacher(config, student, teacher, config.heldout.num_prompts)
         phases["measure"] = asking | scoring | heldout_sent | heldout_received
-    gathers = config.optimizer.distributed and student.grid.dp_size > 1
-    phases["save"] = {"save: a piece of the optimizer": float(student.grid.dp_size * GATHERED_BYTES * gathers)}
+    shards = _optimizer_shards(config, student)
+    phases["save"] = {"save: a piece of the optimizer": float(shards * GATHERED_BYTES if shards > 1 else 0)}
     return phases
 
 
 def _rows_of_teacher(config: Config, student: _Model, teacher: _Model | None, num_rollouts: int) -> tuple[Parts, Parts]:
     """Returns the last hidden states of a batch that a rank has to send, and those that it receives.
 
-    Each tp rank of the teacher's last stage has all rows of its replica, and each of the student's last stage gets all
-    of its own; both exist at the same time.
+    Each tp rank of the teacher's last stage has all rows of its part of its replica, and each of the student's last
+    stage gets all of its own; both exist at the same time.
     """
     if teacher is None:
         return {}, {}
     row = teacher.architecture.hidden_size * teacher.bytes_per_value
     longest = config.rollout.max_response_tokens
-    sent, received = (-(-num_rollouts // model.grid.dp_size) * longest * row for model in (teacher, student))
+    grids = (teacher.grid, student.grid)
+    sent, received = (-(-num_rollouts // grid.dp_size) * longest * row / grid.cp_size for grid in grids)
     return {"teacher: hidden states to send": sent}, {"teacher: hidden states of a step": received}
 
 
@@ -239,25 +256,31 @@ def _layer_activations(config: Config, model: _Model, *, sequence_parallel: bool
     heads = (a.num_attention_heads + 2 * a.num_query_groups) * a.head_dim
     split = heads + a.num_attention_heads * a.head_dim + 3 * a.ffn_hidden_size
     whole = 4 * a.hidden_size / (tp if sequence_parallel else 1)
-    return (split / tp + whole) * _tokens(config) * model.bytes_per_value
+    return (split / tp + whole) * _tokens(config, model.grid) * model.bytes_per_value
 
 
 def _activations(config: Config, student: _Model) -> float:
     """Returns the bytes kept for the backward pass.
 
-    With recomputation a layer keeps only its input, except one layer at a time. Up to pp micro-batches are in flight.
+    With recomputation a layer keeps only its input, or its feed-forward network only that network's, except one layer
+    at a time. Up to pp micro-batches are in flight.
     """
     sequence_parallel = config.model.sequence_parallel
     layer = _layer_activations(config, student, sequence_parallel=sequence_parallel)
     in_flight = student.stage_layers * student.grid.pp_size
+    if "mlp" in config.model.recompute_modules:
+        feed_forward = 3 * student.architecture.ffn_hidden_size / student.grid.tp_size
+        recomputed = feed_forward * _tokens(config, student.grid) * student.bytes_per_value
+        return in_flight * (layer - recomputed) + recomputed
     if not config.model.recompute_activations:
         return in_flight * layer
-    kept = student.architecture.hidden_size * _tokens(config) * student.bytes_per_value
+    kept = student.architecture.hidden_size * _tokens(config, student.grid) * student.bytes_per_value
     return in_flight * kept / (student.grid.tp_size if sequence_parallel else 1) + layer
 
 
-def _tokens(config: Config) -> int:
-    return max(config.training.max_tokens_per_micro_batch, config.longest_sequence)
+def _tokens(config: Config, grid: ModelGrid) -> float:
+    """Returns the tokens of a micro-batch that a rank holds."""
+    return max(config.training.max_tokens_per_micro_batch, config.longest_sequence) / grid.cp_size
 
 
 def _engine(config: Config, whole: _Model, phase: str) -> Parts:

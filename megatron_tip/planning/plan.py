@@ -15,6 +15,7 @@ from megatron_tip.placement.hosts import Hosts, hosts_elsewhere, hosts_here
 from megatron_tip.placement.placement import Placement, place
 from megatron_tip.planning.inputs import check_inputs, check_packages, read_prompts
 from megatron_tip.planning.models import FoundModel, find_model, limits, served_limits, shared_tokenizer, stop_ids
+from megatron_tip.planning.precision import check_precision
 from megatron_tip.planning.settings import check_settings, make_selector
 from megatron_tip.prompts.files import PromptFile
 from megatron_tip.rollout.engines import engine_kind
@@ -48,6 +49,11 @@ class Outline:
     tokenizer: PreTrainedTokenizerBase | None
     stop_token_ids: tuple[int, ...]
     prompts: PromptFile | None
+
+    def grids_in_words(self) -> str:
+        """Returns the sizes of both layouts; a teacher behind servers has the student's."""
+        grids = (("student", self.student_grid), ("teacher", self.teacher_grid))
+        return ", ".join(f"{owner} {grid.in_words()}" for owner, grid in grids)
 
 
 @dataclass(frozen=True)
@@ -108,6 +114,7 @@ def outline_run(
     check_settings(config, dict(zip(("student", "teacher"), positions, strict=True)))
     selector = make_selector(config)
     check_teacher(config, machine)
+    check_precision(config, machine)
     check_inputs(config, machine)
     tokenizer = shared_tokenizer(config, machine, sizes)
     engine_kind(config).check(config, sizes, machine)
@@ -147,5 +154,6 @@ def _grids(
             return grids[0], grids[0]
         tp_size, pp_size = model.tensor_parallel_size, model.pipeline_parallel_size
         check_layout(found.architecture, tp_size=tp_size, pp_size=pp_size, owner=section)
-        grids.append(ModelGrid.over(world_size, tp_size=tp_size, pp_size=pp_size, owner=owner))
+        cp_size = model.context_parallel_size
+        grids.append(ModelGrid.over(world_size, tp_size=tp_size, pp_size=pp_size, cp_size=cp_size, owner=owner))
     return grids[0], grids[1]

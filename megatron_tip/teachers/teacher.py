@@ -39,13 +39,23 @@ class Teacher(ABC, Generic[Rows]):
         return {}
 
     @property
+    def sequence_multiple(self) -> int:
+        """A divisor of the tokens of every sequence, for the teacher's own layout."""
+        return 1
+
+    @property
+    def token_multiple(self) -> int:
+        """A divisor of the tokens of every micro-batch, for the teacher's own layers."""
+        return 1
+
+    @property
     def heldout_metric(self) -> str:
         """The name of the held-out metric."""
         return f"heldout/{self.heldout_statistic}"
 
     @abstractmethod
     def ask(self, batch: StepBatch) -> Rows | None:
-        """Returns the teacher's output for this rank's replica of the student, in the order of its rows.
+        """Returns the teacher's output for this rank's part of its student replica, in the order of its rows.
 
         On the student's last stage, equal on all its tp ranks; None elsewhere. Collective over the world.
         """
@@ -54,7 +64,7 @@ class Teacher(ABC, Generic[Rows]):
     def score(
         self, student: Student, batch: StepBatch, rows: Rows | None, *, with_support: bool = False
     ) -> tuple[TokenStatistics | None, Rows | None]:
-        """Returns the statistics of every valid token of this rank's replica, and its rows, possibly with more fields.
+        """Returns the statistics of every valid token that this rank holds, and its rows, possibly with more fields.
 
         Both are on the last stage; None elsewhere. Statistics are NaN in micro-batches whose student logits are not
         finite. One forward pass of the student without gradient. Collective over the world.
@@ -124,7 +134,7 @@ def score_micro_batches(
     score: Callable[[Tensor, Rows, Tensor], T],
     unknown: Callable[[Rows], T],
 ) -> list[T]:
-    """Returns the result of `score` for each micro-batch of this rank's replica on the last stage; empty elsewhere.
+    """Returns the result of `score` for each of this rank's micro-batches on the last stage; empty elsewhere.
 
     One forward pass without gradient. Only one micro-batch's hidden states and one chunk of logits exist at a time.
 
@@ -132,9 +142,9 @@ def score_micro_batches(
         score: takes the student's hidden states `[n, H]`, the teacher's rows and the labels `[n]`.
         unknown: gives the result for a micro-batch for which `score` raises NotFiniteError.
     """
-    replica = student.groups.dp_rank
-    micro_batches = batch.micro_batches(replica)
-    parts = rows.split(batch.num_rows()[replica]) if rows is not None else ()
+    rank = student.groups.dp_cp_rank
+    micro_batches = batch.micro_batches(rank)
+    parts = rows.split(batch.num_rows()[rank]) if rows is not None else ()
     found: list[T] = []
 
     def keep(index: int, hidden_states: Tensor) -> None:

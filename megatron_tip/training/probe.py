@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_tip.batching.context_parts import gathered_rows
 from megatron_tip.batching.step_batch import StepBatch
 from megatron_tip.models.student import Student
 from megatron_tip.records import Rollout, logprobs, token_ids
@@ -27,7 +28,8 @@ def probe_logprobs(student: Student, vocab_size: int, device: torch.device) -> l
     """Returns the student's logprobs of the probe ids after the first, at temperature 1, on global rank 0.
 
     All other ranks get an empty list. Collective over data-parallel replica 0 (other replicas need not call it): one
-    forward pass of one sequence, and one broadcast of one float64 per id over each pipeline group.
+    forward pass of one sequence, one gather over its parts, and one broadcast of one float64 per id over each pipeline
+    group.
     """
     groups = student.groups
     if groups.dp_rank != 0:
@@ -40,8 +42,10 @@ def probe_logprobs(student: Student, vocab_size: int, device: torch.device) -> l
         pad_token_id=ids[0],  # any id will do: padding comes after the tokens that are read
         token_multiple=student.token_multiple,
         device=device,
+        sequence_multiple=groups.grid.sequence_multiple,
+        cp_size=groups.grid.cp_size,
     )
-    micro_batches = batch.micro_batches(0)
+    micro_batches = batch.micro_batches(groups.dp_cp_rank)
     found: list[Tensor] = []
 
     def score(index: int, hidden_states: Tensor) -> None:
@@ -56,7 +60,9 @@ def probe_logprobs(student: Student, vocab_size: int, device: torch.device) -> l
         found.append(statistics.label_logprobs)
 
     student.forward(micro_batches, score)
-    values = found[0].double() if found else micro_batches[0].input_ids.new_zeros(len(ids) - 1).double()
+    values = micro_batches[0].input_ids.new_zeros(len(ids) - 1).double()
+    if found:
+        values = gathered_rows(found[0].double(), batch.row_owners(0), groups.cp_group)
     if groups.grid.pp_size > 1:
         dist.broadcast(values, src=groups.last_stage_rank, group=groups.pp_group)
     return values.tolist() if dist.get_rank() == 0 else []

@@ -1,5 +1,6 @@
 """The objects that a training run keeps between steps."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -100,8 +101,10 @@ class TrainingRun:
             dp_size=self.student.groups.grid.dp_size,
             max_tokens=self.config.training.max_tokens_per_micro_batch,
             pad_token_id=self.pad_token_id,
-            token_multiple=self.student.token_multiple,
+            token_multiple=math.lcm(self.student.token_multiple, self.teacher.token_multiple),
             device=self.device,
+            sequence_multiple=math.lcm(self.student.groups.grid.sequence_multiple, self.teacher.sequence_multiple),
+            cp_size=self.student.groups.grid.cp_size,
         )
 
     def close(self) -> None:

@@ -157,7 +157,7 @@ def _student(config: Config, plan: RunPlan, groups: ModelGroups) -> Student:
         dtype=Dtypes.of(config).student,
         transformer_impl=config.model.transformer_impl,
         sequence_parallel=config.model.sequence_parallel,
-        recompute_activations=config.model.recompute_activations,
+        recompute=config.model.recomputed,
     )
     load_hf(model, plan.student, groups)
     return build_student(model, groups, config.optimizer, num_steps=config.training.steps)

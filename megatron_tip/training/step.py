@@ -21,6 +21,7 @@ from megatron_tip.records import TeacherRows, TokenSelection
 from megatron_tip.rollout.engines import engine_kind
 from megatron_tip.selection import Calibration
 from megatron_tip.teachers.teacher import Teacher
+from megatron_tip.training.context_rows import ContextRows
 from megatron_tip.training.importance import comparable_ratios, with_importance
 from megatron_tip.training.rollouts import keep_skipped, training_rollouts
 from megatron_tip.training.run import TrainingRun
@@ -100,7 +101,7 @@ def score(run: TrainingRun, batch: StepBatch, teacher_rows: TeacherRows | None, 
         if run.selector.required_statistics or run.config.rollout.importance_cap or run.views.is_due(step):
             with_support = run.views.shows_support(step)
             statistics, teacher_rows = run.teacher.score(run.student, batch, teacher_rows, with_support=with_support)
-        ratios = comparable_ratios(run.config, batch, run.student.groups.dp_rank, statistics)
+        ratios = comparable_ratios(run.config, batch, run.student.groups.dp_cp_rank, statistics)
     return Scored(batch, teacher_rows, statistics, ratios)
 
 
@@ -112,7 +113,7 @@ def select_then_train(run: TrainingRun, scored: Scored, step: int) -> Trained:
         batch, selected = cut_to_selection(groups, scored, selection)
     with run.timer.phase("train"):
         run.enter("train")
-        rows = selected.by_micro_batch(batch.micro_batches(groups.dp_rank)) if selected is not None else []
+        rows = selected.by_micro_batch(batch.micro_batches(groups.dp_cp_rank)) if selected is not None else []
         loss = accumulate_gradients(run.student, run.teacher, batch, lambda index, *_: rows[index])
     return Trained(scored, selection, batch, loss)
 
@@ -136,16 +137,18 @@ def select_while_training(run: TrainingRun, batch: StepBatch, teacher_rows: Teac
 
         def finish() -> tuple[TokenSelection, Calibration | None]:
             assert chooser is not None, "the last stage has the teacher's rows"
-            return chooser.finish(batch.token_index(groups.dp_rank))
+            return chooser.finish(batch.token_index(groups.dp_cp_rank))
 
         selection = selected_on_last_stage(run, finish)
     statistics = chooser.statistics if chooser is not None else None
-    ratios = comparable_ratios(run.config, batch, groups.dp_rank, statistics)
+    ratios = comparable_ratios(run.config, batch, groups.dp_cp_rank, statistics)
     return Trained(Scored(batch, teacher_rows, statistics, ratios), selection, batch, loss)
 
 
 def select(run: TrainingRun, scored: Scored, step: int) -> TokenSelection | None:
-    """Returns the selection among this replica's scored rows on the last stage; None elsewhere.
+    """Returns the selection among this rank's scored rows on the last stage; None elsewhere.
+
+    Every context-parallel rank selects among all rows of its replica, because a rollout's budget is one.
 
     Raises:
         NotFiniteError: statistics that the rule needs are not finite; on every rank.
@@ -153,8 +156,10 @@ def select(run: TrainingRun, scored: Scored, step: int) -> TokenSelection | None
     groups, cap = run.student.groups, run.config.rollout.importance_cap
 
     def choose() -> tuple[TokenSelection, Calibration | None]:
-        index = scored.batch.token_index(groups.dp_rank)
-        return run.selector.select_and_calibrate(scored.statistics, index, step=step, dp_group=groups.dp_group)
+        rows = ContextRows.of(scored.batch, groups)
+        whole, index = rows.whole_statistics(scored.statistics), scored.batch.replica_index(groups.dp_rank)
+        found, calibration = run.selector.select_and_calibrate(whole, index, step=step, dp_group=groups.dp_group)
+        return rows.own_selection(found), calibration
 
     selection = selected_on_last_stage(run, choose)
     if selection is not None and cap and scored.ratios is not None:
@@ -185,7 +190,7 @@ def selected_on_last_stage(
 def cut_to_selection(
     groups: ModelGroups, scored: Scored, selection: TokenSelection | None
 ) -> tuple[StepBatch, SelectedRows | None]:
-    """Returns the batch cut after the last selected tokens, and this replica's selected rows in it.
+    """Returns the batch cut after the last selected tokens, and this rank's selected rows in it.
 
     The batch is balanced again and equal on every rank; the rows are on the last stage, None elsewhere. Collective over
     the world.
@@ -193,28 +198,28 @@ def cut_to_selection(
     batch, selected = scored.batch, None
     last_selected = torch.full((len(batch.rollouts),), -1, dtype=torch.int64, device=batch.device)
     if selection is not None and scored.teacher_rows is not None:
-        selected = SelectedRows.of(selection, batch.token_index(groups.dp_rank), scored.teacher_rows)
+        selected = SelectedRows.of(selection, batch.token_index(groups.dp_cp_rank), scored.teacher_rows)
         last_selected.scatter_reduce_(0, selected.index.rollout_index, selected.index.position, "amax")
-        dist.all_reduce(last_selected, op=dist.ReduceOp.MAX, group=groups.dp_group)
+        dist.all_reduce(last_selected, op=dist.ReduceOp.MAX, group=groups.dp_cp_group)
     if groups.grid.pp_size > 1:
         dist.broadcast(last_selected, src=groups.last_stage_rank, group=groups.pp_group)
     trained = batch.cut_after(last_selected.tolist())
-    if selected is not None and groups.grid.dp_size > 1:
-        selected = selected.sent_to(trained.replica_of()[selected.index.rollout_index], groups.dp_group)
+    if selected is not None and groups.dp_cp_group.size() > 1:
+        selected = selected.sent_to(trained.ranks_of(selected.index), groups.dp_cp_group)
     return trained, selected
 
 
 def accumulate_gradients(
     student: Student, teacher: Teacher[Any], batch: StepBatch, supervise: Supervise | None
 ) -> float:
-    """Accumulates the gradients of the supervised rows and returns this replica's part of the loss.
+    """Accumulates the gradients of the supervised rows and returns this rank's part of the loss.
 
     It is 0 except on the last stage. The LM head is applied, with gradient, to those rows only.
 
     Args:
         supervise: chooses the rows; called on the last stage only.
     """
-    micro_batches = batch.micro_batches(student.groups.dp_rank)
+    micro_batches = batch.micro_batches(student.groups.dp_cp_rank)
     total = torch.zeros((), device=batch.device)
 
     def loss_of(index: int, hidden_states: Tensor) -> Tensor:
@@ -225,7 +230,7 @@ def accumulate_gradients(
             hidden, labels = student.rows(hidden_states, rows.mask), micro_batch.labels[rows.mask]
             loss = teacher.loss(student, hidden, rows.teacher_rows, labels, rows.row_weights)
         except NotFiniteError:  # finish the schedule, as other ranks wait in it; the NaN loss tells them all
-            loss = hidden_states.sum() * float("nan")
+            loss = hidden_states.sum() * float("nan") + student.output_head.sum() * 0
         total.add_(loss.detach())
         return loss
 

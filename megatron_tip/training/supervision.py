@@ -10,15 +10,18 @@ from torch import Tensor
 
 from megatron_tip.batching.micro_batches import token_index
 from megatron_tip.batching.step_batch import StepBatch
+from megatron_tip.errors import NotFiniteError
+from megatron_tip.parallel.together import raise_together
 from megatron_tip.records import MicroBatch, TeacherRows, TokenIndex, TokenSelection
 from megatron_tip.selection import Calibration, agreement, batch_totals, select_micro_batch
 from megatron_tip.statistics import TokenStatistics
+from megatron_tip.training.context_rows import ContextRows
 from megatron_tip.training.run import TrainingRun
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A batch and what is known about this replica's rows, which is None except on the last stage.
+    """A batch and what is known about the rows that this rank holds, which is None except on the last stage.
 
     `statistics`: None also if nothing needs them. `ratios`: `[n]`, ln p_student - ln p_rollout of the label; None also
     if the two are not comparable.
@@ -34,8 +37,8 @@ class Scored:
 class Trained:
     """The results of a training pass, apart from the gradients.
 
-    `selection`: among this replica's scored rows, on the last stage; None elsewhere. `batch`: the trained batch of all
-    replicas. `loss`: this replica's part; 0 except on the last stage.
+    `selection`: among this rank's scored rows, on the last stage; None elsewhere. `batch`: the trained batch of all
+    replicas. `loss`: this rank's part; 0 except on the last stage.
     """
 
     scored: Scored
@@ -69,28 +72,28 @@ class SelectedRows:
 
     @classmethod
     def of(cls, selection: TokenSelection, index: TokenIndex, teacher_rows: TeacherRows) -> "SelectedRows":
-        """Returns the selected rows among this replica's scored rows."""
+        """Returns the selected rows among this rank's scored rows."""
         mask = selection.selection_mask
         kept = TokenIndex(index.rollout_index[mask], index.position[mask])
         return cls(kept, teacher_rows[mask], selection.row_weights[mask])
 
-    def sent_to(self, destination: Tensor, dp_group: dist.ProcessGroup) -> "SelectedRows":
-        """Sends each row to its replica and returns the rows that this replica receives, its own included.
+    def sent_to(self, destination: Tensor, dp_cp_group: dist.ProcessGroup) -> "SelectedRows":
+        """Sends each row to the rank that will hold it and returns the rows that this rank receives, its own included.
 
         Args:
-            destination: `[k]` int64, the replica that each row goes to.
+            destination: `[k]` int64, the place in `dp_cp_group` that each row goes to.
 
-        Collectives: 1 all-to-all of counts over `dp_group`, then 1 per tensor of the selected rows.
+        Collectives: 1 all-to-all of counts over `dp_cp_group`, then 1 per tensor of the selected rows.
         """
         order = destination.argsort(stable=True)
-        num_sent = torch.bincount(destination, minlength=dp_group.size())
+        num_sent = torch.bincount(destination, minlength=dp_cp_group.size())
         num_received = torch.empty_like(num_sent)
-        dist.all_to_all_single(num_received, num_sent, group=dp_group)
+        dist.all_to_all_single(num_received, num_sent, group=dp_cp_group)
         sent, received = num_sent.tolist(), num_received.tolist()
 
         def moved(values: Tensor) -> Tensor:
             arriving = values.new_empty((sum(received), *values.shape[1:]))
-            dist.all_to_all_single(arriving, values[order], received, sent, group=dp_group)
+            dist.all_to_all_single(arriving, values[order], received, sent, group=dp_cp_group)
             return arriving
 
         places = moved(torch.stack([self.index.rollout_index, self.index.position], dim=1))
@@ -127,53 +130,72 @@ class SelectedWhileTraining:
     def __init__(self, run: TrainingRun, batch: StepBatch, teacher_rows: TeacherRows, step: int) -> None:
         """Counts the rows of the batch. Collectives: 1 all-reduce over dp."""
         groups = run.student.groups
-        row_counts = batch.num_rows()[groups.dp_rank]
-        self._run, self._step = run, step
-        self._teacher_parts = teacher_rows.split(row_counts)
-        counts = torch.tensor(row_counts, dtype=torch.int64, device=run.device)
+        self._run, self._batch, self._step = run, batch, step
+        self._teacher_parts = teacher_rows.split(batch.num_rows()[groups.dp_cp_rank])
+        counts = torch.tensor(batch.num_replica_rows(groups.dp_rank), dtype=torch.int64, device=run.device)
         self._totals = batch_totals(run.selector, counts, dp_group=groups.dp_group)
         self._statistics: list[TokenStatistics] = []
         self._selections: list[TokenSelection] = []
 
     def rows(self, index: int, micro_batch: MicroBatch, hidden_states: Tensor) -> MicroBatchRows:
-        """Returns the rows of micro-batch `index` to train on; see `Supervise`."""
-        run, teacher_rows, statistics = self._run, self._teacher_parts[index], None
+        """Returns the rows of micro-batch `index` to train on; see `Supervise`. Collective over tp x cp."""
+        run, teacher_rows, groups = self._run, self._teacher_parts[index], self._run.student.groups
+        rows, statistics = ContextRows.of(self._batch, groups, index), None
         if run.selector.required_statistics or run.views.is_due(self._step):
-            statistics = run.teacher.statistics(
+            statistics = self._scored(micro_batch, hidden_states, teacher_rows)
+            self._statistics.append(statistics)
+            statistics = rows.whole_statistics(statistics)
+        selection = select_micro_batch(
+            run.selector,
+            statistics,
+            token_index([self._batch.micro_batch(groups.dp_rank, index)]),
+            step=self._step,
+            totals=self._totals,
+            calibration=run.last_step.calibration,
+        )
+        selection = rows.own_selection(selection)
+        self._selections.append(selection)
+        mask = selection.selection_mask
+        return MicroBatchRows(rows_mask(micro_batch, mask), teacher_rows[mask], selection.row_weights[mask])
+
+    def _scored(self, micro_batch: MicroBatch, hidden_states: Tensor, teacher_rows: TeacherRows) -> TokenStatistics:
+        """Returns the statistics of this rank's rows of a micro-batch.
+
+        Raises:
+            NotFiniteError: on all tp x cp ranks; the logits of one of its parts are not finite.
+        """
+        run, groups, found, failure = self._run, self._run.student.groups, None, None
+        try:
+            found = run.teacher.statistics(
                 run.student,
                 run.student.rows(hidden_states.detach(), micro_batch.loss_mask),
                 teacher_rows,
                 micro_batch.labels[micro_batch.loss_mask],
                 with_support=run.views.shows_support(self._step),
             )
-            self._statistics.append(statistics)
-        selection = select_micro_batch(
-            run.selector,
-            statistics,
-            token_index([micro_batch]),
-            step=self._step,
-            totals=self._totals,
-            calibration=run.last_step.calibration,
-        )
-        self._selections.append(selection)
-        mask = selection.selection_mask
-        return MicroBatchRows(rows_mask(micro_batch, mask), teacher_rows[mask], selection.row_weights[mask])
+        except NotFiniteError as error:
+            failure = error
+        if groups.grid.cp_size > 1:
+            raise_together(failure, device=run.device, group=groups.cp_group)
+        if found is None:
+            raise failure or AssertionError("either statistics or a failure")
+        return found
 
     @cached_property
     def statistics(self) -> TokenStatistics | None:
-        """The replica's statistics, once the pass is over; None if nothing needs them."""
+        """The statistics of this rank's rows, once the pass is over; None if nothing needs them."""
         return TokenStatistics.concatenate(self._statistics) if self._statistics else None
 
     def finish(self, index: TokenIndex) -> tuple[TokenSelection, Calibration | None]:
-        """Returns the replica's selection with metrics, and the calibration for the next step.
+        """Returns the selection among this rank's rows with metrics, and the calibration for the next step.
 
         Call it after the pass. With thresholds "last_step" it also makes the exact selection, which gives the next
         step's thresholds and shows how far off this step's selection was. Collectives are those of `Selector`.
 
         Args:
-            index: of the replica's rows.
+            index: of this rank's rows.
         """
-        selector, group = self._run.selector, self._run.student.groups.dp_group
+        selector, group = self._run.selector, self._run.student.groups.dp_cp_group
         statistics = self.statistics
         mask = torch.cat([selection.selection_mask for selection in self._selections])
         weights = torch.cat([selection.row_weights for selection in self._selections])

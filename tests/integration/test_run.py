@@ -57,7 +57,7 @@ def test_what_a_run_leaves(first_run: Path, models: Path):
 
     assert [line["step"] for line in metrics] == [0, 1, 2, 3]
     assert summary["steps"] == 3
-    assert summary["world"] == {"tp": 1, "pp": 1, "dp": 1}
+    assert summary["world"] == {"tp": 1, "pp": 1, "cp": 1, "dp": 1}
     assert summary["heldout_reverse_kl"]["before"] == metrics[0]["heldout/reverse_kl"]
     assert 0 < summary["heldout_reverse_kl"]["after"] < summary["heldout_reverse_kl"]["before"]
     assert summary["tokens"]["valid"] == sum(line["selection/num_valid"] for line in metrics[1:])

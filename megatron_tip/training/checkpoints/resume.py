@@ -24,7 +24,7 @@ def identity_of(run: TrainingRun) -> dict[str, Any]:
     grid = run.student.groups.grid
     return {
         "settings": defining_settings(run.config),
-        "layout": {"tp": grid.tp_size, "pp": grid.pp_size, "dp": grid.dp_size},
+        "layout": grid.sizes(),
         "workers": f"{grid.world_size} {run.device.type}",
         "prompts": run.source.prompts.digest if run.source else "",
     }

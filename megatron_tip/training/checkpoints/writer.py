@@ -185,7 +185,8 @@ class Checkpointer:
         """Returns the strategy by which replicas share the writing of what they all hold."""
         groups = self._run.student.groups
         strategy = InProcessSave(copies=self._settings.in_background)
-        return FullyParallelSaveStrategyWrapper(strategy, groups.dp_group) if groups.grid.dp_size > 1 else strategy
+        copies = groups.dp_cp_group
+        return FullyParallelSaveStrategyWrapper(strategy, copies) if copies.size() > 1 else strategy
 
     def _on_writer(self, write: Callable[[], T]) -> T:
         """Returns, on every rank, what `write` does on rank 0; raises its OSError as OutputError, on every rank."""
