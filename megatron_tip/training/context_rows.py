@@ -20,8 +20,8 @@ from megatron_tip.statistics import TokenStatistics
 class ContextRows:
     """The rows of a replica or of one of its micro-batches.
 
-    `owners`: `[n]` int64, the context-parallel rank that holds each row. Without context parallelism every method
-    returns what it is given. Methods named `whole` are collective over `cp_group`.
+    `owners`: `[n]` int64, the context-parallel rank that holds each row. Without context parallelism it is empty, and
+    every method returns what it is given. Methods named `whole` are collective over `cp_group`.
     """
 
     owners: Tensor
@@ -31,13 +31,11 @@ class ContextRows:
     def of(cls, batch: StepBatch, groups: ModelGroups, index: int | None = None) -> "ContextRows":
         """Returns the rows of this rank's replica; with an `index`, those of that micro-batch alone."""
         replica = groups.dp_rank
-        owners = batch.row_owners(replica) if index is None else batch.owners_of_rows(replica, index)
+        if groups.grid.cp_size == 1:
+            owners = torch.empty(0, dtype=torch.int64)
+        else:
+            owners = batch.row_owners(replica) if index is None else batch.owners_of_rows(replica, index)
         return cls(owners, groups.cp_group)
-
-    @property
-    def is_own(self) -> Tensor:
-        """`[n]` bool: which rows this rank holds."""
-        return self.owners == self.cp_group.rank()
 
     def whole(self, values: Tensor) -> Tensor:
         """Returns the values of all rows, `[n, ...]`, from those of this rank's own. 1 all-gather."""
@@ -76,7 +74,7 @@ class ContextRows:
         """Returns the part of a selection among all rows that concerns this rank's own."""
         if self.cp_group.size() == 1:
             return selection
-        own = self.is_own
+        own = self.owners == self.cp_group.rank()
         return replace(
             selection,
             selection_mask=selection.selection_mask[own],

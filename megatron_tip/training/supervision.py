@@ -208,7 +208,8 @@ class SelectedWhileTraining:
                 "selection/exact_num_selected": float(exact.num_selected),
             }
         num_selected = int(metrics["selection/num_selected"])
-        scores = [selection.scores for selection in self._selections if len(selection.selection_mask)]
+        # A micro-batch without rows has no scores; a part of one without rows has none to add.
+        scores = [one.scores for one in self._selections if one.scores is not None or len(one.selection_mask)]
         found = torch.cat([part for part in scores if part is not None]) if scores and None not in scores else None
         return TokenSelection(mask, weights, self._totals.num_valid, num_selected, metrics, found), calibration
 

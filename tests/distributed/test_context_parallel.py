@@ -132,9 +132,10 @@ def test_gathered_rows_are_those_of_the_replica_in_its_order(tmp_path: Path):
         assert found == expected
 
 
-def bytes_kept(folder: Path, cp_size: int) -> int:
+def bytes_kept(folder: Path, cp_size: int, *recomputes: str) -> int:
     """Bytes of the tensors that this rank keeps for the backward pass of one long sequence, weights left out."""
-    student = build(folder, sequence_parallel=False, tp_size=1, pp_size=1, cp_size=cp_size)
+    sizes = {"tp_size": 1, "pp_size": 1, "cp_size": cp_size}
+    student = build(folder, sequence_parallel=False, recomputes=recomputes, **sizes)
     ids = torch.randint(0, 100, (513,), generator=torch.Generator().manual_seed(0)).tolist()
     rollout = Rollout(0, 0, ids[:1], ids[1:], (0.0,) * 512, "length", 0)
     whole = build_micro_batch([rollout], [0], 0, sequence_multiple=2 * cp_size, num_kept_tokens=[512])
@@ -153,11 +154,16 @@ def bytes_kept(folder: Path, cp_size: int) -> int:
     return sum(kept.values())
 
 
-def kept_whole_and_in_parts(folder: Path) -> tuple[int, int]:
-    return bytes_kept(folder, 1), bytes_kept(folder, 2)
+def kept_in_different_ways(folder: Path) -> list[int]:
+    return [bytes_kept(folder, *how) for how in ((1,), (2,), (2, "mlp"), (2, "core_attn"), (2, "layer"))]
 
 
 def test_two_ranks_keep_little_more_than_half_of_the_activations_each(tmp_path: Path):
     folder = write_tiny_model(tmp_path / "model", "qwen3_wide_heads")
-    for whole, part in run_workers(kept_whole_and_in_parts, 4, tmp_path, folder):
+    for whole, part, without_mlp, without_attention, inputs in run_workers(
+        kept_in_different_ways, 4, tmp_path, folder, timeout_seconds=120
+    ):
         assert 0.5 * whole < part < 0.6 * whole
+        assert without_mlp < 0.8 * part
+        assert without_attention < part
+        assert inputs < 0.2 * part
