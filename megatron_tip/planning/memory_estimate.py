@@ -250,7 +250,8 @@ def _gathered_for_sync(config: Config, outline: Outline, student: _Model) -> Par
 def _layer_activations(config: Config, model: _Model, *, sequence_parallel: bool) -> float:
     """Returns the bytes of one layer; fused attention keeps nothing of size length x length.
 
-    They are the inputs of its two norms and of its four matrix products, q, k, v and the products of SwiGLU.
+    They are the inputs of its two norms and of its four matrix products, q, k, v and the products of SwiGLU. Not
+    counted: the keys and values that local layers gather under context parallelism.
     """
     a, tp = model.architecture, model.grid.tp_size
     heads = (a.num_attention_heads + 2 * a.num_query_groups) * a.head_dim
