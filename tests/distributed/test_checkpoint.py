@@ -120,7 +120,7 @@ def interrupted_and_not(config: Config, folder: Path) -> tuple[list[Any], list[A
         (Layout(2), "bfloat16", True),
         (Layout(2, cp=(2, 2)), "bfloat16", True),
     ],
-    ids=["tp2", "pp2-bf16", "dp2-distributed", "dp2-distributed-bf16"],
+    ids=["tp2", "pp2-bf16", "dp2-distributed", "dp2-distributed-bf16", "cp2-distributed-bf16"],
 )
 def test_a_resumed_run_is_the_same_bit_for_bit(
     models: Path, tmp_path: Path, layout: Layout, dtype: str, distributed: bool
