@@ -7,6 +7,7 @@ INSTALLED := $(VENV)/.installed
 SGLANG := $(VENV)/.sglang-cpu
 TRITON := $(VENV)/triton/.installed
 EVAL := .venv-eval/.installed
+DOCS := .venv-docs/.installed
 SMOLLM2 := .cache/quickstart/SmolLM2-135M-Instruct
 RUN ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 STUDY ?= runs/fixed_context_study
@@ -15,7 +16,7 @@ STUDY ?= runs/fixed_context_study
 quickstart quickstart-sglang study test: export CUDA_VISIBLE_DEVICES :=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart quickstart-sglang study test lint format install sglang-cpu eval
+.PHONY: quickstart quickstart-sglang study test lint format install sglang-cpu eval package docs
 .DELETE_ON_ERROR:
 
 quickstart: $(INSTALLED) $(SMOLLM2)/.converted
@@ -74,6 +75,27 @@ $(SGLANG): requirements/sglang-cpu.txt requirements/sglang-cpu-no-deps.txt $(INS
 $(TRITON): requirements/triton.txt | $(INSTALLED)
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/triton -r requirements/triton.txt
 	touch $@
+
+# The site in build/site, from these pages and a reference that the code writes; a broken link ends the build.
+docs: $(INSTALLED) $(DOCS)
+	$(BIN)/python tools/docs_site.py build/docs
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --quiet
+
+$(DOCS): requirements/docs.txt
+	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install --quiet -r requirements/docs.txt
+	touch $@
+
+# The package for an index: sdist and wheel in dist/, and the wheel with all of its dependencies in a clean environment.
+package: $(INSTALLED)
+	rm -rf dist .venv-package
+	$(BIN)/python -c "import setuptools.build_meta as build; build.build_sdist('dist'); build.build_wheel('dist')"
+	$(PYTHON) -m venv .venv-package
+	.venv-package/bin/pip install --quiet -r requirements/torch.txt
+	.venv-package/bin/pip install --quiet dist/megatron_tip-*.whl
+	cd / && $(CURDIR)/.venv-package/bin/megatron-tip train --help >/dev/null
+	cd / && $(CURDIR)/.venv-package/bin/megatron-tip train $(CURDIR)/examples/qwen3_4b_to_1p7b/qwen3_4b_to_1p7b.toml \
+		--dry-run --world-size 64 >/dev/null
 
 # lm-evaluation-harness in a separate environment: megatron-tip eval --python .venv-eval/bin/python
 eval: $(EVAL)

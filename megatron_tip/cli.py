@@ -7,13 +7,14 @@ import typer
 from megatron_tip import __version__
 from megatron_tip.commands import doctor, evaluate, report, submit, train
 from megatron_tip.commands.diagnose import diagnose
+from megatron_tip.commands.run_command import RunCommand
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 app.command("train", cls=train.TrainCommand)(train.command)
-app.command("submit")(submit.command)
+app.command("submit", cls=RunCommand)(submit.command)
 app.command("report")(report.command)
 app.command("eval")(evaluate.command)
-app.command("doctor")(doctor.command)
+app.command("doctor", cls=RunCommand)(doctor.command)
 app.add_typer(diagnose, name="diagnose")
 
 

@@ -25,8 +25,8 @@ class WeightsError(MegatronTipError, ValueError):
     """Model weights that are missing, truncated, of another shape or of an unsupported architecture."""
 
 
-REFUSALS = (ConfigError, InputError, WeightsError)
-"""Errors that refuse the user's input: the command ends with exit code 2."""
+class DroppedLayersError(WeightsError):
+    """Layers to drop that the model does not have."""
 
 
 class EngineError(MegatronTipError, RuntimeError):
@@ -75,6 +75,10 @@ class PeerError(MegatronTipError, RuntimeError):
 
 class OptionalDependencyError(MegatronTipError, ImportError):
     """An optional package that is not installed; the message names the extra to install."""
+
+
+REFUSALS = (ConfigError, InputError, WeightsError, DroppedLayersError, OptionalDependencyError)
+"""Errors that refuse what the user asked for: the command ends with exit code 2."""
 
 
 class CheckpointError(MegatronTipError, RuntimeError):

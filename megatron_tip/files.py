@@ -24,6 +24,18 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("it nests too deep") from None
 
 
+def is_lfs_pointer(path: Path) -> bool:
+    """Returns whether a file is a pointer that Git LFS leaves in the place of a file that it has not fetched."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_LFS_POINTER)) == _LFS_POINTER
+    except OSError:
+        return False
+
+
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
 def finite_json(value: Any) -> Any:
     """Returns `value` with None in place of floats that are not finite: JSON has no NaN."""
     if isinstance(value, Mapping):

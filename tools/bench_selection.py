@@ -149,7 +149,7 @@ def print_selection(repeats: int) -> None:
 
 
 def print_quickstart(config: Path, steps: int, rollouts: Path | None) -> None:
-    """Prints runs on the same rollouts at rho = 1 and at rho = 0.05, with and without a scoring pass.
+    """Prints runs on the same rollouts at rho = 1, and at rho = 0.05 in two forward passes and in one.
 
     A step here is all its phases except the rollout, so the share of the selection is an upper bound.
     """
@@ -161,10 +161,9 @@ def print_quickstart(config: Path, steps: int, rollouts: Path | None) -> None:
         folder = Path(name)
         replay = ["rollout.engine=replay", f"rollout.replay_folder={rollouts or folder / '0/rollouts'}"]
         variants = {
-            f"rho = {RATIO}": [at, *(replay if rollouts else [])],
+            f"rho = {RATIO}, two passes": [at, "selection.passes=two", *(replay if rollouts else [])],
             "rho = 1": ["selection.retention_ratio=1.0", *replay],
-            f"rho = {RATIO}, last step's thresholds": [at, "selection.thresholds=last_step", *replay],
-            f"rho = {RATIO}, scope micro_batch": [at, "selection.scope=micro_batch", *replay],
+            f"rho = {RATIO}, one pass": [at, "selection.passes=one", *replay],
         }
         for number, (title, selection) in enumerate(variants.items()):
             common = [f"run.folder={folder / str(number)}", f"training.steps={steps}", "heldout.num_prompts=0"]

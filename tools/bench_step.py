@@ -8,7 +8,9 @@ prompts x 64 new tokens per step; reverse KL over the full vocabulary on every t
 bfloat16 (rollouts and teacher alone, or also the student's weights and activations); AdamW at a constant rate, with the
 same settings. Rows named SGLang generate on a server that the run starts; with "one step ahead", generation during
 training is not part of any phase. Each row is printed to standard error when it ends. All rows get the same prompts in
-the same order. The rows named "one token in ten" choose the tokens by teachability.
+the same order. The rows named "one token in ten" choose the tokens by teachability, in one forward pass of the student
+or in two (selection.passes): one scores with gradient and its training is the backward pass alone, two trains on
+sequences cut after their last selected token.
 
 Each row is a run in its own processes; rows run one after the other. Seconds per step are the median over the steps
 after the first. Memory is the peak of the resident sets of all processes of a run together, including its launcher;
@@ -77,6 +79,7 @@ class Variant:
     dp: int
     rule: str = "full"
     retention_ratio: float = 1.0
+    passes: str = "auto"
     rollout_dtype: str = "float32"
     teacher_dtype: str = "float32"
     model_dtype: str = "float32"
@@ -86,8 +89,15 @@ class Variant:
 
 ALL_TOKENS = (Variant("tp 1", tp=1, dp=1), Variant("dp 2", tp=1, dp=2), Variant("tp 3", tp=3, dp=1))
 ONE_IN_TEN = [
-    replace(variant, name=f"{variant.name}, one token in ten", rule="ta_opd_teachability", retention_ratio=0.1)
+    replace(
+        variant,
+        name=f"{variant.name}, one token in ten, {in_words}",
+        rule="ta_opd_teachability",
+        retention_ratio=0.1,
+        passes=passes,
+    )
     for variant in ALL_TOKENS
+    for passes, in_words in (("two", "two passes"), ("one", "one pass"))
 ]
 
 IN_BFLOAT16 = Variant(
@@ -247,7 +257,11 @@ def config_of(work: Work, folder: Path, variant: Variant) -> dict[str, Any]:
             "ahead": variant.ahead,
         },
         "sglang": {"threads": work.threads},
-        "selection": {"rule": variant.rule, "retention_ratio": variant.retention_ratio},
+        "selection": {
+            "rule": variant.rule,
+            "retention_ratio": variant.retention_ratio,
+            "passes": variant.passes,
+        },
         "loss": {"divergence": "reverse_kl"},
         "optimizer": {**OPTIMIZER, "min_lr": OPTIMIZER["lr"]},
         "training": {"steps": work.steps},

@@ -126,7 +126,8 @@ def our_cases(chunk_rows: Sequence[int], block_kib: Sequence[int], compiled: boo
     if compiled:
         names = ("ours, loss of all rows", "ours, scoring", "ours, scoring and loss, rho 0.1")
         again = [case for case in cases if case.name in names]
-        cases += [Case(f"{case.name}, compiled", case.function, {**case.options, "compiled": True}) for case in again]
+        by_compiler = {"kernels": "compiled"}
+        cases += [Case(f"{case.name}, compiled", case.function, case.options | by_compiler) for case in again]
     return cases
 
 

@@ -6,12 +6,9 @@ A case is a function of `Work` that returns a call to measure: forward and backw
 Sharded cases run in one process per rank.
 """
 
-import ctypes
-import gc
 import json
 import math
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +17,7 @@ import torch
 import torch.distributed as dist
 from bench_vocab_parallel_peers import checkpointed, liger, plain, trl_chunked, trl_jsd
 from bench_vocab_parallel_work import BETAS, Call, Work, make_work
+from meter import read_call
 from torch import Tensor
 
 
@@ -80,7 +78,7 @@ def ours_scoring(work: Work) -> Call:
     from megatron_tip.vocab_parallel import token_statistics
 
     _set_block_bytes(work.options)
-    models, labels = work.models, torch.zeros(len(work.student_hidden), dtype=torch.int64)
+    models, labels = work.models, work.student_hidden.new_zeros(len(work.student_hidden), dtype=torch.int64)
 
     def call() -> Tensor:
         with_jsd = work.divergence == "jsd"
@@ -180,24 +178,24 @@ def _error(actual: Tensor, wanted: Tensor) -> float:
 
 
 def measure(call: Call, work: Work, num_calls: int) -> tuple[dict[str, Any], Tensor | None]:
-    """Returns each call's seconds after warm-up, peak bytes above the earlier resident set, bytes sent, last result."""
+    """Returns each call's seconds after warm-up, peak bytes above those held before, bytes sent, last result."""
     for _ in range(work.options.get("warm_up_calls", 1)):  # compiles, and creates what a library caches
         call()
-    sent, seconds, cpu_seconds, peak, result = _count_bytes_sent(), [], [], 0, None
-    for _ in range(num_calls):
-        result = None
-        work.student_hidden.grad = work.student_head.grad = None
-        before = _resident_bytes_after_cleaning()
+    sent, readings, result = _count_bytes_sent(), [], None
+
+    def begin() -> None:
         sent.clear()
         if dist.is_initialized():
             dist.barrier()
-        start, cpu_start = time.perf_counter(), time.process_time()
-        result = call()
-        seconds.append(time.perf_counter() - start)
-        cpu_seconds.append(time.process_time() - cpu_start)
-        peak = max(peak, _status_bytes("VmHWM") - before)
-    times = {"seconds": seconds, "cpu_seconds": cpu_seconds}
-    return {**times, "peak_bytes": peak, "sent_bytes": sum(sent), "collectives": len(sent)}, result
+
+    for _ in range(num_calls):
+        result = None
+        work.student_hidden.grad = work.student_head.grad = None
+        reading, result = read_call(call, work.student_hidden.device, at_start=begin)
+        readings.append(reading)
+    figures = {name: [getattr(one, name) for one in readings] for name in ("seconds", "cpu_seconds")}
+    peak = max(one.peak_bytes for one in readings)
+    return {**figures, "peak_bytes": peak, "sent_bytes": sum(sent), "collectives": len(sent)}, result
 
 
 def _count_bytes_sent() -> list[int]:
@@ -212,19 +210,6 @@ def _count_bytes_sent() -> list[int]:
 
         setattr(dist, name, counted)
     return sent
-
-
-def _resident_bytes_after_cleaning() -> int:
-    """Returns free memory to the system, resets the peak, and returns the resident bytes after that."""
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    return _status_bytes("VmRSS")
-
-
-def _status_bytes(key: str) -> int:
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{key}:")]
-    return int(line.split()[1]) * 1024
 
 
 def main(task_path: Path, rank: int, result_path: Path) -> None:

@@ -96,7 +96,7 @@ def liger(work: Work) -> Call:
         chunk_size=work.options["chunk_rows"],
         compiled=work.options.get("compiled", False),
     )
-    labels = torch.zeros(len(hidden), dtype=torch.int64)
+    labels = hidden.new_zeros(len(hidden), dtype=torch.int64)
 
     def call() -> Tensor:
         loss = compute(hidden, head, teacher_hidden, teacher_head, labels)

@@ -39,8 +39,7 @@ class Work:
         """`ShardedVocabulary` of the case; the peers' interpreter lacks the package that has it."""
         from megatron_tip.vocab_parallel import ShardedVocabulary
 
-        chunk_rows, compiled = self.options.get("chunk_rows"), self.options.get("compiled", False)
-        kernels = "compiled" if compiled else "auto"
+        chunk_rows, kernels = self.options.get("chunk_rows"), self.options.get("kernels", "auto")
         return ShardedVocabulary(tp_group=self.tp_group, chunk_rows=chunk_rows, kernels=kernels)
 
 
@@ -48,12 +47,16 @@ Call = Callable[[], Tensor | None]
 
 
 def make_work(task: dict[str, Any], rank: int) -> Work:
-    """Returns inputs with logits of standard deviation 3; teacher and student correlate by 0.9, like related models."""
+    """Returns inputs with logits of standard deviation 3; teacher and student correlate by 0.9, like related models.
+
+    They are on the task's "device"; the CPU without one.
+    """
+    device = task.get("device", "cpu")
     n, dim, vocab_size = task["rows"], task["hidden"], task["vocab"]
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(n, dim, generator=generator)
-    student = torch.randn(vocab_size, dim, generator=generator) * (3 / math.sqrt(dim))
-    noise = torch.randn(vocab_size, dim, generator=generator) * (3 / math.sqrt(dim))
+    generator = torch.Generator(device).manual_seed(0)
+    hidden = torch.randn(n, dim, generator=generator, device=device)
+    student = torch.randn(vocab_size, dim, generator=generator, device=device) * (3 / math.sqrt(dim))
+    noise = torch.randn(vocab_size, dim, generator=generator, device=device) * (3 / math.sqrt(dim))
     teacher = 0.9 * student + math.sqrt(1 - 0.9**2) * noise
     dtype = getattr(torch, task["dtype"])
     shards = [head.chunk(task["tp"])[rank].to(dtype, copy=True) for head in (student, teacher)]

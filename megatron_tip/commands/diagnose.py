@@ -11,8 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from megatron_tip.commands.outcome import end_as, errors_reported
+from megatron_tip.commands.run_command import Overrides, RunCommand, configured_run
 from megatron_tip.config import Config
-from megatron_tip.config.io import load_config
 from megatron_tip.errors import InputError
 from megatron_tip.observability.logs import configure_logging
 from megatron_tip.parallel.environment import is_worker
@@ -26,7 +26,6 @@ diagnose = typer.Typer(
 )
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="As for train; [diagnostics] names the bank.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="section.key=value")]
 Nproc = Annotated[int | None, typer.Option(min=1, help="Workers to start on this machine, as for train.")]
 Checkpoint = Annotated[
     Path | None,
@@ -40,11 +39,11 @@ Resamples = Annotated[int, typer.Option(min=1, help="Resamples of the bootstrap 
 Seed = Annotated[int, typer.Option(help="Seed of the bootstrap.")]
 
 
-@diagnose.command()
+@diagnose.command(cls=RunCommand)
 @errors_reported()
 def bank(config_path: ConfigPath, overrides: Overrides = None, nproc: Nproc = None) -> None:
     """Creates the context bank diagnostics.bank from diagnostics.rollouts or from new answers of the student."""
-    config = load_config(config_path, overrides or [])
+    config = configured_run(config_path, overrides)
     if config.diagnostics.rollouts is not None:  # only reads files: one process is enough
         if os.environ.get("RANK", "0") == "0":
             _say_bank(_bank_of_rollouts(config, config.diagnostics.rollouts))
@@ -63,7 +62,7 @@ def bank(config_path: ConfigPath, overrides: Overrides = None, nproc: Nproc = No
     _in_workers(["bank", str(config_path), *(overrides or [])], config, prepare, work, nproc)
 
 
-@diagnose.command()
+@diagnose.command(cls=RunCommand)
 @errors_reported()
 def score(
     config_path: ConfigPath,
@@ -75,7 +74,7 @@ def score(
     """Scores a checkpoint on every position of the bank; replaces scores/NAME.parquet in the bank."""
     from megatron_tip.diagnostics.bank import check_scores_name
 
-    config = load_config(config_path, overrides or [])
+    config = configured_run(config_path, overrides)
     check_scores_name(name)
     if checkpoint and name == "start":
         raise InputError('--name: expected a name other than "start" with --checkpoint: gains are relative to "start"')
@@ -114,7 +113,7 @@ def gain(
     )
 
 
-@diagnose.command()
+@diagnose.command(cls=RunCommand)
 @errors_reported()
 def intervene(
     config_path: ConfigPath,
@@ -127,7 +126,7 @@ def intervene(
     Each arm takes training.steps steps of rollout.prompts_per_step contexts and is measured on heldout.num_prompts
     others. Finished arms are written to run.folder; the same command continues after the last one.
     """
-    config = load_config(config_path, overrides or [])
+    config = configured_run(config_path, overrides)
 
     def work(subject) -> None:
         from megatron_tip.diagnostics.arms import ArmsFile

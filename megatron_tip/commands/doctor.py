@@ -18,9 +18,10 @@ from megatron_tip import __version__
 from megatron_tip.commands.finding import Finding
 from megatron_tip.commands.network import address_findings, gpu_findings, network_findings, server_findings
 from megatron_tip.commands.outcome import errors_reported
+from megatron_tip.commands.run_command import Overrides, configured_run
 from megatron_tip.config import Config
-from megatron_tip.config.io import load_config
-from megatron_tip.errors import MegatronTipError
+from megatron_tip.errors import ConfigError, MegatronTipError
+from megatron_tip.placement.hosts import Hosts, hosts_elsewhere
 
 _MINIMUM_FREE_BYTES = 20 * 2**30
 
@@ -28,30 +29,63 @@ _MINIMUM_FREE_BYTES = 20 * 2**30
 @errors_reported()
 def command(
     config_path: Annotated[Path | None, typer.Argument(metavar="[CONFIG.toml]", help="The run to check for.")] = None,
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="section.key=value")] = None,
+    overrides: Overrides = None,
     world_size: Annotated[
-        int | None, typer.Option(min=1, help="Check the run for this many GPUs elsewhere; weights may be missing here.")
+        int | None,
+        typer.Option(min=1, help="Check the run for this many GPUs elsewhere, and nothing of this machine."),
     ] = None,
+    gpus_per_node: Annotated[int, typer.Option(min=0, help="With --world-size: of each node; 0: no GPUs.")] = 8,
+    gpu_memory: Annotated[float, typer.Option(help="With --world-size: GiB of each of those GPUs.")] = 80.0,
 ) -> None:
     """Prints what is installed, what a run would use here, and what is missing, with the command that fixes it.
 
-    The exit code is 1 if something is missing that the run cannot do without.
+    With --world-size: what the run would use on such a cluster, and what its nodes need. The last line says whether
+    something is missing that the run cannot do without; the exit code is then 1.
     """
-    config = load_config(config_path, overrides or []) if config_path else None
-    findings = examine(config, world_size=world_size)
+    config = configured_run(config_path, overrides) if config_path else None
+    if world_size is not None:
+        if config is None:
+            raise ConfigError("--world-size: expected a configuration to check for other machines, got none")
+        findings = examine_elsewhere(config, hosts_elsewhere(world_size, gpus_per_node), gpu_memory)
+    else:
+        findings = examine(config)
     typer.echo("\n".join(finding.line() for finding in findings))
-    if any(finding.state == "missing" for finding in findings):
+    num_missing = sum(finding.state == "missing" for finding in findings)
+    if num_missing:
+        typer.echo(f"not ready: {num_missing} missing, marked above")
         raise SystemExit(1)
+    typer.echo(f"ready: {'this run' if config else 'a run'} lacks nothing {'there' if world_size else 'here'}")
 
 
-def examine(config: Config | None, *, world_size: int | None) -> list[Finding]:
+def examine_elsewhere(config: Config, hosts: Hosts, gpu_memory_gib: float) -> list[Finding]:
+    """Returns what a run would use on `hosts`, and what their nodes need; nothing about this machine."""
+    from megatron_tip.planning.description import description_of
+    from megatron_tip.planning.dry_run import dry_run
+
+    try:
+        result = dry_run(config, hosts, gpu_memory_gib=gpu_memory_gib)
+    except MegatronTipError as error:
+        return [Finding("missing", f"the configuration cannot run there: {error}", "see the message")]
+    lines = [*description_of(config, result.outline), *result.report(gpu_memory_gib).splitlines()]
+    noted = [line for line in lines if line.startswith("not checked here")]
+    findings = [Finding("ok", line) for line in lines if line not in noted]
+    findings += [Finding("note", line) for line in noted]
+    findings += [
+        Finding("note", f"each node needs {package.distribution}: {package.use}", package.remedy)
+        for package in _PACKAGES
+        if package.needed(config)
+    ]
+    return findings
+
+
+def examine(config: Config | None) -> list[Finding]:
     """Returns all findings; a configuration decides what is needed, and is checked as by `train --dry-run`."""
     findings = [Finding("ok", f"megatron_tip {__version__}, Python {sys.version.split()[0]}")]
     for look in (_torch, _packages, _slurm, _machine):
         findings += look(config)
     findings += [*gpu_findings(), *address_findings(socket.gethostname()), *network_findings(os.environ)]
     if config is not None:
-        findings += [*_run(config, world_size), *server_findings(config, os.environ)]
+        findings += [*_run(config), *server_findings(config, os.environ)]
     return findings
 
 
@@ -203,7 +237,7 @@ def _machine(config: Config | None) -> Iterator[Finding]:
         yield Finding("missing", f"ports: MASTER_PORT = {port} cannot be bound: {error}", "unset MASTER_PORT")
 
 
-def _run(config: Config, world_size: int | None) -> Iterator[Finding]:
+def _run(config: Config) -> Iterator[Finding]:
     """Yields what the configuration would use here, and whether it can run."""
     from megatron_tip.machine import Machine
     from megatron_tip.models.gpt import resolve_transformer_impl
@@ -212,20 +246,18 @@ def _run(config: Config, world_size: int | None) -> Iterator[Finding]:
     from megatron_tip.planning.inputs import default_num_workers
     from megatron_tip.planning.plan import outline_run
 
-    num_workers = world_size or default_num_workers(config)
+    num_workers = default_num_workers(config)
     student = Dtypes.of(config).student
     dtype = str(student).removeprefix("torch.")
     layers = resolve_transformer_impl(config.model.transformer_impl, student)
     yield Finding(
         "ok", f"the run would use: {num_workers} workers, {dtype}, {layers} layers, {config.rollout.engine} engine"
     )
-    machine = Machine(is_elsewhere=world_size is not None)
     try:
-        outline = outline_run(config, num_workers, machine)
+        outline = outline_run(config, num_workers, Machine())
         yield Finding("ok", f"layouts: {outline.grids_in_words()}")
         yield from _context_parallelism(config)
         yield from (Finding("ok", f"placement: {line}") for line in table_of(outline.placement))
-        yield from (Finding("note", f"not checked here: {note}") for note in machine.notes)
         yield Finding("ok", "the configuration can run")
     except MegatronTipError as error:
         yield Finding("missing", f"the configuration cannot run: {error}", "see the message; megatron-tip train --help")

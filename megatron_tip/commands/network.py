@@ -104,7 +104,7 @@ def network_findings(environ: Mapping[str, str]) -> Iterator[Finding]:
 
 def server_findings(config: Config, environ: Mapping[str, str]) -> Iterator[Finding]:
     """Yields whether given servers answer and take the password, and whether ports are free for those of a job."""
-    from megatron_tip.rollout.sglang.setup import read_keys
+    from megatron_tip.rollout.sglang.keys import read_keys
 
     rollout, teacher = config.rollout, config.teacher
     groups = (
@@ -124,7 +124,8 @@ def server_findings(config: Config, environ: Mapping[str, str]) -> Iterator[Find
 
 
 def _given_server(setting: str, url: str, api_key: str | None, keys_setting: str) -> Finding:
-    from megatron_tip.rollout.sglang.client import ServerKeys, SGLangClient, Timeouts
+    from megatron_tip.rollout.sglang.client import SGLangClient, Timeouts
+    from megatron_tip.rollout.sglang.keys import ServerKeys
 
     limits = Timeouts(connect=3.0, silence=10.0, retries=0)
     try:

@@ -1,5 +1,6 @@
 """`megatron-tip submit`: the check and the SLURM submission of a configuration."""
 
+import difflib
 import os
 import shlex
 import shutil
@@ -12,12 +13,15 @@ from typing import Annotated
 import typer
 
 from megatron_tip.commands.outcome import errors_reported
+from megatron_tip.commands.run_command import Overrides, configured_run
 from megatron_tip.commands.time_limit import check_time_limit
 from megatron_tip.commands.train import check_elsewhere
 from megatron_tip.config import Config
-from megatron_tip.config.io import load_config
 from megatron_tip.errors import ConfigError
 from megatron_tip.placement.hosts import Hosts
+
+SCRIPTS = ("train", "train_disaggregated", "sweep")
+"""Files of the repository's slurm/, without their suffix, that take a configuration."""
 
 _ROOT = Path(__file__).parents[2]
 
@@ -40,7 +44,14 @@ class Submission:
     environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
 
     def __post_init__(self) -> None:
-        """Raises ConfigError if no node is left for the trainer, or rollouts have none, or nodes and script differ."""
+        """Raises ConfigError if no node is left for the trainer, or rollouts have none, or nodes and script differ.
+
+        Likewise if there is no such script.
+        """
+        if self.script not in SCRIPTS:
+            close = difflib.get_close_matches(self.script, SCRIPTS, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ConfigError(f"--script: expected one of {', '.join(SCRIPTS)}, got {self.script}{hint}")
         if self.script != "train_disaggregated" and (self.rollout_nodes or self.teacher_nodes):
             raise ConfigError(
                 f"--rollout-nodes, --teacher-nodes: expected --script train_disaggregated, got --script {self.script}"
@@ -59,7 +70,7 @@ class Submission:
 @errors_reported()
 def command(
     config_path: Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="The run, as for train.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="section.key=value")] = None,
+    overrides: Overrides = None,
     nodes: Annotated[int, typer.Option(min=1, help="Nodes of the job.")] = 1,
     gpus_per_node: Annotated[
         int | None, typer.Option(min=0, help="GPUs per node; 0: none. Default: what slurm/site.sh says, or 8.")
@@ -77,7 +88,7 @@ def command(
 
     Site values come from slurm/site.sh; command-line options win.
     """
-    config = load_config(config_path, overrides or [])
+    config = configured_run(config_path, overrides)
     submission = Submission(
         config_path,
         overrides or [],
@@ -103,10 +114,9 @@ def sbatch_command(submission: Submission, config: Config) -> list[str]:
     """
     script = _ROOT / "slurm" / f"{submission.script}.sbatch"
     if not script.exists():
-        known = sorted(path.stem for path in script.parent.glob("*.sbatch"))
         raise ConfigError(
-            f"--script: expected one of {', '.join(known) or 'the scripts of a clone of the repository'}, got "
-            f"{submission.script} in {script.parent}; install the package from a clone: pip install --editable ."
+            f"--script: expected the repository's slurm/ next to the package, found no {script}; install the package "
+            "from a clone: pip install --editable ."
         )
     site, gpus = site_values(submission.environ), len(hosts_of(submission).gpus)
     check_time_limit(site["TIP_TIME"], submission.options)

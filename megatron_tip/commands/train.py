@@ -3,27 +3,30 @@
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from typer.core import TyperCommand
 
 from megatron_tip.commands.outcome import end_as, errors_reported
+from megatron_tip.commands.run_command import Overrides, RunCommand, configured_run
 from megatron_tip.config import Config
-from megatron_tip.config.io import dump_config, load_config, reference
+from megatron_tip.config.io import dump_config
+from megatron_tip.config.reference import reference
 from megatron_tip.cpu.lean_imports import lean_imports
 from megatron_tip.observability.logs import configure_logging
 from megatron_tip.observability.run_folder import RunFolder
 from megatron_tip.parallel.environment import is_restarted, is_worker
 from megatron_tip.parallel.launch import run_worker, start_workers
 from megatron_tip.placement.hosts import Hosts, hosts_elsewhere
-from megatron_tip.placement.placement import Placement
 from megatron_tip.placement.table import table_of
 from megatron_tip.training.checkpoints.files import CheckpointFiles
 from megatron_tip.training.checkpoints.same_run import check_same_run
 
+if TYPE_CHECKING:
+    from megatron_tip.planning.plan import RunPlan
 
-class TrainCommand(TyperCommand):
+
+class TrainCommand(RunCommand):
     """A command whose help ends with the reference of the configuration."""
 
     def format_epilog(self, ctx, formatter) -> None:
@@ -33,7 +36,7 @@ class TrainCommand(TyperCommand):
 @errors_reported()
 def command(
     config_path: Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="The run; its keys are listed below.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="section.key=value")] = None,
+    overrides: Overrides = None,
     nproc: Annotated[
         int | None,
         typer.Option(
@@ -69,17 +72,26 @@ def command(
     a stop signal and saved (after a second signal: 128 + n, nothing saved); 1 any other error. Whatever the code, the
     same command continues the run from its newest checkpoint.
     """
-    config = load_config(config_path, overrides or [])
+    config = configured_run(config_path, overrides)
+    if not is_worker(os.environ):
+        typer.echo(
+            f"{'checking' if dry_run else 'starting'} {config_path}: {config.model.path.name} learns from "
+            f"{config.teacher.path.name}, into {config.run.folder}",
+            err=True,
+        )
     if is_worker(os.environ) and not dry_run:
         _join(config, fresh=fresh)
     elif dry_run and world_size:
         check_elsewhere(config, hosts_elsewhere(world_size, gpus_per_node), gpu_memory)
         typer.echo(dump_config(config), nl=False)
+        memory = f", with {gpu_memory:g} GiB per GPU" if gpus_per_node else ""
+        typer.echo(f"ok: this configuration can run on {world_size} workers{memory}", err=True)
     else:
-        num_workers, placement = _check(config, nproc, fresh=fresh, reads_prompts=dry_run)
+        num_workers, plan = _check(config, nproc, fresh=fresh, reads_prompts=dry_run)
         if dry_run:
-            typer.echo("\n".join(table_of(placement)), err=True)
+            typer.echo("\n".join([*_described(config, plan), *table_of(plan.placement)]), err=True)
             typer.echo(dump_config(config), nl=False)
+            typer.echo(f"ok: this configuration can run here, on {num_workers} workers", err=True)
         else:
             _start(["train", str(config_path), *(overrides or []), *["--fresh"] * fresh], config, num_workers)
 
@@ -92,8 +104,8 @@ def check_elsewhere(config: Config, hosts: Hosts, gpu_memory_gib: float) -> None
     typer.echo(result.report(gpu_memory_gib), err=True)
 
 
-def _check(config: Config, num_workers: int | None, *, fresh: bool, reads_prompts: bool) -> tuple[int, Placement]:
-    """Checks a run on this machine as its workers will, and returns how many workers to start, and where.
+def _check(config: Config, num_workers: int | None, *, fresh: bool, reads_prompts: bool) -> "tuple[int, RunPlan]":
+    """Checks a run on this machine as its workers will, and returns how many workers to start, and the plan.
 
     Args:
         reads_prompts: False if workers follow, the first of which reads the prompt file before anything else happens.
@@ -109,7 +121,13 @@ def _check(config: Config, num_workers: int | None, *, fresh: bool, reads_prompt
         open_bank(config, plan)
     if not fresh:
         check_same_run(config)
-    return num_workers, plan.placement
+    return num_workers, plan
+
+
+def _described(config: Config, plan: "RunPlan") -> list[str]:
+    from megatron_tip.planning.description import description_of  # late, as above
+
+    return description_of(config, plan)
 
 
 def _start(arguments: list[str], config: Config, num_workers: int) -> None:

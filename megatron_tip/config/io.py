@@ -1,25 +1,19 @@
-"""Reading and writing of configurations: TOML plus command-line overrides, and the printed reference of all keys."""
+"""Reading and writing of configurations: TOML plus command-line overrides."""
 
-import difflib
 import json
-import textwrap
 import tomllib
-import types
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any
 
 import tomli_w
 from pydantic import ValidationError
-from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from megatron_tip.config import Config, Section
+from megatron_tip.config import Config
+from megatron_tip.config.hints import key_hint, override_hint, value_hint
+from megatron_tip.config.keys import TYPE_NAMES, all_keys
 from megatron_tip.errors import ConfigError
-
-_TYPE_NAMES = {bool: "boolean", int: "integer", float: "number", str: "text", Path: "path", list: "list", dict: "table"}
-_BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -52,72 +46,6 @@ def dump_config(config: Config) -> str:
     return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
 
 
-def reference() -> str:
-    """Returns every section and key with its type, default and description, as plain text."""
-    blocks = [
-        "Keys of CONFIG.toml. Each can be overridden as section.key=value; the value is read as TOML, bare words as "
-        "text.\nRelative paths are relative to the current directory.\n"
-    ]
-    for name, section in _sections().items():
-        blocks.append(f"[{name}]  {section.__doc__}\n")
-        for key in _keys(name, section):
-            head = f"  {key.name.partition('.')[2]}: {key.expected}, {key.default}"
-            text = textwrap.fill(key.description, 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
-            blocks.append(f"{head}\n{text}\n")
-    return "\n".join(blocks)
-
-
-@dataclass(frozen=True)
-class _Key:
-    name: str
-    expected: str
-    default: str
-    description: str
-
-
-def _sections() -> dict[str, Any]:
-    return {name: field.annotation for name, field in Config.model_fields.items()}
-
-
-def _keys(section_name: str, section: type[Section]) -> Iterator[_Key]:
-    for name, field in section.model_fields.items():
-        yield _Key(f"{section_name}.{name}", _expected(field), _default(field), field.description or "")
-
-
-def _all_keys() -> dict[str, _Key]:
-    return {key.name: key for name, section in _sections().items() for key in _keys(name, section)}
-
-
-def _expected(field: FieldInfo) -> str:
-    """Returns what a field accepts, in words: `integer >= 1`, `"auto" | "float32"`, `list of integers`."""
-    bounds = [
-        f"{sign} {getattr(bound, name)}"
-        for bound in field.metadata
-        for name, sign in _BOUNDS.items()
-        if hasattr(bound, name)
-    ]
-    return " ".join([_type_name(field.annotation), " and ".join(bounds)]).strip()
-
-
-def _type_name(annotation: Any) -> str:
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin is Literal:
-        return " | ".join(f'"{choice}"' for choice in arguments)
-    if origin in (Union, types.UnionType):
-        return " or ".join(_type_name(argument) for argument in arguments if argument is not type(None))
-    if origin is tuple:
-        return f"list of {_type_name(arguments[0])}{'' if arguments[0] is str else 's'}"
-    return _TYPE_NAMES[annotation]
-
-
-def _default(field: FieldInfo) -> str:
-    if field.is_required():
-        return "required"
-    if field.default is None:
-        return "none by default"
-    return f"default {json.dumps(field.default)}"
-
-
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return _checked_toml(path.read_text(encoding="utf-8-sig"))  # some editors begin a file with a byte order mark
@@ -132,8 +60,8 @@ def _read_toml(path: Path) -> dict[str, Any]:
 def _parse_override(override: str) -> tuple[str, str, Any]:
     name, equals, text = override.partition("=")
     section, dot, key = name.strip().partition(".")
-    if not (equals and dot and section and key) or "." in key:
-        raise ConfigError(f"command line: expected section.key=value, got {override!r}")
+    if not (equals and dot and section and key) or "." in key or name.startswith("-"):
+        raise ConfigError(f"command line: expected section.key=value, got {override!r}{override_hint(override)}")
     try:
         parsed = _checked_toml(f"value = {text}")
     except tomllib.TOMLDecodeError:
@@ -155,10 +83,6 @@ def _checked_toml(text: str) -> dict[str, Any]:
     return values
 
 
-_REPLACED = {"loss.compile": 'loss.kernels = "compiled" or "eager"'}
-"""Keys of earlier versions, and what took their place."""
-
-
 def _explain(detail: ErrorDetails, overridden: set[str]) -> str:
     """Returns one line about one pydantic error: key, expected value, actual value."""
     name = ".".join(str(part) for part in detail["loc"][:2])
@@ -167,29 +91,18 @@ def _explain(detail: ErrorDetails, overridden: set[str]) -> str:
         return detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "extra_forbidden":
         kind = "key" if "." in name else "section"
-        return f"{name}{origin}: unknown {kind}{_nearest(name)}"
+        return f"{name}{origin}: unknown {kind}{key_hint(name)}"
     if not name:  # no key's fault: pydantic's JSON parser refused the whole, as it does for numbers out of range
         return f"expected values that JSON can hold, got: {detail['msg']}"
-    expected = f"section [{name}]" if name in _sections() else _all_keys()[name].expected
-    got = "nothing" if detail["type"] == "missing" else _shown(detail["input"])
+    key = all_keys().get(name)
+    expected = key.expected if key else f"section [{name}]"
+    if detail["type"] == "missing":
+        return f"{name}{origin}: expected {expected}, got nothing"
     element = "".join(f", element {part}" for part in detail["loc"][2:])
-    return f"{name}{origin}{element}: expected {expected}, got {got}"
-
-
-def _nearest(name: str) -> str:
-    """Returns a hint at the existing key or section closest to `name`; keys of the same section come first."""
-    if name in _REPLACED:
-        return f"; use {_REPLACED[name]}"
-    section, _, key = name.rpartition(".")
-    by_key = {known.partition(".")[2]: known for known in _all_keys()}
-    in_section = {known.partition(".")[2]: known for known in _all_keys() if known.startswith(f"{section}.")}
-    sections = {known: known for known in _sections()}
-    for names in (in_section, by_key) if section else (sections, by_key):
-        if close := difflib.get_close_matches(key, names, n=1):
-            return f"; did you mean {names[close[0]]}?"
-    return "; see `megatron-tip train --help` for all keys"
+    hint = value_hint(key, detail["input"]) if key and not element else ""
+    return f"{name}{origin}{element}: expected {expected}, got {_shown(detail['input'])}{hint}"
 
 
 def _shown(value: Any) -> str:
     text = json.dumps(value, default=str, ensure_ascii=False)
-    return f"{text if len(text) <= 80 else text[:77] + '...'} ({_TYPE_NAMES.get(type(value), type(value).__name__)})"
+    return f"{text if len(text) <= 80 else text[:77] + '...'} ({TYPE_NAMES.get(type(value), type(value).__name__)})"

@@ -11,14 +11,21 @@ class SelectionConfig(Section):
     """Which tokens are supervised."""
 
     rule: str = "ta_opd_teachability"
-    """A preset of megatron_tip.selection, an installed package's rule, or your own as "package.module:function"."""
+    """One of: full, random; ta_opd_teachability, ta_opd_teachability_lower_bound, ta_opd_entropy, ta_opd_divergence,
+    ta_opd_compatibility, ta_opd_soft_or, ta_opd_incompatible, ta_opd_entropy_teachability, ta_opd_q3_only,
+    ta_opd_q3_high_compatibility, ta_opd_q3_low_compatibility, ta_opd_q3_high_teachability, ta_opd_q3_low_teachability,
+    ta_opd_q3_high_incompatible; tip_entropy, tip_divergence, tip_soft_or, tip_q3_only, each also with _bottom;
+    tip_entropy_sampling. Or an installed package's rule, or your own as "module:function", from a module that lies
+    beside the run's TOML or can be imported. Equations: docs/selection.md."""
     retention_ratio: float = Field(default=0.05, gt=0, le=1)
-    """Share rho of the valid response tokens that is kept."""
-    scope: Literal["auto", "batch", "rollout", "micro_batch"] = "auto"
-    """What the budget is a share of; auto: as in the preset's paper; micro_batch: one pass, without a scoring pass."""
-    thresholds: Literal["this_step", "last_step"] = "this_step"
-    """Which step's quantiles and threshold decide. last_step: one pass, the budget is met on average; needs scope =
-    "batch"."""
+    """Share rho of the valid response tokens that is kept. The rule full keeps all of them and does not read it."""
+    scope: Literal["auto", "batch", "rollout"] = "auto"
+    """What the budget is a share of; auto: as in the preset's paper."""
+    passes: Literal["auto", "one", "two"] = "auto"
+    """Forward passes of the student per step; both ways train the same tokens with the same gradients. two: score
+    without gradient, then train on sequences cut after their last selected token. one: score with gradient, hold the
+    activations of all micro-batches and go backward from the selected tokens; needs model.pipeline_parallel_size = 1.
+    auto: one where the activations fit into memory and the cut is expected to save less than the second pass costs."""
     normaliser: Literal["auto", "robust", "clipped_min_max", "min_max", "raw"] = "auto"
     """How statistics are scaled before they are scored; auto: as in the preset's paper."""
     tie_break: Literal["token_order", "random"] = "token_order"
@@ -34,7 +41,8 @@ class SelectionConfig(Section):
 
     def settings(self) -> dict[str, Any]:
         """Returns the arguments of `selection.Selector` except the seed, which is the run's; "auto" becomes None."""
-        return {name: None if value == "auto" else value for name, value in self if name != "support_size"}
+        others = ("support_size", "passes")
+        return {name: None if value == "auto" else value for name, value in self if name not in others}
 
 
 class LossConfig(Section):

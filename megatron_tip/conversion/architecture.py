@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
-from megatron_tip.errors import WeightsError
+from megatron_tip.errors import DroppedLayersError, WeightsError
 
 MAX_SIZE = 10**9
 MAX_LAYERS = 10_000
@@ -121,11 +121,11 @@ def kept_layers(num_layers: int, drop_layers: Collection[int]) -> list[int]:
     """Returns the numbers of the layers that stay, as counted in the checkpoint, in order.
 
     Raises:
-        WeightsError: a dropped layer does not exist or is named twice, or no layer would be left.
+        DroppedLayersError: a dropped layer does not exist or is named twice, or no layer would be left.
     """
     unknown = sorted(layer for layer in drop_layers if not 0 <= layer < num_layers)
     if unknown or len(set(drop_layers)) != len(drop_layers) or len(drop_layers) >= num_layers:
-        raise WeightsError(
+        raise DroppedLayersError(
             f"drop_layers: expected different layers among 0..{num_layers - 1}, at least one of them kept, "
             f"got {list(drop_layers)}"
         )

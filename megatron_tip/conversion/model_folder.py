@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from megatron_tip.conversion.architecture import ModelArchitecture, config_without_layers
+from megatron_tip.conversion.not_a_model import require_model_folder, require_no_pointer
 from megatron_tip.errors import WeightsError
 from megatron_tip.files import parse_json, write_json
 
@@ -22,9 +23,10 @@ class ModelFolder:
         """Reads `folder`; `drop_layers` count the layers of the folder's model.
 
         Raises:
-            WeightsError: config.json is missing or unreadable, or its architecture is not supported.
+            WeightsError: it is no model's folder, config.json is unreadable, or its architecture is not supported.
         """
         self.folder = Path(folder)
+        require_model_folder(self.folder)
         config = read_json(self.folder / "config.json")
         self._full_architecture = ModelArchitecture.from_config(config, str(self.folder / "config.json"))
         self.architecture = self._full_architecture.with_dropped_layers(drop_layers)
@@ -44,10 +46,12 @@ class ModelFolder:
         """Returns the files besides config.json and the weights that make the folder usable: tokenizer, templates.
 
         Raises:
-            WeightsError: one of them cannot be read; an export at the end of a run would fail over it.
+            WeightsError: one of them is a Git LFS pointer or cannot be read; an export at the end of a run would fail
+                over it.
         """
         found = [path for pattern in _DESCRIBING_FILES for path in sorted(self.folder.glob(pattern)) if path.is_file()]
         for path in found:
+            require_no_pointer(path)
             try:
                 path.open("rb").close()
             except OSError as error:

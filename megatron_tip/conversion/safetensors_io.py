@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_tip.conversion.architecture import ModelArchitecture, kept_layers
 from megatron_tip.conversion.model_folder import ModelFolder, read_json
+from megatron_tip.conversion.not_a_model import missing_weights, require_no_pointer
 from megatron_tip.conversion.weight_map import hf_shapes
 from megatron_tip.errors import WeightsError
 from megatron_tip.files import write_json
@@ -221,7 +222,8 @@ def _names_in(path: Path) -> dict[str, Path]:
 
 def _open(path: Path) -> Any:
     if not path.is_file():
-        raise WeightsError(f"{path}: no such file; the model's weights are missing or not in safetensors format")
+        raise WeightsError(f"{path}: no such file; {missing_weights(path.parent)}")
+    require_no_pointer(path)
     try:
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:

@@ -117,16 +117,29 @@ def read_bank(folder: Path) -> ContextBank:
         ) from error
     if name != FORMAT:
         raise InputError(f"{path}: expected the format {FORMAT!r}, got {name!r}; create the bank with this version")
-    wrong = [key for key, kind in _KEYS.items() if not isinstance(manifest.get(key), kind)]
-    if manifest.get("source") == GENERATED and not isinstance(manifest.get("student"), dict):
-        wrong.append("student")
-    if wrong:
+    if wrong := _wrong_parts(manifest):
         raise InputError(
             f"{path}: expected a manifest with {', '.join(_KEYS)}, got {', '.join(wrong)} missing or of another type; "
             "restore the file, or create the bank again"
         )
     table, _ = read_table(folder / _CONTEXTS, format_name=FORMAT, columns=SCHEMA.names, sha256=manifest["sha256"])
     return ContextBank(folder, rollouts_from_table(table), manifest)
+
+
+def _wrong_parts(manifest: dict[str, Any]) -> list[str]:
+    """Returns the keys of a manifest whose values are missing or cannot be used."""
+    wrong = [key for key, kind in _KEYS.items() if not isinstance(manifest.get(key), kind)]
+    models = {key: manifest.get(key) for key in ("student", "teacher")}
+    for key, model in models.items():
+        may_lack = key == "teacher" or manifest.get("source") != GENERATED
+        if not (isinstance(model, dict) and isinstance(model.get("fingerprint"), str)) and (model or not may_lack):
+            wrong.append(key)
+    sampling = manifest.get("sampling")
+    if sampling and not (isinstance(sampling, dict) and {"temperature", "top_p"} <= sampling.keys()):
+        wrong.append("sampling")
+    if sampling and "seed" not in manifest:
+        wrong.append("seed")
+    return wrong
 
 
 def check_bank(bank: ContextBank, *, tokenizer: str, vocab_size: int) -> None:

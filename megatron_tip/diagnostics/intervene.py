@@ -233,7 +233,6 @@ def config_of(config: Config, arm: Arm) -> Config:
             "retention_ratio": arm.retention_ratio,
             "support_size": arm.support_size,
             "scope": "batch",
-            "thresholds": "this_step",
             "compare": False,
         }
     )

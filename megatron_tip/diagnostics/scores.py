@@ -112,6 +112,14 @@ def read_scores(path: Path, bank: ContextBank) -> Scores:
             f"{path}: expected scores of the bank {bank.folder} (SHA-256 {bank.sha256:.12}), got those of another one "
             f"({about['bank']:.12}); score the checkpoint on this bank"
         )
+    odd = [
+        field.name
+        for field in table.schema
+        if not (pa.types.is_floating(field.type) or pa.types.is_integer(field.type))
+        or table.column(field.name).null_count
+    ]
+    if odd:
+        raise InputError(f"{path}: expected numbers in every row, got others in {', '.join(odd)}; score it again")
     columns = {name: table.column(name).to_numpy().copy() for name in table.column_names}  # torch needs writable arrays
     lacking = [name for name in column_names(about["support_sizes"]) if name not in columns]
     context, prompt, position = (columns.pop(name) for name in _PLACE)

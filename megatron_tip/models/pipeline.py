@@ -21,20 +21,43 @@ LastStage = Callable[[int, Tensor], Tensor | None]
 
 
 def run_forward(
-    model: torch.nn.Module, groups: ModelGroups, micro_batches: Sequence[MicroBatch], on_hidden_states: LastStage
+    model: torch.nn.Module,
+    groups: ModelGroups,
+    micro_batches: Sequence[MicroBatch],
+    on_hidden_states: LastStage,
+    *,
+    held: list[Tensor] | None = None,
 ) -> None:
-    """Runs every micro-batch forward, without gradient.
+    """Runs every micro-batch forward, without gradient unless `held` takes the outputs.
 
     On the last stage, `on_hidden_states(index, hidden_states)` receives each micro-batch's final-norm output,
-    `[s, 1, h]` (`[s/tp, 1, h]` under sequence parallelism); its result is ignored. Under context parallelism each rank
-    passes its own part of the micro-batches, of `s / cp` tokens. Collective over the replica's tp x cp x pp.
+    `[s, 1, h]` (`[s/tp, 1, h]` under sequence parallelism), without gradient; its result is ignored. Under context
+    parallelism each rank passes its own part of the micro-batches, of `s / cp` tokens. Collective over the replica's
+    tp x cp x pp.
+
+    Args:
+        held: receives the output of each micro-batch with its graph, for `run_forward_backward`; pp 1 only.
     """
-    with torch.no_grad():
-        _run_schedule(model, groups, micro_batches, on_hidden_states, forward_only=True)
+    assert held is None or groups.grid.pp_size == 1, "a stage cannot hold what flows between stages"
+
+    @torch.no_grad()
+    def take(index: int, hidden_states: Tensor) -> None:
+        if held is not None:
+            held.append(hidden_states)
+        on_hidden_states(index, hidden_states.detach())
+
+    with torch.set_grad_enabled(held is not None):
+        outputs = _outputs(model, groups, micro_batches)
+        _run_schedule(model, groups, micro_batches, outputs, take, forward_only=True)
 
 
 def run_forward_backward(
-    model: torch.nn.Module, groups: ModelGroups, micro_batches: Sequence[MicroBatch], loss_of: LastStage
+    model: torch.nn.Module,
+    groups: ModelGroups,
+    micro_batches: Sequence[MicroBatch],
+    loss_of: LastStage,
+    *,
+    held: list[Tensor] | None = None,
 ) -> None:
     """Runs every micro-batch forward and backward and reduces the gradients over the dp x cp ranks.
 
@@ -42,14 +65,37 @@ def run_forward_backward(
     summed over micro-batches, their parts and replicas without division: its weights are already in it. For a
     micro-batch without a selected token it must return a zero connected to `hidden_states`, so that every rank runs its
     backward.
+
+    Args:
+        held: the outputs that `run_forward` held for the same micro-batches. They take the place of the forward passes
+            and are removed one by one, so that each backward pass frees its graph.
     """
-    _run_schedule(model, groups, micro_batches, loss_of, forward_only=False)
+    outputs = _outputs(model, groups, micro_batches) if held is None else _removed_from(held)
+    _run_schedule(model, groups, micro_batches, outputs, loss_of, forward_only=False)
+
+
+# These are generators, because `enumerate` keeps its last item, and with it the item's graph, until the next.
+def _outputs(
+    model: torch.nn.Module, groups: ModelGroups, micro_batches: Sequence[MicroBatch]
+) -> Iterator[tuple[int, Tensor]]:
+    """Yields each micro-batch's index and the stage's output, running the model when it is asked for the next."""
+    for index, micro_batch in enumerate(micro_batches):
+        ids, positions = micro_batch.input_ids[None], micro_batch.position_ids[None]
+        packed = boundaries(model, micro_batch.lengths, cp_size=groups.grid.cp_size, cp_rank=groups.cp_rank)
+        yield index, model(ids, positions, None, packed_seq_params=packed)
+
+
+def _removed_from(held: list[Tensor]) -> Iterator[tuple[int, Tensor]]:
+    """Yields each micro-batch's index and its held output, which is no longer in `held`."""
+    for index in range(len(held)):
+        yield index, held.pop(0)
 
 
 def _run_schedule(
     model: torch.nn.Module,
     groups: ModelGroups,
     micro_batches: Sequence[MicroBatch],
+    outputs: Iterator[tuple[int, Tensor]],
     on_last_stage: LastStage,
     *,
     forward_only: bool,
@@ -58,8 +104,8 @@ def _run_schedule(
         assert forward_only, "a student replica always has a micro-batch"
         return
     arguments: dict[str, Any] = {
-        "forward_step_func": partial(_forward_step, groups=groups, on_last_stage=on_last_stage),
-        "data_iterator": iter(enumerate(micro_batches)),
+        "forward_step_func": partial(_forward_step, on_last_stage=on_last_stage),
+        "data_iterator": outputs,
         "model": model,
         "num_microbatches": len(micro_batches),
         # Ignored: with several stages, config.variable_seq_lengths sends each tensor's shape first.
@@ -77,16 +123,9 @@ def _run_schedule(
 
 
 def _forward_step(
-    micro_batches: Iterator[tuple[int, MicroBatch]],
-    model: torch.nn.Module,
-    *,
-    groups: ModelGroups,
-    on_last_stage: LastStage,
+    outputs: Iterator[tuple[int, Tensor]], _model: torch.nn.Module, *, on_last_stage: LastStage
 ) -> tuple[Tensor, Callable[..., Any]]:
-    index, micro_batch = next(micro_batches)
-    packed = boundaries(model, micro_batch.lengths, cp_size=groups.grid.cp_size, cp_rank=groups.cp_rank)
-    ids, positions = micro_batch.input_ids[None], micro_batch.position_ids[None]
-    hidden_states = model(ids, positions, None, packed_seq_params=packed)
+    index, hidden_states = next(outputs)
     return hidden_states, partial(_finish, on_last_stage, index)
 
 

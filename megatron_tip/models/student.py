@@ -70,15 +70,19 @@ class Student:
         sequence_parallel = get_model_config(self.model).sequence_parallel
         return masked_rows(hidden_states, mask, tp_group=self.groups.tp_group, sequence_parallel=sequence_parallel)
 
-    def forward(self, micro_batches: Sequence[MicroBatch], on_hidden_states: LastStage) -> None:
-        """Runs the micro-batches forward, without gradient; see `pipeline.run_forward`."""
-        run_forward(self.model, self.groups, micro_batches, on_hidden_states)
+    def forward(
+        self, micro_batches: Sequence[MicroBatch], on_hidden_states: LastStage, *, held: list[Tensor] | None = None
+    ) -> None:
+        """Runs the micro-batches forward, without gradient unless `held` takes the outputs; see `run_forward`."""
+        run_forward(self.wrapped, self.groups, micro_batches, on_hidden_states, held=held)
 
-    def accumulate_gradients(self, micro_batches: Sequence[MicroBatch], loss_of: LastStage) -> None:
-        """Zeroes the gradients, then accumulates and reduces the summed loss's."""
+    def accumulate_gradients(
+        self, micro_batches: Sequence[MicroBatch], loss_of: LastStage, *, held: list[Tensor] | None = None
+    ) -> None:
+        """Zeroes the gradients, then accumulates and reduces the summed loss's; see `run_forward_backward`."""
         self.wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
-        run_forward_backward(self.wrapped, self.groups, micro_batches, loss_of)
+        run_forward_backward(self.wrapped, self.groups, micro_batches, loss_of, held=held)
 
     def optimizer_tensors(self) -> list[Tensor]:
         """Returns the tensors that only the optimizer needs: moments, and float32 copies of reduced weights.
@@ -174,6 +178,9 @@ def build_student(
         end_wd=settings.weight_decay,
         wd_incr_steps=num_steps,
         wd_incr_style="constant",
+        # The run's settings win over a checkpoint's: `same_run` lets only the number of steps change.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )
     assert isinstance(optimizer, ChainedOptimizer), "Megatron chains the optimizers of its parameter kinds"
     return Student(model, wrapped, optimizer, scheduler, groups, settings.clip_grad)

@@ -25,4 +25,8 @@ def configure_logging(rank: int) -> None:
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logging.getLogger("megatron_tip").setLevel(logging.INFO if rank == 0 else logging.WARNING)
     # Both are optional, as the README says; each rank would repeat the warning several times.
-    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    for absent in ("Transformer Engine and Apex are not installed", "Apex is not installed"):
+        warnings.filterwarnings("ignore", message=absent)
+    # What these libraries will change is for those who call them, not for who starts a run.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|megatron|transformers)\.")
+    warnings.filterwarnings("ignore", message=".* is deprecated", module=r"megatron\.core\.")

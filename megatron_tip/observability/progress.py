@@ -1,7 +1,9 @@
-"""Progress of the run: a bar and a live line on a terminal, else one log line per step."""
+"""Progress of the run: a bar and live lines on a terminal, else one log line per step and of long phases."""
 
 import logging
+import time
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import Self
 
 from rich.console import Console, Group
@@ -23,6 +25,9 @@ _SHOWN = {
 }
 
 
+_LOG_SECONDS = 30.0
+
+
 class ProgressDisplay:
     """A context manager that shows a run's steps. Ranks other than 0 pass `enabled=False` and show nothing."""
 
@@ -33,20 +38,34 @@ class ProgressDisplay:
         self._bar = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
-            BarColumn(),
+            BarColumn(bar_width=24),  # the line fits 80 columns
+            TextColumn("elapsed"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("[cyan]{task.fields[phase]}"),
             console=console,
         )
-        self._task = self._bar.add_task("train", total=num_steps, phase="")
+        self._phase = ""
+        self._task = self._bar.add_task("train", total=num_steps)
+        self._now = Text(style="cyan")
         self._line = Text()
-        self._live = Live(Group(self._bar, self._line), console=console) if enabled and console.is_terminal else None
+        self._first_step: int | None = None
+        self._begin = self._last_log = time.monotonic()
+        self._live = (
+            Live(Group(self._bar, self._now, self._line), console=console) if enabled and console.is_terminal else None
+        )
 
     def show_phase(self, name: str) -> None:
         """Shows the name of the current phase."""
-        self._bar.update(self._task, phase=name)
+        self._phase = self._now.plain = name
+
+    def show_progress(self, text: str) -> None:
+        """Shows how far the current phase is; where there is no terminal, twice a minute."""
+        self._now.plain = f"{self._phase}: {text}"
+        now = time.monotonic()
+        if self._logs and now - self._last_log >= _LOG_SECONDS:
+            self._last_log = now
+            logger.info("%s: %s", self._phase, text)
 
     def finish_step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Moves on to `step` and shows its main metrics; step 0 is the measurement before the first step."""
@@ -54,7 +73,19 @@ class ProgressDisplay:
         self._bar.update(self._task, completed=step)
         self._line.plain = line
         if self._logs:
-            logger.info("step %d/%d: %s", step, self._num_steps, line)
+            self._last_log = time.monotonic()
+            logger.info("step %d/%d: %s%s", step, self._num_steps, line, self._times(step))
+
+    def _times(self, step: int) -> str:
+        """Returns the time since the first step that was shown, and an estimate of the time that is left."""
+        if self._first_step is None:
+            self._first_step, self._begin = step, time.monotonic()
+        done = step - self._first_step
+        if not done:
+            return ""
+        elapsed = time.monotonic() - self._begin
+        left = elapsed / done * (self._num_steps - step)
+        return f"; elapsed {timedelta(seconds=round(elapsed))}, left {timedelta(seconds=round(left))}"
 
     def __enter__(self) -> Self:
         if self._live:

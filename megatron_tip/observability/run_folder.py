@@ -54,7 +54,7 @@ class RunFolder:
         if is_finished:
             raise ConfigError(
                 f"run.folder: expected a new folder, got {path}, which holds a finished run; give another one "
-                f"(run.folder=...) or move that run away"
+                f"(run.folder=...) or move that run away; to train its student further, set model.path={folder.hf}"
             )
         try:
             path.mkdir(parents=True, exist_ok=True)

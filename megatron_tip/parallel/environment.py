@@ -14,7 +14,12 @@ import psutil
 
 from megatron_tip.errors import ConfigError
 
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+"""Addresses that no other host can reach."""
+
+SPIN_COUNT = "20000"
+"""Rounds that a thread of OpenMP waits awake, some 0.2 ms."""
+
 _FAR_AWAY = "192.0.2.1"  # reserved for documentation: the default route leads there
 
 RENDEZVOUS_PORTS = range(20_000, 30_000)
@@ -85,14 +90,16 @@ def thread_environment(threads: int, local_workers: int, environ: Mapping[str, s
     """Returns the thread settings of one of `local_workers` that share `threads` CPU threads (0: all available).
 
     By default each worker would take one thread per core, and they would compete for cores. OMP_NUM_THREADS in
-    `environ` is kept unless `threads` is set. The wait policy is left to OpenMP: with sleeping threads
-    (OMP_WAIT_POLICY=PASSIVE), two threads take a third longer for a step, which consists of many short parallel
-    regions.
+    `environ` is kept unless `threads` is set.
+
+    A step consists of many short parallel regions. Between two of them a thread stays awake for 0.2 ms: if it slept at
+    once (OMP_WAIT_POLICY=passive), two threads would take a third longer; with OpenMP's default of some milliseconds
+    they take four times as long as soon as another process wants their cores. GOMP_SPINCOUNT in `environ` is kept.
     """
     count = str(max(1, (threads or available_threads()) // local_workers))
     if not threads:
         count = environ.get("OMP_NUM_THREADS", count)
-    return {"OMP_NUM_THREADS": count}
+    return {"OMP_NUM_THREADS": count, "GOMP_SPINCOUNT": environ.get("GOMP_SPINCOUNT", SPIN_COUNT)}
 
 
 def gloo_interface(environ: Mapping[str, str], sources: Sequence[str], addresses: Mapping[str, Sequence[str]]) -> str:
@@ -107,7 +114,7 @@ def gloo_interface(environ: Mapping[str, str], sources: Sequence[str], addresses
         addresses: of each of this host's interfaces.
     """
     is_one_host = environ.get("LOCAL_WORLD_SIZE", "1") == environ.get("WORLD_SIZE", "1")
-    if is_one_host or environ.get("MASTER_ADDR") in _LOOPBACK or "GLOO_SOCKET_IFNAME" in environ:
+    if is_one_host or environ.get("MASTER_ADDR") in LOOPBACK or "GLOO_SOCKET_IFNAME" in environ:
         return ""
     outward = [source for source in sources if not ip_address(source).is_loopback]
     return next((name for name, own in addresses.items() if outward and outward[0] in own), "")

@@ -74,5 +74,5 @@ class ModelGrid:
         return {"tp": self.tp_size, "pp": self.pp_size, "cp": self.cp_size, "dp": self.dp_size}
 
     def in_words(self) -> str:
-        """Returns the sizes for messages and tables."""
-        return " x ".join(f"{name} {size}" for name, size in self.sizes().items())
+        """Returns the sizes for messages and tables; that of context parallelism only if there is any."""
+        return " x ".join(f"{name} {size}" for name, size in self.sizes().items() if (name, size) != ("cp", 1))

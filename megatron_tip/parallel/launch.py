@@ -97,10 +97,10 @@ def start_workers(
 def run_worker(work: Callable[[], None], *, threads: int = 0, joins_servers: bool = False) -> None:
     """Runs `work` as one worker of a world that our launcher, torchrun or srun started.
 
-    Sets the environment before `work` imports torch. If `work` fails, the process exits at once with code 1, without
-    destroying the process groups, so that its peers notice only after the error has been recorded. Our launcher shows
-    the recorded error; under other launchers it goes to stderr. Exit code STOPPED_EXIT_CODE: `work` was stopped by a
-    signal and has saved.
+    Sets the environment before `work` imports torch. If `work` fails, the process exits at once, as by
+    `end_worker_with`, without destroying the process groups, so that its peers notice only after the error has been
+    recorded. Our launcher shows the recorded error; under other launchers it goes to stderr. Exit code
+    STOPPED_EXIT_CODE: `work` was stopped by a signal and has saved.
 
     Args:
         joins_servers: whether it shares an NCCL communicator with SGLang servers.
@@ -120,10 +120,18 @@ def run_worker(work: Callable[[], None], *, threads: int = 0, joins_servers: boo
         end_worker_with(error)
 
 
+def has_launcher() -> bool:
+    """Returns whether our own launcher started this worker, and tells the user how the run ended."""
+    return bool(os.environ.get(_LAUNCHER_PID))
+
+
 def end_worker_with(error: Exception) -> None:
-    """Records `error` as the reason for this worker's end and ends the process at once, from any thread."""
+    """Records `error` as the reason for this worker's end and ends the process at once, from any thread.
+
+    The exit code is 2 for errors in the user's input and 1 for all others.
+    """
     _put_on_record(error)
-    _leave(1)
+    _leave(2 if type(error) in errors.REFUSALS else 1)
 
 
 @contextmanager
@@ -148,7 +156,7 @@ def _put_on_record(error: Exception) -> None:
     vars(error)[_ON_RECORD] = True
     get_error_handler().record_exception(error)
     is_another_ranks = isinstance(error, MegatronTipError) and error.met_on_rank is not None  # which shows it itself
-    if not os.environ.get(_LAUNCHER_PID) and not is_another_ranks:
+    if not has_launcher() and not is_another_ranks:
         _report(error)
 
 

@@ -12,6 +12,9 @@ _IN_WORDS = {
     "folder": "as files (folder)",
 }
 
+_MOST_TRAINERS = 8
+"""Trainer ranks per rank of student servers, beyond which the table warns of the waiting."""
+
 
 def table_of(placement: Placement) -> list[str]:
     """Returns the lines of the table, and how weights reach the student servers."""
@@ -20,6 +23,13 @@ def table_of(placement: Placement) -> list[str]:
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     if placement.transport:
         lines.append(f"weights: {_IN_WORDS[placement.transport]}")
+    ranks = sum(len(server.places) for server in placement.students)
+    if ranks and len(placement.trainers) > _MOST_TRAINERS * ranks:
+        lines.append(
+            f"few servers: {len(placement.students)} for {len(placement.trainers)} workers, which wait while it "
+            "generates; raise rollout.servers, set sglang.share_gpus = true, or give rollouts nodes of their own "
+            "(submit --script train_disaggregated --rollout-nodes N)"
+        )
     return lines
 
 

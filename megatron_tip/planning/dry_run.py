@@ -50,7 +50,7 @@ def dry_run(config: Config, hosts: Hosts, *, gpu_memory_gib: float) -> DryRun:
             f"memory: expected at most {gpu_memory_gib:g} GiB per GPU (--gpu-memory), got an estimate of "
             f'{memory.total_bytes / 2**30:.1f} GiB in phase "{memory.peak_phase}"; raise tensor, context or '
             "pipeline parallel sizes, set optimizer.distributed, model.recompute_activations, "
-            "model.recompute_modules or training.offload, lower "
+            'model.recompute_modules or training.offload, leave selection.passes at "auto", lower '
             "training.max_tokens_per_micro_batch or rollout.prompts_per_step, or give servers less "
             "memory (sglang.memory_fraction) or separate GPUs (sglang.gpus)\n" + result.report(gpu_memory_gib)
         )

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 import torch
 
 from megatron_tip.config import Config
-from megatron_tip.errors import ConfigError, OptionalDependencyError
+from megatron_tip.errors import ConfigError, InputError, OptionalDependencyError
 from megatron_tip.machine import Machine
 from megatron_tip.observability.trackers import check_trackers
 from megatron_tip.placement.placement import num_workers_on
@@ -70,3 +70,12 @@ def read_prompts(config: Config, machine: Machine) -> PromptFile | None:
     if prompts.path is None or not machine.has(prompts.path, "prompts.path"):
         return None
     return read_prompt_file(prompts.path, prompts.field, prompts.teacher_field)
+
+
+def check_number(config: Config, file: PromptFile | None) -> None:
+    """Raises InputError if a prompt file cannot have enough prompts, whatever the tokenizer makes of them."""
+    if file is not None and len(file.rows) <= config.heldout.num_prompts:
+        raise InputError(
+            f"{config.prompts.path}: expected at least {config.heldout.num_prompts} held-out prompts and one for "
+            f"training, got {len(file.rows)} different ones; lower heldout.num_prompts"
+        )

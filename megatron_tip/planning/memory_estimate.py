@@ -16,6 +16,7 @@ from megatron_tip.planning.dtypes import Dtypes
 from megatron_tip.planning.phases import OFFLOADED, PHASES, releases_memory
 from megatron_tip.planning.plan import Outline
 from megatron_tip.rollout.engine import ALL_MEMORY, CACHE, WEIGHTS
+from megatron_tip.selection import Selector
 from megatron_tip.vocab_parallel import padded_vocab_size
 from megatron_tip.vocab_parallel.chunks import most_rows_on_gpu
 
@@ -25,6 +26,9 @@ _LOSS_BUFFERS = 3
 """Chunks of float32 logits that the loss holds at most: both models' in bfloat16 and, for eager kernels, float32."""
 GATHERED_BYTES = 2**24
 """Each rank's part of what a checkpoint of a distributed optimizer gathers at a time."""
+
+_HELD_SHARE = 0.5
+"""What one pass may fill of the free memory: layers that are not fused keep about twice what is counted."""
 
 Parts = dict[str, float]
 """Bytes by purpose."""
@@ -38,11 +42,13 @@ SERVERS = "SGLang on the trainer's GPUs (sglang.memory_fraction)"
 class MemoryEstimate:
     """Bytes by phase and purpose on the rank that needs the most. `host_bytes`: host memory per GPU for what leaves it.
 
-    Phases are those of `PHASES`, without "measure" if nothing is measured, and "save".
+    Phases are those of `PHASES`, without "measure" if nothing is measured, and "save". `held_tokens`: tokens of a
+    replica's batch whose activations one pass may hold; 0 if a step never takes one pass.
     """
 
     phases: dict[str, Parts]
     host_bytes: float
+    held_tokens: int
 
     @property
     def peak_phase(self) -> str:
@@ -73,6 +79,8 @@ class MemoryEstimate:
         lines += ["".join(_cell(value) for value in values) + f"  {name}" for name, values in rows]
         if self.host_bytes:
             lines.append(f"host memory for training.offload: {self.host_bytes / 2**30:.1f} GiB per GPU")
+        if self.held_tokens:
+            lines.append(f"selection.passes: one pass fits for up to {self.held_tokens:,} tokens per replica and step")
         return lines
 
 
@@ -113,23 +121,70 @@ class _Model:
         return self.num_parameters * self.bytes_per_value
 
 
-def estimate_memory(config: Config, outline: Outline, *, gpu_memory_gib: float) -> MemoryEstimate:
-    """Returns the estimate for GPUs, where "auto" is bfloat16. Servers take a share of `gpu_memory_gib`."""
-    dtypes, padded = Dtypes.of(config, on_gpu=True), outline.padded_vocab_size
+@dataclass(frozen=True)
+class _Site:
+    """The run whose memory is estimated. `engine`: the whole student, as an engine holds it."""
+
+    config: Config
+    outline: Outline
+    gpu_memory_gib: float
+    student: _Model
+    teacher: _Model | None
+    engine: _Model
+
+    @property
+    def movable(self) -> dict[str, tuple[str, float]]:
+        """What may leave the device: by its name in `PHASES`, the name in the estimate and the bytes."""
+        head_rows = self.outline.padded_vocab_size / self.student.grid.tp_size
+        return _student_parts(self.config, self.student) | _teacher_parts(self.teacher, head_rows)
+
+    @property
+    def leaving(self) -> frozenset[str]:
+        return OFFLOADED[self.config.training.offload] & self.movable.keys()
+
+
+def estimate_memory(config: Config, outline: Outline, *, gpu_memory_gib: float, on_gpu: bool = True) -> MemoryEstimate:
+    """Returns the estimate for GPUs, where "auto" is bfloat16, or for CPUs. Servers take a share of `gpu_memory_gib`.
+
+    With selection.passes = "auto" it is that of one pass if a batch of the longest sequences fits, else of two.
+    """
+    dtypes, padded = Dtypes.of(config, on_gpu=on_gpu), outline.padded_vocab_size
     student = _Model(outline.student.architecture, outline.student_grid, dtypes.student.itemsize, padded)
-    teacher = _teacher(outline, dtypes)
-    movable = _student_parts(config, student) | _teacher_parts(teacher, padded / student.grid.tp_size)
     engine = _Model(student.architecture, ModelGrid(1, 1, 1), dtypes.engine.itemsize, padded)
-    leaves = OFFLOADED[config.training.offload] & movable.keys()
+    site = _Site(config, outline, gpu_memory_gib, student, _teacher(outline, dtypes), engine)
+    fitting, held_tokens = 0, None
+    if may_take_one_pass(config, outline.selector):
+        fitting, longest = _fitting_tokens(site), _num_rollouts(config, student) * config.longest_sequence
+        held_tokens = longest if config.selection.passes == "one" or longest <= fitting else None
+    on_host = sum(site.movable[name][1] for name in site.leaving - {"gradients"})
+    return MemoryEstimate(_phases(site, held_tokens), on_host, fitting)
+
+
+def may_take_one_pass(config: Config, selector: Selector) -> bool:
+    """Returns whether the configuration allows that a step's only forward pass both scores and trains."""
+    is_scored = selector.required_statistics or config.rollout.importance_cap or config.tracking.view_every_steps
+    return bool(is_scored) and config.selection.passes != "two" and config.model.pipeline_parallel_size == 1
+
+
+def _fitting_tokens(site: _Site) -> int:
+    """Returns the tokens of a replica whose activations one pass may hold beside everything else."""
+    phases = _phases(site, held_tokens=0)
+    free = site.gpu_memory_gib * 2**30 - max(sum(phases[name].values()) for name in ("score", "train"))
+    return max(0, int(_HELD_SHARE * free / _kept_bytes_per_token(site.config, site.student)))
+
+
+def _phases(site: _Site, held_tokens: int | None) -> dict[str, Parts]:
+    """Returns the bytes by phase and purpose of one pass that holds `held_tokens`; None: of two passes."""
+    config, outline, movable, memory = site.config, site.outline, site.movable, site.gpu_memory_gib
     last = "measure" if config.heldout.num_prompts else "sync"
     phases: dict[str, Parts] = {}
-    for phase, working in _working(config, outline, student, teacher, gpu_memory_gib).items():
+    for phase, working in _working(site, held_tokens).items():
         needed = PHASES[phase if phase in PHASES else last]
-        stays = [part for name, part in movable.items() if name in needed.trainer or name not in leaves]
-        beside = _engine(config, engine, phase) | _servers(config, outline, engine, needed.servers, gpu_memory_gib)
-        always = {UNCOUNTED: _UNCOUNTED_SHARE * gpu_memory_gib * 2**30, "student: weights": student.weight_bytes}
+        stays = [part for name, part in movable.items() if name in needed.trainer or name not in site.leaving]
+        beside = _engine(config, site.engine, phase) | _servers(config, outline, site.engine, needed.servers, memory)
+        always = {UNCOUNTED: _UNCOUNTED_SHARE * memory * 2**30, "student: weights": site.student.weight_bytes}
         phases[phase] = {**always, **dict(stays), **working, **beside}
-    return MemoryEstimate(phases, sum(movable[name][1] for name in leaves - {"gradients"}))
+    return phases
 
 
 def _teacher(outline: Outline, dtypes: Dtypes) -> _Model | None:
@@ -181,20 +236,18 @@ def _optimizer_shards(config: Config, student: _Model) -> int:
     return student.grid.dp_size * student.grid.cp_size if config.optimizer.distributed else 1
 
 
-def _working(
-    config: Config, outline: Outline, student: _Model, teacher: _Model | None, gpu_memory_gib: float
-) -> dict[str, Parts]:
+def _working(site: _Site, held_tokens: int | None) -> dict[str, Parts]:
     """Returns what each phase makes for itself: activations, rows, logits, what it gathers."""
+    config, outline, student, teacher = site.config, site.outline, site.student, site.teacher
     shard = outline.padded_vocab_size // student.grid.tp_size
-    chunk_rows = config.loss.chunk_rows or most_rows_on_gpu(shard, int(gpu_memory_gib * 2**30))
+    chunk_rows = config.loss.chunk_rows or most_rows_on_gpu(shard, int(site.gpu_memory_gib * 2**30))
     rollouts = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
     sent, received = _rows_of_teacher(config, student, teacher, rollouts)
     loss = {"loss: logits of a chunk": float(chunk_rows * shard * _FLOAT32 * _LOSS_BUFFERS)}
     asking = _forward(config, "teacher", teacher)
-    scoring = _forward(config, "student", student) | loss
-    selected = {name: 2 * config.selection.retention_ratio * value for name, value in received.items()}
-    training = {
-        "student: activations of a micro-batch": _activations(config, student),
+    scoring, training = _student_activations(config, student, held_tokens)
+    selected = {name: 2 * outline.selector.asked_share * value for name, value in received.items()}
+    training |= {
         "loss: gradient of the head": shard * student.architecture.hidden_size * _FLOAT32,
         **{f"{name}, the selected": value for name, value in selected.items()},
     }
@@ -202,17 +255,27 @@ def _working(
     phases = {
         "generate": {},
         "ask": asking | sent | received,
-        "score": scoring | received,
+        "score": scoring | loss | received,
         "train": training | loss | received,
         "update": received | {"optimizer: square roots, if AdamW is torch's": roots},
         "sync": _gathered_for_sync(config, outline, student),
     }
     if config.heldout.num_prompts:
         heldout_sent, heldout_received = _rows_of_teacher(config, student, teacher, config.heldout.num_prompts)
-        phases["measure"] = asking | scoring | heldout_sent | heldout_received
+        measuring = asking | _forward(config, "student", student) | loss
+        phases["measure"] = measuring | heldout_sent | heldout_received
     shards = _optimizer_shards(config, student)
     phases["save"] = {"save: a piece of the optimizer": float(shards * GATHERED_BYTES if shards > 1 else 0)}
     return phases
+
+
+def _student_activations(config: Config, student: _Model, held_tokens: int | None) -> tuple[Parts, Parts]:
+    """Returns the student's activations in "score" and in "train"; `held_tokens` as for `_phases`."""
+    layer = _forward(config, "student", student)
+    if held_tokens is None:
+        return layer, {"student: activations of a micro-batch": _activations(config, student)}
+    held = {"student: activations of a step, held": held_tokens * _kept_bytes_per_token(config, student)}
+    return layer | held, layer | held
 
 
 def _rows_of_teacher(config: Config, student: _Model, teacher: _Model | None, num_rollouts: int) -> tuple[Parts, Parts]:
@@ -235,7 +298,8 @@ def _forward(config: Config, owner: str, model: _Model | None) -> Parts:
     if model is None:
         return {}
     sequence_parallel = config.model.sequence_parallel and owner == "student"
-    return {f"{owner}: a layer's activations": _layer_activations(config, model, sequence_parallel=sequence_parallel)}
+    layer = _layer_bytes_per_token(model, sequence_parallel=sequence_parallel)
+    return {f"{owner}: a layer's activations": layer * _tokens(config)}
 
 
 def _gathered_for_sync(config: Config, outline: Outline, student: _Model) -> Parts:
@@ -247,41 +311,60 @@ def _gathered_for_sync(config: Config, outline: Outline, student: _Model) -> Par
     return {"sync: a whole tensor, gathered and merged": 2.0 * largest, "sync: buckets": float(buckets)}
 
 
-def _layer_activations(config: Config, model: _Model, *, sequence_parallel: bool) -> float:
-    """Returns the bytes of one layer; fused attention keeps nothing of size length x length.
+def _layer_bytes_per_token(model: _Model, *, sequence_parallel: bool) -> float:
+    """Returns a rank's activations of one layer, per token of the replica, of which it holds one in cp.
 
-    They are the inputs of its two norms and of its four matrix products, q, k, v and the products of SwiGLU. Not
-    counted: the keys and values that local layers gather under context parallelism.
+    Fused attention keeps nothing of size length x length. They are the inputs of its two norms and of its four matrix
+    products, q, k, v and the products of SwiGLU. Not counted: the keys and values that local layers gather under
+    context parallelism.
     """
     a, tp = model.architecture, model.grid.tp_size
     heads = (a.num_attention_heads + 2 * a.num_query_groups) * a.head_dim
     split = heads + a.num_attention_heads * a.head_dim + 3 * a.ffn_hidden_size
     whole = 4 * a.hidden_size / (tp if sequence_parallel else 1)
-    return (split / tp + whole) * _tokens(config, model.grid) * model.bytes_per_value
+    return (split / tp + whole) * model.bytes_per_value / model.grid.cp_size
+
+
+def _kept_bytes_per_token(config: Config, student: _Model) -> float:
+    """Returns what a stage keeps for the backward pass.
+
+    With recomputation a layer keeps only its input, or all but what its feed-forward network makes.
+    """
+    a, grid, sequence_parallel = student.architecture, student.grid, config.model.sequence_parallel
+    layer = _layer_bytes_per_token(student, sequence_parallel=sequence_parallel)
+    if config.model.recompute_activations:
+        layer = a.hidden_size * student.bytes_per_value / grid.cp_size
+        layer /= grid.tp_size if sequence_parallel else 1
+    if "mlp" in config.model.recompute_modules:
+        layer -= _feed_forward_bytes_per_token(student)
+    return student.stage_layers * layer
+
+
+def _feed_forward_bytes_per_token(student: _Model) -> float:
+    channels = 3 * student.architecture.ffn_hidden_size / student.grid.tp_size
+    return channels * student.bytes_per_value / student.grid.cp_size
 
 
 def _activations(config: Config, student: _Model) -> float:
-    """Returns the bytes kept for the backward pass.
+    """Returns the bytes kept for the backward pass: up to pp micro-batches are in flight.
 
-    With recomputation a layer keeps only its input, or its feed-forward network only that network's, except one layer
-    at a time. Up to pp micro-batches are in flight.
+    With recomputation one layer at a time has all of its activations.
     """
-    sequence_parallel = config.model.sequence_parallel
-    layer = _layer_activations(config, student, sequence_parallel=sequence_parallel)
-    in_flight = student.stage_layers * student.grid.pp_size
+    per_token = student.grid.pp_size * _kept_bytes_per_token(config, student)
+    if config.model.recompute_activations:
+        per_token += _layer_bytes_per_token(student, sequence_parallel=config.model.sequence_parallel)
     if "mlp" in config.model.recompute_modules:
-        feed_forward = 3 * student.architecture.ffn_hidden_size / student.grid.tp_size
-        recomputed = feed_forward * _tokens(config, student.grid) * student.bytes_per_value
-        return in_flight * (layer - recomputed) + recomputed
-    if not config.model.recompute_activations:
-        return in_flight * layer
-    kept = student.architecture.hidden_size * _tokens(config, student.grid) * student.bytes_per_value
-    return in_flight * kept / (student.grid.tp_size if sequence_parallel else 1) + layer
+        per_token += _feed_forward_bytes_per_token(student)
+    return per_token * _tokens(config)
 
 
-def _tokens(config: Config, grid: ModelGrid) -> float:
-    """Returns the tokens of a micro-batch that a rank holds."""
-    return max(config.training.max_tokens_per_micro_batch, config.longest_sequence) / grid.cp_size
+def _num_rollouts(config: Config, model: _Model) -> int:
+    """Returns the rollouts of the fullest replica."""
+    return -(-config.rollout.prompts_per_step * config.rollout.samples_per_prompt // model.grid.dp_size)
+
+
+def _tokens(config: Config) -> int:
+    return max(config.training.max_tokens_per_micro_batch, config.longest_sequence)
 
 
 def _engine(config: Config, whole: _Model, phase: str) -> Parts:

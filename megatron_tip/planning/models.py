@@ -10,7 +10,7 @@ from megatron_tip.config import Config
 from megatron_tip.conversion.known_models import KnownModel, KnownTokenizer, known_model
 from megatron_tip.conversion.model_folder import ModelFolder, read_json
 from megatron_tip.conversion.safetensors_io import HfCheckpoint
-from megatron_tip.errors import ConfigError, WeightsError
+from megatron_tip.errors import ConfigError, DroppedLayersError, WeightsError
 from megatron_tip.machine import Machine
 from megatron_tip.teachers.setup import teacher_limits
 
@@ -34,6 +34,8 @@ def find_model(section: str, path: Path, machine: Machine, drop_layers: Sequence
             machine.notes.append(f"weights of {path} are not on this machine, only its config.json")
             return ModelFolder(path, drop_layers)
         return HfCheckpoint(path, drop_layers)
+    except DroppedLayersError as error:
+        raise WeightsError(f"{section}.{error}") from error
     except WeightsError as error:
         raise WeightsError(f"{section}.path: {error}") from error
 
@@ -139,11 +141,14 @@ def _check_same(config: Config, student: PreTrainedTokenizerBase, teacher: PreTr
     if own != other:
         different = sorted(set(own.items()) ^ set(other.items()), key=lambda item: item[1])
         example, place = different[0]
+        text, other_text = (_compared_tokens(tokenizer, "may_differ") for tokenizer in (student, teacher))
+        if text == other_text:
+            advice = 'only special tokens differ: teacher.special_tokens = "may_differ" allows that'
+        else:
+            advice = "distillation compares probabilities id by id, so both models must share one tokenizer"
         raise ConfigError(
             f"teacher.path: expected the student's tokenizer ({config.model.path}), got another one in "
-            f"{config.teacher.path}: {len(different)} entries differ, for example {example!r} at id {place}; "
-            "distillation compares probabilities id by id, so both models must share one tokenizer "
-            "(teacher.special_tokens can exempt special tokens)"
+            f"{config.teacher.path}: {len(different)} entries differ, for example {example!r} at id {place}; {advice}"
         )
 
 

@@ -37,7 +37,8 @@ PHASES = {
     "measure": Phase(frozenset({"teacher", "head"}), frozenset({WEIGHTS})),
 }
 """The phases by name, in the order of a step. "measure": the held-out KL and the gauge, between a sync and the next
-step. A checkpoint is saved from wherever the optimizer's state is, so that saving moves nothing.
+step. In one pass (`selection.passes`) the student's activations are held from "score" to "train". A checkpoint is saved
+from wherever the optimizer's state is, so that saving moves nothing.
 """
 
 

@@ -13,7 +13,7 @@ from megatron_tip.models.layout import check_layout
 from megatron_tip.parallel.grid import ModelGrid
 from megatron_tip.placement.hosts import Hosts, hosts_elsewhere, hosts_here
 from megatron_tip.placement.placement import Placement, place
-from megatron_tip.planning.inputs import check_inputs, check_packages, read_prompts
+from megatron_tip.planning.inputs import check_inputs, check_number, check_packages, read_prompts
 from megatron_tip.planning.models import FoundModel, find_model, limits, served_limits, shared_tokenizer, stop_ids
 from megatron_tip.planning.precision import check_precision
 from megatron_tip.planning.settings import check_settings, make_selector
@@ -122,6 +122,7 @@ def outline_run(
     if tokenizer:
         check_environment(config.rollout, tokenizer, stop_token_ids)
     prompts = read_prompts(config, machine) if reads_prompts else None  # last: a large file takes a while
+    check_number(config, prompts)
     return Outline(
         student=student,
         teacher=teacher,

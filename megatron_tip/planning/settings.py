@@ -15,7 +15,7 @@ def check_settings(config: Config, positions: Mapping[str, int]) -> None:
     Args:
         positions: maximum tokens of a sequence, for "student" and "teacher".
     """
-    _check_one_pass(config)
+    _check_passes(config)
     for owner, limit in positions.items():
         if config.longest_sequence > limit:
             raise ConfigError(
@@ -53,8 +53,10 @@ def make_selector(config: Config) -> Selector:
     except ConfigError as error:  # it names the setting without its section
         raise ConfigError(f"selection.{error}") from error
     longest = config.rollout.max_response_tokens
-    if selector.resolved_scope == "rollout" and not rollout_budget(
-        selection.retention_ratio, longest, selection.minimum_per_rollout
+    if (
+        selector.resolved_scope == "rollout"
+        and not selector.keeps_all
+        and not rollout_budget(selection.retention_ratio, longest, selection.minimum_per_rollout)
     ):
         raise ConfigError(
             f"selection.retention_ratio: expected at least one token of the longest response, got floor("
@@ -129,19 +131,11 @@ def _check_memory(config: Config) -> None:
         )
 
 
-def _check_one_pass(config: Config) -> None:
-    """Refuses settings that need all scores before the training pass if the selection happens within that pass."""
-    selection = config.selection
-    if selection.scope == "micro_batch":
-        setting = 'selection.scope = "micro_batch"'
-    elif selection.thresholds == "last_step":
-        setting = 'selection.thresholds = "last_step"'
-    else:
-        return
-    if not teacher_kind(config).scores_rows:
-        raise ConfigError(f'{setting}: expected teacher.kind = "megatron", got "sglang"; servers score whole batches')
-    if config.rollout.importance_cap:
+def _check_passes(config: Config) -> None:
+    """Refuses one pass over several stages, none of which can hold what flows between them."""
+    num_stages = config.model.pipeline_parallel_size
+    if config.selection.passes == "one" and num_stages > 1:
         raise ConfigError(
-            f"{setting}: expected rollout.importance_cap = 0, got {config.rollout.importance_cap}; importance weights "
-            "come from a scoring pass"
+            f'selection.passes = "one": expected model.pipeline_parallel_size = 1, got {num_stages}; set it to "auto" '
+            'or "two"'
         )

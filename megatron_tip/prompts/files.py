@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_tip.errors import InputError
-from megatron_tip.files import parse_json
+from megatron_tip.files import is_lfs_pointer, parse_json
 
 # A text, or chat messages with the texts "role" and "content"; other keys are for the chat template.
 RawPrompt = str | list[dict[str, Any]]
@@ -59,9 +59,14 @@ def read_prompt_file(path: Path, field: str, teacher_field: str = "") -> PromptF
     """
     readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
     if path.suffix not in readers:
-        raise InputError(f"prompts.path: expected a .jsonl or .parquet file, got {path}")
+        raise InputError(
+            f"prompts.path: expected a .jsonl or .parquet file, got {path}; write one JSON object per line, such as "
+            '{"prompt": "..."}, into a .jsonl file'
+        )
     if not path.is_file():
-        raise InputError(f"prompts.path: no file {path}")
+        raise InputError(f"prompts.path: no file {path}; data sets are not fetched, a file must lie on this machine")
+    if is_lfs_pointer(path):
+        raise InputError(f"prompts.path: expected prompts, got a Git LFS pointer in {path}; run `git lfs pull` there")
     distinct = _DistinctPrompts(field, teacher_field)
     num_rows = readers[path.suffix](path, distinct)
     if not num_rows:
@@ -121,9 +126,9 @@ def _values(where: str, line: bytes, fields: Sequence[str]) -> list[Any]:
         raise InputError(f"{where}: expected a JSON object, got a broken line ({error})") from error
     if not isinstance(record, dict):
         raise InputError(f"{where}: expected a JSON object, got {type(record).__name__}")
-    for field in fields:
+    for key, field in zip(_KEYS, fields, strict=False):
         if field not in record:
-            raise InputError(f"{where}: no field {field!r}, only {sorted(record)}")
+            raise InputError(_no_field(key, field, where, sorted(record)))
     return [record[field] for field in fields]
 
 
@@ -141,9 +146,9 @@ def _batches(path: Path, fields: Sequence[str]) -> Iterator[pa.RecordBatch]:
     try:
         with pq.ParquetFile(path) as file:
             columns = file.schema_arrow.names
-            for field in fields:
+            for key, field in zip(_KEYS, fields, strict=False):
                 if field not in columns:
-                    raise InputError(f"{path}: no column {field!r}, only {columns}")
+                    raise InputError(_no_field(key, field, str(path), columns))
             yield from file.iter_batches(_ROWS_PER_BATCH, columns=list(dict.fromkeys(fields)))
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path}: not a readable Parquet file ({error})") from error
@@ -151,6 +156,14 @@ def _batches(path: Path, fields: Sequence[str]) -> Iterator[pa.RecordBatch]:
 
 _ROWS_PER_BATCH = 8192
 """Rows that are Python objects at a time."""
+
+
+_KEYS = ("prompts.field", "prompts.teacher_field")
+"""The keys of the configuration that name the fields of a row, in the order of `_DistinctPrompts.fields`."""
+
+
+def _no_field(key: str, field: str, where: str, found: Sequence[str]) -> str:
+    return f"{key}: expected a field of {where}, got {field!r}; set {key} to one that it has: {', '.join(found)}"
 
 
 def _key(where: str, values: Sequence[Any]) -> bytes:
@@ -185,9 +198,12 @@ def _checked(where: str, field: str, value: Any) -> RawPrompt:
             )
         # A Parquet column has every key in every message.
         return [{key: item for key, item in message.items() if item is not None} for message in value]
+    hint = ""
+    if isinstance(value, list) and value and all(isinstance(part, dict) and "from" in part for part in value):
+        hint = "; rename 'from' to 'role' (human: user, gpt: assistant) and 'value' to 'content'"
     raise InputError(
         f"{where}: expected {field!r} to be a text or a list of messages with the texts 'role' and 'content', got "
-        f"{value!r:.200}"
+        f"{value!r:.200}{hint}"
     )
 
 

@@ -124,7 +124,17 @@ def load_prompts(
         *(len(source.training), len({prompt.text for prompt in source.training}), len(source.heldout)),
         *(source.num_skipped, prompts.max_prompt_tokens, source.num_duplicates),
     )
+    if len(source.training) < prompts_per_step:
+        logger.warning("%s", fewer_than_a_step(len(source.training), prompts_per_step))
     return source
+
+
+def fewer_than_a_step(num_prompts: int, prompts_per_step: int) -> str:
+    """Returns the warning that a step repeats prompts."""
+    return (
+        f"prompts: {num_prompts} to train on, fewer than rollout.prompts_per_step = {prompts_per_step}: each step has "
+        "some of them several times, and answers them with different samples"
+    )
 
 
 def _from_file(

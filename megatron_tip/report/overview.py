@@ -1,10 +1,12 @@
 """The page's tables: the runs in numbers, differences of their configurations, benchmarks, samples."""
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from megatron_tip.files import finite_number
 from megatron_tip.report.run_data import RunData, differing_keys
+from megatron_tip.report.user_words import user_words
 
 NOT_RECORDED = "not recorded"
 NOTHING = "\N{EN DASH}"
@@ -14,12 +16,16 @@ Row = tuple[str, list[str]]
 def overview_rows(runs: Sequence[RunData]) -> list[Row]:
     """Returns the overview's rows: a label, and a text for each run."""
     rows: list[tuple[str, Callable[[RunData], str]]] = [
+        ("Student", lambda run: _model(run, "model")),
+        ("Teacher", lambda run: _model(run, "teacher")),
+        ("Prompts", _prompts),
         ("Rule, budget", _rule),
         ("Steps", lambda run: str(run.steps[-1]) if run.steps else "0"),
         ("Held-out reverse KL", _heldout),
         ("Tokens supervised", _supervised),
         ("Tokens through the training pass", _trained),
         ("Time", lambda run: _seconds(_get(run, "seconds", "total"))),
+        ("Rate", _rate),
         ("Peak memory, all workers", lambda run: _bytes((run.summary or {}).get("peak_rss_bytes"))),
         ("Layout", _layout),
     ]
@@ -41,19 +47,66 @@ def evaluation_rows(runs: Sequence[RunData]) -> list[list[str]]:
     return [_evaluation(run.name, record) for run in runs for record in run.evaluations]
 
 
-def sample_rows(runs: Sequence[RunData]) -> list[tuple[str, list[tuple[str, str, str]]]]:
-    """Returns (prompt, [(run, before, after)]) for each held-out prompt, with the answers of the runs that have it."""
+def heldout_warning(runs: Sequence[RunData]) -> str:
+    """Returns a warning if the runs' held-out measurements are of different things; empty if they can be compared."""
+    generated = any(run.config.get("prompts", {}).get("source") == "reasoning_gym" for run in runs)
+    names = {*_HELDOUT_KEYS, *(["run.seed"] if generated else [])}
+    differing = [key for key, _ in differing_keys(runs) if key in names]
+    if not differing:
+        return ""
+    return f"not the same held-out set or measurement ({', '.join(differing)} differ): held-out values do not compare"
+
+
+_HELDOUT_KEYS = (
+    *("prompts.source", "prompts.path", "prompts.field", "prompts.tasks", "prompts.apply_chat_template"),
+    *("prompts.system_prompt", "prompts.max_prompt_tokens", "heldout.num_prompts", "teacher.path"),
+    *("rollout.max_response_tokens", "rollout.temperature", "rollout.top_p", "loss.temperature"),
+)
+"""Keys on which the held-out prompts, the answers' sampling or what is measured depend."""
+
+
+def sample_rows(runs: Sequence[RunData]) -> list[tuple[str, str, list[tuple[str, str, str]]]]:
+    """Returns (the user's words, prompt, [(run, before, after)]) for each held-out prompt.
+
+    The answers are those of the runs that have the prompt.
+    """
     found: dict[str, list[tuple[str, str, str]]] = {}
     for run in runs:
         for sample in run.samples:
             texts = [str(sample.get(name, NOT_RECORDED)) for name in ("prompt", "before", "after")]
             found.setdefault(texts[0], []).append((run.name, texts[1], texts[2]))
-    return list(found.items())
+    return [(user_words(prompt), prompt, answers) for prompt, answers in found.items()]
 
 
 def _rule(run: RunData) -> str:
     selection = run.config.get("selection", {})
+    if selection.get("rule") == "full":
+        return "full"
     return f"{selection.get('rule', '?')}, {_percent(selection.get('retention_ratio'))}"
+
+
+def _model(run: RunData, section: str) -> str:
+    model = run.config.get(section, {})
+    if "path" not in model:
+        return NOT_RECORDED
+    dropped = model.get("drop_layers") or []
+    return Path(str(model["path"])).name + (f" without {len(dropped)} layers" if dropped else "")
+
+
+def _prompts(run: RunData) -> str:
+    prompts = run.config.get("prompts", {})
+    if "path" in prompts:
+        return Path(str(prompts["path"])).name
+    return ", ".join(map(str, prompts.get("tasks") or [])) or NOT_RECORDED
+
+
+def _rate(run: RunData) -> str:
+    seconds, tokens = _get(run, "seconds", "total"), _get(run, "tokens", "valid")
+    steps = finite_number((run.summary or {}).get("steps"))
+    if not seconds or not steps:
+        return NOT_RECORDED
+    per_second = "" if tokens is None else f", {tokens / seconds:,.1f} response tokens per second"
+    return f"{seconds / steps:.1f} s per step{per_second}"
 
 
 def _heldout(run: RunData) -> str:

@@ -11,7 +11,7 @@ from plotly.offline import get_plotlyjs
 from megatron_tip import __version__
 from megatron_tip.errors import InputError
 from megatron_tip.files import atomic_write_text, output_errors
-from megatron_tip.report.overview import config_rows, evaluation_rows, overview_rows, sample_rows
+from megatron_tip.report.overview import config_rows, evaluation_rows, heldout_warning, overview_rows, sample_rows
 from megatron_tip.report.packing import packed, packed_json
 from megatron_tip.report.run_data import RunData, read_runs
 from megatron_tip.report.tokens import LADDER, Blocks, Detail, RunPacker, statistic_labels
@@ -115,6 +115,7 @@ def _renderer(runs: Sequence[RunData]) -> Any:
         "config": config_rows(runs),
         "evaluations": evaluation_rows(runs),
         "samples": sample_rows(runs),
+        "warning": heldout_warning(runs),
         "notes": [(run.name, note) for run in runs for note in run.notes],
         "has_views": any(run.tables for run in runs),
     }

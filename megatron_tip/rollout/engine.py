@@ -13,6 +13,7 @@ from megatron_tip.conversion.model_folder import ModelFolder
 from megatron_tip.placement.placement import Placement
 from megatron_tip.records import Prompt, Rollout
 from megatron_tip.rollout.handover.exchange import HandleExchange
+from megatron_tip.rollout.progress_clock import Show, show_nothing
 from megatron_tip.seeds import derive_seed
 
 FINISH_REASONS = ("stop", "length", "turns")
@@ -56,6 +57,7 @@ class EngineNeeds:
     engine in the first process may use all of them, because the others wait for it. `dtype`: of the engine's weights.
     `weights_dtype`: of the student's parameters in the stream. `exchange`: this rank's part in weight syncs by IPC, if
     other ranks take part. `releases_memory`: `hold_memory` will be called, for which servers need a memory saver.
+    `show`: shows the progress of a batch.
     """
 
     config: Config
@@ -70,6 +72,7 @@ class EngineNeeds:
     weights_dtype: torch.dtype
     exchange: HandleExchange | None = None
     releases_memory: bool = False
+    show: Show = show_nothing
 
 
 class RolloutEngine(ABC):

@@ -6,7 +6,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_tip.errors import ConfigError
 from megatron_tip.records import TokenIndex
 from megatron_tip.selection.batch import read_batch, read_values
 from megatron_tip.selection.metrics import quadrant_axes, quadrant_rows
@@ -47,12 +46,10 @@ def compare_rules(
     """Returns the comparison of all published rules, except "full", that the statistics allow.
 
     Args:
-        statistics, index: this replica's rows, as for `Selector.select`. scope: "batch" or "rollout".
+        statistics, index: this replica's rows, as for `Selector.select`.
         seed: of the first rule; each further rule has the next seed.
         divergence: the statistic that cuts the quadrants along with the student's entropy, if available.
     """
-    if scope == "micro_batch":
-        raise ConfigError("compare_rules: expected scope 'batch' or 'rollout', got 'micro_batch'")
     replicas = Replicas(dp_group)
     batch = read_batch(read_values(statistics), index, replicas)
     axes = quadrant_axes(batch.values, {divergence})

@@ -20,7 +20,6 @@ class Stream(IntEnum):
 
     ACTIVE = 0
     COMPARED = 1
-    TIES = 2
 
 
 @dataclass(frozen=True)

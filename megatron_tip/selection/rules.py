@@ -16,7 +16,7 @@ from megatron_tip.selection.normalise import ABOVE_MEDIAN, CLIPPED_MIN_MAX, MIN_
 from megatron_tip.statistics import STATISTICS
 
 Take = Literal["all", "top", "bottom", "sample"]
-Scope = Literal["batch", "rollout", "micro_batch"]
+Scope = Literal["batch", "rollout"]
 
 ENTRY_POINTS = "megatron_tip.selection_rules"
 
@@ -130,7 +130,7 @@ def _imported(path: str) -> Any:
     except Exception as error:  # the module may raise anything while it is imported
         raise ConfigError(
             f"rule: cannot import {path!r} ({type(error).__name__}: {error}); expected 'package.module:attribute', no "
-            "path of a file; check the name and PYTHONPATH"
+            "path of a file; the module lies beside the run's TOML, is installed, or is on PYTHONPATH"
         ) from error
 
 

@@ -3,13 +3,11 @@
 from dataclasses import replace
 
 import torch.distributed as dist
-from torch import Tensor
 
 from megatron_tip.errors import InputError, TrainingError
 from megatron_tip.records import TokenIndex, TokenSelection
 from megatron_tip.selection.batch import Batch, read_batch, read_values
 from megatron_tip.selection.budget import BatchBudget, Budget, NoBudget, RolloutBudget, batch_budget
-from megatron_tip.selection.calibration import Calibration
 from megatron_tip.selection.loss_scale import inclusion, row_weights
 from megatron_tip.selection.metrics import (
     Sums,
@@ -38,18 +36,7 @@ class Selector(SelectionSettings):
         step: int,
         dp_group: dist.ProcessGroup | None = None,
     ) -> TokenSelection:
-        """Returns the selection of this replica's rows; see `select_and_calibrate`."""
-        return self.select_and_calibrate(statistics, index, step=step, dp_group=dp_group)[0]
-
-    def select_and_calibrate(
-        self,
-        statistics: TokenStatistics | None,
-        index: TokenIndex,
-        *,
-        step: int,
-        dp_group: dist.ProcessGroup | None = None,
-    ) -> tuple[TokenSelection, Calibration | None]:
-        """Returns the selection of this replica's rows and, for scope "batch", what `select_micro_batch` can reuse.
+        """Returns the selection of this replica's rows.
 
         Masks and weights depend only on the set of rows of the whole batch, so they are the same on every layout.
 
@@ -67,14 +54,12 @@ class Selector(SelectionSettings):
             InputError: a statistic is missing, or (on all ranks) an index does not match.
             TrainingError: the batch has no valid rows or no budget, or scores are not finite; on all ranks.
         """
-        if self.resolved_scope == "micro_batch" and not self.keeps_all:
-            raise InputError("scope 'micro_batch' selects each micro-batch on its own: call select_micro_batch")
         return self.select_among(Replicas(dp_group), statistics, index, step)
 
     def select_among(
         self, replicas: Replicas, statistics: TokenStatistics | None, index: TokenIndex, step: int
-    ) -> tuple[TokenSelection, Calibration | None]:
-        """Returns the same as `select_and_calibrate`, for any kind of replicas."""
+    ) -> TokenSelection:
+        """Returns the same as `select`, for any kind of replicas."""
         batch, budget = self._read(statistics, index, replicas)
         rules = [self.active_rule, *self.compared_rules(batch.values)]
         axes = quadrant_axes(batch.values, self.resolved_rule.required_statistics)
@@ -95,26 +80,7 @@ class Selector(SelectionSettings):
         chance = inclusion(self.active_rule, rankings[0], kept, budget)
         weights = row_weights(kept.mask, self.loss_scale, batch.num_valid, budget.num_selected, chance)
         scores = rankings[0].rule_scores(self.active_rule)
-        selection = TokenSelection(kept.mask, weights, batch.num_valid, budget.num_selected, metrics, scores)
-        return selection, Calibration.of(found, kept.threshold) if kept.threshold else None
-
-    def describe(
-        self,
-        statistics: TokenStatistics | None,
-        index: TokenIndex,
-        selection_mask: Tensor,
-        *,
-        dp_group: dist.ProcessGroup | None = None,
-    ) -> dict[str, float]:
-        """Returns the metrics of a mask that was selected in one pass, without agreements with other rules.
-
-        Collectives: 1 all-gather and at most 4 all-reduces. Raises what `select` raises.
-        """
-        batch = read_batch(read_values(statistics), index, Replicas(dp_group))
-        axes = quadrant_axes(batch.values, self.resolved_rule.required_statistics)
-        found = quantiles(batch.values, {(name, 0.5) for name in axes}, batch.num_valid, batch.replicas)
-        sums = sum_rows(described_rows(batch, selection_mask, found, axes, {}), batch.replicas)
-        return selection_metrics(sums, batch.num_valid, found, axes)
+        return TokenSelection(kept.mask, weights, batch.num_valid, budget.num_selected, metrics, scores)
 
     def _read(self, statistics: TokenStatistics | None, index: TokenIndex, replicas: Replicas) -> tuple[Batch, Budget]:
         """Returns the batch and its budget. 1 all-gather."""
@@ -150,7 +116,11 @@ class Selector(SelectionSettings):
 
     def _check_sums(self, sums: Sums, num_selected: int) -> None:
         """Raises on all ranks if scores or rows cannot be ranked."""
-        self.check_scores(int(sums["nan"]))
+        if num_nan := int(sums["nan"]):
+            raise TrainingError(
+                f"rule {self.rule!r}: {num_nan} scores are NaN although {sorted(self.required_statistics)} are finite; "
+                "fix the score function"
+            )
         if sums["selected"] != num_selected:
             raise InputError(
                 f"token index: {int(sums['selected'])} rows were kept instead of {num_selected}, so a (rollout_index, "

@@ -5,17 +5,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, get_args
 
-from megatron_tip.errors import ConfigError, TrainingError
+from megatron_tip.errors import ConfigError
 from megatron_tip.selection.batch import Batch
 from megatron_tip.selection.budget import TieOrder
-from megatron_tip.selection.calibration import Calibration
 from megatron_tip.selection.counter_hash import shuffled
 from megatron_tip.selection.loss_scale import LossScale
 from megatron_tip.selection.normalise import NORMALISERS
 from megatron_tip.selection.rules import RULES, Rule, Scope, load_rule
 
 TieBreak = Literal["token_order", "random"]
-Thresholds = Literal["this_step", "last_step"]
 
 
 @dataclass(frozen=True)
@@ -24,12 +22,10 @@ class SelectionSettings:
 
     Args:
         rule: a name in `rules.RULES`, an installed rule, or an import path (see `load_rule`).
-        retention_ratio: rho in (0, 1], the share of the valid rows to keep; 1 keeps all, for every rule.
+        retention_ratio: rho in (0, 1], the share of the valid rows to keep; 1 keeps all, for every rule, and the rule
+            "full" does so whatever rho is.
         scope: the unit of the budget: "batch", ceil(rho |I|) of the whole batch; "rollout", floor(rho m) of each
-            rollout; "micro_batch", ceil(rho m) of each micro-batch, in one pass (`select_micro_batch`). None: as the
-            rule was published.
-        thresholds: the source of quantiles and threshold: "this_step", exact; or "last_step", in one pass, which meets
-            the budget on average. Scope "batch" only.
+            rollout. None: as the rule was published.
         normaliser: one of `normalise.NORMALISERS` for all inputs of the rule; None: the rule's own.
         tie_break: of rows with equal scores, keep the first in "token_order" (rollout, then position), or the first in
             a "random" order drawn from seed and step.
@@ -46,7 +42,6 @@ class SelectionSettings:
     rule: str
     retention_ratio: float = 1.0
     scope: Scope | None = None
-    thresholds: Thresholds = "this_step"
     normaliser: str | None = None
     tie_break: TieBreak = "token_order"
     loss_scale: LossScale = "selected"
@@ -56,7 +51,6 @@ class SelectionSettings:
 
     def __post_init__(self) -> None:
         _check_choice("scope", self.scope, (*get_args(Scope), None))
-        _check_choice("thresholds", self.thresholds, get_args(Thresholds))
         _check_choice("normaliser", self.normaliser, (*NORMALISERS, None))
         _check_choice("tie_break", self.tie_break, get_args(TieBreak))
         _check_choice("loss_scale", self.loss_scale, get_args(LossScale))
@@ -65,13 +59,6 @@ class SelectionSettings:
         if self.minimum_per_rollout < 0:
             raise ConfigError(f"minimum_per_rollout: expected 0 or more, got {self.minimum_per_rollout}")
         take = self.resolved_rule.take
-        if take == "all" and not self.keeps_all:
-            raise ConfigError(f"rule {self.rule!r} keeps every row: set retention_ratio = 1, or choose another rule")
-        if self.thresholds == "last_step" and (self.keeps_all or self.resolved_scope != "batch"):
-            raise ConfigError(
-                "thresholds 'last_step': expected scope 'batch' and a retention_ratio below 1, got scope "
-                f"{self.resolved_scope!r} and {self.retention_ratio}; use 'this_step'"
-            )
         if self.loss_scale == "importance" and take not in ("all", "sample"):
             sampling = [name for name, rule in RULES.items() if rule.take == "sample"]
             raise ConfigError(
@@ -96,22 +83,18 @@ class SelectionSettings:
 
     @property
     def keeps_all(self) -> bool:
-        return self.retention_ratio == 1.0
+        """Whether every valid row is kept: with the rule "full" whatever the budget, or a budget of 1."""
+        return self.retention_ratio == 1.0 or self.resolved_rule.take == "all"
+
+    @property
+    def asked_share(self) -> float:
+        """The share of the valid rows that is asked for: `retention_ratio`, or 1 if all are kept."""
+        return 1.0 if self.keeps_all else self.retention_ratio
 
     @property
     def required_statistics(self) -> frozenset[str]:
         """The fields of TokenStatistics that selection requires; empty if it needs no scoring pass."""
         return self.active_rule.required_statistics
-
-    def selects_in_one_pass(self, calibration: Calibration | None) -> bool:
-        """Returns whether `select_micro_batch` can choose the rows during training, without a scoring pass.
-
-        Args:
-            calibration: of the last step with a selection, if any.
-        """
-        if self.keeps_all:
-            return False  # nothing to choose or score
-        return self.resolved_scope == "micro_batch" or (self.thresholds == "last_step" and calibration is not None)
 
     def check_available(self, available: Collection[str], source: str) -> None:
         """Raises ConfigError at the start of a run if the rule needs a statistic that it cannot compute.
@@ -125,14 +108,6 @@ class SelectionSettings:
             raise ConfigError(
                 f"rule {self.rule!r} needs {missing}, which {source} does not provide; rules that can run on it: "
                 f"{', '.join(possible)}"
-            )
-
-    def check_scores(self, num_nan: int) -> None:
-        """Raises TrainingError if the rule's scores contain NaN, which cannot be ranked."""
-        if num_nan:
-            raise TrainingError(
-                f"rule {self.rule!r}: {num_nan} scores are NaN although {sorted(self.required_statistics)} are finite; "
-                "fix the score function"
             )
 
     def compared_rules(self, available: Collection[str]) -> list[Rule]:

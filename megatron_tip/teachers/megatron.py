@@ -146,7 +146,13 @@ class MegatronTeacher(Teacher[HiddenRows]):
         return rows
 
     def score(
-        self, student: Student, batch: StepBatch, rows: HiddenRows | None, *, with_support: bool = False
+        self,
+        student: Student,
+        batch: StepBatch,
+        rows: HiddenRows | None,
+        *,
+        with_support: bool = False,
+        held: list[Tensor] | None = None,
     ) -> tuple[TokenStatistics | None, HiddenRows | None]:
         def score(hidden: Tensor, part: HiddenRows, labels: Tensor) -> TokenStatistics:
             return self.statistics(student, hidden, part, labels, with_support=with_support)
@@ -154,7 +160,7 @@ class MegatronTeacher(Teacher[HiddenRows]):
         def unknown(part: HiddenRows) -> TokenStatistics:
             return TokenStatistics.unknown(len(part), part.states.device)
 
-        found = score_micro_batches(student, batch, rows, score, unknown)
+        found = score_micro_batches(student, batch, rows, score, unknown, held=held)
         return TokenStatistics.concatenate(found) if found else None, rows
 
     def statistics(

@@ -16,7 +16,7 @@ from megatron_tip.parallel.groups import ModelGroups
 from megatron_tip.parallel.together import together
 from megatron_tip.records import Rollout, TeacherTopK
 from megatron_tip.rollout.sglang.client import SGLangClient, Timeouts
-from megatron_tip.rollout.sglang.setup import read_keys
+from megatron_tip.rollout.sglang.keys import read_keys
 from megatron_tip.statistics import TokenStatistics
 from megatron_tip.teachers.server_scorer import ScoringSettings, ServerTeacher
 from megatron_tip.teachers.teacher import Teacher, TeacherSite, score_micro_batches
@@ -74,7 +74,13 @@ class ServedTeacher(Teacher[TeacherTopK]):
             self.scorer.close()
 
     def score(
-        self, student: Student, batch: StepBatch, rows: TeacherTopK | None, *, with_support: bool = False
+        self,
+        student: Student,
+        batch: StepBatch,
+        rows: TeacherTopK | None,
+        *,
+        with_support: bool = False,
+        held: list[Tensor] | None = None,
     ) -> tuple[TokenStatistics | None, TeacherTopK | None]:
         """Returns statistics and rows; see `Teacher.score`. Raises what `ask` raises.
 
@@ -85,7 +91,7 @@ class ServedTeacher(Teacher[TeacherTopK]):
             pair, ids = (hidden, student.output_head), part.support_ids
             return student_statistics(pair, self.vocabulary, teacher_support_ids=ids, labels=labels)
 
-        found = score_micro_batches(student, batch, rows, score, _unknown)
+        found = score_micro_batches(student, batch, rows, score, _unknown, held=held)
         own = StudentStatistics.concatenate(found) if found else None
         if self.asks_student_support:
             rows = self._with_student_support(batch, rows, own.support_ids if own else None)

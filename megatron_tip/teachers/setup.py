@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_tip.config import Config
 from megatron_tip.conversion.model_folder import read_json
+from megatron_tip.conversion.not_a_model import require_model_folder
 from megatron_tip.errors import ConfigError
 from megatron_tip.machine import Machine
-from megatron_tip.rollout.sglang.setup import read_keys
+from megatron_tip.rollout.sglang.keys import read_keys
 from megatron_tip.vocab_parallel.statistics import FULL_STATISTICS
 from megatron_tip.vocab_parallel.topk_divergence import TOPK_DIVERGENCES
 from megatron_tip.vocab_parallel.topk_statistics import ON_STUDENT_SUPPORT, TOPK_STATISTICS
@@ -103,9 +104,10 @@ def teacher_limits(folder: Path) -> tuple[int, int]:
     """Returns vocabulary size and number of positions from `folder`'s config.json, for any architecture; no weights.
 
     Raises:
-        WeightsError: config.json cannot be read.
+        WeightsError: it is no model's folder, or config.json cannot be read.
         ConfigError: one of the two values is missing.
     """
+    require_model_folder(folder)
     content = read_json(folder / "config.json")
     content |= content.get("text_config") or {}
     found = [content.get(key) for key in ("vocab_size", "max_position_embeddings")]
@@ -130,22 +132,16 @@ class TeacherKind:
     `check`: rejects what it does not support, given the configuration and the machine's files.
     `known_statistics`: the fields of TokenStatistics that it can provide. `module`: the module with its class and
     `build(config, site)`. `has_weights`: the run loads its weights; otherwise `teacher.path` only describes it.
-    `scores_rows`: it has `Teacher.statistics`, which selection while training needs.
     """
 
     check: Callable[[Config, Machine], None]
     known_statistics: Callable[[Config], frozenset[str]]
     module: str
     has_weights: bool
-    scores_rows: bool
 
 
 TEACHER_KINDS = {
-    "megatron": TeacherKind(
-        _check_in_trainer, _known_in_trainer, "megatron_tip.teachers.megatron", has_weights=True, scores_rows=True
-    ),
-    "sglang": TeacherKind(
-        _check_served, _known_of_servers, "megatron_tip.teachers.served", has_weights=False, scores_rows=False
-    ),
+    "megatron": TeacherKind(_check_in_trainer, _known_in_trainer, "megatron_tip.teachers.megatron", has_weights=True),
+    "sglang": TeacherKind(_check_served, _known_of_servers, "megatron_tip.teachers.served", has_weights=False),
 }
 """`teacher.kind` -> the kind."""

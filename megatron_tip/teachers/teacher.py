@@ -62,16 +62,23 @@ class Teacher(ABC, Generic[Rows]):
 
     @abstractmethod
     def score(
-        self, student: Student, batch: StepBatch, rows: Rows | None, *, with_support: bool = False
+        self,
+        student: Student,
+        batch: StepBatch,
+        rows: Rows | None,
+        *,
+        with_support: bool = False,
+        held: list[Tensor] | None = None,
     ) -> tuple[TokenStatistics | None, Rows | None]:
         """Returns the statistics of every valid token that this rank holds, and its rows, possibly with more fields.
 
         Both are on the last stage; None elsewhere. Statistics are NaN in micro-batches whose student logits are not
-        finite. One forward pass of the student without gradient. Collective over the world.
+        finite. One forward pass of the student. Collective over the world.
 
         Args:
             rows: from `ask`.
             with_support: includes the top-K of both models even if the teacher does not need them.
+            held: receives the student's outputs with their graphs; None: the pass has no gradient.
         """
 
     def statistics(
@@ -84,10 +91,10 @@ class Teacher(ABC, Generic[Rows]):
         support_size: int | None = None,
         with_support: bool = False,
     ) -> TokenStatistics:
-        """Returns the statistics of n rows, during training or for a K other than the run's; no gradient.
+        """Returns the statistics of n rows, for a K other than the run's if wanted; no gradient.
 
-        Only for teachers that need nothing but their rows; the plan rejects others. Collective over the tp group of the
-        last stage, equal on all its ranks.
+        Only for teachers that need nothing but their rows; diagnostics reject others. Collective over the tp group of
+        the last stage, equal on all its ranks.
 
         Args:
             hidden: `[n, H]`, the student's. labels: `[n]`.
@@ -97,7 +104,7 @@ class Teacher(ABC, Generic[Rows]):
         Raises:
             NotFiniteError: the logits are not finite; on all tp ranks.
         """
-        raise AssertionError(f"{type(self).__name__} scores whole batches; the plan rejects anything else")
+        raise AssertionError(f"{type(self).__name__} scores whole batches; diagnostics reject it")
 
     @abstractmethod
     def loss(self, student: Student, hidden: Tensor, rows: Rows, labels: Tensor, row_weights: Tensor) -> Tensor:
@@ -133,10 +140,13 @@ def score_micro_batches(
     rows: Rows | None,
     score: Callable[[Tensor, Rows, Tensor], T],
     unknown: Callable[[Rows], T],
+    *,
+    held: list[Tensor] | None = None,
 ) -> list[T]:
     """Returns the result of `score` for each of this rank's micro-batches on the last stage; empty elsewhere.
 
-    One forward pass without gradient. Only one micro-batch's hidden states and one chunk of logits exist at a time.
+    One forward pass. Only one micro-batch's hidden states and one chunk of logits exist at a time, unless `held` takes
+    the hidden states with their graphs.
 
     Args:
         score: takes the student's hidden states `[n, H]`, the teacher's rows and the labels `[n]`.
@@ -155,5 +165,5 @@ def score_micro_batches(
             value = unknown(parts[index])
         found.append(value)
 
-    student.forward(micro_batches, keep)
+    student.forward(micro_batches, keep, held=held)
     return found

@@ -18,7 +18,7 @@ from megatron_tip.statistics import TokenStatistics
 
 @dataclass(frozen=True)
 class ContextRows:
-    """The rows of a replica or of one of its micro-batches.
+    """The rows of a replica.
 
     `owners`: `[n]` int64, the context-parallel rank that holds each row. Without context parallelism it is empty, and
     every method returns what it is given. Methods named `whole` are collective over `cp_group`.
@@ -28,13 +28,10 @@ class ContextRows:
     cp_group: dist.ProcessGroup
 
     @classmethod
-    def of(cls, batch: StepBatch, groups: ModelGroups, index: int | None = None) -> "ContextRows":
-        """Returns the rows of this rank's replica; with an `index`, those of that micro-batch alone."""
-        replica = groups.dp_rank
-        if groups.grid.cp_size == 1:
-            owners = torch.empty(0, dtype=torch.int64)
-        else:
-            owners = batch.row_owners(replica) if index is None else batch.owners_of_rows(replica, index)
+    def of(cls, batch: StepBatch, groups: ModelGroups) -> "ContextRows":
+        """Returns the rows of this rank's replica."""
+        in_parts = groups.grid.cp_size > 1
+        owners = batch.row_owners(groups.dp_rank) if in_parts else torch.empty(0, dtype=torch.int64)
         return cls(owners, groups.cp_group)
 
     def whole(self, values: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ def summarise(run: TrainingRun, totals: RecorderState, before: Heldout, after: H
         "steps": run.config.training.steps,
         "world": grid.sizes(),
         "heldout_reverse_kl": {"before": before.reverse_kl, "after": after.reverse_kl},
-        "retention_ratio": {"asked": run.config.selection.retention_ratio, "got": got},
+        "retention_ratio": {"asked": run.selector.asked_share, "got": got},
         "tokens": {
             "valid": totals.num_valid,
             "selected": totals.num_selected,

@@ -19,13 +19,15 @@ from megatron_tip.observability.run_lock import RunLock
 from megatron_tip.observability.timing import PhaseTimer
 from megatron_tip.parallel.distributed import Worker, destroy_distributed, init_distributed
 from megatron_tip.parallel.environment import available_threads, is_restarted
-from megatron_tip.parallel.launch import end_worker_with, failures_on_record
+from megatron_tip.parallel.launch import end_worker_with, failures_on_record, has_launcher
 from megatron_tip.parallel.stop import StopRequested
 from megatron_tip.parallel.together import run_on
 from megatron_tip.parallel.watchdog import HangWatchdog
+from megatron_tip.planning.description import description_of
 from megatron_tip.planning.dtypes import Dtypes
 from megatron_tip.planning.models import ends_of_the_teacher_alone
 from megatron_tip.planning.plan import RunPlan, plan_run
+from megatron_tip.rollout.progress_clock import Show, show_nothing
 from megatron_tip.training.checkpoints.files import CheckpointFiles
 from megatron_tip.training.checkpoints.progress import Heldout, RunProgress
 from megatron_tip.training.checkpoints.resume import newest_whole, restore
@@ -73,6 +75,9 @@ def train(config: Config, *, fresh: bool = False, make_gauge: MakeGauge | None =
     folder = RunFolder.create(config.run.folder)
     if not fresh:
         check_same_run(config)
+    if rank == 0:
+        for line in description_of(config, plan):
+            logger.info("%s", line)
     build_gauge = make_gauge(config, plan) if make_gauge else None
     limit = config.fault.collective_timeout_seconds
     worker = init_distributed(timeout_seconds=limit, device_index=plan.device_index)
@@ -80,7 +85,9 @@ def train(config: Config, *, fresh: bool = False, make_gauge: MakeGauge | None =
     run_on(0, partial(take_folder, folder, lock), device=worker.device)
     recorder = RunRecorder(config, folder, worker, Throughput.of_run(config, plan, worker))
     timer = PhaseTimer(worker.device, on_enter=recorder.display.show_phase, on_exit=recorder.phase_ended)
-    run, progress, recorder.state = run_to_continue(config, plan, worker, timer, folder, build_gauge, fresh=fresh)
+    run, progress, recorder.state = run_to_continue(
+        config, plan, worker, timer, folder, build_gauge, recorder.display.show_progress, fresh=fresh
+    )
     seconds = config.fault.step_timeout_seconds
     with (
         run.stop,  # a signal ends the run between steps or while it generates; it does not interrupt the final writes
@@ -121,6 +128,7 @@ def run_to_continue(
     timer: PhaseTimer,
     folder: RunFolder,
     build_gauge: Callable[[TrainingRun], Gauge] | None,
+    show_progress: Show = show_nothing,
     *,
     fresh: bool,
 ) -> tuple[TrainingRun, RunProgress, RecorderState]:
@@ -130,6 +138,7 @@ def run_to_continue(
     Collective over the world. Raises what `with_prompts`, `newest_whole`, `build_run` and `restore` raise.
 
     Args:
+        show_progress: shows the progress of a rollout.
         fresh: clears the folder first.
     """
     files = CheckpointFiles(folder.checkpoints)
@@ -141,7 +150,8 @@ def run_to_continue(
         folder.clear()
     dist.barrier()
     start = time.monotonic()
-    run = build_run(config, plan, worker, timer, num_threads=config.run.threads or available_threads())
+    num_threads = config.run.threads or available_threads()
+    run = build_run(config, plan, worker, timer, num_threads=num_threads, show_progress=show_progress)
     if build_gauge:
         run = replace(run, gauge=build_gauge(run))
     age = time.time() - psutil.Process().create_time()
@@ -197,7 +207,7 @@ def run_steps(
             raise
         checkpointer.save(progress)
         checkpointer.finish()
-        if dist.get_rank() == 0 and progress.step:
+        if dist.get_rank() == 0 and progress.step and not (has_launcher() and isinstance(reason, StopRequested)):
             logger.warning("ended by %s; saved after step %d; the same command continues it", reason, progress.step)
         raise
 

@@ -14,11 +14,12 @@ from megatron_tip.models.student import Student
 from megatron_tip.observability.timing import PhaseTimer
 from megatron_tip.parallel.stop import StopSignals
 from megatron_tip.parallel.together import run_on
+from megatron_tip.planning.passes import OnePass
 from megatron_tip.prompts.source import PromptSource
 from megatron_tip.records import Rollout
 from megatron_tip.rollout.engine import RolloutEngine, SamplingParams
 from megatron_tip.rollout.handover.exchange import HandleExchange
-from megatron_tip.selection import Calibration, Selector
+from megatron_tip.selection import Selector
 from megatron_tip.teachers.teacher import Teacher
 from megatron_tip.training.device_memory import DeviceMemory
 from megatron_tip.training.token_views import TokenViews
@@ -35,13 +36,6 @@ class RolloutSource:
     engine: RolloutEngine
 
 
-@dataclass
-class LastStep:
-    """State that a step leaves for the next one, if the run uses it; equal on every rank."""
-
-    calibration: Calibration | None = None
-
-
 Gauge = Callable[[int], dict[str, float]]
 """An extra measurement after a given number of steps, 0 included. Returns metrics, equal on every rank. Collective."""
 
@@ -51,9 +45,9 @@ class TrainingRun:
     """The state of a run on one rank.
 
     `architecture`: the student's, without dropped layers. `vocabulary`: the ids that student and teacher share, at the
-    loss temperature. `source`: None except on rank 0. `stop`: signals that may end the run early. `gauge`: measures on
-    the context bank, if the run has one. `exchange`: this rank's part in weight syncs by IPC, if ranks other than the
-    first take part.
+    loss temperature. `one_pass`: the batches whose scoring forward pass is also that of the training. `source`: None
+    except on rank 0. `stop`: signals that may end the run early. `gauge`: measures on the context bank, if the run has
+    one. `exchange`: this rank's part in weight syncs by IPC, if ranks other than the first take part.
     """
 
     config: Config
@@ -63,13 +57,13 @@ class TrainingRun:
     architecture: ModelArchitecture
     vocabulary: ShardedVocabulary
     selector: Selector
+    one_pass: OnePass
     sampling: SamplingParams
     pad_token_id: int
     source: RolloutSource | None
     timer: PhaseTimer
     views: TokenViews
     memory: DeviceMemory
-    last_step: LastStep = field(default_factory=LastStep)
     stop: StopSignals = field(default_factory=StopSignals)
     gauge: Gauge | None = None
     exchange: HandleExchange | None = None

@@ -1,6 +1,11 @@
 """Set-up of a run from a checked plan, ready for its first step."""
 
+import logging
+from contextlib import ExitStack
 from dataclasses import replace
+
+import psutil
+import torch
 
 from megatron_tip.config import Config
 from megatron_tip.conversion.bridge import load_hf
@@ -17,6 +22,7 @@ from megatron_tip.parallel.together import run_on, together
 from megatron_tip.placement.placement import Placement
 from megatron_tip.planning.dtypes import Dtypes
 from megatron_tip.planning.inputs import read_prompts
+from megatron_tip.planning.passes import OnePass, plan_passes
 from megatron_tip.planning.phases import releases_memory
 from megatron_tip.planning.plan import RunPlan
 from megatron_tip.prompts.source import PromptSource, load_prompts
@@ -24,12 +30,15 @@ from megatron_tip.rollout.engine import EngineNeeds, SamplingParams
 from megatron_tip.rollout.engines import build_engine
 from megatron_tip.rollout.handover.exchange import HandleExchange
 from megatron_tip.rollout.handover.shared_memory import bucket_limit
+from megatron_tip.rollout.progress_clock import Show, show_nothing
 from megatron_tip.teachers.setup import build_teacher
 from megatron_tip.teachers.teacher import TeacherSite
 from megatron_tip.training.device_memory import DeviceMemory
 from megatron_tip.training.run import RolloutSource, TrainingRun
 from megatron_tip.training.token_views import TokenViews
 from megatron_tip.vocab_parallel import ShardedVocabulary
+
+logger = logging.getLogger(__name__)
 
 
 def with_prompts(config: Config, plan: RunPlan, worker: Worker) -> RunPlan:
@@ -45,7 +54,14 @@ def with_prompts(config: Config, plan: RunPlan, worker: Worker) -> RunPlan:
 
 
 def build_run(
-    config: Config, plan: RunPlan, worker: Worker, timer: PhaseTimer, *, num_threads: int, generates: bool = True
+    config: Config,
+    plan: RunPlan,
+    worker: Worker,
+    timer: PhaseTimer,
+    *,
+    num_threads: int,
+    generates: bool = True,
+    show_progress: Show = show_nothing,
 ) -> TrainingRun:
     """Returns the run with its models, optimizer, prompts and engine. Collective over the world.
 
@@ -53,6 +69,7 @@ def build_run(
         generates: if False, leaves out prompts and engine, for work on existing rollouts.
         num_threads: CPU threads of all workers on this machine together. The embedded engine uses them all while the
             other workers wait.
+        show_progress: shows the progress of a rollout.
 
     Raises:
         ConfigError: ranks on unequal nodes placed the servers differently.
@@ -73,23 +90,27 @@ def build_run(
         _check_same_placement(plan.placement, worker, releases=releases)
     if generates and set(plan.placement.handing_ranks) - {0}:
         exchange = _exchange(config, plan, worker)
-    source = None
-    with together(device=worker.device):
-        if worker.rank == 0 and generates:
-            source = _source(config, plan, worker, num_threads, exchange)
-            if releases:  # the models are built where the servers have taken their share
-                source.engine.hold_memory(frozenset(), may_start=False)
-    teacher_site = TeacherSite(
-        checkpoint=plan.teacher,
-        groups=teacher_groups,
-        student_groups=student_groups,
-        vocabulary=vocabulary,
-        padded_vocab_size=plan.padded_vocab_size,
-        required_statistics=plan.selector.required_statistics,
-        dtype=Dtypes.of(config).teacher,
-        device=worker.device,
-    )
-    student, teacher = _student(config, plan, student_groups), build_teacher(config, teacher_site)
+    with ExitStack() as on_failure:
+        source = None
+        with together(device=worker.device):
+            if worker.rank == 0 and generates:
+                source = _source(config, plan, worker, num_threads, exchange, show_progress)
+                on_failure.callback(source.engine.close)  # given servers get back their memory
+                if releases:  # the models are built where the servers have taken their share
+                    source.engine.hold_memory(frozenset(), may_start=False)
+        teacher_site = TeacherSite(
+            checkpoint=plan.teacher,
+            groups=teacher_groups,
+            student_groups=student_groups,
+            vocabulary=vocabulary,
+            padded_vocab_size=plan.padded_vocab_size,
+            required_statistics=plan.selector.required_statistics,
+            dtype=Dtypes.of(config).teacher,
+            device=worker.device,
+        )
+        student, teacher = _student(config, plan, student_groups), build_teacher(config, teacher_site)
+        one_pass = _one_pass(config, plan, worker)
+        on_failure.pop_all()
     return TrainingRun(
         config=config,
         device=worker.device,
@@ -98,6 +119,7 @@ def build_run(
         architecture=plan.student.architecture,
         vocabulary=vocabulary,
         selector=plan.selector,
+        one_pass=one_pass,
         sampling=_sampling(config, plan),
         pad_token_id=plan.pad_token_id,
         source=source,
@@ -137,6 +159,21 @@ def _check_same_placement(placement: Placement, worker: Worker, *, releases: boo
             )
 
 
+def _one_pass(config: Config, plan: RunPlan, worker: Worker) -> OnePass:
+    """Returns which batches take one pass, by the memory of rank 0's device. Collective over the world."""
+
+    def memory_bytes() -> float:
+        if worker.device.type == "cuda":
+            return torch.cuda.get_device_properties(worker.device).total_memory
+        return psutil.virtual_memory().total / plan.placement.hosts.workers_per_node
+
+    memory_gib = run_on(0, memory_bytes, device=worker.device) / 2**30
+    one_pass = plan_passes(config, plan, memory_gib=memory_gib, on_gpu=worker.device.type == "cuda")
+    if worker.rank == 0:
+        logger.info('selection.passes = "%s": %s', config.selection.passes, one_pass)
+    return one_pass
+
+
 def _sampling(config: Config, plan: RunPlan) -> SamplingParams:
     rollout = config.rollout
     return SamplingParams(
@@ -164,7 +201,7 @@ def _student(config: Config, plan: RunPlan, groups: ModelGroups) -> Student:
 
 
 def _source(
-    config: Config, plan: RunPlan, worker: Worker, num_threads: int, exchange: HandleExchange | None
+    config: Config, plan: RunPlan, worker: Worker, num_threads: int, exchange: HandleExchange | None, show: Show
 ) -> RolloutSource:
     dtypes = Dtypes.of(config)
     engine = build_engine(
@@ -181,6 +218,7 @@ def _source(
             weights_dtype=dtypes.student,
             exchange=exchange,
             releases_memory=releases_memory(config, plan.placement),
+            show=show,
         )
     )
     return RolloutSource(_prompts(config, plan), engine)

@@ -4,8 +4,7 @@
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,17 +15,16 @@ from megatron_tip.batching.step_batch import StepBatch
 from megatron_tip.errors import NotFiniteError, TrainingError
 from megatron_tip.models.student import Student
 from megatron_tip.parallel.groups import ModelGroups
-from megatron_tip.parallel.together import raise_together, run_on
+from megatron_tip.parallel.together import run_on
 from megatron_tip.records import TeacherRows, TokenSelection
 from megatron_tip.rollout.engines import engine_kind
-from megatron_tip.selection import Calibration
 from megatron_tip.teachers.teacher import Teacher
 from megatron_tip.training.context_rows import ContextRows
 from megatron_tip.training.importance import comparable_ratios, with_importance
 from megatron_tip.training.rollouts import keep_skipped, training_rollouts
 from megatron_tip.training.run import TrainingRun
 from megatron_tip.training.step_metrics import rollout_metrics, supervision_metrics
-from megatron_tip.training.supervision import Scored, SelectedRows, SelectedWhileTraining, Supervise, Trained
+from megatron_tip.training.supervision import MicroBatchRows, Scored, SelectedRows, Trained
 
 SKIPPED_NOT_FINITE = "train/skipped_not_finite"
 """The metric that is 1 for a step without an update because its loss or gradient was not finite."""
@@ -76,10 +74,7 @@ def learn(run: TrainingRun, batch: StepBatch, step: int) -> dict[str, float]:
     with timer.phase("teacher"):
         run.enter("ask")
         teacher_rows = run.teacher.ask(batch)
-    if run.selector.selects_in_one_pass(run.last_step.calibration):
-        trained = select_while_training(run, batch, teacher_rows, step)
-    else:
-        trained = select_then_train(run, score(run, batch, teacher_rows, step), step)
+    trained = select_then_train(run, score(run, batch, teacher_rows, step), step)
     run.views.capture(step, batch, trained.scored.statistics, trained.selection)
     pass_seconds = timer.seconds("train")
     with timer.phase("train"):
@@ -93,20 +88,26 @@ def learn(run: TrainingRun, batch: StepBatch, step: int) -> dict[str, float]:
 def score(run: TrainingRun, batch: StepBatch, teacher_rows: TeacherRows | None, step: int) -> Scored:
     """Returns the batch with the statistics of every valid token, if the rule, importance weights or a view need them.
 
-    Takes a separate forward pass without gradient. Collective over the world.
+    Takes a forward pass: in one pass it is held for the training, else it has no gradient. Collective over the world.
     """
-    statistics = None
+    statistics = held = None
     with run.timer.phase("score"):
         run.enter("score")
         if run.selector.required_statistics or run.config.rollout.importance_cap or run.views.is_due(step):
+            held = [] if run.one_pass.suits(batch) else None
             with_support = run.views.shows_support(step)
-            statistics, teacher_rows = run.teacher.score(run.student, batch, teacher_rows, with_support=with_support)
+            statistics, teacher_rows = run.teacher.score(
+                run.student, batch, teacher_rows, with_support=with_support, held=held
+            )
         ratios = comparable_ratios(run.config, batch, run.student.groups.dp_cp_rank, statistics)
-    return Scored(batch, teacher_rows, statistics, ratios)
+    return Scored(batch, teacher_rows, statistics, ratios, held)
 
 
 def select_then_train(run: TrainingRun, scored: Scored, step: int) -> Trained:
-    """Selects among the scored rows and trains on the batch cut to them. Collective over the world."""
+    """Selects among the scored rows and trains on them alone. Collective over the world.
+
+    With held outputs it goes backward from those; else forward and backward over the batch cut to the selection.
+    """
     groups = run.student.groups
     with run.timer.phase("select"):
         selection = select(run, scored, step)
@@ -114,35 +115,8 @@ def select_then_train(run: TrainingRun, scored: Scored, step: int) -> Trained:
     with run.timer.phase("train"):
         run.enter("train")
         rows = selected.by_micro_batch(batch.micro_batches(groups.dp_cp_rank)) if selected is not None else []
-        loss = accumulate_gradients(run.student, run.teacher, batch, lambda index, *_: rows[index])
+        loss = accumulate_gradients(run.student, run.teacher, batch, rows, scored.held)
     return Trained(scored, selection, batch, loss)
-
-
-def select_while_training(run: TrainingRun, batch: StepBatch, teacher_rows: TeacherRows | None, step: int) -> Trained:
-    """Scores and selects within each micro-batch as it trains: one forward pass over the uncut sequences.
-
-    Collective over the world.
-
-    Raises:
-        NotFiniteError: a micro-batch's statistics or loss are not finite; on every rank.
-    """
-    groups = run.student.groups
-    with run.timer.phase("train"):
-        run.enter("train")
-        chooser = SelectedWhileTraining(run, batch, teacher_rows, step) if teacher_rows is not None else None
-        loss = accumulate_gradients(run.student, run.teacher, batch, chooser.rows if chooser is not None else None)
-        expected = f"step {step}: expected finite scores and a finite loss in every micro-batch"
-        raise_together(None if math.isfinite(loss) else NotFiniteError(expected), device=run.device)
-    with run.timer.phase("select"):
-
-        def finish() -> tuple[TokenSelection, Calibration | None]:
-            assert chooser is not None, "the last stage has the teacher's rows"
-            return chooser.finish(batch.token_index(groups.dp_cp_rank))
-
-        selection = selected_on_last_stage(run, finish)
-    statistics = chooser.statistics if chooser is not None else None
-    ratios = comparable_ratios(run.config, batch, groups.dp_cp_rank, statistics)
-    return Trained(Scored(batch, teacher_rows, statistics, ratios), selection, batch, loss)
 
 
 def select(run: TrainingRun, scored: Scored, step: int) -> TokenSelection | None:
@@ -150,40 +124,24 @@ def select(run: TrainingRun, scored: Scored, step: int) -> TokenSelection | None
 
     Every context-parallel rank selects among all rows of its replica, because a rollout's budget is one.
 
+    Collective over the pipeline group, and on the last stage over the context- and data-parallel groups.
+
     Raises:
         NotFiniteError: statistics that the rule needs are not finite; on every rank.
     """
+    selection: TokenSelection | None = None
     groups, cap = run.student.groups, run.config.rollout.importance_cap
 
-    def choose() -> tuple[TokenSelection, Calibration | None]:
+    def choose() -> None:
+        nonlocal selection
         rows = ContextRows.of(scored.batch, groups)
         whole, index = rows.whole_statistics(scored.statistics), scored.batch.replica_index(groups.dp_rank)
-        found, calibration = run.selector.select_and_calibrate(whole, index, step=step, dp_group=groups.dp_group)
-        return rows.own_selection(found), calibration
+        found = run.selector.select(whole, index, step=step, dp_group=groups.dp_group)
+        selection = rows.own_selection(found)
 
-    selection = selected_on_last_stage(run, choose)
+    run_on(groups.last_stage_rank, choose, device=run.device, group=groups.pp_group)
     if selection is not None and cap and scored.ratios is not None:
         selection = with_importance(selection, scored.ratios, cap)
-    return selection
-
-
-def selected_on_last_stage(
-    run: TrainingRun, choose: Callable[[], tuple[TokenSelection, Calibration | None]]
-) -> TokenSelection | None:
-    """Calls `choose` on the last stage and returns its selection there; None elsewhere.
-
-    Every stage keeps the calibration if the next step reuses it, and raises what `choose` raises. Collective over the
-    pipeline group.
-    """
-    selection, groups = None, run.student.groups
-
-    def work() -> dict[str, Any] | None:
-        nonlocal selection
-        selection, calibration = choose()
-        return asdict(calibration) if calibration and run.selector.thresholds == "last_step" else None
-
-    fields = run_on(groups.last_stage_rank, work, device=run.device, group=groups.pp_group)
-    run.last_step.calibration = Calibration(**fields) if fields is not None else None
     return selection
 
 
@@ -192,13 +150,16 @@ def cut_to_selection(
 ) -> tuple[StepBatch, SelectedRows | None]:
     """Returns the batch cut after the last selected tokens, and this rank's selected rows in it.
 
-    The batch is balanced again and equal on every rank; the rows are on the last stage, None elsewhere. Collective over
-    the world.
+    The batch is balanced again and equal on every rank; the rows are on the last stage, None elsewhere. A batch whose
+    outputs are held stays as it is, because all of its tokens went through the model. Collective over the world.
     """
     batch, selected = scored.batch, None
-    last_selected = torch.full((len(batch.rollouts),), -1, dtype=torch.int64, device=batch.device)
     if selection is not None and scored.teacher_rows is not None:
         selected = SelectedRows.of(selection, batch.token_index(groups.dp_cp_rank), scored.teacher_rows)
+    if scored.held is not None:
+        return batch, selected
+    last_selected = torch.full((len(batch.rollouts),), -1, dtype=torch.int64, device=batch.device)
+    if selected is not None:
         last_selected.scatter_reduce_(0, selected.index.rollout_index, selected.index.position, "amax")
         dist.all_reduce(last_selected, op=dist.ReduceOp.MAX, group=groups.dp_cp_group)
     if groups.grid.pp_size > 1:
@@ -210,29 +171,32 @@ def cut_to_selection(
 
 
 def accumulate_gradients(
-    student: Student, teacher: Teacher[Any], batch: StepBatch, supervise: Supervise | None
+    student: Student,
+    teacher: Teacher[Any],
+    batch: StepBatch,
+    rows: Sequence[MicroBatchRows],
+    held: list[Tensor] | None = None,
 ) -> float:
     """Accumulates the gradients of the supervised rows and returns this rank's part of the loss.
 
     It is 0 except on the last stage. The LM head is applied, with gradient, to those rows only.
 
     Args:
-        supervise: chooses the rows; called on the last stage only.
+        rows: by this rank's micro-batches, on the last stage; empty elsewhere.
+        held: the student's outputs with their graphs, which are used up; None: runs the student forward.
     """
     micro_batches = batch.micro_batches(student.groups.dp_cp_rank)
     total = torch.zeros((), device=batch.device)
 
     def loss_of(index: int, hidden_states: Tensor) -> Tensor:
-        assert supervise is not None, "the loss is computed on the last stage"
-        micro_batch = micro_batches[index]
+        own, labels = rows[index], micro_batches[index].labels
         try:
-            rows = supervise(index, micro_batch, hidden_states)
-            hidden, labels = student.rows(hidden_states, rows.mask), micro_batch.labels[rows.mask]
-            loss = teacher.loss(student, hidden, rows.teacher_rows, labels, rows.row_weights)
+            hidden = student.rows(hidden_states, own.mask)
+            loss = teacher.loss(student, hidden, own.teacher_rows, labels[own.mask], own.row_weights)
         except NotFiniteError:  # finish the schedule, as other ranks wait in it; the NaN loss tells them all
             loss = hidden_states.sum() * float("nan") + student.output_head.sum() * 0
         total.add_(loss.detach())
         return loss
 
-    student.accumulate_gradients(micro_batches, loss_of)
+    student.accumulate_gradients(micro_batches, loss_of, held=held)
     return total.item()

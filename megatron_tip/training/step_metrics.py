@@ -67,6 +67,7 @@ def supervision_metrics(groups: ModelGroups, trained: Trained, *, pass_seconds: 
         means = (*MEANS, "rollout/logprob_gap", "rollout/importance_ratio")
         metrics |= {name: metrics[name] / rows for name in means if name in metrics}
         metrics |= saved_metrics(trained.scored.batch, trained.batch, pass_seconds)
+        metrics["train/one_pass"] = float(trained.scored.held is not None)
         metrics |= {
             "selection/num_valid": float(selection.num_valid),
             "selection/num_selected": float(selection.num_selected),

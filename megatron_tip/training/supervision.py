@@ -1,8 +1,7 @@
-"""The rows of each micro-batch to train on: selected before the training pass, or during it."""
+"""What is known of a step's rows before and after selection, and the rows of each micro-batch to train on."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -10,13 +9,8 @@ from torch import Tensor
 
 from megatron_tip.batching.micro_batches import token_index
 from megatron_tip.batching.step_batch import StepBatch
-from megatron_tip.errors import NotFiniteError
-from megatron_tip.parallel.together import raise_together
 from megatron_tip.records import MicroBatch, TeacherRows, TokenIndex, TokenSelection
-from megatron_tip.selection import Calibration, agreement, batch_totals, select_micro_batch
 from megatron_tip.statistics import TokenStatistics
-from megatron_tip.training.context_rows import ContextRows
-from megatron_tip.training.run import TrainingRun
 
 
 @dataclass(frozen=True)
@@ -24,13 +18,15 @@ class Scored:
     """A batch and what is known about the rows that this rank holds, which is None except on the last stage.
 
     `statistics`: None also if nothing needs them. `ratios`: `[n]`, ln p_student - ln p_rollout of the label; None also
-    if the two are not comparable.
+    if the two are not comparable. `held`: in one pass, the student's outputs with their graphs by micro-batch, on every
+    rank; empty after training. None: the training pass runs the student forward again.
     """
 
     batch: StepBatch
     teacher_rows: TeacherRows | None
     statistics: TokenStatistics | None
     ratios: Tensor | None
+    held: list[Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -54,12 +50,6 @@ class MicroBatchRows:
     mask: Tensor
     teacher_rows: TeacherRows
     row_weights: Tensor
-
-
-Supervise = Callable[[int, MicroBatch, Tensor], MicroBatchRows]
-"""A function that returns the rows of a micro-batch from its index, the micro-batch and its hidden states. The training
-pass calls it on the last stage, in the order of the micro-batches.
-"""
 
 
 @dataclass(frozen=True)
@@ -122,96 +112,6 @@ class SelectedRows:
                 strict=True,
             )
         ]
-
-
-class SelectedWhileTraining:
-    """Scorer and selector of each micro-batch during its training pass, without gradient; on the last stage only."""
-
-    def __init__(self, run: TrainingRun, batch: StepBatch, teacher_rows: TeacherRows, step: int) -> None:
-        """Counts the rows of the batch. Collectives: 1 all-reduce over dp."""
-        groups = run.student.groups
-        self._run, self._batch, self._step = run, batch, step
-        self._teacher_parts = teacher_rows.split(batch.num_rows()[groups.dp_cp_rank])
-        counts = torch.tensor(batch.num_replica_rows(groups.dp_rank), dtype=torch.int64, device=run.device)
-        self._totals = batch_totals(run.selector, counts, dp_group=groups.dp_group)
-        self._statistics: list[TokenStatistics] = []
-        self._selections: list[TokenSelection] = []
-
-    def rows(self, index: int, micro_batch: MicroBatch, hidden_states: Tensor) -> MicroBatchRows:
-        """Returns the rows of micro-batch `index` to train on; see `Supervise`. Collective over tp x cp."""
-        run, teacher_rows, groups = self._run, self._teacher_parts[index], self._run.student.groups
-        rows, statistics = ContextRows.of(self._batch, groups, index), None
-        if run.selector.required_statistics or run.views.is_due(self._step):
-            statistics = self._scored(micro_batch, hidden_states, teacher_rows)
-            self._statistics.append(statistics)
-            statistics = rows.whole_statistics(statistics)
-        selection = select_micro_batch(
-            run.selector,
-            statistics,
-            token_index([self._batch.micro_batch(groups.dp_rank, index)]),
-            step=self._step,
-            totals=self._totals,
-            calibration=run.last_step.calibration,
-        )
-        selection = rows.own_selection(selection)
-        self._selections.append(selection)
-        mask = selection.selection_mask
-        return MicroBatchRows(rows_mask(micro_batch, mask), teacher_rows[mask], selection.row_weights[mask])
-
-    def _scored(self, micro_batch: MicroBatch, hidden_states: Tensor, teacher_rows: TeacherRows) -> TokenStatistics:
-        """Returns the statistics of this rank's rows of a micro-batch.
-
-        Raises:
-            NotFiniteError: on all tp x cp ranks; the logits of one of its parts are not finite.
-        """
-        run, groups, found, failure = self._run, self._run.student.groups, None, None
-        try:
-            found = run.teacher.statistics(
-                run.student,
-                run.student.rows(hidden_states.detach(), micro_batch.loss_mask),
-                teacher_rows,
-                micro_batch.labels[micro_batch.loss_mask],
-                with_support=run.views.shows_support(self._step),
-            )
-        except NotFiniteError as error:
-            failure = error
-        if groups.grid.cp_size > 1:
-            raise_together(failure, device=run.device, group=groups.cp_group)
-        if found is None:
-            raise failure or AssertionError("either statistics or a failure")
-        return found
-
-    @cached_property
-    def statistics(self) -> TokenStatistics | None:
-        """The statistics of this rank's rows, once the pass is over; None if nothing needs them."""
-        return TokenStatistics.concatenate(self._statistics) if self._statistics else None
-
-    def finish(self, index: TokenIndex) -> tuple[TokenSelection, Calibration | None]:
-        """Returns the selection among this rank's rows with metrics, and the calibration for the next step.
-
-        Call it after the pass. With thresholds "last_step" it also makes the exact selection, which gives the next
-        step's thresholds and shows how far off this step's selection was. Collectives are those of `Selector`.
-
-        Args:
-            index: of this rank's rows.
-        """
-        selector, group = self._run.selector, self._run.student.groups.dp_cp_group
-        statistics = self.statistics
-        mask = torch.cat([selection.selection_mask for selection in self._selections])
-        weights = torch.cat([selection.row_weights for selection in self._selections])
-        metrics, calibration = selector.describe(statistics, index, mask, dp_group=group), None
-        if selector.thresholds == "last_step":
-            alone = replace(selector, compare=False)
-            exact, calibration = alone.select_and_calibrate(statistics, index, step=self._step, dp_group=group)
-            metrics |= {
-                "selection/exact_agreement": agreement(mask, exact.selection_mask, dp_group=group),
-                "selection/exact_num_selected": float(exact.num_selected),
-            }
-        num_selected = int(metrics["selection/num_selected"])
-        # A micro-batch without rows has no scores; a part of one without rows has none to add.
-        scores = [one.scores for one in self._selections if one.scores is not None or len(one.selection_mask)]
-        found = torch.cat([part for part in scores if part is not None]) if scores and None not in scores else None
-        return TokenSelection(mask, weights, self._totals.num_valid, num_selected, metrics, found), calibration
 
 
 def rows_mask(micro_batch: MicroBatch, row_is_selected: Tensor) -> Tensor:

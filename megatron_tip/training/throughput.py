@@ -45,7 +45,8 @@ class Throughput:
           without padding; for train, those left after the cut to the selection; for `step`, generated tokens over the
           duration of the whole step, held-out measurement excluded;
         - `<phase>_tflops_per_rank` of teacher, score and train: model FLOPs, recomputation not counted. Train counts
-          three forward passes of the student's layers, and the heads on selected rows only;
+          three forward passes of the student's layers, without the first if score's was held (`train/one_pass`), and
+          the heads on selected rows only;
         - `<phase>_mfu`: `<phase>_tflops_per_rank` over `peak_tflops`.
         """
         seconds = {phase: step.get(f"time/{phase}_seconds", 0.0) for phase in ("rollout", "teacher", "score", "train")}
@@ -77,10 +78,11 @@ class Throughput:
         scored, trained = (step.get(f"train/num_model_tokens{cut}", 0.0) for cut in ("_uncut", ""))
         rows, selected = (step.get(f"selection/num_{kind}", 0.0) for kind in ("valid", "selected"))
         length = scored / sequences if sequences else 0.0
+        passes = 2 if step.get("train/one_pass") else 3
         flops = {
             "score": forward_flops(self.student, num_tokens=scored, mean_length=length)
             + head_flops(self.student, num_rows=rows),
-            "train": 3 * forward_flops(self.student, num_tokens=trained, mean_length=length)
+            "train": passes * forward_flops(self.student, num_tokens=trained, mean_length=length)
             + 3 * head_flops(self.student, num_rows=selected),
         }
         if self.teacher is not None:

@@ -10,9 +10,11 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_tip.config import Config
 from megatron_tip.observability.token_table import VALUES, TokenTable, TokenTableFacts, ViewedRollout
+from megatron_tip.planning.settings import make_selector
 from megatron_tip.records import Rollout, TokenIndex, TokenSelection
 from megatron_tip.selection.metrics import QUADRANT_DIVERGENCES
 from megatron_tip.statistics import STATISTICS, TokenStatistics
+from megatron_tip.training.id_text import id_text
 
 _MOST_PARTS = 6  # tokens that one character can be split into: 4 bytes, and some slack
 _CUT = "\N{REPLACEMENT CHARACTER}"
@@ -43,13 +45,13 @@ def view_table(
     facts = TokenTableFacts(
         step=step,
         rule=config.selection.rule,
-        retention_ratio=config.selection.retention_ratio,
+        retention_ratio=make_selector(config).asked_share,
         temperature=config.loss.temperature,
         divergence=axis,
         medians=None if entropy is None or divergence is None else (entropy, divergence),
         rollouts=tuple(_viewed(place, rollouts[place], tokenizer) for place in places),
         points=_points(statistics, selection, axis, config.tracking.view_points),
-        id_texts={int(token): str(tokenizer.decode([int(token)])) for token in ids},
+        id_texts={int(token): id_text(int(token), tokenizer) for token in ids},
     )
     return TokenTable.of_columns(facts, columns)
 
@@ -69,8 +71,9 @@ def _points(
 def token_texts(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Returns the text of each token.
 
-    A character split over several tokens is the text of the last; the others are "". The joined texts are the
-    response's text, as far as the tokenizer decodes token by token.
+    A character split over several tokens is the text of the last; the others are "". Of a character that is never
+    completed, the bytes are shown. Apart from that, the joined texts are the response's text, as far as the tokenizer
+    decodes token by token.
     """
     texts: list[str] = []
     place = 0
@@ -82,6 +85,8 @@ def token_texts(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[
                 if _CUT not in whole:
                     text, taken = whole, length
                     break
+            else:
+                text = id_text(ids[place], tokenizer)
         texts += [""] * (taken - 1) + [text]
         place += taken
     return texts

@@ -30,5 +30,5 @@ def test_a_layout_in_parts_is_checked_against_one_process(tmp_path: Path, capsys
     only = str(next(case for case in CASES if case.student and not case.teacher))
     assert check(["dense"], only, 2, tmp_path)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[2].startswith("| dense | tp 1 x pp 1 x cp 2 x dp 1 | tp 1 x pp 1 x cp 1 x dp 2 |")
+    assert lines[2].startswith("| dense | tp 1 x pp 1 x cp 2 x dp 1 | tp 1 x pp 1 x dp 2 |")
     assert len(lines) == 3

@@ -136,6 +136,30 @@ def test_a_resumed_run_is_the_same_bit_for_bit(
         torch.testing.assert_close(resumed, straight, rtol=0, atol=0)
 
 
+def extended_and_not(config: Config, longer: Config, folder: Path) -> tuple[list[Any], list[Any]]:
+    """Metrics and weights after step 3: of a run that began with all steps of `longer`, and of one extended to them."""
+    run = build_tiny_run(longer, ROLLOUTS)
+    straight: list[Any] = [take_step(run, step) for step in (1, 2, 3)]
+    straight.append(weights_of(run))
+    short, files = build_tiny_run(config, ROLLOUTS), CheckpointFiles(folder / "checkpoints")
+    extended: list[Any] = [take_step(short, step) for step in (1, 2)]
+    checkpointer = checkpointer_of(short, files)
+    checkpointer.save(RunProgress(step=2))
+    checkpointer.finish()
+    resumed = build_tiny_run(longer, ROLLOUTS)
+    restore(resumed, files, 2)
+    extended += [take_step(resumed, 3), weights_of(resumed)]
+    return straight, extended
+
+
+def test_a_run_that_is_extended_is_the_longer_run_bit_for_bit(models: Path, tmp_path: Path):
+    constant = {"lr": 1e-3, "min_lr": 1e-3, "warmup_steps": 1}
+    layout = Layout(2, student=(2, 1))
+    config, longer = (make_config(models, layout, optimizer=constant, training={"steps": steps}) for steps in (2, 9))
+    for straight, extended in run_workers(extended_and_not, 2, tmp_path, config, longer, tmp_path):
+        torch.testing.assert_close(extended, straight, rtol=0, atol=0)
+
+
 def read_of_the_optimizer(config: Config, folder: Path) -> tuple[int, int, int, int]:
     """Restores a run. Bytes of the optimizer: that this rank read, and made room for; all of it; its largest part."""
     run, files = build_tiny_run(config, ROLLOUTS), CheckpointFiles(folder / "checkpoints")

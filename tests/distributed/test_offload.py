@@ -131,12 +131,13 @@ def test_a_run_with_everything_away_is_the_same_bit_for_bit(
 
 
 @pytest.mark.parametrize("offload", ["teacher", "optimizer"])
-def test_one_part_alone_and_selection_while_training(models: Path, tmp_path: Path, offload: str):
-    selection = {"retention_ratio": 0.3, "scope": "micro_batch"}
+def test_one_part_alone_and_one_pass(models: Path, tmp_path: Path, offload: str):
+    selection = {"retention_ratio": 0.3, "passes": "one"}
     config = config_of(models, Layout(2), "bfloat16", True, selection=selection)
     ((expected, _), _) = run_workers(three_steps, 2, tmp_path, config, False, timeout_seconds=300.0)
     ((found, metrics), _) = run_workers(three_steps, 2, tmp_path, away(config, offload), True, timeout_seconds=300.0)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert all(step["train/one_pass"] == 1.0 for step in found[:3])
     assert (metrics["offload/ask_bytes"] > 0) == (offload == "teacher")
     assert metrics["offload/update_bytes"] > 0, "the teacher's head leaves, or the optimizer comes"
 

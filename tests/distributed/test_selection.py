@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from megatron_tip.errors import TrainingError
 from megatron_tip.records import TokenSelection
-from megatron_tip.selection import RULES, Selector, agreement, batch_totals
+from megatron_tip.selection import RULES, Selector
 from tests.helpers.distributed import run_workers
 from tests.helpers.selection import make_batch, shard_rows, take_rows
 
@@ -79,19 +79,11 @@ def refusals() -> list[str]:
     return messages
 
 
-def one_pass_sums() -> tuple:
-    rank, group = dist.get_rank(), dist.group.WORLD
-    selector = Selector(rule="random", retention_ratio=0.25, scope="micro_batch")
-    totals = batch_totals(selector, torch.tensor([[4, 5], [0, 3]][rank]), dp_group=group)
-    mask = torch.tensor([True, rank == 0])
-    return totals.num_valid, totals.num_selected, agreement(mask, torch.tensor([True, True]), dp_group=group)
-
-
 def work() -> dict[str, Any]:
     """All that a rank does in one test session; a world is started once for each size."""
     outcome: dict[str, Any] = {"cases": select_all_cases()}
     if dist.get_world_size() == 2:
-        return outcome | {"refusals": refusals(), "one_pass": one_pass_sums()}
+        return outcome | {"refusals": refusals()}
     return outcome | ({"subgroup": select_within_a_subgroup()} if dist.get_world_size() == 4 else {})
 
 
@@ -131,7 +123,3 @@ def test_refusals_are_alike_on_all_ranks(worlds):
     assert "support_divergence" in messages[0]
     assert "no valid token" in messages[1]
     assert "replicas [1]" in messages[2]
-
-
-def test_one_pass_totals_and_agreement(worlds):
-    assert [rank["one_pass"] for rank in worlds[2]] == [(12, 1 + 2 + 0 + 1, 0.75)] * 2

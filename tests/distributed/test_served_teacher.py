@@ -127,20 +127,21 @@ def expected(
 
 
 @pytest.mark.parametrize(
-    "layout, divergence",
+    "layout, divergence, passes",
     [
-        (Layout(1), "topk_reverse_kl"),
-        (Layout(2, student=(2, 1), sequence_parallel=True), "topk_reverse_kl"),
-        (Layout(4, student=(1, 2)), "sampled_token"),  # dp 2
-        (Layout(4, student=(4, 1)), "topk_reverse_kl"),
-        (Layout(4, student=(2, 1), cp=(2, 1)), "topk_reverse_kl"),
+        (Layout(1), "topk_reverse_kl", "two"),
+        (Layout(2, student=(2, 1), sequence_parallel=True), "topk_reverse_kl", "two"),
+        (Layout(4, student=(1, 2)), "sampled_token", "two"),  # dp 2
+        (Layout(4, student=(4, 1)), "topk_reverse_kl", "two"),
+        (Layout(2), "topk_reverse_kl", "one"),
+        (Layout(4, student=(2, 1), cp=(2, 1)), "topk_reverse_kl", "two"),
     ],
     ids=str,
 )
 def test_a_step_is_that_of_float64(
-    models: Path, urls: tuple[str, ...], tmp_path: Path, layout: Layout, divergence: str
+    models: Path, urls: tuple[str, ...], tmp_path: Path, layout: Layout, divergence: str, passes: str
 ):
-    config = config_of(models, layout, urls, loss={"divergence": divergence})
+    config = config_of(models, layout, urls, loss={"divergence": divergence}, selection={"passes": passes})
     ranks: list[Observed] = run_workers(observe, layout.world_size, tmp_path, config, ROLLOUTS)
     selected = sorted(row for observed in ranks for row in observed.selected)
     assert len(selected) == 10  # ceil(0.5 x (12 - 6 + 7 + 5 + 1))
@@ -161,6 +162,7 @@ def test_a_step_is_that_of_float64(
         mean = sum(values["topk_reverse_kl"] for values in statistics.values()) / len(statistics)
         assert observed.metrics["train/topk_reverse_kl"] == pytest.approx(mean, rel=1e-3)
         assert "train/reverse_kl" not in observed.metrics
+        assert observed.metrics["train/one_pass"] == (passes == "one")
 
 
 def test_without_asking_about_the_students_support_a_lower_bound_selects(models: Path, urls: tuple[str, ...], tmp_path):

@@ -30,10 +30,10 @@ def view_rows(folder: Path, layout: Layout, selection: dict[str, Any], every: in
     "layout, selection",
     [
         (Layout(2, (1, 2), (2, 1)), {"rule": "ta_opd_teachability"}),
-        (Layout(2, (2, 1), (1, 2)), {"rule": "ta_opd_teachability", "scope": "micro_batch"}),
+        (Layout(2, (2, 1), (1, 2)), {"rule": "ta_opd_teachability", "passes": "one"}),
         (Layout(2), {"rule": "full", "retention_ratio": 1.0}),  # scored for the view alone
         (Layout(2, cp=(2, 1)), {"rule": "ta_opd_teachability"}),
-        (Layout(2, cp=(2, 2)), {"rule": "ta_opd_teachability", "scope": "micro_batch"}),
+        (Layout(2, cp=(2, 2)), {"rule": "ta_opd_teachability", "passes": "one"}),
     ],
     ids=["pipeline", "one_pass", "full_dp2", "parts", "one_pass_parts"],
 )
@@ -58,7 +58,7 @@ def test_views_have_statistics_scores_and_both_supports(layout: Layout, selectio
         shared = [i for i, token in enumerate(row["teacher_support_ids"]) if token in row["student_support_ids"]]
         bound = sum(math.exp(float(row["teacher_support_logprobs"][i])) for i in shared)
         assert bound == pytest.approx(row["compatibility_lower_bound"], abs=5e-3)
-    if selection["rule"] != "full" and "scope" not in selection:
+    if selection["rule"] != "full":
         kept = [row["score"] for row in rows if row["selected"]]
         dropped = [row["score"] for row in rows if not row["selected"]]
         assert min(kept) >= max(dropped)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from megatron_tip.config import Config
 from megatron_tip.conversion.bridge import export_hf
 from megatron_tip.records import Rollout
-from megatron_tip.training.step import score, select_then_train, select_while_training, train_step
+from megatron_tip.training.step import score, select_then_train, train_step
 from megatron_tip.training.weight_sync import update_engine
 from tests.helpers.distributed import run_workers
 from tests.helpers.tiny import make_qwen
@@ -26,6 +26,7 @@ DIFFERENT_BY_LAYOUT = {
     "train/num_micro_batches_uncut",
     "train/padding_token_share",
 }
+DIFFERENT_BY_PASSES = {"train/num_model_tokens", "train/saved_token_share", "train/one_pass"}
 Row = tuple[int, int, float]
 """Rollout, position in the response, weight."""
 
@@ -51,10 +52,8 @@ def selected_and_gradients(config: Config, rollouts: list[Rollout]) -> tuple[lis
     groups = run.student.groups
     batch = run.batch_of(rollouts)
     teacher_rows = run.teacher.ask(batch)
-    if run.selector.selects_in_one_pass(None):
-        trained = select_while_training(run, batch, teacher_rows, 1)
-    else:
-        trained = select_then_train(run, score(run, batch, teacher_rows, 1), 1)
+    trained = select_then_train(run, score(run, batch, teacher_rows, 1), 1)
+    assert not trained.scored.held, "every graph is given up"
     loss, weights = trained.loss, []
     if trained.selection is not None and groups.tp_rank == 0:
         index = batch.token_index(groups.dp_cp_rank)
@@ -139,11 +138,41 @@ def test_the_first_step_is_that_of_a_single_process(
 ):
     config = make_config(models, layout)
     ranks: list[Observed] = run_workers(observe, layout.world_size, tmp_path, config, ROLLOUTS)
+    _check_equal(ranks, single, reference, but=DIFFERENT_BY_LAYOUT)
 
+
+IN_ONE_PASS = [Layout(1), *(layout for layout in LAYOUTS if layout.student[1] == 1)]
+
+
+@pytest.mark.parametrize(
+    "layout,recompute",
+    [(layout, False) for layout in IN_ONE_PASS] + [(layout, True) for layout in IN_ONE_PASS if layout.world_size < 3],
+    ids=str,
+)
+def test_one_pass_selects_and_trains_as_two(
+    models: Path,
+    single: Observed,
+    reference: tuple[float, dict[str, torch.Tensor]],
+    layout: Layout,
+    recompute: bool,
+    tmp_path: Path,
+):
+    sections = {"selection": {"passes": "one"}, "model": {"recompute_activations": recompute}}
+    config = make_config(models, layout, **sections)
+    ranks: list[Observed] = run_workers(observe, layout.world_size, tmp_path, config, ROLLOUTS)
+    _check_equal(ranks, single, reference, but=DIFFERENT_BY_LAYOUT | DIFFERENT_BY_PASSES)
+    for observed in ranks:
+        assert observed.metrics["train/one_pass"] == 1.0
+        assert observed.metrics["train/saved_token_share"] == 0.0
+
+
+def _check_equal(
+    ranks: list[Observed], single: Observed, reference: tuple[float, dict[str, torch.Tensor]], *, but: set[str]
+) -> None:
     for observed in ranks:
         assert observed.metrics.keys() == single.metrics.keys()
         for name, value in observed.metrics.items():
-            if name in DIFFERENT_BY_LAYOUT:
+            if name in but:
                 continue
             assert value == pytest.approx(single.metrics[name], rel=1e-5, abs=1e-7), name
     assert sorted(row for observed in ranks for row in observed.selected) == sorted(single.selected)
@@ -260,6 +289,17 @@ def test_gradients_that_are_reduced_during_the_backward_pass_are_the_same(
             assert other[name] == pytest.approx(one[name], rel=1e-6), name
 
 
+def two_steps(config: Config, rollouts: list[Rollout]) -> list[dict[str, float]]:
+    """Two steps on the same rollouts; the engine gives them out as if the second weights had made them."""
+    run = build_tiny_run(config, rollouts)
+    lines = []
+    for step in (1, 2):
+        if (engine := engine_of(run)) is not None:
+            engine.rollouts = [replace(rollout, weight_version=step - 1) for rollout in rollouts]
+        lines.append(train_step(run, step))
+    return lines
+
+
 def test_a_step_that_is_not_finite_finishes_the_overlapped_reduction(models: Path, tmp_path: Path):
     optimizer = {"overlap_grad_reduce": True}
     config = make_config(models, Layout(2), optimizer=optimizer, selection={"rule": "random", "compare": False})
@@ -294,13 +334,32 @@ def observe_metrics(config: Config, rollouts: list[Rollout]) -> dict[str, float]
     return train_step(build_tiny_run(config, rollouts), 1)
 
 
-def test_a_replica_without_rollouts_takes_part(models: Path, tmp_path: Path):
+@pytest.mark.parametrize("layout,passes", [(Layout(6, student=(1, 2)), "two"), (Layout(3), "one")], ids=str)
+def test_a_replica_without_rollouts_takes_part(models: Path, tmp_path: Path, layout: Layout, passes: str):
+    """Three replicas for one rollout."""
     rollouts = make_rollouts([9])
     single = run_workers(observe_metrics, 1, tmp_path / "1", make_config(models, Layout(1)), rollouts)[0]
-    layout = Layout(6, student=(1, 2))  # three replicas for one rollout
-    for metrics in run_workers(observe_metrics, 6, tmp_path / "6", make_config(models, layout), rollouts):
+    config = make_config(models, layout, selection={"passes": passes})
+    for metrics in run_workers(observe_metrics, layout.world_size, tmp_path / "all", config, rollouts):
         assert metrics["train/loss"] == pytest.approx(single["train/loss"], rel=1e-5)
         assert metrics["train/grad_norm"] == pytest.approx(single["train/grad_norm"], rel=1e-5)
+
+
+def skipped_then_taken(config: Config, rollouts: list[Rollout]) -> tuple[dict[str, float], dict[str, float]]:
+    run = build_tiny_run(config, rollouts)
+    head, whole = run.student.output_head.data, run.student.output_head.data.clone()
+    head.fill_(float("nan"))
+    skipped = train_step(run, 1)
+    head.copy_(whole)
+    return skipped, train_step(run, 1)
+
+
+def test_one_pass_skips_a_step_that_is_not_finite_and_takes_the_next(models: Path, single: Observed, tmp_path: Path):
+    config = make_config(models, Layout(2), selection={"passes": "one"}, run={"folder": tmp_path / "run"})
+    for skipped, taken in run_workers(skipped_then_taken, 2, tmp_path, config, ROLLOUTS):
+        assert skipped["train/skipped_not_finite"] == 1.0
+        for name in ("train/loss", "train/grad_norm"):
+            assert taken[name] == pytest.approx(single.metrics[name], rel=1e-5), name
 
 
 def test_teacher_equal_to_student_gives_nothing_to_learn(tmp_path: Path):
@@ -311,13 +370,13 @@ def test_teacher_equal_to_student_gives_nothing_to_learn(tmp_path: Path):
         assert metrics["train/grad_norm"] == pytest.approx(0.0, abs=1e-5)
 
 
-@pytest.mark.parametrize("scope", ["rollout", "micro_batch"])
-def test_parts_of_a_sequence_share_its_budget(models: Path, scope: str, tmp_path: Path):
-    """Budgets of whole rollouts or micro-batches see the rows of all parts."""
-    sections = {"selection": {"scope": scope}, "training": {"max_tokens_per_micro_batch": 200}}
+@pytest.mark.parametrize("passes", ["one", "two"])
+def test_parts_of_a_sequence_share_its_budget(models: Path, passes: str, tmp_path: Path):
+    """Budgets of whole rollouts see the rows of all parts."""
+    sections = {"selection": {"scope": "rollout", "passes": passes}}
     single, *parts = (
         run_workers(observe, layout.world_size, tmp_path / str(layout.cp), config, ROLLOUTS)
-        for layout in (Layout(1), Layout(2, cp=(2, 2)), Layout(4, student=(1, 2), cp=(2, 1)))
+        for layout in (Layout(1), Layout(2, cp=(2, 2)), Layout(4, student=(2, 1), cp=(2, 1)))
         for config in [make_config(models, layout, **sections)]
     )
     for ranks in parts:
@@ -334,10 +393,10 @@ def skipped_for_one_part(config: Config, rollouts: list[Rollout]) -> float:
     return train_step(run, 1).get("train/skipped_not_finite", 0.0)
 
 
-@pytest.mark.parametrize("scope", ["batch", "micro_batch"])
-def test_a_part_that_is_not_finite_skips_the_step_on_all_ranks(models: Path, scope: str, tmp_path: Path):
+@pytest.mark.parametrize("passes", ["one", "two"])
+def test_a_part_that_is_not_finite_skips_the_step_on_all_ranks(models: Path, passes: str, tmp_path: Path):
     config = make_config(
-        models, Layout(2, cp=(2, 2)), selection={"scope": scope}, tracking={"view_every_steps": 1, "view_samples": 1}
+        models, Layout(2, cp=(2, 2)), selection={"passes": passes}, tracking={"view_every_steps": 1, "view_samples": 1}
     )
     assert run_workers(skipped_for_one_part, 2, tmp_path, config, ROLLOUTS) == [1.0, 1.0]
 
@@ -358,55 +417,55 @@ def test_a_full_budget_is_plain_distillation(models: Path, tmp_path: Path):
     assert by_rule["train/reverse_kl"] == pytest.approx(full["train/loss"], rel=1e-5)
 
 
-ONE_PASS = {"rule": "ta_opd_teachability", "retention_ratio": 0.3, "scope": "micro_batch"}
+def counted_step(config: Config, rollouts: list[Rollout]) -> dict[str, float]:
+    """A step's metrics, with the number of micro-batches that the student read, and how many with a graph."""
+    run, calls = build_tiny_run(config, rollouts), []
+    run.student.model.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    metrics = train_step(run, 1)
+    return metrics | {"calls": float(len(calls)), "with_graph": float(sum(calls))}
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        Layout(1),
-        Layout(4, student=(2, 2), sequence_parallel=True),
-        Layout(2, teacher=(2, 1)),
-        Layout(4, student=(1, 2), cp=(2, 2)),
-    ],
-    ids=str,
-)
-def test_one_pass_trains_on_what_it_selects_within_each_micro_batch(models: Path, layout: Layout, tmp_path: Path):
-    config = make_config(models, layout, selection=ONE_PASS)
-    ranks: list[Observed] = run_workers(observe, layout.world_size, tmp_path, config, ROLLOUTS)
-    selected = sorted(row for observed in ranks for row in observed.selected)
-    assert sum(weight for *_, weight in selected) == pytest.approx(1.0)
-    for observed in ranks:
-        assert observed.metrics["selection/num_selected"] == len(selected)
-        assert observed.metrics["train/saved_token_share"] == 0.0
-        assert observed.metrics["train/reverse_kl"] > 0
-    reference = reference_gradients(models, ROLLOUTS, selected)
-    _check_against_reference(sum(observed.loss for observed in ranks), ranks[0].gradients, reference)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_one_pass_runs_the_student_once(models: Path, tmp_path: Path, recompute: bool):
+    """Each micro-batch of the uncut batch once, with its graph; two passes without, and then those of the cut batch."""
+    found = {}
+    for passes in ("one", "two"):
+        sections = {"selection": {"passes": passes}, "model": {"recompute_activations": recompute}}
+        config = make_config(models, Layout(1), **sections)
+        (found[passes],) = run_workers(counted_step, 1, tmp_path / passes, config, ROLLOUTS)
+    uncut = found["one"]["train/num_micro_batches_uncut"]
+    assert uncut > 1
+    assert found["one"]["calls"] == found["one"]["with_graph"] == uncut
+    assert found["two"]["with_graph"] == found["two"]["train/num_micro_batches"]
+    assert found["two"]["calls"] == uncut + found["two"]["train/num_micro_batches"]
 
 
-def two_steps(config: Config, rollouts: list[Rollout]) -> list[dict[str, float]]:
-    """Two steps on the same rollouts; the engine gives them out as if the second weights had made them."""
-    run = build_tiny_run(config, rollouts)
-    lines = []
-    for step in (1, 2):
-        if (engine := engine_of(run)) is not None:
-            engine.rollouts = [replace(rollout, weight_version=step - 1) for rollout in rollouts]
-        lines.append(train_step(run, step) | run.timer.step_metrics())
-    return lines
+@pytest.mark.parametrize("layout", [Layout(1), Layout(2, student=(1, 2))], ids=str)
+def test_auto_takes_one_pass_where_that_is_possible(models: Path, layout: Layout, tmp_path: Path):
+    selection = {"passes": "auto", "retention_ratio": 0.6}  # expected to cut few tokens
+    config = make_config(models, layout, selection=selection)
+    for metrics in run_workers(observe_metrics, layout.world_size, tmp_path, config, ROLLOUTS):
+        assert metrics["train/one_pass"] == float(layout.student[1] == 1)
 
 
-@pytest.mark.parametrize("layout", [Layout(2), Layout(2, student=(1, 2)), Layout(2, cp=(2, 2))], ids=str)
-def test_the_thresholds_of_the_last_step_save_the_scoring_pass(models: Path, layout: Layout, tmp_path: Path):
-    """With almost no learning rate the second batch is the first again, so that its thresholds are exact."""
-    config = make_config(models, layout, selection={"thresholds": "last_step"}, optimizer={"lr": 1e-12})
-    for first, second in run_workers(two_steps, 2, tmp_path, config, ROLLOUTS):
-        assert "time/score_seconds" in first
-        assert "selection/exact_agreement" not in first
-        assert "time/score_seconds" not in second
-        assert second["selection/num_selected"] == pytest.approx(14, abs=1)  # a score at the threshold may round
-        assert second["selection/exact_num_selected"] == 14.0
-        assert second["selection/exact_agreement"] > 0.9
-        assert second["train/loss"] == pytest.approx(first["train/loss"], rel=0.1)
+def test_importance_weights_are_the_same_in_one_pass(models: Path, tmp_path: Path):
+    sections = {"rollout": {"importance_cap": 2.0}}
+    one, two = (
+        run_workers(
+            observe,
+            2,
+            tmp_path / passes,
+            make_config(models, Layout(2), selection={"passes": passes}, **sections),
+            ROLLOUTS,
+        )
+        for passes in ("one", "two")
+    )
+    assert sorted(row for observed in one for row in observed.selected) == sorted(
+        row for observed in two for row in observed.selected
+    )
+    assert len({weight for observed in two for _, _, weight in observed.selected}) > 1
+    reference = reference_gradients(models, ROLLOUTS, [row for observed in two for row in observed.selected])
+    _check_against_reference(sum(observed.loss for observed in one), one[0].gradients, reference)
 
 
 SPANS = {0: ((2, 6), (9, 11)), 3: ((1, 14),)}

@@ -14,7 +14,7 @@ SAMPLING = SamplingParams(6, 1.0, 1.0, samples_per_prompt=2, stop_token_ids=(2,)
 PROMPTS = [Prompt(10 * place, f"prompt {place}", (1, 4 + place)) for place in range(6)]
 
 
-_ENGINE_VALUES = ("attempts", "drop_wrong_version", "releases_memory")
+_ENGINE_VALUES = ("attempts", "drop_wrong_version", "releases_memory", "show")
 
 
 class VersionTransport:

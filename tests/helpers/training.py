@@ -133,7 +133,7 @@ def make_config(folder: Path, layout: Layout, **sections: dict[str, Any]) -> Con
         "prompts": {"source": "reasoning_gym", "tasks": ("basic_arithmetic",), "max_prompt_tokens": 64},
         "heldout": {"num_prompts": 1},
         "rollout": {"prompts_per_step": 1, "max_response_tokens": 64},
-        "selection": {"retention_ratio": 0.3},
+        "selection": {"retention_ratio": 0.3, "passes": "two"},
         "optimizer": {"lr": 1e-3, "clip_grad": 0.0},
         "training": {"steps": 4, "max_tokens_per_micro_batch": 48},
         "output": {"save_rollouts": False},
@@ -189,4 +189,5 @@ def recorder_of(run: TrainingRun, folder: RunFolder) -> RunRecorder:
 
 def this_worker() -> Worker:
     rank = dist.get_rank()
-    return Worker(rank, dist.get_world_size(), rank, torch.device("cpu"))
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return Worker(rank, dist.get_world_size(), rank, device)

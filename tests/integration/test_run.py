@@ -46,7 +46,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def first_run(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("first")
-    train(folder, models)
+    train(folder, models, "selection.passes=two")
     return folder
 
 
@@ -121,8 +121,9 @@ def test_rules_side_by_side_on_the_rollouts_of_a_run(first_run: Path, tmp_path: 
         ("model.tensor_parallel_size=3", "teacher.pipeline_parallel_size=3"),
         ("model.pipeline_parallel_size=2", "teacher.tensor_parallel_size=2"),
         ("--nproc=2",),
+        ("--nproc=2", "selection.passes=one"),
     ],
-    ids=["tp3", "pp2", "dp2"],
+    ids=["tp3", "pp2", "dp2", "dp2-one-pass"],
 )
 def test_replaying_a_run_under_another_layout_gives_its_first_loss(
     first_run: Path, models: Path, tmp_path: Path, layout: tuple[str, ...]

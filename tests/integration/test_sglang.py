@@ -19,8 +19,9 @@ from megatron_tip.conversion.weight_map import hf_shapes
 from megatron_tip.errors import WeightsLostError
 from megatron_tip.records import Prompt
 from megatron_tip.rollout.engine import ALL_MEMORY, WEIGHTS, SamplingParams
-from megatron_tip.rollout.sglang.client import ServerKeys, SGLangClient, Timeouts
+from megatron_tip.rollout.sglang.client import SGLangClient, Timeouts
 from megatron_tip.rollout.sglang.engine import EngineSettings, SGLangEngine, new_run_id
+from megatron_tip.rollout.sglang.keys import ServerKeys
 from megatron_tip.rollout.sglang.pool import PooledServer, PoolSettings, ServerPool
 from megatron_tip.rollout.sglang.server import ServerSettings, SGLangServer
 from megatron_tip.rollout.sglang.weights.broadcast import BroadcastTransport

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_tip.rollout.sglang.client import ServerKeys, SGLangClient
+from megatron_tip.rollout.sglang.client import SGLangClient
+from megatron_tip.rollout.sglang.keys import ServerKeys
 from megatron_tip.rollout.sglang.server import ServerSettings, SGLangServer
 from megatron_tip.rollout.storage import read_rollouts
 from megatron_tip.teachers.server_scorer import ScoringSettings, ServerTeacher, generated_positions

@@ -121,7 +121,7 @@ def _write_run_folder(path: Path) -> None:
     (partial / SHARDS_NAME / "common.pt").write_bytes(b"shards")
     progress = RunProgress(step=2, unrecorded={"train/loss": 0.5}, num_updates=2)
     state = {"settings": defining_settings(config), "progress": progress.as_json(), "recorder": asdict(RecorderState())}
-    write_state(partial, {**state, "calibration": None, "seconds": {"train": 1.0}, "workers": "1 cpu", "prompts": ""})
+    write_state(partial, {**state, "seconds": {"train": 1.0}, "workers": "1 cpu", "prompts": ""})
     names = (STATE_NAME, f"{SHARDS_NAME}/common.pt")
     files.commit(2, partial, {name: checksum(partial / name) for name in names})
 

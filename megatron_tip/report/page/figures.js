@@ -32,6 +32,9 @@ function frame(parent, title, unit) {
   parent.append(figure);
   return {
     drawing,
+    unit(text) {
+      caption.querySelector("span")?.replaceChildren(text);
+    },
     note(text) {
       note.textContent = text;
       note.hidden = !text;
@@ -61,7 +64,8 @@ function curveTraces(runs, series) {
         return;
       }
       const values = run.metrics[metric];
-      const isSparse = values.filter((value) => value !== null).length < values.length / 2;
+      const isMeasured = /^(heldout|diagnostics)\//.test(metric); // at steps of its own choosing
+      const isSparse = isMeasured || values.filter((value) => value !== null).length < values.length / 2;
       traces.push({
         type: "scatter",
         x: run.steps,
@@ -91,12 +95,21 @@ function logAxis(traces) {
   return { type: "log", tickmode: "array", tickvals: ticks, ticktext: ticks.map((tick) => String(Number(tick.toPrecision(2)))) };
 }
 
+// Steps are whole numbers, and so are the ticks of their axis.
+function stepAxis(runs) {
+  const steps = runs.flatMap((run) => run.steps);
+  const span = Math.max(...steps) - Math.min(...steps);
+  return { title: { text: "step", standoff: 4 }, ...(span <= 12 ? { tickmode: "linear", tick0: 0, dtick: span <= 8 ? 1 : 2 } : { tickformat: "d" }) };
+}
+
 function drawCurve(place, runs, spec) {
   const { traces, gaps } = curveTraces(runs, spec.series);
   const positive = traces.every((trace) => trace.y.every((value) => value === null || value > 0));
-  const yaxis = spec.percent ? { tickformat: ".0~%", rangemode: "tozero" } : spec.log && positive ? logAxis(traces) : {};
+  const isLog = Boolean(spec.log && positive);
+  if (spec.unit) place.unit(isLog ? `${spec.unit}, logarithmic` : spec.unit);
+  const yaxis = spec.percent ? { tickformat: ".0~%", rangemode: "tozero" } : isLog ? logAxis(traces) : {};
   const strides = runs.filter((run) => run.stride > 1).map((run) => `each point of ${run.name} is the mean of ${run.stride} steps`);
-  drawOrSay(place, traces, { yaxis, xaxis: { title: { text: "step", standoff: 4 } }, showlegend: traces.length > 1 }, "not recorded by any run");
+  drawOrSay(place, traces, { yaxis, xaxis: stepAxis(runs), showlegend: traces.length > 1 }, "not recorded by any run");
   place.note([gaps.length && traces.length ? `Not recorded: ${gaps.join("; ")}` : "", ...strides].filter(Boolean).join(". "));
 }
 
@@ -139,7 +152,7 @@ function timeFigures(runs) {
         name: phase,
         marker: { color: colour(`phase-${phases.indexOf(phase) % 8}`), line: { width: 0 } },
       }));
-      const layout = { barmode: "stack", legend: { ...baseLayout().legend, traceorder: "normal" }, bargap: run.steps.length > 60 ? 0 : 0.15, yaxis: { range: [0, top(r)] }, xaxis: { title: { text: "step", standoff: 4 } } };
+      const layout = { barmode: "stack", legend: { ...baseLayout().legend, traceorder: "normal" }, bargap: run.steps.length > 60 ? 0 : 0.15, yaxis: { range: [0, top(r)] }, xaxis: stepAxis([run]) };
       drawOrSay(place, traces, layout, "no times recorded");
       place.note(isShared ? "" : "The runs' scales differ.");
     };
@@ -167,7 +180,7 @@ function memoryFigures(runs) {
   const drawAll = () => {
     const scaled = runs.map((run) => ({ ...run, metrics: Object.fromEntries(["gpu/memory_used_max_bytes", "host/rss_total_bytes"].filter((name) => has(run, name)).map((name) => [name, run.metrics[name].map((value) => value && value / 1e9)])) }));
     const { traces, gaps } = curveTraces(scaled, [["gpu/memory_used_max_bytes", "GPU", true], ["host/rss_total_bytes", "host"]]);
-    drawOrSay(ofAll, traces, { yaxis: { rangemode: "tozero" }, xaxis: { title: { text: "step", standoff: 4 } } }, "not recorded by any run; monitoring.every_seconds turns it on");
+    drawOrSay(ofAll, traces, { yaxis: { rangemode: "tozero" }, xaxis: stepAxis(runs) }, "not recorded by any run; monitoring.every_seconds turns it on");
     ofAll.note(gaps.length && traces.length ? `Not recorded: ${gaps.join("; ")}` : "");
   };
   return [drawPhases, drawAll];

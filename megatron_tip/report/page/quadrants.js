@@ -32,8 +32,8 @@ function shareFigures(runs) {
         });
       });
       const layout = {
-        xaxis: { domain: [0, 0.48], title: { text: "step", standoff: 4 } },
-        xaxis2: { domain: [0.52, 1], title: { text: "step", standoff: 4 } },
+        xaxis: { domain: [0, 0.48], ...stepAxis([run]) },
+        xaxis2: { domain: [0.52, 1], ...stepAxis([run]) },
         yaxis: { range: [0, 1], tickformat: ".0%" },
       };
       drawOrSay(place, traces, layout, "quadrant shares not recorded: the rule asked for no statistics");
@@ -76,7 +76,7 @@ function planeLayout(view, ranges) {
     shapes,
     annotations,
     xaxis: { title: { text: "student's entropy H(p), nats", standoff: 4 }, range: ranges.x },
-    yaxis: { type: "log", title: { text: `${view.divergence.replaceAll("_", " ")}, nats`, standoff: 4 }, range: ranges.y, dtick: 1 },
+    yaxis: { type: "log", title: { text: `${view.divergence.replaceAll("_", " ")}, nats, logarithmic`, standoff: 4 }, range: ranges.y, dtick: 1 },
   };
 }
 

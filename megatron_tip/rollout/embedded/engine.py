@@ -13,7 +13,9 @@ from megatron_tip.errors import EngineError
 from megatron_tip.records import Prompt, Rollout, logprobs, token_ids
 from megatron_tip.rollout.embedded.grouped_attention import register_grouped_attention
 from megatron_tip.rollout.embedded.sampling import TokenSampler
+from megatron_tip.rollout.embedded.token_counter import TokenCounter
 from megatron_tip.rollout.engine import EngineNeeds, RolloutEngine, SamplingParams
+from megatron_tip.rollout.progress_clock import ProgressClock, Show, show_nothing
 from megatron_tip.seeds import derive_seed
 
 
@@ -29,6 +31,7 @@ class EmbeddedEngine(RolloutEngine):
         batch_size: sequences to generate together.
         num_threads: CPU threads while generating; the previous number is restored afterwards.
         vocab_size: ids from here on, which the teacher does not know, are never sampled; None: no limit.
+        show: shows the progress of a batch.
     """
 
     def __init__(
@@ -40,7 +43,9 @@ class EmbeddedEngine(RolloutEngine):
         num_threads: int = 1,
         device: torch.device | str = "cpu",
         vocab_size: int | None = None,
+        show: Show = show_nothing,
     ) -> None:
+        self._show = show
         self._vocab_size = vocab_size
         self._model = _build_model(hf_config, dtype, device)
         self._device = torch.device(device)
@@ -96,10 +101,12 @@ class EmbeddedEngine(RolloutEngine):
         jobs = [(place, sample) for place in range(len(prompts)) for sample in range(sampling.samples_per_prompt)]
         jobs.sort(key=lambda job: len(prompts[job[0]].prompt_ids))
         rollouts: dict[tuple[int, int], Rollout] = {}
+        clock = ProgressClock(len(jobs), self._show)
         with torch.inference_mode(), _threads(self._num_threads):
             for first in range(0, len(jobs), self._batch_size):
                 batch = jobs[first : first + self._batch_size]
-                rollouts.update(zip(batch, self._generate_batch(prompts, batch, sampling), strict=True))
+                counter = TokenCounter(clock, first, len(batch), sampling.stop_token_ids, self._device)
+                rollouts.update(zip(batch, self._generate_batch(prompts, batch, sampling, counter), strict=True))
         return [rollouts[job] for job in sorted(rollouts)]
 
     def _check_lengths(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> None:
@@ -113,7 +120,11 @@ class EmbeddedEngine(RolloutEngine):
             )
 
     def _generate_batch(
-        self, prompts: Sequence[Prompt], jobs: Sequence[tuple[int, int]], sampling: SamplingParams
+        self,
+        prompts: Sequence[Prompt],
+        jobs: Sequence[tuple[int, int]],
+        sampling: SamplingParams,
+        counter: TokenCounter,
     ) -> Iterator[Rollout]:
         input_ids, attention_mask = self._left_padded([prompts[place].prompt_ids for place, _ in jobs])
         sampler = TokenSampler(
@@ -123,6 +134,7 @@ class EmbeddedEngine(RolloutEngine):
             top_p=sampling.top_p,
             device=self._device,
             vocab_size=self._vocab_size,
+            on_tokens=counter.count,
         )
         sequences = self._model.generate(
             input_ids,
@@ -169,6 +181,7 @@ def build_embedded_engine(needs: EngineNeeds) -> EmbeddedEngine:
         batch_size=needs.config.rollout.batch_size,
         num_threads=needs.num_threads,
         vocab_size=needs.vocab_size,
+        show=needs.show,
     )
 
 

@@ -1,6 +1,6 @@
 """Sampling of the next token, with its logprob, from our own random numbers; the global generator is not used."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ class TokenSampler(LogitsProcessor):
         seeds: `b` integers >= 0, one per sequence.
         num_steps: the most tokens that can be drawn.
         vocab_size: ids from here on are never drawn; None: no limit.
+        on_tokens: receives the sampled tokens of each step, `[b, 1]`.
     """
 
     def __init__(
@@ -33,12 +34,14 @@ class TokenSampler(LogitsProcessor):
         top_p: float,
         device: torch.device,
         vocab_size: int | None = None,
+        on_tokens: Callable[[Tensor], None] | None = None,
     ) -> None:
         uniforms = np.stack([np.random.default_rng(seed).random(num_steps) for seed in seeds], axis=1)
         self._uniforms = torch.from_numpy(uniforms).to(device)  # [num_steps, b] float64 in [0, 1)
         self._temperature = temperature
         self._top_p = top_p
         self._vocab_size = vocab_size
+        self._on_tokens = on_tokens
         self._logprobs: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
@@ -50,6 +53,8 @@ class TokenSampler(LogitsProcessor):
             logprobs = keep_nucleus(logprobs, self._top_p)
         token = sample_by_inverse_cdf(logprobs, self._uniforms[len(self._logprobs)])
         self._logprobs.append(logprobs.gather(1, token))
+        if self._on_tokens:
+            self._on_tokens(token)
         return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
 
     def sampled_logprobs(self) -> Tensor:

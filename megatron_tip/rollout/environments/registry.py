@@ -30,7 +30,8 @@ def load_environment(name: str) -> EnvironmentFactory:
         found: Any = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
         raise ConfigError(
-            f"rollout.environment: cannot import {name!r} ({error}); check the path and PYTHONPATH"
+            f"rollout.environment: cannot import {name!r} ({error}); the module lies beside the run's TOML, is "
+            "installed, or is on PYTHONPATH"
         ) from error
     missing = [method for method in ("reset", "step") if not callable(getattr(found, method, None))]
     if missing:

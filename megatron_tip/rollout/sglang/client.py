@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
@@ -30,19 +30,12 @@ from megatron_tip.rollout.sglang.answers import (
     checked_generation,
     parse,
 )
+from megatron_tip.rollout.sglang.keys import ServerKeys
 
 STREAM_INTERVAL = 64
 """Tokens per chunk of a streamed response: often enough to tell a slow server from a silent one."""
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class ServerKeys:
-    """The passwords of a server, kept out of every repr: `api` for generation, `admin` for weights and control."""
-
-    api: str | None = field(default=None, repr=False)
-    admin: str | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)

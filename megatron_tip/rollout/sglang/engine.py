@@ -15,6 +15,7 @@ from megatron_tip.errors import EngineError, ServerError, ServersLostError, Weig
 from megatron_tip.files import output_errors
 from megatron_tip.records import Prompt, Rollout
 from megatron_tip.rollout.engine import WEIGHTS, RolloutEngine, SamplingParams
+from megatron_tip.rollout.progress_clock import Show, show_nothing
 from megatron_tip.rollout.sglang.answers import checked_logprobs
 from megatron_tip.rollout.sglang.jobs import BatchRun, Progress, SetAside
 from megatron_tip.rollout.sglang.memory import ServerMemory
@@ -42,7 +43,7 @@ class EngineSettings:
     """Settings of an SGLangEngine. `run_id` distinguishes this run's weights from another trainer's on the same server.
     `attempts`: failures of a sample before it is set aside in `set_aside_path`. `num_layers`: the model's.
     `drop_wrong_version`: drop responses of other weights instead of regenerating them. `releases_memory`: `hold_memory`
-    will be called.
+    will be called. `show`: shows a batch's progress.
     """
 
     run_id: str
@@ -51,6 +52,7 @@ class EngineSettings:
     num_layers: int
     drop_wrong_version: bool = False
     releases_memory: bool = False
+    show: Show = show_nothing
 
 
 def new_run_id() -> str:
@@ -231,6 +233,7 @@ class SGLangEngine(RolloutEngine):
             weight_version=self._weight_version,
             attempts=self._settings.attempts,
             drop_wrong_version=self._settings.drop_wrong_version,
+            show=self._settings.show,
         )
         try:
             run.run()

@@ -2,7 +2,6 @@
 
 import logging
 import threading
-import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from dataclasses import dataclass, field
 from megatron_tip.errors import EngineError, ServerAnswerError, ServerError, ServerRefusedError
 from megatron_tip.records import Prompt, Rollout, logprobs, token_ids
 from megatron_tip.rollout.engine import FINISH_REASONS, SamplingParams
+from megatron_tip.rollout.progress_clock import ProgressClock, Show, show_nothing
 from megatron_tip.rollout.sglang.answers import Generation
 from megatron_tip.rollout.sglang.client import SGLangClient
 from megatron_tip.rollout.sglang.pool import PooledServer, ServerPool
@@ -71,29 +71,6 @@ class Progress:
         return job in self.rollouts or job in self.set_aside or job in self.dropped
 
 
-class ProgressClock:
-    """Periodic log of a batch's progress. Any thread may call `note`."""
-
-    def __init__(self, num_jobs: int, every_seconds: float = 30.0) -> None:
-        self._num_jobs = num_jobs
-        self._every_seconds = every_seconds
-        self._begin = self._last = time.monotonic()
-        self._tokens: dict[Job, int] = {}
-        self._lock = threading.Lock()
-
-    def note(self, job: Job, num_tokens: int, num_finished: int) -> None:
-        """Records the number of tokens that `job` has so far."""
-        with self._lock:
-            self._tokens[job] = num_tokens
-            now = time.monotonic()
-            if now - self._last < self._every_seconds:
-                return
-            self._last = now
-            total = sum(self._tokens.values())
-        speed = total / (now - self._begin)
-        logger.info("%d of %d responses, %d tokens, %.0f tokens/s", num_finished, self._num_jobs, total, speed)
-
-
 class BatchRun:
     """A run of the open jobs of one batch with the weights `version`, limited by the pool's concurrency.
 
@@ -101,8 +78,7 @@ class BatchRun:
         weight_version: training step of `version`, recorded in the rollouts.
         attempts: failures after which a sample is set aside.
         drop_wrong_version: drop responses of other weights instead of regenerating them.
-
-    It logs its progress every half minute, including tokens of unfinished responses.
+        show: shows the progress, including tokens of unfinished responses.
     """
 
     def __init__(
@@ -116,6 +92,7 @@ class BatchRun:
         weight_version: int,
         attempts: int,
         drop_wrong_version: bool,
+        show: Show = show_nothing,
     ) -> None:
         self._pool = pool
         self._prompts = prompts
@@ -125,7 +102,7 @@ class BatchRun:
         self._weight_version = weight_version
         self._attempts = attempts
         self._drop_wrong_version = drop_wrong_version
-        self._clock = ProgressClock(len(prompts) * sampling.samples_per_prompt)
+        self._clock = ProgressClock(len(prompts) * sampling.samples_per_prompt, show)
         self._stopped = threading.Event()
         self._lock = threading.Lock()
 

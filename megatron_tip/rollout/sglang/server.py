@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import os
-import secrets
 import signal
 import socket
 import subprocess
@@ -18,18 +17,19 @@ from types import TracebackType
 from typing import IO, Literal, Self
 
 from megatron_tip.errors import OptionalDependencyError, ServerError
+from megatron_tip.parallel.environment import LOOPBACK, SPIN_COUNT
 from megatron_tip.placement.hosts import device_names
-from megatron_tip.rollout.sglang.client import ServerKeys, SGLangClient, Timeouts
+from megatron_tip.rollout.sglang.client import SGLangClient, Timeouts
+from megatron_tip.rollout.sglang.keys import ServerKeys
 
 CPU_SHIM = Path(__file__).parent / "cpu_shim"
 CPU_ENVIRONMENT = {
     "SGLANG_USE_CPU_ENGINE": "1",
     "OMP_WAIT_POLICY": "passive",  # spinning threads take the trainer's cores, but
-    "GOMP_SPINCOUNT": "20000",  # 0.2 ms help: a decode step has hundreds of parallel regions, and waking is slow
+    "GOMP_SPINCOUNT": SPIN_COUNT,  # a short wait helps: a decode step has hundreds of parallel regions
     "TORCHDYNAMO_DISABLE": "1",  # it would look for the real triton
 }
 _WORLD_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "TORCH_NCCL_")
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,7 @@ class ServerSettings:
 
     @property
     def is_loopback(self) -> bool:
-        return self.host in _LOOPBACK
-
-
-def new_keys(host: str) -> ServerKeys:
-    """Returns random passwords for a server that other machines can reach; none for one on loopback."""
-    if host in _LOOPBACK:
-        return ServerKeys()
-    return ServerKeys(api=secrets.token_urlsafe(32), admin=secrets.token_urlsafe(32))
+        return self.host in LOOPBACK
 
 
 def require_sglang() -> None:

@@ -1,11 +1,9 @@
 """Construction of an SGLang engine from a configuration: our own or given servers, and the weight transport."""
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -19,10 +17,11 @@ from megatron_tip.machine import Machine
 from megatron_tip.parallel.environment import expands_segments
 from megatron_tip.rollout.engine import EngineNeeds
 from megatron_tip.rollout.handover.shared_memory import bucket_limit
-from megatron_tip.rollout.sglang.client import ServerKeys, SGLangClient, Timeouts
+from megatron_tip.rollout.sglang.client import SGLangClient, Timeouts
 from megatron_tip.rollout.sglang.engine import EngineSettings, SGLangEngine, new_run_id
+from megatron_tip.rollout.sglang.keys import ServerKeys, new_keys, read_keys
 from megatron_tip.rollout.sglang.pool import PooledServer, PoolSettings, ServerPool
-from megatron_tip.rollout.sglang.server import ServerSettings, SGLangServer, new_keys, require_sglang
+from megatron_tip.rollout.sglang.server import ServerSettings, SGLangServer, require_sglang
 from megatron_tip.rollout.sglang.weights.broadcast import BroadcastTransport
 from megatron_tip.rollout.sglang.weights.folder import FolderTransport
 from megatron_tip.rollout.sglang.weights.ipc import IpcTransport
@@ -71,24 +70,6 @@ def check_served(config: Config, vocab_sizes: Sequence[int], machine: Machine) -
             f"{student} and {teacher} entries; a server would sample ids that the teacher does not know: use the "
             "embedded engine"
         )
-
-
-def read_keys(path: Path | None, *, setting: str = "sglang.keys_file") -> ServerKeys:
-    """Returns the passwords in `path`, the value of `setting`; none without a path.
-
-    Raises:
-        ConfigError: the file is unreadable or has the wrong content. The message reveals nothing of the content.
-    """
-    if path is None:
-        return ServerKeys()
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{setting}: cannot read {path}: {type(error).__name__}") from None
-    valid = isinstance(content, dict) and content.keys() <= {"api", "admin"}
-    if not valid or not all(isinstance(value, str) for value in content.values()):
-        raise ConfigError(f'{setting}: expected {{"api": "...", "admin": "..."}} in {path}, got something else')
-    return ServerKeys(**content)
 
 
 def check_allocator(transport: str | None, device: torch.device, environ: Mapping[str, str]) -> None:
@@ -142,6 +123,7 @@ def build_sglang_engine(needs: EngineNeeds) -> SGLangEngine:
         num_layers=student.architecture.num_layers,
         drop_wrong_version=rollout.on_wrong_version == "drop",
         releases_memory=needs.releases_memory,
+        show=needs.show,
     )
     return SGLangEngine(pool, _transport(needs, run_id), settings)
 

@@ -8,7 +8,6 @@ import torch.distributed as dist
 
 from megatron_tip.errors import CheckpointError
 from megatron_tip.parallel.collectives import broadcast_json, gather_json
-from megatron_tip.selection import Calibration
 from megatron_tip.training.checkpoints.files import SHARDS_NAME, CheckpointFiles
 from megatron_tip.training.checkpoints.progress import RunProgress
 from megatron_tip.training.checkpoints.same_run import defining_settings
@@ -74,8 +73,6 @@ def restore(run: TrainingRun, files: CheckpointFiles, step: int) -> tuple[RunPro
     shards = files.step_folder(step) / SHARDS_NAME
     load_state(run.student, shards, with_random_states=state["workers"] == own["workers"])
     run.timer.resume(state["seconds"])
-    if state["calibration"] is not None:
-        run.last_step.calibration = Calibration(**state["calibration"])
     return progress, recorded
 
 

@@ -17,7 +17,10 @@ _DEFINING_KEYS: dict[str, tuple[str, ...]] = {
         *("prompts_per_step", "samples_per_prompt", "max_response_tokens", "temperature", "top_p", "dtype"),
         *("environment", "max_turns", "observation_role", "ahead", "importance_cap"),
     ),
-    "selection": (),
+    "selection": (
+        *("rule", "retention_ratio", "scope", "normaliser", "tie_break", "minimum_per_rollout", "support_size"),
+        *("loss_scale", "compare"),
+    ),
     "loss": ("divergence", "jsd_beta", "temperature"),
     "optimizer": (),
     "training": ("steps",),
@@ -27,20 +30,43 @@ _DEFINING_KEYS: dict[str, tuple[str, ...]] = {
 Layouts, outputs, reports, and settings that affect only memory or time may change from one start to the next.
 """
 
+_WITHOUT_SUCCESSOR = {"selection.scope": "micro_batch", "selection.thresholds": "last_step"}
+"""Keys and values of earlier versions for tokens that no present setting selects."""
+
+
+_STEPS = "training.steps"
+
 
 def defining_settings(config: Config) -> dict[str, Any]:
     """Returns the keys and values that cannot change during a run, as JSON values."""
     values = config.model_dump(mode="json")
-    keys_of = dict(_DEFINING_KEYS)
-    if config.selection.scope == "micro_batch":  # rows that share a micro-batch share a budget
-        keys_of["training"] += ("max_tokens_per_micro_batch",)
     return {
-        f"{section}.{key}": values[section][key] for section, keys in keys_of.items() for key in keys or values[section]
+        f"{section}.{key}": values[section][key]
+        for section, keys in _DEFINING_KEYS.items()
+        for key in keys or values[section]
     }
+
+
+def _is_extended(config: Config, saved_steps: int) -> bool:
+    """Returns whether more steps than the run began with leave the steps before as they are."""
+    return config.training.steps > saved_steps and not _why_not_longer(config)
+
+
+def _why_not_longer(config: Config) -> str:
+    """Returns why a run cannot take other steps than it began with, and what to do; empty if it can take more."""
+    if config.optimizer.min_lr < config.optimizer.lr:
+        why = "the learning rate falls to optimizer.min_lr over all steps; it can be extended where both are equal"
+    elif config.prompts.source == "reasoning_gym" and not config.prompts.num_prompts:
+        why = "as many prompts are generated as the run has steps for; it can be extended with prompts.num_prompts set"
+    else:
+        return ""
+    return f" ({why}; or let it end, and start a run with another run.folder from its student: model.path=.../hf)"
 
 
 def check_same_run(config: Config) -> None:
     """Refuses to continue a run with settings that make it a different run. Reads one small file.
+
+    More steps than it began with make it no different run if learning rate and prompts do not depend on their number.
 
     Raises:
         ConfigError: names the keys, with the checkpoint's values.
@@ -52,11 +78,17 @@ def check_same_run(config: Config) -> None:
             saved = files.read_state(step)["settings"]
         except (CheckpointError, KeyError):
             continue  # damaged; `resume.newest_whole` will report it
+        if gone := [f"{key} = {value!r}" for key, value in _WITHOUT_SUCCESSOR.items() if saved.get(key) == value]:
+            raise ConfigError(
+                f"run.folder: {folder.path} holds an unfinished run with {' and '.join(gone)}, which only earlier "
+                'versions have; selection.passes = "one" replaced it and selects other tokens, so give another '
+                "run.folder, or start over with --fresh, which removes the run"
+            )
         wanted = defining_settings(config)
         changed = [
-            f"{key}: {saved[key]!r}, now {value!r}"
+            f"{key}: {saved[key]!r}, now {value!r}{_why_not_longer(config) if key == _STEPS else ''}"
             for key, value in wanted.items()
-            if key in saved and saved[key] != value
+            if key in saved and saved[key] != value and not (key == _STEPS and _is_extended(config, saved[key]))
         ]
         if changed:
             raise ConfigError(

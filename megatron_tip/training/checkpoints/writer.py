@@ -137,7 +137,6 @@ class Checkpointer:
             assert request is not None, "an asynchronous save returns a request"
             values = {
                 "progress": progress.as_json(),
-                "calibration": (last := self._run.last_step.calibration) and asdict(last),
                 "recorder": asdict(self._recorder.state),
                 "seconds": self._run.timer.total_seconds(),
                 **identity_of(self._run),

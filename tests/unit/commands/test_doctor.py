@@ -38,7 +38,7 @@ def write_program(path: Path, script: str) -> None:
 
 
 def test_slurm_is_told_with_its_partitions():
-    assert "SLURM: batch up 8 nodes idle" in [finding.text for finding in examine(None, world_size=None)]
+    assert "SLURM: batch up 8 nodes idle" in [finding.text for finding in examine(None)]
 
 
 def test_a_slurm_that_does_not_answer_is_a_note(slurm: Path):
@@ -51,8 +51,8 @@ def test_a_slurm_that_does_not_answer_is_a_note(slurm: Path):
         assert (finding.state, finding.text) == ("note", f"SLURM is installed but does not answer: {why}")
 
 
-def missing(models: Path, world_size: int | None = None, **sections: Any) -> list[str]:
-    findings = examine(make_config(models, Layout(1), **sections), world_size=world_size)
+def missing(models: Path, **sections: Any) -> list[str]:
+    findings = examine(make_config(models, Layout(1), **sections))
     return [finding.text for finding in findings if finding.state == "missing"]
 
 
@@ -63,6 +63,7 @@ def test_a_machine_without_a_gpu_lacks_nothing():
     for name in ("torch", "megatron-core", "transformer-engine", "apex", "sglang", "wandb", "SLURM", "disk", "ports"):
         assert name in ended.stdout
     assert 'fix: pip install "megatron_tip[transformer-engine]"' in ended.stdout
+    assert ended.stdout.splitlines()[-1] == "ready: a run lacks nothing here"
 
 
 def test_a_run_that_can_start_lacks_nothing(models: Path):
@@ -82,7 +83,7 @@ def test_online_tracking_needs_a_login(models: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     assert any("no login found here" in text for text in missing(models, tracking={"wandb": "online"}))
     monkeypatch.setenv("WANDB_API_KEY", "secret-key")
-    findings = examine(make_config(models, Layout(1), tracking={"wandb": "online"}), world_size=None)
+    findings = examine(make_config(models, Layout(1), tracking={"wandb": "online"}))
     assert not any("no login found here" in finding.text for finding in findings)
     assert not any("secret-key" in finding.line() for finding in findings)
 
@@ -94,8 +95,8 @@ def test_a_configuration_that_cannot_run_is_told_with_its_reason(models: Path):
 
 def test_layouts_are_told_and_parts_of_sequences_want_transformer_engine(models: Path, monkeypatch: pytest.MonkeyPatch):
     config = make_config(models, Layout(2, cp=(2, 1)), model={"dtype": "auto"})
-    texts = [finding.text for finding in examine(config, world_size=2)]
-    assert "layouts: student tp 1 x pp 1 x cp 2 x dp 1, teacher tp 1 x pp 1 x cp 1 x dp 2" in texts
+    texts = [finding.text for finding in examine(config)]
+    assert "layouts: student tp 1 x pp 1 x cp 2 x dp 1, teacher tp 1 x pp 1 x dp 2" in texts
     assert not any("context_parallel_size" in text for text in texts), "on a CPU there is no other way"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     (note,) = doctor._context_parallelism(config)
@@ -119,3 +120,27 @@ def test_exit_code_is_one_where_something_is_missing(tmp_path: Path):
     ended = RUNNER.invoke(app, ["doctor", str(config)])
     assert ended.exit_code == 1
     assert "MISSING  the configuration cannot run: model.path: a/config.json: no such file" in ended.stdout
+    assert ended.stdout.splitlines()[-1] == "not ready: 1 missing, marked above"
+
+
+RECIPE = str(Path(__file__).parents[3] / "examples/qwen3_4b_to_1p7b/qwen3_4b_to_1p7b.toml")
+
+
+def test_a_recipe_for_a_cluster_is_checked_for_the_cluster(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)  # nothing is installed here
+    ended = RUNNER.invoke(app, ["doctor", RECIPE, "--world-size", "64"])
+    assert ended.exit_code == 0, ended.output
+    assert ended.stdout.splitlines()[-1] == "ready: this run lacks nothing there"
+    for text in ("Qwen3-4B", "bfloat16", "of 80 GiB", "trainer, ranks 0-63", "each node needs sglang"):
+        assert text in ended.stdout
+    for text in ("no GPU", "disk:", "ports:", "SLURM", "MISSING"):
+        assert text not in ended.stdout
+
+
+def test_a_recipe_that_does_not_fit_the_cluster_is_not_ready():
+    ended = RUNNER.invoke(app, ["doctor", RECIPE, "--world-size", "64", "--gpu-memory", "4"])
+    assert ended.exit_code == 1
+    assert "MISSING  the configuration cannot run there: memory: expected at most 4 GiB per GPU" in ended.stdout
+    assert ended.stdout.splitlines()[-1] == "not ready: 1 missing, marked above"
+    ended = RUNNER.invoke(app, ["doctor", "--world-size", "64"])
+    assert (ended.exit_code, "expected a configuration to check" in ended.output) == (2, True)

@@ -112,10 +112,9 @@ def test_another_site_file_is_read_by_bash(tmp_path: Path):
         site_values(ENVIRON | {"MEGATRON_TIP_SITE": "nowhere.sh"})
 
 
-def test_an_unknown_script_is_refused_with_the_known_ones(tmp_path: Path):
-    submission = Submission(Path("a.toml"), script="tarin", environ=ENVIRON)
-    with pytest.raises(ConfigError, match=r"expected one of convert, .*train, train_disaggregated, got tarin"):
-        sbatch_command(submission, make_config(tmp_path, Layout(1)))
+def test_an_unknown_script_is_refused_with_the_known_ones():
+    with pytest.raises(ConfigError, match=r"expected one of train, .*, sweep, got tarin; did you mean train\?"):
+        Submission(Path("a.toml"), script="tarin", environ=ENVIRON)
 
 
 def test_without_slurm_the_command_to_run_elsewhere_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -303,6 +302,16 @@ def test_a_script_that_does_not_find_the_repository_says_what_to_do(script, tmp_
     assert (
         f"expected the repository in {tmp_path}: run sbatch in its root, or with --export=ALL,TIP_ROOT=" in ran.stderr
     )
+
+
+@pytest.mark.parametrize("script", ["train", "train_disaggregated", "sweep", "convert"])
+def test_a_script_outside_slurm_says_how_it_is_started(script):
+    ran = subprocess.run(
+        ["bash", str(SLURM / f"{script}.sbatch"), "run.toml"], env=ENVIRON, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 2
+    assert f"{script}.sbatch is a SLURM job: start it with sbatch" in ran.stderr
+    assert "unbound" not in ran.stderr
 
 
 def test_signals_go_on_to_the_workers_and_their_exit_code_comes_back():

@@ -3,7 +3,8 @@
 import pytest
 
 from megatron_tip.config import Config
-from megatron_tip.config.io import dump_config, load_config, reference
+from megatron_tip.config.io import dump_config, load_config
+from megatron_tip.config.reference import reference
 from megatron_tip.errors import ConfigError
 
 MINIMAL = """
@@ -76,9 +77,28 @@ def test_malformed_override_is_refused(minimal, override):
         ("model.tensor_paralel_size=3", "did you mean model.tensor_parallel_size?"),
         ("training.lr=0.1", "did you mean optimizer.lr?"),
         ("optimzer.lr=0.1", "optimzer: unknown section; did you mean optimizer?"),
+        (
+            "selection.thresholds=last_step",
+            "selection.thresholds (on the command line): unknown key; use selection.passes",
+        ),
+        (
+            "selection.scope=micro_batch",
+            'got "micro_batch" (text); use selection.passes = "one", which selects exactly',
+        ),
         ("loss.compile=true", 'loss.compile (on the command line): unknown key; use loss.kernels = "compiled"'),
         ("training.zzzzzzzz=1", "see `megatron-tip train --help`"),
         ("training.steps=many", 'training.steps (on the command line): expected integer >= 1, got "many" (text)'),
+        ("model.dtype=bf16", 'got "bf16" (text); did you mean "bfloat16"?'),
+        ("model.dtype=FP32", 'got "FP32" (text); did you mean "float32"?'),
+        ("rollout.engine=SGLang", 'got "SGLang" (text); did you mean "sglang"?'),
+        ("loss.divergence=reverse-kl", 'got "reverse-kl" (text); did you mean "reverse_kl"?'),
+        ("prompts.shuffle=False", 'expected boolean, got "False" (text); did you mean false?'),
+        ("training.steps=1e3", "got 1000.0 (number); did you mean 1000?"),
+        ('training.steps="3"', 'got "3" (text); did you mean 3?'),
+        ("optimizer.lr=.5", 'got ".5" (text); did you mean 0.5?'),
+        ("sglang.gpus=6,7", 'got "6,7" (text); did you mean [6, 7]?'),
+        ("model.drop_layers=3", "got 3 (integer); did you mean [3]?"),
+        ("prompts.tasks=basic_arithmetic", 'got "basic_arithmetic" (text); did you mean ["basic_arithmetic"]?'),
         ("training.steps=0", "expected integer >= 1, got 0 (integer)"),
         ("training.steps=3.0", "expected integer >= 1, got 3.0 (number)"),
         ("training.steps=true", "expected integer >= 1, got true (boolean)"),
@@ -99,6 +119,26 @@ def test_message_names_key_expectation_and_value(minimal, override, expected_tex
     message = message_of(minimal, [override])
     assert message.startswith(f"{minimal}: ")
     assert expected_text in message
+
+
+@pytest.mark.parametrize(
+    "override,expected_text",
+    [
+        ("lr=1e-4", "did you mean optimizer.lr=1e-4?"),
+        ("dtype=bfloat16", "did you mean model.dtype=bfloat16 or teacher.dtype=bfloat16 or rollout.dtype=bfloat16?"),
+        ("optimizer.lr", "did you mean optimizer.lr=VALUE?"),
+        ("--optimizer.lr=1e-4", "did you mean optimizer.lr=1e-4? Write it without dashes"),
+        ("retention_ration=0.1", "did you mean selection.retention_ratio=0.1?"),
+    ],
+)
+def test_a_malformed_override_is_answered_with_the_likely_one(minimal, override, expected_text):
+    assert expected_text in message_of(minimal, [override])
+
+
+def test_what_nobody_means_gets_no_hint(minimal):
+    assert message_of(minimal, ["training.steps=many"]).endswith("(text)")
+    assert message_of(minimal, ["zzzzzzzz=1"]).endswith("got 'zzzzzzzz=1'")
+    assert message_of(minimal, ["training.steps=1e400"])
 
 
 def test_all_errors_are_listed_together(tmp_path):
@@ -157,6 +197,16 @@ def test_reference_describes_every_key():
             assert f"  {key}: " in text
             assert value.description, f"{name}.{key} has no description"
     assert "  retention_ratio: number > 0 and <= 1, default 0.05" in text
+
+
+def test_reference_fits_80_columns_and_names_the_rules():
+    from megatron_tip.selection import RULES
+
+    text = reference()
+    assert max(map(len, text.splitlines())) <= 80
+    section = " ".join(text[text.index("[selection]") :].split())
+    for name in RULES:
+        assert f" {name.removesuffix('_bottom')}" in section, name
 
 
 def test_a_home_folder_is_found(minimal, monkeypatch, tmp_path):

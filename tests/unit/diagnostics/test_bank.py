@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
@@ -105,6 +106,30 @@ def test_a_manifest_without_a_key_is_refused_by_name(tmp_path, key):
     path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != key}))
     with pytest.raises(InputError, match=rf"manifest\.json: expected .* got {key} missing"):
         read_bank(tmp_path / "bank")
+
+
+@pytest.mark.parametrize(
+    "key,value", [("teacher", 1.5), ("student", {}), ("sampling", [1]), ("sampling", {"top_p": 1})]
+)
+def test_a_part_of_a_manifest_of_another_type_is_refused_by_name(tmp_path, key, value):
+    make_bank(tmp_path / "bank")
+    path = tmp_path / "bank" / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(InputError, match=rf"manifest\.json: expected .* got {key} missing or of another type"):
+        read_bank(tmp_path / "bank")
+
+
+@pytest.mark.parametrize("values", [["x"], [None]], ids=["text", "nothing"])
+def test_scores_with_values_that_are_no_numbers_are_refused_by_column(tmp_path, values):
+    bank = make_bank(tmp_path / "bank")
+    path = bank.scores_path("start")
+    write_scores(path, make_scores(bank))
+    table = parquet.read_table(path)
+    place = table.column_names.index("reverse_kl")
+    odd = pa.array([*values, *table.column(place).to_pylist()[1:]] if values == [None] else values * len(table))
+    parquet.write_table(table.set_column(place, "reverse_kl", odd), path)
+    with pytest.raises(InputError, match=r"start\.parquet: expected numbers in every row, got others in reverse_kl"):
+        read_scores(path, bank)
 
 
 def test_a_start_that_did_not_write_the_contexts_is_named(tmp_path):

@@ -14,6 +14,10 @@ logging.getLogger("megatron_tip.training").info("an info")
 logging.getLogger("megatron_tip.training").warning("a warning")
 logging.getLogger("transformers").info("another package's info")
 warnings.warn("Transformer Engine and Apex are not installed. Falling back")
+warnings.warn("Apex is not installed. Falling back to Torch Norm")
+for module in ("torch.distributed.checkpoint", "megatron.core.models", "megatron_tip.training"):
+    warnings.warn_explicit("a change to " + module, FutureWarning, "file.py", 1, module=module)
+    warnings.warn_explicit("scope of " + module + " is deprecated.", UserWarning, "file.py", 2, module=module)
 warnings.warn("another warning")
 """
 
@@ -26,6 +30,12 @@ def test_info_comes_from_rank_0_and_warnings_from_all(rank):
     assert f"rank {rank} WARNING megatron_tip.training: a warning" in run.stderr
     assert "another package's info" not in run.stderr
     assert "Transformer Engine" not in run.stderr
+    assert "Apex" not in run.stderr
+    assert "a change to torch" not in run.stderr
+    assert "a change to megatron.core" not in run.stderr
+    assert "a change to megatron_tip" in run.stderr
+    assert "scope of megatron.core" not in run.stderr
+    assert "scope of megatron_tip.training is deprecated" in run.stderr
     assert "another warning" in run.stderr
 
 

@@ -29,17 +29,32 @@ def test_a_log_line_a_step_where_there_is_no_terminal(caplog):
     with ProgressDisplay(3, enabled=True, console=console) as progress:
         progress.show_phase("rollout")
         progress.finish_step(1, METRICS)
-    assert caplog.messages == [f"step 1/3: {LINE}"]
+        progress.finish_step(2, METRICS)
+    first, second = caplog.messages
+    assert first == f"step 1/3: {LINE}"
+    assert second == f"step 2/3: {LINE}; elapsed 0:00:00, left 0:00:00"
+
+
+def test_a_long_phase_is_logged_twice_a_minute_where_there_is_no_terminal(caplog, monkeypatch):
+    caplog.set_level(logging.INFO, logger="megatron_tip")
+    now = 1000.0
+    monkeypatch.setattr("megatron_tip.observability.progress.time.monotonic", lambda: now)
+    with ProgressDisplay(3, enabled=True, console=Console(file=io.StringIO(), force_terminal=False)) as progress:
+        progress.show_phase("rollout")
+        for now in (1010.0, 1029.0, 1031.0, 1040.0, 1062.0):
+            progress.show_progress(f"{now:.0f} tokens")
+    assert caplog.messages == ["rollout: 1031 tokens", "rollout: 1062 tokens"]
 
 
 def test_bar_phase_and_live_line_on_a_terminal(caplog):
     caplog.set_level(logging.INFO, logger="megatron_tip")
     screen = io.StringIO()
-    console = Console(file=screen, force_terminal=True, width=160)
+    console = Console(file=screen, force_terminal=True, width=80)
     with ProgressDisplay(3, enabled=True, console=console) as progress:
         progress.finish_step(1, METRICS)
-        progress.show_phase("teacher")
-    for text in ("1/3", "teacher", LINE):
+        progress.show_phase("rollout")
+        progress.show_progress("3 of 8 responses")
+    for text in ("1/3", "elapsed", "left", "rollout: 3 of 8 responses", LINE):
         assert text in screen.getvalue()
     assert caplog.messages == []
 

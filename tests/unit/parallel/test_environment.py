@@ -10,6 +10,7 @@ import pytest
 from megatron_tip.errors import ConfigError
 from megatron_tip.parallel import environment as environment_module
 from megatron_tip.parallel.environment import (
+    SPIN_COUNT,
     available_threads,
     drop_expandable_segments,
     expands_segments,
@@ -68,6 +69,7 @@ def test_place_in_a_slurm_step(scontrol):
         "MASTER_ADDR": "node07",
         "MASTER_PORT": place["MASTER_PORT"],
         "OMP_NUM_THREADS": "4",
+        "GOMP_SPINCOUNT": SPIN_COUNT,
     }
 
 
@@ -105,7 +107,7 @@ def test_incomplete_slurm_step_names_the_variable():
 def test_torchrun_place_is_left_alone():
     environ = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "SLURM_CPUS_PER_TASK": "64"}
     settings = worker_environment(environ, threads=6)
-    assert settings == {"OMP_NUM_THREADS": "3"}
+    assert settings == {"OMP_NUM_THREADS": "3", "GOMP_SPINCOUNT": SPIN_COUNT}
 
 
 @pytest.mark.parametrize(
@@ -120,6 +122,11 @@ def test_torchrun_place_is_left_alone():
 )
 def test_threads_are_shared_and_the_user_s_choice_holds(threads, local_workers, environ, expected):
     assert thread_environment(threads, local_workers, environ)["OMP_NUM_THREADS"] == expected
+
+
+def test_waiting_threads_stay_awake_only_for_a_moment_unless_the_user_says_otherwise():
+    assert thread_environment(2, 1, {})["GOMP_SPINCOUNT"] == SPIN_COUNT
+    assert thread_environment(2, 1, {"GOMP_SPINCOUNT": "7"})["GOMP_SPINCOUNT"] == "7"
 
 
 INTERFACES = {"lo": ["127.0.0.1", "::1"], "eth0": ["10.1.0.9", "fe80::1"], "ib0": ["10.2.0.9"]}
@@ -172,9 +179,9 @@ def test_nccl_is_set_for_trainer_and_servers_alike_unless_the_user_has_set_it():
     off = {"NCCL_CUMEM_ENABLE": "0", "NCCL_NVLS_ENABLE": "0"}  # SGLang's own defaults for its processes
     assert nccl_environment({}) == off
     assert nccl_environment({"NCCL_NVLS_ENABLE": "1"}) == off | {"NCCL_NVLS_ENABLE": "1"}
-    worker = {"RANK": "0", "WORLD_SIZE": "1"}
-    assert worker_environment(worker, threads=1, joins_servers=True) == {"OMP_NUM_THREADS": "1"} | off
-    assert worker_environment(worker, threads=1) == {"OMP_NUM_THREADS": "1"}
+    worker, threads = {"RANK": "0", "WORLD_SIZE": "1"}, {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": SPIN_COUNT}
+    assert worker_environment(worker, threads=1, joins_servers=True) == threads | off
+    assert worker_environment(worker, threads=1) == threads
 
 
 @pytest.mark.parametrize(

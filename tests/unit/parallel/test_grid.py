@@ -18,6 +18,7 @@ def test_cp_varies_after_tp():
     assert (grid.dp_size, grid.sequence_multiple) == (2, 4)
     assert grid.ranks()[1].tolist() == [[[8, 9], [10, 11]], [[12, 13], [14, 15]]]
     assert grid.in_words() == "tp 2 x pp 3 x cp 2 x dp 2"
+    assert ModelGrid(2, 1, 4).in_words() == "tp 2 x pp 1 x dp 4"
     assert_places(grid)
 
 

@@ -302,4 +302,12 @@ def test_like_nodes_share_a_row_of_the_table():
         ["4", "teacher server 0, tp 8", "0-7", "31000", "auto", "-"],
     ]
     assert lines[-1] == "weights: by IPC (ipc), from each trainer rank to the server beside it"
+    assert not any(line.startswith("few servers") for line in lines)
     assert "  CPU  " in table_of(place(config_of(), on_node(1, ())))[1] + "  "
+
+
+def test_one_server_for_many_workers_is_said():
+    lines = table_of(place(config_of(sglang={"gpus": (7,)}), Hosts(56, 7, EIGHT)))
+    assert lines[-1].startswith("few servers: 1 for 56 workers, which wait while it generates; raise rollout.servers")
+    assert not lines[-2].startswith("few")
+    assert not table_of(place(config_of(), on_node(7)))[-1].startswith("few servers")

@@ -154,9 +154,10 @@ def test_the_table_has_a_column_per_phase_and_the_sums():
     columns = ["generate", "ask", "score", "train", "update", "sync", "save"]
     assert lines[0].split()[: len(columns)] == columns
     assert lines[0].endswith("GiB by phase; the most in generate")
-    sums = lines[-1].split()
+    sums = lines[-2].split()
     assert sums[-1] == "all"
     assert float(sums[0]) == pytest.approx(87.1, abs=0.05)
+    assert lines[-1].startswith("selection.passes: one pass fits for up to ")
 
 
 APART = ("sglang.share_gpus=false", "sglang.gpus=[7]")

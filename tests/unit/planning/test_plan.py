@@ -38,7 +38,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
             3,
             "teacher: expected a world size that is a multiple of tp 1 x cp 2 x pp 1 = 2, got 3; start a different",
         ),
-        ({"model": {"drop_layers": (6,)}}, 1, "drop_layers: expected different layers among 0..5"),
+        ({"model": {"drop_layers": (6,)}}, 1, "model.drop_layers: expected different layers among 0..5"),
         ({"model": {"path": Path("nowhere")}}, 1, "nowhere/config.json: no such file"),
         (
             {"model": {"sequence_parallel": True}},
@@ -51,8 +51,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
             1,
             "selection.retention_ratio: expected at least one token of the longest response, got floor(0.01 x 64) = 0",
         ),
-        ({"selection": {"scope": "rollout", "thresholds": "last_step"}}, 1, "thresholds 'last_step': expected scope"),
-        ({"selection": {"rule": "full"}}, 1, "rule 'full' keeps every row: set retention_ratio = 1"),
+        (
+            {"selection": {"passes": "one"}, "model": {"pipeline_parallel_size": 2}},
+            2,
+            'selection.passes = "one": expected model.pipeline_parallel_size = 1, got 2; set it to "auto"',
+        ),
         ({"rollout": {"max_response_tokens": 4090}}, 1, "expected at most the student's max_position_embeddings 4096"),
         (
             {"optimizer": {"warmup_steps": 4}},
@@ -83,6 +86,13 @@ def test_what_cannot_run_is_refused(models: Path, sections, world_size: int, exp
         assert str(elsewhere.value) == str(caught.value)
 
 
+def test_the_rule_full_needs_no_budget(models: Path):
+    full = {"rule": "full", "retention_ratio": 0.01, "scope": "rollout", "minimum_per_rollout": 0}
+    outline = outline_run(make_config(models, Layout(1), selection=full), 1, Machine())
+    assert outline.selector.keeps_all
+    assert outline.selector.asked_share == 1.0
+
+
 @pytest.mark.parametrize("owner", ["model", "teacher"])
 def test_transformer_engine_in_float32_is_refused(models: Path, owner: str):
     layers = {"transformer_impl": "transformer_engine", "dtype": "float32"}
@@ -97,6 +107,22 @@ def test_another_tokenizer_is_refused_with_an_example(models: Path, tmp_path: Pa
     make_tokenizer(folder / "teacher", vocab_size=280)
     with pytest.raises(MegatronTipError, match=r"expected the student's tokenizer .* entries differ, for example '"):
         plan_run(make_config(folder, Layout(1)), 1)
+
+
+def test_a_tokenizer_with_other_special_tokens_names_the_setting(models: Path, tmp_path: Path):
+    folder = tmp_path / "models"
+    shutil.copytree(models, folder)
+    tokenizer = json.loads((folder / "teacher" / "tokenizer.json").read_text())
+    added = next(token for token in tokenizer["added_tokens"] if token["content"] == "<|pad|>")
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["<|fill|>"] = vocabulary.pop("<|pad|>")
+    added["content"] = "<|fill|>"
+    (folder / "teacher" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    named = json.loads((folder / "teacher" / "tokenizer_config.json").read_text()) | {"pad_token": "<|fill|>"}
+    (folder / "teacher" / "tokenizer_config.json").write_text(json.dumps(named))
+    with pytest.raises(ConfigError, match=r'only special tokens differ: teacher\.special_tokens = "may_differ"'):
+        plan_run(make_config(folder, Layout(1)), 1)
+    plan_run(make_config(folder, Layout(1), teacher={"special_tokens": "may_differ"}), 1)
 
 
 def test_a_tokenizer_larger_than_the_embeddings_is_refused(models: Path, tmp_path: Path):

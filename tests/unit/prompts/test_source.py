@@ -82,7 +82,8 @@ def test_a_parquet_column_of_texts_or_of_messages(tmp_path):
         ("  ", "line 2: expected a JSON object, got an empty line"),
         ('{"prompt": "a', "line 2: expected a JSON object, got a broken line"),
         ('["prompt"]', "line 2: expected a JSON object, got list"),
-        ('{"text": "a"}', r"line 2: no field 'prompt', only \['text'\]"),
+        ('{"text": "a"}', r"line 2, got 'prompt'; set prompts.field to one that it has: text"),
+        ('{"prompt": [{"from": "human", "value": "a"}]}', r"; rename 'from' to 'role'"),
         ('{"prompt": 3}', "line 2: expected 'prompt' to be a text or a list of messages .* got 3"),
         ('{"prompt": ""}', "line 2: expected 'prompt' to be a text .* got ''"),
         ('{"prompt": []}', "line 2: expected 'prompt' to be a text"),
@@ -107,11 +108,16 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
         load(path=tmp_path / "nowhere.jsonl")
     with pytest.raises(InputError, match=r"expected a \.jsonl or \.parquet file, got .*p\.csv"):
         load(path=tmp_path / "p.csv")
+    (tmp_path / "pointer.parquet").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\n")
+    with pytest.raises(InputError, match=r"got a Git LFS pointer in .*pointer\.parquet; run `git lfs pull` there"):
+        load(path=tmp_path / "pointer.parquet")
     with pytest.raises(InputError, match="got an empty file"):
         load(path=write_lines(tmp_path))
     path = tmp_path / "p.parquet"
     pq.write_table(pa.table({"prompt": ["a", "b"]}), path)
-    with pytest.raises(InputError, match=r"no column 'text', only \['prompt'\]"):
+    with pytest.raises(
+        InputError, match=r"prompts\.field: .* got 'text'; set prompts.field to one that it has: prompt"
+    ):
         load(path=path, field="text")
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(InputError, match=r"p\.parquet: not a readable Parquet file"):
@@ -119,6 +125,14 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     pq.write_table(pa.table({"prompt": ["a", None]}), path)
     with pytest.raises(InputError, match="row 2: expected 'prompt' to be a text"):
         load(path=path)
+
+
+def test_fewer_prompts_than_a_step_takes_are_said_to_repeat(tmp_path, caplog):
+    path = write_texts(tmp_path, "fox", "dog", "quick")
+    load(path=path)
+    assert "fewer than" not in caplog.text
+    load(path=path, heldout=2)
+    assert "prompts: 1 to train on, fewer than rollout.prompts_per_step = 3" in caplog.text
 
 
 def test_long_prompts_are_skipped_and_counted(tmp_path):

@@ -279,3 +279,40 @@ def test_dark_narrow_and_print(browser, report):
     assert page.evaluate(background) == "rgb(251, 251, 250)"
     assert len(page.pdf()) > 50_000
     context.close()
+
+
+def test_axes_of_steps_have_whole_numbers_and_logarithmic_ones_say_so(page):
+    kl = page.locator("#curve-figures figure", has_text="Reverse KL, student to teacher")
+    expect(kl.locator("figcaption span")).to_have_text("nats per token, logarithmic")
+    expect(page.locator("#curve-figures figure", has_text="Loss on the").locator("figcaption span")).to_have_text(
+        "nats"
+    )
+    ticks = page.locator("#curve-figures .xtick text, #time-figures .xtick text").all_text_contents()
+    assert ticks
+    assert all(tick.replace(",", "").isdigit() for tick in ticks), ticks
+
+
+def test_held_out_points_are_joined_at_any_spacing(page):
+    """Six steps, of which two are measured; and all three points of a run of two steps."""
+    joined = page.evaluate(
+        """[...document.querySelectorAll('#curve-figures .drawing')].flatMap(drawing => drawing.data ?? [])
+        .filter(trace => trace.name.includes('held-out')).map(trace => trace.connectgaps)"""
+    )
+    assert len(joined) == 4
+    assert all(joined)
+
+
+def test_nothing_overflows_a_narrow_screen(browser, report):
+    context = browser.new_context(viewport={"width": 420, "height": 800})
+    narrow = context.new_page()
+    narrow.goto(report.as_uri())
+    narrow.wait_for_selector("html[data-ready]", timeout=60_000)
+    assert narrow.evaluate("document.documentElement.scrollWidth") <= 420
+    too_wide = narrow.evaluate(
+        """[...document.querySelectorAll('main *')].filter(element => {
+          const box = element.getBoundingClientRect();
+          return box.width && box.right > 421 && !element.closest('.wide, nav, svg, pre, .drawing');
+        }).map(element => element.outerHTML.slice(0, 120))"""
+    )
+    assert too_wide == []
+    context.close()

@@ -1,7 +1,6 @@
 import pytest
 import torch
 
-from megatron_tip.errors import ConfigError
 from megatron_tip.selection import RULES, Selector, compare_rules
 from tests.helpers.selection import make_batch
 
@@ -35,8 +34,6 @@ def test_rules_that_the_statistics_do_not_allow_are_left_out():
     assert "ta_opd_teachability" in comparison.names
     assert "tip_soft_or" not in comparison.names
     assert (comparison.axes, comparison.quadrants.shape) == ((), (len(comparison.names), 0))
-    with pytest.raises(ConfigError, match="micro_batch"):
-        compare_rules(statistics, index, retention_ratio=0.1, scope="micro_batch")
 
 
 def test_rules_that_sample_draw_apart():

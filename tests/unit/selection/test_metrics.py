@@ -1,6 +1,5 @@
 import numpy as np
 import pytest
-import torch
 
 from megatron_tip.selection import RULES, Selector
 from tests.helpers.selection import make_batch
@@ -105,18 +104,3 @@ def test_everything_kept():
     assert metrics["selection/retention_ratio"] == 1.0
     assert metrics["selection/kept_q1_share"] == metrics["selection/q1_share"] > 0
     assert not [name for name in metrics if "dropped" in name or "jaccard" in name]
-
-
-def test_describe_any_mask(outcome):
-    statistics, index, selection = outcome
-    selector = Selector(rule="ta_opd_teachability", retention_ratio=0.2)
-    described = selector.describe(statistics, index, selection.selection_mask)
-    assert described == {
-        name: value
-        for name, value in selection.metrics.items()
-        if "jaccard" not in name and name not in ("selection/threshold", "selection/tied_share")
-    }
-    nothing = selector.describe(statistics, index, torch.zeros(100, dtype=torch.bool))
-    assert nothing["selection/num_selected"] == 0.0
-    assert not [name for name in nothing if "kept" in name]
-    assert nothing["selection/dropped_reverse_kl_mean"] == pytest.approx(float(statistics.reverse_kl.double().mean()))

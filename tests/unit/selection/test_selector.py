@@ -130,7 +130,7 @@ def test_index_that_does_not_fit_is_refused():
         ({"rule": "tip_soft_or", "retention_ratio": 0.0}, "retention_ratio"),
         ({"rule": "tip_soft_or", "retention_ratio": 1.5}, "retention_ratio"),
         ({"rule": "tip_soft_or", "retention_ratio": float("nan")}, "retention_ratio"),
-        ({"rule": "full", "retention_ratio": 0.5}, "keeps every row"),
+        ({"rule": "full", "retention_ratio": 0.5, "thresholds": "last_step"}, "a rule that leaves rows out"),
         ({"rule": "tip_soft_or", "scope": "token"}, "scope"),
         ({"rule": "tip_soft_or", "loss_scale": "sum"}, "loss_scale"),
         ({"rule": "tip_soft_or", "minimum_per_rollout": -1}, "minimum_per_rollout"),
@@ -139,9 +139,6 @@ def test_index_that_does_not_fit_is_refused():
         ({"rule": "math:pi"}, "float"),
         ({"rule": "tests.unit.selection.test_selector:of_unknown"}, "perplexity"),
         ({"rule": "tip_soft_or", "normaliser": "z_score"}, "normaliser"),
-        ({"rule": "tip_soft_or", "thresholds": "next_step"}, "thresholds"),
-        ({"rule": "tip_soft_or", "retention_ratio": 0.5, "thresholds": "last_step"}, "expected scope 'batch'"),
-        ({"rule": "ta_opd_teachability", "thresholds": "last_step"}, "retention_ratio below 1"),
         ({"rule": "tip_soft_or", "tie_break": "score"}, "tie_break"),
         ({"rule": "tip_soft_or", "retention_ratio": 0.5, "loss_scale": "importance"}, "tip_entropy_sampling"),
     ],
@@ -268,7 +265,7 @@ def test_any_number_of_replicas_selects_the_same(rule, num_replicas):
     expected = selector.select(*whole, step=2)
     shards = shard_rows(whole[1], num_replicas)
     parts = run_simulated(
-        lambda replica: selector.select_among(replica, *take_rows(*whole, shards[replica.rank]), step=2)[0],
+        lambda replica: selector.select_among(replica, *take_rows(*whole, shards[replica.rank]), step=2),
         num_replicas,
     )
     mask = torch.zeros_like(expected.selection_mask)
@@ -289,7 +286,7 @@ def test_an_optional_statistic_that_one_replica_lacks_does_not_matter():
                 (statistics, with_jsd)[replica.rank], index, (index.rollout_index == replica.rank).nonzero()[:, 0]
             ),
             step=0,
-        )[0],
+        ),
         2,
     )
     mask = torch.cat([part.selection_mask for part in parts])

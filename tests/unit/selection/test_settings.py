@@ -9,11 +9,10 @@ from megatron_tip.config import SelectionConfig
 from megatron_tip.selection import NORMALISERS, Selector
 from megatron_tip.selection.loss_scale import LossScale
 from megatron_tip.selection.rules import Scope
-from megatron_tip.selection.settings import SelectionSettings, Thresholds, TieBreak
+from megatron_tip.selection.settings import SelectionSettings, TieBreak
 
 CHOICES = {
     "scope": {"auto", *get_args(Scope)},
-    "thresholds": set(get_args(Thresholds)),
     "normaliser": {"auto", *NORMALISERS} - {"above_median"},  # of rules that look at one side alone
     "tie_break": set(get_args(TieBreak)),
     "loss_scale": set(get_args(LossScale)),

@@ -66,6 +66,17 @@ def test_utilisation_is_over_the_workers_and_their_peak():
     assert metrics["perf/train_tflops_per_rank"] == pytest.approx(train / 1.5 / 2 / 1e12)
 
 
+def test_a_held_forward_pass_is_no_work_of_the_training():
+    speed = Throughput(TINY, TINY, world_size=2, peak_tflops=0.0)
+    held = speed.metrics(STEP | {"train/one_pass": 1.0})
+    both = speed.metrics(STEP | {"train/one_pass": 0.0})
+    forward = forward_flops(TINY, num_tokens=60, mean_length=30)
+    assert both["perf/train_tflops_per_rank"] == speed.metrics(STEP)["perf/train_tflops_per_rank"]
+    difference = both["perf/train_tflops_per_rank"] - held["perf/train_tflops_per_rank"]
+    assert difference == pytest.approx(forward / 1.5 / 2 / 1e12)
+    assert held["perf/score_tflops_per_rank"] == both["perf/score_tflops_per_rank"]
+
+
 def test_what_was_not_counted_is_left_out():
     metrics = Throughput(TINY, TINY, world_size=1, peak_tflops=1.0).metrics({"time/heldout_seconds": 3.0})
     assert metrics == {}

@@ -20,6 +20,7 @@ from megatron_tip.observability.token_table import (
     read_token_table,
 )
 from megatron_tip.records import Rollout, TokenSelection
+from megatron_tip.training.id_text import id_text
 from megatron_tip.training.view_table import token_texts, view_table
 from tests.helpers.selection import make_batch
 from tests.helpers.tiny_tokenizer import make_tiny_tokenizer
@@ -92,7 +93,7 @@ def test_rows_stand_at_their_tokens_in_any_order_of_the_replica():
     )  # fmt: skip
     assert [viewed.prompt for viewed in facts.rollouts] == ["fox?"] * 3
     named = {token for name in ("student", "teacher") for row in rows for token in row[f"{name}_support_ids"]}
-    assert facts.id_texts == {token: TOKENIZER.decode([token]) for token in named}
+    assert facts.id_texts == {token: id_text(token, TOKENIZER) for token in named}
 
 
 def test_the_bytes_hold_the_whole_view():
@@ -185,7 +186,8 @@ def test_a_character_of_several_tokens_stands_at_the_last():
     place = texts.index("数")
     assert texts[place - 2 : place] == ["", ""]
     broken = [TOKENIZER.encode("数", add_special_tokens=False)[0], *TOKENIZER.encode("a", add_special_tokens=False)]
-    assert token_texts(broken, TOKENIZER) == ["\ufffd", "a"]
+    [cut, letter] = token_texts(broken, TOKENIZER)
+    assert (cut, letter) == ("\u27e8E6\u27e9", "a")
 
 
 def test_files_that_are_no_tables_are_refused_by_name(tmp_path):

@@ -9,6 +9,7 @@ from megatron_tip.errors import EngineError
 from megatron_tip.records import Prompt, Rollout
 from megatron_tip.rollout.embedded.engine import EmbeddedEngine
 from megatron_tip.rollout.engine import SamplingParams
+from megatron_tip.rollout.progress_clock import ProgressClock
 
 VOCAB = 64
 STOPS = (5, 9)
@@ -189,3 +190,20 @@ def test_bfloat16_generates_close_to_float32():
         expected = torch.log_softmax(next_token_logits(model, rollout), dim=-1)
         expected = expected[torch.arange(len(rollout.response_ids)), list(rollout.response_ids)]
         torch.testing.assert_close(torch.tensor(rollout.rollout_logprobs), expected, atol=0.1, rtol=0)
+
+
+def test_a_batch_shows_its_tokens_up_to_the_last_one(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ProgressClock, "is_due", True)
+    shown: list[str] = []
+    engine = ready_engine(reference_model(tiny_config()), batch_size=4, show=shown.append)
+    rollouts = engine.generate(prompts(4, 6), sampling())
+    total = sum(len(rollout.response_ids) for rollout in rollouts)
+    assert " of 6 responses, 4 tokens, " in shown[0]
+    assert shown[-1].startswith(f"{_finished(rollouts, 4)} of 6 responses, {total:,} tokens, ")
+
+
+def _finished(rollouts: list[Rollout], batch_size: int) -> int:
+    """Responses of the earlier batches, and those of the last batch that ended in a stop id."""
+    jobs = sorted(range(len(rollouts)), key=lambda place: len(rollouts[place].prompt_ids))
+    last = jobs[len(jobs) - len(jobs) % batch_size :]
+    return len(jobs) - len(last) + sum(rollouts[place].finish_reason == "stop" for place in last)

@@ -12,7 +12,8 @@ from megatron_tip.errors import (
     ServerMismatchError,
     ServerRefusedError,
 )
-from megatron_tip.rollout.sglang.client import ServerKeys, SGLangClient, Timeouts
+from megatron_tip.rollout.sglang.client import SGLangClient, Timeouts
+from megatron_tip.rollout.sglang.keys import ServerKeys
 from tests.helpers.fake_sglang import VOCAB_SIZE, CutError, FakeSGLang, StatusError, send_json
 
 FAST = Timeouts(connect=1.0, silence=0.4, control=1.0, retries=2, back_off=0.01)

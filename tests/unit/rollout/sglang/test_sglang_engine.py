@@ -9,9 +9,9 @@ import pytest
 from megatron_tip.errors import InputError, ServerMismatchError, ServersLostError, WeightsLostError
 from megatron_tip.records import Prompt
 from megatron_tip.rollout.ahead import AheadEngine
+from megatron_tip.rollout.progress_clock import ProgressClock
 from megatron_tip.rollout.sglang.client import SGLangClient
 from megatron_tip.rollout.sglang.engine import EngineSettings, SGLangEngine
-from megatron_tip.rollout.sglang.jobs import ProgressClock
 from megatron_tip.rollout.sglang.pool import PooledServer, PoolSettings, ServerPool
 from megatron_tip.rollout.sglang.weights.broadcast import BroadcastTransport
 from tests.helpers.fake_sglang import VOCAB_SIZE, FakeSGLang, StatusError
@@ -189,9 +189,11 @@ def test_one_batch_ahead_is_taken_once_and_raises_what_its_generation_raised(sta
         ahead.generate(PROMPTS, SAMPLING)
 
 
-def test_a_long_batch_says_how_far_it_is(caplog):
-    caplog.set_level("INFO")
-    clock = ProgressClock(8, every_seconds=0.0)
-    clock.note((0, 0), 64, 0)
-    clock.note((1, 0), 10, 1)
-    assert "1 of 8 responses, 74 tokens" in caplog.text
+def test_a_batch_shows_how_far_it_is(stack, tmp_path, monkeypatch):
+    monkeypatch.setattr(ProgressClock, "is_due", True)
+    shown: list[str] = []
+    cluster = Cluster(stack, tmp_path, show=shown.append)
+    cluster.sync()
+    cluster.engine.generate(PROMPTS, SAMPLING)
+    assert all("of 12 responses" in text and "tokens/s" in text for text in shown)
+    assert any(f"{12 * 6} tokens" in text for text in shown), "the last token of the last response is counted"

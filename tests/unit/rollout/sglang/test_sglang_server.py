@@ -13,16 +13,15 @@ import pytest
 from megatron_tip.config import Config
 from megatron_tip.config.io import dump_config
 from megatron_tip.errors import ConfigError
-from megatron_tip.rollout.sglang.client import ServerKeys
+from megatron_tip.rollout.sglang.keys import ServerKeys, new_keys, read_keys
 from megatron_tip.rollout.sglang.server import (
     CPU_SHIM,
     ServerSettings,
     _copy_redacted,
-    new_keys,
     server_arguments,
     server_environment,
 )
-from megatron_tip.rollout.sglang.setup import check_sglang, read_keys
+from megatron_tip.rollout.sglang.setup import check_sglang
 
 
 def settings_of(tmp_path, **values):

@@ -11,7 +11,7 @@ from megatron_tip.errors import ConfigError
 from megatron_tip.placement.hosts import Hosts
 from megatron_tip.placement.placement import place
 from megatron_tip.rollout.engine import EngineNeeds
-from megatron_tip.rollout.sglang.client import ServerKeys
+from megatron_tip.rollout.sglang.keys import ServerKeys
 from megatron_tip.rollout.sglang.setup import _own_servers, check_allocator
 from tests.helpers.training import Layout, make_config, make_models
 

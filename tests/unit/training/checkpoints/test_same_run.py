@@ -12,10 +12,10 @@ from megatron_tip.training.checkpoints.same_run import check_same_run, defining_
 from tests.helpers.training import Layout, make_config
 
 
-def saved_under(config: Config) -> Config:
+def saved_under(config: Config, **others: str) -> Config:
     files = CheckpointFiles(RunFolder(config.run.folder).checkpoints)
     partial = files.begin(2)
-    write_state(partial, {"settings": defining_settings(config)})
+    write_state(partial, {"settings": defining_settings(config) | others})
     files.commit(2, partial, {})
     return config
 
@@ -31,6 +31,7 @@ def test_layout_speed_and_outputs_may_change(tmp_path: Path):
             checkpoint={"every_steps": 1},
             output={"save_rollouts": True},
             loss={"chunk_rows": 5},
+            selection={"passes": "auto"},
         )
     )
 
@@ -39,7 +40,7 @@ def test_layout_speed_and_outputs_may_change(tmp_path: Path):
     "sections,expected",
     [
         ({"optimizer": {"lr": 2.0}}, "optimizer.lr: 0.001, now 2.0"),
-        ({"training": {"steps": 5}}, "training.steps: 4, now 5"),
+        ({"optimizer": {"min_lr": 1e-3}}, "optimizer.min_lr: 0.0, now 0.001"),
         ({"run": {"seed": 7}}, "run.seed: 1, now 7"),
         ({"selection": {"rule": "random"}}, "selection.rule: 'ta_opd_teachability', now 'random'"),
         ({"rollout": {"importance_cap": 2.0}}, "rollout.importance_cap: 0.0, now 2.0"),
@@ -54,11 +55,43 @@ def test_other_numbers_are_refused_by_name(tmp_path: Path, sections, expected: s
     assert str(caught.value).splitlines()[1:] == [f"  {expected}"]
 
 
-def test_micro_batches_are_part_of_a_run_whose_budget_holds_within_them(tmp_path: Path):
-    scope = {"scope": "micro_batch"}
-    saved_under(make_config(tmp_path, Layout(1), selection=scope))
-    with pytest.raises(ConfigError, match=r"training\.max_tokens_per_micro_batch: 48, now 7"):
-        check_same_run(make_config(tmp_path, Layout(1), selection=scope, training={"max_tokens_per_micro_batch": 7}))
+@pytest.mark.parametrize("key,value", [("selection.scope", "micro_batch"), ("selection.thresholds", "last_step")])
+def test_a_selection_of_earlier_versions_names_what_replaced_it(tmp_path: Path, key: str, value: str):
+    config = make_config(tmp_path, Layout(1))
+    saved_under(config, **{key: value})
+    with pytest.raises(ConfigError, match=f"{key} = '{value}', which only earlier.*selection.passes"):
+        check_same_run(config)
+
+
+def test_defaults_of_earlier_versions_are_continued(tmp_path: Path):
+    check_same_run(saved_under(make_config(tmp_path, Layout(1)), **{"selection.thresholds": "this_step"}))
+
+
+CONSTANT = {"min_lr": 1e-3}
+NAMED = {"num_prompts": 9}
+
+
+@pytest.mark.parametrize(
+    "optimizer,prompts,steps,why",
+    [
+        (CONSTANT, NAMED, 5, ""),
+        (CONSTANT, NAMED, 3, "training.steps: 4, now 3"),
+        ({}, NAMED, 5, "training.steps: 4, now 5 (the learning rate falls to optimizer.min_lr over all steps;"),
+        (CONSTANT, {}, 5, "training.steps: 4, now 5 (as many prompts are generated as the run has steps for;"),
+    ],
+    ids=["longer", "shorter", "cosine", "generated"],
+)
+def test_a_run_is_extended_where_no_earlier_step_would_change(tmp_path: Path, optimizer, prompts, steps: int, why: str):
+    saved_under(make_config(tmp_path, Layout(1), optimizer=optimizer, prompts=prompts))
+    extended = make_config(tmp_path, Layout(1), optimizer=optimizer, prompts=prompts, training={"steps": steps})
+    if not why:
+        check_same_run(extended)
+        return
+    with pytest.raises(ConfigError) as caught:
+        check_same_run(extended)
+    told = str(caught.value).splitlines()[1].strip()
+    assert told.startswith(why)
+    assert ("model.path=.../hf" in told) == ("(" in why)
 
 
 def test_a_folder_without_checkpoints_says_nothing(tmp_path: Path):

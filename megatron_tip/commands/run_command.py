@@ -1,0 +1,57 @@
+"""What the commands that read a run's configuration share: their arguments' errors, and modules beside the file."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer.core import TyperCommand
+
+from megatron_tip.commands.outcome import errors_reported
+from megatron_tip.config import Config
+from megatron_tip.config.hints import names_a_key, override_hint
+from megatron_tip.config.io import load_config
+from megatron_tip.config.keys import all_keys
+from megatron_tip.errors import ConfigError
+
+
+def complete_override(incomplete: str) -> list[str]:
+    """Returns the overrides that begin with `incomplete`, for the shell: keys, and after "=" the values of a choice."""
+    name, equals, _ = incomplete.partition("=")
+    if not equals:
+        return [f"{key}=" for key in all_keys() if key.startswith(incomplete)]
+    key = all_keys().get(name)
+    values = [] if key is None else ["true", "false"] if key.expected == "boolean" else key.choices
+    return [full for value in values if (full := f"{name}={value}").startswith(incomplete)]
+
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="section.key=value", help="Overrides of the file.", autocompletion=complete_override),
+]
+
+
+class RunCommand(TyperCommand):
+    """A command that takes overrides; one that was written as an option is answered with how to write it."""
+
+    def parse_args(self, ctx, args: list[str]) -> list[str]:
+        options = {name for parameter in self.params for name in (*parameter.opts, *parameter.secondary_opts)}
+        with errors_reported():
+            for word in args:
+                if word.startswith("-") and word.partition("=")[0] not in options and names_a_key(word):
+                    raise ConfigError(f"command line: expected section.key=value, got {word!r}{override_hint(word)}")
+        return super().parse_args(ctx, args)
+
+
+def configured_run(config_path: Path, overrides: Sequence[str] | None) -> Config:
+    """Returns the configuration; rules and environments that it names are also looked for in the file's folder.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    config = load_config(config_path, overrides or [])
+    beside = str(config_path.resolve().parent)
+    if beside not in sys.path:
+        sys.path.append(beside)  # last, so that nothing there takes the place of an installed package
+    return config

@@ -1,0 +1,73 @@
+"""One or two forward passes of the student per step: which batches take only one."""
+
+import sys
+from dataclasses import dataclass
+
+from megatron_tip.batching.step_batch import StepBatch
+from megatron_tip.config import Config
+from megatron_tip.planning.memory_estimate import estimate_memory, may_take_one_pass
+from megatron_tip.planning.plan import Outline
+
+_BACKWARD_COST = 2
+"""The cost of a backward pass in forward passes."""
+
+
+@dataclass(frozen=True)
+class OnePass:
+    """The batches whose scoring forward pass is held, so that the training only goes backward.
+
+    A batch alone decides, not what memory is free, so that all ranks and a resumed run take the same way.
+
+    `max_tokens`: of the fullest replica, with padding; 0: no batch. `max_cut_share`: of the batch's tokens, those that
+    two passes are expected to cut. `retention_ratio`: of the selection.
+    """
+
+    max_tokens: int
+    max_cut_share: float
+    retention_ratio: float
+
+    def suits(self, batch: StepBatch) -> bool:
+        """Returns whether `batch` is to be scored and trained with one forward pass; the same on every rank."""
+        is_small = max(batch.num_padded_tokens()) <= self.max_tokens
+        return is_small and expected_cut_share(batch, self.retention_ratio) <= self.max_cut_share
+
+    def __str__(self) -> str:
+        if self.max_tokens == 0:
+            return "two forward passes of the student in a step that scores its tokens"
+        if self.max_tokens == sys.maxsize:
+            return "one forward pass of the student per step"
+        return (
+            f"one forward pass of the student in a step with at most {self.max_tokens:,} tokens per replica of which "
+            f"at most {self.max_cut_share:.0%} are expected to be cut, else two"
+        )
+
+
+def plan_passes(config: Config, outline: Outline, *, memory_gib: float, on_gpu: bool) -> OnePass:
+    """Returns which batches of the run take one pass.
+
+    With "auto" they are those that fit, and for which a second forward pass costs more than it saves: the second pass
+    costs one forward pass of the whole batch, and the cut saves its share of the training pass, which costs three, or
+    four with recomputation.
+
+    Args:
+        memory_gib: of each rank's device, the same on every rank.
+        on_gpu: whether the device is a GPU.
+    """
+    ratio = config.selection.retention_ratio
+    if not may_take_one_pass(config, outline.selector):
+        return OnePass(0, 0.0, ratio)
+    if config.selection.passes == "one":
+        return OnePass(sys.maxsize, 1.0, ratio)
+    fitting = estimate_memory(config, outline, gpu_memory_gib=memory_gib, on_gpu=on_gpu).held_tokens
+    training_cost = 1 + _BACKWARD_COST + config.model.recompute_activations
+    return OnePass(fitting, 1 / training_cost, ratio)
+
+
+def expected_cut_share(batch: StepBatch, retention_ratio: float) -> float:
+    """Returns the share of the batch's tokens that follow the last selected token of their sequence.
+
+    Selected independently, each with probability rho, 1 / rho tokens do on average, or the whole response.
+    """
+    after_last = 1 / retention_ratio
+    cut = sum(min(after_last, len(rollout.response_ids)) for rollout in batch.rollouts)
+    return cut / batch.num_model_tokens()

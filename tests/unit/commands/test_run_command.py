@@ -1,0 +1,44 @@
+"""Overrides as the shell completes them, and as options that they are not."""
+
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from megatron_tip.cli import app
+from megatron_tip.commands.run_command import complete_override, configured_run
+from tests.unit.config.test_io import MINIMAL
+
+
+def test_keys_and_choices_are_completed():
+    assert complete_override("optimizer.l") == ["optimizer.lr="]
+    assert "selection.rule=" in complete_override("")
+    assert complete_override("model.dtype=b") == ["model.dtype=bfloat16"]
+    assert complete_override("prompts.shuffle=") == ["prompts.shuffle=true", "prompts.shuffle=false"]
+    assert complete_override("nothing.of=") == complete_override("optimizer.lr=") == []
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_command_offers_completion(shell, monkeypatch):
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
+    ended = CliRunner().invoke(app, ["--show-completion", shell], prog_name="megatron-tip")
+    assert ended.exit_code == 0, ended.output
+    assert "_MEGATRON_TIP_COMPLETE" in ended.stdout
+
+
+@pytest.mark.parametrize(
+    "command", [["train"], ["submit"], ["doctor"], ["diagnose", "bank"], ["diagnose", "intervene"]]
+)
+def test_an_override_with_dashes_is_answered(command):
+    ended = CliRunner().invoke(app, [*command, "run.toml", "--optimizer.lr=1e-4"])
+    assert ended.exit_code == 2
+    assert "did you mean optimizer.lr=1e-4?" in ended.output
+
+
+def test_modules_beside_the_file_are_looked_for_last(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    (tmp_path / "run.toml").write_text(MINIMAL)
+    configured_run(tmp_path / "run.toml", None)
+    configured_run(tmp_path / "run.toml", None)
+    assert sys.path[-1] == str(tmp_path)
+    assert sys.path.count(str(tmp_path)) == 1
