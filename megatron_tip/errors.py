@@ -77,8 +77,12 @@ class OptionalDependencyError(MegatronTipError, ImportError):
     """An optional package that is not installed; the message names the extra to install."""
 
 
-REFUSALS = (ConfigError, InputError, WeightsError, DroppedLayersError, OptionalDependencyError)
-"""Errors that refuse what the user asked for: the command ends with exit code 2."""
+def is_refusal(kind: type[BaseException]) -> bool:
+    """Returns whether errors of this kind refuse what the user asked for: the command then ends with exit code 2."""
+    return issubclass(kind, _REFUSALS) and not issubclass(kind, TrainingError)
+
+
+_REFUSALS = (ConfigError, InputError, WeightsError, OptionalDependencyError)
 
 
 class CheckpointError(MegatronTipError, RuntimeError):

@@ -7,7 +7,7 @@ from typing import NoReturn
 
 from rich.console import Console
 
-from megatron_tip.errors import REFUSALS, MegatronTipError
+from megatron_tip.errors import MegatronTipError, is_refusal
 from megatron_tip.parallel.launch import Outcome
 
 
@@ -22,7 +22,7 @@ def errors_reported() -> Iterator[None]:
     except KeyboardInterrupt:
         _fail("ended by SIGINT", exit_code=130)
     except MegatronTipError as error:
-        _fail(str(error), exit_code=2 if isinstance(error, REFUSALS) else 1)
+        _fail(str(error), exit_code=2 if is_refusal(type(error)) else 1)
 
 
 def end_as(outcome: Outcome) -> None:

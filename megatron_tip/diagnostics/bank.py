@@ -129,17 +129,20 @@ def read_bank(folder: Path) -> ContextBank:
 def _wrong_parts(manifest: dict[str, Any]) -> list[str]:
     """Returns the keys of a manifest whose values are missing or cannot be used."""
     wrong = [key for key, kind in _KEYS.items() if not isinstance(manifest.get(key), kind)]
-    models = {key: manifest.get(key) for key in ("student", "teacher")}
-    for key, model in models.items():
-        may_lack = key == "teacher" or manifest.get("source") != GENERATED
-        if not (isinstance(model, dict) and isinstance(model.get("fingerprint"), str)) and (model or not may_lack):
-            wrong.append(key)
+    if manifest.get("source") == GENERATED and not _has_fingerprint(manifest.get("student")):
+        wrong.append("student")
+    if manifest.get("teacher") and not _has_fingerprint(manifest["teacher"]):
+        wrong.append("teacher")
     sampling = manifest.get("sampling")
     if sampling and not (isinstance(sampling, dict) and {"temperature", "top_p"} <= sampling.keys()):
         wrong.append("sampling")
     if sampling and "seed" not in manifest:
         wrong.append("seed")
     return wrong
+
+
+def _has_fingerprint(model: Any) -> bool:
+    return isinstance(model, dict) and isinstance(model.get("fingerprint"), str)
 
 
 def check_bank(bank: ContextBank, *, tokenizer: str, vocab_size: int) -> None:

@@ -93,8 +93,9 @@ def thread_environment(threads: int, local_workers: int, environ: Mapping[str, s
     `environ` is kept unless `threads` is set.
 
     A step consists of many short parallel regions. Between two of them a thread stays awake for 0.2 ms: if it slept at
-    once (OMP_WAIT_POLICY=passive), two threads would take a third longer; with OpenMP's default of some milliseconds
-    they take four times as long as soon as another process wants their cores. GOMP_SPINCOUNT in `environ` is kept.
+    once (OMP_WAIT_POLICY=passive), each region would begin with a slow waking; with libgomp's default of some
+    milliseconds it would take the core from its own partner as soon as another process wants one too. GOMP_SPINCOUNT in
+    `environ` is kept.
     """
     count = str(max(1, (threads or available_threads()) // local_workers))
     if not threads:
@@ -149,6 +150,14 @@ def source_address(host: str | None) -> str:
     with socket.socket(family, socket.SOCK_DGRAM) as way:
         way.connect(destination)  # a datagram socket: chooses the route, sends nothing
         return str(way.getsockname()[0])
+
+
+def free_port(host: str) -> int:
+    """Returns a TCP port that is free now."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.bind((host, 0))
+        return probe.getsockname()[1]
 
 
 def _source_to(host: str) -> str:

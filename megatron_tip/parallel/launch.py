@@ -131,7 +131,7 @@ def end_worker_with(error: Exception) -> None:
     The exit code is 2 for errors in the user's input and 1 for all others.
     """
     _put_on_record(error)
-    _leave(2 if type(error) in errors.REFUSALS else 1)
+    _leave(2 if errors.is_refusal(type(error)) else 1)
 
 
 @contextmanager
@@ -293,12 +293,13 @@ def _read_record(path: str) -> _ErrorRecord | None:
     except (OSError, ValueError):
         return None
     name, _, message = content["message"].partition(": ")
-    is_of_a_peer = name == errors.PeerError.__name__
+    found = getattr(errors, name, None)
+    kind = found if isinstance(found, type) and issubclass(found, MegatronTipError) else Exception
     return _ErrorRecord(
         time_ns,
-        is_ours=hasattr(errors, name) and not is_of_a_peer,
-        is_refusal=name in [kind.__name__ for kind in errors.REFUSALS],
-        is_of_a_peer=is_of_a_peer,
+        is_ours=kind not in (Exception, errors.PeerError),
+        is_refusal=errors.is_refusal(kind),
+        is_of_a_peer=kind is errors.PeerError,
         message=message,
         traceback=content["extraInfo"]["py_callstack"].rstrip(),
     )

@@ -19,17 +19,17 @@ class OnePass:
     A batch alone decides, not what memory is free, so that all ranks and a resumed run take the same way.
 
     `max_tokens`: of the fullest replica, with padding; 0: no batch. `max_cut_share`: of the batch's tokens, those that
-    two passes are expected to cut. `retention_ratio`: of the selection.
+    two passes are expected to cut. `asked_share`: of the tokens, that is selected.
     """
 
     max_tokens: int
     max_cut_share: float
-    retention_ratio: float
+    asked_share: float
 
     def suits(self, batch: StepBatch) -> bool:
         """Returns whether `batch` is to be scored and trained with one forward pass; the same on every rank."""
         is_small = max(batch.num_padded_tokens()) <= self.max_tokens
-        return is_small and expected_cut_share(batch, self.retention_ratio) <= self.max_cut_share
+        return is_small and expected_cut_share(batch, self.asked_share) <= self.max_cut_share
 
     def __str__(self) -> str:
         if self.max_tokens == 0:
@@ -53,21 +53,21 @@ def plan_passes(config: Config, outline: Outline, *, memory_gib: float, on_gpu: 
         memory_gib: of each rank's device, the same on every rank.
         on_gpu: whether the device is a GPU.
     """
-    ratio = config.selection.retention_ratio
+    share = outline.selector.asked_share
     if not may_take_one_pass(config, outline.selector):
-        return OnePass(0, 0.0, ratio)
+        return OnePass(0, 0.0, share)
     if config.selection.passes == "one":
-        return OnePass(sys.maxsize, 1.0, ratio)
+        return OnePass(sys.maxsize, 1.0, share)
     fitting = estimate_memory(config, outline, gpu_memory_gib=memory_gib, on_gpu=on_gpu).held_tokens
     training_cost = 1 + _BACKWARD_COST + config.model.recompute_activations
-    return OnePass(fitting, 1 / training_cost, ratio)
+    return OnePass(fitting, 1 / training_cost, share)
 
 
-def expected_cut_share(batch: StepBatch, retention_ratio: float) -> float:
+def expected_cut_share(batch: StepBatch, asked_share: float) -> float:
     """Returns the share of the batch's tokens that follow the last selected token of their sequence.
 
     Selected independently, each with probability rho, 1 / rho tokens do on average, or the whole response.
     """
-    after_last = 1 / retention_ratio
+    after_last = 1 / asked_share
     cut = sum(min(after_last, len(rollout.response_ids)) for rollout in batch.rollouts)
     return cut / batch.num_model_tokens()

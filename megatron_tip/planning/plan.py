@@ -114,7 +114,7 @@ def outline_run(
     check_settings(config, dict(zip(("student", "teacher"), positions, strict=True)))
     selector = make_selector(config)
     check_teacher(config, machine)
-    check_precision(config, machine)
+    check_precision(config, teacher.architecture if teacher else None, machine)
     check_inputs(config, machine)
     tokenizer = shared_tokenizer(config, machine, sizes)
     engine_kind(config).check(config, sizes, machine)

@@ -1,8 +1,10 @@
 """The text of a single token id, even if the token is only a part of a character."""
 
 import re
+from functools import cache
 
 from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 _CUT = "\N{REPLACEMENT CHARACTER}"
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -24,12 +26,11 @@ def _bytes_of(spelled: str) -> bytes | None:
     """Returns the bytes of a token of a byte-level vocabulary; None if it is of another kind."""
     if found := _BYTE.fullmatch(spelled):  # sentencepiece's byte fallback
         return bytes([int(found[1], 16)])
-    byte_of = {letter: byte for byte, letter in _letters().items()}
+    byte_of = _byte_of()
     return bytes(byte_of[letter] for letter in spelled) if set(spelled) <= byte_of.keys() else None
 
 
-def _letters() -> dict[int, str]:
-    """Returns the letter by which byte-level vocabularies (GPT-2's and later) spell each byte."""
-    own = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(0x100) if byte not in own]
-    return {byte: chr(byte) for byte in own} | {byte: chr(0x100 + place) for place, byte in enumerate(others)}
+@cache
+def _byte_of() -> dict[str, int]:
+    """Returns the byte for which each letter stands in byte-level vocabularies (GPT-2's and later)."""
+    return {letter: byte for byte, letter in bytes_to_unicode().items()}

@@ -19,7 +19,6 @@ from torch.distributed.checkpoint.planner import LoadPlan
 from megatron_tip.config import Config
 from megatron_tip.conversion import background_save
 from megatron_tip.errors import CheckpointError, EngineError, MegatronTipError
-from megatron_tip.observability.metrics_file import MEASURED
 from megatron_tip.observability.run_folder import RunFolder
 from megatron_tip.parallel.watchdog import HangWatchdog
 from megatron_tip.training.checkpoints.files import CheckpointFiles
@@ -27,23 +26,18 @@ from megatron_tip.training.checkpoints.progress import Heldout, RunProgress
 from megatron_tip.training.checkpoints.resume import newest_whole, restore
 from megatron_tip.training.checkpoints.writer import Checkpointer
 from megatron_tip.training.loop import run_steps
-from megatron_tip.training.run import TrainingRun
-from megatron_tip.training.step import train_step
-from megatron_tip.training.weight_sync import update_engine
+from tests.helpers.checkpoints import checkpointer_of, take_step, weights_of
 from tests.helpers.distributed import run_workers
+from tests.helpers.first_step import ROLLOUTS
 from tests.helpers.training import (
     FixedEngine,
     Layout,
     build_tiny_run,
-    engine_of,
     make_config,
     make_models,
-    make_rollouts,
     recorder_of,
     with_source,
 )
-
-ROLLOUTS = make_rollouts([12, 0, 7, 15, 9, 1])
 
 
 @pytest.fixture(scope="module")
@@ -51,23 +45,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_models(tmp_path_factory.mktemp("models"))
 
 
-def checkpointer_of(run: TrainingRun, files: CheckpointFiles) -> Checkpointer:
-    files.folder.parent.mkdir(parents=True, exist_ok=True)
-    return Checkpointer(run, recorder_of(run, RunFolder(files.folder.parent)), files, run.stop)
-
-
-def take_step(run: TrainingRun, step: int) -> dict[str, float]:
-    update_engine(run, weight_version=step - 1)
-    return {name: value for name, value in train_step(run, step).items() if not name.startswith(MEASURED)}
-
-
 def draws() -> list[float]:
     return [random.random(), float(np.random.rand()), torch.rand(1).item()]
-
-
-def weights_of(run: TrainingRun) -> dict[str, torch.Tensor]:
-    update_engine(run, weight_version=0)
-    return getattr(engine_of(run), "weights", {})
 
 
 def held_writing() -> threading.Event:

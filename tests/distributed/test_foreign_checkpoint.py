@@ -23,8 +23,9 @@ from megatron_tip.planning.plan import plan_run
 from megatron_tip.training.checkpoints.files import SHARDS_NAME, CheckpointFiles
 from megatron_tip.training.checkpoints.progress import RunProgress
 from megatron_tip.training.checkpoints.student_state import load_state
-from tests.distributed.test_checkpoint import ROLLOUTS, checkpointer_of
+from tests.helpers.checkpoints import checkpointer_of
 from tests.helpers.distributed import run_workers
+from tests.helpers.first_step import ROLLOUTS
 from tests.helpers.training import Layout, build_tiny_run, make_config, make_models
 
 CODE_RAN = "code_ran"

@@ -11,7 +11,6 @@ import torch.distributed as dist
 from megatron_tip.config import Config
 from megatron_tip.errors import TrainingError
 from megatron_tip.models.host_copy import HostCopy
-from megatron_tip.observability.metrics_file import MEASURED
 from megatron_tip.observability.run_folder import RunFolder
 from megatron_tip.planning.phases import OFFLOADED, PHASES
 from megatron_tip.training.checkpoints import distributed_optimizer_state
@@ -21,9 +20,10 @@ from megatron_tip.training.checkpoints.resume import restore
 from megatron_tip.training.checkpoints.writer import Checkpointer
 from megatron_tip.training.heldout import measure_heldout
 from megatron_tip.training.run import TrainingRun
-from megatron_tip.training.step import train_step
 from megatron_tip.training.weight_sync import update_engine
+from tests.helpers.checkpoints import take_step
 from tests.helpers.distributed import run_workers
+from tests.helpers.first_step import ROLLOUTS
 from tests.helpers.training import (
     FixedEngine,
     Layout,
@@ -31,12 +31,9 @@ from tests.helpers.training import (
     engine_of,
     make_config,
     make_models,
-    make_rollouts,
     recorder_of,
     with_source,
 )
-
-ROLLOUTS = make_rollouts([12, 0, 7, 15, 9, 1])
 
 
 @pytest.fixture(scope="module")
@@ -69,12 +66,6 @@ def poison(run: TrainingRun) -> None:
     for name, part in run.memory._parts.items():
         if isinstance(part, HostCopy):
             run.memory._parts[name] = PoisonedCopy(part._tensors, part._device)
-
-
-def take_step(run: TrainingRun, step: int) -> dict[str, float]:
-    update_engine(run, weight_version=step - 1)
-    metrics = train_step(run, step) | {"heldout": 0.0}
-    return {name: value for name, value in metrics.items() if not name.startswith(MEASURED)}
 
 
 def weights_after(run: TrainingRun, steps: Iterable[int], last: int) -> list[Any]:

@@ -27,8 +27,9 @@ from megatron_tip.training.checkpoints.resume import restore
 from megatron_tip.training.checkpoints.writer import Checkpointer
 from megatron_tip.training.loop import left_together, run_steps
 from megatron_tip.training.run import TrainingRun
-from tests.distributed.test_checkpoint import ROLLOUTS, checkpointer_of, take_step
+from tests.helpers.checkpoints import checkpointer_of, take_step
 from tests.helpers.distributed import run_workers
+from tests.helpers.first_step import ROLLOUTS
 from tests.helpers.training import (
     FixedEngine,
     Layout,

@@ -1,103 +1,30 @@
 """One training step is the same on every layout, and its gradients are those of a float64 single process."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from megatron_tip.config import Config
-from megatron_tip.conversion.bridge import export_hf
 from megatron_tip.records import Rollout
-from megatron_tip.training.step import score, select_then_train, train_step
+from megatron_tip.training.step import train_step
 from megatron_tip.training.weight_sync import update_engine
 from tests.helpers.distributed import run_workers
+from tests.helpers.first_step import (
+    DIFFERENT_BY_LAYOUT,
+    ROLLOUTS,
+    Observed,
+    observe,
+    reference_gradients,
+    reverse_kl,
+)
 from tests.helpers.tiny import make_qwen
 from tests.helpers.training import Layout, build_tiny_run, engine_of, make_config, make_models, make_rollouts
 
-ROLLOUTS = make_rollouts([12, 0, 7, 15, 9, 1])
-DIFFERENT_BY_LAYOUT = {
-    "perf/saved_train_seconds",
-    "train/num_micro_batches",
-    "train/num_micro_batches_uncut",
-    "train/padding_token_share",
-}
 DIFFERENT_BY_PASSES = {"train/num_model_tokens", "train/saved_token_share", "train/one_pass"}
-Row = tuple[int, int, float]
-"""Rollout, position in the response, weight."""
-
-
-@dataclass(frozen=True)
-class Observed:
-    """What one rank saw of the first step: its metrics; what its replica selected; its part of the loss; on rank 0 the
-    gradients under Hugging Face names.
-    """
-
-    metrics: dict[str, float]
-    selected: list[Row]
-    loss: float
-    gradients: dict[str, torch.Tensor]
-
-
-def observe(config: Config, rollouts: list[Rollout]) -> Observed:
-    return Observed(train_step(build_tiny_run(config, rollouts), 1), *selected_and_gradients(config, rollouts))
-
-
-def selected_and_gradients(config: Config, rollouts: list[Rollout]) -> tuple[list[Row], float, dict[str, torch.Tensor]]:
-    run = build_tiny_run(config, rollouts)
-    groups = run.student.groups
-    batch = run.batch_of(rollouts)
-    teacher_rows = run.teacher.ask(batch)
-    trained = select_then_train(run, score(run, batch, teacher_rows, 1), 1)
-    assert not trained.scored.held, "every graph is given up"
-    loss, weights = trained.loss, []
-    if trained.selection is not None and groups.tp_rank == 0:
-        index = batch.token_index(groups.dp_cp_rank)
-        columns = (index.rollout_index, index.position, trained.selection.row_weights)
-        weights = [row for row in zip(*(column.tolist() for column in columns), strict=True) if row[2]]
-    elif groups.tp_rank:
-        loss = 0.0
-    for parameter in run.student.model.parameters():  # the exporter knows how to gather and name: let it take gradients
-        parameter.data = parameter.main_grad.clone()  # type: ignore[attr-defined]
-    exported = export_hf(run.student.model, run.architecture, groups) if groups.dp_cp_rank == 0 else ()
-    return weights, loss, {name: grad.clone() for name, grad in exported}
-
-
-def reverse_kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-    return (log_p.exp() * (log_p - log_q)).sum()
-
-
-def reference_gradients(
-    folder: Path,
-    rollouts: list[Rollout],
-    weights: list[Row],
-    *,
-    divergence: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = reverse_kl,
-    temperature: float = 1.0,
-) -> tuple[float, dict[str, torch.Tensor]]:
-    """Sum of weight x divergence and its gradients: transformers, float64, one process, plain autograd."""
-    student, teacher = (
-        AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float64) for name in ("student", "teacher")
-    )
-    loss = torch.zeros((), dtype=torch.float64)
-    for place, rollout in enumerate(rollouts):
-        own = [(position, weight) for index, position, weight in weights if index == place]
-        if not own:
-            continue
-        ids = torch.tensor([rollout.prompt_ids + rollout.response_ids])
-        with torch.no_grad():
-            log_q = (teacher(ids).logits[0] / temperature).log_softmax(-1)
-        log_p = (student(ids).logits[0] / temperature).log_softmax(-1)
-        for position, weight in own:
-            row = len(rollout.prompt_ids) + position - 1
-            loss = loss + weight * divergence(log_p[row], log_q[row])
-    loss.backward()
-    return loss.item(), {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
-
 
 LAYOUTS = [
     Layout(3, student=(3, 1)),
@@ -268,10 +195,18 @@ def test_the_distributed_optimizer_takes_the_same_step(models: Path, layout: Lay
     torch.testing.assert_close(distributed, plain, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("layout", [Layout(2), Layout(4, student=(1, 2))], ids=str)
+@pytest.mark.parametrize(
+    "layout, rollouts",
+    [
+        (Layout(4, student=(1, 2)), ROLLOUTS),
+        (Layout(2, cp=(2, 2)), ROLLOUTS),
+        (Layout(2), make_rollouts([5])),  # padding alone on one replica
+    ],
+    ids=["pp2dp2", "cp2", "padding"],
+)
 @pytest.mark.parametrize("distributed", [False, True])
 def test_gradients_that_are_reduced_during_the_backward_pass_are_the_same(
-    models: Path, layout: Layout, distributed: bool, tmp_path: Path
+    models: Path, layout: Layout, rollouts: list[Rollout], distributed: bool, tmp_path: Path
 ):
     """Over two steps: Megatron learns in the first which gradients to wait for."""
     plain, overlapped = (
@@ -280,7 +215,7 @@ def test_gradients_that_are_reduced_during_the_backward_pass_are_the_same(
             layout.world_size,
             tmp_path / str(overlaps),
             make_config(models, layout, optimizer={"distributed": distributed, "overlap_grad_reduce": overlaps}),
-            ROLLOUTS,
+            rollouts,
         )[0]
         for overlaps in (False, True)
     )

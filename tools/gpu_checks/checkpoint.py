@@ -7,7 +7,7 @@ import torch
 from megatron_tip.training.checkpoints.files import CheckpointFiles
 from megatron_tip.training.checkpoints.progress import RunProgress
 from megatron_tip.training.checkpoints.writer import Checkpointer
-from tests.distributed.test_checkpoint import checkpointer_of, take_step
+from tests.helpers.checkpoints import checkpointer_of, take_step
 from tests.helpers.tiny import make_tokenizer
 from tests.helpers.training import build_tiny_run, make_rollouts
 from tools.gpu_checks.qwen3 import write_qwen3

@@ -3,7 +3,6 @@
 import importlib
 import os
 import pickle
-import socket
 import subprocess
 import sys
 import tempfile
@@ -13,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_tip.parallel.environment import free_port
 from tools.gpu_checks.task import Task
 
 ROOT = Path(__file__).parents[2]
@@ -34,7 +34,7 @@ def run_ranks(
     """Returns what the function `place`, "module:function", returns on each rank of a new world; None of a dead rank.
 
     The processes are new ones: a fork cannot use CUDA. Each has joined the world when the function is called with
-    `arguments`, which are picklable, as is what it returns.
+    `arguments`, which are picklable, as is what it returns: both go through a new folder that only this user can enter.
 
     Args:
         seconds: until all ranks are ended.
@@ -46,7 +46,7 @@ def run_ranks(
     """
     folder = Path(tempfile.mkdtemp(dir=task.folder))
     (folder / "arguments").write_bytes(pickle.dumps(arguments))
-    port = free_port()
+    port = free_port("127.0.0.1")
     places = [{**environment_of(rank, world_size, port), **environment} for rank in range(world_size)]
     processes = [_started(place, folder, one) for one in places]
     codes = _ended(processes, time.monotonic() + seconds, may_die)
@@ -86,15 +86,8 @@ def join_alone() -> None:
     """Makes this process the only rank of a world, with the project's own set-up."""
     from megatron_tip.parallel.distributed import init_distributed
 
-    os.environ.update(environment_of(0, 1, free_port()))
+    os.environ.update(environment_of(0, 1, free_port("127.0.0.1")))
     init_distributed()
-
-
-def free_port() -> int:
-    """Returns a port of loopback that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _started(place: str, folder: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:

@@ -11,7 +11,7 @@ from megatron_tip.training.checkpoints.files import CheckpointFiles
 from megatron_tip.training.checkpoints.progress import RunProgress
 from megatron_tip.training.checkpoints.resume import restore
 from megatron_tip.training.run import TrainingRun
-from tests.distributed.test_checkpoint import checkpointer_of, take_step, weights_of
+from tests.helpers.checkpoints import checkpointer_of, take_step, weights_of
 from tests.helpers.tiny import make_llama
 from tests.helpers.training import Layout, build_tiny_run, make_config, make_rollouts
 from tools.gpu_checks.ranks import join_alone

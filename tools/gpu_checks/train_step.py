@@ -5,14 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tests.distributed.test_train_step import (
+from tests.helpers.distributed import run_workers
+from tests.helpers.first_step import (
     DIFFERENT_BY_LAYOUT,
     ROLLOUTS,
     Observed,
     observe,
     reference_gradients,
 )
-from tests.helpers.distributed import run_workers
 from tests.helpers.training import Layout, make_config, make_models
 from tools.gpu_checks.ranks import RankError, run_ranks
 from tools.gpu_checks.task import Task

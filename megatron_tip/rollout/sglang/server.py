@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import IO, Literal, Self
 
 from megatron_tip.errors import OptionalDependencyError, ServerError
-from megatron_tip.parallel.environment import LOOPBACK, SPIN_COUNT
+from megatron_tip.parallel.environment import LOOPBACK, SPIN_COUNT, free_port
 from megatron_tip.placement.hosts import device_names
 from megatron_tip.rollout.sglang.client import SGLangClient, Timeouts
 from megatron_tip.rollout.sglang.keys import ServerKeys
@@ -222,14 +222,6 @@ def _bound_cores(tp_size: int, cores: Sequence[int]) -> str:
     share = max(1, len(cores) // tp_size)
     starts = [(rank * share) % len(cores) for rank in range(tp_size)]
     return "|".join(",".join(map(str, cores[start : start + share])) for start in starts)
-
-
-def free_port(host: str) -> int:
-    """Returns a TCP port that is free now."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.bind((host, 0))
-        return probe.getsockname()[1]
 
 
 def _reachable(host: str) -> str:

@@ -33,7 +33,6 @@ Layouts, outputs, reports, and settings that affect only memory or time may chan
 _WITHOUT_SUCCESSOR = {"selection.scope": "micro_batch", "selection.thresholds": "last_step"}
 """Keys and values of earlier versions for tokens that no present setting selects."""
 
-
 _STEPS = "training.steps"
 
 

@@ -108,6 +108,12 @@ def test_a_manifest_without_a_key_is_refused_by_name(tmp_path, key):
         read_bank(tmp_path / "bank")
 
 
+def test_a_bank_of_a_runs_rollouts_may_not_know_its_student(tmp_path):
+    student = {"path": "models/student", "drop_layers": [], "fingerprint": None}
+    bank = make_bank(tmp_path / "bank", source="run/rollouts", student=student)
+    assert read_bank(bank.folder).manifest["student"] == student
+
+
 @pytest.mark.parametrize(
     "key,value", [("teacher", 1.5), ("student", {}), ("sampling", [1]), ("sampling", {"top_p": 1})]
 )

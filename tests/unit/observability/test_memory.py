@@ -22,13 +22,13 @@ def test_peak_counts_what_was_given_back_too():
 
 def test_memory_of_a_phase_is_what_is_held_as_it_ends():
     memory = PhaseMemory(torch.device("cpu"))
-    block = torch.ones(8_000_000)  # 32 MB
+    block = torch.ones(16_000_000)  # 64 MB: glibc gives back at once only what is larger than 32 MiB
     memory.phase_ended("train")
     del block
     memory.phase_ended("sync")
     metrics = memory.step_metrics()
     assert set(metrics) == {"memory/train_bytes", "memory/sync_bytes"}
-    assert metrics["memory/train_bytes"] - metrics["memory/sync_bytes"] > 20e6
+    assert metrics["memory/train_bytes"] - metrics["memory/sync_bytes"] > 50e6
     assert memory.step_metrics() == {}
 
 

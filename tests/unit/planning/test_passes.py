@@ -84,6 +84,11 @@ def test_a_cut_must_save_less_than_a_forward_pass_costs(models: Path):
     assert planned(recomputed).max_cut_share == pytest.approx(1 / 4)
 
 
+def test_a_rule_that_keeps_all_tokens_is_expected_to_cut_none_of_them(models: Path):
+    config = configured(models, selection={"rule": "full", "retention_ratio": 0.05}, rollout={"importance_cap": 2.0})
+    assert planned(config).asked_share == 1.0
+
+
 def test_the_cut_is_expected_to_leave_out_the_reciprocal_of_the_ratio():
     batch = batch_of([100, 3, 0])  # prompts of 4, 5 and 6 tokens; nothing of the last goes through the model
     tokens = batch.num_model_tokens()

@@ -130,7 +130,6 @@ def test_index_that_does_not_fit_is_refused():
         ({"rule": "tip_soft_or", "retention_ratio": 0.0}, "retention_ratio"),
         ({"rule": "tip_soft_or", "retention_ratio": 1.5}, "retention_ratio"),
         ({"rule": "tip_soft_or", "retention_ratio": float("nan")}, "retention_ratio"),
-        ({"rule": "full", "retention_ratio": 0.5, "thresholds": "last_step"}, "a rule that leaves rows out"),
         ({"rule": "tip_soft_or", "scope": "token"}, "scope"),
         ({"rule": "tip_soft_or", "loss_scale": "sum"}, "loss_scale"),
         ({"rule": "tip_soft_or", "minimum_per_rollout": -1}, "minimum_per_rollout"),
