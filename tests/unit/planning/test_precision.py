@@ -102,5 +102,7 @@ def test_products_in_8_bits_want_widths_that_they_can_take(shape: dict[str, int]
     if message is None:
         check_precision(config, replace(WIDE, **shape), Machine(is_elsewhere=True))
         return
-    with pytest.raises(ConfigError, match=f'teacher.fp8: expected "none" for {message}, got "hybrid"; .*multiple of 16'):
+    with pytest.raises(
+        ConfigError, match=f'teacher.fp8: expected "none" for {message}, got "hybrid"; .*multiple of 16'
+    ):
         check_precision(config, replace(WIDE, **shape), Machine(is_elsewhere=True))
