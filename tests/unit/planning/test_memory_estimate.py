@@ -75,10 +75,9 @@ def test_seventy_billion_on_one_node_by_hand():
 
 
 def test_context_parallelism_divides_activations_and_rows_and_shares_the_optimizer():
-    whole = estimate(llama("sglang.share_gpus=true"), 64).phases
-    parts = estimate(
-        llama("sglang.share_gpus=true", "model.context_parallel_size=4", "teacher.context_parallel_size=2"), 64
-    ).phases
+    keys = ("sglang.share_gpus=true", "selection.passes=two")
+    sizes = ("model.context_parallel_size=4", "teacher.context_parallel_size=2")
+    whole, parts = (estimate(llama(*keys, *more), 64).phases for more in ((), sizes))
     for phase, name, divisor in (
         ("train", "student: activations of a micro-batch", 4),
         ("score", "student: a layer's activations", 4),
@@ -90,6 +89,16 @@ def test_context_parallelism_divides_activations_and_rows_and_shares_the_optimiz
         ("update", "student: weights", 1),
     ):
         assert parts[phase][name] == pytest.approx(whole[phase][name] / divisor), name
+
+
+def test_one_pass_holds_more_tokens_of_a_replica_whose_sequences_are_in_parts():
+    """A rank's share of a replica's tokens is smaller by cp, and the replica has as many times more of the batch."""
+    whole, parts = (
+        estimate(llama("selection.passes=one", f"model.context_parallel_size={cp_size}"), 64) for cp_size in (1, 2)
+    )
+    assert parts.held_tokens > 1.9 * whole.held_tokens > 0
+    name = "student: activations of a step, held"
+    assert parts.phases["train"][name] == pytest.approx(whole.phases["train"][name])
 
 
 def test_selective_recomputation_leaves_out_the_feed_forward_networks_of_all_layers_but_one():
