@@ -115,7 +115,7 @@ def row_of(name: str, step: FirstStep, single: FirstStep) -> tuple[str, bool]:
     """Returns the row of a step in the table, and whether it is the single process's."""
     gaps = [abs(own / one - 1) for own, one in ((step.loss, single.loss), (step.grad_norm, single.grad_norm))]
     others = len(step.selected ^ single.selected)
-    is_same = max(gaps) <= TOLERANCE and not others
+    is_same = all(gap <= TOLERANCE for gap in gaps) and not others  # no gap that is NaN
     cells = (name, *step.layout, f"{gaps[0]:.0e}", f"{gaps[1]:.0e}", f"{others}", "same" if is_same else "DIFFERENT")
     return "| " + " | ".join(cells) + " |", is_same
 

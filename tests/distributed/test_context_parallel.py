@@ -160,10 +160,11 @@ def kept_in_different_ways(folder: Path) -> list[int]:
 
 def test_two_ranks_keep_little_more_than_half_of_the_activations_each(tmp_path: Path):
     folder = write_tiny_model(tmp_path / "model", "qwen3_wide_heads")
+    feed_forward = 4 * 256 * 3 * 48 * 4  # layers, tokens of a part, products of SwiGLU, channels, bytes of float32
     for whole, part, without_mlp, without_attention, inputs in run_workers(
         kept_in_different_ways, 4, tmp_path, folder, timeout_seconds=120
     ):
         assert 0.5 * whole < part < 0.6 * whole
-        assert without_mlp < 0.8 * part
+        assert part - without_mlp >= feed_forward
         assert without_attention < part
         assert inputs < 0.2 * part
