@@ -122,8 +122,9 @@ def test_rules_side_by_side_on_the_rollouts_of_a_run(first_run: Path, tmp_path: 
         ("model.pipeline_parallel_size=2", "teacher.tensor_parallel_size=2"),
         ("--nproc=2",),
         ("--nproc=2", "selection.passes=one"),
+        ("model.context_parallel_size=2", "teacher.tensor_parallel_size=2", "optimizer.overlap_grad_reduce=true"),
     ],
-    ids=["tp3", "pp2", "dp2", "dp2-one-pass"],
+    ids=["tp3", "pp2", "dp2", "dp2-one-pass", "cp2"],
 )
 def test_replaying_a_run_under_another_layout_gives_its_first_loss(
     first_run: Path, models: Path, tmp_path: Path, layout: tuple[str, ...]
