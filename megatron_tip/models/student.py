@@ -128,39 +128,9 @@ def build_student(
     model: GPTModel, groups: ModelGroups, settings: configuration.OptimizerConfig, *, num_steps: int
 ) -> Student:
     """Wraps a loaded stage for training: gradient buffers, AdamW, warm-up and cosine decay over `num_steps`."""
-    model_config = get_model_config(model)
-    model_config.finalize_model_grads_func = _finalize_gradients
-    wrapped = DistributedDataParallel(
-        model_config,
-        DistributedDataParallelConfig(
-            grad_reduce_in_fp32=settings.main_grads_dtype == "fp32",
-            use_distributed_optimizer=settings.distributed,
-            overlap_grad_reduce=settings.overlap_grad_reduce,
-        ),
-        model,
-        pg_collection=groups.collection,
-    )
-    if settings.overlap_grad_reduce:  # only the last micro-batch's gradients are complete
-        model_config.no_sync_func = wrapped.no_sync
+    wrapped = _wrapped(model, groups, settings)
     optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam",
-            lr=settings.lr,
-            min_lr=settings.min_lr,
-            weight_decay=settings.weight_decay,
-            adam_beta1=settings.beta1,
-            adam_beta2=settings.beta2,
-            adam_eps=settings.epsilon,
-            clip_grad=settings.clip_grad,
-            bf16=model_config.params_dtype == torch.bfloat16,
-            params_dtype=model_config.params_dtype,
-            use_distributed_optimizer=settings.distributed,
-            use_precision_aware_optimizer=settings.use_precision_aware_optimizer,
-            main_grads_dtype=_DTYPES[settings.main_grads_dtype],
-            main_params_dtype=_DTYPES[settings.main_params_dtype],
-            exp_avg_dtype=_DTYPES[settings.exp_avg_dtype],
-            exp_avg_sq_dtype=_DTYPES[settings.exp_avg_sq_dtype],
-        ),
+        _optimizer_config(get_model_config(model).params_dtype, settings),
         [wrapped],
         use_gloo_process_groups=False,
         pg_collection=groups.collection,
@@ -184,6 +154,47 @@ def build_student(
     )
     assert isinstance(optimizer, ChainedOptimizer), "Megatron chains the optimizers of its parameter kinds"
     return Student(model, wrapped, optimizer, scheduler, groups, settings.clip_grad)
+
+
+def _wrapped(model: GPTModel, groups: ModelGroups, settings: configuration.OptimizerConfig) -> DistributedDataParallel:
+    """Returns the stage with its gradient buffers, which the schedule reduces over the dp x cp ranks."""
+    model_config = get_model_config(model)
+    model_config.finalize_model_grads_func = _finalize_gradients
+    wrapped = DistributedDataParallel(
+        model_config,
+        DistributedDataParallelConfig(
+            grad_reduce_in_fp32=settings.main_grads_dtype == "fp32",
+            use_distributed_optimizer=settings.distributed,
+            overlap_grad_reduce=settings.overlap_grad_reduce,
+        ),
+        model,
+        pg_collection=groups.collection,
+    )
+    if settings.overlap_grad_reduce:  # only the last micro-batch's gradients are complete
+        model_config.no_sync_func = wrapped.no_sync
+    return wrapped
+
+
+def _optimizer_config(params_dtype: torch.dtype, settings: configuration.OptimizerConfig) -> OptimizerConfig:
+    """Returns Megatron's settings of AdamW for weights of `params_dtype`."""
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=settings.lr,
+        min_lr=settings.min_lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.beta1,
+        adam_beta2=settings.beta2,
+        adam_eps=settings.epsilon,
+        clip_grad=settings.clip_grad,
+        bf16=params_dtype == torch.bfloat16,
+        params_dtype=params_dtype,
+        use_distributed_optimizer=settings.distributed,
+        use_precision_aware_optimizer=settings.use_precision_aware_optimizer,
+        main_grads_dtype=_DTYPES[settings.main_grads_dtype],
+        main_params_dtype=_DTYPES[settings.main_params_dtype],
+        exp_avg_dtype=_DTYPES[settings.exp_avg_dtype],
+        exp_avg_sq_dtype=_DTYPES[settings.exp_avg_sq_dtype],
+    )
 
 
 def _finalize_gradients(model: list[torch.nn.Module], num_tokens: Tensor | None = None, **arguments: Any) -> None:

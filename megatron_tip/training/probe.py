@@ -35,16 +35,7 @@ def probe_logprobs(student: Student, vocab_size: int, device: torch.device) -> l
     if groups.dp_rank != 0:
         return []
     ids = probe_ids(vocab_size)
-    batch = StepBatch.over(
-        [Rollout(0, 0, token_ids(ids[:1]), token_ids(ids[1:]), logprobs([0.0] * (len(ids) - 1)), "length", 0)],
-        dp_size=1,
-        max_tokens=PROBE_LENGTH,
-        pad_token_id=ids[0],  # any id will do: padding comes after the tokens that are read
-        token_multiple=student.token_multiple,
-        device=device,
-        sequence_multiple=groups.grid.sequence_multiple,
-        cp_size=groups.grid.cp_size,
-    )
+    batch = _probe_batch(student, ids, device)
     micro_batches = batch.micro_batches(groups.dp_cp_rank)
     found: list[Tensor] = []
 
@@ -66,3 +57,18 @@ def probe_logprobs(student: Student, vocab_size: int, device: torch.device) -> l
     if groups.grid.pp_size > 1:
         dist.broadcast(values, src=groups.last_stage_rank, group=groups.pp_group)
     return values.tolist() if dist.get_rank() == 0 else []
+
+
+def _probe_batch(student: Student, ids: tuple[int, ...], device: torch.device) -> StepBatch:
+    """Returns the probe as the only sequence of the student's first replica."""
+    grid = student.groups.grid
+    return StepBatch.over(
+        [Rollout(0, 0, token_ids(ids[:1]), token_ids(ids[1:]), logprobs([0.0] * (len(ids) - 1)), "length", 0)],
+        dp_size=1,
+        max_tokens=PROBE_LENGTH,
+        pad_token_id=ids[0],  # any id will do: padding comes after the tokens that are read
+        token_multiple=student.token_multiple,
+        device=device,
+        sequence_multiple=grid.sequence_multiple,
+        cp_size=grid.cp_size,
+    )
