@@ -165,7 +165,8 @@ class MicroBatch:
     """Whole sequences that go through the model as one, packed end to end; equal on all tp and pp ranks of a replica.
 
     `lengths`: the tokens of each sequence, in order. A token attends to its own sequence only. Padding, if the layout
-    asks for it, is one more sequence at the end. All tensors are `[s]`, so that a part of the tokens is a part of each.
+    asks for it, is at the end of a sequence or one more sequence at the end. All tensors are `[s]`, so that a part of
+    the tokens is a part of each: under context parallelism a rank has `[s / cp]`, and the `lengths` of the whole.
 
     `position_ids`: the token's place in its sequence. `labels`: the sequence's next token, for which the position is
     scored, wherever `response_mask` is True. `response_mask`: the label was generated. `loss_mask` (a subset): the

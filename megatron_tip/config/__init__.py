@@ -85,7 +85,11 @@ class Config(Section):
         """Gives a teacher that is the student the student's path, dtype and layout."""
         if self.teacher.kind != "self":
             return self
-        names = ("path", "dtype", "transformer_impl", "tensor_parallel_size", "pipeline_parallel_size")
+        names = (
+            *("path", "dtype", "transformer_impl"),
+            *("tensor_parallel_size", "pipeline_parallel_size", "pipeline_layers", "context_parallel_size"),
+            *("expert_model_parallel_size", "expert_tensor_parallel_size"),
+        )
         shared = {name: getattr(self.model, name) for name in names}
         for name in self.teacher.model_fields_set & shared.keys():
             if (own := getattr(self.teacher, name)) != shared[name]:
@@ -93,6 +97,17 @@ class Config(Section):
                     f'teacher.{name}: expected that of [model], {shared[name]}, with teacher.kind = "self", got {own}'
                 )
         object.__setattr__(self, "teacher", self.teacher.model_copy(update=shared))
+        return self
+
+    @model_validator(mode="after")
+    def _teacher_prompts_are_read_whole(self) -> "Config":
+        parts = {"model": self.model.context_parallel_size, "teacher": self.teacher.context_parallel_size}
+        for section, size in parts.items():
+            if size > 1 and self.prompts.teacher_reads_another:
+                raise ValueError(
+                    f"{section}.context_parallel_size: expected 1 with prompts of the teacher's own, whose sequences "
+                    f"have other parts, got {size}"
+                )
         return self
 
     @property

@@ -92,7 +92,19 @@ class OptimizerConfig(Section):
     clip_grad: float = Field(default=1.0, ge=0)
     """Largest gradient norm over all parameters; 0: no clipping."""
     distributed: bool = False
-    """Shard the optimizer state over the data-parallel ranks."""
+    """Shard the optimizer state over the ranks with the same part of the model, data- and context-parallel."""
+    overlap_grad_reduce: bool = False
+    """Megatron's: sum gradients over these ranks bucket by bucket while the backward pass still runs."""
+    use_precision_aware_optimizer: bool = False
+    """Megatron's: Transformer Engine's AdamW, its state of the types below. Needs distributed, bfloat16 and a GPU."""
+    main_grads_dtype: Literal["fp32", "bf16"] = "fp32"
+    """With use_precision_aware_optimizer: type of the gradients that are summed."""
+    main_params_dtype: Literal["fp32", "fp16"] = "fp32"
+    """With use_precision_aware_optimizer: type of the optimizer's own copy of the weights."""
+    exp_avg_dtype: Literal["fp32", "fp16", "fp8"] = "fp32"
+    """With use_precision_aware_optimizer: type of the first moment."""
+    exp_avg_sq_dtype: Literal["fp32", "fp16", "fp8"] = "fp32"
+    """With use_precision_aware_optimizer: type of the second moment."""
 
 
 class TrainingConfig(Section):

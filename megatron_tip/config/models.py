@@ -26,6 +26,8 @@ class ModelConfig(Section):
     pipeline_layers: tuple[int, ...] | Literal["auto"] = ()
     """How many of the layers kept each pipeline stage has; auto: balanced, with the work of both output heads and the
     loss on the last stage. Default: equally many."""
+    context_parallel_size: int = Field(default=1, ge=1)
+    """Ranks that share each sequence: activations of long responses are divided by it. Not with experts."""
     expert_model_parallel_size: int = Field(default=1, ge=1)
     """Ranks over which the experts of a layer are distributed; must divide their number."""
     expert_tensor_parallel_size: int = Field(default=0, ge=0)
@@ -37,6 +39,25 @@ class ModelConfig(Section):
     """Shard activations between tensor-parallel regions along the sequence. Experts need it for tensor parallelism."""
     recompute_activations: bool = False
     """Recompute every layer in the backward pass instead of keeping its activations."""
+    recompute_modules: tuple[Literal["core_attn", "mlp"], ...] = ()
+    """Megatron's selective recomputation: parts of each layer to recompute instead, without recompute_activations. mlp:
+    the feed-forward network, which keeps the most; core_attn: attention, with the keys and values that local layers
+    gather under context parallelism."""
+
+    @model_validator(mode="after")
+    def _recomputes_in_one_way(self) -> "ModelConfig":
+        if self.recompute_activations and self.recompute_modules:
+            got = ", ".join(self.recompute_modules)
+            raise ValueError(
+                f"model.recompute_modules: expected none with model.recompute_activations, which recomputes whole "
+                f"layers, got {got}; set one of the two"
+            )
+        return self
+
+    @property
+    def recomputed(self) -> tuple[str, ...]:
+        """What the backward pass runs again, as `models.recompute` takes it."""
+        return ("layer",) if self.recompute_activations else self.recompute_modules
 
 
 class TeacherConfig(Section):
@@ -70,6 +91,10 @@ class TeacherConfig(Section):
     """Ranks over which the experts of a teacher's layer are distributed; must divide their number."""
     expert_tensor_parallel_size: int = Field(default=0, ge=0)
     """Ranks that share each expert of the teacher; 0: tensor_parallel_size."""
+    context_parallel_size: int = Field(default=1, ge=1)
+    """Ranks that share each sequence in the teacher; may differ from the student's. Not with experts."""
+    fp8: Literal["none", "e4m3", "hybrid"] = "none"
+    """Megatron's: matrix products of Transformer Engine's layers in 8 bits, scaled tensor by tensor. Needs a GPU."""
     urls: tuple[str, ...] = ()
     """With kind = "sglang": "http://host:port" of each server; "name=http://host:port" with several teachers."""
     student_support: Literal["ask", "skip"] = "ask"

@@ -61,7 +61,7 @@ def export_hf(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yields the model's weights by Hugging Face name, in the parameters' dtype, from the embeddings to the head.
 
-    Collective over the ranks that hold data-parallel replica 0 or the first copy of the experts
+    Collective over the ranks that hold the first copy of the model or the first copy of the experts
     (`groups.holds_first_copy`): all of them must call it and exhaust it, at the same point of the program. Global rank
     0 yields every tensor; the others yield nothing. Other ranks must not call it. A rank holds at most one Megatron
     parameter gathered over its shards, and one tensor made from it. A yielded tensor may share memory with the model:
@@ -69,8 +69,8 @@ def export_hf(
     left out. Each expert's matrices have their own names, which engines read whatever their own layout.
 
     Args:
-        everywhere: every rank yields every tensor. Each replica may call it, all of its ranks together, and with it all
-            replicas that share its experts.
+        everywhere: every rank yields every tensor. Each copy may call it, all of its ranks together, and with it all
+            copies that share its experts.
     """
     assert everywhere or groups.holds_first_copy, f"export_hf is for the first copy, called by rank {groups.rank}"
     own = local_parameters(model, architecture, groups)
@@ -161,7 +161,7 @@ def _sharding_group(weight: WeightMap, groups: ModelGroups) -> dist.ProcessGroup
 
 def _is_of_first_copy(weight: WeightMap, groups: ModelGroups) -> bool:
     """Returns whether this rank's replica, or copy of the experts, is the first."""
-    return (groups.dp_rank if weight.expert is None else groups.expert_dp_rank) == 0
+    return (groups.dp_cp_rank if weight.expert is None else groups.expert_dp_rank) == 0
 
 
 Hop = tuple[dist.ProcessGroup, int]

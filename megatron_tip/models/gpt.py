@@ -1,5 +1,6 @@
 """One pipeline stage of a Megatron-Core GPT model, built from a Hugging Face architecture."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -22,21 +23,23 @@ from torch import Tensor
 from megatron_tip.conversion.architecture import ModelArchitecture, RopeScaling
 from megatron_tip.cpu.onednn import use_faster_products
 from megatron_tip.errors import ConfigError
-from megatron_tip.models.layers import RecomputedLayer, local_block
+from megatron_tip.models.layers import local_block
 from megatron_tip.models.layout import check_layout
+from megatron_tip.models.recompute import keep_only_inputs
 from megatron_tip.models.stage_layers import StageLayers
 from megatron_tip.models.transformer_engine import has_transformer_engine, transformer_engine_block
 from megatron_tip.parallel.grid import ModelGrid
 from megatron_tip.parallel.groups import ModelGroups
 
 TransformerImpl = Literal["auto", "local", "transformer_engine"]
+Fp8 = Literal["none", "e4m3", "hybrid"]
 
 
 class HiddenStatesModel(GPTModel):
     """A GPTModel whose last stage returns its final hidden states instead of logits.
 
     Only selected rows are multiplied with the LM head, outside of the model. The last stage's output is `[s, 1, h]`,
-    after the final norm; `[s / tp, 1, h]` with sequence parallelism.
+    after the final norm; `[s / tp, 1, h]` with sequence parallelism. With context parallelism `s` is that of a part.
     """
 
     def _preprocess(self, *arguments: Any, padding_mask: Tensor | None = None, **others: Any) -> tuple[Any, ...]:
@@ -103,13 +106,15 @@ def build_gpt(
     dtype: torch.dtype,
     transformer_impl: TransformerImpl = "auto",
     sequence_parallel: bool = False,
-    recompute_activations: bool = False,
+    recompute: Sequence[str] = (),
+    fp8: Fp8 = "none",
     trainable: bool = True,
 ) -> HiddenStatesModel:
     """Returns this rank's stage with unset weights (`conversion.bridge.load_hf` sets them).
 
     It is on the current CUDA device, or on the CPU without one. `padded_vocab_size`: a multiple of the tp size, at
-    least the architecture's. `trainable=False` (the teacher): no gradients, and no LM head on the last stage.
+    least the architecture's. `recompute`: what runs again in the backward pass (`keep_only_inputs`). `fp8`: of
+    Transformer Engine's products. `trainable=False` (the teacher): no gradients, and no LM head on the last stage.
 
     Collective over the first and last stage if a trainable model's embeddings are tied (Megatron's own collective).
 
@@ -122,9 +127,6 @@ def build_gpt(
     use_transformer_engine = resolve_transformer_impl(transformer_impl, dtype) == "transformer_engine"
     block = transformer_engine_block if use_transformer_engine else local_block
     layers: Any = block(_num_experts(architecture, groups), qk_norm=architecture.qk_norm)
-    if recompute_activations:
-        for layer in layers.layer_specs:
-            layer.module = RecomputedLayer
     model = HiddenStatesModel(
         _transformer_config(
             architecture,
@@ -132,6 +134,7 @@ def build_gpt(
             dtype=dtype,
             use_transformer_engine=use_transformer_engine,
             sequence_parallel=sequence_parallel,
+            fp8=fp8,
         ),
         layers,
         vocab_size=padded_vocab_size,
@@ -148,6 +151,7 @@ def build_gpt(
     _mark_experts(model)
     if torch.cuda.is_available():
         model.cuda()  # the routers' weights: Megatron makes them on the host
+    keep_only_inputs(model, recompute)
     if not trainable:
         if groups.is_last_stage:
             model.output_layer = None  # pyright: ignore[reportAttributeAccessIssue]
@@ -204,6 +208,7 @@ def _transformer_config(
     dtype: torch.dtype,
     use_transformer_engine: bool,
     sequence_parallel: bool,
+    fp8: Fp8,
 ) -> TransformerConfig:
     on_gpu = torch.cuda.is_available()
     counts = groups.grid.pipeline_layers
@@ -229,10 +234,13 @@ def _transformer_config(
         tensor_model_parallel_size=groups.grid.tp_size,
         pipeline_model_parallel_size=groups.grid.pp_size,
         pipeline_model_parallel_layout=StageLayers(counts, groups.pp_rank) if len(counts) > 1 else None,
+        context_parallel_size=groups.grid.cp_size,
         sequence_parallel=sequence_parallel and groups.grid.tp_size > 1,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
+        fp8=None if fp8 == "none" else fp8,
+        fp8_recipe="tensorwise",  # "delayed" would share its history in Megatron's global groups, which do not exist
         variable_seq_lengths=groups.grid.pp_size > 1,
         moe_token_dispatcher_type="alltoall",  # without experts too: the default is refused with variable lengths
         calculate_per_token_loss=True,

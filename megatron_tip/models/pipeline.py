@@ -33,8 +33,9 @@ def run_forward(
     """Runs every micro-batch forward, without gradient unless `held` takes the outputs.
 
     On the last stage, `on_hidden_states(index, hidden_states)` receives each micro-batch's final-norm output,
-    `[s, 1, h]` (`[s/tp, 1, h]` under sequence parallelism), without gradient; its result is ignored. Collective over
-    the replica's tp x pp; over the world if replicas share experts (`in_step`).
+    `[s, 1, h]` (`[s/tp, 1, h]` under sequence parallelism), without gradient; its result is ignored. Under context
+    parallelism each rank passes its own part of the micro-batches, of `s / cp` tokens. Collective over the replica's
+    tp x cp x pp; over the world if replicas share experts (`in_step`).
 
     Args:
         held: receives the output of each micro-batch with its graph, for `run_forward_backward`; pp 1 only.
@@ -50,7 +51,7 @@ def run_forward(
 
     filled = in_step(model, groups, micro_batches)
     with torch.set_grad_enabled(held is not None):
-        _run_schedule(model, groups, filled, _outputs(model, filled), take, forward_only=True)
+        _run_schedule(model, groups, filled, _outputs(model, groups, filled), take, forward_only=True)
 
 
 def run_forward_backward(
@@ -61,11 +62,12 @@ def run_forward_backward(
     *,
     held: list[Tensor] | None = None,
 ) -> None:
-    """Runs every micro-batch forward and backward and reduces the gradients over the data-parallel ranks.
+    """Runs every micro-batch forward and backward and reduces the gradients over the dp x cp ranks.
 
     On the last stage, `loss_of(index, hidden_states)` returns the micro-batch's part of the loss, a scalar that is
-    summed over micro-batches and replicas without division: its weights are already in it. For a micro-batch without a
-    selected token it must return a zero connected to `hidden_states`, so that every rank runs its backward.
+    summed over micro-batches, their parts and replicas without division: its weights are already in it. For a
+    micro-batch without a selected token it must return a zero connected to `hidden_states`, so that every rank runs its
+    backward.
 
     Args:
         held: the outputs that `run_forward` held for the same micro-batches. They take the place of the forward passes
@@ -76,17 +78,20 @@ def run_forward_backward(
         return loss_of(index, hidden_states) if index < len(micro_batches) else hidden_states.sum() * 0.0
 
     filled = in_step(model, groups, micro_batches)
-    outputs = _outputs(model, filled) if held is None else _removed_from(held)
+    outputs = _outputs(model, groups, filled) if held is None else _removed_from(held)
     _run_schedule(model, groups, filled, outputs, loss_or_zero, forward_only=False)
 
 
 # These are generators, because `enumerate` keeps its last item, and with it the item's graph, until the next.
-def _outputs(model: torch.nn.Module, micro_batches: Sequence[MicroBatch]) -> Iterator[tuple[int, Tensor]]:
+def _outputs(
+    model: torch.nn.Module, groups: ModelGroups, micro_batches: Sequence[MicroBatch]
+) -> Iterator[tuple[int, Tensor]]:
     """Yields each micro-batch's index and the stage's output, running the model when it is asked for the next."""
     for index, micro_batch in enumerate(micro_batches):
         ids, positions = micro_batch.input_ids[None], micro_batch.position_ids[None]
-        sequences, padding = boundaries(model, micro_batch.lengths), micro_batch.rollout_indices[None] < 0
-        yield index, model(ids, positions, None, packed_seq_params=sequences, padding_mask=padding)
+        packed = boundaries(model, micro_batch.lengths, cp_size=groups.grid.cp_size, cp_rank=groups.cp_rank)
+        padding = micro_batch.rollout_indices[None] < 0
+        yield index, model(ids, positions, None, packed_seq_params=packed, padding_mask=padding)
 
 
 def _removed_from(held: list[Tensor]) -> Iterator[tuple[int, Tensor]]:
@@ -127,9 +132,9 @@ def _run_schedule(
 
 
 def token_multiple(model: torch.nn.Module) -> int:
-    """Returns the divisor of a micro-batch's tokens: sequence parallelism splits them evenly over the tp ranks."""
+    """Returns the divisor of a micro-batch's tokens: sequence parallelism splits each part evenly over the tp ranks."""
     config = get_model_config(model)
-    return config.tensor_model_parallel_size if config.sequence_parallel else 1
+    return config.tensor_model_parallel_size * config.context_parallel_size if config.sequence_parallel else 1
 
 
 def in_step(model: torch.nn.Module, groups: ModelGroups, micro_batches: Sequence[MicroBatch]) -> Sequence[MicroBatch]:

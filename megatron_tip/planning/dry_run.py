@@ -23,14 +23,10 @@ class DryRun:
 
     def report(self, gpu_memory_gib: float) -> str:
         """Returns the result as text."""
-        grids = ", ".join(
-            f"{owner} {grid.in_words()}"
-            for owner, grid in (("student", self.outline.student_grid), ("teacher", self.outline.teacher_grid))
-        )
         total = self.memory.total_bytes / 2**30
         models = (("student", self.outline.student), ("teacher", self.outline.teacher))
         lines = [
-            f"{self.world_size} workers: {grids}",
+            f"{self.world_size} workers: {self.outline.grids_in_words()}",
             *(
                 f"{owner}: {parameters_in_words(model.architecture)}"
                 for owner, model in models
@@ -59,9 +55,10 @@ def dry_run(config: Config, hosts: Hosts, *, gpu_memory_gib: float) -> DryRun:
     if memory.total_bytes > gpu_memory_gib * 2**30:
         raise ConfigError(
             f"memory: expected at most {gpu_memory_gib:g} GiB per GPU (--gpu-memory), got an estimate of "
-            f'{memory.total_bytes / 2**30:.1f} GiB in phase "{memory.peak_phase}"; raise tensor or pipeline parallel '
-            "sizes, set optimizer.distributed, model.recompute_activations or training.offload, leave selection.passes "
-            'at "auto", lower training.max_tokens_per_micro_batch or rollout.prompts_per_step, or give servers less '
+            f'{memory.total_bytes / 2**30:.1f} GiB in phase "{memory.peak_phase}"; raise tensor, context or '
+            "pipeline parallel sizes, set optimizer.distributed, model.recompute_activations, "
+            'model.recompute_modules or training.offload, leave selection.passes at "auto", lower '
+            "training.max_tokens_per_micro_batch or rollout.prompts_per_step, or give servers less "
             "memory (sglang.memory_fraction) or separate GPUs (sglang.gpus)\n" + result.report(gpu_memory_gib)
         )
     return result

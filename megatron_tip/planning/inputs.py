@@ -26,7 +26,7 @@ def default_num_workers(config: Config) -> int:
 def _fewest_workers(model: ModelConfig | TeacherConfig) -> int:
     tp_size = model.tensor_parallel_size
     experts = (model.expert_tensor_parallel_size or tp_size) * model.expert_model_parallel_size
-    return model.pipeline_parallel_size * math.lcm(tp_size, experts)
+    return model.pipeline_parallel_size * math.lcm(tp_size * model.context_parallel_size, experts)
 
 
 def check_packages(config: Config, machine: Machine) -> None:

@@ -37,7 +37,7 @@ def estimate_intervention(
         memory_gib: of each rank's device; a tenth is set aside.
     """
     assert outline.teacher is not None, "a served teacher is refused"
-    dtypes, dp_size = Dtypes.of(config, on_gpu=on_gpu), outline.student_grid.dp_size
+    dtypes, dp_size = Dtypes.of(config, on_gpu=on_gpu), outline.student_grid.dp_size * outline.student_grid.cp_size
     two = config.selection.model_copy(update={"passes": "two"})
     config = config.model_copy(update={"selection": two})
     step = estimate_memory(config, outline, gpu_memory_gib=memory_gib, on_gpu=on_gpu)

@@ -21,6 +21,7 @@ from megatron_tip.vocab_parallel import padded_vocab_size
 from megatron_tip.vocab_parallel.chunks import most_rows_on_gpu
 
 _FLOAT32 = 4
+_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
 _LOSS_BUFFERS = 3
 """Chunks of float32 logits that the loss holds at most: both models' in bfloat16 and, for eager kernels, float32."""
 GATHERED_BYTES = 2**24
@@ -135,7 +136,7 @@ class _Model:
         if not distributed:
             return self.num_parameters
         outside, in_experts = self.counts
-        return outside / self.grid.dp_size + in_experts / self.grid.expert_dp_size
+        return outside / (self.grid.dp_size * self.grid.cp_size) + in_experts / self.grid.expert_dp_size
 
     @property
     def weight_bytes(self) -> float:
@@ -226,13 +227,28 @@ def _teacher(config: Config, outline: Outline, dtypes: Dtypes, student: _Model) 
 
 def _student_parts(config: Config, student: _Model) -> dict[str, tuple[str, float]]:
     """Returns what may leave the device: by its name in `PHASES`, the name in the estimate and the bytes."""
-    # Megatron keeps float32 gradients, two moments, and for bfloat16 weights a float32 copy.
-    optimizer_values = 3 if student.bytes_per_value < _FLOAT32 else 2
-    state = student.num_updated(distributed=config.optimizer.distributed) * optimizer_values * _FLOAT32
+    optimizer = config.optimizer
+    # Megatron keeps gradients, two moments, and for bfloat16 weights a copy. By default all are float32.
+    value_bytes = _BYTES[optimizer.exp_avg_dtype] + _BYTES[optimizer.exp_avg_sq_dtype]
+    if student.bytes_per_value < _FLOAT32:
+        value_bytes += _copy_bytes(config)
+    state = student.num_updated(distributed=optimizer.distributed) * value_bytes
+    gradients = student.num_parameters * _BYTES[optimizer.main_grads_dtype]
+    name = "float32" if optimizer.main_grads_dtype == "fp32" else "bfloat16"
     return {
-        "gradients": ("student: gradients, float32", student.num_parameters * _FLOAT32),
+        "gradients": (f"student: gradients, {name}", gradients),
         "optimizer": ("student: optimizer", state),
     }
+
+
+def _copy_bytes(config: Config) -> int:
+    """Returns the bytes per weight of the optimizer's copy of bfloat16 weights.
+
+    Transformer Engine's AdamW keeps of a float32 copy only the half that the weights do not have.
+    """
+    if config.optimizer.use_precision_aware_optimizer:
+        return 2
+    return _FLOAT32
 
 
 def _teacher_parts(config: Config, teacher: _Model | None, head_rows: float) -> dict[str, tuple[str, float]]:
@@ -250,6 +266,10 @@ def _teacher_parts(config: Config, teacher: _Model | None, head_rows: float) -> 
         "teacher": ("teacher: weights", teacher.weight_bytes),
         "head": ("teacher: head on the student's ranks", head),
     }
+
+
+def _optimizer_shards(config: Config, student: _Model) -> int:
+    return student.grid.dp_size * student.grid.cp_size if config.optimizer.distributed else 1
 
 
 def _working(site: _Site, held_tokens: int | None) -> dict[str, Parts]:
@@ -280,8 +300,8 @@ def _working(site: _Site, held_tokens: int | None) -> dict[str, Parts]:
         heldout_sent, heldout_received = _rows_of_teacher(config, student, teacher, config.heldout.num_prompts)
         measuring = asking | _forward(config, "student", student) | loss
         phases["measure"] = measuring | heldout_sent | heldout_received
-    gathers = config.optimizer.distributed and student.grid.dp_size > 1
-    phases["save"] = {"save: a piece of the optimizer": float(student.grid.dp_size * GATHERED_BYTES * gathers)}
+    shards = _optimizer_shards(config, student)
+    phases["save"] = {"save: a piece of the optimizer": float(shards * GATHERED_BYTES if shards > 1 else 0)}
     return phases
 
 
@@ -297,14 +317,15 @@ def _student_activations(config: Config, student: _Model, held_tokens: int | Non
 def _rows_of_teacher(config: Config, student: _Model, teacher: _Model | None, num_rollouts: int) -> tuple[Parts, Parts]:
     """Returns the last hidden states of a batch that a rank has to send, and those that it receives.
 
-    Each tp rank of the teacher's last stage has all rows of its replica, and each of the student's last stage gets all
-    of its own; both exist at the same time.
+    Each tp rank of the teacher's last stage has all rows of its part of its replica, and each of the student's last
+    stage gets all of its own; both exist at the same time.
     """
     if teacher is None:
         return {}, {}
     row = teacher.architecture.hidden_size * teacher.bytes_per_value
     longest = config.rollout.max_response_tokens
-    sent, received = (-(-num_rollouts // model.grid.dp_size) * longest * row for model in (teacher, student))
+    grids = (teacher.grid, student.grid)
+    sent, received = (-(-num_rollouts // grid.dp_size) * longest * row / grid.cp_size for grid in grids)
     return {"teacher: hidden states to send": sent}, {"teacher: hidden states of a step": received}
 
 
@@ -328,10 +349,12 @@ def _gathered_for_sync(config: Config, outline: Outline, student: _Model) -> Par
 
 
 def _layer_bytes_per_token(config: Config, model: _Model, layer: int, owner: str) -> float:
-    """Returns the activations of one layer; fused attention keeps nothing of size length x length.
+    """Returns a rank's activations of one layer, per token of the replica, of which it holds one in cp.
 
-    They are the inputs of its two norms and of its four matrix products, q, k, v and the products of SwiGLU. With
-    experts: inputs, products and outputs of each expert that a token passes through, if all experts get equally many.
+    Fused attention keeps nothing of size length x length. They are the inputs of its two norms and of its four matrix
+    products, q, k, v and the products of SwiGLU. With experts: inputs, products and outputs of each expert that a token
+    passes through, if all experts get equally many. Not counted: the keys and values that local layers gather under
+    context parallelism.
     """
     a, tp = model.architecture, model.grid.tp_size
     heads = (a.num_attention_heads + 2 * a.num_query_groups) * a.head_dim
@@ -342,20 +365,31 @@ def _layer_bytes_per_token(config: Config, model: _Model, layer: int, owner: str
     else:
         split += 3 * a.ffn_hidden_size
     whole = 4 * a.hidden_size / (tp if _is_sequence_parallel(config, model, owner) else 1)
-    return (split / tp + whole) * model.bytes_per_value
+    return (split / tp + whole) * model.bytes_per_value / model.grid.cp_size
 
 
 def _kept_bytes_per_token(config: Config, student: _Model, stage: int = 0) -> float:
-    """Returns what a stage keeps for the backward pass; with recomputation a layer keeps only its input."""
-    layers = student.stages[stage]
-    if not config.model.recompute_activations:
-        return sum(_layer_bytes_per_token(config, student, layer, "student") for layer in layers)
-    layer_input = student.architecture.hidden_size * student.bytes_per_value
-    return len(layers) * layer_input / (student.grid.tp_size if config.model.sequence_parallel else 1)
+    """Returns what a stage keeps for the backward pass.
+
+    With recomputation a layer keeps only its input, or all but what its feed-forward network makes.
+    """
+    layers, grid = student.stages[stage], student.grid
+    if config.model.recompute_activations:
+        layer_input = student.architecture.hidden_size * student.bytes_per_value / grid.cp_size
+        return len(layers) * layer_input / (grid.tp_size if config.model.sequence_parallel else 1)
+    kept = sum(_layer_bytes_per_token(config, student, layer, "student") for layer in layers)
+    if "mlp" in config.model.recompute_modules:
+        kept -= len(layers) * _feed_forward_bytes_per_token(student)
+    return kept
 
 
 def _is_sequence_parallel(config: Config, model: _Model, owner: str) -> bool:
     return config.model.sequence_parallel if owner == "student" else model.architecture.experts is not None
+
+
+def _feed_forward_bytes_per_token(student: _Model) -> float:
+    channels = 3 * student.architecture.ffn_hidden_size / student.grid.tp_size
+    return channels * student.bytes_per_value / student.grid.cp_size
 
 
 def _activations(config: Config, student: _Model) -> float:
@@ -367,6 +401,8 @@ def _activations(config: Config, student: _Model) -> float:
     in_flight = range(student.grid.pp_size, 0, -1)
     per_token = max(count * _kept_bytes_per_token(config, student, stage) for stage, count in enumerate(in_flight))
     recomputed = sum(_forward(config, "student", student).values()) if config.model.recompute_activations else 0.0
+    if "mlp" in config.model.recompute_modules:
+        per_token += _feed_forward_bytes_per_token(student)
     return per_token * _tokens(config, config.longest_sequence) + recomputed
 
 

@@ -18,6 +18,7 @@ from megatron_tip.placement.placement import Placement, place
 from megatron_tip.planning.balance import pipeline_layers
 from megatron_tip.planning.inputs import check_inputs, check_number, check_packages, read_prompts
 from megatron_tip.planning.models import FoundModel, find_model, limits, served_limits, shared_tokenizer, stop_ids
+from megatron_tip.planning.precision import check_precision
 from megatron_tip.planning.settings import check_experts, check_settings, make_selector
 from megatron_tip.prompts.files import PromptFile
 from megatron_tip.rollout.engines import engine_kind
@@ -53,6 +54,11 @@ class Outline:
     tokenizer: PreTrainedTokenizerBase | None
     stop_token_ids: tuple[int, ...]
     prompts: PromptFile | None
+
+    def grids_in_words(self) -> str:
+        """Returns the sizes of both layouts; a teacher behind servers has the student's."""
+        grids = (("student", self.student_grid), ("teacher", self.teacher_grid))
+        return ", ".join(f"{owner} {grid.in_words()}" for owner, grid in grids)
 
 
 @dataclass(frozen=True)
@@ -128,6 +134,7 @@ def outline_run(
     check_settings(config, dict(zip(("student", "teacher"), positions, strict=True)))
     selector = make_selector(config)
     check_teacher(config, machine)
+    check_precision(config, teacher.architecture if teacher else None, machine)
     check_inputs(config, machine)
     tokenizer = shared_tokenizer(config, machine, sizes)
     engine_kind(config).check(config, sizes, machine)
@@ -169,15 +176,16 @@ def _hosts(world_size: int, machine: Machine) -> Hosts:
 def _grids(
     config: Config, student: FoundModel, teacher: FoundModel | None, world_size: int
 ) -> tuple[ModelGrid, ModelGrid]:
-    """Returns the grids of student and teacher; a teacher behind servers takes the student's."""
+    """Returns the grids of student and teacher; one behind servers, or that is the student, takes the student's."""
     grids: list[ModelGrid] = []
     models = (("model", "student", config.model, student), ("teacher", "teacher", config.teacher, teacher))
     for section, owner, model, found in models:
-        if found is None:
+        if found is None or (section == "teacher" and config.teacher.kind == "self"):
             return grids[0], grids[0]
         sizes: dict[str, Any] = {
             "tp_size": model.tensor_parallel_size,
             "pp_size": model.pipeline_parallel_size,
+            "cp_size": model.context_parallel_size,
             "ep_size": model.expert_model_parallel_size,
             "expert_tp_size": model.expert_tensor_parallel_size,
             "pipeline_layers": pipeline_layers(config, found.architecture, teacher and teacher.architecture, section),

@@ -75,6 +75,11 @@ def _check_served(config: Config, machine: Machine) -> None:
             f'loss.divergence: expected one of {", ".join(TOPK_DIVERGENCES)} with teacher.kind = "sglang", got '
             f'"{loss.divergence}", which needs the teacher\'s whole distribution; servers give only its top-K'
         )
+    if teacher.context_parallel_size > 1:
+        raise ConfigError(
+            f'teacher.context_parallel_size: expected 1 with teacher.kind = "sglang", got '
+            f"{teacher.context_parallel_size}; servers share a teacher by teacher.tensor_parallel_size alone"
+        )
     _check_routes(config)
     if teacher.keys_file is not None and machine.has(teacher.keys_file, "teacher.keys_file"):
         read_keys(teacher.keys_file, setting="teacher.keys_file")

@@ -52,8 +52,13 @@ class Teacher(ABC, Generic[Rows]):
         """Takes over the tensors of a `sharded_state` that a checkpoint held."""
 
     @property
+    def sequence_multiple(self) -> int:
+        """A divisor of the tokens of every sequence, for the teacher's own layout."""
+        return 1
+
+    @property
     def token_multiple(self) -> int:
-        """Divisor of a micro-batch's tokens that the teacher's layers need."""
+        """A divisor of the tokens of every micro-batch, for the teacher's own layers."""
         return 1
 
     @property
@@ -63,7 +68,7 @@ class Teacher(ABC, Generic[Rows]):
 
     @abstractmethod
     def ask(self, batch: StepBatch) -> Rows | None:
-        """Returns the teacher's output for this rank's replica of the student, in the order of its rows.
+        """Returns the teacher's output for this rank's part of its student replica, in the order of its rows.
 
         On the student's last stage, equal on all its tp ranks; None elsewhere. Collective over the world.
         """
@@ -78,7 +83,7 @@ class Teacher(ABC, Generic[Rows]):
         with_support: bool = False,
         held: list[Tensor] | None = None,
     ) -> tuple[TokenStatistics | None, Rows | None]:
-        """Returns the statistics of every valid token of this rank's replica, and its rows, possibly with more fields.
+        """Returns the statistics of every valid token that this rank holds, and its rows, possibly with more fields.
 
         Both are on the last stage; None elsewhere. Statistics are NaN in micro-batches whose student logits are not
         finite. One forward pass of the student. Collective over the world.
@@ -155,7 +160,7 @@ def score_micro_batches(
     *,
     held: list[Tensor] | None = None,
 ) -> list[T]:
-    """Returns the result of `score` for each micro-batch of this rank's replica on the last stage; empty elsewhere.
+    """Returns the result of `score` for each of this rank's micro-batches on the last stage; empty elsewhere.
 
     One forward pass. Only one micro-batch's hidden states and one chunk of logits exist at a time, unless `held` takes
     the hidden states with their graphs.
@@ -164,9 +169,9 @@ def score_micro_batches(
         score: takes the student's hidden states `[n, H]`, the teacher's rows and the labels `[n]`.
         unknown: gives the result for a micro-batch for which `score` raises NotFiniteError.
     """
-    replica = student.groups.dp_rank
-    micro_batches = batch.micro_batches(replica)
-    parts = rows.split(batch.num_rows()[replica]) if rows is not None else ()
+    rank = student.groups.dp_cp_rank
+    micro_batches = batch.micro_batches(rank)
+    parts = rows.split(batch.num_rows()[rank]) if rows is not None else ()
     found: list[T] = []
 
     def keep(index: int, hidden_states: Tensor) -> None:

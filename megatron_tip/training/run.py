@@ -105,6 +105,8 @@ class TrainingRun:
             pad_token_id=self.pad_token_id,
             token_multiple=math.lcm(self.student.token_multiple, self.teacher.token_multiple),
             device=self.device,
+            sequence_multiple=math.lcm(self.student.groups.grid.sequence_multiple, self.teacher.sequence_multiple),
+            cp_size=self.student.groups.grid.cp_size,
         )
 
     def close(self) -> None:

@@ -194,7 +194,7 @@ def _student(config: Config, plan: RunPlan, groups: ModelGroups) -> Student:
         dtype=Dtypes.of(config).student,
         transformer_impl=config.model.transformer_impl,
         sequence_parallel=config.model.sequence_parallel,
-        recompute_activations=config.model.recompute_activations,
+        recompute=config.model.recomputed,
     )
     set_auxiliary_loss(model, config.model.moe_aux_loss_coeff)
     load_hf(model, plan.student, groups)

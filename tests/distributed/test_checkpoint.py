@@ -101,8 +101,9 @@ def interrupted_and_not(config: Config, folder: Path) -> tuple[list[Any], list[A
         (Layout(2, student=(1, 2)), "bfloat16", False),
         (Layout(2), "float32", True),
         (Layout(2), "bfloat16", True),
+        (Layout(2, cp=(2, 2)), "bfloat16", True),
     ],
-    ids=["tp2", "pp2-bf16", "dp2-distributed", "dp2-distributed-bf16"],
+    ids=["tp2", "pp2-bf16", "dp2-distributed", "dp2-distributed-bf16", "cp2-distributed-bf16"],
 )
 def test_a_resumed_run_is_the_same_bit_for_bit(
     models: Path, tmp_path: Path, layout: Layout, dtype: str, distributed: bool
@@ -225,8 +226,9 @@ def plain_tensors(folder: Path) -> dict[str, torch.Tensor]:
         (Layout(1), False),
         (Layout(2, student=(1, 2)), True),
         (Layout(4), True),
+        (Layout(4, student=(1, 2), cp=(2, 1)), True),
     ],
-    ids=["tp2pp2", "one", "pp2-distributed", "dp4-distributed"],
+    ids=["tp2pp2", "one", "pp2-distributed", "dp4-distributed", "pp2cp2-distributed"],
 )
 def test_a_checkpoint_is_read_under_any_layout(
     models: Path, tmp_path: Path, saved: dict[bool, Saved], layout: Layout, distributed: bool

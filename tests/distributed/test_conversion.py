@@ -209,7 +209,7 @@ def _check_gradients(folders: dict[str, Path], expected: dict[str, dict[str, Ten
                 checkpoint,
                 groups,
                 sequence_parallel=sequence_parallel,
-                recompute_activations=recompute_activations,
+                recompute=("layer",) if recompute_activations else (),
             )
             load_hf(model, checkpoint, groups)
             attention_calls = []

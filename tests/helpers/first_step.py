@@ -51,7 +51,7 @@ def selected_and_gradients(config: Config, rollouts: list[Rollout]) -> tuple[lis
     assert not trained.scored.held, "every graph is given up"
     loss, weights = trained.loss, []
     if trained.selection is not None and groups.tp_rank == 0:
-        index = batch.token_index(groups.dp_rank)
+        index = batch.token_index(groups.dp_cp_rank)
         columns = (index.rollout_index, index.position, trained.selection.row_weights)
         weights = [row for row in zip(*(column.tolist() for column in columns), strict=True) if row[2]]
     elif groups.tp_rank:

@@ -59,7 +59,7 @@ def test_what_a_run_leaves(first_run: Path, models: Path):
     assert [line["step"] for line in metrics] == [0, 1, 2, 3]
     assert [name for line in metrics for name in line if name != "step" and metric_of(name) is None] == []
     assert summary["steps"] == 3
-    assert summary["world"] == {"tp": 1, "pp": 1, "dp": 1}
+    assert summary["world"] == {"tp": 1, "pp": 1, "cp": 1, "dp": 1}
     assert summary["heldout_reverse_kl"]["before"] == metrics[0]["heldout/reverse_kl"]
     assert 0 < summary["heldout_reverse_kl"]["after"] < summary["heldout_reverse_kl"]["before"]
     assert summary["tokens"]["valid"] == sum(line["selection/num_valid"] for line in metrics[1:])
@@ -127,8 +127,9 @@ def test_rules_side_by_side_on_the_rollouts_of_a_run(first_run: Path, tmp_path: 
         ("model.pipeline_parallel_size=2", "teacher.tensor_parallel_size=2"),
         ("--nproc=2",),
         ("--nproc=2", "selection.passes=one"),
+        ("model.context_parallel_size=2", "teacher.tensor_parallel_size=2", "optimizer.overlap_grad_reduce=true"),
     ],
-    ids=["tp3", "pp2", "dp2", "dp2-one-pass"],
+    ids=["tp3", "pp2", "dp2", "dp2-one-pass", "cp2"],
 )
 def test_replaying_a_run_under_another_layout_gives_its_first_loss(
     first_run: Path, models: Path, tmp_path: Path, layout: tuple[str, ...]

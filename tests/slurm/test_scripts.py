@@ -56,7 +56,7 @@ def test_submit_runs_on_two_nodes_to_the_end(cluster: SlurmCluster, config_path:
     assert "finished" in job.log()
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["steps"] == 2
-    assert summary["world"] == {"tp": 1, "pp": 1, "dp": 2}  # one worker on each node
+    assert summary["world"] == {"tp": 1, "pp": 1, "cp": 1, "dp": 2}  # one worker on each node
     metrics = metrics_of(folder)[-1]
     assert metrics["host/rss_total_bytes"] > 200e6
     assert metrics["perf/train_tokens_per_second"] > 0

@@ -128,7 +128,7 @@ class Checkpointer:
                 sharded_state(self._run.student, self._run.teacher),
                 partial / SHARDS_NAME,
                 copies=self._settings.in_background,
-                sharers=self._run.student.groups.dp_group,
+                sharers=self._run.student.groups.dp_cp_group,
             )
             values = {
                 "progress": progress.as_json(),

@@ -86,6 +86,8 @@ def test_malformed_override_is_refused(minimal, override):
             'got "micro_batch" (text); use selection.passes = "one", which selects exactly',
         ),
         ("loss.compile=true", 'loss.compile (on the command line): unknown key; use loss.kernels = "compiled"'),
+        ("optimizer.optimizer_cpu_offload=true", 'unknown key; use training.offload = "optimizer"'),
+        ("model.recompute_granularity=full", "unknown key; use model.recompute_activations for whole layers"),
         ("training.zzzzzzzz=1", "see `megatron-tip train --help`"),
         ("training.steps=many", 'training.steps (on the command line): expected integer >= 1, got "many" (text)'),
         ("model.dtype=bf16", 'got "bf16" (text); did you mean "bfloat16"?'),

@@ -1,5 +1,8 @@
 """Layouts that a model cannot take."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from transformers import LlamaConfig
@@ -8,9 +11,10 @@ from megatron_tip.conversion.architecture import ModelArchitecture
 from megatron_tip.conversion.known_models import KNOWN_MODELS
 from megatron_tip.errors import ConfigError, OptionalDependencyError
 from megatron_tip.models import gpt
-from megatron_tip.models.gpt import resolve_transformer_impl
+from megatron_tip.models.gpt import Fp8, _transformer_config, resolve_transformer_impl
 from megatron_tip.models.layout import check_layout
 from megatron_tip.models.transformer_engine import has_transformer_engine, transformer_engine_block
+from megatron_tip.parallel.grid import ModelGrid
 
 SMOLLM2 = ModelArchitecture.from_config(
     LlamaConfig(
@@ -69,6 +73,14 @@ def test_auto_on_a_gpu_goes_by_what_transformer_engine_has_kernels_for(
     monkeypatch.setattr(gpt, "has_transformer_engine", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert resolve_transformer_impl("auto", dtype) == expected
+
+
+@pytest.mark.parametrize("fp8, expected", [("none", None), ("hybrid", "hybrid")])
+def test_products_in_8_bits_are_megatrons(fp8: Fp8, expected: str | None) -> None:
+    groups: Any = SimpleNamespace(grid=ModelGrid(1, 1, 1, cp_size=2))
+    types: Any = {"dtype": torch.bfloat16, "use_transformer_engine": True, "sequence_parallel": False}
+    config = _transformer_config(SMOLLM2, groups, **types, fp8=fp8)
+    assert (config.fp8, config.fp8_recipe, config.context_parallel_size) == (expected, "tensorwise", 2)
 
 
 @pytest.mark.skipif(has_transformer_engine(), reason="Transformer Engine is installed")

@@ -75,6 +75,53 @@ def test_seventy_billion_on_one_node_by_hand():
     assert found["update"]["optimizer: square roots, if AdamW is torch's"] == 4 * student / 2
 
 
+def test_context_parallelism_divides_activations_and_rows_and_shares_the_optimizer():
+    keys = ("sglang.share_gpus=true", "selection.passes=two")
+    sizes = ("model.context_parallel_size=4", "teacher.context_parallel_size=2")
+    whole, parts = (estimate(llama(*keys, *more), 64).phases for more in ((), sizes))
+    for phase, name, divisor in (
+        ("train", "student: activations of a micro-batch", 4),
+        ("score", "student: a layer's activations", 4),
+        ("ask", "teacher: a layer's activations", 2),
+        # dp is smaller by cp, so that a rank holds as many rows as before
+        ("ask", "teacher: hidden states to send", 1),
+        ("ask", "teacher: hidden states of a step", 1),
+        ("update", "student: optimizer", 1),
+        ("update", "student: weights", 1),
+    ):
+        assert parts[phase][name] == pytest.approx(whole[phase][name] / divisor), name
+
+
+def test_one_pass_holds_more_tokens_of_a_replica_whose_sequences_are_in_parts():
+    """A rank's share of a replica's tokens is smaller by cp, and the replica has as many times more of the batch."""
+    whole, parts = (
+        estimate(llama("selection.passes=one", f"model.context_parallel_size={cp_size}"), 64) for cp_size in (1, 2)
+    )
+    assert parts.held_tokens > 1.9 * whole.held_tokens > 0
+    name = "student: activations of a step, held"
+    assert parts.phases["train"][name] == pytest.approx(whole.phases["train"][name])
+
+
+def test_selective_recomputation_leaves_out_the_feed_forward_networks_of_all_layers_but_one():
+    name = "student: activations of a micro-batch"
+    found = {
+        modules: estimate(llama("model.recompute_activations=false", f"model.recompute_modules={modules}"), 8)
+        for modules in ("[]", '["mlp"]', '["core_attn"]')
+    }
+    kept = {modules: one.phases["train"][name] for modules, one in found.items()}
+    tokens = llama().training.max_tokens_per_micro_batch
+    assert kept["[]"] - kept['["mlp"]'] == pytest.approx(31 * 3 * F / 4 * tokens * 2)
+    assert kept["[]"] == kept['["core_attn"]']
+
+
+def test_a_precision_aware_optimizer_holds_what_its_types_take():
+    types = ("main_grads_dtype=bf16", "exp_avg_dtype=fp16", "exp_avg_sq_dtype=fp8")
+    keys = [f"optimizer.{key}" for key in ("use_precision_aware_optimizer=true", *types)]
+    plain, precise = estimate(llama(), 8).phases["update"], estimate(llama(*keys), 8).phases["update"]
+    assert precise["student: gradients, bfloat16"] == plain["student: gradients, float32"] / 2
+    assert precise["student: optimizer"] == pytest.approx(plain["student: optimizer"] / 12 * (2 + 2 + 1))
+
+
 def test_seventy_billion_on_one_node_does_not_pass_unless_it_fits():
     with pytest.raises(ConfigError, match=r'got an estimate of 87.1 GiB in phase "generate"') as caught:
         dry()

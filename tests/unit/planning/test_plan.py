@@ -34,6 +34,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "model.pipeline_parallel_size: expected a divisor of its 6 layers",
         ),
         ({"model": {"tensor_parallel_size": 2}}, 3, "student: expected a world size that is a multiple of tp 2 x pp 1"),
+        (
+            {"teacher": {"context_parallel_size": 2}},
+            3,
+            "teacher: expected a world size that is a multiple of tp 1 x cp 2 x pp 1 = 2, got 3; start a different",
+        ),
         ({"model": {"drop_layers": (6,)}}, 1, "model.drop_layers: expected different layers among 0..5"),
         ({"model": {"path": Path("nowhere")}}, 1, "nowhere/config.json: no such file"),
         (

@@ -50,6 +50,10 @@ def test_a_teacher_without_weights_can_be_planned(models: Path):
 @pytest.mark.parametrize(
     "sections, message",
     [
+        (
+            {"teacher": SERVED | {"context_parallel_size": 2}, "loss": TOPK},
+            r"teacher.context_parallel_size: expected 1 with .* got 2; .*tensor_parallel_size alone",
+        ),
         ({"teacher": SERVED}, r'one of topk_reverse_kl, sampled_token .* got "reverse_kl", which needs the teacher'),
         (
             {"teacher": SERVED, "loss": {"divergence": "jsd"}},
