@@ -85,7 +85,11 @@ class Config(Section):
         """Gives a teacher that is the student the student's path, dtype and layout."""
         if self.teacher.kind != "self":
             return self
-        names = ("path", "dtype", "transformer_impl", "tensor_parallel_size", "pipeline_parallel_size")
+        names = (
+            *("path", "dtype", "transformer_impl"),
+            *("tensor_parallel_size", "pipeline_parallel_size", "pipeline_layers"),
+            *("expert_model_parallel_size", "expert_tensor_parallel_size"),
+        )
         shared = {name: getattr(self.model, name) for name in names}
         for name in self.teacher.model_fields_set & shared.keys():
             if (own := getattr(self.teacher, name)) != shared[name]:

@@ -169,11 +169,11 @@ def _hosts(world_size: int, machine: Machine) -> Hosts:
 def _grids(
     config: Config, student: FoundModel, teacher: FoundModel | None, world_size: int
 ) -> tuple[ModelGrid, ModelGrid]:
-    """Returns the grids of student and teacher; a teacher behind servers takes the student's."""
+    """Returns the grids of student and teacher; one behind servers, or that is the student, takes the student's."""
     grids: list[ModelGrid] = []
     models = (("model", "student", config.model, student), ("teacher", "teacher", config.teacher, teacher))
     for section, owner, model, found in models:
-        if found is None:
+        if found is None or (section == "teacher" and config.teacher.kind == "self"):
             return grids[0], grids[0]
         sizes: dict[str, Any] = {
             "tp_size": model.tensor_parallel_size,
