@@ -46,7 +46,8 @@ class HiddenStatesModel(GPTModel):
         """
         prepared = super()._preprocess(*arguments, **others)
         if padding_mask is not None and self.config.sequence_parallel:
-            padding_mask = padding_mask.chunk(self.tp_group.size(), dim=1)[self.tp_group.rank()]
+            group: Any = self.tp_group
+            padding_mask = padding_mask.chunk(group.size(), dim=1)[group.rank()]
         return (*prepared[:5], padding_mask, *prepared[6:])
 
     def _postprocess(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
