@@ -38,13 +38,13 @@ class Router(TopKRouter):
         tokens_per_expert, _, num_tokens = get_tokens_per_expert_and_token_count(
             routing_map=routing_map, reduce_group=self.tp_cp_group, topk=self.topk, with_padding_mask=True
         )
-        balancing_loss: Any = switch_load_balancing_loss_func
-        loss = balancing_loss(
+        divisor: Any = num_tokens.clamp(min=1)  # without tokens the sum over them is 0
+        loss = switch_load_balancing_loss_func(
             probs=scores_for_aux_loss,
             tokens_per_expert=tokens_per_expert,
-            total_num_tokens=num_tokens.clamp(min=1),  # without tokens the sum over them is 0
+            total_num_tokens=divisor,
             topk=self.topk,
-            num_experts=self.config.num_moe_experts,
+            num_experts=routing_map.shape[1],
             moe_aux_loss_coeff=coefficient,
             fused=self.config.moe_router_fusion,
         )
