@@ -126,7 +126,7 @@ def intervene(run: TrainingRun, subject: Subject, file: ArmsFile) -> None:
     states: dict[int, SeedState] = {}
     whole = None
     for arm in todo:
-        if run.device.type == "cpu":  # arms cut their sequences at different lengths, which fragments the heap
+        if run.device.type == "cpu":  # arms cut their sequences at different lengths, which can fragment the heap
             return_freed_memory()
         if arm.rule != "full":  # plain distillations come first
             whole = None
