@@ -5,9 +5,6 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import stats
 
-from megatron_tip.diagnostics.statistics.bootstrap import Interval, without_spread
-from megatron_tip.report.seeds import mean_and_half
-
 MIN_SEEDS = 5
 """The number of trainings below which nothing is concluded from them.
 
@@ -41,9 +38,3 @@ def holm(p_values: Sequence[float]) -> list[float]:
     adjusted = np.full(len(values), np.nan)
     adjusted[order] = np.minimum(np.maximum.accumulate(values[order] * np.arange(len(order), 0, -1)), 1.0)
     return adjusted.tolist()
-
-
-def seed_interval(values: Sequence[float]) -> Interval:
-    """Returns the mean over seeds with Student's t interval; no bounds with fewer than two seeds."""
-    mean, half = mean_and_half(values)
-    return Interval(mean, mean - half, mean + half) if len(values) > 1 else without_spread(mean, 0)
