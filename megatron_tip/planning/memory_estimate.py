@@ -9,10 +9,9 @@ context, NCCL's buffers, SGLang's captured graphs, fragmentation.
 from dataclasses import dataclass
 
 from megatron_tip.config import Config
-from megatron_tip.conversion.architecture import ModelArchitecture
-from megatron_tip.conversion.model_size import feed_forward_parameters, layer_parameters
 from megatron_tip.parallel.grid import ModelGrid
 from megatron_tip.planning.dtypes import Dtypes
+from megatron_tip.planning.model_share import ModelShare, activation_bytes, forward_bytes, kept_bytes_per_token
 from megatron_tip.planning.phases import OFFLOADED, PHASES, releases_memory
 from megatron_tip.planning.plan import Outline
 from megatron_tip.rollout.engine import ALL_MEMORY, CACHE, WEIGHTS
@@ -89,70 +88,15 @@ def _cell(value: float) -> str:
 
 
 @dataclass(frozen=True)
-class _Model:
-    """One model in its layout. `padded_vocab_size`: rows of its embeddings. `has_head`: with its own output layer."""
-
-    architecture: ModelArchitecture
-    grid: ModelGrid
-    bytes_per_value: int
-    padded_vocab_size: int
-    has_head: bool = True
-
-    @property
-    def stages(self) -> list[range]:
-        """The layers of each pipeline stage."""
-        return self.grid.layers_of_stages(self.architecture.num_layers)
-
-    @property
-    def counts(self) -> tuple[float, float]:
-        """Parameters on a rank of the fullest stage: outside of the experts, and in them."""
-        return max((self._counts(stage) for stage in range(self.grid.pp_size)), key=sum)
-
-    def _counts(self, stage: int) -> tuple[float, float]:
-        """Returns the same of one stage: layers, embedding or head or both, and the last norm.
-
-        Every tp rank has the norms and the routers whole.
-        """
-        a, grid = self.architecture, self.grid
-        is_last = stage == grid.pp_size - 1
-        outside, in_experts = 0.0, 0.0
-        for layer in self.stages[stage]:
-            dense, experts = feed_forward_parameters(a, layer)
-            whole = 2 * a.hidden_size + 2 * a.head_dim * a.qk_norm + (dense if experts else 0)
-            outside += (layer_parameters(a, layer) - experts - whole) / grid.tp_size + whole
-            in_experts += experts / (grid.expert_tp_size * grid.ep_size)
-        has_own_matrix = is_last and self.has_head and (stage > 0 or not a.tied_embeddings)
-        matrices = (stage == 0) + has_own_matrix
-        outside += matrices * self.padded_vocab_size * a.hidden_size / grid.tp_size + is_last * a.hidden_size
-        return outside, in_experts
-
-    @property
-    def num_parameters(self) -> float:
-        """Parameters on a rank of the fullest stage."""
-        return sum(self.counts)
-
-    def num_updated(self, *, distributed: bool) -> float:
-        """Returns of how many of them the rank has the optimizer's state. `distributed`: the copies share it."""
-        if not distributed:
-            return self.num_parameters
-        outside, in_experts = self.counts
-        return outside / (self.grid.dp_size * self.grid.cp_size) + in_experts / self.grid.expert_dp_size
-
-    @property
-    def weight_bytes(self) -> float:
-        return self.num_parameters * self.bytes_per_value
-
-
-@dataclass(frozen=True)
 class _Site:
     """The run whose memory is estimated. `engine`: the whole student, as an engine holds it."""
 
     config: Config
     outline: Outline
     gpu_memory_gib: float
-    student: _Model
-    teacher: _Model | None
-    engine: _Model
+    student: ModelShare
+    teacher: ModelShare | None
+    engine: ModelShare
 
     @property
     def movable(self) -> dict[str, tuple[str, float]]:
@@ -171,8 +115,8 @@ def estimate_memory(config: Config, outline: Outline, *, gpu_memory_gib: float, 
     With selection.passes = "auto" it is that of one pass if a batch of the longest sequences fits, else of two.
     """
     dtypes, padded = Dtypes.of(config, on_gpu=on_gpu), outline.padded_vocab_size
-    student = _Model(outline.student.architecture, outline.student_grid, dtypes.student.itemsize, padded)
-    engine = _Model(student.architecture, ModelGrid(1, 1, 1), dtypes.engine.itemsize, padded)
+    student = ModelShare(outline.student.architecture, outline.student_grid, dtypes.student.itemsize, padded)
+    engine = ModelShare(student.architecture, ModelGrid(1, 1, 1), dtypes.engine.itemsize, padded)
     site = _Site(config, outline, gpu_memory_gib, student, _teacher(config, outline, dtypes, student), engine)
     fitting, held_tokens = 0, None
     if may_take_one_pass(config, outline.selector):
@@ -198,7 +142,7 @@ def _fitting_tokens(site: _Site) -> int:
     """Returns the tokens of a replica whose activations one pass may hold beside everything else."""
     phases = _phases(site, held_tokens=0)
     free = site.gpu_memory_gib * 2**30 - max(sum(phases[name].values()) for name in ("score", "train"))
-    return max(0, int(_HELD_SHARE * free / _kept_bytes_per_token(site.config, site.student)))
+    return max(0, int(_HELD_SHARE * free / kept_bytes_per_token(site.config, site.student)))
 
 
 def _phases(site: _Site, held_tokens: int | None) -> dict[str, Parts]:
@@ -215,17 +159,17 @@ def _phases(site: _Site, held_tokens: int | None) -> dict[str, Parts]:
     return phases
 
 
-def _teacher(config: Config, outline: Outline, dtypes: Dtypes, student: _Model) -> _Model | None:
+def _teacher(config: Config, outline: Outline, dtypes: Dtypes, student: ModelShare) -> ModelShare | None:
     if config.teacher.update != "frozen":
         return student
     if outline.teacher is None:
         return None
     grid, architecture = outline.teacher_grid, outline.teacher.architecture
     padded = padded_vocab_size(architecture.vocab_size, grid.tp_size)
-    return _Model(architecture, grid, dtypes.teacher.itemsize, padded, has_head=False)
+    return ModelShare(architecture, grid, dtypes.teacher.itemsize, padded, has_head=False)
 
 
-def _student_parts(config: Config, student: _Model) -> dict[str, tuple[str, float]]:
+def _student_parts(config: Config, student: ModelShare) -> dict[str, tuple[str, float]]:
     """Returns what may leave the device: by its name in `PHASES`, the name in the estimate and the bytes."""
     optimizer = config.optimizer
     # Megatron keeps gradients, two moments, and for bfloat16 weights a copy. By default all are float32.
@@ -251,7 +195,7 @@ def _copy_bytes(config: Config) -> int:
     return _FLOAT32
 
 
-def _teacher_parts(config: Config, teacher: _Model | None, head_rows: float) -> dict[str, tuple[str, float]]:
+def _teacher_parts(config: Config, teacher: ModelShare | None, head_rows: float) -> dict[str, tuple[str, float]]:
     """Returns the same for a teacher in the trainer's processes; its head is sharded as the student's.
 
     A live teacher is the student; an averaged one has its head in its model, and a float32 copy of other weights.
@@ -268,7 +212,7 @@ def _teacher_parts(config: Config, teacher: _Model | None, head_rows: float) -> 
     }
 
 
-def _optimizer_shards(config: Config, student: _Model) -> int:
+def _optimizer_shards(config: Config, student: ModelShare) -> int:
     return student.grid.dp_size * student.grid.cp_size if config.optimizer.distributed else 1
 
 
@@ -280,7 +224,7 @@ def _working(site: _Site, held_tokens: int | None) -> dict[str, Parts]:
     rollouts = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
     sent, received = _rows_of_teacher(config, student, teacher, rollouts)
     loss = {"loss: logits of a chunk": float(chunk_rows * shard * _FLOAT32 * _LOSS_BUFFERS)}
-    asking = _forward(config, "teacher", teacher)
+    asking = forward_bytes(config, "teacher", teacher)
     scoring, training = _student_activations(config, student, held_tokens)
     selected = {name: 2 * outline.selector.asked_share * value for name, value in received.items()}
     training |= {
@@ -298,23 +242,25 @@ def _working(site: _Site, held_tokens: int | None) -> dict[str, Parts]:
     }
     if config.heldout.num_prompts:
         heldout_sent, heldout_received = _rows_of_teacher(config, student, teacher, config.heldout.num_prompts)
-        measuring = asking | _forward(config, "student", student) | loss
+        measuring = asking | forward_bytes(config, "student", student) | loss
         phases["measure"] = measuring | heldout_sent | heldout_received
     shards = _optimizer_shards(config, student)
     phases["save"] = {"save: a piece of the optimizer": float(shards * GATHERED_BYTES if shards > 1 else 0)}
     return phases
 
 
-def _student_activations(config: Config, student: _Model, held_tokens: int | None) -> tuple[Parts, Parts]:
+def _student_activations(config: Config, student: ModelShare, held_tokens: int | None) -> tuple[Parts, Parts]:
     """Returns the student's activations in "score" and in "train"; `held_tokens` as for `_phases`."""
-    layer = _forward(config, "student", student)
+    layer = forward_bytes(config, "student", student)
     if held_tokens is None:
-        return layer, {"student: activations of a micro-batch": _activations(config, student)}
-    held = {"student: activations of a step, held": held_tokens * _kept_bytes_per_token(config, student)}
+        return layer, {"student: activations of a micro-batch": activation_bytes(config, student)}
+    held = {"student: activations of a step, held": held_tokens * kept_bytes_per_token(config, student)}
     return layer | held, layer | held
 
 
-def _rows_of_teacher(config: Config, student: _Model, teacher: _Model | None, num_rollouts: int) -> tuple[Parts, Parts]:
+def _rows_of_teacher(
+    config: Config, student: ModelShare, teacher: ModelShare | None, num_rollouts: int
+) -> tuple[Parts, Parts]:
     """Returns the last hidden states of a batch that a rank has to send, and those that it receives.
 
     Each tp rank of the teacher's last stage has all rows of its part of its replica, and each of the student's last
@@ -329,17 +275,7 @@ def _rows_of_teacher(config: Config, student: _Model, teacher: _Model | None, nu
     return {"teacher: hidden states to send": sent}, {"teacher: hidden states of a step": received}
 
 
-def _forward(config: Config, owner: str, model: _Model | None) -> Parts:
-    """Returns the bytes of a forward pass without gradient: one layer's."""
-    if model is None:
-        return {}
-    kinds = {model.architecture.has_experts(layer): layer for layer in range(model.architecture.num_layers)}
-    layer = max(_layer_bytes_per_token(config, model, layer, owner) for layer in kinds.values())
-    longest = config.longest_teacher_sequence if owner == "teacher" else config.longest_sequence
-    return {f"{owner}: a layer's activations": layer * _tokens(config, longest)}
-
-
-def _gathered_for_sync(config: Config, outline: Outline, student: _Model) -> Parts:
+def _gathered_for_sync(config: Config, outline: Outline, student: ModelShare) -> Parts:
     """Returns the largest tensor whole, gathered and merged, and buckets on their way to servers."""
     a = student.architecture
     largest = max(student.padded_vocab_size, 2 * a.ffn_hidden_size) * a.hidden_size * student.bytes_per_value
@@ -348,75 +284,12 @@ def _gathered_for_sync(config: Config, outline: Outline, student: _Model) -> Par
     return {"sync: a whole tensor, gathered and merged": 2.0 * largest, "sync: buckets": float(buckets)}
 
 
-def _layer_bytes_per_token(config: Config, model: _Model, layer: int, owner: str) -> float:
-    """Returns a rank's activations of one layer, per token of the replica, of which it holds one in cp.
-
-    Fused attention keeps nothing of size length x length. They are the inputs of its two norms and of its four matrix
-    products, q, k, v and the products of SwiGLU. With experts: inputs, products and outputs of each expert that a token
-    passes through, if all experts get equally many. Not counted: the keys and values that local layers gather under
-    context parallelism.
-    """
-    a, tp = model.architecture, model.grid.tp_size
-    heads = (a.num_attention_heads + 2 * a.num_query_groups) * a.head_dim
-    split = heads + a.num_attention_heads * a.head_dim
-    if a.experts is not None and a.has_experts(layer):
-        hidden = 2 * a.hidden_size * model.grid.expert_tp_size  # each of an expert's ranks has the tokens of all
-        split += a.experts.num_active * (hidden + 3 * a.experts.ffn_hidden_size)
-    else:
-        split += 3 * a.ffn_hidden_size
-    whole = 4 * a.hidden_size / (tp if _is_sequence_parallel(config, model, owner) else 1)
-    return (split / tp + whole) * model.bytes_per_value / model.grid.cp_size
-
-
-def _kept_bytes_per_token(config: Config, student: _Model, stage: int = 0) -> float:
-    """Returns what a stage keeps for the backward pass.
-
-    With recomputation a layer keeps only its input, or all but what its feed-forward network makes.
-    """
-    layers, grid = student.stages[stage], student.grid
-    if config.model.recompute_activations:
-        layer_input = student.architecture.hidden_size * student.bytes_per_value / grid.cp_size
-        return len(layers) * layer_input / (grid.tp_size if config.model.sequence_parallel else 1)
-    kept = sum(_layer_bytes_per_token(config, student, layer, "student") for layer in layers)
-    if "mlp" in config.model.recompute_modules:
-        kept -= len(layers) * _feed_forward_bytes_per_token(student)
-    return kept
-
-
-def _is_sequence_parallel(config: Config, model: _Model, owner: str) -> bool:
-    return config.model.sequence_parallel if owner == "student" else model.architecture.experts is not None
-
-
-def _feed_forward_bytes_per_token(student: _Model) -> float:
-    channels = 3 * student.architecture.ffn_hidden_size / student.grid.tp_size
-    return channels * student.bytes_per_value / student.grid.cp_size
-
-
-def _activations(config: Config, student: _Model) -> float:
-    """Returns the bytes kept for the backward pass.
-
-    Up to pp micro-batches are in flight in the first stage, and one fewer in each that follows. With recomputation one
-    layer at a time has all of its activations.
-    """
-    in_flight = range(student.grid.pp_size, 0, -1)
-    per_token = max(count * _kept_bytes_per_token(config, student, stage) for stage, count in enumerate(in_flight))
-    recomputed = sum(_forward(config, "student", student).values()) if config.model.recompute_activations else 0.0
-    if "mlp" in config.model.recompute_modules:
-        per_token += _feed_forward_bytes_per_token(student)
-    return per_token * _tokens(config, config.longest_sequence) + recomputed
-
-
-def _num_rollouts(config: Config, model: _Model) -> int:
+def _num_rollouts(config: Config, model: ModelShare) -> int:
     """Returns the rollouts of the fullest replica."""
     return -(-config.rollout.prompts_per_step * config.rollout.samples_per_prompt // model.grid.dp_size)
 
 
-def _tokens(config: Config, longest: int) -> int:
-    """Returns the tokens of the fullest micro-batch, given those of the longest sequence."""
-    return max(config.training.max_tokens_per_micro_batch, longest)
-
-
-def _engine(config: Config, whole: _Model, phase: str) -> Parts:
+def _engine(config: Config, whole: ModelShare, phase: str) -> Parts:
     """Returns the embedded engine's bytes on the first GPU: the whole student, and while it generates a cache."""
     if config.rollout.engine != "embedded":
         return {}
@@ -427,13 +300,13 @@ def _engine(config: Config, whole: _Model, phase: str) -> Parts:
     return weights | {"embedded engine, first GPU: cache": _cache(whole) * sequences * config.longest_sequence}
 
 
-def _cache(whole: _Model) -> float:
+def _cache(whole: ModelShare) -> float:
     """Returns the bytes of a token's keys and values in all layers."""
     a = whole.architecture
     return 2 * a.num_layers * a.num_query_groups * a.head_dim * whole.bytes_per_value
 
 
-def _servers(config: Config, outline: Outline, whole: _Model, held: frozenset[str], gpu_memory_gib: float) -> Parts:
+def _servers(config: Config, outline: Outline, whole: ModelShare, held: frozenset[str], gpu_memory_gib: float) -> Parts:
     """Returns the bytes of a server on a trainer's GPU in a phase that leaves it `held`."""
     share = outline.placement.memory_beside_trainers
     if not share:
