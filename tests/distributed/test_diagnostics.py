@@ -29,7 +29,7 @@ LAYOUTS = [
     Layout(2, student=(1, 1)),  # dp 2
     Layout(2, student=(2, 1), sequence_parallel=True),
     Layout(4, student=(2, 2), teacher=(4, 1)),
-    Layout(4, student=(1, 2), cp=(2, 4)),
+    Layout(4, student=(1, 2), teacher=(1, 1), cp=(2, 4)),
 ]
 
 

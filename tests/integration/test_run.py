@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_tip.observability.metric_reference import metric_of
-from megatron_tip.selection import RULES
+from megatron_tip.selection import PAPERS_RULES
 from tests.helpers.training import RUN_TOML, make_models
 
 ROOT = Path(__file__).parents[2]
@@ -108,7 +108,7 @@ def test_rules_side_by_side_on_the_rollouts_of_a_run(first_run: Path, tmp_path: 
     assert ended.returncode == 0, ended.stderr
     assert Image.open(picture).size[0] > 800
     logged = metrics_of(first_run)[1]
-    names = [name for name in RULES if name != "full"]
+    names = [name for name in PAPERS_RULES if name != "full"]
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in ended.stdout.splitlines() if "│" in line]
     table = {row[1]: row for row in cells if len(row) == 7 + len(names)}
     assert list(table) == names

@@ -42,7 +42,7 @@ def test_experts_have_a_grid_of_their_own_over_the_same_stages():
     assert grid.expert_ranks()[1].tolist() == [[[8], [9], [10], [11]], [[12], [13], [14], [15]]]
     for rank in range(16):
         expert_tp, ep, expert_dp = grid.expert_coordinates(rank)
-        assert grid.expert_ranks()[grid.coordinates(rank)[2], expert_dp, ep, expert_tp] == rank
+        assert grid.expert_ranks()[grid.coordinates(rank).pp, expert_dp, ep, expert_tp] == rank
     assert grid.sizes() == {"tp": 2, "pp": 2, "cp": 1, "dp": 4, "ep": 4, "expert_tp": 1}
     assert "ep" not in ModelGrid.over(4, tp_size=2, pp_size=2, owner="student").sizes()
 
