@@ -40,6 +40,7 @@ def test_a_resumed_run_is_the_same_bit_for_bit(
         layout,
         model={"dtype": dtype, **experts},
         teacher={"dtype": dtype},
+        selection={"adaptive_ratio": True},
         optimizer={"distributed": distributed, "clip_grad": 1.0, "weight_decay": 0.1, "warmup_steps": 1},
     )
     for straight, resumed in run_workers(interrupted_and_not, 2, tmp_path, config, tmp_path, timeout_seconds=300):
