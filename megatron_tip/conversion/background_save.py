@@ -3,8 +3,8 @@
 Megatron's own strategy splits a save into a collective plan, writing that needs no other rank, and a collective end. We
 use its plan as it is. But it forks writer processes out of a process that runs threads, and leaves a manager process
 behind; and when a save fails, only rank 0 learns why, and the others hang if rank 0 cannot write the metadata.
-Megatron-Core 0.19 also puts the common state, a pickle, among the shards. Here it is a file of its own, which can be read
-without unpickling (see `tensor_load`), and by every version.
+Megatron-Core 0.19 also puts the common state, a pickle, among the shards. Here it is a file of its own, which can be
+read without unpickling (see `tensor_load`), and by every version.
 """
 
 import io
