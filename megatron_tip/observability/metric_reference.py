@@ -39,7 +39,7 @@ METRICS = (
     Metric("train/lr", "", "learning rate of the step"),
     Metric("train/num_model_tokens", "tokens", "prompt and response tokens of the training pass, after the cut"),
     Metric("train/num_model_tokens_uncut", "tokens", "the same before the cut after each last selected token"),
-    Metric("train/num_teacher_tokens", "tokens", "what a teacher with prompts of its own reads, prompts included"),
+    Metric("train/num_teacher_tokens", "tokens", "prompt and response tokens that the teacher reads"),
     Metric("train/num_micro_batches", "", "micro-batches of the training pass, all replicas"),
     Metric("train/num_micro_batches_uncut", "", "micro-batches before the cut, all replicas"),
     Metric("train/saved_token_share", "share", "tokens that the cut left out, of those before it"),

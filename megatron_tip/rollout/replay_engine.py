@@ -124,6 +124,7 @@ def _earlier_settings(config: Config, folder: Path) -> Iterator[tuple[str, Any, 
         return
     keys = ["heldout.num_prompts", "rollout.prompts_per_step", "rollout.samples_per_prompt", "run.seed"]
     keys += ["prompts.num_prompts", "prompts.shuffle", "prompts.max_prompt_tokens", "prompts.system_prompt"]
+    keys += ["prompts.apply_chat_template", "prompts.template_arguments"]
     if config.prompts.source == "reasoning_gym" and not config.prompts.num_prompts:
         keys.append("training.steps")  # as many prompts are generated and shuffled as the run has steps for
     for key in keys:
