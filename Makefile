@@ -46,7 +46,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-	$(BIN)/shellcheck -x slurm/*.sbatch slurm/*.sh
+	$(BIN)/shellcheck -x slurm/*.sbatch slurm/*.sh examples/*/*.sh
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

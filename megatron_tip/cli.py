@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from megatron_tip import __version__
-from megatron_tip.commands import doctor, evaluate, plan, report, submit, train
+from megatron_tip.commands import doctor, evaluate, plan, report, submit, sweep, train
 from megatron_tip.commands.diagnose import diagnose
 from megatron_tip.commands.run_command import RunCommand
 
@@ -13,6 +13,7 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions
 app.command("train", cls=train.TrainCommand)(train.command)
 app.command("plan", cls=RunCommand)(plan.command)
 app.command("submit", cls=RunCommand)(submit.command)
+app.command("sweep")(sweep.command)
 app.command("report")(report.command)
 app.command("eval")(evaluate.command)
 app.command("doctor", cls=RunCommand)(doctor.command)

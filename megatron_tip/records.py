@@ -5,7 +5,7 @@ row is one position of `loss_mask`. Rows are ordered by micro-batch, then sequen
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate
 from typing import Any, Self, TypeVar, overload
 
@@ -96,13 +96,15 @@ class Prompt:
     """One prompt, already rendered through the chat template and tokenised.
 
     `index`: its fixed place in the prompt source. `text`: what the model sees. `teacher`: the name of the teacher that
-    scores its rollouts; "" if the run has only one.
+    scores its rollouts; "" if the run has only one. `teacher_prompt_ids`: what the teacher reads in place of
+    `prompt_ids`; empty: the same.
     """
 
     index: int
     text: str
     prompt_ids: tuple[int, ...]
     teacher: str = ""
+    teacher_prompt_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,8 @@ class Rollout:
 
     `environment_spans`: half-open ranges of `response_ids` that the student did not generate: the text of an
     environment or a tool between its turns, with the chat template's delimiters. They are in order, do not touch each
-    other, and are never at the start or the end; a single-turn response has none. `teacher`: its prompt's.
+    other, and are never at the start or the end; a single-turn response has none. `teacher`, `teacher_prompt_ids`: its
+    prompt's.
     """
 
     prompt_index: int
@@ -128,12 +131,20 @@ class Rollout:
     weight_version: int
     environment_spans: tuple[tuple[int, int], ...] = ()
     teacher: str = ""
+    teacher_prompt_ids: Numbers[int] = field(default_factory=lambda: token_ids(()))
 
     def __post_init__(self) -> None:
         """Turns ids and logprobs into arrays."""
         object.__setattr__(self, "prompt_ids", token_ids(self.prompt_ids))
         object.__setattr__(self, "response_ids", token_ids(self.response_ids))
+        object.__setattr__(self, "teacher_prompt_ids", token_ids(self.teacher_prompt_ids))
         object.__setattr__(self, "rollout_logprobs", logprobs(self.rollout_logprobs))
+
+    def as_the_teacher_reads_it(self) -> "Rollout":
+        """Returns the rollout with the teacher's prompt in place of the student's; itself if they are the same."""
+        if not len(self.teacher_prompt_ids):
+            return self
+        return replace(self, prompt_ids=self.teacher_prompt_ids, teacher_prompt_ids=())
 
     @property
     def num_tokens(self) -> int:
@@ -154,7 +165,8 @@ class MicroBatch:
     """Whole sequences that go through the model as one, packed end to end; equal on all tp and pp ranks of a replica.
 
     `lengths`: the tokens of each sequence, in order. A token attends to its own sequence only. Padding, if the layout
-    asks for it, is one more sequence at the end. All tensors are `[s]`, so that a part of the tokens is a part of each.
+    asks for it, is at the end of a sequence or one more sequence at the end. All tensors are `[s]`, so that a part of
+    the tokens is a part of each: under context parallelism a rank has `[s / cp]`, and the `lengths` of the whole.
 
     `position_ids`: the token's place in its sequence. `labels`: the sequence's next token, for which the position is
     scored, wherever `response_mask` is True. `response_mask`: the label was generated. `loss_mask` (a subset): the
@@ -245,6 +257,7 @@ class TokenSelection:
     division by the global count, so the loss of the whole batch is the sum over all rows of weight x divergence.
     `num_valid`, `num_selected`: over the whole batch, equal on every rank. `metrics`: global scalars of the selection.
     `scores`: `[n]` float32, the rule's scores; None for rules without scores, such as "full" and "random".
+    `term_weights`: the weights, as `row_weights`, of each further divergence that the rule adds to the loss, by name.
     """
 
     selection_mask: Tensor
@@ -253,6 +266,7 @@ class TokenSelection:
     num_selected: int
     metrics: dict[str, float]
     scores: Tensor | None = None
+    term_weights: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def retention_ratio(self) -> float:

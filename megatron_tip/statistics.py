@@ -87,6 +87,9 @@ class TokenStatistics:
         "ln p", "student's logprob of the sampled token", "ln p(y)", "label", "nothing").metadata)
     teacher_logprobs: "Tensor | None" = field(default=None, metadata=Statistic(
         "ln q", "teacher's logprob of the sampled token", "ln q(y)", "label", "top_k").metadata)
+    choice_rank: "Tensor | None" = field(default=None, metadata=Statistic(
+        "R", "place of the student's first choice in the teacher's top-K", "0-based; K if it is not in", "support",
+        "top_k", "ids", in_views=False, in_scores=False).metadata)
     jsd: "Tensor | None" = field(default=None, metadata=Statistic(
         "JSD", "Jensen-Shannon divergence", "β = 1/2", "vocabulary", "distribution",
         in_views=False, in_scores=False).metadata)

@@ -174,6 +174,13 @@ section, key = sys.argv[1].split(".")
 print(getattr(getattr(config, section), key))' "$name" "$@"
 }
 
+# tip_sweep_run SWEEP INDEX: prints the configuration file of a sweep's run, then its overrides, one per line.
+tip_sweep_run() {
+  local python
+  mapfile -t python < <(tip_python)
+  "${python[@]}" -m megatron_tip.cli sweep "$1" --run "$2"
+}
+
 # tip_joined WORD...: prints the words with commas between them.
 tip_joined() { (IFS=, && printf '%s\n' "$*"); }
 

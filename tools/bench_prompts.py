@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import random
 import resource
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -85,6 +86,8 @@ def peak_mb() -> float:
 
 def take_step(config_path: Path, settings: list[str], folder: Path) -> tuple[float, float]:
     """Returns the seconds from the command to the first step's metrics, and the peak MB of the first worker."""
+    if folder.exists():  # the metrics of the file before it would count as this one's
+        shutil.rmtree(folder)
     run = RunFolder(folder)
     trial = Trial(config_path, settings, run, 1, run)
     start = time.monotonic()

@@ -1,6 +1,7 @@
 """One training step compared with TRL's DistillationTrainer on the same work: seconds, phases, memory, and the result.
 
     python tools/bench_step.py [--steps 10] [--trl-python /path/to/python] [--json]
+    python tools/bench_step.py --growth [--steps 4]
 
 The work: a teacher, and the same model without some of its layers as student; reasoning-gym's basic_arithmetic, 8
 prompts x 64 new tokens per step; reverse KL over the full vocabulary on every token; float32, except in the rows named
@@ -15,6 +16,9 @@ Each row is a run in its own processes; rows run one after the other. Seconds pe
 after the first. Memory is the peak of the resident sets of all processes of a run together, including its launcher;
 pages that processes share are counted in each. tools/heldout_reverse_kl.py measures the held-out reverse KL of the
 saved student.
+
+With --growth it prints another table instead: the seconds of the models' phases in steps of 512 to 4,096 response
+tokens on one replica, which ought to grow in proportion to the tokens.
 """
 
 import json
@@ -40,6 +44,10 @@ TOOLS = Path(__file__).parent
 TASK = "basic_arithmetic"
 WIDTH = 150
 PHASES = ("rollout", "teacher", "score", "select", "train", "sync")
+MODEL_PHASES = ("teacher", "score", "train")
+"""The phases whose work is proportional to the tokens that go through the models."""
+GROWTH = (512, 1024, 2048, 4096)
+"""Response tokens of a step, on one replica, in the rows of --growth."""
 OPTIMIZER = {"lr": 1e-4, "beta1": 0.9, "beta2": 0.95, "epsilon": 1e-8, "weight_decay": 0.0, "clip_grad": 1.0}
 
 
@@ -106,10 +114,13 @@ BFLOAT16 = (
 
 @dataclass(frozen=True)
 class Measured:
-    """One row's numbers. `seconds`: per step, by phase and in total ("step")."""
+    """One row's numbers. `seconds`: per step, by phase and in total ("step"). `model_tokens`: of a step, prompts
+    included; 0 if not counted.
+    """
 
     name: str
     seconds: dict[str, float]
+    model_tokens: float
     response_tokens_per_second: float
     peak_rss_bytes: int
     heldout_reverse_kl: dict[str, float]
@@ -129,6 +140,7 @@ def main(
     only: Annotated[list[str] | None, typer.Option(help="Run only rows whose name contains this; repeatable.")] = None,
     trl_python: Annotated[Path, typer.Option(help="The interpreter that may have trl.")] = Path(sys.executable),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    growth: Annotated[bool, typer.Option(help="How the seconds grow with the tokens of a step.")] = False,
 ) -> None:
     """Compare one training step with TRL's DistillationTrainer on the same work."""
     with tempfile.TemporaryDirectory(prefix="bench_step_") as name:
@@ -144,13 +156,15 @@ def main(
             threads=threads,
             seed=seed,
         )
+        if growth:
+            work = replace(work, prompts_per_step=max(GROWTH) // response_tokens)
         write_questions(work, heldout_prompts)
         write_student(work, [int(layer) for layer in drop_layers.split(",")])
-        rows = measure_rows(work, folder, trl_python, only or [""])
+        rows = measure_growth(work, folder) if growth else measure_rows(work, folder, trl_python, only or [""])
     if as_json:
         typer.echo(json.dumps(described(rows), indent=2))
     else:
-        Console(width=WIDTH).print(table_of(rows))
+        Console(width=WIDTH).print(growth_table_of(rows) if growth else table_of(rows))
 
 
 def write_questions(work: Work, heldout_prompts: int) -> None:
@@ -199,6 +213,17 @@ def measure_rows(work: Work, folder: Path, trl_python: Path, wanted: Sequence[st
     return rows
 
 
+def measure_growth(work: Work, folder: Path) -> list[Measured | str]:
+    """Returns a row for each number of response tokens of a step in GROWTH: all tokens of all layers, one process."""
+    before = heldout_reverse_kl(work, work.student)
+    rows: list[Measured | str] = []
+    for tokens in GROWTH:
+        smaller = replace(work, prompts_per_step=tokens // work.response_tokens)
+        variant = replace(ALL_TOKENS[0], rule="ta_opd_teachability", retention_ratio=0.99)
+        rows.append(run_ours(smaller, folder / f"row{len(rows)}", f"{tokens} response tokens", variant, before))
+    return rows
+
+
 def run_ours(work: Work, folder: Path, name: str, variant: Variant, before: float) -> Measured:
     """Does one run of `megatron-tip train` and returns its numbers."""
     folder.mkdir()
@@ -209,9 +234,11 @@ def run_ours(work: Work, folder: Path, name: str, variant: Variant, before: floa
     lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
     steps = [{phase: line[f"time/{phase}_seconds"] for phase in PHASES} for line in lines if line["step"] > 0]
     tokens = [line["rollout/response_tokens"] for line in lines if line["step"] > 0]
+    model_tokens = [line["train/num_model_tokens"] for line in lines if line["step"] > 0]
     after = heldout_reverse_kl(work, folder / "run/hf")
     totals = [sum(seconds.values()) for seconds in steps]
-    return measured(name, steps, totals, tokens, peak, {"before": before, "after": after})
+    row = measured(name, steps, totals, tokens, peak, {"before": before, "after": after})
+    return replace(row, model_tokens=statistics.median(model_tokens[1:]))
 
 
 def config_of(work: Work, folder: Path, variant: Variant) -> dict[str, Any]:
@@ -324,6 +351,7 @@ def measured(
     return Measured(
         name=name,
         seconds={"step": statistics.median(totals[1:]), **seconds},
+        model_tokens=0.0,
         response_tokens_per_second=sum(tokens[1:]) / sum(totals[1:]),
         peak_rss_bytes=peak_rss_bytes,
         heldout_reverse_kl=heldout,
@@ -347,6 +375,20 @@ def table_of(rows: Sequence[Measured | str]) -> Table:
         heldout = [f"{row.heldout_reverse_kl[key]:.2f}" for key in ("before", "after")]
         rest = [f"{row.response_tokens_per_second:.1f}", f"{row.peak_rss_bytes / 1e9:.2f}", *heldout]
         table.add_row(row.name, *seconds, *rest)
+    return table
+
+
+def growth_table_of(rows: Sequence[Measured | str]) -> Table:
+    table = Table(title="Seconds per step (median) and per 1,000 tokens that go through the models")
+    table.add_column("")
+    for title in ("tokens", *MODEL_PHASES, "together", "per 1,000 tokens"):
+        table.add_column(title, justify="right")
+    for row in rows:
+        assert isinstance(row, Measured), "every row of --growth is measured"
+        seconds = [row.seconds[phase] for phase in MODEL_PHASES]
+        together = sum(seconds)
+        values = (*seconds, together, 1000 * together / row.model_tokens)
+        table.add_row(row.name, f"{row.model_tokens:.0f}", *(f"{value:.2f}" for value in values))
     return table
 
 

@@ -4,9 +4,13 @@
 
 The student is that of the run before its first step, which wrote step 1's rollouts. For rollouts of a later step, give
 that step's weights with --student.
+
+Memory is that of both models in one process, and of one chunk of logits. On a CPU both are float32 by default;
+--set teacher.dtype=bfloat16 halves the teacher's part.
 """
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -54,29 +58,30 @@ def main(
     scope: Annotated[Scope, typer.Option(help="What the budget is a share of, for every rule.")] = "batch",
     responses: Annotated[int, typer.Option(min=0, help="Responses whose kept tokens are shown.")] = 3,
     picture: Annotated[Path | None, typer.Option(help="Default: selectors.png in the run's folder.")] = None,
+    changes: Annotated[list[str] | None, typer.Option("--set", help="section.key=value instead of the run's.")] = None,
 ) -> None:
     """Compare all selection rules on the rollouts of a run."""
     folder = RunFolder(run)
     source = rollouts or rollout_file(folder.rollouts, "step_000001")
 
     def work() -> None:
-        config = config_of(folder, student)
+        config = config_of(folder, student, changes or ())
         comparison, index, texts = compare(config, source, retention_ratio or config.selection.retention_ratio, scope)
         kept = kept_tokens(comparison, index, texts, responses)
         print_tables(comparison, kept)
         write_picture(comparison, kept, picture or run / "selectors.png")
 
-    run_in_workers(lambda: (config_of(folder, student), read_rollouts(source)), work, 1)
+    run_in_workers(lambda: (config_of(folder, student, changes or ()), read_rollouts(source)), work, 1)
 
 
-def config_of(folder: RunFolder, student: Path | None) -> Config:
+def config_of(folder: RunFolder, student: Path | None, changes: Sequence[str]) -> Config:
     """Returns the run's configuration for a single process, without an engine that generates."""
     overrides = [f"{model}.{kind}_parallel_size=1" for model in ("model", "teacher") for kind in ("tensor", "pipeline")]
-    overrides += ["model.sequence_parallel=false", "rollout.engine=replay", "heldout.num_prompts=0"]
+    overrides += ["model.sequence_parallel=false", "rollout.engine=replay"]
     overrides += [f"rollout.replay_folder={folder.rollouts}", f"run.folder={folder.path / 'nothing_is_written'}"]
     if student is not None:
         overrides += [f"model.path={student}", "model.drop_layers=[]"]
-    return load_config(folder.config, overrides)
+    return load_config(folder.config, [*overrides, *changes])
 
 
 def compare(
@@ -84,8 +89,9 @@ def compare(
 ) -> tuple[RuleComparison, TokenIndex, dict[int, list[str]]]:
     """Scores the rollouts; returns the comparison, the place of its rows, and each response's tokens as text."""
     worker = init_distributed()
-    plan = plan_run(config, worker.world_size)
-    run = build_run(config, plan, worker, PhaseTimer(worker.device), num_threads=available_threads())
+    plan = plan_run(config, worker.world_size, reads_prompts=False, generates=False)
+    timer, num_threads = PhaseTimer(worker.device), available_threads()
+    run = build_run(config, plan, worker, timer, num_threads=num_threads, generates=False)
     rollouts = read_rollouts(source)
     batch = run.batch_of(rollouts)
     statistics, _ = run.teacher.score(run.student, batch, run.teacher.ask(batch))

@@ -14,7 +14,8 @@ from typer.main import get_command
 
 from megatron_tip.cli import app
 from megatron_tip.config.keys import keys_of, sections
-from megatron_tip.selection.rules import RULES, Rule
+from megatron_tip.observability.metric_reference import METRICS
+from megatron_tip.selection import RULES, Rule
 from megatron_tip.statistics import STATISTICS
 
 ROOT = Path(__file__).parents[1]
@@ -37,6 +38,7 @@ def main(target: Annotated[Path, typer.Argument(help="Folder to create; replaced
         ("commands", _commands()),
         ("rules", _rules()),
         ("statistics", _statistics()),
+        ("metrics", _metrics()),
     ):
         (reference / f"{name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -85,13 +87,14 @@ def _commands() -> Iterator[str]:
 def _rules() -> Iterator[str]:
     yield "# Rules"
     yield "\nValues of `selection.rule`. Equations and sources: [Token selection](../docs/selection.md)."
-    yield "\n| Rule | Takes | Of the score of | Budget's scope |\n|---|---|---|---|"
+    yield "\n| Rule | Takes | Of the score of | Weighs by | Budget's scope |\n|---|---|---|---|---|"
     yield from (_rule(rule) for rule in RULES.values())
 
 
 def _rule(rule: Rule) -> str:
     statistics = ", ".join(f"`{item.statistic}`" for item in rule.inputs) or "nothing"
-    return f"| `{rule.name}` | {rule.take} | {statistics} | {rule.scope} |"
+    weights = ", ".join(f"`{weight.function.__name__}`" for weight in rule.weights) or "nothing"
+    return f"| `{rule.name}` | {rule.take} | {statistics} | {weights} | {rule.scope} |"
 
 
 def _statistics() -> Iterator[str]:
@@ -100,6 +103,17 @@ def _statistics() -> Iterator[str]:
     yield "\n| Statistic | Symbol | Meaning |\n|---|---|---|"
     for name, one in STATISTICS.items():
         yield f"| `{name}` | {one.symbol.replace('|', chr(92) + '|')} | {one.meaning.replace('|', chr(92) + '|')} |"
+
+
+def _metrics() -> Iterator[str]:
+    yield "# Metrics"
+    yield "\nOf each step, in `metrics.jsonl` and in every tracker. Which of them a run has depends on its settings."
+    area = ""
+    for metric in METRICS:
+        if (own := metric.name.partition("/")[0]) != area:
+            area = own
+            yield f"\n## {area}\n\n| Metric | Unit | Meaning |\n|---|---|---|"
+        yield f"| `{metric.name}` | {metric.unit} | {metric.meaning.replace('|', chr(92) + '|')} |"
 
 
 if __name__ == "__main__":

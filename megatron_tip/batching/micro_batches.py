@@ -28,7 +28,7 @@ def plan_micro_batches(
     that it joins every collective.
 
     Args:
-        lengths: tokens per sequence that go through the model.
+        lengths: tokens per sequence that go through the model, with the padding that aligns it.
         max_tokens: upper limit of a micro-batch's tokens, with padding; a longer sequence gets its own micro-batch.
         token_multiple: micro-batches are padded to a multiple of it, as in `build_micro_batch`.
     """
@@ -77,6 +77,11 @@ def num_kept_tokens(rollouts: Sequence[Rollout], last_selected: Sequence[int]) -
     ]
 
 
+def aligned_length(num_tokens: int, sequence_multiple: int) -> int:
+    """Returns a sequence's length with the padding at its end that makes it a multiple."""
+    return num_tokens + -num_tokens % sequence_multiple
+
+
 def num_padding_tokens(num_tokens: int, token_multiple: int) -> int:
     """Returns how much padding a micro-batch of `num_tokens` has: up to a multiple, and at least one token in all."""
     return -num_tokens % token_multiple if num_tokens else token_multiple
@@ -88,6 +93,7 @@ def build_micro_batch(
     pad_token_id: int,
     *,
     token_multiple: int = 1,
+    sequence_multiple: int = 1,
     num_kept_tokens: Sequence[int] | None = None,
 ) -> MicroBatch:
     """Returns the micro-batch of `rollouts[i] for i in indices`, `[s]` int64 and bool on the CPU.
@@ -96,16 +102,22 @@ def build_micro_batch(
     valid labels. Without `indices`: one sequence of padding, no valid token, rollout index -1.
 
     Args:
-        token_multiple: `s` is a multiple of it (the tensor-parallel size under sequence parallelism).
+        token_multiple: `s` is a multiple of it (the tensor-parallel size under sequence parallelism); itself a multiple
+            of `sequence_multiple`.
+        sequence_multiple: each sequence is padded at its end to a multiple of it (2 cp under context parallelism).
+            Attention is causal, so its own tokens do not see that padding.
         num_kept_tokens: for every rollout of the step, how many of its tokens go through the model; None: all. The
             label of the last kept token is the first token cut off.
     """
     kept = [rollouts[i].num_tokens if num_kept_tokens is None else num_kept_tokens[i] for i in indices]
-    padding = num_padding_tokens(sum(kept), token_multiple)
-    parts = [_sequence(rollouts[index], index, length) for index, length in zip(indices, kept, strict=True)]
-    lengths = tuple(kept)
-    if padding:
-        parts.append(_padding(padding, pad_token_id))
+    lengths = tuple(aligned_length(length, sequence_multiple) for length in kept)
+    parts = []
+    for index, length, aligned in zip(indices, kept, lengths, strict=True):
+        parts.append(_sequence(rollouts[index], index, length))
+        if aligned > length:
+            parts.append(_padding(length, aligned, pad_token_id))
+    if padding := num_padding_tokens(sum(lengths), token_multiple):
+        parts.append(_padding(0, padding, pad_token_id))
         lengths += (padding,)
     packed = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     return MicroBatch(lengths, **packed, loss_mask=packed["response_mask"].clone())
@@ -131,13 +143,14 @@ def _sequence(rollout: Rollout, index: int, length: int) -> dict[str, Tensor]:
     }
 
 
-def _padding(length: int, pad_token_id: int) -> dict[str, Tensor]:
-    ids, nothing = torch.full((length,), pad_token_id), torch.full((length,), -1)
+def _padding(start: int, end: int, pad_token_id: int) -> dict[str, Tensor]:
+    """Returns padding at the positions from `start` to before `end` of a sequence, by field of MicroBatch."""
+    ids, nothing = torch.full((end - start,), pad_token_id), torch.full((end - start,), -1)
     return {
         "input_ids": ids,
-        "position_ids": torch.arange(length),
+        "position_ids": torch.arange(start, end),
         "labels": ids,
-        "response_mask": torch.zeros(length, dtype=torch.bool),
+        "response_mask": torch.zeros(end - start, dtype=torch.bool),
         "rollout_indices": nothing,
         "response_positions": nothing,
     }

@@ -1,5 +1,6 @@
 """`megatron-tip diagnose`: the commands of the fixed-context diagnostic. torch is imported late."""
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -17,6 +18,8 @@ from megatron_tip.errors import InputError
 from megatron_tip.observability.logs import configure_logging
 from megatron_tip.parallel.environment import is_worker
 from megatron_tip.parallel.launch import run_worker, start_workers
+
+logger = logging.getLogger(__name__)
 
 diagnose = typer.Typer(
     help="Freeze on-policy contexts, score checkpoints on them, and see which tokens teach the student.",
@@ -133,6 +136,7 @@ def intervene(
         from megatron_tip.diagnostics.intervene import intervene as run_arms
         from megatron_tip.diagnostics.session import built_run
 
+        _log_memory(config, subject)
         with built_run(config, subject.plan, checkpoint=subject.checkpoint) as run:
             run_arms(run, subject, ArmsFile(config.run.folder))
 
@@ -163,6 +167,35 @@ def report(
     if page is not None:
         fill_page(page, page_blocks(found, tables), folder)
     typer.echo(f"{folder}: {len(tables)} tables, {len(list(folder.glob('*.png')))} figures")
+
+
+@diagnose.command()
+@errors_reported()
+def advise(
+    bank: Annotated[Path, typer.Argument(help="Folder of the bank.")],
+    start: Annotated[str, typer.Option(help="Name of the scores of the student in question.")] = "start",
+    support_size: Annotated[
+        int | None, typer.Option("--k", help="K, one of the scores' own. Default: 16, or the first.")
+    ] = None,
+    ratios: Annotated[list[float] | None, typer.Option("--ratio", help="A budget; repeatable.")] = None,
+    resamples: Resamples = 1000,
+    seed: Seed = 1,
+) -> None:
+    """Says in numbers what regime a pair is in, which rules differ on it, and what studies know about such a pair."""
+    from megatron_tip.diagnostics.advice import advice, pair_facts
+    from megatron_tip.diagnostics.bank import read_bank, strangers
+    from megatron_tip.diagnostics.scores import read_scores
+
+    if bad := [ratio for ratio in ratios or [] if not 0 < ratio <= 1]:
+        raise InputError(f"--ratio: expected numbers in (0, 1], got {bad}")
+    opened = read_bank(bank)
+    scores = read_scores(opened.scores_path(start), opened)
+    _say_caveats(strangers(opened, student=scores.about["student"], teacher=scores.about["teacher"]))
+    size = support_size or (16 if 16 in scores.support_sizes else scores.support_sizes[0])
+    budgets = ratios or [0.01, 0.03, 0.05, 0.1]
+    facts = pair_facts(scores, support_size=size, ratios=budgets, resamples=resamples, seed=seed)
+    for line in advice(facts):
+        typer.echo(line)
 
 
 def _in_workers(
@@ -219,6 +252,22 @@ def _examine_arms(config: Config, num_workers: int, *, checkpoint: Path | None):
     return subject
 
 
+def _log_memory(config: Config, subject) -> None:
+    """Logs what the arms will need, phase by phase, before anything is loaded, and warns if there is less."""
+    from megatron_tip.diagnostics.intervene import estimate_arms
+
+    memory_gib = subject.plan.memory_bytes / 2**30
+    estimate = estimate_arms(config, subject, memory_gib=memory_gib, on_gpu=subject.plan.device_index is not None)
+    logger.info("memory of the fullest rank, roughly: %.1f of %.1f GiB", estimate.total_bytes / 2**30, memory_gib)
+    for line in estimate.lines():
+        logger.info("%s", line)
+    if estimate.total_bytes > memory_gib * 2**30:
+        logger.warning(
+            "memory: the estimate exceeds what exists; lower training.max_tokens_per_micro_batch, diagnostics.seeds or "
+            "diagnostics.num_contexts, raise tensor or pipeline parallel sizes, or set training.offload"
+        )
+
+
 def _bank_of_rollouts(config: Config, rollouts: Path):
     from megatron_tip.diagnostics.freeze import bank_of_rollouts
     from megatron_tip.diagnostics.session import bank_folder
@@ -227,7 +276,7 @@ def _bank_of_rollouts(config: Config, rollouts: Path):
     from megatron_tip.planning.plan import plan_run
 
     require_new(bank_folder(config))
-    plan = plan_run(config, default_num_workers(config), reads_prompts=False)
+    plan = plan_run(config, default_num_workers(config), reads_prompts=False, generates=False)
     return bank_of_rollouts(config, plan, bank_folder(config), rollouts)
 
 

@@ -255,7 +255,28 @@ def _run(config: Config) -> Iterator[Finding]:
     )
     try:
         outline = outline_run(config, num_workers, Machine())
+        yield Finding("ok", f"layouts: {outline.grids_in_words()}")
+        yield from _context_parallelism(config)
         yield from (Finding("ok", f"placement: {line}") for line in table_of(outline.placement))
         yield Finding("ok", "the configuration can run")
     except MegatronTipError as error:
         yield Finding("missing", f"the configuration cannot run: {error}", "see the message; megatron-tip train --help")
+
+
+def _context_parallelism(config: Config) -> Iterator[Finding]:
+    """Yields a note for each model whose sequences are shared by GPUs without Transformer Engine's attention."""
+    import torch
+
+    from megatron_tip.models.gpt import resolve_transformer_impl
+    from megatron_tip.planning.dtypes import Dtypes
+
+    dtypes = Dtypes.of(config)
+    for section, model, dtype in (("model", config.model, dtypes.student), ("teacher", config.teacher, dtypes.teacher)):
+        layers = resolve_transformer_impl(model.transformer_impl, dtype)
+        if model.context_parallel_size > 1 and layers == "local" and torch.cuda.is_available():
+            yield Finding(
+                "note",
+                f"{section}.context_parallel_size: local layers gather the keys and values of whole sequences in every "
+                "layer; Transformer Engine sends them round in a ring",
+                _extra("transformer-engine"),
+            )

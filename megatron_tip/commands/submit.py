@@ -76,7 +76,7 @@ def command(
         int | None, typer.Option(min=0, help="GPUs per node; 0: none. Default: what slurm/site.sh says, or 8.")
     ] = None,
     gpu_memory: Annotated[float, typer.Option(help="GiB of each GPU, for the check.")] = 80.0,
-    script: Annotated[str, typer.Option(help="train, train_disaggregated or sweep.")] = "train",
+    script: Annotated[str, typer.Option(help="train or train_disaggregated.")] = "train",
     rollout_nodes: Annotated[int, typer.Option(min=0, help="train_disaggregated: how many nodes run SGLang.")] = 0,
     teacher_nodes: Annotated[int, typer.Option(min=0, help="train_disaggregated: how many serve the teacher.")] = 0,
     sbatch: Annotated[
@@ -88,6 +88,8 @@ def command(
 
     Site values come from slurm/site.sh; command-line options win.
     """
+    if script == "sweep":
+        raise ConfigError("--script: expected train or train_disaggregated; a sweep is `megatron-tip sweep --submit`")
     config = configured_run(config_path, overrides)
     submission = Submission(
         config_path,

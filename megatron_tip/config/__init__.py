@@ -80,7 +80,42 @@ class Config(Section):
     monitoring: MonitoringConfig = MonitoringConfig()
     diagnostics: DiagnosticsConfig = DiagnosticsConfig()
 
+    @model_validator(mode="after")
+    def _own_teacher_is_the_student(self) -> "Config":
+        """Gives a teacher that is the student the student's path, dtype and layout."""
+        if self.teacher.kind != "self":
+            return self
+        names = (
+            *("path", "dtype", "transformer_impl"),
+            *("tensor_parallel_size", "pipeline_parallel_size", "pipeline_layers", "context_parallel_size"),
+            *("expert_model_parallel_size", "expert_tensor_parallel_size"),
+        )
+        shared = {name: getattr(self.model, name) for name in names}
+        for name in self.teacher.model_fields_set & shared.keys():
+            if (own := getattr(self.teacher, name)) != shared[name]:
+                raise ValueError(
+                    f'teacher.{name}: expected that of [model], {shared[name]}, with teacher.kind = "self", got {own}'
+                )
+        object.__setattr__(self, "teacher", self.teacher.model_copy(update=shared))
+        return self
+
+    @model_validator(mode="after")
+    def _teacher_prompts_are_read_whole(self) -> "Config":
+        parts = {"model": self.model.context_parallel_size, "teacher": self.teacher.context_parallel_size}
+        for section, size in parts.items():
+            if size > 1 and self.prompts.teacher_reads_another:
+                raise ValueError(
+                    f"{section}.context_parallel_size: expected 1 with prompts of the teacher's own, whose sequences "
+                    f"have other parts, got {size}"
+                )
+        return self
+
     @property
     def longest_sequence(self) -> int:
-        """Maximum tokens of a prompt and its response together."""
+        """Maximum tokens of a prompt and its response together, as the student reads them."""
         return self.prompts.max_prompt_tokens + self.rollout.max_response_tokens
+
+    @property
+    def longest_teacher_sequence(self) -> int:
+        """Maximum tokens of a prompt and its response together, as the teacher reads them."""
+        return self.prompts.longest_teacher_prompt + self.rollout.max_response_tokens

@@ -25,10 +25,21 @@ class PromptsConfig(Section):
     """Render a text as a single user message with the tokenizer's chat template; chat messages are always rendered."""
     system_prompt: str = ""
     """System message before each prompt; empty: none."""
+    template_arguments: dict[str, bool | int | float | str] = Field(default={})
+    """Arguments of the chat template: { enable_thinking = false }."""
     teacher_field: str = ""
     """With several teachers and source = "file": the field that names each prompt's teacher."""
+    teacher_prompt_field: str = ""
+    """With source = "file": the field with what the teacher reads in place of the prompt, a text or a list of chat
+    messages; empty: the prompt."""
+    teacher_system_prompt: str = ""
+    """System message before what the teacher reads; empty: system_prompt."""
+    teacher_template_arguments: dict[str, bool | int | float | str] = Field(default={})
+    """Arguments of the chat template for what the teacher reads, besides or in place of template_arguments."""
     max_prompt_tokens: int = Field(default=2048, ge=1)
     """Longer prompts are skipped and counted."""
+    max_teacher_prompt_tokens: int = Field(default=0, ge=0)
+    """Prompts whose teacher's prompt is longer are skipped and counted; 0: max_prompt_tokens."""
     shuffle: bool = True
     """Draw prompts in a seeded random order that changes each epoch; false: in the order of the file."""
 
@@ -38,11 +49,35 @@ class PromptsConfig(Section):
             raise ValueError('prompts.path: expected a .jsonl or .parquet file with prompts.source = "file", got none')
         if self.source == "reasoning_gym" and not self.tasks:
             raise ValueError('prompts.tasks: expected task names with prompts.source = "reasoning_gym", got none')
+        if self.teacher_prompt_field and self.source != "file":
+            raise ValueError(f'prompts.teacher_prompt_field: expected prompts.source = "file", got "{self.source}"')
+        if not self.teacher_reads_another and self.max_teacher_prompt_tokens:
+            raise ValueError("prompts.max_teacher_prompt_tokens: expected a prompt of the teacher's own, got none")
         ignored = self.tasks if self.source == "file" else self.path
         if ignored:
             name = "tasks" if self.source == "file" else "path"
             raise ValueError(f'prompts.{name}: expected none with prompts.source = "{self.source}", got {ignored}')
         return self
+
+    @property
+    def teacher_reads_another(self) -> bool:
+        """Whether the teacher reads something else than the student."""
+        return bool(self.teacher_prompt_field or self.teacher_system_prompt or self.teacher_template_arguments)
+
+    @property
+    def longest_teacher_prompt(self) -> int:
+        """Maximum tokens of what the teacher reads before the response."""
+        return (self.teacher_reads_another and self.max_teacher_prompt_tokens) or self.max_prompt_tokens
+
+    def as_read_by_the_teacher(self) -> "PromptsConfig":
+        """Returns the settings under which the teacher's prompts are rendered."""
+        return self.model_copy(
+            update={
+                "system_prompt": self.teacher_system_prompt or self.system_prompt,
+                "template_arguments": self.template_arguments | self.teacher_template_arguments,
+                "max_prompt_tokens": self.longest_teacher_prompt,
+            }
+        )
 
 
 class HeldoutConfig(Section):

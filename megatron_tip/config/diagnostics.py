@@ -27,8 +27,9 @@ class DiagnosticsConfig(Section):
     retention_ratios: tuple[float, ...] = (0.03, 0.05)
     """For `diagnose intervene`: budgets besides selection.retention_ratio, which is always tried. support_sizes other
     than selection.support_size are tried only at selection.retention_ratio."""
-    seeds: int = Field(default=3, ge=1)
-    """For `diagnose intervene`: number of repeats, each with other contexts to train on and to measure on."""
+    seeds: int = Field(default=5, ge=1)
+    """For `diagnose intervene`: number of repeats, each with other contexts to train on and to measure on. With fewer
+    than 5, `diagnose report` gives no verdicts."""
 
     @model_validator(mode="after")
     def _values_are_usable(self) -> "DiagnosticsConfig":

@@ -10,8 +10,10 @@ from megatron_tip.config.keys import Key, all_keys, sections
 _REPLACED = {
     "loss.compile": 'loss.kernels = "compiled" or "eager"',
     "selection.thresholds": 'selection.passes = "one", which selects exactly, by this step\'s scores',
+    "model.recompute_granularity": "model.recompute_activations for whole layers, model.recompute_modules for parts",
+    "optimizer.optimizer_cpu_offload": 'training.offload = "optimizer", which moves the optimizer\'s state',
 }
-"""Keys of earlier versions, and what took their place."""
+"""Keys of earlier versions and of Megatron, and what takes their place."""
 
 _REPLACED_VALUES = {
     ("selection.scope", "micro_batch"): 'selection.passes = "one", which selects exactly, among the whole batch',

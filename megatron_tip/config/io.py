@@ -37,7 +37,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         # Strict JSON mode refuses "3" as an integer, but accepts a text as a path and a list as a tuple.
         return Config.model_validate_json(json.dumps(values, default=str), strict=True)
     except ValidationError as error:
-        lines = [_explain(detail, overridden) for detail in error.errors()]
+        lines = dict.fromkeys(_explain(detail, overridden) for detail in error.errors())
         raise ConfigError("\n  ".join([f"{path}: the configuration cannot run", *lines])) from None
 
 
@@ -98,7 +98,7 @@ def _explain(detail: ErrorDetails, overridden: set[str]) -> str:
     expected = key.expected if key else f"section [{name}]"
     if detail["type"] == "missing":
         return f"{name}{origin}: expected {expected}, got nothing"
-    element = "".join(f", element {part}" for part in detail["loc"][2:])
+    element = "".join(f", element {part}" for part in detail["loc"][2:3])  # the rest are choices of a type
     hint = value_hint(key, detail["input"]) if key and not element else ""
     return f"{name}{origin}{element}: expected {expected}, got {_shown(detail['input'])}{hint}"
 

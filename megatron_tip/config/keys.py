@@ -73,6 +73,8 @@ def _type_name(annotation: Any) -> str:
         return " | ".join(f'"{choice}"' for choice in arguments)
     if origin in (Union, types.UnionType):
         return " or ".join(_type_name(argument) for argument in arguments if argument is not type(None))
+    if origin is dict:
+        return f"table of {_type_name(arguments[1]).replace(' or ', 's or ')}s"
     if origin is tuple:
         return f"list of {_type_name(arguments[0])}{'' if arguments[0] is str else 's'}"
     return TYPE_NAMES[annotation]
@@ -81,6 +83,6 @@ def _type_name(annotation: Any) -> str:
 def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
-    if field.default is None:
+    if field.default in (None, Path()):
         return "none by default"
     return f"default {json.dumps(field.default)}"

@@ -15,17 +15,26 @@ class SelectionConfig(Section):
     ta_opd_compatibility, ta_opd_soft_or, ta_opd_incompatible, ta_opd_entropy_teachability, ta_opd_q3_only,
     ta_opd_q3_high_compatibility, ta_opd_q3_low_compatibility, ta_opd_q3_high_teachability, ta_opd_q3_low_teachability,
     ta_opd_q3_high_incompatible; tip_entropy, tip_divergence, tip_soft_or, tip_q3_only, each also with _bottom;
-    tip_entropy_sampling. Or an installed package's rule, or your own as "module:function", from a module that lies
-    beside the run's TOML or can be imported. Equations: docs/selection.md."""
+    tip_entropy_sampling; with weights or a budget of their own eopd, iw_opd, prefix, first_segment, selectkd, se_kd,
+    se_kd_entropy_kl, se_kd_ce_ratio, tsd_kd, fire, sod. Or an installed package's rule, or your own as
+    "module:function", from a module that lies beside the run's TOML or can be imported. Equations:
+    docs/selection.md."""
     retention_ratio: float = Field(default=0.05, gt=0, le=1)
-    """Share rho of the valid response tokens that is kept. The rule full keeps all of them and does not read it."""
-    scope: Literal["auto", "batch", "rollout"] = "auto"
-    """What the budget is a share of; auto: as in the preset's paper."""
+    """Share rho of the valid response tokens that is kept. Rules that keep all of them (full, eopd, iw_opd and
+    others) do not read it."""
+    adaptive_ratio: bool = False
+    """Let the ratio follow the loss, from retention_ratio on, as AdaKD does."""
+    parameters: dict[str, float] = Field(default={})
+    """Constants of the preset's weights, in place of the published ones: { tokens = 128 }."""
+    scope: Literal["auto", "batch", "rollout", "whole_rollouts"] = "auto"
+    """What the budget is a share of; auto: as in the preset's paper; whole_rollouts: rollouts are kept or dropped as a
+    whole."""
     passes: Literal["auto", "one", "two"] = "auto"
     """Forward passes of the student per step; both ways train the same tokens with the same gradients. two: score
     without gradient, then train on sequences cut after their last selected token. one: score with gradient, hold the
     activations of all micro-batches and go backward from the selected tokens; needs model.pipeline_parallel_size = 1.
-    auto: one where the activations fit into memory and the cut is expected to save less than the second pass costs."""
+    auto: one where the activations fit into memory and the cut is expected to save less than the second pass costs;
+    with model.moe_aux_loss_coeff always two."""
     normaliser: Literal["auto", "robust", "clipped_min_max", "min_max", "raw"] = "auto"
     """How statistics are scaled before they are scored; auto: as in the preset's paper."""
     tie_break: Literal["token_order", "random"] = "token_order"
@@ -83,7 +92,19 @@ class OptimizerConfig(Section):
     clip_grad: float = Field(default=1.0, ge=0)
     """Largest gradient norm over all parameters; 0: no clipping."""
     distributed: bool = False
-    """Shard the optimizer state over the data-parallel ranks."""
+    """Shard the optimizer state over the ranks with the same part of the model, data- and context-parallel."""
+    overlap_grad_reduce: bool = False
+    """Megatron's: sum gradients over these ranks bucket by bucket while the backward pass still runs."""
+    use_precision_aware_optimizer: bool = False
+    """Megatron's: Transformer Engine's AdamW, its state of the types below. Needs distributed, bfloat16 and a GPU."""
+    main_grads_dtype: Literal["fp32", "bf16"] = "fp32"
+    """With use_precision_aware_optimizer: type of the gradients that are summed."""
+    main_params_dtype: Literal["fp32", "fp16"] = "fp32"
+    """With use_precision_aware_optimizer: type of the optimizer's own copy of the weights."""
+    exp_avg_dtype: Literal["fp32", "fp16", "fp8"] = "fp32"
+    """With use_precision_aware_optimizer: type of the first moment."""
+    exp_avg_sq_dtype: Literal["fp32", "fp16", "fp8"] = "fp32"
+    """With use_precision_aware_optimizer: type of the second moment."""
 
 
 class TrainingConfig(Section):

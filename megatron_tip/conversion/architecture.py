@@ -6,8 +6,9 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+from transformers import LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
+from megatron_tip.conversion.experts import Experts, config_of_layers, read_experts
 from megatron_tip.errors import DroppedLayersError, WeightsError
 
 MAX_SIZE = 10**9
@@ -19,19 +20,22 @@ MAX_LAYERS = 10_000
 class Family:
     """What a Hugging Face class adds to the common decoder: rotary GPT with RMSNorm, grouped queries and SwiGLU.
 
-    `name`: the `model_type` of its config.json. `config_class`: how transformers reads that file.
+    `name`: the `model_type` of its config.json. `config_class`: how transformers reads that file. `experts`: layers may
+    have experts instead of one feed-forward part.
     """
 
     name: str
     config_class: type[PretrainedConfig]
     qkv_bias: bool = False
     qk_norm: bool = False
+    experts: bool = False
 
 
 FAMILIES = {
     "LlamaForCausalLM": Family("llama", LlamaConfig),
     "Qwen2ForCausalLM": Family("qwen2", Qwen2Config, qkv_bias=True),
     "Qwen3ForCausalLM": Family("qwen3", Qwen3Config, qk_norm=True),
+    "Qwen3MoeForCausalLM": Family("qwen3_moe", Qwen3MoeConfig, qk_norm=True, experts=True),
 }
 
 
@@ -52,7 +56,10 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelArchitecture:
-    """The shape of a model: everything that `build_gpt` and the weight map need."""
+    """The shape of a model: everything that `build_gpt` and the weight map need.
+
+    `ffn_hidden_size`: of the layers without experts. `experts`: None if no layer has any.
+    """
 
     family: str
     num_layers: int
@@ -69,6 +76,11 @@ class ModelArchitecture:
     tied_embeddings: bool
     qkv_bias: bool
     qk_norm: bool
+    experts: Experts | None = None
+
+    def has_experts(self, layer: int) -> bool:
+        """Returns whether a layer, counted from 0, has experts."""
+        return self.experts is not None and layer not in self.experts.dense_layers
 
     def differences(self, got: "ModelArchitecture") -> list[str]:
         """Returns the fields that differ in `got`, as "num_layers: expected 24, got 29"."""
@@ -110,11 +122,14 @@ class ModelArchitecture:
             tied_embeddings=bool(read.tie_word_embeddings),
             qkv_bias=family.qkv_bias,
             qk_norm=family.qk_norm,
+            experts=read_experts(config, read, sizes["num_hidden_layers"], where) if family.experts else None,
         )
 
     def with_dropped_layers(self, drop_layers: Collection[int]) -> "ModelArchitecture":
         """Returns the same model without some layers; the remaining ones are renumbered from 0."""
-        return dataclasses.replace(self, num_layers=len(kept_layers(self.num_layers, drop_layers)))
+        kept = kept_layers(self.num_layers, drop_layers)
+        experts = self.experts.of_layers(kept) if self.experts else None
+        return dataclasses.replace(self, num_layers=len(kept), experts=experts)
 
 
 def kept_layers(num_layers: int, drop_layers: Collection[int]) -> list[int]:
@@ -138,6 +153,8 @@ def config_without_layers(config: dict[str, Any], drop_layers: Collection[int]) 
     changed = {**config, "num_hidden_layers": len(kept)}
     if config.get("layer_types"):
         changed["layer_types"] = [config["layer_types"][layer] for layer in kept]
+    if {"decoder_sparse_step", "mlp_only_layers"} & config.keys():
+        changed |= config_of_layers(config, kept)
     return changed
 
 

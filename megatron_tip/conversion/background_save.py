@@ -3,14 +3,21 @@
 Megatron's own strategy splits a save into a collective plan, writing that needs no other rank, and a collective end. We
 use its plan as it is. But it forks writer processes out of a process that runs threads, and leaves a manager process
 behind; and when a save fails, only rank 0 learns why, and the others hang if rank 0 cannot write the metadata.
+Megatron-Core 0.19 also puts the common state, a pickle, among the shards. Here it is a file of its own, which can be
+read without unpickling (see `tensor_load`), and by every version.
 """
 
+import io
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.state_dict_saver import save_state_dict_async_plan
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
@@ -27,25 +34,68 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.checkpoint.utils import _DistWrapper, _get_failure_dict
 
 
-class InProcessSave(TorchDistSaveShardedStrategy):
-    """A strategy for `dist_checkpointing.save` that writes Megatron's format from this process.
+class ShardedSave:
+    """A save in progress: its files count once `finish` has returned on all ranks."""
 
-    With `async_sharded_save`, the request's `async_fn` writes this rank's shards, from any thread. `copies=True`: it
-    writes copies in host memory; otherwise the shards must not change until it is done.
-    """
+    def __init__(
+        self,
+        state: dict[str, Any],
+        folder: Path,
+        *,
+        copies: bool,
+        sharers: dist.ProcessGroup | None = None,
+    ) -> None:
+        """Plans the save of `state` into the empty `folder`. Collective over the world.
 
-    def __init__(self, *, copies: bool) -> None:
-        super().__init__("torch_dist", 1)
-        self._copies = copies
-
-    def async_save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> AsyncRequest:
-        flat, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
-        writer: Any = _StagedWriter(checkpoint_dir, copies=self._copies)
+        Args:
+            state: a nested dict of ShardedTensor and ShardedObject; whatever else it holds is the common state, plain
+                values that are the same on all ranks.
+            copies: `write` writes copies in host memory; otherwise the shards must not change until it is done.
+            sharers: ranks that share the writing of what they all hold.
+        """
+        sharded: Any
+        sharded, common = save_preprocess(state)
+        self._common = io.BytesIO()  # as it is now: a schedule's dict is the live one
+        torch.save(common, self._common)
+        if sharers is not None and sharers.size() > 1:
+            strategy = TorchDistSaveShardedStrategy("torch_dist", 1)
+            FullyParallelSaveStrategyWrapper(strategy, sharers).apply_saving_parallelization(sharded)
+        flat, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
+        writer: Any = _StagedWriter(folder, copies=copies)
         planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
         planned: Any = save_state_dict_async_plan(
             mcore_to_pyt_state_dict(flat, False), writer, None, 0, planner=planner
         )
-        return AsyncRequest(writer.write_staged, (), [lambda: _end_together(*planned[0])])
+        self._folder = folder
+        self._writer, self._metadata, self._ranks = planned[0]
+
+    def write(self) -> None:
+        """Writes and syncs this rank's shards, from any thread; no collective, and `finish` raises what failed."""
+        self._writer.write_staged()
+
+    def finish(self) -> None:
+        """Writes index, common state and format on rank 0 if every rank has written its file.
+
+        Collective over the world: a gather and a broadcast of small objects.
+
+        Raises:
+            CheckpointException: on every rank, with the failures of all.
+        """
+        ranks: _DistWrapper = self._ranks
+        results: Any = ranks.gather_object(self._writer.retrieve_write_results())
+        failures: dict[int, WRAPPED_EXCEPTION] = {}
+        if ranks.is_coordinator:
+            failures = _get_failure_dict(results)
+            if not failures:
+                try:
+                    (self._folder / COMMON_STATE_FNAME).write_bytes(self._common.getvalue())
+                    self._writer.finish(self._metadata, results)
+                    save_config(CheckpointingConfig("torch_dist", 1), str(self._folder))
+                except Exception as error:
+                    failures[ranks.rank] = _wrap_exception(system_error_behind(error))
+        failures = ranks.broadcast_object(failures)
+        if failures:
+            raise CheckpointException("write", failures)
 
 
 class _StagedWriter(FileSystemWriter):
@@ -97,26 +147,6 @@ class _Staged:
 
     def resolve_data(self, item: WriteItem) -> Any:
         return self.items[item.index]
-
-
-def _end_together(writer: _StagedWriter, metadata: Any, ranks: _DistWrapper) -> None:
-    """Writes the metadata on rank 0 if every rank has written its file. A gather and a broadcast of small objects.
-
-    Raises:
-        CheckpointException: on every rank, with the failures of all.
-    """
-    results: Any = ranks.gather_object(writer.retrieve_write_results())
-    failures: dict[int, WRAPPED_EXCEPTION] = {}
-    if ranks.is_coordinator:
-        failures = _get_failure_dict(results)
-        if not failures:
-            try:
-                writer.finish(metadata, results)
-            except Exception as error:
-                failures[ranks.rank] = _wrap_exception(system_error_behind(error))
-    failures = ranks.broadcast_object(failures)
-    if failures:
-        raise CheckpointException("write", failures)
 
 
 def system_error_behind(error: BaseException) -> BaseException:

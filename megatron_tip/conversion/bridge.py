@@ -16,6 +16,7 @@ from megatron_tip.conversion.safetensors_io import HfCheckpoint, write_safetenso
 from megatron_tip.conversion.weight_map import WeightMap, checkpoint_name, hf_shapes, output_head, weight_maps
 from megatron_tip.errors import WeightsError
 from megatron_tip.files import new_folder
+from megatron_tip.parallel.grid import ModelGrid
 from megatron_tip.parallel.groups import ModelGroups
 from megatron_tip.parallel.together import together
 
@@ -29,8 +30,9 @@ def load_hf(model: GPTModel, checkpoint: HfCheckpoint, groups: ModelGroups) -> N
     Raises:
         WeightsError: the checkpoint's architecture lacks a parameter, or has it in another shape.
     """
-    tp_rank, tp_size = groups.tp_rank, groups.grid.tp_size
-    for name, parameter, weight in _local_parameters(model, checkpoint.architecture):
+    for name, parameter, weight in local_parameters(model, checkpoint.architecture, groups):
+        tp_group = _sharding_group(weight, groups)
+        tp_rank, tp_size = tp_group.rank(), tp_group.size()
         shard = _read_shard(checkpoint, weight, tp_rank=tp_rank, tp_size=tp_size, num_rows=parameter.shape[0])
         if shard.shape != parameter.shape:
             raise WeightsError(
@@ -59,27 +61,31 @@ def export_hf(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yields the model's weights by Hugging Face name, in the parameters' dtype, from the embeddings to the head.
 
-    Collective over the ranks of data-parallel replica 0 (`groups.dp_rank == 0`): all of them must call it and exhaust
-    it, at the same point of the program. The first of them (tp rank 0 of the first stage) yields every tensor; the
-    others yield nothing. Other replicas must not call it. A rank holds at most one Megatron parameter gathered over tp,
-    and one tensor made from it. A yielded tensor may share memory with the model: do not write to it, and copy it to
-    keep it beyond the next step. Padding rows of the vocabulary and a tied head are left out.
+    Collective over the ranks that hold the first copy of the model or the first copy of the experts
+    (`groups.holds_first_copy`): all of them must call it and exhaust it, at the same point of the program. Global rank
+    0 yields every tensor; the others yield nothing. Other ranks must not call it. A rank holds at most one Megatron
+    parameter gathered over its shards, and one tensor made from it. A yielded tensor may share memory with the model:
+    do not write to it, and copy it to keep it beyond the next step. Padding rows of the vocabulary and a tied head are
+    left out. Each expert's matrices have their own names, which engines read whatever their own layout.
 
     Args:
-        everywhere: every rank yields every tensor; each replica may call it, all of its ranks together.
+        everywhere: every rank yields every tensor. Each copy may call it, all of its ranks together, and with it all
+            copies that share its experts.
     """
-    assert everywhere or groups.dp_rank == 0, f"export_hf is for replica 0, called by replica {groups.dp_rank}"
-    parameters = {weight.name: parameter.detach() for _, parameter, weight in _local_parameters(model, architecture)}
-    reference = next(iter(parameters.values()))
+    assert everywhere or groups.holds_first_copy, f"export_hf is for the first copy, called by rank {groups.rank}"
+    own = local_parameters(model, architecture, groups)
+    parameters = {weight.name: parameter.detach() for _, parameter, weight in own}
+    reference = next(model.parameters())
     for weight in weight_maps(architecture):
-        stage = _stage_of(weight, architecture, groups.grid.pp_size)
+        hops = _hops(weight, architecture, groups)
         shards = None
-        if groups.pp_rank == stage:
+        is_asked = everywhere or _is_of_first_copy(weight, groups)
+        if is_asked and _is_held_here(hops):
             shards = _gather(parameters[weight.name], weight, groups, everywhere=everywhere)
         if everywhere:
-            yield from _at_all_stages(shards, weight, stage, reference, groups)
-        elif groups.tp_rank == 0:
-            yield from _at_first_stage(shards, weight, stage, reference, groups)
+            yield from _at_all_ranks(shards, weight, hops, reference)
+        elif is_asked and _sharding_group(weight, groups).rank() == 0:
+            yield from _at_first_rank(shards, weight, hops, reference)
 
 
 def save_hf(
@@ -93,17 +99,17 @@ def save_hf(
 ) -> None:
     """Writes the model as a Hugging Face directory `target`, with the config and tokenizer of `source`.
 
-    Streams through `export_hf` on data-parallel replica 0, whose first rank writes beside `target` and renames once
-    everything is on disk. Collective over the world. `dtype`: of the files; None: the parameters'.
+    Streams through `export_hf` to global rank 0, which writes beside `target` and renames once everything is on disk.
+    Collective over the world. `dtype`: of the files; None: the parameters'.
 
     Raises:
         OutputError: `target` cannot be written, or exists and `overwrite` is not set; on every rank.
     """
     parameter = next(model.parameters())
-    stream = export_hf(model, source.architecture, groups) if groups.dp_rank == 0 else iter(())
+    stream = export_hf(model, source.architecture, groups) if groups.holds_first_copy else iter(())
     with together(device=parameter.device):
         try:
-            if groups.dp_rank == groups.tp_rank == groups.pp_rank == 0:
+            if groups.rank == 0:
                 with new_folder(target, overwrite=overwrite) as folder:
                     written_dtype = dtype or parameter.dtype
                     source.write_description(folder, written_dtype)
@@ -113,19 +119,26 @@ def save_hf(
                 pass
 
 
-def _local_parameters(
-    model: GPTModel, architecture: ModelArchitecture
+def local_parameters(
+    model: GPTModel, architecture: ModelArchitecture, groups: ModelGroups
 ) -> Iterator[tuple[str, torch.nn.Parameter, WeightMap]]:
     """Returns this rank's parameters with their names and maps."""
     maps = {weight.name: weight for weight in [*weight_maps(architecture), output_head(architecture)]}
     for name, parameter in model.named_parameters():
-        global_name = checkpoint_name(_LOCAL_LAYER.sub(lambda match: _global_layer(model, match), name))
+        global_name = _LOCAL_LAYER.sub(lambda match: _global_layer(model, match), name)
+        global_name = _global_expert(global_name, architecture, groups)
+        if global_name not in maps:
+            global_name = checkpoint_name(global_name)
         if global_name not in maps:
             raise WeightsError(f"a {architecture.family} model has no weight for the parameter {name}")
         yield name, parameter, maps[global_name]
 
 
 _LOCAL_LAYER = re.compile(r"(?<=^decoder\.layers\.)\d+")
+_LOCAL_EXPERT = re.compile(r"(\.mlp\.experts)(?:\.local_experts\.(\d+))?(\.linear_fc[12]\.weight)(\d*)$")
+"""An expert's matrix of Megatron's SequentialMLP (`local_experts.3.linear_fc1.weight`), or of its TEGroupedMLP
+(`linear_fc1.weight3`).
+"""
 
 
 def _global_layer(model: GPTModel, match: re.Match[str]) -> str:
@@ -133,10 +146,46 @@ def _global_layer(model: GPTModel, match: re.Match[str]) -> str:
     return str(layer.layer_number - 1)  # Megatron counts from 1, over all stages
 
 
-def _stage_of(weight: WeightMap, architecture: ModelArchitecture, pp_size: int) -> int:
+def _global_expert(name: str, architecture: ModelArchitecture, groups: ModelGroups) -> str:
+    match = _LOCAL_EXPERT.search(name)
+    if match is None or architecture.experts is None:
+        return name
+    first = groups.ep_rank * (architecture.experts.num_experts // groups.grid.ep_size)
+    return f"{name[: match.start()]}{match[1]}.{first + int(match[2] or match[4])}{match[3]}"
+
+
+def _sharding_group(weight: WeightMap, groups: ModelGroups) -> dist.ProcessGroup:
+    """Returns the ranks that each hold a shard of a parameter."""
+    return groups.tp_group if weight.expert is None else groups.expert_tp_group
+
+
+def _is_of_first_copy(weight: WeightMap, groups: ModelGroups) -> bool:
+    """Returns whether this rank's replica, or copy of the experts, is the first."""
+    return (groups.dp_cp_rank if weight.expert is None else groups.expert_dp_rank) == 0
+
+
+Hop = tuple[dist.ProcessGroup, int]
+"""A group, and the place in it whose rank holds a tensor."""
+
+
+def _hops(weight: WeightMap, architecture: ModelArchitecture, groups: ModelGroups) -> list[Hop]:
+    """Returns the groups over which a parameter goes from the ranks that hold it to all others, in order."""
+    hops = [(groups.pp_group, _stage_of(weight, architecture, groups.grid))]
+    if weight.expert is not None and architecture.experts is not None:
+        owner = weight.expert * groups.grid.ep_size // architecture.experts.num_experts
+        hops.insert(0, (groups.ep_group, owner))
+    return hops
+
+
+def _is_held_here(hops: list[Hop]) -> bool:
+    """Returns whether this rank is the one that holds the tensor in each group."""
+    return all(group.rank() == source for group, source in hops)
+
+
+def _stage_of(weight: WeightMap, architecture: ModelArchitecture, grid: ModelGrid) -> int:
     if weight.layer is not None:
-        return weight.layer * pp_size // architecture.num_layers
-    return 0 if weight.name.startswith("embedding.") else pp_size - 1
+        return grid.stage_of(weight.layer, architecture.num_layers)
+    return 0 if weight.name.startswith("embedding.") else grid.pp_size - 1
 
 
 def _read_shard(checkpoint: HfCheckpoint, weight: WeightMap, *, tp_rank: int, tp_size: int, num_rows: int) -> Tensor:
@@ -175,41 +224,47 @@ def _units_per_rank(weight: WeightMap, tp_size: int) -> int:
 
 
 def _gather(shard: Tensor, weight: WeightMap, groups: ModelGroups, *, everywhere: bool) -> Tensor | None:
-    """Returns all tensor-parallel ranks' parts `[tp, ...]`, on tp rank 0 or `everywhere`; None on the others."""
-    if weight.partition_dim is None or groups.grid.tp_size == 1:
-        return shard[None] if everywhere or groups.tp_rank == 0 else None
+    """Returns all ranks' parts `[tp, ...]`, on the first rank of the group or `everywhere`; None on the others."""
+    group = _sharding_group(weight, groups)
+    if weight.partition_dim is None or group.size() == 1:
+        return shard[None] if everywhere or group.rank() == 0 else None
     if everywhere:
-        shards = shard.new_empty(groups.grid.tp_size, *shard.shape)
-        dist.all_gather(list(shards), shard.contiguous(), group=groups.tp_group)
+        shards = shard.new_empty(group.size(), *shard.shape)
+        dist.all_gather(list(shards), shard.contiguous(), group=group)
         return shards
-    shards = shard.new_empty(groups.grid.tp_size, *shard.shape) if groups.tp_rank == 0 else None
+    shards = shard.new_empty(group.size(), *shard.shape) if group.rank() == 0 else None
     parts = None if shards is None else list(shards)
-    dist.gather(shard.contiguous(), parts, group=groups.tp_group, group_dst=0)
+    dist.gather(shard.contiguous(), parts, group=group, group_dst=0)
     return shards
 
 
-def _at_first_stage(
-    shards: Tensor | None, weight: WeightMap, stage: int, reference: Tensor, groups: ModelGroups
+def _at_first_rank(
+    shards: Tensor | None, weight: WeightMap, hops: list[Hop], reference: Tensor
 ) -> Iterator[tuple[str, Tensor]]:
-    """Merges what `stage` gathered and sends it to the first stage, which yields it. For tp rank 0 of every stage."""
+    """Merges what the holders gathered and sends it to the first rank of each hop in turn; the last one yields it."""
     for piece, (name, shape) in enumerate(zip(weight.hf_names, weight.hf_shapes, strict=True)):
         tensor = None if shards is None else _merge_shards(shards, weight, piece)
-        if tensor is not None and groups.pp_rank != 0:
-            dist.send(tensor.contiguous(), group=groups.pp_group, group_dst=0)
-        elif groups.pp_rank == 0:
-            if tensor is None:
+        for place, (group, source) in enumerate(hops):
+            has_passed = all(earlier.rank() == 0 for earlier, _ in hops[:place])
+            if not has_passed or not _is_held_here(hops[place + 1 :]):
+                continue
+            if tensor is not None and group.rank() != 0:
+                dist.send(tensor.contiguous(), group=group, group_dst=0)
+                tensor = None
+            elif tensor is None and group.rank() == 0:
                 tensor = reference.new_empty(shape)
-                dist.recv(tensor, group=groups.pp_group, group_src=stage)
+                dist.recv(tensor, group=group, group_src=source)
+        if tensor is not None:
             yield name, tensor
 
 
-def _at_all_stages(
-    shards: Tensor | None, weight: WeightMap, stage: int, reference: Tensor, groups: ModelGroups
+def _at_all_ranks(
+    shards: Tensor | None, weight: WeightMap, hops: list[Hop], reference: Tensor
 ) -> Iterator[tuple[str, Tensor]]:
-    """Merges what `stage` gathered, broadcasts it to all stages and yields it on each of them."""
+    """Merges what the holders gathered, broadcasts it over the groups of `hops` and yields it on every rank."""
     for piece, (name, shape) in enumerate(zip(weight.hf_names, weight.hf_shapes, strict=True)):
-        tensor = reference.new_empty(shape) if shards is None else _merge_shards(shards, weight, piece)
-        if groups.grid.pp_size > 1:
-            tensor = tensor.contiguous()
-            dist.broadcast(tensor, group=groups.pp_group, group_src=stage)
+        tensor = reference.new_empty(shape) if shards is None else _merge_shards(shards, weight, piece).contiguous()
+        for place, (group, source) in enumerate(hops):
+            if group.size() > 1 and _is_held_here(hops[place + 1 :]):
+                dist.broadcast(tensor, group=group, group_src=source)
         yield name, tensor

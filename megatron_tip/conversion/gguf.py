@@ -24,11 +24,16 @@ def convert_gguf(source: Path, target: Path, *, dtype: torch.dtype = torch.float
 
     Raises:
         OptionalDependencyError: the package gguf is not installed.
-        WeightsError: `source` is missing, or holds no model that we support.
+        WeightsError: `source` is missing, or holds no model that we support, or one with experts.
         OutputError: `target` cannot be written, or exists and `overwrite` is not set.
     """
     config, state, tokenizer = _read(source)
-    shapes = hf_shapes(ModelArchitecture.from_config(config, str(source)))
+    architecture = ModelArchitecture.from_config(config, str(source))
+    if architecture.experts is not None:
+        raise WeightsError(
+            f"{source}: expected a model without experts, got {architecture.family}; use its safetensors"
+        )
+    shapes = hf_shapes(architecture)
     with new_folder(target, overwrite=overwrite) as folder:
         write_json(folder / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})
         tokenizer.save_pretrained(folder)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_tip.conversion.architecture import ModelArchitecture, config_without_layers
+from megatron_tip.conversion.architecture import FAMILIES, ModelArchitecture, config_without_layers
 from megatron_tip.errors import ConfigError
 
 
@@ -48,7 +48,7 @@ def _config(architecture: str, shape: tuple[int, ...], **others: Any) -> dict[st
     layers, hidden, feed_forward, heads, groups, vocabulary, positions = shape
     return {
         "architectures": [architecture],
-        "model_type": architecture.removesuffix("ForCausalLM").lower(),
+        "model_type": FAMILIES[architecture].name,
         "num_hidden_layers": layers,
         "hidden_size": hidden,
         "intermediate_size": feed_forward,
@@ -63,6 +63,24 @@ def _config(architecture: str, shape: tuple[int, ...], **others: Any) -> dict[st
 def _qwen3(name: str, shape: tuple[int, ...], num_parameters: int, *, tied: bool) -> KnownModel:
     config = _config(
         "Qwen3ForCausalLM", shape, head_dim=128, rms_norm_eps=1e-6, rope_theta=1e6, tie_word_embeddings=tied
+    )
+    return KnownModel(f"huggingface.co/Qwen/{name}, config.json", config, _QWEN3_TOKENS, num_parameters)
+
+
+def _qwen3_moe(name: str, shape: tuple[int, ...], expert_size: int, num_parameters: int) -> KnownModel:
+    config = _config(
+        "Qwen3MoeForCausalLM",
+        shape,
+        head_dim=128,
+        rms_norm_eps=1e-6,
+        rope_theta=1e6,
+        tie_word_embeddings=False,
+        num_experts=128,
+        num_experts_per_tok=8,
+        moe_intermediate_size=expert_size,
+        norm_topk_prob=True,
+        decoder_sparse_step=1,
+        mlp_only_layers=[],
     )
     return KnownModel(f"huggingface.co/Qwen/{name}, config.json", config, _QWEN3_TOKENS, num_parameters)
 
@@ -93,6 +111,8 @@ KNOWN_MODELS = {
     "Qwen3-4B": _qwen3("Qwen3-4B", (36, 2560, 9728, 32, 8, 151936, 40960), 4_022_468_096, tied=True),
     "Qwen3-8B": _qwen3("Qwen3-8B", (36, 4096, 12288, 32, 8, 151936, 40960), 8_190_735_360, tied=False),
     "Qwen3-14B": _qwen3("Qwen3-14B", (40, 5120, 17408, 40, 8, 151936, 40960), 14_768_307_200, tied=False),
+    "Qwen3-30B-A3B": _qwen3_moe("Qwen3-30B-A3B", (48, 2048, 6144, 32, 4, 151936, 40960), 768, 30_532_122_624),
+    "Qwen3-235B-A22B": _qwen3_moe("Qwen3-235B-A22B", (94, 4096, 12288, 64, 4, 151936, 40960), 1536, 235_093_634_560),
     "Qwen2.5-1.5B": _qwen2("Qwen/Qwen2.5-1.5B", (28, 1536, 8960, 12, 2, 151936, 131072), 1_543_714_304, tied=True),
     "Qwen2.5-3B": _qwen2("Qwen/Qwen2.5-3B", (36, 2048, 11008, 16, 2, 151936, 32768), 3_085_938_688, tied=True),
     "Qwen2.5-14B": _qwen2("Qwen/Qwen2.5-14B", (48, 5120, 13824, 40, 8, 152064, 131072), 14_770_033_664, tied=False),

@@ -15,12 +15,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.models.gpt import GPTModel
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_tip.conversion.background_save import InProcessSave
+from megatron_tip.conversion.background_save import ShardedSave
 from megatron_tip.conversion.model_folder import ModelFolder, read_json
 from megatron_tip.conversion.tensor_load import INDEX_NAME, load_tensors, read_index, reason_of
 from megatron_tip.errors import OutputError, WeightsError
@@ -80,7 +79,9 @@ def save_megatron_checkpoint(
         weights = run_on(0, begin, device=parameter.device)
         try:
             state = {"model": model.sharded_state_dict(metadata={"dp_cp_group": groups.collection.dp_cp})}
-            dist_checkpointing.save(state, weights, sharded_strategy=InProcessSave(copies=False))
+            save = ShardedSave(state, Path(weights), copies=False)
+            save.write()
+            save.finish()
         except (CheckpointException, OSError) as error:
             reason = reason_of(error)
             raise OutputError(f"{target}: cannot be written: {reason}; free space, or give another folder") from error
@@ -112,9 +113,8 @@ def load_shards(model: GPTModel, weights: Path, groups: ModelGroups) -> None:
 
 
 def _manifest(groups: ModelGroups) -> dict[str, Any]:
-    grid = groups.grid
     return {
         "format": FORMAT,
-        "layout": {"tp": grid.tp_size, "pp": grid.pp_size, "dp": grid.dp_size},
+        "layout": groups.grid.sizes(),
         "versions": {name: version(name) for name in ("megatron_core", "torch")},
     }

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_tip.conversion.architecture import ModelArchitecture, kept_layers
+from megatron_tip.conversion.experts import FusedPlace, fused_place
 from megatron_tip.conversion.model_folder import ModelFolder, read_json
 from megatron_tip.conversion.not_a_model import missing_weights, require_no_pointer
 from megatron_tip.conversion.weight_map import hf_shapes
@@ -33,8 +34,9 @@ _LAYER = re.compile(r"^(model\.layers\.)(\d+)\.")
 class HfCheckpoint(ModelFolder):
     """A Hugging Face directory with its weights, presented without the dropped layers.
 
-    Tensor names count the remaining layers. Opening reads only headers and checks that every tensor exists with the
-    right shape, so that every rank refuses a bad directory before anything is built.
+    Tensor names count the remaining layers. Each expert's matrices have their own names, also where the files hold one
+    tensor of all experts. Opening reads only headers and checks that every tensor exists with the right shape, so that
+    every rank refuses a bad directory before anything is built.
     """
 
     def __init__(self, folder: str | Path, drop_layers: Collection[int] = ()) -> None:
@@ -47,6 +49,7 @@ class HfCheckpoint(ModelFolder):
         super().__init__(folder, drop_layers)
         self._kept_layers = kept_layers(self._full_architecture.num_layers, drop_layers)
         self._files = _tensor_files(self.folder)
+        self._fused = _fused_experts(self._full_architecture, self._files)
         self._check(self._full_architecture)
         self.describing_files()  # needed at the end of a run: what cannot be read is said at its start
 
@@ -75,10 +78,13 @@ class HfCheckpoint(ModelFolder):
     def _slice(self, name: str) -> Any:
         source = _LAYER.sub(lambda match: f"{match[1]}{self._kept_layers[int(match[2])]}.", name)
         # Reopened each time: an open file stays mapped, and its pages count as this process's memory.
+        place = self._fused.get(source)
+        if place is not None:
+            return _ExpertSlice(_open(self._files[place.name]).get_slice(place.name), place)
         return _open(self._files[source]).get_slice(source)
 
     def _check(self, architecture: ModelArchitecture) -> None:
-        expected = hf_shapes(architecture)
+        expected = _stored_shapes(architecture, self._fused)
         missing = sorted(expected.keys() - self._files.keys())
         if missing:
             raise WeightsError(
@@ -93,8 +99,9 @@ class HfCheckpoint(ModelFolder):
                 f"{self.folder}: expected the tensors of a {architecture.family} model, also found {unknown[0]} "
                 f"({len(unknown)} are unknown); leaving it out would give a different model"
             )
+        opened = {path: _open(path) for path in set(self._files.values())}
         for name, shape in expected.items():
-            header = _open(self._files[name]).get_slice(name)
+            header = opened[self._files[name]].get_slice(name)
             if tuple(header.get_shape()) != shape or header.get_dtype() not in _DTYPE_NAMES.values():
                 raise WeightsError(
                     f"{self.folder}: expected {name} of shape {shape} in {' or '.join(_DTYPE_NAMES.values())}, "
@@ -120,6 +127,44 @@ class HfCheckpoint(ModelFolder):
                 f"{self.folder}: expected {_HEAD} to be the word embeddings, as config.json has tie_word_embeddings, "
                 "got another one; set tie_word_embeddings to false if the head is right, or remove it from the weights"
             )
+
+
+class _ExpertSlice:
+    """One expert's matrix within a tensor of all experts; has what is used here of safetensors' slices."""
+
+    def __init__(self, whole: Any, place: FusedPlace) -> None:
+        _, num_rows, self._num_columns = whole.get_shape()
+        self._whole, self._expert, self._rows = whole, place.expert, range(num_rows)[place.rows]
+
+    def get_shape(self) -> list[int]:
+        return [len(self._rows), self._num_columns]
+
+    def __getitem__(self, index: slice | tuple[slice, slice]) -> Tensor:
+        rows, columns = index if isinstance(index, tuple) else (index, slice(None))
+        wanted = self._rows[rows]
+        return self._whole[self._expert : self._expert + 1, wanted.start : wanted.stop, columns][0]
+
+
+def _fused_experts(architecture: ModelArchitecture, files: Collection[str]) -> dict[str, FusedPlace]:
+    """Returns, by name, where the experts' matrices lie that `files` hold only within a tensor of all experts."""
+    if architecture.experts is None:
+        return {}
+    absent = (name for name in hf_shapes(architecture) if name not in files)
+    places = {name: fused_place(name, architecture.experts.ffn_hidden_size) for name in absent}
+    return {name: place for name, place in places.items() if place is not None and place.name in files}
+
+
+def _stored_shapes(architecture: ModelArchitecture, fused: dict[str, FusedPlace]) -> dict[str, tuple[int, ...]]:
+    """Returns name and shape of every tensor that the files must hold."""
+    stored: dict[str, tuple[int, ...]] = {}
+    for name, (num_rows, *columns) in hf_shapes(architecture).items():
+        place = fused.get(name)
+        if place is None:
+            stored[name] = (num_rows, *columns)
+        elif architecture.experts is not None:
+            matrices = 1 if place.rows == slice(None) else 2
+            stored[place.name] = (architecture.experts.num_experts, matrices * num_rows, *columns)
+    return stored
 
 
 def write_safetensors(

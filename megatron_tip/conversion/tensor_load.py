@@ -14,12 +14,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CONFIG_FNAME, CheckpointingException, maybe_load_config
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import merge, nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factory_merges
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.strategies import torch as megatron_format
-from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME, TorchCommonLoadStrategy
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
+from megatron.core.dist_checkpointing.utils import extract_sharded_base, force_all_tensors_to_non_fp8
+from megatron.core.dist_checkpointing.validation import determine_global_metadata, validate_sharding_integrity
 from torch.distributed.checkpoint import state_dict_loader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -45,9 +47,14 @@ def load_tensors(state: dict[str, Any], folder: Path) -> dict[str, Any]:
     """
     _check_format(folder)
     try:
-        return dist_checkpointing.load(
-            state, str(folder), sharded_strategy=_TensorsOnly(), common_strategy=_PlainCommonState()
-        )  # type: ignore[return-value]
+        force_all_tensors_to_non_fp8(state)
+        sharded, not_saved, factories = load_preprocess(state)
+        sharded, _ = extract_sharded_base(sharded)
+        loaded = _common_state(folder)
+        merge(loaded, not_saved)
+        validate_sharding_integrity(determine_global_metadata(sharded)[1])
+        merge(loaded, _sharded_tensors(sharded, folder))
+        return apply_factory_merges(loaded, factories)  # type: ignore[return-value]
     except WeightsError:
         raise
     except (CheckpointException, CheckpointingException, OSError, RuntimeError, ValueError, KeyError) as error:
@@ -96,24 +103,32 @@ def reason_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-class _TensorsOnly(megatron_format.TorchDistLoadShardedStrategy):
-    """Megatron's own loading with a reader and a planner that unpickle nothing."""
+def _sharded_tensors(sharded: Any, folder: Path) -> Any:
+    """Returns the tensors, read as Megatron reads them, but with a reader and a planner that unpickle nothing."""
+    reader = _Reader(folder)
+    wanted = [value for value in nested_values(sharded) if isinstance(value, ShardedTensor)]
+    reader.check_tensors(value.key for value in wanted)
+    by_key, names, renamed = megatron_format._replace_state_dict_keys_with_sharded_keys(sharded)
+    tensors: Any = megatron_format.mcore_to_pyt_state_dict(by_key, True)
+    planner = _Planner(
+        shapes_validation_sharded_tensors=[value for value in wanted if not value.allow_shape_mismatch],
+        allow_shape_mismatch_sharded_tensors={value.key: value for value in wanted if value.allow_shape_mismatch},
+    )
+    state_dict_loader.load_state_dict(tensors, reader, planner=planner)
+    loaded: Any = {key: megatron_format._unwrap_pyt_sharded_tensor(value) for key, value in tensors.items()}
+    restored = megatron_format._replace_sharded_keys_with_state_dict_keys(loaded, names, renamed)
+    megatron_format._restore_dict_types(restored, sharded)
+    return restored
 
-    def load(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> Any:
-        reader = _Reader(checkpoint_dir)
-        wanted = [value for value in nested_values(sharded_state_dict) if isinstance(value, ShardedTensor)]
-        reader.check_tensors(value.key for value in wanted)
-        by_key, names, renamed = megatron_format._replace_state_dict_keys_with_sharded_keys(sharded_state_dict)
-        tensors: Any = megatron_format.mcore_to_pyt_state_dict(by_key, True)
-        planner = _Planner(
-            shapes_validation_sharded_tensors=[value for value in wanted if not value.allow_shape_mismatch],
-            allow_shape_mismatch_sharded_tensors={value.key: value for value in wanted if value.allow_shape_mismatch},
-        )
-        state_dict_loader.load_state_dict(tensors, reader, planner=planner)
-        loaded: Any = {key: megatron_format._unwrap_pyt_sharded_tensor(value) for key, value in tensors.items()}
-        restored = megatron_format._replace_sharded_keys_with_state_dict_keys(loaded, names, renamed)
-        megatron_format._restore_dict_types(restored, sharded_state_dict)
-        return restored
+
+def _common_state(folder: Path) -> Any:
+    path = folder / COMMON_STATE_FNAME
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise WeightsError(
+            f"{path}: expected plain values as a checkpoint's common state, cannot read them: {reason_of(error)}"
+        ) from error
 
 
 class _Reader(FileSystemReader):
@@ -146,17 +161,6 @@ class _Reader(FileSystemReader):
 class _Planner(megatron_format.MCoreLoadPlanner):
     def load_bytes(self, read_item: ReadItem, value: Any) -> None:
         raise WeightsError(f"{read_item.dest_index.fqn}: expected a tensor, got a pickle, which is never read")
-
-
-class _PlainCommonState(TorchCommonLoadStrategy):
-    def load_common(self, checkpoint_dir: str | Path) -> Any:
-        path = Path(checkpoint_dir) / COMMON_STATE_FNAME
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-            raise WeightsError(
-                f"{path}: expected plain values as a checkpoint's common state, cannot read them: {reason_of(error)}"
-            ) from error
 
 
 class _IndexUnpickler(pickle.Unpickler):

@@ -2,10 +2,12 @@
 
 Megatron's names are those of its checkpoints, where the norm before a projection belongs to the projection
 (`self_attention.linear_qkv.layer_norm_weight`). Transformer Engine layers use these names; `checkpoint_name` maps the
-names of local layers to them.
+names of local layers to them. An expert is named by its number in the whole layer, as in Megatron's checkpoints of
+single experts.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 from megatron_tip.conversion.architecture import ModelArchitecture
 
@@ -18,7 +20,8 @@ class WeightMap:
     shard it, as Megatron's attribute of that name; None: each rank holds all of it. `num_units`: the tensors are cut
     along dimension 0 into this many equal units each, and unit u of the first is followed by unit u of the second and
     so on (queries, keys and values of each query group); None: one unit per rank (gate and up). `layer`: the decoder
-    layer it belongs to; None: before or after the layers.
+    layer it belongs to; None: before or after the layers. `expert`: the expert of that layer, whose shards lie on the
+    experts' own ranks; None: not an expert's.
     """
 
     name: str
@@ -27,6 +30,7 @@ class WeightMap:
     partition_dim: int | None = None
     num_units: int | None = None
     layer: int | None = None
+    expert: int | None = None
 
 
 def checkpoint_name(name: str) -> str:
@@ -69,31 +73,21 @@ def hf_shapes(architecture: ModelArchitecture) -> dict[str, tuple[int, ...]]:
 
 
 def _layer(architecture: ModelArchitecture, layer: int) -> list[WeightMap]:
-    hidden, ffn, head_dim = architecture.hidden_size, architecture.ffn_hidden_size, architecture.head_dim
+    hidden, head_dim = architecture.hidden_size, architecture.head_dim
+    weight = partial(_weight, layer)
     q_size = architecture.num_attention_heads * head_dim
     kv_size = architecture.num_query_groups * head_dim
-
-    def weight(
-        name: str, hf: dict[str, tuple[int, ...]], partition_dim: int | None = None, num_units: int | None = None
-    ) -> WeightMap:
-        hf_names = tuple(f"model.layers.{layer}.{hf_name}" for hf_name in hf)
-        return WeightMap(
-            f"decoder.layers.{layer}.{name}", hf_names, tuple(hf.values()), partition_dim, num_units, layer
-        )
 
     def qkv(kind: str, *columns: int) -> WeightMap:
         sizes = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
         hf = {f"self_attn.{name}.{kind}": (rows, *columns) for name, rows in sizes.items()}
         return weight(f"self_attention.linear_qkv.{kind}", hf, 0, architecture.num_query_groups)
 
-    gate_up = {"mlp.gate_proj.weight": (ffn, hidden), "mlp.up_proj.weight": (ffn, hidden)}
     weights = [
         weight("self_attention.linear_qkv.layer_norm_weight", {"input_layernorm.weight": (hidden,)}),
         qkv("weight", hidden),
         weight("self_attention.linear_proj.weight", {"self_attn.o_proj.weight": (hidden, q_size)}, 1),
-        weight("mlp.linear_fc1.layer_norm_weight", {"post_attention_layernorm.weight": (hidden,)}),
-        weight("mlp.linear_fc1.weight", gate_up, 0),
-        weight("mlp.linear_fc2.weight", {"mlp.down_proj.weight": (hidden, ffn)}, 1),
+        *_feed_forward(architecture, layer),
     ]
     if architecture.qkv_bias:
         weights.append(qkv("bias"))
@@ -101,3 +95,38 @@ def _layer(architecture: ModelArchitecture, layer: int) -> list[WeightMap]:
         weights.append(weight("self_attention.q_layernorm.weight", {"self_attn.q_norm.weight": (head_dim,)}))
         weights.append(weight("self_attention.k_layernorm.weight", {"self_attn.k_norm.weight": (head_dim,)}))
     return weights
+
+
+def _feed_forward(architecture: ModelArchitecture, layer: int) -> list[WeightMap]:
+    """Returns the norm and the matrices after a layer's attention: one set of matrices, or the router and experts."""
+    hidden, experts = architecture.hidden_size, architecture.experts
+    norm = {"post_attention_layernorm.weight": (hidden,)}
+    if experts is None or not architecture.has_experts(layer):
+        fused_norm = _weight(layer, "mlp.linear_fc1.layer_norm_weight", norm)
+        return [fused_norm, *_matrices(layer, "mlp", hidden, architecture.ffn_hidden_size)]
+    router = {"mlp.gate.weight": (experts.num_experts, hidden)}
+    weights = [_weight(layer, "pre_mlp_layernorm.weight", norm), _weight(layer, "mlp.router.weight", router)]
+    for expert in range(experts.num_experts):
+        weights += _matrices(layer, f"mlp.experts.{expert}", hidden, experts.ffn_hidden_size, expert)
+    return weights
+
+
+def _matrices(layer: int, name: str, hidden: int, ffn: int, expert: int | None = None) -> list[WeightMap]:
+    gate_up = {f"{name}.gate_proj.weight": (ffn, hidden), f"{name}.up_proj.weight": (ffn, hidden)}
+    return [
+        _weight(layer, f"{name}.linear_fc1.weight", gate_up, 0, expert=expert),
+        _weight(layer, f"{name}.linear_fc2.weight", {f"{name}.down_proj.weight": (hidden, ffn)}, 1, expert=expert),
+    ]
+
+
+def _weight(
+    layer: int,
+    name: str,
+    hf: dict[str, tuple[int, ...]],
+    partition_dim: int | None = None,
+    num_units: int | None = None,
+    expert: int | None = None,
+) -> WeightMap:
+    hf_names = tuple(f"model.layers.{layer}.{hf_name}" for hf_name in hf)
+    name = f"decoder.layers.{layer}.{name}"
+    return WeightMap(name, hf_names, tuple(hf.values()), partition_dim, num_units, layer, expert)

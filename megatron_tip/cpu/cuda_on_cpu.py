@@ -5,6 +5,7 @@ Imported only on machines without a CUDA device. Megatron-Core names that device
 TorchFunctionMode maps these requests to the CPU; Megatron-Core itself is not patched.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -48,7 +49,33 @@ def install() -> None:
         return
     torch.cuda.current_device = _current_device
     torch.cuda.synchronize = _synchronize
+    stream: Any = HostStream()
+    torch.cuda.Stream = HostStream  # type: ignore[misc, assignment]
+    torch.cuda.current_stream = lambda *_: stream
+    torch.cuda.stream = _on_stream  # type: ignore[misc, assignment]
     CudaOnCpu().__enter__()
+
+
+class HostStream:
+    """A CUDA stream, or an event on it, where every operation ends before the next one begins.
+
+    Megatron's dispatcher of tokens to experts makes one for its copies of counts to the host. Megatron-Core 0.19 asks
+    for the current one before each gradient reduction.
+    """
+
+    def wait_stream(self, _: "HostStream") -> None:
+        """Does nothing: there is no queue."""
+
+    def record_event(self) -> "HostStream":
+        """Returns an event that has already happened."""
+        return self
+
+    def synchronize(self) -> None:
+        """Does nothing: there is no queue."""
+
+
+def _on_stream(_: HostStream) -> AbstractContextManager[None]:
+    return nullcontext()
 
 
 def _current_device() -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from megatron_tip.config import Config
 from megatron_tip.errors import ConfigError, InputError
 from megatron_tip.files import atomic_write_text, output_errors, parse_json
-from megatron_tip.selection import RULES
+from megatron_tip.selection import PAPERS_RULES
 from megatron_tip.selection.rules import load_rule
 from megatron_tip.statistics import STATISTICS
 
@@ -62,7 +62,7 @@ def planned_arms(config: Config) -> list[Arm]:
     """
     settings, selection = config.diagnostics, config.selection
     seeds, main = range(1, settings.seeds + 1), selection.retention_ratio
-    rules = {name: load_rule(name) for name in settings.rules or RULES if name != "full"}
+    rules = {name: load_rule(name) for name in settings.rules or PAPERS_RULES if name != "full"}
     depending = [
         name
         for name, rule in rules.items()

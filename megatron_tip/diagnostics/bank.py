@@ -21,7 +21,7 @@ from megatron_tip.diagnostics.parquet import read_table, write_table
 from megatron_tip.errors import ConfigError, InputError
 from megatron_tip.files import new_folder, parse_json, write_json
 from megatron_tip.records import Numbers, Rollout
-from megatron_tip.rollout.codec import SCHEMA, rollouts_from_table, rollouts_to_table
+from megatron_tip.rollout.codec import REQUIRED_COLUMNS, rollouts_from_table, rollouts_to_table
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ def read_bank(folder: Path) -> ContextBank:
             f"{path}: expected a manifest with {', '.join(_KEYS)}, got {', '.join(wrong)} missing or of another type; "
             "restore the file, or create the bank again"
         )
-    table, _ = read_table(folder / _CONTEXTS, format_name=FORMAT, columns=SCHEMA.names, sha256=manifest["sha256"])
+    table, _ = read_table(folder / _CONTEXTS, format_name=FORMAT, columns=REQUIRED_COLUMNS, sha256=manifest["sha256"])
     return ContextBank(folder, rollouts_from_table(table), manifest)
 
 

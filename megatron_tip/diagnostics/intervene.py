@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tip.config import Config
+from megatron_tip.cpu.heap import return_freed_memory
 from megatron_tip.diagnostics.arms import Arm, ArmResult, ArmsFile, planned_arms, settings_digest
 from megatron_tip.diagnostics.bank import ContextBank, warn_of_strangers
 from megatron_tip.diagnostics.measure import FrozenContexts, forward_kl, freeze, score_contexts, score_supports
@@ -25,6 +26,8 @@ from megatron_tip.diagnostics.session import Subject
 from megatron_tip.diagnostics.snapshot import StudentStart
 from megatron_tip.errors import InputError, NotFiniteError
 from megatron_tip.parallel.together import run_on
+from megatron_tip.planning.intervention_memory import KeptTokens, estimate_intervention
+from megatron_tip.planning.memory_estimate import MemoryEstimate
 from megatron_tip.planning.settings import make_selector
 from megatron_tip.statistics import TokenStatistics
 from megatron_tip.training.run import TrainingRun
@@ -123,6 +126,10 @@ def intervene(run: TrainingRun, subject: Subject, file: ArmsFile) -> None:
     states: dict[int, SeedState] = {}
     whole = None
     for arm in todo:
+        if run.device.type == "cpu":  # arms cut their sequences at different lengths, which can fragment the heap
+            return_freed_memory()
+        if arm.rule != "full":  # plain distillations come first
+            whole = None
         if arm.seed not in states:
             start.restore()
             states[arm.seed] = prepare_seed(run, bank, split_of(config, bank, arm.seed))
@@ -133,20 +140,18 @@ def intervene(run: TrainingRun, subject: Subject, file: ArmsFile) -> None:
             logger.warning("%s is left out: %s", arm, error)
             continue
         if arm.rule == "full":
+            run.enter("measure")
             whole = whole or freeze(run, bank.contexts)
             score_after(run, subject, whole, state.split, arm)
         if dist.get_rank() == 0:
             file.append(result)
-            place, total = f"{len(done) + 1} of {len(arms)}", time.process_time()
-            logger.info(
-                "%s: %s: G %+.4f; %.1f s of CPU, %.0f since the start",
-                place,
-                arm,
-                result.gain,
-                result.cpu_seconds,
-                total,
-            )
+            _log(result, f"{len(done) + 1} of {len(arms)}")
         done.append(str(arm))
+
+
+def _log(result: ArmResult, place: str) -> None:
+    seconds = result.cpu_seconds, time.process_time()
+    logger.info("%s: %s: G %+.4f; %.1f s of CPU, %.0f since the start", place, result.arm, result.gain, *seconds)
 
 
 def check_arms(config: Config, subject: Subject, file: ArmsFile) -> None:
@@ -171,6 +176,18 @@ def check_arms(config: Config, subject: Subject, file: ArmsFile) -> None:
             )
 
 
+def estimate_arms(config: Config, subject: Subject, *, memory_gib: float, on_gpu: bool) -> MemoryEstimate:
+    """Returns the memory that the intervention takes on the rank that needs the most; reads no weights."""
+    bank = subject.bank
+    splits = [split_of(config, bank, seed) for seed in range(1, config.diagnostics.seeds + 1)]
+    trained, heldout = (
+        sum(bank.contexts[place].num_generated for split in splits for place in places(split))
+        for places in (lambda split: split.trained, lambda split: split.heldout)
+    )
+    kept = KeptTokens(by_seed=trained + heldout, trained=trained, bank=len(bank.rows))
+    return estimate_intervention(config, subject.plan, kept, memory_gib=memory_gib, on_gpu=on_gpu)
+
+
 def score_checkpoint(run: TrainingRun, subject: Subject, name: str, *, is_start: bool) -> None:
     """Scores the loaded student and writes scores/`name`.parquet. Collective; rank 0 writes."""
     bank, sizes = subject.bank, run.config.diagnostics.support_sizes
@@ -185,6 +202,7 @@ def score_checkpoint(run: TrainingRun, subject: Subject, name: str, *, is_start:
 
 def prepare_seed(run: TrainingRun, bank: ContextBank, split: Split) -> SeedState:
     """Scores a seed's contexts with the teacher and the start. Collective over the world."""
+    run.enter("measure")
     sizes = sorted({run.config.selection.support_size, *run.config.diagnostics.support_sizes})
     steps = [freeze(run, [bank.contexts[place] for place in step]) for step in split.steps]
     statistics = [score_supports(run, frozen, sizes) for frozen in steps]
@@ -200,6 +218,7 @@ def run_arm(run: TrainingRun, start: StudentStart, state: SeedState, arm: Arm) -
     metrics = []
     for step, (frozen, statistics) in enumerate(zip(state.steps, state.statistics, strict=True), start=1):
         metrics.append(train_arm_step(arm_run, frozen, statistics.get(arm.support_size), step))
+    run.enter("score")
     after = forward_kl(run, state.heldout)
     lengths = [context.num_generated for context in state.heldout.batch.rollouts]
     return ArmResult(
@@ -222,17 +241,21 @@ def train_arm_step(
     """Takes one optimizer step on the selected tokens of frozen contexts; returns metrics, the same on every rank."""
     trained = select_then_train(run, Scored(frozen.batch, frozen.teacher_rows, statistics, None), step)
     metrics = supervision_metrics(run.student.groups, trained, pass_seconds=0.0)
+    run.enter("update")
     return metrics | run.student.apply_gradients(step)
 
 
 def config_of(config: Config, arm: Arm) -> Config:
     """Returns the run's configuration with the arm's selection; the budget is per step, for every rule."""
+    is_own = arm.rule == config.selection.rule
     selection = config.selection.model_copy(
         update={
             "rule": arm.rule,
             "retention_ratio": arm.retention_ratio,
             "support_size": arm.support_size,
             "scope": "batch",
+            "parameters": config.selection.parameters if is_own else {},
+            "adaptive_ratio": False,
             "compare": False,
         }
     )

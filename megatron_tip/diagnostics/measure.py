@@ -20,8 +20,8 @@ from megatron_tip.training.run import TrainingRun
 class FrozenContexts:
     """Contexts with the teacher's output, which never changes.
 
-    `teacher_rows`: of this replica's `n` rows, on the last stage; None elsewhere. `row_of`: per replica, int64 indices
-    of its rows in the order of contexts and positions over all replicas.
+    `teacher_rows`: of this rank's `n` rows, on the last stage; None elsewhere. `row_of`: by `dp_cp_rank`, int64 indices
+    of a rank's rows in the order of contexts and positions over all ranks.
     """
 
     batch: StepBatch
@@ -36,7 +36,7 @@ class FrozenContexts:
 def freeze(run: TrainingRun, contexts: Sequence[Rollout]) -> FrozenContexts:
     """Returns the contexts with the teacher's output, computed once. Collective over the world."""
     batch = run.batch_of(contexts)
-    indices = [batch.token_index(replica) for replica in range(run.student.groups.grid.dp_size)]
+    indices = [batch.token_index(rank) for rank in range(run.student.groups.dp_cp_group.size())]
     num_positions = 1 + max((int(index.position.max()) for index in indices if len(index)), default=0)
     keys = torch.cat([index.keys(num_positions) for index in indices])
     places = torch.empty_like(keys)
@@ -47,7 +47,7 @@ def freeze(run: TrainingRun, contexts: Sequence[Rollout]) -> FrozenContexts:
 def score_supports(
     run: TrainingRun, frozen: FrozenContexts, support_sizes: Sequence[int]
 ) -> dict[int, TokenStatistics]:
-    """Returns the statistics of this replica's rows for each K, on the last stage; nothing elsewhere.
+    """Returns the statistics of this rank's rows for each K, on the last stage; nothing elsewhere.
 
     Runs one forward pass of the student, without gradient, for all K, and applies both heads once per K. Statistics are
     NaN where the logits are not finite.
@@ -70,14 +70,14 @@ def gathered(
     """Returns `[rows, names]` float32 on the CPU, in the order of contexts and positions, the same on every rank.
 
     Args:
-        columns: `[n]` by name, this replica's rows, on the last stage; None elsewhere.
+        columns: `[n]` by name, this rank's rows, on the last stage; None elsewhere.
 
     Collectives: 1 all-reduce over the world. Raises NotFiniteError, on every rank, for values that are not finite.
     """
     groups = run.student.groups
     matrix = torch.zeros(frozen.num_rows, len(names), device=run.device)
     if columns is not None and groups.tp_rank == 0:
-        matrix[frozen.row_of[groups.dp_rank]] = torch.stack([columns[name].float() for name in names], dim=1)
+        matrix[frozen.row_of[groups.dp_cp_rank]] = torch.stack([columns[name].float() for name in names], dim=1)
     dist.all_reduce(matrix)
     if not matrix.isfinite().all():
         broken = [name for name, finite in zip(names, matrix.isfinite().all(dim=0).tolist(), strict=True) if not finite]

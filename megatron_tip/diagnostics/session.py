@@ -48,7 +48,7 @@ def examine(config: Config, world_size: int, *, checkpoint: Path | None = None) 
     Raises:
         ConfigError, WeightsError, InputError: as for `plan_run`, `open_bank` and `resolve_checkpoint`.
     """
-    plan = plan_run(config, world_size, reads_prompts=False)
+    plan = plan_run(config, world_size, reads_prompts=False, generates=False)
     bank = open_bank(config, plan)
     teacher = model_fingerprint(config.teacher.path, plan.teacher)
     if checkpoint is None:

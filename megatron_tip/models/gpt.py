@@ -1,5 +1,6 @@
 """One pipeline stage of a Megatron-Core GPT model, built from a Hugging Face architecture."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,6 +14,8 @@ from megatron.core.tensor_parallel.layers import (
     set_tensor_model_parallel_attributes,
 )
 from megatron.core.tensor_parallel.random import initialize_rng_tracker
+from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from torch import Tensor
@@ -20,20 +23,35 @@ from torch import Tensor
 from megatron_tip.conversion.architecture import ModelArchitecture, RopeScaling
 from megatron_tip.cpu.onednn import use_faster_products
 from megatron_tip.errors import ConfigError
-from megatron_tip.models.layers import RecomputedLayer, local_block
+from megatron_tip.models.layers import local_block
 from megatron_tip.models.layout import check_layout
+from megatron_tip.models.recompute import keep_only_inputs
+from megatron_tip.models.stage_layers import StageLayers
 from megatron_tip.models.transformer_engine import has_transformer_engine, transformer_engine_block
+from megatron_tip.parallel.grid import ModelGrid
 from megatron_tip.parallel.groups import ModelGroups
 
 TransformerImpl = Literal["auto", "local", "transformer_engine"]
+Fp8 = Literal["none", "e4m3", "hybrid"]
 
 
 class HiddenStatesModel(GPTModel):
     """A GPTModel whose last stage returns its final hidden states instead of logits.
 
     Only selected rows are multiplied with the LM head, outside of the model. The last stage's output is `[s, 1, h]`,
-    after the final norm; `[s / tp, 1, h]` with sequence parallelism.
+    after the final norm; `[s / tp, 1, h]` with sequence parallelism. With context parallelism `s` is that of a part.
     """
+
+    def _preprocess(self, *arguments: Any, padding_mask: Tensor | None = None, **others: Any) -> tuple[Any, ...]:
+        """Returns what Megatron's method does, with this rank's part of the padding mask `[1, s]` on every stage.
+
+        Megatron 0.16's own shards it on the first stage only, and over its global groups, which we do not create.
+        """
+        prepared = super()._preprocess(*arguments, **others)
+        if padding_mask is not None and self.config.sequence_parallel:
+            group: Any = self.tp_group
+            padding_mask = padding_mask.chunk(group.size(), dim=1)[group.rank()]
+        return (*prepared[:5], padding_mask, *prepared[6:])
 
     def _postprocess(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         return hidden_states
@@ -68,11 +86,14 @@ def prepare_megatron() -> None:
     layers and, without a CUDA device, the CPU in its place, with the processor's faster matrix products.
     """
     if not torch.cuda.is_available():
-        from megatron_tip.cpu import cuda_on_cpu
+        from megatron_tip.cpu import cuda_on_cpu, expert_dispatch
 
         cuda_on_cpu.install()
+        expert_dispatch.install()
         use_faster_products()
     initialize_rng_tracker(inference_rng_tracker=True)
+    if not moe_utils.HAVE_TE:  # Megatron 0.16's router asks for it even then, without having defined it
+        moe_utils.te_general_gemm = None
     if parallel_state._GLOBAL_MEMORY_BUFFER is None:
         parallel_state._set_global_memory_buffer()
 
@@ -85,13 +106,15 @@ def build_gpt(
     dtype: torch.dtype,
     transformer_impl: TransformerImpl = "auto",
     sequence_parallel: bool = False,
-    recompute_activations: bool = False,
+    recompute: Sequence[str] = (),
+    fp8: Fp8 = "none",
     trainable: bool = True,
 ) -> HiddenStatesModel:
     """Returns this rank's stage with unset weights (`conversion.bridge.load_hf` sets them).
 
     It is on the current CUDA device, or on the CPU without one. `padded_vocab_size`: a multiple of the tp size, at
-    least the architecture's. `trainable=False` (the teacher): no gradients, and no LM head on the last stage.
+    least the architecture's. `recompute`: what runs again in the backward pass (`keep_only_inputs`). `fp8`: of
+    Transformer Engine's products. `trainable=False` (the teacher): no gradients, and no LM head on the last stage.
 
     Collective over the first and last stage if a trainable model's embeddings are tied (Megatron's own collective).
 
@@ -99,20 +122,11 @@ def build_gpt(
         ConfigError: the layout (`check_layout`) or the padded vocabulary does not fit.
         OptionalDependencyError: Transformer Engine was requested and is not installed.
     """
-    grid = groups.grid
-    check_layout(architecture, tp_size=grid.tp_size, pp_size=grid.pp_size, owner="model")
-    if padded_vocab_size % grid.tp_size or padded_vocab_size < architecture.vocab_size:
-        raise ConfigError(
-            f"padded_vocab_size: expected a multiple of tp {grid.tp_size}, at least {architecture.vocab_size}, "
-            f"got {padded_vocab_size}"
-        )
+    _check_sizes(architecture, groups.grid, padded_vocab_size)
     prepare_megatron()
     use_transformer_engine = resolve_transformer_impl(transformer_impl, dtype) == "transformer_engine"
     block = transformer_engine_block if use_transformer_engine else local_block
-    layers: Any = block(architecture.num_layers // grid.pp_size, qk_norm=architecture.qk_norm)
-    if recompute_activations:
-        for layer in layers.layer_specs:
-            layer.module = RecomputedLayer
+    layers: Any = block(_num_experts(architecture, groups), qk_norm=architecture.qk_norm)
     model = HiddenStatesModel(
         _transformer_config(
             architecture,
@@ -120,6 +134,7 @@ def build_gpt(
             dtype=dtype,
             use_transformer_engine=use_transformer_engine,
             sequence_parallel=sequence_parallel,
+            fp8=fp8,
         ),
         layers,
         vocab_size=padded_vocab_size,
@@ -133,11 +148,32 @@ def build_gpt(
     )
     _scale_rope(model, architecture.rope_scaling)
     _mark_tensor_parallel(model)
+    _mark_experts(model)
+    if torch.cuda.is_available():
+        model.cuda()  # the routers' weights: Megatron makes them on the host
+    keep_only_inputs(model, recompute)
     if not trainable:
         if groups.is_last_stage:
             model.output_layer = None  # pyright: ignore[reportAttributeAccessIssue]
         model.requires_grad_(False).eval()
     return model
+
+
+def _check_sizes(architecture: ModelArchitecture, grid: ModelGrid, padded_vocab_size: int) -> None:
+    check_layout(
+        architecture,
+        tp_size=grid.tp_size,
+        pp_size=grid.pp_size,
+        owner="model",
+        ep_size=grid.ep_size,
+        expert_tp_size=grid.expert_tp_size if architecture.experts else 0,
+        pipeline_layers=grid.pipeline_layers,
+    )
+    if padded_vocab_size % grid.tp_size or padded_vocab_size < architecture.vocab_size:
+        raise ConfigError(
+            f"padded_vocab_size: expected a multiple of tp {grid.tp_size}, at least {architecture.vocab_size}, "
+            f"got {padded_vocab_size}"
+        )
 
 
 def resolve_transformer_impl(
@@ -172,8 +208,13 @@ def _transformer_config(
     dtype: torch.dtype,
     use_transformer_engine: bool,
     sequence_parallel: bool,
+    fp8: Fp8,
 ) -> TransformerConfig:
     on_gpu = torch.cuda.is_available()
+    counts = groups.grid.pipeline_layers
+    experts = {}
+    if architecture.experts is not None:
+        experts = _experts_config(architecture, groups.grid, grouped=use_transformer_engine)
     return TransformerConfig(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
@@ -192,12 +233,16 @@ def _transformer_config(
         attention_dropout=0.0,
         tensor_model_parallel_size=groups.grid.tp_size,
         pipeline_model_parallel_size=groups.grid.pp_size,
+        pipeline_model_parallel_layout=StageLayers(counts, groups.pp_rank) if len(counts) > 1 else None,
+        context_parallel_size=groups.grid.cp_size,
         sequence_parallel=sequence_parallel and groups.grid.tp_size > 1,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
+        fp8=None if fp8 == "none" else fp8,
+        fp8_recipe="tensorwise",  # "delayed" would share its history in Megatron's global groups, which do not exist
         variable_seq_lengths=groups.grid.pp_size > 1,
-        moe_token_dispatcher_type="alltoall",  # no experts here, but the default is refused with variable lengths
+        moe_token_dispatcher_type="alltoall",  # without experts too: the default is refused with variable lengths
         calculate_per_token_loss=True,
         use_cpu_initialization=not on_gpu,
         perform_initialization=False,
@@ -207,7 +252,36 @@ def _transformer_config(
         bias_activation_fusion=on_gpu,
         bias_dropout_fusion=on_gpu,
         apply_rope_fusion=on_gpu and use_transformer_engine,
+        **experts,
     )
+
+
+def _experts_config(architecture: ModelArchitecture, grid: ModelGrid, *, grouped: bool) -> dict[str, Any]:
+    """Returns Megatron's settings of the experts. `grouped`: with Transformer Engine's grouped products."""
+    experts = architecture.experts
+    assert experts is not None, "for models with experts"
+    return {
+        "num_moe_experts": experts.num_experts,
+        "moe_ffn_hidden_size": experts.ffn_hidden_size,
+        "moe_layer_freq": [int(architecture.has_experts(layer)) for layer in range(architecture.num_layers)],
+        "moe_router_topk": experts.num_active,
+        # The softmax of the chosen logits is the chosen part of the softmax of all, made to sum to 1.
+        "moe_router_pre_softmax": not experts.normalised,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "aux_loss",
+        "moe_aux_loss_coeff": 0.0,  # a student may set it: `router.set_auxiliary_loss`
+        "moe_grouped_gemm": grouped,
+        "moe_permute_fusion": grouped,
+        "expert_model_parallel_size": grid.ep_size,
+        "expert_tensor_parallel_size": grid.expert_tp_size,
+    }
+
+
+def _num_experts(architecture: ModelArchitecture, groups: ModelGroups) -> list[int]:
+    """Returns the number of experts of each layer of this rank's stage; 0 for a layer without."""
+    count = architecture.experts.num_experts if architecture.experts else 0
+    stages = groups.grid.layers_of_stages(architecture.num_layers)
+    return [count * architecture.has_experts(layer) for layer in stages[groups.pp_rank]]
 
 
 def _scale_rope(model: GPTModel, scaling: RopeScaling | None) -> None:
@@ -239,3 +313,20 @@ def _mark_tensor_parallel(model: GPTModel) -> None:
             dim = 1 if isinstance(module, RowParallelLinear) else 0
             stride = 2 if name.endswith("linear_fc1") else 1  # gate and up, stacked
             set_tensor_model_parallel_attributes(module.weight, True, dim, stride)
+
+
+def _mark_experts(model: GPTModel) -> None:
+    """Marks the experts' weights: sharded, and reduced over the experts' own data-parallel ranks.
+
+    Megatron marks the latter only with ep > 1. But with expert tp below tp and ep = 1, too, a weight has its copies on
+    tensor-parallel ranks, each of which sees other tokens. And with the same marks in every layout, the optimizer has
+    the same two parts in each, so that a checkpoint can be read in any other.
+    """
+    for module in model.modules():
+        if isinstance(module, MoELayer):
+            experts: Any = module.experts
+            for key, parameter in experts.named_parameters():
+                is_first = ".linear_fc1." in f".{key}"
+                if not hasattr(parameter, "tensor_model_parallel"):
+                    set_tensor_model_parallel_attributes(parameter, True, 0 if is_first else 1, 2 if is_first else 1)
+                parameter.allreduce = False

@@ -13,7 +13,9 @@ from megatron.core.pipeline_parallel.schedules import (
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
+from megatron_tip.batching.micro_batches import build_micro_batch
 from megatron_tip.models.packing import boundaries
+from megatron_tip.parallel.collectives import agree_on_maxima
 from megatron_tip.parallel.groups import ModelGroups
 from megatron_tip.records import MicroBatch
 
@@ -31,8 +33,9 @@ def run_forward(
     """Runs every micro-batch forward, without gradient unless `held` takes the outputs.
 
     On the last stage, `on_hidden_states(index, hidden_states)` receives each micro-batch's final-norm output,
-    `[s, 1, h]` (`[s/tp, 1, h]` under sequence parallelism), without gradient; its result is ignored. Collective over
-    the replica's tp x pp.
+    `[s, 1, h]` (`[s/tp, 1, h]` under sequence parallelism), without gradient; its result is ignored. Under context
+    parallelism each rank passes its own part of the micro-batches, of `s / cp` tokens. Collective over the replica's
+    tp x cp x pp; over the world if replicas share experts (`in_step`).
 
     Args:
         held: receives the output of each micro-batch with its graph, for `run_forward_backward`; pp 1 only.
@@ -43,11 +46,12 @@ def run_forward(
     def take(index: int, hidden_states: Tensor) -> None:
         if held is not None:
             held.append(hidden_states)
-        on_hidden_states(index, hidden_states.detach())
+        if index < len(micro_batches):
+            on_hidden_states(index, hidden_states.detach())
 
+    filled = in_step(model, groups, micro_batches)
     with torch.set_grad_enabled(held is not None):
-        outputs = _outputs(model, micro_batches)
-        _run_schedule(model, groups, micro_batches, outputs, take, forward_only=True)
+        _run_schedule(model, groups, filled, _outputs(model, groups, filled), take, forward_only=True)
 
 
 def run_forward_backward(
@@ -58,26 +62,36 @@ def run_forward_backward(
     *,
     held: list[Tensor] | None = None,
 ) -> None:
-    """Runs every micro-batch forward and backward and reduces the gradients over the data-parallel ranks.
+    """Runs every micro-batch forward and backward and reduces the gradients over the dp x cp ranks.
 
     On the last stage, `loss_of(index, hidden_states)` returns the micro-batch's part of the loss, a scalar that is
-    summed over micro-batches and replicas without division: its weights are already in it. For a micro-batch without a
-    selected token it must return a zero connected to `hidden_states`, so that every rank runs its backward.
+    summed over micro-batches, their parts and replicas without division: its weights are already in it. For a
+    micro-batch without a selected token it must return a zero connected to `hidden_states`, so that every rank runs its
+    backward.
 
     Args:
         held: the outputs that `run_forward` held for the same micro-batches. They take the place of the forward passes
             and are removed one by one, so that each backward pass frees its graph.
     """
-    outputs = _outputs(model, micro_batches) if held is None else _removed_from(held)
-    _run_schedule(model, groups, micro_batches, outputs, loss_of, forward_only=False)
+
+    def loss_or_zero(index: int, hidden_states: Tensor) -> Tensor | None:
+        return loss_of(index, hidden_states) if index < len(micro_batches) else hidden_states.sum() * 0.0
+
+    filled = in_step(model, groups, micro_batches)
+    outputs = _outputs(model, groups, filled) if held is None else _removed_from(held)
+    _run_schedule(model, groups, filled, outputs, loss_or_zero, forward_only=False)
 
 
 # These are generators, because `enumerate` keeps its last item, and with it the item's graph, until the next.
-def _outputs(model: torch.nn.Module, micro_batches: Sequence[MicroBatch]) -> Iterator[tuple[int, Tensor]]:
+def _outputs(
+    model: torch.nn.Module, groups: ModelGroups, micro_batches: Sequence[MicroBatch]
+) -> Iterator[tuple[int, Tensor]]:
     """Yields each micro-batch's index and the stage's output, running the model when it is asked for the next."""
     for index, micro_batch in enumerate(micro_batches):
         ids, positions = micro_batch.input_ids[None], micro_batch.position_ids[None]
-        yield index, model(ids, positions, None, packed_seq_params=boundaries(model, micro_batch.lengths))
+        packed = boundaries(model, micro_batch.lengths, cp_size=groups.grid.cp_size, cp_rank=groups.cp_rank)
+        padding = micro_batch.rollout_indices[None] < 0
+        yield index, model(ids, positions, None, packed_seq_params=packed, padding_mask=padding)
 
 
 def _removed_from(held: list[Tensor]) -> Iterator[tuple[int, Tensor]]:
@@ -115,6 +129,25 @@ def _run_schedule(
     else:
         communicator = P2PCommunicator(groups.pp_group, get_model_config(model))
         forward_backward_pipelining_without_interleaving(p2p_communicator=communicator, **arguments)
+
+
+def token_multiple(model: torch.nn.Module) -> int:
+    """Returns the divisor of a micro-batch's tokens: sequence parallelism splits each part evenly over the tp ranks."""
+    config = get_model_config(model)
+    return config.tensor_model_parallel_size * config.context_parallel_size if config.sequence_parallel else 1
+
+
+def in_step(model: torch.nn.Module, groups: ModelGroups, micro_batches: Sequence[MicroBatch]) -> Sequence[MicroBatch]:
+    """Returns the micro-batches, filled up with padding so that all replicas that share experts have equally many.
+
+    A replica's tokens go to experts on the ranks of others, which must be in the same layer of a micro-batch of their
+    own. Collective: one all-reduce of an integer over the world, between CPUs; none if no replicas share experts.
+    """
+    if not groups.grid.replicas_share_experts:
+        return micro_batches
+    (most,) = agree_on_maxima([len(micro_batches)])
+    filler = build_micro_batch([], [], 0, token_multiple=token_multiple(model)).to(next(model.parameters()).device)
+    return [*micro_batches, *[filler] * (most - len(micro_batches))]
 
 
 def _forward_step(

@@ -18,9 +18,13 @@ from megatron_tip import config as configuration
 from megatron_tip.errors import NotFiniteError
 from megatron_tip.models.gpt import output_head_weight
 from megatron_tip.models.hidden_states import masked_rows
-from megatron_tip.models.pipeline import LastStage, run_forward, run_forward_backward
+from megatron_tip.models.pipeline import LastStage, run_forward, run_forward_backward, token_multiple
+from megatron_tip.models.router import set_step_tokens
 from megatron_tip.parallel.groups import ModelGroups
 from megatron_tip.records import MicroBatch
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.uint8}
+"""Megatron's names of the types of an optimizer's state; 8 bits are held as bytes, with a scale beside them."""
 
 
 class GradientBuffers:
@@ -58,8 +62,8 @@ class Student:
 
     @property
     def token_multiple(self) -> int:
-        """Divisor of a micro-batch's tokens: sequence parallelism splits them evenly over the tp ranks."""
-        return self.groups.grid.tp_size if get_model_config(self.model).sequence_parallel else 1
+        """Divisor of a micro-batch's tokens."""
+        return token_multiple(self.model)
 
     def rows(self, hidden_states: Tensor, mask: Tensor) -> Tensor:
         """Returns the last stage's output where `mask` `[s]` holds, `[n, H]`."""
@@ -70,6 +74,8 @@ class Student:
         self, micro_batches: Sequence[MicroBatch], on_hidden_states: LastStage, *, held: list[Tensor] | None = None
     ) -> None:
         """Runs the micro-batches forward, without gradient unless `held` takes the outputs; see `run_forward`."""
+        if held is not None:  # the auxiliary loss of experts is part of the graph that is held
+            set_step_tokens(self.model, micro_batches, self.groups.dp_group)
         run_forward(self.wrapped, self.groups, micro_batches, on_hidden_states, held=held)
 
     def accumulate_gradients(
@@ -78,6 +84,8 @@ class Student:
         """Zeroes the gradients, then accumulates and reduces the summed loss's; see `run_forward_backward`."""
         self.wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
+        if held is None:
+            set_step_tokens(self.model, micro_batches, self.groups.dp_group)
         run_forward_backward(self.wrapped, self.groups, micro_batches, loss_of, held=held)
 
     def optimizer_tensors(self) -> list[Tensor]:
@@ -109,7 +117,12 @@ class Student:
         if self.clip_grad > 0:
             for part in self.optimizer.chained_optimizers:
                 parameters: list[Tensor] = [*part.get_parameters()]
-                clip_grad_by_total_norm_fp32(parameters, max_norm=self.clip_grad, total_norm=grad_norm)
+                clip_grad_by_total_norm_fp32(
+                    parameters,
+                    max_norm=self.clip_grad,
+                    total_norm=grad_norm,
+                    use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
+                )
         self.optimizer.step_with_ready_grads()
         self.scheduler.step(increment=1)
         return {"train/grad_norm": grad_norm, "train/lr": lr}
@@ -118,32 +131,10 @@ class Student:
 def build_student(
     model: GPTModel, groups: ModelGroups, settings: configuration.OptimizerConfig, *, num_steps: int
 ) -> Student:
-    """Wraps a loaded stage for training: float32 gradient buffers, AdamW, warm-up and cosine decay over `num_steps`."""
-    model_config = get_model_config(model)
-    model_config.finalize_model_grads_func = _finalize_gradients
-    wrapped = DistributedDataParallel(
-        model_config,
-        DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
-            use_distributed_optimizer=settings.distributed,
-        ),
-        model,
-        pg_collection=groups.collection,
-    )
+    """Wraps a loaded stage for training: gradient buffers, AdamW, warm-up and cosine decay over `num_steps`."""
+    wrapped = _wrapped(model, groups, settings)
     optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam",
-            lr=settings.lr,
-            min_lr=settings.min_lr,
-            weight_decay=settings.weight_decay,
-            adam_beta1=settings.beta1,
-            adam_beta2=settings.beta2,
-            adam_eps=settings.epsilon,
-            clip_grad=settings.clip_grad,
-            bf16=model_config.params_dtype == torch.bfloat16,
-            params_dtype=model_config.params_dtype,
-            use_distributed_optimizer=settings.distributed,
-        ),
+        _optimizer_config(get_model_config(model).params_dtype, settings),
         [wrapped],
         use_gloo_process_groups=False,
         pg_collection=groups.collection,
@@ -169,8 +160,49 @@ def build_student(
     return Student(model, wrapped, optimizer, scheduler, groups, settings.clip_grad)
 
 
+def _wrapped(model: GPTModel, groups: ModelGroups, settings: configuration.OptimizerConfig) -> DistributedDataParallel:
+    """Returns the stage with its gradient buffers, which the schedule reduces over the dp x cp ranks."""
+    model_config = get_model_config(model)
+    model_config.finalize_model_grads_func = _finalize_gradients
+    wrapped = DistributedDataParallel(
+        model_config,
+        DistributedDataParallelConfig(
+            grad_reduce_in_fp32=settings.main_grads_dtype == "fp32",
+            use_distributed_optimizer=settings.distributed,
+            overlap_grad_reduce=settings.overlap_grad_reduce,
+        ),
+        model,
+        pg_collection=groups.collection,
+    )
+    if settings.overlap_grad_reduce:  # only the last micro-batch's gradients are complete
+        model_config.no_sync_func = wrapped.no_sync
+    return wrapped
+
+
+def _optimizer_config(params_dtype: torch.dtype, settings: configuration.OptimizerConfig) -> OptimizerConfig:
+    """Returns Megatron's settings of AdamW for weights of `params_dtype`."""
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=settings.lr,
+        min_lr=settings.min_lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.beta1,
+        adam_beta2=settings.beta2,
+        adam_eps=settings.epsilon,
+        clip_grad=settings.clip_grad,
+        bf16=params_dtype == torch.bfloat16,
+        params_dtype=params_dtype,
+        use_distributed_optimizer=settings.distributed,
+        use_precision_aware_optimizer=settings.use_precision_aware_optimizer,
+        main_grads_dtype=_DTYPES[settings.main_grads_dtype],
+        main_params_dtype=_DTYPES[settings.main_params_dtype],
+        exp_avg_dtype=_DTYPES[settings.exp_avg_dtype],
+        exp_avg_sq_dtype=_DTYPES[settings.exp_avg_sq_dtype],
+    )
+
+
 def _finalize_gradients(model: list[torch.nn.Module], num_tokens: Tensor | None = None, **arguments: Any) -> None:
-    """Runs Megatron's reduction of gradients over dp, tied embeddings over pp and norms over tp, without its division.
+    """Runs Megatron's reduction of gradients over dp x cp, tied embeddings over pp and norms over tp, undivided.
 
     The loss's row weights already include the division by the global count.
     """

@@ -1,11 +1,14 @@
 """Transformer Engine's layers, and the only check whether it is installed."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from megatron.core.models.gpt import gpt_layer_specs
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from megatron_tip.errors import OptionalDependencyError
+from megatron_tip.models.router import Router
 
 
 def has_transformer_engine() -> bool:
@@ -13,8 +16,11 @@ def has_transformer_engine() -> bool:
     return gpt_layer_specs.HAVE_TE
 
 
-def transformer_engine_block(num_layers: int, *, qk_norm: bool) -> TransformerBlockSubmodules:
+def transformer_engine_block(num_experts: Sequence[int], *, qk_norm: bool) -> TransformerBlockSubmodules:
     """Returns the specification of one stage's layers and final norm, as Transformer Engine modules.
+
+    The experts of a rank are multiplied by one grouped product. `num_experts`: of each layer; 0: an ordinary
+    feed-forward part.
 
     Raises:
         OptionalDependencyError: Transformer Engine is not installed.
@@ -24,6 +30,16 @@ def transformer_engine_block(num_layers: int, *, qk_norm: bool) -> TransformerBl
             "transformer_impl = transformer_engine: Transformer Engine is not installed; install the extra "
             "megatron_tip[transformer-engine] on a machine with a GPU, or set transformer_impl = local"
         )
-    layer = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm)
+    kinds = {count: _layer(count, qk_norm=qk_norm) for count in set(num_experts)}
     final_norm: Any = gpt_layer_specs.TENorm
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=final_norm)
+    return TransformerBlockSubmodules(layer_specs=[kinds[count] for count in num_experts], layer_norm=final_norm)
+
+
+def _layer(num_experts: int, *, qk_norm: bool) -> ModuleSpec:
+    layer = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(
+        num_experts=num_experts or None, moe_grouped_gemm=num_experts > 0, qk_layernorm=qk_norm
+    )
+    submodules: Any = layer.submodules
+    if num_experts:
+        submodules.mlp.submodules.router = Router
+    return layer

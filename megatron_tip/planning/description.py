@@ -1,6 +1,7 @@
 """A checked run in a few lines: its models, their layout, what it learns from and where it writes."""
 
 from megatron_tip.config import Config
+from megatron_tip.conversion.architecture import ModelArchitecture
 from megatron_tip.conversion.model_size import num_parameters
 from megatron_tip.parallel.grid import ModelGrid
 from megatron_tip.planning.dtypes import Dtypes
@@ -28,10 +29,22 @@ def description_of(config: Config, outline: Outline) -> list[str]:
     ]
 
 
+def parameters_in_words(architecture: ModelArchitecture) -> str:
+    """Returns the number of parameters; with experts, also of those that each token passes through."""
+    every, active = (_in_words(num_parameters(architecture, active=active)) for active in (False, True))
+    return f"{every} parameters" + (f", {active} of them active" if architecture.experts else "")
+
+
+def _in_words(count: int) -> str:
+    size = count / 1e6
+    return f"{size:.0f} M" if size < 1000 else f"{size / 1000:.1f} B"
+
+
 def _model(name: str, model: FoundModel, grid: ModelGrid, dtype: str) -> str:
-    size = num_parameters(model.architecture) / 1e6
-    shown = f"{size:.0f} M" if size < 1000 else f"{size / 1000:.1f} B"
-    return f"{name}, {model.architecture.num_layers} layers, {shown} parameters, {dtype.removeprefix('torch.')}, {grid}"
+    return (
+        f"{name}, {model.architecture.num_layers} layers, {parameters_in_words(model.architecture)}, "
+        f"{dtype.removeprefix('torch.')}, {grid.in_words()}"
+    )
 
 
 def _prompts(config: Config, outline: Outline) -> list[str]:

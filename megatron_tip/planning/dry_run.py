@@ -7,6 +7,7 @@ from megatron_tip.errors import ConfigError
 from megatron_tip.machine import Machine
 from megatron_tip.placement.hosts import Hosts
 from megatron_tip.placement.table import table_of
+from megatron_tip.planning.description import parameters_in_words
 from megatron_tip.planning.memory_estimate import MemoryEstimate, estimate_memory
 from megatron_tip.planning.plan import Outline, outline_run
 
@@ -23,8 +24,14 @@ class DryRun:
     def report(self, gpu_memory_gib: float) -> str:
         """Returns the result as text."""
         total = self.memory.total_bytes / 2**30
+        models = (("student", self.outline.student), ("teacher", self.outline.teacher))
         lines = [
-            f"{self.world_size} workers: {self.outline.layouts}",
+            f"{self.world_size} workers: {self.outline.grids_in_words()}",
+            *(
+                f"{owner}: {parameters_in_words(model.architecture)}"
+                for owner, model in models
+                if model and model.architecture.experts
+            ),
             *table_of(self.outline.placement),
             f"memory of the fullest GPU, roughly: {total:.1f} of {gpu_memory_gib:g} GiB",
             *self.memory.lines(),
@@ -48,9 +55,10 @@ def dry_run(config: Config, hosts: Hosts, *, gpu_memory_gib: float) -> DryRun:
     if memory.total_bytes > gpu_memory_gib * 2**30:
         raise ConfigError(
             f"memory: expected at most {gpu_memory_gib:g} GiB per GPU (--gpu-memory), got an estimate of "
-            f'{memory.total_bytes / 2**30:.1f} GiB in phase "{memory.peak_phase}"; raise tensor or pipeline parallel '
-            "sizes, set optimizer.distributed, model.recompute_activations or training.offload, leave selection.passes "
-            'at "auto", lower training.max_tokens_per_micro_batch or rollout.prompts_per_step, or give servers less '
+            f'{memory.total_bytes / 2**30:.1f} GiB in phase "{memory.peak_phase}"; raise tensor, context or '
+            "pipeline parallel sizes, set optimizer.distributed, model.recompute_activations, "
+            'model.recompute_modules or training.offload, leave selection.passes at "auto", lower '
+            "training.max_tokens_per_micro_batch or rollout.prompts_per_step, or give servers less "
             "memory (sglang.memory_fraction) or separate GPUs (sglang.gpus)\n" + result.report(gpu_memory_gib)
         )
     return result

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 
 import torch
 
-from megatron_tip.config import Config
+from megatron_tip.config import Config, ModelConfig, TeacherConfig
 from megatron_tip.errors import ConfigError, InputError, OptionalDependencyError
 from megatron_tip.machine import Machine
 from megatron_tip.observability.trackers import check_trackers
@@ -20,8 +20,13 @@ def default_num_workers(config: Config) -> int:
     """Returns how many workers to start here: one per GPU that servers leave; on a CPU the fewest for both models."""
     if torch.cuda.is_available():
         return num_workers_on(config, torch.cuda.device_count())
-    models = (config.model, config.teacher)
-    return math.lcm(*(model.tensor_parallel_size * model.pipeline_parallel_size for model in models))
+    return math.lcm(_fewest_workers(config.model), _fewest_workers(config.teacher))
+
+
+def _fewest_workers(model: ModelConfig | TeacherConfig) -> int:
+    tp_size = model.tensor_parallel_size
+    experts = (model.expert_tensor_parallel_size or tp_size) * model.expert_model_parallel_size
+    return model.pipeline_parallel_size * math.lcm(tp_size * model.context_parallel_size, experts)
 
 
 def check_packages(config: Config, machine: Machine) -> None:
@@ -67,7 +72,7 @@ def read_prompts(config: Config, machine: Machine) -> PromptFile | None:
     prompts = config.prompts
     if prompts.path is None or not machine.has(prompts.path, "prompts.path"):
         return None
-    return read_prompt_file(prompts.path, prompts.field, prompts.teacher_field)
+    return read_prompt_file(prompts.path, prompts.field, prompts.teacher_field, prompts.teacher_prompt_field)
 
 
 def check_number(config: Config, file: PromptFile | None) -> None:

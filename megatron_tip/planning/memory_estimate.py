@@ -9,11 +9,9 @@ context, NCCL's buffers, SGLang's captured graphs, fragmentation.
 from dataclasses import dataclass
 
 from megatron_tip.config import Config
-from megatron_tip.conversion.architecture import ModelArchitecture
-from megatron_tip.conversion.model_size import layer_parameters
-from megatron_tip.parallel.grid import ModelGrid
 from megatron_tip.planning.beside import EngineMemory
 from megatron_tip.planning.dtypes import Dtypes
+from megatron_tip.planning.model_share import ModelShare, activation_bytes, forward_bytes, kept_bytes_per_token
 from megatron_tip.planning.phases import OFFLOADED, PHASES, Phase
 from megatron_tip.planning.plan import Outline
 from megatron_tip.rollout.engine import CACHE
@@ -22,6 +20,7 @@ from megatron_tip.vocab_parallel import padded_vocab_size
 from megatron_tip.vocab_parallel.chunks import most_rows_on_gpu
 
 _FLOAT32 = 4
+_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
 _LOSS_BUFFERS = 3
 """Chunks of float32 logits that the loss holds at most: both models' in bfloat16 and, for eager kernels, float32."""
 GATHERED_BYTES = 2**24
@@ -90,47 +89,14 @@ def _cell(value: float) -> str:
 
 
 @dataclass(frozen=True)
-class _Model:
-    """One model in its layout. `padded_vocab_size`: rows of its embeddings. `has_head`: with its own output layer."""
-
-    architecture: ModelArchitecture
-    grid: ModelGrid
-    bytes_per_value: int
-    padded_vocab_size: int
-    has_head: bool = True
-
-    @property
-    def stage_layers(self) -> int:
-        return self.architecture.num_layers // self.grid.pp_size
-
-    @property
-    def num_parameters(self) -> float:
-        """Parameters of a rank of the fullest stage: layers, embedding or head or both, and mostly the last norm.
-
-        Every tp rank has the norms whole.
-        """
-        a, tp = self.architecture, self.grid.tp_size
-        norms = 2 * a.hidden_size + 2 * a.head_dim * a.qk_norm
-        layer = (layer_parameters(a) - norms) / tp + norms
-        one_stage = self.grid.pp_size == 1
-        matrices = 2 if one_stage and self.has_head and not a.tied_embeddings else 1
-        last_norm = a.hidden_size if one_stage or self.has_head else 0
-        return self.stage_layers * layer + matrices * self.padded_vocab_size * a.hidden_size / tp + last_norm
-
-    @property
-    def weight_bytes(self) -> float:
-        return self.num_parameters * self.bytes_per_value
-
-
-@dataclass(frozen=True)
 class _Site:
     """The run whose memory is estimated."""
 
     config: Config
     outline: Outline
     gpu_memory_gib: float
-    student: _Model
-    teacher: _Model | None
+    student: ModelShare
+    teacher: ModelShare | None
     engine: EngineMemory
 
     @property
@@ -141,7 +107,7 @@ class _Site:
     def movable(self) -> dict[str, tuple[str, float]]:
         """What may leave the device: by its name in `PHASES`, the name in the estimate and the bytes."""
         head_rows = self.outline.padded_vocab_size / self.student.grid.tp_size
-        return _student_parts(self.config, self.student) | _teacher_parts(self.teacher, head_rows)
+        return _student_parts(self.config, self.student) | _teacher_parts(self.config, self.teacher, head_rows)
 
     @property
     def leaving(self) -> frozenset[str]:
@@ -154,9 +120,9 @@ def estimate_memory(config: Config, outline: Outline, *, gpu_memory_gib: float, 
     With selection.passes = "auto" it is that of one pass if a batch of the longest sequences fits, else of two.
     """
     dtypes, padded = Dtypes.of(config, on_gpu=on_gpu), outline.padded_vocab_size
-    student = _Model(outline.student.architecture, outline.student_grid, dtypes.student.itemsize, padded)
+    student = ModelShare(outline.student.architecture, outline.student_grid, dtypes.student.itemsize, padded)
     engine = EngineMemory.of(config, outline, on_gpu=on_gpu)
-    site = _Site(config, outline, gpu_memory_gib, student, _teacher(outline, dtypes), engine)
+    site = _Site(config, outline, gpu_memory_gib, student, _teacher(config, outline, dtypes, student), engine)
     fitting, held_tokens = 0, None
     if may_take_one_pass(config, outline.selector):
         fitting, longest = _fitting_tokens(site), _num_rollouts(config, student) * config.longest_sequence
@@ -166,8 +132,14 @@ def estimate_memory(config: Config, outline: Outline, *, gpu_memory_gib: float, 
 
 
 def may_take_one_pass(config: Config, selector: Selector) -> bool:
-    """Returns whether the configuration allows that a step's only forward pass both scores and trains."""
+    """Returns whether the configuration allows that a step's only forward pass both scores and trains.
+
+    An auxiliary loss of experts covers all tokens in one pass and those that the cut leaves in two. With "auto"
+    there are two, so that free memory does not decide what is learnt.
+    """
     is_scored = selector.required_statistics or config.rollout.importance_cap or config.tracking.view_every_steps
+    if config.selection.passes == "auto" and config.model.moe_aux_loss_coeff:
+        return False
     return bool(is_scored) and config.selection.passes != "two" and config.model.pipeline_parallel_size == 1
 
 
@@ -175,7 +147,7 @@ def _fitting_tokens(site: _Site) -> int:
     """Returns the tokens of a replica whose activations one pass may hold beside everything else."""
     phases = _phases(site, held_tokens=0)
     free = site.gpu_memory_bytes - max(sum(phases[name].values()) for name in ("score", "train"))
-    return max(0, int(_HELD_SHARE * free / _kept_bytes_per_token(site.config, site.student)))
+    return max(0, int(_HELD_SHARE * free / kept_bytes_per_token(site.config, site.student)))
 
 
 def _phases(site: _Site, held_tokens: int | None) -> dict[str, Parts]:
@@ -203,29 +175,52 @@ def _beside(site: _Site, phase: Phase) -> Parts:
     return {SERVERS: engine.server_bytes(site.config, site.outline, held, site.gpu_memory_bytes)}
 
 
-def _teacher(outline: Outline, dtypes: Dtypes) -> _Model | None:
+def _teacher(config: Config, outline: Outline, dtypes: Dtypes, student: ModelShare) -> ModelShare | None:
+    if config.teacher.update != "frozen":
+        return student
     if outline.teacher is None:
         return None
     grid, architecture = outline.teacher_grid, outline.teacher.architecture
     padded = padded_vocab_size(architecture.vocab_size, grid.tp_size)
-    return _Model(architecture, grid, dtypes.teacher.itemsize, padded, has_head=False)
+    return ModelShare(architecture, grid, dtypes.teacher.itemsize, padded, has_head=False)
 
 
-def _student_parts(config: Config, student: _Model) -> dict[str, tuple[str, float]]:
+def _student_parts(config: Config, student: ModelShare) -> dict[str, tuple[str, float]]:
     """Returns what may leave the device: by its name in `PHASES`, the name in the estimate and the bytes."""
-    # Megatron keeps float32 gradients, two moments, and for bfloat16 weights a float32 copy.
-    optimizer_values = 3 if student.bytes_per_value < _FLOAT32 else 2
-    state = student.num_parameters * optimizer_values * _FLOAT32 / _optimizer_shards(config, student)
+    optimizer = config.optimizer
+    # Megatron keeps gradients, two moments, and for bfloat16 weights a copy. By default all are float32.
+    value_bytes = _BYTES[optimizer.exp_avg_dtype] + _BYTES[optimizer.exp_avg_sq_dtype]
+    if student.bytes_per_value < _FLOAT32:
+        value_bytes += _copy_bytes(config)
+    state = student.num_updated(distributed=optimizer.distributed) * value_bytes
+    gradients = student.num_parameters * _BYTES[optimizer.main_grads_dtype]
+    name = "float32" if optimizer.main_grads_dtype == "fp32" else "bfloat16"
     return {
-        "gradients": ("student: gradients, float32", student.num_parameters * _FLOAT32),
+        "gradients": (f"student: gradients, {name}", gradients),
         "optimizer": ("student: optimizer", state),
     }
 
 
-def _teacher_parts(teacher: _Model | None, head_rows: float) -> dict[str, tuple[str, float]]:
-    """Returns the same for a teacher in the trainer's processes; its head is sharded as the student's."""
-    if teacher is None:
+def _copy_bytes(config: Config) -> int:
+    """Returns the bytes per weight of the optimizer's copy of bfloat16 weights.
+
+    Transformer Engine's AdamW keeps of a float32 copy only the half that the weights do not have.
+    """
+    if config.optimizer.use_precision_aware_optimizer:
+        return 2
+    return _FLOAT32
+
+
+def _teacher_parts(config: Config, teacher: ModelShare | None, head_rows: float) -> dict[str, tuple[str, float]]:
+    """Returns the same for a teacher in the trainer's processes; its head is sharded as the student's.
+
+    A live teacher is the student; an averaged one has its head in its model, and a float32 copy of other weights.
+    """
+    if teacher is None or config.teacher.update == "live":
         return {}
+    if config.teacher.update == "average":
+        average = teacher.num_parameters * _FLOAT32 if teacher.bytes_per_value < _FLOAT32 else 0.0
+        return {"teacher": ("teacher: weights", teacher.weight_bytes + average)}
     head = head_rows * teacher.architecture.hidden_size * teacher.bytes_per_value
     return {
         "teacher": ("teacher: weights", teacher.weight_bytes),
@@ -233,8 +228,8 @@ def _teacher_parts(teacher: _Model | None, head_rows: float) -> dict[str, tuple[
     }
 
 
-def _optimizer_shards(config: Config, student: _Model) -> int:
-    return student.grid.dp_size if config.optimizer.distributed else 1
+def _optimizer_shards(config: Config, student: ModelShare) -> int:
+    return student.grid.dp_size * student.grid.cp_size if config.optimizer.distributed else 1
 
 
 def _working(site: _Site, held_tokens: int | None) -> dict[str, Parts]:
@@ -245,14 +240,14 @@ def _working(site: _Site, held_tokens: int | None) -> dict[str, Parts]:
     rollouts = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
     sent, received = _rows_of_teacher(config, student, teacher, rollouts)
     loss = {"loss: logits of a chunk": float(chunk_rows * shard * _FLOAT32 * _LOSS_BUFFERS)}
-    asking = _forward(config, "teacher", teacher)
+    asking = forward_bytes(config, "teacher", teacher)
     scoring, training = _student_activations(config, student, held_tokens)
     selected = {name: 2 * outline.selector.asked_share * value for name, value in received.items()}
     training |= {
         "loss: gradient of the head": shard * student.architecture.hidden_size * _FLOAT32,
         **{f"{name}, the selected": value for name, value in selected.items()},
     }
-    roots = student.num_parameters * _FLOAT32 / _optimizer_shards(config, student)
+    roots = student.num_updated(distributed=config.optimizer.distributed) * _FLOAT32
     phases = {
         "generate": {},
         "ask": asking | sent | received,
@@ -263,46 +258,40 @@ def _working(site: _Site, held_tokens: int | None) -> dict[str, Parts]:
     }
     if config.heldout.num_prompts:
         heldout_sent, heldout_received = _rows_of_teacher(config, student, teacher, config.heldout.num_prompts)
-        measuring = asking | _forward(config, "student", student) | loss
+        measuring = asking | forward_bytes(config, "student", student) | loss
         phases["measure"] = measuring | heldout_sent | heldout_received
-    gathers = config.optimizer.distributed and student.grid.dp_size > 1
-    phases["save"] = {"save: a piece of the optimizer": float(student.grid.dp_size * GATHERED_BYTES * gathers)}
+    shards = _optimizer_shards(config, student)
+    phases["save"] = {"save: a piece of the optimizer": float(shards * GATHERED_BYTES if shards > 1 else 0)}
     return phases
 
 
-def _student_activations(config: Config, student: _Model, held_tokens: int | None) -> tuple[Parts, Parts]:
+def _student_activations(config: Config, student: ModelShare, held_tokens: int | None) -> tuple[Parts, Parts]:
     """Returns the student's activations in "score" and in "train"; `held_tokens` as for `_phases`."""
-    layer = _forward(config, "student", student)
+    layer = forward_bytes(config, "student", student)
     if held_tokens is None:
-        return layer, {"student: activations of a micro-batch": _activations(config, student)}
-    held = {"student: activations of a step, held": held_tokens * _kept_bytes_per_token(config, student)}
+        return layer, {"student: activations of a micro-batch": activation_bytes(config, student)}
+    held = {"student: activations of a step, held": held_tokens * kept_bytes_per_token(config, student)}
     return layer | held, layer | held
 
 
-def _rows_of_teacher(config: Config, student: _Model, teacher: _Model | None, num_rollouts: int) -> tuple[Parts, Parts]:
+def _rows_of_teacher(
+    config: Config, student: ModelShare, teacher: ModelShare | None, num_rollouts: int
+) -> tuple[Parts, Parts]:
     """Returns the last hidden states of a batch that a rank has to send, and those that it receives.
 
-    Each tp rank of the teacher's last stage has all rows of its replica, and each of the student's last stage gets all
-    of its own; both exist at the same time.
+    Each tp rank of the teacher's last stage has all rows of its part of its replica, and each of the student's last
+    stage gets all of its own; both exist at the same time.
     """
     if teacher is None:
         return {}, {}
     row = teacher.architecture.hidden_size * teacher.bytes_per_value
     longest = config.rollout.max_response_tokens
-    sent, received = (-(-num_rollouts // model.grid.dp_size) * longest * row for model in (teacher, student))
+    grids = (teacher.grid, student.grid)
+    sent, received = (-(-num_rollouts // grid.dp_size) * longest * row / grid.cp_size for grid in grids)
     return {"teacher: hidden states to send": sent}, {"teacher: hidden states of a step": received}
 
 
-def _forward(config: Config, owner: str, model: _Model | None) -> Parts:
-    """Returns the bytes of a forward pass without gradient: one layer's."""
-    if model is None:
-        return {}
-    sequence_parallel = config.model.sequence_parallel and owner == "student"
-    layer = _layer_bytes_per_token(model, sequence_parallel=sequence_parallel)
-    return {f"{owner}: a layer's activations": layer * _tokens(config)}
-
-
-def _gathered_for_sync(config: Config, outline: Outline, student: _Model) -> Parts:
+def _gathered_for_sync(config: Config, outline: Outline, student: ModelShare) -> Parts:
     """Returns the largest tensor whole, gathered and merged, and buckets on their way to servers."""
     a = student.architecture
     largest = max(student.padded_vocab_size, 2 * a.ffn_hidden_size) * a.hidden_size * student.bytes_per_value
@@ -311,43 +300,6 @@ def _gathered_for_sync(config: Config, outline: Outline, student: _Model) -> Par
     return {"sync: a whole tensor, gathered and merged": 2.0 * largest, "sync: buckets": float(buckets)}
 
 
-def _layer_bytes_per_token(model: _Model, *, sequence_parallel: bool) -> float:
-    """Returns the activations of one layer; fused attention keeps nothing of size length x length.
-
-    They are the inputs of its two norms and of its four matrix products, q, k, v and the products of SwiGLU.
-    """
-    a, tp = model.architecture, model.grid.tp_size
-    heads = (a.num_attention_heads + 2 * a.num_query_groups) * a.head_dim
-    split = heads + a.num_attention_heads * a.head_dim + 3 * a.ffn_hidden_size
-    whole = 4 * a.hidden_size / (tp if sequence_parallel else 1)
-    return (split / tp + whole) * model.bytes_per_value
-
-
-def _kept_bytes_per_token(config: Config, student: _Model) -> float:
-    """Returns what a stage keeps for the backward pass; with recomputation a layer keeps only its input."""
-    sequence_parallel = config.model.sequence_parallel
-    layer = _layer_bytes_per_token(student, sequence_parallel=sequence_parallel)
-    if config.model.recompute_activations:
-        layer = student.architecture.hidden_size * student.bytes_per_value
-        layer /= student.grid.tp_size if sequence_parallel else 1
-    return student.stage_layers * layer
-
-
-def _activations(config: Config, student: _Model) -> float:
-    """Returns the bytes kept for the backward pass: up to pp micro-batches are in flight.
-
-    With recomputation one layer at a time has all of its activations.
-    """
-    per_token = student.grid.pp_size * _kept_bytes_per_token(config, student)
-    if config.model.recompute_activations:
-        per_token += _layer_bytes_per_token(student, sequence_parallel=config.model.sequence_parallel)
-    return per_token * _tokens(config)
-
-
-def _num_rollouts(config: Config, model: _Model) -> int:
+def _num_rollouts(config: Config, model: ModelShare) -> int:
     """Returns the rollouts of the fullest replica."""
     return -(-config.rollout.prompts_per_step * config.rollout.samples_per_prompt // model.grid.dp_size)
-
-
-def _tokens(config: Config) -> int:
-    return max(config.training.max_tokens_per_micro_batch, config.longest_sequence)

@@ -19,17 +19,20 @@ class OnePass:
     A batch alone decides, not what memory is free, so that all ranks and a resumed run take the same way.
 
     `max_tokens`: of the fullest replica, with padding; 0: no batch. `max_cut_share`: of the batch's tokens, those that
-    two passes are expected to cut. `asked_share`: of the tokens, that is selected.
+    two passes are expected to cut. `asked_share`: of the tokens, that is selected, `of_whole_rollouts` or of single
+    tokens.
     """
 
     max_tokens: int
     max_cut_share: float
     asked_share: float
+    of_whole_rollouts: bool = False
 
     def suits(self, batch: StepBatch) -> bool:
         """Returns whether `batch` is to be scored and trained with one forward pass; the same on every rank."""
         is_small = max(batch.num_padded_tokens()) <= self.max_tokens
-        return is_small and expected_cut_share(batch, self.asked_share) <= self.max_cut_share
+        cut = 1 - self.asked_share if self.of_whole_rollouts else expected_cut_share(batch, self.asked_share)
+        return is_small and cut <= self.max_cut_share
 
     def __str__(self) -> str:
         if self.max_tokens == 0:
@@ -53,14 +56,15 @@ def plan_passes(config: Config, outline: Outline, *, memory_gib: float, on_gpu: 
         memory_gib: of each rank's device, the same on every rank.
         on_gpu: whether the device is a GPU.
     """
-    share = outline.selector.asked_share
-    if not may_take_one_pass(config, outline.selector):
+    selector = outline.selector
+    share, of_whole_rollouts = selector.asked_share, selector.resolved_scope == "whole_rollouts"
+    if not may_take_one_pass(config, selector):
         return OnePass(0, 0.0, share)
     if config.selection.passes == "one":
         return OnePass(sys.maxsize, 1.0, share)
     fitting = estimate_memory(config, outline, gpu_memory_gib=memory_gib, on_gpu=on_gpu).held_tokens
     training_cost = 1 + _BACKWARD_COST + config.model.recompute_activations
-    return OnePass(fitting, 1 / training_cost, share)
+    return OnePass(fitting, 1 / training_cost, share, of_whole_rollouts)
 
 
 def expected_cut_share(batch: StepBatch, asked_share: float) -> float:

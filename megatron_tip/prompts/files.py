@@ -2,7 +2,7 @@
 
 import hashlib
 import marshal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,22 @@ from megatron_tip.files import is_lfs_pointer, parse_json
 # A text, or chat messages with the texts "role" and "content"; other keys are for the chat template.
 RawPrompt = str | list[dict[str, Any]]
 
+# The keys of the configuration that name the fields of a row.
+_PROMPT, _TEACHER, _TEACHER_PROMPT = "prompts.field", "prompts.teacher_field", "prompts.teacher_prompt_field"
+
 
 @dataclass
 class PromptRow:
     """A distinct prompt of a file. `index`: the place of its first row, from 0. `last_index`: that of its last copy.
 
-    `where`: its first row, for errors. `teacher`: the value of the teacher field, "" without one.
+    `where`: its first row, for errors. `teacher`: the value of the teacher field, "" without one. `teacher_prompt`:
+    what the teacher reads in its place; the prompt itself without such a field.
     """
 
     where: str
     prompt: RawPrompt
     teacher: str
+    teacher_prompt: RawPrompt
     index: int
     last_index: int
 
@@ -35,7 +40,7 @@ class PromptRow:
 class PromptFile:
     """The prompts of a file. `num_rows`: with copies. `rows`: without, by their first row.
 
-    Rows are copies if they have the same value in the prompt field and in the teacher field.
+    Rows are copies if they have the same value in the prompt field and in the teacher's fields.
     """
 
     num_rows: int
@@ -46,11 +51,12 @@ class PromptFile:
         return self.num_rows - len(self.rows)
 
 
-def read_prompt_file(path: Path, field: str, teacher_field: str = "") -> PromptFile:
+def read_prompt_file(path: Path, field: str, teacher_field: str = "", teacher_prompt_field: str = "") -> PromptFile:
     """Returns the prompts of a .jsonl or .parquet file. Memory grows with the distinct ones, not with their copies.
 
     Args:
         teacher_field: the field that names each prompt's teacher; "" for none.
+        teacher_prompt_field: the field with what the teacher reads; "" for none.
 
     Raises:
         InputError: the file is missing, has another suffix, holds no prompt, has a line that is empty or not a JSON
@@ -67,7 +73,7 @@ def read_prompt_file(path: Path, field: str, teacher_field: str = "") -> PromptF
         raise InputError(f"prompts.path: no file {path}; data sets are not fetched, a file must lie on this machine")
     if is_lfs_pointer(path):
         raise InputError(f"prompts.path: expected prompts, got a Git LFS pointer in {path}; run `git lfs pull` there")
-    distinct = _DistinctPrompts(field, teacher_field)
+    distinct = _DistinctPrompts(field, teacher_field, teacher_prompt_field)
     num_rows = readers[path.suffix](path, distinct)
     if not num_rows:
         raise InputError(f"prompts.path: expected prompts in {path}, got an empty file")
@@ -75,10 +81,14 @@ def read_prompt_file(path: Path, field: str, teacher_field: str = "") -> PromptF
 
 
 class _DistinctPrompts:
-    """The prompts that were read so far, each once. `fields`: the names of a row's values, in the order of `add`."""
+    """The prompts that were read so far, each once.
 
-    def __init__(self, field: str, teacher_field: str) -> None:
-        self.fields = [field, *[teacher_field] * bool(teacher_field)]
+    `fields`: the fields of a row, in the order of `add`, by the key of the configuration that names each.
+    """
+
+    def __init__(self, field: str, teacher_field: str, teacher_prompt_field: str) -> None:
+        fields = {_PROMPT: field, _TEACHER: teacher_field, _TEACHER_PROMPT: teacher_prompt_field}
+        self.fields = {key: name for key, name in fields.items() if name}
         self.rows: list[PromptRow] = []
         self._known: dict[bytes, PromptRow] = {}
 
@@ -87,9 +97,13 @@ class _DistinctPrompts:
         key = _key(where, values)
         row = self._known.get(key)
         if row is None:
-            prompt = _checked(where, self.fields[0], values[0])
-            teacher = _checked_teacher(where, self.fields[1], values[1]) if len(values) > 1 else ""
-            row = self._known[key] = PromptRow(where, prompt, teacher, index, index)
+            fields, found = self.fields, dict(zip(self.fields, values, strict=True))
+            prompt = _checked(where, fields[_PROMPT], found[_PROMPT])
+            teacher = _checked_teacher(where, fields[_TEACHER], found[_TEACHER]) if _TEACHER in fields else ""
+            own = prompt
+            if _TEACHER_PROMPT in fields:
+                own = _checked(where, fields[_TEACHER_PROMPT], found[_TEACHER_PROMPT])
+            row = self._known[key] = PromptRow(where, prompt, teacher, own, index, index)
             self.rows.append(row)
         row.last_index = index
         return row
@@ -116,7 +130,7 @@ def _read_jsonl(path: Path, distinct: _DistinctPrompts) -> int:
     return number
 
 
-def _values(where: str, line: bytes, fields: Sequence[str]) -> list[Any]:
+def _values(where: str, line: bytes, fields: Mapping[str, str]) -> list[Any]:
     """Returns the values of a line's `fields`."""
     if not line.strip():
         raise InputError(f"{where}: expected a JSON object, got an empty line; remove it")
@@ -126,40 +140,36 @@ def _values(where: str, line: bytes, fields: Sequence[str]) -> list[Any]:
         raise InputError(f"{where}: expected a JSON object, got a broken line ({error})") from error
     if not isinstance(record, dict):
         raise InputError(f"{where}: expected a JSON object, got {type(record).__name__}")
-    for key, field in zip(_KEYS, fields, strict=False):
+    for key, field in fields.items():
         if field not in record:
             raise InputError(_no_field(key, field, where, sorted(record)))
-    return [record[field] for field in fields]
+    return [record[field] for field in fields.values()]
 
 
 def _read_parquet(path: Path, distinct: _DistinctPrompts) -> int:
     """Adds the file's prompts to `distinct`; returns the number of rows."""
     index = 0
     for batch in _batches(path, distinct.fields):
-        for values in zip(*(batch.column(field).to_pylist() for field in distinct.fields), strict=True):
+        for values in zip(*(batch.column(field).to_pylist() for field in distinct.fields.values()), strict=True):
             distinct.add(f"{path}, row {index + 1}", index, values)
             index += 1
     return index
 
 
-def _batches(path: Path, fields: Sequence[str]) -> Iterator[pa.RecordBatch]:
+def _batches(path: Path, fields: Mapping[str, str]) -> Iterator[pa.RecordBatch]:
     try:
         with pq.ParquetFile(path) as file:
             columns = file.schema_arrow.names
-            for key, field in zip(_KEYS, fields, strict=False):
+            for key, field in fields.items():
                 if field not in columns:
                     raise InputError(_no_field(key, field, str(path), columns))
-            yield from file.iter_batches(_ROWS_PER_BATCH, columns=list(dict.fromkeys(fields)))
+            yield from file.iter_batches(_ROWS_PER_BATCH, columns=list(dict.fromkeys(fields.values())))
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path}: not a readable Parquet file ({error})") from error
 
 
 _ROWS_PER_BATCH = 8192
 """Rows that are Python objects at a time."""
-
-
-_KEYS = ("prompts.field", "prompts.teacher_field")
-"""The keys of the configuration that name the fields of a row, in the order of `_DistinctPrompts.fields`."""
 
 
 def _no_field(key: str, field: str, where: str, found: Sequence[str]) -> str:

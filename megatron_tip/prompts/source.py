@@ -24,7 +24,8 @@ class PromptSource:
     `digest`: a checksum of what the prompts are made from, by which a run recognises its own when it is continued. It
     is not of the rendered texts: a chat template may write today's date.
     `num_copies`: rows of a file left out because an earlier row has the same prompt. `num_skipped`: prompts longer than
-    the limit, left out of both. `num_duplicates`: training prompts left out because their text is a held-out one's.
+    the limit, the teacher's or the student's, left out of both. `num_duplicates`: training prompts left out because
+    their text is a held-out one's.
     """
 
     def __init__(
@@ -100,7 +101,9 @@ def load_prompts(
     renderer = PromptRenderer(prompts, tokenizer)
     if prompts.source == "file":
         assert prompts.path is not None, "the configuration holds a path with source = file"
-        file = file or read_prompt_file(prompts.path, prompts.field, prompts.teacher_field)
+        file = file or read_prompt_file(
+            prompts.path, prompts.field, prompts.teacher_field, prompts.teacher_prompt_field
+        )
         training, held_out = _from_file(prompts, file, heldout.num_prompts, renderer)
     else:
         num_training = prompts.num_prompts or prompts_per_step * steps
@@ -145,9 +148,10 @@ def _from_file(
     A prompt's index is its first row. The last ones are those whose last copies come last.
     """
     raw = [(row.where, row.prompt) for row in file.rows]
+    of_teacher = [row.teacher_prompt for row in file.rows]
     usable = [
         replace(prompt, index=file.rows[prompt.index].index, teacher=file.rows[prompt.index].teacher)
-        for prompt in renderer.prompts(raw, first_index=0)
+        for prompt in renderer.prompts(raw, first_index=0, teacher_prompts=of_teacher)
     ]
     if prompts.teacher_field:
         renderer.note(*(row.teacher for row in file.rows))

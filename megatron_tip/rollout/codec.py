@@ -23,13 +23,16 @@ SCHEMA = pa.schema(
         ("weight_version", pa.int64()),
         ("environment_spans", _SPANS),
         ("teacher", pa.string()),
+        ("teacher_prompt_ids", pa.list_(pa.int64())),
     ]
 )
 """The fields of a Rollout, in their order."""
 
 _PYTHON = {pa.int64(): int, pa.float64(): float, pa.string(): str}
 _ARRAYS: dict[pa.DataType, type] = {pa.list_(kind): _PYTHON[kind] for kind in (pa.int64(), pa.float64())}
-_OPTIONAL = {one.name for one in fields(Rollout) if one.default is not MISSING}
+_OPTIONAL = {one.name for one in fields(Rollout) if (one.default, one.default_factory) != (MISSING, MISSING)}
+REQUIRED_COLUMNS = [name for name in SCHEMA.names if name not in _OPTIONAL]
+"""The columns without which a table holds no rollouts."""
 
 
 def rollouts_to_table(rollouts: Sequence[Rollout]) -> pa.Table:
@@ -41,9 +44,14 @@ def rollouts_to_table(rollouts: Sequence[Rollout]) -> pa.Table:
 
 
 def rollouts_from_table(table: pa.Table) -> list[Rollout]:
-    """Returns the rollouts of a table that has the columns of SCHEMA; their arrays are parts of the table's."""
-    columns = [_values(table.column(column.name).combine_chunks(), column.type) for column in SCHEMA]
-    return [Rollout(**dict(zip(SCHEMA.names, row, strict=True))) for row in zip(*columns, strict=True)]
+    """Returns the rollouts of a table that has the columns of SCHEMA; their arrays are parts of the table's.
+
+    Columns that have a default may be missing, because older files lack them.
+    """
+    found = [column for column in SCHEMA if column.name in table.column_names or column.name not in _OPTIONAL]
+    columns = [_values(table.column(column.name).combine_chunks(), column.type) for column in found]
+    names = [column.name for column in found]
+    return [Rollout(**dict(zip(names, row, strict=True))) for row in zip(*columns, strict=True)]
 
 
 def encode_rollouts(rollouts: Sequence[Rollout] | None) -> bytes:

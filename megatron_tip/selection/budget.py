@@ -11,7 +11,9 @@ from torch import Tensor
 
 from megatron_tip.records import TokenIndex
 from megatron_tip.selection.order_statistics import FLOAT_KEY_BITS, order_statistics, ordered_keys, value_of_key
+from megatron_tip.selection.places import Groups
 from megatron_tip.selection.replicas import Replicas
+from megatron_tip.selection.rule import Rounding
 
 
 def exact_ratio(retention_ratio: float) -> Fraction:
@@ -24,9 +26,13 @@ def batch_budget(retention_ratio: float, num_rows: int) -> int:
     return math.ceil(exact_ratio(retention_ratio) * num_rows)
 
 
-def rollout_budget(retention_ratio: float, num_rows: int, minimum: int) -> int:
-    """Returns floor(rho m) for a rollout of m rows (TIP Eq. 8), but at least `minimum`, or m if that is less."""
-    return max(math.floor(exact_ratio(retention_ratio) * num_rows), min(minimum, num_rows))
+def rollout_budget(retention_ratio: float, num_rows: int, minimum: int, rounding: Rounding = "down") -> int:
+    """Returns floor(rho m) for a rollout of m rows (TIP Eq. 8), but at least `minimum`, or m if that is less.
+
+    `rounding` "up": ceil(rho m) (SE-KD).
+    """
+    share = exact_ratio(retention_ratio) * num_rows
+    return max(math.ceil(share) if rounding == "up" else math.floor(share), min(minimum, num_rows))
 
 
 @dataclass(frozen=True)
@@ -60,10 +66,13 @@ class Kept:
 
 
 class Budget(Protocol):
-    """A budget of the best rows of each score vector. `num_selected`: of the whole batch, the same on all replicas."""
+    """A budget of the best rows of each score vector.
+
+    `num_selected`: of the whole batch, the same on all replicas; None if it depends on the scores.
+    """
 
     @property
-    def num_selected(self) -> int: ...
+    def num_selected(self) -> int | None: ...
 
     def keep(self, scores: Sequence[Tensor], ties: TieOrder, *, with_runner_up: bool) -> list[Kept]:
         """Returns the kept rows for each `[n]` float32 score vector."""
@@ -146,10 +155,10 @@ class RolloutBudget:
     budgets: Tensor
 
     @staticmethod
-    def of(index: TokenIndex, retention_ratio: float, minimum: int) -> "RolloutBudget":
+    def of(index: TokenIndex, retention_ratio: float, minimum: int, rounding: Rounding = "down") -> "RolloutBudget":
         """Returns the budgets of this replica's rollouts; `num_selected` counts only this replica."""
         _, place, lengths = torch.unique(index.rollout_index, return_inverse=True, return_counts=True)
-        budgets = [rollout_budget(retention_ratio, length, minimum) for length in lengths.tolist()]
+        budgets = [rollout_budget(retention_ratio, length, minimum, rounding) for length in lengths.tolist()]
         return RolloutBudget(
             sum(budgets), place, lengths, torch.tensor(budgets, dtype=torch.int64, device=place.device)
         )
@@ -176,3 +185,27 @@ class RolloutBudget:
 
     def uniform_inclusion(self) -> Tensor:
         return (self.budgets / self.lengths)[self.place]
+
+
+@dataclass(frozen=True)
+class WholeRolloutsBudget:
+    """A budget of the whole rollouts with the highest mean score, `among_rollouts`. FiRe (arXiv:2606.02684).
+
+    `rollouts`: this replica's rows by rollout.
+    """
+
+    among_rollouts: BatchBudget
+    rollouts: Groups
+    num_selected: None = None
+
+    def keep(self, scores: Sequence[Tensor], ties: TieOrder, *, with_runner_up: bool) -> list[Kept]:
+        """Returns the kept rows, as `BatchBudget.keep`, with a threshold of rollouts. Of ties the first row decides."""
+        group = self.rollouts.group
+        means = [self.rollouts.mean(row_scores).to(torch.float32) for row_scores in scores]
+        first_keys = torch.full_like(self.rollouts.sizes, 2**ties.key_bits - 1)
+        first_keys.scatter_reduce_(0, group, ties.keys, "amin")
+        kept = self.among_rollouts.keep(means, TieOrder(first_keys, ties.key_bits), with_runner_up=with_runner_up)
+        return [Kept(one.mask[group], one.runner_up, one.threshold) for one in kept]
+
+    def uniform_inclusion(self) -> float:
+        return self.among_rollouts.uniform_inclusion()

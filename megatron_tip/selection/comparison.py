@@ -6,12 +6,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_tip.errors import ConfigError
 from megatron_tip.records import TokenIndex
 from megatron_tip.selection.batch import read_batch, read_values
 from megatron_tip.selection.metrics import quadrant_axes, quadrant_rows
 from megatron_tip.selection.order_statistics import quantiles
 from megatron_tip.selection.replicas import Replicas
-from megatron_tip.selection.rules import RULES, Scope
+from megatron_tip.selection.rule import Scope
+from megatron_tip.selection.rules import PAPERS_RULES
 from megatron_tip.selection.selector import Selector
 from megatron_tip.statistics import TokenStatistics
 
@@ -23,6 +25,7 @@ class RuleComparison:
     `names`: of the rules. `masks`: `[rules, n]` bool, this replica's rows. `num_selected`: `[rules]` int64.
     `jaccard`: `[rules, rules]` float64, rows kept by both over rows kept by either. `quadrants`: `[rules, 4]` float64,
     the share of each rule's rows in Q1 to Q4, cut at the batch medians of `axes`; `[rules, 0]` without both statistics.
+    `tied_shares`: of each rule's rows, those that only the tie order chose; NaN where each rollout has its own budget.
     """
 
     names: tuple[str, ...]
@@ -31,6 +34,7 @@ class RuleComparison:
     jaccard: Tensor
     axes: tuple[str, ...]
     quadrants: Tensor
+    tied_shares: tuple[float, ...]
 
 
 def compare_rules(
@@ -50,14 +54,17 @@ def compare_rules(
         seed: of the first rule; each further rule has the next seed.
         divergence: the statistic that cuts the quadrants along with the student's entropy, if available.
     """
+    if scope not in ("batch", "rollout"):
+        raise ConfigError(f"compare_rules: expected scope 'batch' or 'rollout', got {scope!r}")
     replicas = Replicas(dp_group)
     batch = read_batch(read_values(statistics), index, replicas)
     axes = quadrant_axes(batch.values, {divergence})
-    names = [n for n, r in RULES.items() if r.take != "all" and r.required_statistics <= batch.values.keys()]
+    names = [n for n, r in PAPERS_RULES.items() if r.take != "all" and r.required_statistics <= batch.values.keys()]
     # a separate seed for each: with the same draws, two sampling rules would agree spuriously
     seeds = range(seed, seed + len(names))
     selectors = (Selector(n, retention_ratio, scope, seed=s, compare=False) for n, s in zip(names, seeds, strict=True))
-    masks = torch.stack([s.select(statistics, index, step=0, dp_group=dp_group).selection_mask for s in selectors])
+    selections = [s.select(statistics, index, step=0, dp_group=dp_group) for s in selectors]
+    masks = torch.stack([selection.selection_mask for selection in selections])
     medians = quantiles(batch.values, {(name, 0.5) for name in axes}, batch.num_valid, replicas)
     quadrants = quadrant_rows(batch, medians, axes).values()
     columns = torch.cat([masks, torch.stack(list(quadrants))]) if quadrants else masks
@@ -71,4 +78,5 @@ def compare_rules(
         jaccard=both / (num_selected[:, None] + num_selected - both),
         axes=axes,
         quadrants=of_quadrants / num_selected[:, None],
+        tied_shares=tuple(selection.metrics.get("selection/tied_share", float("nan")) for selection in selections),
     )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from megatron_tip.selection.budget import Budget, Kept
 from megatron_tip.selection.ranking import Ranking
-from megatron_tip.selection.rules import Rule
+from megatron_tip.selection.rule import Rule
 from megatron_tip.selection.sampling import inclusion_probabilities
 
 LossScale = Literal["selected", "valid", "importance"]

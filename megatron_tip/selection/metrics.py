@@ -106,9 +106,11 @@ def selection_metrics(sums: Sums, num_valid: int, quantiles: Quantiles, axes: Se
     return {f"selection/{name}": value for name, value in metrics.items()}
 
 
-def threshold_metrics(threshold: Threshold | None, num_selected: int) -> dict[str, float]:
+def threshold_metrics(threshold: Threshold | None, num_selected: int | None) -> dict[str, float]:
     """Returns the lowest kept score, and the share of kept rows that were chosen by the tie order."""
     if threshold is None:
         return {}
+    if num_selected is None:  # a threshold of whole rollouts
+        return {"selection/threshold": threshold.score}
     num_tied = threshold.num_tied if threshold.num_tied < threshold.num_equal else 0
     return {"selection/threshold": threshold.score, "selection/tied_share": num_tied / num_selected}

@@ -32,6 +32,11 @@ def above_median(values: Tensor, median: float) -> Tensor:
     return (values > median).to(values.dtype)
 
 
+def by_maximum(values: Tensor, high: float) -> Tensor:
+    """Returns z / max of values that are at least 0; zeros if all are 0. FiRe, for both entropies."""
+    return values / (high or 1.0)
+
+
 def raw(values: Tensor) -> Tensor:
     """Returns the values unchanged."""
     return values
@@ -50,6 +55,7 @@ ROBUST = Normaliser("robust", (0.05, 0.95), robust)
 MIN_MAX = Normaliser("min_max", (0.0, 1.0), min_max)
 CLIPPED_MIN_MAX = Normaliser("clipped_min_max", (0.0, 0.98), clipped_min_max)
 ABOVE_MEDIAN = Normaliser("above_median", (0.5,), above_median)
+BY_MAXIMUM = Normaliser("by_maximum", (1.0,), by_maximum)
 RAW = Normaliser("raw", (), raw)
 
-NORMALISERS = {n.name: n for n in (ROBUST, MIN_MAX, CLIPPED_MIN_MAX, ABOVE_MEDIAN, RAW)}
+NORMALISERS = {n.name: n for n in (ROBUST, MIN_MAX, CLIPPED_MIN_MAX, ABOVE_MEDIAN, BY_MAXIMUM, RAW)}

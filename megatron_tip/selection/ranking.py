@@ -11,7 +11,7 @@ from megatron_tip.records import TokenIndex
 from megatron_tip.selection.batch import Batch
 from megatron_tip.selection.counter_hash import uniform
 from megatron_tip.selection.order_statistics import Quantiles
-from megatron_tip.selection.rules import Input, Rule
+from megatron_tip.selection.rule import Input, Rule
 from megatron_tip.selection.sampling import race_scores
 
 

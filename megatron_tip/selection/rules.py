@@ -1,62 +1,20 @@
-"""The selection rules by name: each is one published combination of score, normalisers and budget scope."""
+"""The presets by name: each is one published combination of selection, weights and loss terms."""
 
 import difflib
 import importlib
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import math
+from dataclasses import replace
 from importlib.metadata import entry_points
-from typing import Any, Literal
-
-from torch import Tensor
+from typing import Any
 
 from megatron_tip.errors import ConfigError
-from megatron_tip.selection import scores
-from megatron_tip.selection.normalise import ABOVE_MEDIAN, CLIPPED_MIN_MAX, MIN_MAX, RAW, ROBUST, Normaliser
+from megatron_tip.selection import scores, weights
+from megatron_tip.selection.normalise import ABOVE_MEDIAN, BY_MAXIMUM, CLIPPED_MIN_MAX, MIN_MAX, RAW
+from megatron_tip.selection.rule import Input, Rule, Term, Weight
 from megatron_tip.statistics import STATISTICS
 
-Take = Literal["all", "top", "bottom", "sample"]
-Scope = Literal["batch", "rollout"]
-
 ENTRY_POINTS = "megatron_tip.selection_rules"
-
-
-@dataclass(frozen=True)
-class Input:
-    """One argument of a score function: a statistic and how it is normalised."""
-
-    statistic: str
-    normaliser: Normaliser = ROBUST
-
-
-@dataclass(frozen=True)
-class Rule:
-    """A selection rule. To add one, write a score function and a row of the table.
-
-    `score(*inputs)` returns `[n]` scores and must not modify its inputs. `take`: "all" rows; the "top" or "bottom" of
-    the scores; or a "sample" without replacement with probability proportional to the score (no score: uniform).
-    `scope`: the budget's scope in the paper, which the selector can override.
-    """
-
-    name: str
-    score: Callable[..., Tensor] | None
-    inputs: tuple[Input, ...] = ()
-    take: Take = "top"
-    scope: Scope = "batch"
-
-    @property
-    def required_statistics(self) -> frozenset[str]:
-        return frozenset(item.statistic for item in self.inputs)
-
-    @property
-    def required_quantiles(self) -> frozenset[tuple[str, float]]:
-        """The required quantiles, as pairs of a statistic and a probability."""
-        return frozenset((item.statistic, p) for item in self.inputs for p in item.normaliser.probabilities)
-
-    def with_normaliser(self, normaliser: Normaliser) -> "Rule":
-        """Returns the rule with this normaliser for every input, except for the cuts of quadrants."""
-        inputs = (i if i.normaliser is ABOVE_MEDIAN else replace(i, normaliser=normaliser) for i in self.inputs)
-        return replace(self, inputs=tuple(inputs))
 
 
 _H = Input("student_entropy")
@@ -69,6 +27,11 @@ _D_HIGH = Input("support_divergence", ABOVE_MEDIAN)
 _TIP_H = Input("student_entropy", CLIPPED_MIN_MAX)
 _TIP_DELTA = Input("reverse_kl", MIN_MAX)
 _TIP_FORWARD_KL = Input("forward_kl", RAW)
+
+_P_ENTROPY = Input("student_entropy", RAW)
+_Q_ENTROPY = Input("teacher_entropy", RAW)
+_LOG_P = Input("student_logprobs", RAW)
+_LOG_Q = Input("teacher_logprobs", RAW)
 
 _TIP_RANKINGS = (
     Rule("tip_entropy", scores.single, (_TIP_H,), scope="rollout"),
@@ -97,7 +60,69 @@ _ROWS = (
     Rule("ta_opd_q3_low_teachability", scores.q3_low_teachability, (_H_HIGH, _D_HIGH, _D, _C)),
     Rule("ta_opd_q3_high_incompatible", scores.q3_incompatibility, (_H_HIGH, _D_HIGH, _D, _C)),
 )
-RULES = {rule.name: rule for rule in _ROWS}
+_LATER_ROWS = (
+    Rule(
+        "eopd",
+        None,
+        take="all",
+        divergence="reverse_kl",
+        terms=(
+            Term(
+                "forward_kl",
+                Weight(weights.teacher_is_uncertain, (_Q_ENTROPY,), {"entropy": 0.8, "coefficient": 1.0}),
+            ),
+        ),
+    ),
+    Rule("iw_opd", None, take="all", weight=Weight(weights.undrifted, (_LOG_P, _LOG_Q), {"strength": 0.5})),
+    Rule(
+        "prefix",
+        None,
+        take="all",
+        weight=Weight(weights.growing_prefix, (), {"start": 0.3, "rest": 0.0}, follows_training=True),
+    ),
+    Rule("first_segment", None, take="all", weight=Weight(weights.first_segment, (), {"tokens": math.nan})),
+    Rule(
+        "selectkd",
+        None,
+        take="all",
+        weight=Weight(weights.accepted, (Input("choice_rank", RAW),), {"top": 5, "rejected": 0.01}),
+    ),
+    Rule("se_kd", scores.single, (_P_ENTROPY,), scope="rollout", rounding="up"),
+    Rule(
+        "se_kd_entropy_kl",
+        scores.total,
+        (_P_ENTROPY, Input("forward_kl", RAW)),
+        scope="rollout",
+        rounding="up",
+    ),
+    Rule("se_kd_ce_ratio", scores.ratio, (_LOG_P, _LOG_Q), scope="rollout", rounding="up"),
+    Rule(
+        "tsd_kd",
+        None,
+        take="all",
+        divergence="jsd",
+        weight=Weight(weights.student_less_certain, (_P_ENTROPY, _Q_ENTROPY)),
+    ),
+    Rule(
+        "fire",
+        scores.single,
+        (_LOG_Q,),
+        scope="whole_rollouts",
+        weight=Weight(
+            weights.confident_teacher,
+            (Input("teacher_entropy", BY_MAXIMUM), Input("student_entropy", BY_MAXIMUM)),
+        ),
+    ),
+    Rule(
+        "sod",
+        None,
+        take="all",
+        weight=Weight(weights.aligned_turn, (_LOG_P, _LOG_Q), {"cap": 1.5, "epsilon": 1e-6}),
+    ),
+)
+PAPERS_RULES = {rule.name: rule for rule in _ROWS}
+"""The selections of TIP and TA-OPD, which comparisons and diagnostics go through."""
+RULES = PAPERS_RULES | {rule.name: rule for rule in _LATER_ROWS}
 
 
 def load_rule(name: str) -> Rule:

@@ -12,6 +12,19 @@ def single(z: Tensor) -> Tensor:
     return z
 
 
+def total(h: Tensor, d: Tensor) -> Tensor:
+    """Returns s = h + d: SE-KD's entropy with KL(q || p), in nats. arXiv:2602.01395."""
+    return h + d
+
+
+def ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Returns s = ln p(y) / ln q(y), the student's cross entropy on the sampled token over the teacher's.
+
+    SE-KD's CE ratio, arXiv:2602.01395. A teacher that is certain of the token (ln q = 0) counts as 1e-6 nats from it.
+    """
+    return log_p / log_q.clamp(max=-1e-6)
+
+
 def soft_or(h: Tensor, d: Tensor) -> Tensor:
     """Returns s = h + d - h d. TIP Eq. 7; TA-OPD Eq. 15 with its own normaliser and divergence."""
     return h + d - h * d

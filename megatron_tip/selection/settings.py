@@ -1,7 +1,7 @@
 """The settings of a run's selection, checked before anything runs."""
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
 
@@ -11,7 +11,8 @@ from megatron_tip.selection.budget import TieOrder
 from megatron_tip.selection.counter_hash import shuffled
 from megatron_tip.selection.loss_scale import LossScale
 from megatron_tip.selection.normalise import NORMALISERS
-from megatron_tip.selection.rules import RULES, Rule, Scope, load_rule
+from megatron_tip.selection.rule import Rule, Scope
+from megatron_tip.selection.rules import PAPERS_RULES, RULES, load_rule
 
 TieBreak = Literal["token_order", "random"]
 
@@ -25,7 +26,7 @@ class SelectionSettings:
         retention_ratio: rho in (0, 1], the share of the valid rows to keep; 1 keeps all, for every rule, and the rule
             "full" does so whatever rho is.
         scope: the unit of the budget: "batch", ceil(rho |I|) of the whole batch; "rollout", floor(rho m) of each
-            rollout. None: as the rule was published.
+            rollout; "whole_rollouts", all rows of ceil(rho R) of the R rollouts. None: as the rule was published.
         normaliser: one of `normalise.NORMALISERS` for all inputs of the rule; None: the rule's own.
         tie_break: of rows with equal scores, keep the first in "token_order" (rollout, then position), or the first in
             a "random" order drawn from seed and step.
@@ -33,6 +34,9 @@ class SelectionSettings:
             valid and each row's inclusion probability ("importance", for rules that sample).
         seed: for rules that sample, and for random ties.
         minimum_per_rollout: rows to keep of a rollout if floor(rho m) is smaller; scope "rollout" only.
+        parameters: constants of the rule's weights, in place of the published ones.
+        adaptive_ratio: whether the retention ratio changes from step to step (see `adaptive_ratio`).
+        steps: of the whole training, for rules that follow a schedule.
         compare: report the agreement with every other rule that the statistics allow.
 
     Raises:
@@ -47,6 +51,9 @@ class SelectionSettings:
     loss_scale: LossScale = "selected"
     seed: int = 0
     minimum_per_rollout: int = 1
+    parameters: Mapping[str, float] = field(default_factory=dict)
+    adaptive_ratio: bool = False
+    steps: int = 1
     compare: bool = True
 
     def __post_init__(self) -> None:
@@ -59,6 +66,10 @@ class SelectionSettings:
         if self.minimum_per_rollout < 0:
             raise ConfigError(f"minimum_per_rollout: expected 0 or more, got {self.minimum_per_rollout}")
         take = self.resolved_rule.take
+        if take == "all" and self.adaptive_ratio:
+            raise ConfigError(f"rule {self.rule!r} keeps every row: set adaptive_ratio = false, or choose another rule")
+        if self.resolved_scope == "whole_rollouts" and take == "sample":
+            raise ConfigError(f"scope 'whole_rollouts': expected a rule that ranks, got {self.rule!r}, which samples")
         if self.loss_scale == "importance" and take not in ("all", "sample"):
             sampling = [name for name, rule in RULES.items() if rule.take == "sample"]
             raise ConfigError(
@@ -68,14 +79,17 @@ class SelectionSettings:
 
     @cached_property
     def resolved_rule(self) -> Rule:
-        """The rule with the configured normaliser."""
-        rule = load_rule(self.rule)
+        """The rule with the configured normaliser and constants."""
+        rule = load_rule(self.rule).with_constants(self.parameters)
         return rule if self.normaliser is None else rule.with_normaliser(NORMALISERS[self.normaliser])
 
     @property
     def active_rule(self) -> Rule:
-        """The rule in effect: "full" if all rows are kept anyway."""
-        return RULES["full"] if self.keeps_all else self.resolved_rule
+        """The rule in effect: without its score if all rows are kept anyway, "full" if it has no weights either."""
+        rule = self.resolved_rule
+        if not self.keeps_all:
+            return rule
+        return replace(rule, score=None, inputs=(), take="all") if rule.weights else RULES["full"]
 
     @property
     def resolved_scope(self) -> Scope:
@@ -83,13 +97,17 @@ class SelectionSettings:
 
     @property
     def keeps_all(self) -> bool:
-        """Whether every valid row is kept: with the rule "full" whatever the budget, or a budget of 1."""
-        return self.retention_ratio == 1.0 or self.resolved_rule.take == "all"
+        """Whether the budget leaves nothing to choose in any step; weights of 0 may still drop rows."""
+        return self.resolved_rule.take == "all" or (self.retention_ratio == 1.0 and not self.adaptive_ratio)
 
     @property
     def asked_share(self) -> float:
         """The share of the valid rows that is asked for: `retention_ratio`, or 1 if all are kept."""
         return 1.0 if self.keeps_all else self.retention_ratio
+
+    def progress(self, step: int) -> float:
+        """Returns the share of the training that is done: 0 at step 1, 1 at the last."""
+        return min(1.0, max(0.0, (step - 1) / (self.steps - 1))) if self.steps > 1 else 1.0
 
     @property
     def required_statistics(self) -> frozenset[str]:
@@ -114,7 +132,7 @@ class SelectionSettings:
         """Returns the other published rules that can be evaluated on the `available` statistics."""
         if not self.compare or self.keeps_all:
             return []
-        others = (rule for rule in RULES.values() if rule.take != "all" and rule != self.resolved_rule)
+        others = (rule for rule in PAPERS_RULES.values() if rule.take != "all" and rule != self.resolved_rule)
         return [rule for rule in others if rule.required_statistics <= set(available)]
 
     def tie_order(self, batch: Batch, step: int) -> TieOrder:

@@ -59,8 +59,10 @@ def rank_kinds(config: Config, outline: Outline) -> list[RankKind]:
     student, teacher = outline.student_grid, outline.teacher_grid
     found: dict[tuple[str, str], list[int]] = {}
     beside = beside_ranks(config, outline)
+    sizes = [model.architecture.num_layers for model in (outline.student, outline.teacher) if model]
     for rank in range(student.world_size):
-        stages = f"student {_stage(student, rank)}, teacher {_stage(teacher, rank)}"
+        own = [_stage(grid, rank, layers) for grid, layers in zip((student, teacher), sizes, strict=True)]
+        stages = "student {}, teacher {}".format(*own)
         found.setdefault((stages, beside.get(rank, "")), []).append(rank)
     reporter = student.rank_at(tp=0, dp=0, pp=student.pp_size - 1)
     kinds = []
@@ -101,8 +103,9 @@ def _memory_phase(config: Config, phase: str) -> str:
     return MEMORY_PHASES[phase]
 
 
-def _stage(grid: ModelGrid, rank: int) -> str:
-    place = grid.coordinates(rank)[2]
+def _stage(grid: ModelGrid, rank: int, num_layers: int) -> str:
+    place = grid.coordinates(rank).pp
     if grid.pp_size == 1:
         return "whole"
-    return "first" if place == 0 else "last" if place == grid.pp_size - 1 else "middle"
+    name = "first" if place == 0 else "last" if place == grid.pp_size - 1 else "middle"
+    return f"{name} of {grid.pipeline_layers[place]} layers" if grid.pipeline_layers else name

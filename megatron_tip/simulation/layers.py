@@ -53,7 +53,7 @@ def count_rank(
         shrunk = with_layers(config, outline, student, teacher)
         return simulate_rank(config, shrunk, rank, batch, assumed, metrics=metrics, gpu_memory_bytes=gpu_memory_bytes)
 
-    student, teacher = _stage_layers(outline)
+    student, teacher = _stage_layers(outline, rank)
     if by_layers and student + teacher > 4 * FEW + 2:
         found = simulate(FEW, FEW)
         more = simulate(FEW + 1, FEW + 1)
@@ -61,7 +61,7 @@ def count_rank(
             Account.of(more.ledger), student=student - FEW, teacher=teacher - FEW
         )
     else:
-        found = simulate(student, teacher)
+        found = simulate_rank(config, outline, rank, batch, assumed, metrics=metrics, gpu_memory_bytes=gpu_memory_bytes)
         account = Account.of(found.ledger)
     return CountedRank(account, found.num_taught, found.num_scored, found.num_trained, found.metrics)
 
@@ -72,6 +72,8 @@ def with_layers(config: Config, outline: Outline, student: int, teacher: int) ->
     dtypes = Dtypes.of(config)
     return replace(
         outline,
+        student_grid=replace(outline.student_grid, pipeline_layers=()),
+        teacher_grid=replace(outline.teacher_grid, pipeline_layers=()),
         student=ShapesOnly(_shrunk(outline.student, outline.student_grid, student), dtypes.student),
         teacher=ShapesOnly(_shrunk(outline.teacher, outline.teacher_grid, teacher), dtypes.teacher),
     )
@@ -81,7 +83,12 @@ def _shrunk(model: FoundModel, grid: ModelGrid, stage_layers: int) -> ModelArchi
     return replace(model.architecture, num_layers=stage_layers * grid.pp_size)
 
 
-def _stage_layers(outline: Outline) -> tuple[int, int]:
+def _stage_layers(outline: Outline, rank: int) -> tuple[int, int]:
     assert outline.teacher is not None, "checked by `make_plan`"
-    student = outline.student.architecture.num_layers // outline.student_grid.pp_size
-    return student, outline.teacher.architecture.num_layers // outline.teacher_grid.pp_size
+    return _own_layers(outline.student, outline.student_grid, rank), _own_layers(
+        outline.teacher, outline.teacher_grid, rank
+    )
+
+
+def _own_layers(model: FoundModel, grid: ModelGrid, rank: int) -> int:
+    return len(grid.layers_of_stages(model.architecture.num_layers)[grid.coordinates(rank).pp])

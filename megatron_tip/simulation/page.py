@@ -60,7 +60,7 @@ def page_of(plan: Plan) -> str:
 
 def _overview(plan: Plan) -> list[tuple[str, str]]:
     missing = plan.missing_bytes / _GIB
-    rows = [("layouts", plan.outline.layouts)]
+    rows = [("layouts", plan.outline.grids_in_words())]
     fits = f"fits, {-missing:.1f} GiB are free" if plan.fits else f"does not fit: {missing:.1f} GiB are missing"
     rows.append(("memory", fits))
     for batch, generation in plan.generation.items():

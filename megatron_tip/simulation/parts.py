@@ -15,6 +15,7 @@ from megatron_tip.batching.step_batch import StepBatch
 from megatron_tip.conversion.architecture import ModelArchitecture
 from megatron_tip.conversion.safetensors_io import HfCheckpoint
 from megatron_tip.conversion.weight_map import hf_shapes
+from megatron_tip.models.hidden_states import Piece
 from megatron_tip.models.pipeline import LastStage
 from megatron_tip.models.student import Student
 from megatron_tip.parallel.groups import ModelGroups
@@ -125,7 +126,7 @@ class SimulatedTeacher(MegatronTeacher):
             self.remaining[:] = self.assumed.statistics_of(replica, batch.num_rows()[replica])
         return rows
 
-    def _forward(self, batch: StepBatch) -> dict[tuple[int, int], Tensor]:
+    def _forward(self, batch: StepBatch) -> dict[Piece, Tensor]:
         outgoing = super()._forward(batch)
         self.ledger.assign(ROWS_SENT, list(outgoing.values()))
         self.ledger.begin_moment(EXCHANGE)

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 from megatron_tip.batching.step_batch import StepBatch
 from megatron_tip.config import Config
-from megatron_tip.errors import ConfigError
 from megatron_tip.machine import Machine
 from megatron_tip.placement.hosts import Hosts
 from megatron_tip.placement.placement import num_workers_on
@@ -21,6 +20,7 @@ from megatron_tip.simulation.layers import CountedRank, count_rank
 from megatron_tip.simulation.ledger import EXCHANGE
 from megatron_tip.simulation.parts import ROWS_RECEIVED, ROWS_SENT
 from megatron_tip.simulation.rank import step_batch
+from megatron_tip.simulation.supported import check_simulated
 from megatron_tip.simulation.timing import (
     PER_TOKEN,
     STEP_PHASES,
@@ -29,7 +29,6 @@ from megatron_tip.simulation.timing import (
     message_scale,
     seconds_of,
 )
-from megatron_tip.teachers.setup import teacher_kind
 
 BATCHES = ("longest", "typical")
 
@@ -148,13 +147,12 @@ def make_plan(
         by_layers: False simulates whole models, not pairs with few layers.
 
     Raises:
-        ConfigError: the run would be refused, or its teacher is behind servers. For other errors see `outline_run`.
+        ConfigError: the run would be refused, or the simulation lacks a part of it. For other errors see `outline_run`.
     """
-    if not teacher_kind(config).has_weights:
-        raise ConfigError('teacher.kind: expected "megatron" for a plan, got "sglang"; use train --dry-run')
     machine = Machine(is_elsewhere=True)
-    config, device = as_simulated(config, on_gpu=device.is_gpu), device.of_worker(hosts.workers_per_node)
     outline = outline_run(config, hosts.workers, machine, hosts)
+    check_simulated(config, outline)
+    config, device = as_simulated(config, on_gpu=device.is_gpu), device.of_worker(hosts.workers_per_node)
     one_pass = plan_passes(config, outline, memory_gib=device.memory_gib, on_gpu=device.is_gpu)
     kinds = rank_kinds(config, outline)
     ranks: list[PlannedRank] = []

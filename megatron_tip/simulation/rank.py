@@ -144,6 +144,14 @@ def _scores_without_holding(run: TrainingRun) -> bool:
     return scores and run.one_pass.max_tokens == 0
 
 
+class _SimulatedPlan(RunPlan):
+    """The plan of a worker without a device; `with_assumptions` says which batches take one pass."""
+
+    @property
+    def memory_bytes(self) -> float:
+        return 0.0
+
+
 def _build(config: Config, outline: Outline, worker: Worker, timer: PhaseTimer) -> TrainingRun:
     dtypes = Dtypes.of(config)
     assert outline.teacher is not None, "checked by `plan`"
@@ -153,7 +161,7 @@ def _build(config: Config, outline: Outline, worker: Worker, timer: PhaseTimer) 
     }
     shapes = {one.name: getattr(outline, one.name) for one in fields(Outline)}
     values: dict[str, Any] = shapes | models | {"stop_token_ids": outline.stop_token_ids or (0,)}
-    plan = RunPlan(**values)
+    plan = _SimulatedPlan(**values)
     stays = config.training.model_copy(update={"offload": "none"})  # what leaves the device is no matter of values
     return build_run(config.model_copy(update={"training": stays}), plan, worker, timer, num_threads=1, generates=False)
 

@@ -13,7 +13,8 @@ def as_text(plan: Plan) -> str:
     """Returns the plan as a table for people."""
     device = plan.device
     lines = [
-        f"{plan.hosts.workers} x {device.name}, {plan.hosts.workers_per_node} per node: {plan.outline.layouts}",
+        f"{plan.hosts.workers} x {device.name}, {plan.hosts.workers_per_node} per node",
+        plan.outline.grids_in_words(),
         *(table_of(plan.outline.placement) if plan.outline.placement.servers else []),
         "",
         *_memory_lines(plan),

@@ -1,22 +1,29 @@
 """A frozen teacher in the trainer's own processes, which sends its hidden states to the student's ranks."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from megatron.core.utils import get_model_config
 from torch import Tensor
 
+from megatron_tip.batching.context_parts import context_part
 from megatron_tip.batching.step_batch import StepBatch
 from megatron_tip.config import Config, LossConfig
 from megatron_tip.conversion.bridge import load_hf, load_output_head
 from megatron_tip.models.gpt import build_gpt
-from megatron_tip.models.hidden_states import exchange, masked_rows, plan_transfers, teacher_replica
-from megatron_tip.models.pipeline import run_forward
+from megatron_tip.models.hidden_states import Piece, exchange, masked_rows, plan_transfers, teacher_replica
+from megatron_tip.models.pipeline import run_forward, token_multiple
 from megatron_tip.models.student import Student
 from megatron_tip.parallel.groups import ModelGroups
 from megatron_tip.records import TeacherRows
 from megatron_tip.statistics import TokenStatistics
 from megatron_tip.teachers.teacher import Teacher, TeacherSite, score_micro_batches
 from megatron_tip.vocab_parallel import ShardedVocabulary, divergence_loss, padded_vocab_size, token_statistics
+
+FP8_TOKENS = 16
+"""Transformer Engine's 8-bit products take a multiple of these rows."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +35,7 @@ class HiddenRows(TeacherRows):
 
 @dataclass(frozen=True)
 class MegatronTeacher(Teacher[HiddenRows]):
-    """A teacher in its own tp x pp layout.
+    """A teacher in its own tp x cp x pp layout.
 
     `output_head`: `[V_padded / student_tp, H]`, this rank's shard of the teacher's LM head, sharded over the
     *student's* tp group; None except on the student's last stage. `vocabulary`: the ids shared with the student.
@@ -53,6 +60,15 @@ class MegatronTeacher(Teacher[HiddenRows]):
         assert self.output_head is not None, "the teacher's head is on the student's last stage"
         return self.output_head
 
+    @property
+    def sequence_multiple(self) -> int:
+        return self.groups.grid.sequence_multiple
+
+    @property
+    def token_multiple(self) -> int:
+        in_8_bits = get_model_config(self.model).fp8 is not None
+        return math.lcm(token_multiple(self.model), FP8_TOKENS * self.groups.grid.cp_size if in_8_bits else 1)
+
     def tensors(self) -> dict[str, list[Tensor]]:
         head = [self.output_head] if self.output_head is not None else []
         return {"teacher": list(self.model.parameters()), "head": head}
@@ -63,28 +79,77 @@ class MegatronTeacher(Teacher[HiddenRows]):
         Ranks exchange hidden states instead of logits: H numbers per token, not V.
         """
         outgoing = self._forward(batch)
-        student = self.student_groups
-        num_rows = batch.num_rows()
-        rows, incoming = None, {}
-        if student.is_last_stage:
-            own_rows = num_rows[student.dp_rank]
-            parameter = next(self.model.parameters())
-            rows = parameter.new_empty(sum(own_rows), self.hidden_size)
-            incoming = {(student.dp_rank, index): part for index, part in enumerate(rows.split(own_rows))}
-        exchange(outgoing, incoming, plan_transfers(num_rows, student.grid, self.groups.grid))
-        return HiddenRows(rows) if rows is not None else None
+        student, grid = self.student_groups, self.groups.grid
+        counts = batch.num_rows_by_part(grid.cp_size)
+        transfers = plan_transfers(counts, student.grid, grid)
+        if not student.is_last_stage:
+            exchange(outgoing, {}, transfers)
+            return None
+        own_rows = batch.num_rows()[student.dp_cp_rank]
+        rows = next(self.model.parameters()).new_empty(sum(own_rows), self.hidden_size)
+        parts = rows.split(own_rows)
+        incoming = self._buffers(counts[student.dp_rank], parts)
+        exchange(outgoing, incoming, transfers)
+        if student.grid.cp_size != grid.cp_size:
+            for piece, buffer in incoming.items():
+                parts[piece.micro_batch][self._held_by_teacher(batch, piece)] = buffer
+        return HiddenRows(rows)
 
-    def _forward(self, batch: StepBatch) -> dict[tuple[int, int], Tensor]:
+    def _buffers(self, counts: list[list[list[int]]], parts: Sequence[Tensor]) -> dict[Piece, Tensor]:
+        """Returns where this rank receives its rows: in `parts`, by micro-batch, if both models cut sequences alike.
+
+        Otherwise a part comes in pieces, whose rows are not neighbours. `counts`: of this replica's rows, by
+        micro-batch, student's and teacher's context-parallel rank.
+        """
+        student, cp_size = self.student_groups, self.groups.grid.cp_size
+        replica, cp_rank = student.dp_rank, student.cp_rank
+        if cp_size == student.grid.cp_size:
+            return {Piece(replica, index, cp_rank, cp_rank): part for index, part in enumerate(parts)}
+        return {
+            Piece(replica, index, cp_rank, other): part.new_empty(rows, self.hidden_size)
+            for index, part in enumerate(parts)
+            for other, rows in enumerate(counts[index][cp_rank])
+        }
+
+    def _held_by_teacher(self, batch: StepBatch, piece: Piece) -> Tensor:
+        """Returns which rows of the student's part of a micro-batch the piece has: bool."""
+        owners = batch.owners_of_rows(piece.replica, piece.micro_batch, self.groups.grid.cp_size)
+        return owners[batch.owners_of_rows(piece.replica, piece.micro_batch) == piece.student_cp] == piece.teacher_cp
+
+    def _pieces(self, batch: StepBatch, replica: int, index: int, rows: Tensor) -> dict[Piece, Tensor]:
+        """Returns this rank's `rows` of a micro-batch by the student's context-parallel rank that needs them."""
+        cp_size, cp_rank = self.groups.grid.cp_size, self.groups.cp_rank
+        if cp_size == self.student_groups.grid.cp_size:
+            return {Piece(replica, index, cp_rank, cp_rank): rows}
+        owners = batch.owners_of_rows(replica, index)[batch.owners_of_rows(replica, index, cp_size) == cp_rank]
+        students = range(self.student_groups.grid.cp_size)
+        return {Piece(replica, index, student, cp_rank): rows[owners == student] for student in students}
+
+    def _forward(self, batch: StepBatch) -> dict[Piece, Tensor]:
         """Returns the `[n, H]` rows of the micro-batches that this rank's teacher replica serves, on its last stage."""
-        teacher, work = self.groups, self.served(batch)
-        micro_batches = [batch.micro_batch(replica, index) for replica, index in work]
-        rows: dict[tuple[int, int], Tensor] = {}
+        teacher = self.groups
+        own_part = {"cp_size": teacher.grid.cp_size, "cp_rank": teacher.cp_rank}
+        parts = [
+            (place, context_part(part, **own_part))
+            for place in self.served(batch)
+            for part in batch.as_the_teacher_reads_it(*place)
+        ]
+        found: dict[tuple[int, int], list[Tensor]] = {}
 
         def keep(index: int, hidden_states: Tensor) -> None:
-            mask = micro_batches[index].loss_mask
-            rows[work[index]] = masked_rows(hidden_states, mask, tp_group=teacher.tp_group, sequence_parallel=False)
+            place, part = parts[index]
+            kept = masked_rows(
+                hidden_states,
+                part.loss_mask,
+                tp_group=teacher.tp_group,
+                sequence_parallel=get_model_config(self.model).sequence_parallel,
+            )
+            found.setdefault(place, []).append(kept)
 
-        run_forward(self.model, teacher, micro_batches, keep)
+        run_forward(self.model, teacher, [part for _, part in parts], keep)
+        rows: dict[Piece, Tensor] = {}
+        for place, own in found.items():
+            rows.update(self._pieces(batch, *place, torch.cat(own) if len(own) > 1 else own[0]))
         return rows
 
     def served(self, batch: StepBatch) -> list[tuple[int, int]]:
@@ -135,12 +200,20 @@ class MegatronTeacher(Teacher[HiddenRows]):
             with_support=with_support,
         )
 
-    def loss(self, student: Student, hidden: Tensor, rows: HiddenRows, labels: Tensor, row_weights: Tensor) -> Tensor:
+    def loss(
+        self,
+        student: Student,
+        hidden: Tensor,
+        rows: HiddenRows,
+        labels: Tensor,
+        row_weights: Tensor,
+        divergence: str = "",
+    ) -> Tensor:
         return divergence_loss(
             (hidden, student.output_head),
             (rows.states, self.head),
             self.vocabulary,
-            divergence=self.settings.divergence,
+            divergence=divergence or self.settings.divergence,
             row_weights=row_weights,
             labels=labels,
             jsd_beta=self.settings.jsd_beta,
@@ -162,6 +235,9 @@ def build(config: Config, site: TeacherSite) -> MegatronTeacher:
         padded_vocab_size=padded_vocab_size(architecture.vocab_size, groups.grid.tp_size),
         dtype=site.dtype,
         transformer_impl=config.teacher.transformer_impl,
+        # Otherwise every tensor-parallel rank would send all tokens to the experts.
+        sequence_parallel=architecture.experts is not None,
+        fp8=config.teacher.fp8,
         trainable=False,
     )
     load_hf(model, checkpoint, groups)

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_tip.batching.context_parts import gathered_rows
 from megatron_tip.batching.step_batch import StepBatch
 from megatron_tip.config import Config, LossConfig
 from megatron_tip.models.student import Student
@@ -35,9 +36,9 @@ T = TypeVar("T")
 class ServedTeacher(Teacher[TeacherTopK]):
     """One or several teachers behind SGLang servers.
 
-    In each replica of the student, the first rank of the last stage's tp group queries the servers about the replica's
-    rollouts and broadcasts the answers. `scorer`: None except on those ranks. `groups`: the student's. `support_size`:
-    K. `vocabulary`: the ids shared with the student.
+    In each replica of the student, the first rank of the last stage queries the servers about the replica's rollouts
+    and broadcasts the answers; each context-parallel rank keeps those for its own rows. `scorer`: None except on the
+    querying ranks. `groups`: the student's. `support_size`: K. `vocabulary`: the ids shared with the student.
     """
 
     heldout_statistic = "topk_reverse_kl"
@@ -51,7 +52,7 @@ class ServedTeacher(Teacher[TeacherTopK]):
     settings: LossConfig
 
     def ask(self, batch: StepBatch) -> TeacherTopK | None:
-        """Returns the teachers' log-probabilities for this rank's replica; see `Teacher.ask`.
+        """Returns the teachers' log-probabilities for this rank's rows; see `Teacher.ask`.
 
         Raises:
             EngineError: no server answered one of the querying ranks; raised on every rank.
@@ -60,12 +61,13 @@ class ServedTeacher(Teacher[TeacherTopK]):
         answer = self._asked(lambda scorer: scorer.top_k(rollouts, [rollout.teacher for rollout in rollouts]))
         if not self.groups.is_last_stage:
             return None
-        n, k = sum(batch.num_rows()[self.groups.dp_rank]), self.support_size
-        return TeacherTopK(
+        n, k = sum(batch.num_replica_rows(self.groups.dp_rank)), self.support_size
+        whole = TeacherTopK(
             label_logprobs=self._told(answer.label_logprobs if answer is not None else None, (n,), torch.float32),
             support_ids=self._told(answer.support_ids if answer is not None else None, (n, k), torch.int64),
             support_logprobs=self._told(answer.support_logprobs if answer is not None else None, (n, k), torch.float32),
         )
+        return whole if self.groups.grid.cp_size == 1 else whole[self._is_own(batch)]
 
     def close(self) -> None:
         if self.scorer is not None:
@@ -97,12 +99,20 @@ class ServedTeacher(Teacher[TeacherTopK]):
             return None, None
         return combined_statistics(own, rows), rows
 
-    def loss(self, student: Student, hidden: Tensor, rows: TeacherTopK, labels: Tensor, row_weights: Tensor) -> Tensor:
+    def loss(
+        self,
+        student: Student,
+        hidden: Tensor,
+        rows: TeacherTopK,
+        labels: Tensor,
+        row_weights: Tensor,
+        divergence: str = "",
+    ) -> Tensor:
         ids, logprobs = known_ids(rows)
         return topk_divergence_loss(
             (hidden, student.output_head),
             self.vocabulary,
-            divergence=self.settings.divergence,
+            divergence=divergence or self.settings.divergence,
             teacher_ids=ids,
             teacher_id_logprobs=logprobs,
             labels=labels,
@@ -115,16 +125,22 @@ class ServedTeacher(Teacher[TeacherTopK]):
     ) -> TeacherTopK | None:
         """Returns `rows` with the teachers' logprobs of the student's top-K `ids` `[n, K]`. Collective like `ask`."""
         rollouts = _in_row_order(batch, self.groups.dp_rank)
+        whole = ids if ids is None else gathered_rows(ids, batch.row_owners(self.groups.dp_rank), self.groups.cp_group)
 
         def ask(scorer: ServerTeacher) -> Tensor:
-            assert ids is not None, "scored on the last stage"
-            return scorer.student_support(rollouts, [rollout.teacher for rollout in rollouts], ids)
+            assert whole is not None, "scored on the last stage"
+            return scorer.student_support(rollouts, [rollout.teacher for rollout in rollouts], whole)
 
         answer = self._asked(ask)
-        if rows is None or ids is None:
+        if rows is None or ids is None or whole is None:
             return None
-        logprobs = self._told(answer, tuple(ids.shape), torch.float32)
-        return replace(rows, student_support_ids=ids, student_support_logprobs=logprobs)
+        logprobs = self._told(answer, tuple(whole.shape), torch.float32)
+        own = logprobs if self.groups.grid.cp_size == 1 else logprobs[self._is_own(batch)]
+        return replace(rows, student_support_ids=ids, student_support_logprobs=own)
+
+    def _is_own(self, batch: StepBatch) -> Tensor:
+        """Returns `[n]` bool: which rows of its replica this rank holds."""
+        return batch.row_owners(self.groups.dp_rank) == self.groups.cp_rank
 
     def _asked(self, ask: Callable[[ServerTeacher], T]) -> T | None:
         """Returns the result of `ask` on the querying ranks, None elsewhere; raises its error on every rank."""
@@ -135,19 +151,20 @@ class ServedTeacher(Teacher[TeacherTopK]):
         return answer
 
     def _told(self, values: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Returns the querying rank's `values` on all ranks of its tp group. One broadcast."""
+        """Returns the querying rank's `values` on all ranks of its replica's last stage. One broadcast."""
         told = torch.empty(shape, dtype=dtype, device=self.device)
         if values is not None:
             assert values.shape == shape, f"{list(values.shape)} for rows {list(shape)}"
             told.copy_(values)
-        source = dist.get_global_rank(self.groups.tp_group, 0)
-        dist.broadcast(told, src=source, group=self.groups.tp_group)
+        source = dist.get_global_rank(self.groups.tp_cp_group, 0)
+        dist.broadcast(told, src=source, group=self.groups.tp_cp_group)
         return told
 
 
 def _in_row_order(batch: StepBatch, replica: int) -> list[Rollout]:
-    """Returns the replica's rollouts in the order of its rows, which are their generated tokens."""
-    return [batch.rollouts[place] for micro_batch in batch.plan[replica] for place in micro_batch]
+    """Returns the replica's rollouts in the order of its rows, their generated tokens, as the teacher reads them."""
+    places = [place for micro_batch in batch.plan[replica] for place in micro_batch]
+    return [batch.rollouts[place].as_the_teacher_reads_it() for place in places]
 
 
 def _unknown(rows: TeacherTopK) -> StudentStatistics:
@@ -167,7 +184,7 @@ def build(config: Config, site: TeacherSite) -> ServedTeacher:
     assert vocab_size is not None, "a run's vocabulary has a known size"
     scorer = None
     with together(device=site.device):
-        if groups.is_last_stage and groups.tp_rank == 0:
+        if groups.is_last_stage and groups.tp_rank == groups.cp_rank == 0:
             scorer = _scorer(config, vocab_size)
     return ServedTeacher(
         scorer=scorer,

@@ -75,6 +75,11 @@ def _check_served(config: Config, machine: Machine) -> None:
             f'loss.divergence: expected one of {", ".join(TOPK_DIVERGENCES)} with teacher.kind = "sglang", got '
             f'"{loss.divergence}", which needs the teacher\'s whole distribution; servers give only its top-K'
         )
+    if teacher.context_parallel_size > 1:
+        raise ConfigError(
+            f'teacher.context_parallel_size: expected 1 with teacher.kind = "sglang", got '
+            f"{teacher.context_parallel_size}; servers share a teacher by teacher.tensor_parallel_size alone"
+        )
     _check_routes(config)
     if teacher.keys_file is not None and machine.has(teacher.keys_file, "teacher.keys_file"):
         read_keys(teacher.keys_file, setting="teacher.keys_file")
@@ -135,8 +140,24 @@ class TeacherKind:
     has_weights: bool
 
 
+def _check_self(config: Config, machine: Machine) -> None:
+    _check_in_trainer(config, machine)
+    update, prompts = config.teacher.update, config.prompts
+    if update == "live" and not prompts.teacher_reads_another:
+        raise ConfigError(
+            'teacher.update = "live": expected a prompt of the teacher\'s own (prompts.teacher_prompt_field, '
+            "teacher_system_prompt or teacher_template_arguments), got none: the student would always agree with itself"
+        )
+    if update != "frozen" and config.training.offload in ("teacher", "all"):
+        raise ConfigError(
+            f'training.offload: expected "none" or "optimizer" with teacher.update = "{update}", got '
+            f"\"{config.training.offload}\"; the teacher's weights are the student's or follow them"
+        )
+
+
 TEACHER_KINDS = {
     "megatron": TeacherKind(_check_in_trainer, _known_in_trainer, "megatron_tip.teachers.megatron", has_weights=True),
+    "self": TeacherKind(_check_self, _known_in_trainer, "megatron_tip.teachers.own", has_weights=True),
     "sglang": TeacherKind(_check_served, _known_of_servers, "megatron_tip.teachers.served", has_weights=False),
 }
 """`teacher.kind` -> the kind."""

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -38,6 +38,29 @@ class Teacher(ABC, Generic[Rows]):
         """
         return {}
 
+    def follow(self, student: Student) -> None:
+        """Takes over the student's new weights, as far as the teacher follows them. Called after each update."""
+
+    def sharded_state(self, metadata: dict[str, Any]) -> dict[str, Any]:
+        """Returns what a checkpoint must hold of the teacher, as Megatron's sharded tensors; collective like theirs.
+
+        Empty for a teacher whose weights the run does not change.
+        """
+        return {}
+
+    def load_sharded_state(self, loaded: dict[str, Any]) -> None:
+        """Takes over the tensors of a `sharded_state` that a checkpoint held."""
+
+    @property
+    def sequence_multiple(self) -> int:
+        """A divisor of the tokens of every sequence, for the teacher's own layout."""
+        return 1
+
+    @property
+    def token_multiple(self) -> int:
+        """A divisor of the tokens of every micro-batch, for the teacher's own layers."""
+        return 1
+
     @property
     def heldout_metric(self) -> str:
         """The name of the held-out metric."""
@@ -45,7 +68,7 @@ class Teacher(ABC, Generic[Rows]):
 
     @abstractmethod
     def ask(self, batch: StepBatch) -> Rows | None:
-        """Returns the teacher's output for this rank's replica of the student, in the order of its rows.
+        """Returns the teacher's output for this rank's part of its student replica, in the order of its rows.
 
         On the student's last stage, equal on all its tp ranks; None elsewhere. Collective over the world.
         """
@@ -60,7 +83,7 @@ class Teacher(ABC, Generic[Rows]):
         with_support: bool = False,
         held: list[Tensor] | None = None,
     ) -> tuple[TokenStatistics | None, Rows | None]:
-        """Returns the statistics of every valid token of this rank's replica, and its rows, possibly with more fields.
+        """Returns the statistics of every valid token that this rank holds, and its rows, possibly with more fields.
 
         Both are on the last stage; None elsewhere. Statistics are NaN in micro-batches whose student logits are not
         finite. One forward pass of the student. Collective over the world.
@@ -97,11 +120,14 @@ class Teacher(ABC, Generic[Rows]):
         raise AssertionError(f"{type(self).__name__} scores whole batches; diagnostics reject it")
 
     @abstractmethod
-    def loss(self, student: Student, hidden: Tensor, rows: Rows, labels: Tensor, row_weights: Tensor) -> Tensor:
+    def loss(
+        self, student: Student, hidden: Tensor, rows: Rows, labels: Tensor, row_weights: Tensor, divergence: str = ""
+    ) -> Tensor:
         """Returns the weighted sum of the loss over the supervised rows: float32 scalar, equal on all tp ranks.
 
         Args:
             hidden: `[k, H]`, the student's, with gradient. labels, row_weights: `[k]`.
+            divergence: as in `loss.divergence`; "": the configured one.
         """
 
 
@@ -109,12 +135,13 @@ class Teacher(ABC, Generic[Rows]):
 class TeacherSite:
     """The inputs for building a teacher, besides the configuration.
 
-    `checkpoint`: its weights; None for a teacher outside the trainer's processes. `groups`: this rank's groups in the
-    teacher's layout. `vocabulary`: the ids shared with the student. `padded_vocab_size`: rows of both LM heads.
-    `required_statistics`: those that the run's rule reads.
+    `checkpoint`: its weights; None for a teacher outside the trainer's processes, and for a live student. `groups`:
+    this rank's groups in the teacher's layout. `vocabulary`: the ids shared with the student. `padded_vocab_size`: rows
+    of both LM heads. `required_statistics`: those that the run's rule reads.
     """
 
     checkpoint: HfCheckpoint | None
+    student: Student
     groups: ModelGroups
     student_groups: ModelGroups
     vocabulary: ShardedVocabulary
@@ -133,7 +160,7 @@ def score_micro_batches(
     *,
     held: list[Tensor] | None = None,
 ) -> list[T]:
-    """Returns the result of `score` for each micro-batch of this rank's replica on the last stage; empty elsewhere.
+    """Returns the result of `score` for each of this rank's micro-batches on the last stage; empty elsewhere.
 
     One forward pass. Only one micro-batch's hidden states and one chunk of logits exist at a time, unless `held` takes
     the hidden states with their graphs.
@@ -142,9 +169,9 @@ def score_micro_batches(
         score: takes the student's hidden states `[n, H]`, the teacher's rows and the labels `[n]`.
         unknown: gives the result for a micro-batch for which `score` raises NotFiniteError.
     """
-    replica = student.groups.dp_rank
-    micro_batches = batch.micro_batches(replica)
-    parts = rows.split(batch.num_rows()[replica]) if rows is not None else ()
+    rank = student.groups.dp_cp_rank
+    micro_batches = batch.micro_batches(rank)
+    parts = rows.split(batch.num_rows()[rank]) if rows is not None else ()
     found: list[T] = []
 
     def keep(index: int, hidden_states: Tensor) -> None:

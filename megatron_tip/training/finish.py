@@ -71,7 +71,7 @@ def summarise(run: TrainingRun, totals: RecorderState, before: Heldout, after: H
     got = totals.num_selected / totals.num_valid if totals.num_valid else None
     return {
         "steps": run.config.training.steps,
-        "world": {"tp": grid.tp_size, "pp": grid.pp_size, "dp": grid.dp_size},
+        "world": grid.sizes(),
         "heldout_reverse_kl": {"before": before.reverse_kl, "after": after.reverse_kl},
         "retention_ratio": {"asked": run.selector.asked_share, "got": got},
         "tokens": {

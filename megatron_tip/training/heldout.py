@@ -27,7 +27,7 @@ def measure_heldout(run: TrainingRun, step: int) -> tuple[float, list[Rollout]]:
     total = 0.0
     if statistics is not None:
         value = getattr(statistics, run.teacher.heldout_statistic).double().sum()
-        dist.all_reduce(value, group=groups.dp_group)
+        dist.all_reduce(value, group=groups.dp_cp_group)
         total = value.item()
     reporter = groups.grid.rank_at(tp=0, dp=0, pp=groups.grid.pp_size - 1)
     return broadcast_json(total, source=reporter, device=run.device) / batch.num_valid(), rollouts

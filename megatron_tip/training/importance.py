@@ -40,4 +40,5 @@ def log_ratios(batch: StepBatch, replica: int, statistics: TokenStatistics) -> T
 def with_importance(selection: TokenSelection, ratios: Tensor, cap: float) -> TokenSelection:
     """Returns the selection with its weights multiplied by min(exp(`ratios`), `cap`): truncated importance sampling."""
     weights = ratios.exp().clamp(max=cap)
-    return replace(selection, row_weights=selection.row_weights * weights)
+    terms = {name: own * weights for name, own in selection.term_weights.items()}
+    return replace(selection, row_weights=selection.row_weights * weights, term_weights=terms)

@@ -268,7 +268,8 @@ def record_step(run: TrainingRun, recorder: RunRecorder, progress: RunProgress) 
         progress.before = heldout
         if heldout.reverse_kl < AGREEMENT[Dtypes.of(run.config).coarser]:
             logger.warning(
-                "student and teacher agree everywhere (held-out reverse KL %.1e): is teacher.path right?",
+                "student and teacher agree everywhere (held-out reverse KL %.1e): are teacher.path and the teacher's "
+                "prompt right?",
                 heldout.reverse_kl,
             )
     return heldout

@@ -63,7 +63,7 @@ def generate_rollouts(
         except WeightsLostError as error:
             logger.warning("weight version %d: %s; syncing it again", weight_version, error)
             return None
-        rollouts = _with_teachers(rollouts, prompts) if run.config.prompts.teacher_field else rollouts
+        rollouts = _for_teachers(rollouts, prompts)
         if run.config.output.save_rollouts:
             write_rollouts(RunFolder(run.config.run.folder).rollouts, sampling.batch_name, rollouts, prompts)
         return rollouts
@@ -93,7 +93,18 @@ def keep_skipped(run: TrainingRun, step: int, rollouts: Sequence[Rollout], reaso
     run.on_source(keep)
 
 
-def _with_teachers(rollouts: Sequence[Rollout], prompts: Sequence[Prompt]) -> list[Rollout]:
-    """Returns `rollouts` with the teacher names of their prompts."""
-    names = {prompt.index: prompt.teacher for prompt in prompts}
-    return [replace(rollout, teacher=names.get(rollout.prompt_index) or rollout.teacher) for rollout in rollouts]
+def _for_teachers(rollouts: Sequence[Rollout], prompts: Sequence[Prompt]) -> list[Rollout]:
+    """Returns `rollouts` with what this run's teachers read before them, and the teacher names of their prompts.
+
+    A replayed rollout may have been read by a teacher with another prompt.
+    """
+    by_index = {prompt.index: prompt for prompt in prompts}
+
+    def of_its_prompt(rollout: Rollout) -> Rollout:
+        prompt = by_index.get(rollout.prompt_index)
+        if prompt is None:
+            return rollout
+        teacher = prompt.teacher or rollout.teacher
+        return replace(rollout, teacher=teacher, teacher_prompt_ids=prompt.teacher_prompt_ids)
+
+    return [of_its_prompt(rollout) for rollout in rollouts]

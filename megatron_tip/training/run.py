@@ -1,5 +1,6 @@
 """The objects that a training run keeps between steps."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -18,7 +19,7 @@ from megatron_tip.prompts.source import PromptSource
 from megatron_tip.records import Rollout
 from megatron_tip.rollout.engine import RolloutEngine, SamplingParams
 from megatron_tip.rollout.handover.exchange import HandleExchange
-from megatron_tip.selection import Selector
+from megatron_tip.selection import AdaptiveRatio, Selector
 from megatron_tip.teachers.teacher import Teacher
 from megatron_tip.training.device_memory import DeviceMemory
 from megatron_tip.training.token_views import TokenViews
@@ -33,6 +34,13 @@ class RolloutSource:
 
     prompts: PromptSource
     engine: RolloutEngine
+
+
+@dataclass
+class LastStep:
+    """State that a step leaves for the next one, if the run uses it; equal on every rank."""
+
+    adaptive_ratio: AdaptiveRatio | None = None
 
 
 Gauge = Callable[[int], dict[str, float]]
@@ -63,6 +71,7 @@ class TrainingRun:
     timer: PhaseTimer
     views: TokenViews
     memory: DeviceMemory
+    last_step: LastStep = field(default_factory=LastStep)
     stop: StopSignals = field(default_factory=StopSignals)
     gauge: Gauge | None = None
     exchange: HandleExchange | None = None
@@ -94,8 +103,10 @@ class TrainingRun:
             dp_size=self.student.groups.grid.dp_size,
             max_tokens=self.config.training.max_tokens_per_micro_batch,
             pad_token_id=self.pad_token_id,
-            token_multiple=self.student.token_multiple,
+            token_multiple=math.lcm(self.student.token_multiple, self.teacher.token_multiple),
             device=self.device,
+            sequence_multiple=math.lcm(self.student.groups.grid.sequence_multiple, self.teacher.sequence_multiple),
+            cp_size=self.student.groups.grid.cp_size,
         )
 
     def close(self) -> None:

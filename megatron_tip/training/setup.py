@@ -4,15 +4,13 @@ import logging
 from contextlib import ExitStack
 from dataclasses import replace
 
-import psutil
-import torch
-
 from megatron_tip.config import Config
 from megatron_tip.conversion.bridge import load_hf
 from megatron_tip.conversion.model_size import num_parameters
 from megatron_tip.errors import ConfigError, InputError
 from megatron_tip.machine import Machine
 from megatron_tip.models.gpt import build_gpt
+from megatron_tip.models.router import set_auxiliary_loss
 from megatron_tip.models.student import Student, build_student
 from megatron_tip.observability.timing import PhaseTimer
 from megatron_tip.parallel.collectives import gather_json
@@ -31,10 +29,11 @@ from megatron_tip.rollout.engines import build_engine
 from megatron_tip.rollout.handover.exchange import HandleExchange
 from megatron_tip.rollout.handover.shared_memory import bucket_limit
 from megatron_tip.rollout.progress_clock import Show, show_nothing
+from megatron_tip.selection import AdaptiveRatio
 from megatron_tip.teachers.setup import build_teacher
 from megatron_tip.teachers.teacher import TeacherSite
 from megatron_tip.training.device_memory import DeviceMemory
-from megatron_tip.training.run import RolloutSource, TrainingRun
+from megatron_tip.training.run import LastStep, RolloutSource, TrainingRun
 from megatron_tip.training.token_views import TokenViews
 from megatron_tip.vocab_parallel import ShardedVocabulary
 
@@ -98,8 +97,10 @@ def build_run(
                 on_failure.callback(source.engine.close)  # given servers get back their memory
                 if releases:  # the models are built where the servers have taken their share
                     source.engine.hold_memory(frozenset(), may_start=False)
+        student = _student(config, plan, student_groups)
         teacher_site = TeacherSite(
             checkpoint=plan.teacher,
+            student=student,
             groups=teacher_groups,
             student_groups=student_groups,
             vocabulary=vocabulary,
@@ -108,7 +109,7 @@ def build_run(
             dtype=Dtypes.of(config).teacher,
             device=worker.device,
         )
-        student, teacher = _student(config, plan, student_groups), build_teacher(config, teacher_site)
+        teacher = build_teacher(config, teacher_site)
         one_pass = _one_pass(config, plan, worker)
         on_failure.pop_all()
     return TrainingRun(
@@ -126,8 +127,13 @@ def build_run(
         timer=timer,
         views=TokenViews(config, plan.tokenizer, student_groups),
         exchange=exchange,
+        last_step=LastStep(adaptive_ratio=_adaptive_ratio(config)),
         memory=DeviceMemory(student, teacher, worker.device, offload=config.training.offload, moves_servers=releases),
     )
+
+
+def _adaptive_ratio(config: Config) -> AdaptiveRatio | None:
+    return AdaptiveRatio(config.selection.retention_ratio) if config.selection.adaptive_ratio else None
 
 
 def _exchange(config: Config, plan: RunPlan, worker: Worker) -> HandleExchange:
@@ -161,13 +167,7 @@ def _check_same_placement(placement: Placement, worker: Worker, *, releases: boo
 
 def _one_pass(config: Config, plan: RunPlan, worker: Worker) -> OnePass:
     """Returns which batches take one pass, by the memory of rank 0's device. Collective over the world."""
-
-    def memory_bytes() -> float:
-        if worker.device.type == "cuda":
-            return torch.cuda.get_device_properties(worker.device).total_memory
-        return psutil.virtual_memory().total / plan.placement.hosts.workers_per_node
-
-    memory_gib = run_on(0, memory_bytes, device=worker.device) / 2**30
+    memory_gib = run_on(0, lambda: plan.memory_bytes, device=worker.device) / 2**30
     one_pass = plan_passes(config, plan, memory_gib=memory_gib, on_gpu=worker.device.type == "cuda")
     if worker.rank == 0:
         logger.info('selection.passes = "%s": %s', config.selection.passes, one_pass)
@@ -194,8 +194,9 @@ def _student(config: Config, plan: RunPlan, groups: ModelGroups) -> Student:
         dtype=Dtypes.of(config).student,
         transformer_impl=config.model.transformer_impl,
         sequence_parallel=config.model.sequence_parallel,
-        recompute_activations=config.model.recompute_activations,
+        recompute=config.model.recomputed,
     )
+    set_auxiliary_loss(model, config.model.moe_aux_loss_coeff)
     load_hf(model, plan.student, groups)
     return build_student(model, groups, config.optimizer, num_steps=config.training.steps)
 

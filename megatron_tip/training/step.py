@@ -5,6 +5,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from megatron_tip.parallel.together import run_on
 from megatron_tip.records import TeacherRows, TokenSelection
 from megatron_tip.rollout.engines import engine_kind
 from megatron_tip.teachers.teacher import Teacher
+from megatron_tip.training.context_rows import ContextRows
 from megatron_tip.training.importance import comparable_ratios, with_importance
 from megatron_tip.training.rollouts import keep_skipped, training_rollouts
 from megatron_tip.training.run import TrainingRun
@@ -81,7 +83,11 @@ def learn(run: TrainingRun, batch: StepBatch, step: int) -> dict[str, float]:
         if not math.isfinite(metrics["train/loss"]):
             raise NotFiniteError(f"step {step}: expected a finite loss, got {metrics['train/loss']}")
         run.enter("update")
-        return metrics | run.student.apply_gradients(step)
+        updated = run.student.apply_gradients(step)
+        run.teacher.follow(run.student)
+    if run.last_step.adaptive_ratio is not None:
+        run.last_step.adaptive_ratio = run.last_step.adaptive_ratio.after(metrics["train/loss"])
+    return metrics | updated
 
 
 def score(run: TrainingRun, batch: StepBatch, teacher_rows: TeacherRows | None, step: int) -> Scored:
@@ -98,7 +104,7 @@ def score(run: TrainingRun, batch: StepBatch, teacher_rows: TeacherRows | None, 
             statistics, teacher_rows = run.teacher.score(
                 run.student, batch, teacher_rows, with_support=with_support, held=held
             )
-        ratios = comparable_ratios(run.config, batch, run.student.groups.dp_rank, statistics)
+        ratios = comparable_ratios(run.config, batch, run.student.groups.dp_cp_rank, statistics)
     return Scored(batch, teacher_rows, statistics, ratios, held)
 
 
@@ -113,15 +119,17 @@ def select_then_train(run: TrainingRun, scored: Scored, step: int) -> Trained:
         batch, selected = cut_to_selection(groups, scored, selection)
     with run.timer.phase("train"):
         run.enter("train")
-        rows = selected.by_micro_batch(batch.micro_batches(groups.dp_rank)) if selected is not None else []
+        rows = selected.by_micro_batch(batch.micro_batches(groups.dp_cp_rank)) if selected is not None else []
         loss = accumulate_gradients(run.student, run.teacher, batch, rows, scored.held)
     return Trained(scored, selection, batch, loss)
 
 
 def select(run: TrainingRun, scored: Scored, step: int) -> TokenSelection | None:
-    """Returns the selection among this replica's scored rows on the last stage; None elsewhere.
+    """Returns the selection among this rank's scored rows on the last stage; None elsewhere.
 
-    Collective over the pipeline group, and on the last stage over the data-parallel group.
+    Every context-parallel rank selects among all rows of its replica, because a rollout's budget is one.
+
+    Collective over the pipeline group, and on the last stage over the context- and data-parallel groups.
 
     Raises:
         NotFiniteError: statistics that the rule needs are not finite; on every rank.
@@ -131,8 +139,12 @@ def select(run: TrainingRun, scored: Scored, step: int) -> TokenSelection | None
 
     def choose() -> None:
         nonlocal selection
-        index = scored.batch.token_index(groups.dp_rank)
-        selection = run.selector.select(scored.statistics, index, step=step, dp_group=groups.dp_group)
+        selector, adaptive = run.selector, run.last_step.adaptive_ratio
+        if adaptive is not None:
+            selector = replace(selector, retention_ratio=adaptive.ratio)
+        rows = ContextRows.of(scored.batch, groups)
+        whole, index = rows.whole_statistics(scored.statistics), scored.batch.replica_index(groups.dp_rank)
+        selection = rows.own_selection(selector.select(whole, index, step=step, dp_group=groups.dp_group))
 
     run_on(groups.last_stage_rank, choose, device=run.device, group=groups.pp_group)
     if selection is not None and cap and scored.ratios is not None:
@@ -143,25 +155,25 @@ def select(run: TrainingRun, scored: Scored, step: int) -> TokenSelection | None
 def cut_to_selection(
     groups: ModelGroups, scored: Scored, selection: TokenSelection | None
 ) -> tuple[StepBatch, SelectedRows | None]:
-    """Returns the batch cut after the last selected tokens, and this replica's selected rows in it.
+    """Returns the batch cut after the last selected tokens, and this rank's selected rows in it.
 
     The batch is balanced again and equal on every rank; the rows are on the last stage, None elsewhere. A batch whose
     outputs are held stays as it is, because all of its tokens went through the model. Collective over the world.
     """
     batch, selected = scored.batch, None
     if selection is not None and scored.teacher_rows is not None:
-        selected = SelectedRows.of(selection, batch.token_index(groups.dp_rank), scored.teacher_rows)
+        selected = SelectedRows.of(selection, batch.token_index(groups.dp_cp_rank), scored.teacher_rows)
     if scored.held is not None:
         return batch, selected
     last_selected = torch.full((len(batch.rollouts),), -1, dtype=torch.int64, device=batch.device)
     if selected is not None:
         last_selected.scatter_reduce_(0, selected.index.rollout_index, selected.index.position, "amax")
-        dist.all_reduce(last_selected, op=dist.ReduceOp.MAX, group=groups.dp_group)
+        dist.all_reduce(last_selected, op=dist.ReduceOp.MAX, group=groups.dp_cp_group)
     if groups.grid.pp_size > 1:
         dist.broadcast(last_selected, src=groups.last_stage_rank, group=groups.pp_group)
     trained = batch.cut_after(last_selected.tolist())
-    if selected is not None and groups.grid.dp_size > 1:
-        selected = selected.sent_to(trained.replica_of()[selected.index.rollout_index], groups.dp_group)
+    if selected is not None and groups.dp_cp_group.size() > 1:
+        selected = selected.sent_to(trained.ranks_of(selected.index), groups.dp_cp_group)
     return trained, selected
 
 
@@ -172,15 +184,15 @@ def accumulate_gradients(
     rows: Sequence[MicroBatchRows],
     held: list[Tensor] | None = None,
 ) -> float:
-    """Accumulates the gradients of the supervised rows and returns this replica's part of the loss.
+    """Accumulates the gradients of the supervised rows and returns this rank's part of the loss.
 
     It is 0 except on the last stage. The LM head is applied, with gradient, to those rows only.
 
     Args:
-        rows: by micro-batch of this replica, on the last stage; empty elsewhere.
+        rows: by this rank's micro-batches, on the last stage; empty elsewhere.
         held: the student's outputs with their graphs, which are used up; None: runs the student forward.
     """
-    micro_batches = batch.micro_batches(student.groups.dp_rank)
+    micro_batches = batch.micro_batches(student.groups.dp_cp_rank)
     total = torch.zeros((), device=batch.device)
 
     def loss_of(index: int, hidden_states: Tensor) -> Tensor:
@@ -188,8 +200,12 @@ def accumulate_gradients(
         try:
             hidden = student.rows(hidden_states, own.mask)
             loss = teacher.loss(student, hidden, own.teacher_rows, labels[own.mask], own.row_weights)
+            for divergence, weights in own.term_weights.items():
+                on = weights > 0
+                term = (hidden[on], own.teacher_rows[on], labels[own.mask][on], weights[on])
+                loss = loss + teacher.loss(student, *term, divergence=divergence)
         except NotFiniteError:  # finish the schedule, as other ranks wait in it; the NaN loss tells them all
-            loss = hidden_states.sum() * float("nan")
+            loss = hidden_states.sum() * float("nan") + student.output_head.sum() * 0
         total.add_(loss.detach())
         return loss
 

@@ -44,7 +44,7 @@ def supervision_metrics(groups: ModelGroups, trained: Trained, *, pass_seconds: 
     Args:
         pass_seconds: the duration of this rank's training pass, forward and backward.
 
-    Collectives: one all-reduce over dp on the last stage, then `broadcast_json` over the world.
+    Collectives: one all-reduce over dp x cp on the last stage, then `broadcast_json` over the world.
     """
     statistics, selection, ratios = trained.scored.statistics, trained.selection, trained.scored.ratios
     device = trained.batch.device
@@ -61,13 +61,14 @@ def supervision_metrics(groups: ModelGroups, trained: Trained, *, pass_seconds: 
                 sums["rollout/logprob_gap"] = ratios.double().abs().sum().item()
                 sums["rollout/importance_ratio"] = ratios.double().exp().sum().item()
         totals = torch.tensor(list(sums.values()), dtype=torch.float64, device=device)
-        dist.all_reduce(totals, group=groups.dp_group)
+        dist.all_reduce(totals, group=groups.dp_cp_group)
         metrics = dict(zip(sums, totals.tolist(), strict=True))
         rows = metrics.pop("rows")
         means = (*MEANS, "rollout/logprob_gap", "rollout/importance_ratio")
         metrics |= {name: metrics[name] / rows for name in means if name in metrics}
         metrics |= saved_metrics(trained.scored.batch, trained.batch, pass_seconds)
         metrics["train/one_pass"] = float(trained.scored.held is not None)
+        metrics["train/num_teacher_tokens"] = float(trained.scored.batch.num_teacher_tokens())
         metrics |= {
             "selection/num_valid": float(selection.num_valid),
             "selection/num_selected": float(selection.num_selected),

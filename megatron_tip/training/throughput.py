@@ -10,6 +10,7 @@ from megatron_tip.conversion.architecture import ModelArchitecture
 from megatron_tip.conversion.model_size import forward_flops, head_flops
 from megatron_tip.parallel.distributed import Worker
 from megatron_tip.planning.plan import RunPlan
+from megatron_tip.teachers.setup import teacher_kind
 
 PEAK_TFLOPS = {"B200": 2250.0, "H200": 989.0, "H100": 989.0, "H800": 989.0, "A100": 312.0, "A800": 312.0}
 """Part of the GPU's name -> peak bfloat16 TFLOP/s without sparsity, from NVIDIA's data sheets of the SXM boards."""
@@ -33,7 +34,7 @@ class Throughput:
         """Returns the `Throughput` of a planned run on its workers' devices."""
         return cls(
             plan.student.architecture,
-            plan.teacher.architecture if plan.teacher else None,
+            (plan.teacher or plan.student).architecture if teacher_kind(config).has_weights else None,
             worker.world_size,
             config.monitoring.peak_tflops or peak_tflops_of(worker.device),
         )
@@ -52,7 +53,7 @@ class Throughput:
         seconds = {phase: step.get(f"time/{phase}_seconds", 0.0) for phase in ("rollout", "teacher", "score", "train")}
         tokens = {
             "rollout": step.get("rollout/response_tokens", 0.0),
-            "teacher": step.get("train/num_model_tokens_uncut", 0.0),
+            "teacher": step.get("train/num_teacher_tokens", step.get("train/num_model_tokens_uncut", 0.0)),
             "score": step.get("train/num_model_tokens_uncut", 0.0),
             "train": step.get("train/num_model_tokens", 0.0),
         }

@@ -12,6 +12,7 @@ from megatron_tip.parallel.groups import ModelGroups
 from megatron_tip.parallel.together import run_on
 from megatron_tip.records import TokenSelection
 from megatron_tip.statistics import TokenStatistics
+from megatron_tip.training.context_rows import ContextRows
 from megatron_tip.training.view_table import view_table
 
 
@@ -43,16 +44,19 @@ class TokenViews:
 
         Args:
             batch: the uncut batch.
-            statistics, selection: this replica's, on the last stage; None elsewhere.
+            statistics, selection: of this rank's rows, on the last stage; None elsewhere.
         """
         self.latest = None
         if not self.is_due(step):
             return
+        if self.groups.dp_rank == 0 and selection is not None:
+            rows = ContextRows.of(batch, self.groups)
+            statistics, selection = rows.whole_statistics(statistics), rows.whole_selection(selection)
 
         def view() -> TokenTable:
             assert selection is not None, "selections are made on the last stage"
             return view_table(
-                batch.token_index(0), statistics, selection, batch.rollouts, self.tokenizer, self.config, step
+                batch.replica_index(0), statistics, selection, batch.rollouts, self.tokenizer, self.config, step
             )
 
         reporter = self.groups.grid.rank_at(tp=0, dp=0, pp=self.groups.grid.pp_size - 1)

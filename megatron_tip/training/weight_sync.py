@@ -97,8 +97,8 @@ def sync_engine(run: TrainingRun, *, weight_version: int, first: bool = False) -
 def stream_weights(run: TrainingRun, weight_version: int) -> None:
     """Streams the student's weights to the engine, one Hugging Face tensor at a time.
 
-    Collective over the tp x pp ranks of replica 0, the first of which has the engine; other replicas hold the same
-    weights, and take part only with an exchange of handles (sync.transport = "ipc"). All ranks first wait, between
+    Collective over the ranks that hold the first copy of the weights, the first of which has the engine; others take
+    part only with an exchange of handles (sync.transport = "ipc"). All ranks first wait, between
     CPUs, until a server can take weights; one all-reduce over the world shares the outcome. Engines consume the whole
     stream even if they fail, so that no rank is left waiting in a collective.
 
@@ -122,7 +122,7 @@ def _stream(run: TrainingRun) -> Iterator[tuple[str, Tensor]]:
     """Returns the weights on the engine's rank; on the others, what must be exhausted meanwhile."""
     groups = run.student.groups
     if run.exchange is None:
-        return export_hf(run.student.model, run.architecture, groups) if groups.dp_rank == 0 else iter(())
+        return export_hf(run.student.model, run.architecture, groups) if groups.holds_first_copy else iter(())
     weights = export_hf(run.student.model, run.architecture, groups, everywhere=True)
     return run.exchange.lead(weights) if dist.get_rank() == 0 else run.exchange.follow(weights)
 

@@ -92,16 +92,18 @@ def jsd_sums(z_s: Tensor, z_t: Tensor, offsets: Tensor, mix: Tensor, scratch: Sc
     `mix`: `[r, 2]`, 1 - β and β.
     """
     log_p = z_s.sub_(offsets[:, 0:1]).sub_(offsets[:, 2:3])
-    log_ratio = z_t.sub_(offsets[:, 1:2]).sub_(offsets[:, 3:4]).sub_(log_p)  # ln(q / p)
+    log_q = z_t.sub_(offsets[:, 1:2]).sub_(offsets[:, 3:4])
+    q = torch.exp(log_q, out=scratch[2])
+    log_ratio = log_q.sub_(log_p)
     # ln(m / p) = ln((1 - β) + β q/p), computed from the smaller of q/p and p/q: exact for p = q, and cannot overflow.
+    # The large part of ln(m / p) and of ln(q / m) is added last, so that it does not round away the rest.
     weight = torch.where(log_ratio > 0, mix[:, 0:1], mix[:, 1:2], out=scratch[1])
-    log_m = torch.abs(log_ratio, out=scratch[0]).neg_().expm1_().mul_(weight).log1p_()
-    log_m.add_(torch.clamp(log_ratio, min=0, out=scratch[1]))
-    q = torch.add(log_p, log_ratio, out=scratch[1]).exp_()
-    teacher = _sum(torch.sub(log_ratio, log_m, out=scratch[2]).mul_(q))
-    p = log_p.exp_()
-    log_p_over_m = torch.neg(log_m, out=z_t)
-    return (torch.cat([_sum(torch.mul(p, log_p_over_m, out=scratch[1])), teacher], 1),)
+    rest = torch.abs(log_ratio, out=scratch[0]).neg_().expm1_().mul_(weight).log1p_()
+    log_q_over_m = torch.clamp(log_ratio, max=0, out=scratch[1]).sub_(rest)
+    teacher = _sum(q.mul_(log_q_over_m))
+    log_p_over_m = log_ratio.clamp_(min=0).add_(rest).neg_()
+    student = _sum(torch.mul(log_p.exp_(), log_p_over_m, out=scratch[1]))
+    return (torch.cat([student, teacher], 1),)
 
 
 def reverse_kl_gradient(z_s: Tensor, z_t: Tensor, offsets: Tensor, rows: Tensor, scratch: Scratch) -> tuple[()]:

@@ -115,6 +115,8 @@ def support_statistics(
     union_p = torch.cat([p_on_t, p_on_s.masked_fill(s_in_t, float("-inf"))], 1).log_softmax(-1)
     union_q = torch.cat([q_on_t, q_on_s.masked_fill(s_in_t, float("-inf"))], 1).log_softmax(-1)
     terms = union_q.exp() * (union_q - union_p)
+    is_first_choice = same[:, 0]
+    choice_rank = torch.where(is_first_choice.any(1), is_first_choice.int().argmax(1), ids_t.shape[1])
     left_out = torch.cat([torch.zeros_like(s_in_t), s_in_t], 1)
     return {
         "support_divergence": terms.masked_fill(left_out, 0.0).sum(-1).clamp(min=0),
@@ -124,4 +126,5 @@ def support_statistics(
         "support_jaccard": overlap / (2 * ids_s.shape[1] - overlap),
         "shared_teacher_mass": lower_bound / q_on_t.exp().sum(-1),
         "student_mass_on_teacher_support": p_on_t.exp().sum(-1),
+        "choice_rank": choice_rank.float(),
     }

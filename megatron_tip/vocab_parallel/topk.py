@@ -1,4 +1,4 @@
-"""Top-K sets that are the same on every layout: ties go to the lower id."""
+"""Top-K sets that are the same for the same logits on every layout: ties go to the lower id."""
 
 from collections.abc import Sequence
 

@@ -139,8 +139,8 @@ def _pair_sums(z_s, z_t, out, groups, width: tl.constexpr, kind: tl.constexpr):
 
 
 @triton.jit
-def _log_m_over_p(log_ratio, mix_p, mix_q):
-    """Returns ln(m / p) of r = ln(q / p), from the smaller of q / p and p / q: exact for p = q, cannot overflow."""
+def _log_m_over_larger(log_ratio, mix_p, mix_q):
+    """Returns ln(m / max(p, q)) of r = ln(q / p), from the smaller of q / p and p / q: exact for p = q."""
     u = -tl.abs(log_ratio)
     # Triton's exp and log are exact to some 1e-7 of 1, not of a small result; hence series close to 0.
     series = u * (1 + u / 2 * (1 + u / 3 * (1 + u / 4 * (1 + u / 5 * (1 + u / 6 * (1 + u / 7))))))
@@ -149,8 +149,7 @@ def _log_m_over_p(log_ratio, mix_p, mix_q):
     s = y / (2 + y)
     s2 = s * s
     series = 2 * s * (1 + s2 * (1.0 / 3 + s2 * (1.0 / 5 + s2 * (1.0 / 7 + s2 / 9))))
-    log1p = tl.where(y > -0.25, series, tl.log(1 + y))
-    return log1p + tl.maximum(log_ratio, 0.0)
+    return tl.where(y > -0.25, series, tl.log(1 + y))
 
 
 @triton.jit
@@ -168,9 +167,9 @@ def _jsd_sums(z_s, z_t, offsets, mix, out, width: tl.constexpr):
         log_p = tl.where(inside, _loaded(z_s, start + _tile(), inside) - max_s - lse_s, 0.0)
         log_q = tl.where(inside, _loaded(z_t, start + _tile(), inside) - max_t - lse_t, 0.0)
         log_ratio = log_q - log_p
-        log_m = _log_m_over_p(log_ratio, mix_p, mix_q)
-        student -= tl.where(inside, tl.exp(log_p) * log_m, 0.0)
-        teacher += tl.where(inside, tl.exp(log_q) * (log_ratio - log_m), 0.0)
+        rest = _log_m_over_larger(log_ratio, mix_p, mix_q)
+        student -= tl.where(inside, tl.exp(log_p) * (tl.maximum(log_ratio, 0.0) + rest), 0.0)
+        teacher += tl.where(inside, tl.exp(log_q) * (tl.minimum(log_ratio, 0.0) - rest), 0.0)
     tl.store(out + row * 2, _total(student))
     tl.store(out + row * 2 + 1, _total(teacher))
 
@@ -197,7 +196,8 @@ def _pair_gradient(z_s, z_t, offsets, mix, rows, width: tl.constexpr, kind: tl.c
         else:
             mix_p, mix_q = tl.load(mix + row * 2), tl.load(mix + row * 2 + 1)
             log_ratio = (x_t - lse_t) - (x_s - lse_s)
-            gradient = p * (-_log_m_over_p(log_ratio, mix_p, mix_q) - value) * weight
+            log_m_over_p = tl.maximum(log_ratio, 0.0) + _log_m_over_larger(log_ratio, mix_p, mix_q)
+            gradient = p * (-log_m_over_p - value) * weight
     tl.store(z_s + columns, gradient.to(z_s.dtype.element_ty), mask=inside)
 
 

@@ -67,6 +67,9 @@ def interrupted_and_not(config: Config, folder: Path) -> tuple[list[Any], list[A
     checkpointer = checkpointer_of(run, files)
     for step in (1, 2):
         take_step(run, step)
+    ratio = run.last_step.adaptive_ratio
+    assert ratio is not None
+    assert ratio.average is not None
     release = held_writing()
     checkpointer.save(RunProgress(step=2, unrecorded={"a": 1.5}, before=Heldout(float("nan"), ROLLOUTS[:1])))
     straight: list[Any] = [take_step(run, step) for step in (3, 4)]  # while the thread has not yet written
@@ -81,6 +84,7 @@ def interrupted_and_not(config: Config, folder: Path) -> tuple[list[Any], list[A
     assert newest_whole(files, resumed_run.device) == 4
     progress, _ = restore(resumed_run, files, 2)
     assert progress.step == 2
+    assert resumed_run.last_step.adaptive_ratio == ratio
     assert progress.unrecorded == {"a": 1.5}
     assert progress.before is not None
     assert progress.before.rollouts == ROLLOUTS[:1]
@@ -97,8 +101,9 @@ def interrupted_and_not(config: Config, folder: Path) -> tuple[list[Any], list[A
         (Layout(2, student=(1, 2)), "bfloat16", False),
         (Layout(2), "float32", True),
         (Layout(2), "bfloat16", True),
+        (Layout(2, cp=(2, 2)), "bfloat16", True),
     ],
-    ids=["tp2", "pp2-bf16", "dp2-distributed", "dp2-distributed-bf16"],
+    ids=["tp2", "pp2-bf16", "dp2-distributed", "dp2-distributed-bf16", "cp2-distributed-bf16"],
 )
 def test_a_resumed_run_is_the_same_bit_for_bit(
     models: Path, tmp_path: Path, layout: Layout, dtype: str, distributed: bool
@@ -108,6 +113,7 @@ def test_a_resumed_run_is_the_same_bit_for_bit(
         layout,
         model={"dtype": dtype},
         teacher={"dtype": dtype},
+        selection={"adaptive_ratio": True},
         optimizer={"distributed": distributed, "clip_grad": 1.0, "weight_decay": 0.1, "warmup_steps": 1},
     )
     for straight, resumed in run_workers(interrupted_and_not, 2, tmp_path, config, tmp_path):
@@ -220,8 +226,9 @@ def plain_tensors(folder: Path) -> dict[str, torch.Tensor]:
         (Layout(1), False),
         (Layout(2, student=(1, 2)), True),
         (Layout(4), True),
+        (Layout(4, student=(1, 2), cp=(2, 1)), True),
     ],
-    ids=["tp2pp2", "one", "pp2-distributed", "dp4-distributed"],
+    ids=["tp2pp2", "one", "pp2-distributed", "dp4-distributed", "pp2cp2-distributed"],
 )
 def test_a_checkpoint_is_read_under_any_layout(
     models: Path, tmp_path: Path, saved: dict[bool, Saved], layout: Layout, distributed: bool

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megatron_tip.conversion.bridge import _local_parameters, export_hf, load_hf, load_output_head, save_hf
+from megatron_tip.conversion.bridge import export_hf, load_hf, load_output_head, local_parameters, save_hf
 from megatron_tip.conversion.megatron_checkpoint import (
     MegatronCheckpoint,
     load_megatron_checkpoint,
@@ -55,7 +55,7 @@ def _check_every_layout(folders: dict[str, Path], expected: dict[str, Tensor]) -
             model = _build(checkpoint, groups, sequence_parallel=name.endswith("untied"))
             load_hf(model, checkpoint, groups)
             _check_logits(megatron_logits(model, groups, INPUT_IDS), expected[name], groups)
-            _check_marks(model, checkpoint)
+            _check_marks(model, checkpoint, groups)
             _check_export(model, checkpoint, groups)
             teacher = _build(checkpoint, groups, trainable=False)
             load_hf(teacher, checkpoint, groups)
@@ -78,9 +78,9 @@ def _check_logits(logits: Tensor | None, expected: Tensor, groups: ModelGroups) 
         assert not logits[..., VOCAB_SIZE:].any(), "padding rows of the head are not zero"
 
 
-def _check_marks(model: HiddenStatesModel, checkpoint: HfCheckpoint) -> None:
+def _check_marks(model: HiddenStatesModel, checkpoint: HfCheckpoint, groups: ModelGroups) -> None:
     """What Megatron's gradient norm and sequence parallelism go by."""
-    for name, parameter, weight in _local_parameters(model, checkpoint.architecture):
+    for name, parameter, weight in local_parameters(model, checkpoint.architecture, groups):
         assert getattr(parameter, "tensor_model_parallel", False) == (weight.partition_dim is not None), name
         if weight.partition_dim is not None:
             assert parameter.partition_dim == weight.partition_dim, name
@@ -209,7 +209,7 @@ def _check_gradients(folders: dict[str, Path], expected: dict[str, dict[str, Ten
                 checkpoint,
                 groups,
                 sequence_parallel=sequence_parallel,
-                recompute_activations=recompute_activations,
+                recompute=("layer",) if recompute_activations else (),
             )
             load_hf(model, checkpoint, groups)
             attention_calls = []

@@ -29,6 +29,7 @@ LAYOUTS = [
     Layout(2, student=(1, 1)),  # dp 2
     Layout(2, student=(2, 1), sequence_parallel=True),
     Layout(4, student=(2, 2), teacher=(4, 1)),
+    Layout(4, student=(1, 2), teacher=(1, 1), cp=(2, 4)),
 ]
 
 
@@ -175,3 +176,28 @@ def test_a_continued_run_measures_against_the_same_start_and_no_other(models, tm
         assert continued == later
         assert "teacher 'other', got 't'" in refused
     assert ranks[0] == ranks[1]
+
+
+class Phases:
+    """A stand-in for `DeviceMemory` that records what is asked of it."""
+
+    def __init__(self) -> None:
+        self.entered: list[str] = []
+
+    def enter(self, phase: str, engine: object) -> None:
+        self.entered += [phase] if self.entered[-1:] != [phase] else []
+
+
+def phases_of_an_arm(config: Config) -> list[str]:
+    memory = Phases()
+    run = replace(build_tiny_run(config, CONTEXTS), memory=memory)  # type: ignore[arg-type]
+    bank = ContextBank(Path(), CONTEXTS, {"sha256": ""})
+    start = StudentStart(run.student)
+    run_arm(run, start, prepare_seed(run, bank, split_of(config, bank, 1)), ARMS[0])
+    return memory.entered
+
+
+def test_an_arm_has_on_the_device_what_it_computes_with(models, tmp_path):
+    """With training.offload, parts are elsewhere until the phase that needs them is entered."""
+    entered = run_workers(phases_of_an_arm, 1, tmp_path, config_of(models, Layout(1)))[0]
+    assert entered == ["measure", "train", "update", "train", "update", "score"]

@@ -29,6 +29,7 @@ LAYOUTS = [
     Layout(2, student=(1, 2)),
     Layout(4, student=(2, 2), sequence_parallel=True),
     Layout(2, student=(1, 1)),  # two replicas
+    Layout(4, student=(1, 2), cp=(2, 2)),
 ]
 SERVED = {"rollout": {"engine": "sglang", "server_urls": ("http://nobody",)}, "sync": {"verify": "always"}}
 

@@ -155,7 +155,7 @@ def loads_none(models: Path, folder: Path) -> None:
     source = plan_run(config, 2).student
     save_megatron_checkpoint(run.student.model, source, run.student.groups, folder / "good")
     good = files.step_folder(1) / SHARDS_NAME
-    load_state(run.student, good, with_random_states=True)
+    load_state(run.student, run.teacher, good, with_random_states=True)
     is_writer = torch.distributed.get_rank() == 0
     for attack in ATTACKS:
         foreign, weights = folder / "foreign", folder / "weights"
@@ -168,7 +168,7 @@ def loads_none(models: Path, folder: Path) -> None:
         torch.distributed.barrier()
         expected = (folder / "said.txt").read_text().partition("to be a tensor")[2] or (folder / "said.txt").read_text()
         with pytest.raises(CheckpointError) as resumed:
-            load_state(run.student, foreign, with_random_states=True)
+            load_state(run.student, run.teacher, foreign, with_random_states=True)
         assert expected in str(resumed.value), (attack.__name__, str(resumed.value))
         with pytest.raises(WeightsError) as converted:
             load_megatron_checkpoint(run.student.model, MegatronCheckpoint(weights), run.student.groups)

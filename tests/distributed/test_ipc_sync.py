@@ -51,7 +51,7 @@ def synced(folder, layout, neighbours, fails_at):
         if engine is not None:  # a server that failed is left alone until a health check
             wait_until(lambda: not any(server.is_suspect for server in engine._pool.servers))
     groups = run.student.groups
-    stream = export_hf(run.student.model, run.architecture, groups) if groups.dp_rank == 0 else ()
+    stream = export_hf(run.student.model, run.architecture, groups) if groups.dp_cp_rank == 0 else ()
     expected = {name: tensor.clone() for name, tensor in stream}
     if engine is None:
         return None
@@ -70,6 +70,7 @@ def synced(folder, layout, neighbours, fails_at):
         (Layout(2, student=(2, 1)), ((0, 1),)),
         (Layout(2, student=(1, 2)), ((1,), (0,))),
         (Layout(2, student=(1, 1)), ((1,), (1,))),  # two replicas, two servers on the second one's GPU
+        (Layout(2, cp=(2, 2)), ((1,), (0,))),
     ],
     ids=str,
 )

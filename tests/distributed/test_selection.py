@@ -10,19 +10,23 @@ from megatron_tip.errors import TrainingError
 from megatron_tip.records import TokenSelection
 from megatron_tip.selection import RULES, Selector
 from tests.helpers.distributed import run_workers
-from tests.helpers.selection import make_batch, shard_rows, take_rows
+from tests.helpers.selection import make_batch, settings_of, shard_rows, take_rows
 
 LENGTHS = [17, 1, 40, 3, 0, 64, 2, 33, 12]
-CASES = [(rule, scope, levels) for rule in sorted(RULES) for scope in ("batch", "rollout") for levels in (None, 3)]
+CASES = [
+    (rule, scope, levels)
+    for rule in sorted(RULES)
+    for scope in sorted({"batch", "rollout", RULES[rule].scope})
+    for levels in (None, 3)
+]
 
 
 def select(rows: torch.Tensor | None, rule: str, scope: str, levels: int | None, group=None) -> TokenSelection:
-    statistics, index = make_batch(7, LENGTHS, levels=levels)
+    statistics, index = make_batch(7, LENGTHS, levels=levels, gap=4)
     if rows is not None:
         statistics, index = take_rows(statistics, index, rows)
     selector = Selector(
-        rule=rule,
-        retention_ratio=1.0 if rule == "full" else 0.1,
+        **settings_of(rule, 0.1),
         scope=scope,
         loss_scale="importance" if RULES[rule].take == "sample" else "selected",
         tie_break="random" if rule == "ta_opd_soft_or" else "token_order",
@@ -103,6 +107,9 @@ def test_every_rule_is_equal_on_every_layout(case, worlds):
         for rows, part in answers:
             mask[rows] = part.selection_mask
             torch.testing.assert_close(part.row_weights, whole.row_weights[rows], rtol=0, atol=0)
+            assert part.term_weights.keys() == whole.term_weights.keys()
+            for name, weights in part.term_weights.items():
+                torch.testing.assert_close(weights, whole.term_weights[name][rows], rtol=0, atol=0)
             assert (part.num_valid, part.num_selected) == (whole.num_valid, whole.num_selected)
             assert part.metrics == pytest.approx(whole.metrics, rel=1e-12)
             assert part.metrics == answers[0][1].metrics

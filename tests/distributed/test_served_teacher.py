@@ -47,7 +47,7 @@ def observe(config: Config, rollouts: list[Rollout]) -> Observed:
     loss, statistics = trained.loss, trained.scored.statistics
     selected, described = [], {}
     if trained.selection is not None and groups.tp_rank == 0:
-        index = batch.token_index(groups.dp_rank)
+        index = batch.token_index(groups.dp_cp_rank)
         keys = list(zip(index.rollout_index.tolist(), index.position.tolist(), strict=True))
         weights = trained.selection.row_weights.tolist()
         selected = [(*key, weight) for key, weight in zip(keys, weights, strict=True) if weight]
@@ -62,7 +62,7 @@ def observe(config: Config, rollouts: list[Rollout]) -> Observed:
         loss = 0.0
     for parameter in run.student.model.parameters():  # the exporter knows how to gather and name: let it take gradients
         parameter.data = parameter.main_grad.clone()  # type: ignore[attr-defined]
-    exported = export_hf(run.student.model, run.architecture, groups) if groups.dp_rank == 0 else ()
+    exported = export_hf(run.student.model, run.architecture, groups) if groups.dp_cp_rank == 0 else ()
     return Observed(metrics, selected, described, loss, {name: grad.clone() for name, grad in exported})
 
 
@@ -134,6 +134,7 @@ def expected(
         (Layout(4, student=(1, 2)), "sampled_token", "two"),  # dp 2
         (Layout(4, student=(4, 1)), "topk_reverse_kl", "two"),
         (Layout(2), "topk_reverse_kl", "one"),
+        (Layout(4, student=(2, 1), cp=(2, 1)), "topk_reverse_kl", "two"),
     ],
     ids=str,
 )

@@ -32,8 +32,10 @@ def view_rows(folder: Path, layout: Layout, selection: dict[str, Any], every: in
         (Layout(2, (1, 2), (2, 1)), {"rule": "ta_opd_teachability"}),
         (Layout(2, (2, 1), (1, 2)), {"rule": "ta_opd_teachability", "passes": "one"}),
         (Layout(2), {"rule": "full", "retention_ratio": 1.0}),  # scored for the view alone
+        (Layout(2, cp=(2, 1)), {"rule": "ta_opd_teachability"}),
+        (Layout(2, cp=(2, 2)), {"rule": "ta_opd_teachability", "passes": "one"}),
     ],
-    ids=["pipeline", "one_pass", "full_dp2"],
+    ids=["pipeline", "one_pass", "full_dp2", "parts", "one_pass_parts"],
 )
 def test_views_have_statistics_scores_and_both_supports(layout: Layout, selection: dict[str, Any], tmp_path: Path):
     models = make_models(tmp_path)

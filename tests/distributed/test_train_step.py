@@ -15,16 +15,17 @@ from megatron_tip.training.weight_sync import update_engine
 from tests.helpers.distributed import run_workers
 from tests.helpers.first_step import (
     DIFFERENT_BY_LAYOUT,
+    DIFFERENT_BY_PASSES,
     ROLLOUTS,
     Observed,
+    check_against_reference,
+    check_equal,
     observe,
     reference_gradients,
     reverse_kl,
 )
 from tests.helpers.tiny import make_qwen
 from tests.helpers.training import Layout, build_tiny_run, engine_of, make_config, make_models, make_rollouts
-
-DIFFERENT_BY_PASSES = {"train/num_model_tokens", "train/saved_token_share", "train/one_pass"}
 
 LAYOUTS = [
     Layout(3, student=(3, 1)),
@@ -35,6 +36,12 @@ LAYOUTS = [
     Layout(4, student=(4, 1)),
     Layout(4, student=(2, 2), teacher=(4, 1)),
     Layout(6, student=(1, 2), teacher=(3, 1)),  # student dp 3, teacher dp 2
+    Layout(2, cp=(2, 2)),
+    Layout(2, cp=(2, 1)),  # teacher dp 2
+    Layout(2, cp=(1, 2)),  # student dp 2
+    Layout(4, cp=(2, 4)),  # student dp 2
+    Layout(4, student=(2, 1), cp=(2, 2), sequence_parallel=True),
+    Layout(4, student=(1, 2), teacher=(2, 1), cp=(2, 1)),  # teacher dp 2
 ]
 
 
@@ -59,7 +66,7 @@ def test_the_first_step_is_that_of_a_single_process(
 ):
     config = make_config(models, layout)
     ranks: list[Observed] = run_workers(observe, layout.world_size, tmp_path, config, ROLLOUTS)
-    _check_equal(ranks, single, reference, but=DIFFERENT_BY_LAYOUT)
+    check_equal(ranks, single, reference, but=DIFFERENT_BY_LAYOUT)
 
 
 IN_ONE_PASS = [Layout(1), *(layout for layout in LAYOUTS if layout.student[1] == 1)]
@@ -81,28 +88,15 @@ def test_one_pass_selects_and_trains_as_two(
     sections = {"selection": {"passes": "one"}, "model": {"recompute_activations": recompute}}
     config = make_config(models, layout, **sections)
     ranks: list[Observed] = run_workers(observe, layout.world_size, tmp_path, config, ROLLOUTS)
-    _check_equal(ranks, single, reference, but=DIFFERENT_BY_LAYOUT | DIFFERENT_BY_PASSES)
+    check_equal(ranks, single, reference, but=DIFFERENT_BY_LAYOUT | DIFFERENT_BY_PASSES)
     for observed in ranks:
         assert observed.metrics["train/one_pass"] == 1.0
         assert observed.metrics["train/saved_token_share"] == 0.0
 
 
-def _check_equal(
-    ranks: list[Observed], single: Observed, reference: tuple[float, dict[str, torch.Tensor]], *, but: set[str]
-) -> None:
-    for observed in ranks:
-        assert observed.metrics.keys() == single.metrics.keys()
-        for name, value in observed.metrics.items():
-            if name in but:
-                continue
-            assert value == pytest.approx(single.metrics[name], rel=1e-5, abs=1e-7), name
-    assert sorted(row for observed in ranks for row in observed.selected) == sorted(single.selected)
-    _check_against_reference(sum(observed.loss for observed in ranks), ranks[0].gradients, reference)
-
-
 def test_a_single_process_agrees_with_float64(single: Observed, reference: tuple[float, dict[str, torch.Tensor]]):
     assert len(single.selected) == 14  # ceil(0.3 x 44)
-    _check_against_reference(single.loss, single.gradients, reference)
+    check_against_reference(single.loss, single.gradients, reference)
 
 
 @pytest.mark.parametrize("qk_norm", [True, False], ids=["qwen3", "qwen2"])
@@ -116,18 +110,7 @@ def test_grouped_queries_with_biases_or_qk_norm_agree_with_float64(qk_norm: bool
         observe, layout.world_size, tmp_path / "workers", make_config(tmp_path, layout), ROLLOUTS
     )
     reference = reference_gradients(tmp_path, ROLLOUTS, [row for observed in ranks for row in observed.selected])
-    _check_against_reference(sum(observed.loss for observed in ranks), ranks[0].gradients, reference)
-
-
-def _check_against_reference(
-    loss: float, gradients: dict[str, torch.Tensor], reference: tuple[float, dict[str, torch.Tensor]]
-) -> None:
-    expected_loss, expected = reference
-    assert loss == pytest.approx(expected_loss, rel=1e-5)
-    assert gradients.keys() == expected.keys()
-    for name, gradient in gradients.items():
-        tolerance = 1e-5 * float(expected[name].abs().max())
-        torch.testing.assert_close(gradient.double(), expected[name], rtol=0, atol=tolerance, msg=name)
+    check_against_reference(sum(observed.loss for observed in ranks), ranks[0].gradients, reference)
 
 
 def jsd(log_p: torch.Tensor, log_q: torch.Tensor, beta: float = 0.3) -> torch.Tensor:
@@ -142,7 +125,7 @@ def test_the_settings_of_the_loss_reach_it(models: Path, tmp_path: Path):
     ranks: list[Observed] = run_workers(observe, 4, tmp_path, config, ROLLOUTS)
     selected = [row for observed in ranks for row in observed.selected]
     reference = reference_gradients(models, ROLLOUTS, selected, divergence=jsd, temperature=2.0)
-    _check_against_reference(sum(observed.loss for observed in ranks), ranks[0].gradients, reference)
+    check_against_reference(sum(observed.loss for observed in ranks), ranks[0].gradients, reference)
 
 
 def kernels_compiled(config: Config, rollouts: list[Rollout]) -> set[str]:
@@ -174,7 +157,7 @@ def weights_after_a_step(config: Config, rollouts: list[Rollout]) -> dict[str, t
     return getattr(engine_of(run), "weights", {})
 
 
-@pytest.mark.parametrize("layout", [Layout(2), Layout(4, student=(2, 1))], ids=str)
+@pytest.mark.parametrize("layout", [Layout(2), Layout(4, student=(2, 1)), Layout(4, cp=(2, 1))], ids=str)
 def test_the_distributed_optimizer_takes_the_same_step(models: Path, layout: Layout, tmp_path: Path):
     plain, distributed = (
         run_workers(
@@ -187,6 +170,67 @@ def test_the_distributed_optimizer_takes_the_same_step(models: Path, layout: Lay
         for is_distributed in (False, True)
     )
     torch.testing.assert_close(distributed, plain, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "layout, rollouts",
+    [
+        (Layout(4, student=(1, 2)), ROLLOUTS),
+        (Layout(2, cp=(2, 2)), ROLLOUTS),
+        (Layout(2), make_rollouts([5])),  # padding alone on one replica
+    ],
+    ids=["pp2dp2", "cp2", "padding"],
+)
+@pytest.mark.parametrize("distributed", [False, True])
+def test_gradients_that_are_reduced_during_the_backward_pass_are_the_same(
+    models: Path, layout: Layout, rollouts: list[Rollout], distributed: bool, tmp_path: Path
+):
+    """Over two steps: Megatron learns in the first which gradients to wait for."""
+    plain, overlapped = (
+        run_workers(
+            two_steps,
+            layout.world_size,
+            tmp_path / str(overlaps),
+            make_config(models, layout, optimizer={"distributed": distributed, "overlap_grad_reduce": overlaps}),
+            rollouts,
+        )[0]
+        for overlaps in (False, True)
+    )
+    for one, other in zip(plain, overlapped, strict=True):
+        for name in ("train/loss", "train/grad_norm"):
+            assert other[name] == pytest.approx(one[name], rel=1e-6), name
+
+
+def two_steps(config: Config, rollouts: list[Rollout]) -> list[dict[str, float]]:
+    """Two steps on the same rollouts; the engine gives them out as if the second weights had made them."""
+    run = build_tiny_run(config, rollouts)
+    lines = []
+    for step in (1, 2):
+        if (engine := engine_of(run)) is not None:
+            engine.rollouts = [replace(rollout, weight_version=step - 1) for rollout in rollouts]
+        lines.append(train_step(run, step))
+    return lines
+
+
+def test_a_step_that_is_not_finite_finishes_the_overlapped_reduction(models: Path, tmp_path: Path):
+    optimizer = {"overlap_grad_reduce": True}
+    config = make_config(models, Layout(2), optimizer=optimizer, selection={"rule": "random", "compare": False})
+    for skipped, after in run_workers(broken_then_whole, 2, tmp_path, config, ROLLOUTS):
+        assert skipped["train/skipped_not_finite"] == 1.0
+        assert after["train/grad_norm"] > 0
+
+
+def broken_then_whole(config: Config, rollouts: list[Rollout]) -> list[dict[str, float]]:
+    """A step, a step whose teacher is broken, and one behind it; returns the last two."""
+    run = build_tiny_run(config, rollouts)
+    head = run.teacher.output_head  # type: ignore[attr-defined]
+    whole, lines = head.clone(), []
+    for step in (1, 2, 3):
+        if (engine := engine_of(run)) is not None:
+            engine.rollouts = [replace(rollout, weight_version=step - 1) for rollout in rollouts]
+        head.copy_(whole) if step != 2 else head.fill_(float("nan"))
+        lines.append(train_step(run, step))
+    return lines[1:]
 
 
 def test_a_batch_without_a_valid_token_is_skipped_and_counted(models: Path, tmp_path: Path):
@@ -236,6 +280,37 @@ def test_teacher_equal_to_student_gives_nothing_to_learn(tmp_path: Path):
     for metrics in run_workers(observe_metrics, 2, tmp_path, config, ROLLOUTS):
         assert metrics["train/loss"] == pytest.approx(0.0, abs=1e-6)
         assert metrics["train/grad_norm"] == pytest.approx(0.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("passes", ["one", "two"])
+def test_parts_of_a_sequence_share_its_budget(models: Path, passes: str, tmp_path: Path):
+    """Budgets of whole rollouts see the rows of all parts."""
+    sections = {"selection": {"scope": "rollout", "passes": passes}}
+    single, *parts = (
+        run_workers(observe, layout.world_size, tmp_path / str(layout.cp), config, ROLLOUTS)
+        for layout in (Layout(1), Layout(2, cp=(2, 2)), Layout(4, student=(2, 1), cp=(2, 1)))
+        for config in [make_config(models, layout, **sections)]
+    )
+    for ranks in parts:
+        assert sorted(row for observed in ranks for row in observed.selected) == sorted(single[0].selected)
+        for name in ("train/loss", "train/grad_norm", "selection/num_selected"):
+            assert ranks[0].metrics[name] == pytest.approx(single[0].metrics[name], rel=1e-5), name
+
+
+def skipped_for_one_part(config: Config, rollouts: list[Rollout]) -> float:
+    """Breaks the teacher's head on one rank alone, whose parts of the sequences are then not finite."""
+    run = build_tiny_run(config, rollouts)
+    if run.student.groups.cp_rank == 1:
+        run.teacher.output_head.fill_(float("nan"))  # type: ignore[attr-defined]
+    return train_step(run, 1).get("train/skipped_not_finite", 0.0)
+
+
+@pytest.mark.parametrize("passes", ["one", "two"])
+def test_a_part_that_is_not_finite_skips_the_step_on_all_ranks(models: Path, passes: str, tmp_path: Path):
+    config = make_config(
+        models, Layout(2, cp=(2, 2)), selection={"passes": passes}, tracking={"view_every_steps": 1, "view_samples": 1}
+    )
+    assert run_workers(skipped_for_one_part, 2, tmp_path, config, ROLLOUTS) == [1.0, 1.0]
 
 
 def test_a_full_budget_is_plain_distillation(models: Path, tmp_path: Path):
@@ -302,7 +377,7 @@ def test_importance_weights_are_the_same_in_one_pass(models: Path, tmp_path: Pat
     )
     assert len({weight for observed in two for _, _, weight in observed.selected}) > 1
     reference = reference_gradients(models, ROLLOUTS, [row for observed in two for row in observed.selected])
-    _check_against_reference(sum(observed.loss for observed in one), one[0].gradients, reference)
+    check_against_reference(sum(observed.loss for observed in one), one[0].gradients, reference)
 
 
 SPANS = {0: ((2, 6), (9, 11)), 3: ((1, 14),)}
@@ -333,6 +408,6 @@ def test_tokens_of_an_environment_are_read_and_never_reach_the_loss(models: Path
     assert [weight for _, _, weight in selected] == pytest.approx([1 / expected] * expected)
     assert ranks[0].metrics["rollout/response_tokens"] == 25.0
     assert ranks[0].metrics["rollout/environment_tokens"] == 19.0
-    _check_against_reference(
+    check_against_reference(
         sum(observed.loss for observed in ranks), ranks[0].gradients, reference_gradients(models, episodes, selected)
     )

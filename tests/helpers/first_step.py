@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -20,6 +21,7 @@ DIFFERENT_BY_LAYOUT = {
     "train/num_micro_batches_uncut",
     "train/padding_token_share",
 }
+DIFFERENT_BY_PASSES = {"train/num_model_tokens", "train/saved_token_share", "train/one_pass"}
 Row = tuple[int, int, float]
 """Rollout, position in the response, weight."""
 
@@ -49,14 +51,14 @@ def selected_and_gradients(config: Config, rollouts: list[Rollout]) -> tuple[lis
     assert not trained.scored.held, "every graph is given up"
     loss, weights = trained.loss, []
     if trained.selection is not None and groups.tp_rank == 0:
-        index = batch.token_index(groups.dp_rank)
+        index = batch.token_index(groups.dp_cp_rank)
         columns = (index.rollout_index, index.position, trained.selection.row_weights)
         weights = [row for row in zip(*(column.tolist() for column in columns), strict=True) if row[2]]
     elif groups.tp_rank:
         loss = 0.0
     for parameter in run.student.model.parameters():  # the exporter knows how to gather and name: let it take gradients
         parameter.data = parameter.main_grad.clone()  # type: ignore[attr-defined]
-    exported = export_hf(run.student.model, run.architecture, groups) if groups.dp_rank == 0 else ()
+    exported = export_hf(run.student.model, run.architecture, groups) if groups.holds_first_copy else ()
     return weights, loss, {name: grad.clone() for name, grad in exported}
 
 
@@ -74,7 +76,9 @@ def reference_gradients(
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """Sum of weight x divergence and its gradients: transformers, float64, one process, plain autograd."""
     student, teacher = (
-        AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float64) for name in ("student", "teacher")
+        # Without "eager", transformers multiplies experts by a kernel that has no float64.
+        AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float64, experts_implementation="eager")
+        for name in ("student", "teacher")
     )
     loss = torch.zeros((), dtype=torch.float64)
     for place, rollout in enumerate(rollouts):
@@ -90,3 +94,41 @@ def reference_gradients(
             loss = loss + weight * divergence(log_p[row], log_q[row])
     loss.backward()
     return loss.item(), {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+
+
+def check_equal(
+    ranks: list[Observed],
+    single: Observed,
+    reference: tuple[float, dict[str, torch.Tensor]],
+    *,
+    but: set[str],
+    floor: float = 0.0,
+) -> None:
+    """The step of `ranks` is that of a `single` process, but for some metrics; see `check_against_reference`."""
+    for observed in ranks:
+        assert observed.metrics.keys() == single.metrics.keys()
+        for name, value in observed.metrics.items():
+            if name in but:
+                continue
+            assert value == pytest.approx(single.metrics[name], rel=1e-5, abs=1e-7), name
+    assert sorted(row for observed in ranks for row in observed.selected) == sorted(single.selected)
+    check_against_reference(sum(observed.loss for observed in ranks), ranks[0].gradients, reference, floor=floor)
+
+
+def check_against_reference(
+    loss: float,
+    gradients: dict[str, torch.Tensor],
+    reference: tuple[float, dict[str, torch.Tensor]],
+    *,
+    floor: float = 0.0,
+) -> None:
+    """Loss and gradients are the reference's, to 1e-5 of each tensor's largest value, or of `floor` if that is larger.
+
+    The gradients of experts that few tokens pass through are small, and rounding is that of the sums before them.
+    """
+    expected_loss, expected = reference
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        tolerance = 1e-5 * max(float(expected[name].abs().max()), floor)
+        torch.testing.assert_close(gradient.double(), expected[name].double(), rtol=0, atol=tolerance, msg=name)

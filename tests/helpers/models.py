@@ -12,7 +12,7 @@ from megatron.core.pipeline_parallel.schedules import (
     forward_backward_pipelining_without_interleaving,
 )
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 from megatron_tip.conversion.gguf import convert_gguf
 from megatron_tip.models.gpt import HiddenStatesModel, output_head_weight
@@ -49,6 +49,15 @@ VARIANTS: dict[str, Any] = {
 }
 
 
+EXPERT_SIZES = {**SIZES, "head_dim": 8, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+EXPERT_VARIANTS: dict[str, Any] = {
+    "qwen3moe_normalised": Qwen3MoeConfig(**EXPERT_SIZES, norm_topk_prob=True),
+    "qwen3moe_with_dense_layers": Qwen3MoeConfig(
+        **EXPERT_SIZES, norm_topk_prob=False, mlp_only_layers=[3], decoder_sparse_step=2, tie_word_embeddings=True
+    ),
+}
+"""Layers 0 and 2 of the second are dense by the step, and 3 by name."""
+
 SMOLLM2_FOLDER = Path(__file__).parents[2] / ".cache/quickstart/SmolLM2-135M-Instruct"
 
 
@@ -68,7 +77,7 @@ def smollm2_folder() -> Path:
 def write_tiny_model(folder: Path, variant: str, *, dtype: torch.dtype = torch.float32, **save_options: Any) -> Path:
     """A Hugging Face directory of random weights; norms and biases are random too."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(VARIANTS[variant], dtype=dtype)
+    model = AutoModelForCausalLM.from_config((VARIANTS | EXPERT_VARIANTS)[variant], dtype=dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.3 + (parameter.ndim == 1))

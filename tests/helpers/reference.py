@@ -76,6 +76,7 @@ def statistics(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, s
         "support_jaccard",
         "shared_teacher_mass",
         "student_mass_on_teacher_support",
+        "choice_rank",
     )
     columns = torch.tensor(rows, dtype=torch.float64).reshape(len(rows), len(names))
     return dict(zip(names, columns.unbind(1), strict=True)) | {
@@ -106,4 +107,5 @@ def _support_row(log_p: Tensor, log_q: Tensor, student_ids: Tensor, teacher_ids:
         len(both) / len(union),
         (lower_bound / q_mass[sorted(t)].sum()).item(),
         log_p.exp()[sorted(t)].sum().item(),
+        float([*teacher_ids.tolist(), student_ids[0].item()].index(student_ids[0].item())),
     ]

@@ -2,16 +2,23 @@
 
 import math
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import torch
 
 from megatron_tip.records import TokenIndex
+from megatron_tip.selection import RULES
 from megatron_tip.statistics import TokenStatistics
 
 
-def make_batch(seed: int, lengths: list[int], *, levels: int | None = None) -> tuple[TokenStatistics, TokenIndex]:
-    """Returns random statistics of rollouts of these lengths; `levels` rounds them so that many are equal."""
+def make_batch(
+    seed: int, lengths: list[int], *, levels: int | None = None, gap: int = 0
+) -> tuple[TokenStatistics, TokenIndex]:
+    """Returns random statistics of rollouts of these lengths; `levels` rounds them so that many are equal.
+
+    `gap`: tokens of an environment after every 5 generated ones.
+    """
     generator = torch.Generator().manual_seed(seed)
     num_rows = sum(lengths)
 
@@ -31,10 +38,21 @@ def make_batch(seed: int, lengths: list[int], *, levels: int | None = None) -> t
         support_jaccard=draw(1.0),
         shared_teacher_mass=draw(1.0),
         student_mass_on_teacher_support=draw(1.0),
+        student_logprobs=-draw(5.0, 3.0),
+        teacher_logprobs=-draw(6.0, 3.0),
+        choice_rank=draw(16.0, 3.0).floor(),
     )
     rollout_index = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths, dtype=torch.int64))
     position = torch.cat([torch.arange(length) for length in lengths]) if lengths else torch.empty(0, dtype=torch.int64)
+    position = position + position // 5 * gap
     return statistics, TokenIndex(rollout_index.to(torch.int64), position.to(torch.int64))
+
+
+def settings_of(rule: str, retention_ratio: float, **others: Any) -> dict[str, Any]:
+    """Returns arguments of a Selector by `rule`: with the budget if it has one, and constants that it must be given."""
+    ratio = 1.0 if RULES[rule].take == "all" else retention_ratio
+    parameters = {"tokens": 7.0} if rule == "first_segment" else {}
+    return {"rule": rule, "retention_ratio": ratio, "parameters": parameters, "steps": 9, **others}
 
 
 def take_rows(statistics: TokenStatistics, index: TokenIndex, rows: torch.Tensor) -> tuple[TokenStatistics, TokenIndex]:
@@ -97,6 +115,10 @@ def reference_scores(rule: str, statistics: TokenStatistics) -> np.ndarray:
         "ta_opd_q3_high_teachability": q3 + d * c,
         "ta_opd_q3_low_teachability": q3 + (1 - d * c),
         "ta_opd_q3_high_incompatible": q3 + d * (1 - c),
+        "se_kd": s["student_entropy"],
+        "se_kd_entropy_kl": s["student_entropy"] + s["forward_kl"],
+        "se_kd_ce_ratio": s["student_logprobs"] / np.minimum(s["teacher_logprobs"], -1e-6),
+        "fire": s["teacher_logprobs"],
     }[rule]
 
 
@@ -112,5 +134,45 @@ def reference_mask(rule: str, statistics: TokenStatistics, index: TokenIndex, ra
         return keep
     for one in np.unique(rollout):
         rows = order[rollout[order] == one]
-        keep[rows[: max(1, math.floor(Fraction(ratio) * len(rows)))]] = True
+        rounded = math.ceil if rule.startswith("se_kd") else math.floor
+        keep[rows[: max(1, rounded(Fraction(ratio) * len(rows)))]] = True
     return keep
+
+
+def reference_weights(
+    rule: str, statistics: TokenStatistics, index: TokenIndex, progress: float
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """The factors of each row's loss and of its further terms as the papers write them, float64, rollout by rollout."""
+    s = {name: value.double().numpy() for name, value in vars(statistics).items() if value is not None}
+    main, terms = np.ones(len(index)), {}
+    d = s["student_logprobs"] - s["teacher_logprobs"]
+    for one in np.unique(index.rollout_index.numpy()):
+        rows = np.flatnonzero(index.rollout_index.numpy() == one)
+        rows = rows[np.argsort(index.position.numpy()[rows])]
+        length, place = len(rows), np.arange(len(rows))
+        if rule == "iw_opd":
+            total = np.abs(d[rows]).sum()
+            before = np.array([np.abs(d[rows[:t]]).sum() for t in range(length)])
+            main[rows] = 1 + 0.5 * (1 - (before / total if total else np.zeros(length)))
+        elif rule == "prefix":
+            r = 0.3 + 0.7 * (1 - np.cos(np.pi * progress)) / 2
+            main[rows] = place < np.ceil(r * length)
+        elif rule == "first_segment":
+            main[rows] = place < 7
+        elif rule == "sod":
+            position = index.position.numpy()[rows]
+            turns = np.split(rows, np.flatnonzero(np.diff(position) != 1) + 1)
+            gaps = [np.abs(d[turn]).mean() for turn in turns]
+            for turn, gap in zip(turns, gaps, strict=True):
+                main[turn] = min((gaps[0] + 1e-6) / (gap + 1e-6), 1.5)
+    if rule == "selectkd":
+        main = np.where(s["choice_rank"] < 5, 1.0, 0.01)
+    elif rule == "tsd_kd":
+        main = 1 / (1 + np.exp(s["teacher_entropy"] - s["student_entropy"]))
+    elif rule == "fire":
+        main = (2 - s["teacher_entropy"] / s["teacher_entropy"].max()) * (
+            1 + s["student_entropy"] / s["student_entropy"].max()
+        )
+    elif rule == "eopd":
+        terms["forward_kl"] = 1.0 * (s["teacher_entropy"] > 0.8)
+    return main, terms

@@ -11,6 +11,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 CHAT_TEMPLATE = (
@@ -62,6 +63,14 @@ def make_qwen(folder: Path, *, qk_norm: bool, seed: int) -> Path:
     family = Qwen3Config if qk_norm else Qwen2Config
     shape = {"vocab_size": 307, "hidden_size": 48, "num_hidden_layers": 4}
     return _make_model(folder, family(**SHAPE | shape, num_key_value_heads=4, tie_word_embeddings=True), seed=seed)
+
+
+def make_experts(folder: Path, *, seed: int, hidden_size: int = 48, **changes: object) -> Path:
+    """A random Qwen3-MoE of four layers with eight experts, two of them active; for tp sizes 1, 2 and 4."""
+    shape = {"vocab_size": 307, "hidden_size": hidden_size, "num_hidden_layers": 4, "num_key_value_heads": 4}
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
+    config = Qwen3MoeConfig(**SHAPE | shape | experts | {"head_dim": 8, "tie_word_embeddings": True} | changes)
+    return _make_model(folder, config, seed=seed)
 
 
 def _make_model(folder: Path, config: PreTrainedConfig, *, seed: int) -> Path:

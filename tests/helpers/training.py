@@ -52,12 +52,13 @@ max_tokens_per_micro_batch = 300
 
 @dataclass(frozen=True)
 class Layout:
-    """Student (tp, pp) and teacher (tp, pp) over `world_size` ranks."""
+    """Student (tp, pp) and teacher (tp, pp) over `world_size` ranks; `cp`: of student and teacher."""
 
     world_size: int
     student: tuple[int, int] = (1, 1)
     teacher: tuple[int, int] | None = None
     sequence_parallel: bool = False
+    cp: tuple[int, int] = (1, 1)
 
 
 class FixedEngine(RolloutEngine):
@@ -83,7 +84,10 @@ class FixedPrompts:
     num_copies = num_skipped = num_duplicates = 0
 
     def __init__(self, rollouts: list[Rollout]) -> None:
-        self.prompts = [Prompt(rollout.prompt_index, "", rollout.prompt_ids) for rollout in rollouts]
+        self.prompts = [
+            Prompt(one.prompt_index, "", one.prompt_ids, teacher_prompt_ids=tuple(one.teacher_prompt_ids))
+            for one in rollouts
+        ]
 
     def batch(self, step: int) -> list[Prompt]:
         return self.prompts
@@ -119,6 +123,7 @@ def make_config(folder: Path, layout: Layout, **sections: dict[str, Any]) -> Con
             "dtype": "float32",
             "tensor_parallel_size": layout.student[0],
             "pipeline_parallel_size": layout.student[1],
+            "context_parallel_size": layout.cp[0],
             "sequence_parallel": layout.sequence_parallel,
         },
         "teacher": {
@@ -126,6 +131,7 @@ def make_config(folder: Path, layout: Layout, **sections: dict[str, Any]) -> Con
             "dtype": "float32",
             "tensor_parallel_size": teacher[0],
             "pipeline_parallel_size": teacher[1],
+            "context_parallel_size": layout.cp[1],
         },
         "prompts": {"source": "reasoning_gym", "tasks": ("basic_arithmetic",), "max_prompt_tokens": 64},
         "heldout": {"num_prompts": 1},

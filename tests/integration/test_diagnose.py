@@ -161,7 +161,9 @@ def test_an_intervention_goes_on_where_it_was_interrupted(study: Path, tmp_path:
     shutil.copytree(study / "arms", tmp_path / "arms")
     lines = (tmp_path / "arms" / "arms.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "arms" / "arms.jsonl").write_text("".join(lines[:3]) + lines[3][:50])
-    command("diagnose", "intervene", str(study / "study.toml"), f"run.folder={tmp_path}/arms")
+    ended = alone("diagnose", "intervene", str(study / "study.toml"), f"run.folder={tmp_path}/arms")
+    assert ended.returncode == 0, ended.stderr
+    assert 0 < ended.stderr.index("memory of the fullest rank, roughly:") < ended.stderr.index(" of CPU, ")
     again = ArmsFile(tmp_path / "arms").read()
     assert [(result.arm, result.after) for result in again] == [(result.arm, result.after) for result in done]
 

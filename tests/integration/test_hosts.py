@@ -142,7 +142,7 @@ def test_a_run_over_four_hosts(cluster: Cluster, tmp_path: Path):
         assert run.wait(150) == [0, 0], run.log()
         assert [line["sync/num_servers"] for line in run.metrics()] == [2, 2, 2, 2]
         assert all(line["rollout/num_stale"] == 0 for line in run.metrics()[1:])
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["world"] == {"tp": 2, "pp": 1, "dp": 1}
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["world"] == {"tp": 2, "pp": 1, "cp": 1, "dp": 1}
 
 
 @pytest.mark.parametrize("moment", ["generation", "sync"])

@@ -12,7 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_tip.selection import RULES
+from megatron_tip.observability.metric_reference import metric_of
+from megatron_tip.selection import PAPERS_RULES
 from tests.helpers.training import RUN_TOML, make_models
 
 ROOT = Path(__file__).parents[2]
@@ -56,8 +57,9 @@ def test_what_a_run_leaves(first_run: Path, models: Path):
     metrics = metrics_of(first_run)
 
     assert [line["step"] for line in metrics] == [0, 1, 2, 3]
+    assert [name for line in metrics for name in line if name != "step" and metric_of(name) is None] == []
     assert summary["steps"] == 3
-    assert summary["world"] == {"tp": 1, "pp": 1, "dp": 1}
+    assert summary["world"] == {"tp": 1, "pp": 1, "cp": 1, "dp": 1}
     assert summary["heldout_reverse_kl"]["before"] == metrics[0]["heldout/reverse_kl"]
     assert 0 < summary["heldout_reverse_kl"]["after"] < summary["heldout_reverse_kl"]["before"]
     assert summary["tokens"]["valid"] == sum(line["selection/num_valid"] for line in metrics[1:])
@@ -93,7 +95,10 @@ def test_rules_side_by_side_on_the_rollouts_of_a_run(first_run: Path, tmp_path: 
     """The tool scores step 1's rollouts with the student that wrote them, and so finds the logged overlaps."""
     picture = tmp_path / "selectors.png"
     ended = subprocess.run(
-        [sys.executable, "tools/compare_selectors.py", str(first_run / "run"), "--picture", str(picture)],
+        [
+            *(sys.executable, "tools/compare_selectors.py", str(first_run / "run"), "--picture", str(picture)),
+            *("--set", "loss.chunk_rows=7"),
+        ],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -103,7 +108,7 @@ def test_rules_side_by_side_on_the_rollouts_of_a_run(first_run: Path, tmp_path: 
     assert ended.returncode == 0, ended.stderr
     assert Image.open(picture).size[0] > 800
     logged = metrics_of(first_run)[1]
-    names = [name for name in RULES if name != "full"]
+    names = [name for name in PAPERS_RULES if name != "full"]
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in ended.stdout.splitlines() if "│" in line]
     table = {row[1]: row for row in cells if len(row) == 7 + len(names)}
     assert list(table) == names
@@ -122,8 +127,9 @@ def test_rules_side_by_side_on_the_rollouts_of_a_run(first_run: Path, tmp_path: 
         ("model.pipeline_parallel_size=2", "teacher.tensor_parallel_size=2"),
         ("--nproc=2",),
         ("--nproc=2", "selection.passes=one"),
+        ("model.context_parallel_size=2", "teacher.tensor_parallel_size=2", "optimizer.overlap_grad_reduce=true"),
     ],
-    ids=["tp3", "pp2", "dp2", "dp2-one-pass"],
+    ids=["tp3", "pp2", "dp2", "dp2-one-pass", "cp2"],
 )
 def test_replaying_a_run_under_another_layout_gives_its_first_loss(
     first_run: Path, models: Path, tmp_path: Path, layout: tuple[str, ...]

@@ -56,7 +56,7 @@ def test_submit_runs_on_two_nodes_to_the_end(cluster: SlurmCluster, config_path:
     assert "finished" in job.log()
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["steps"] == 2
-    assert summary["world"] == {"tp": 1, "pp": 1, "dp": 2}  # one worker on each node
+    assert summary["world"] == {"tp": 1, "pp": 1, "cp": 1, "dp": 2}  # one worker on each node
     metrics = metrics_of(folder)[-1]
     assert metrics["host/rss_total_bytes"] > 200e6
     assert metrics["perf/train_tokens_per_second"] > 0
@@ -138,14 +138,14 @@ def test_a_time_limit_that_leaves_no_time_for_a_step_ends_the_job(cluster: Slurm
 
 
 def test_a_sweep_runs_each_rule_and_budget_in_its_own_folder(cluster: SlurmCluster, config_path: Path):
-    site = SITE | {
-        "TIP_RULES": "random ta_opd_teachability",
-        "TIP_BUDGETS": "0.5",
-        "TIP_SWEEP_FOLDER": str(config_path.parent / "sweep"),
-    }
-    script = SLURM / "sweep.sbatch"
-    array = cluster.submit(script, config_path, "training.steps=1", options=["--array=0-1"], env=site)
-    folders = [config_path.parent / "sweep" / name for name in ("random-0.5", "ta_opd_teachability-0.5")]
+    sweep = config_path.parent / "sweep.toml"
+    sweep.write_text(
+        f'config = "{config_path}"\nfolder = "{config_path.parent / "sweep"}"\nseeds = [1]\nbudgets = [0.5]\n'
+        'rules = ["random", "ta_opd_teachability"]\noverrides = ["training.steps=1"]\n'
+    )
+    array = cluster.submit(SLURM / "sweep.sbatch", sweep, options=["--array=0-1"], env=SITE)
+    names = ("random-0.5-seed1", "ta_opd_teachability-0.5-seed1")
+    folders = [config_path.parent / "sweep" / name for name in names]
     for task, folder in enumerate(folders):
         array.of_task(task).wait_for("COMPLETED")
         assert json.loads((folder / "summary.json").read_text())["retention_ratio"]["asked"] == 0.5

@@ -4,6 +4,7 @@ import re
 import shlex
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from typer.main import get_command
 
@@ -11,6 +12,9 @@ from megatron_tip import __version__
 from megatron_tip.cli import app
 from megatron_tip.config.io import load_config
 from megatron_tip.config.keys import all_keys
+from megatron_tip.diagnostics.advice import STUDIED
+from megatron_tip.diagnostics.papers.write import markdown
+from megatron_tip.diagnostics.statistics.seeds import MIN_SEEDS
 from megatron_tip.placement.hosts import hosts_elsewhere
 from megatron_tip.planning.dry_run import dry_run
 
@@ -74,18 +78,20 @@ def test_the_run_of_ones_own_loads_and_is_short(tmp_path: Path):
 
 
 LAYOUT = re.compile(
-    r"^\| \[.*?\]\(examples/(\w+)\) \| (\d+) \| (\S+ x \S+ x \S+) \| (\S+ x \S+ x \S+) \| (\d+) \|$", re.M
+    r"^\| \[.*?\]\(examples/(\w+)\) \| (\d+) \| (\S+ x \S+ x \S+) \| (\S+ x \S+ x \d+)(?:, ep (\d+))? \| (\d+) \|$",
+    re.MULTILINE,
 )
 
 
 def test_layouts_and_memory_are_those_of_the_dry_run():
     rows = LAYOUT.findall(README)
-    assert len(rows) == 6
-    for name, gpus, student, teacher, gib in rows:
+    assert len(rows) == 7
+    for name, gpus, student, teacher, experts, gib in rows:
         config = load_config(ROOT / "examples" / name / f"{name}.toml")
         result = dry_run(config, hosts_elsewhere(int(gpus), 8), gpu_memory_gib=80.0)
         grids = (result.outline.student_grid, result.outline.teacher_grid)
         assert [f"{grid.tp_size} x {grid.pp_size} x {grid.dp_size}" for grid in grids] == [student, teacher], name
+        assert [grid.ep_size for grid in grids] == [1, int(experts or 1)], name
         assert f"{result.memory.total_bytes / 2**30:.0f}" == gib, name
 
 
@@ -109,3 +115,30 @@ def test_the_study_is_quoted_as_it_is():
     assert "the best rule keeps 68 % of the gain at 5 %, 76 % at 10 %" in study
     for number in ("1.02 nats", "0.83", "1.24", "68 %", "76 % at 10 %"):
         assert number in README
+
+
+def test_the_evidence_of_the_advice_is_that_of_the_page():
+    folder, (pair,) = ROOT / "docs/fixed_context_study", STUDIED
+    gains, arms = (pd.read_csv(folder / f"table_{name}.csv") for name in ("gains", "interventions"))
+    assert pair.start_kl == pytest.approx(gains.set_index("checkpoint").loc["mean", "kl_before"], abs=5e-4)
+    main = arms[(arms["k"] == 16) & (arms["rule"] == "ta_opd_divergence")].set_index("ratio")
+    assert pair.high_d == pytest.approx([main.loc[ratio, "kept_compatibility"] for ratio in (0.05, 0.1)], abs=5e-4)
+    assert pair.trainings == main.loc[0.05, "seeds"]
+    gained = arms[(arms["k"] == 16) & (arms["ratio"] == 0.05)].set_index("rule")["gain"]
+    for rule, word in (("entropy", "entropy gained"), ("divergence", "D"), ("teachability", "teachability")):
+        assert f"{word} {gained[f'ta_opd_{rule}']:.2f}" in pair.found
+    assert f"random tokens {gained['random']:.2f}" in pair.found
+
+
+def test_the_study_has_no_verdict_from_fewer_trainings_than_a_verdict_needs():
+    page = (ROOT / "docs/fixed_context_study.md").read_text()
+    table = pd.read_csv(ROOT / "docs/fixed_context_study/table_claims.csv", keep_default_na=False)
+    seeds = len(re.findall(r"full_seed\d", page.split("<!-- end facts -->")[0]))
+    words = set(table["verdict"])
+    assert seeds >= MIN_SEEDS or words == {f"too few seeds ({seeds} of {MIN_SEEDS})"}
+    assert f"<!-- begin claims -->\n{markdown(table)}<!-- end claims -->" in page
+    assert f"{len(table)} of {len(table)}.\n<!-- end verdicts -->" in page
+    expected = [-1 if claim.startswith("random tokens lose") else 1 for claim in table["claim"]]
+    against = int((table["difference"] * expected < 0).sum())
+    assert f"In {against} rows the difference points away from the claim" in page
+    assert f"None of the {len(table)} rows" in page

@@ -1,7 +1,7 @@
 """The papers' claims that a bank can test, each with the finding and the verdict."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -9,8 +9,8 @@ import pandas as pd
 from megatron_tip.diagnostics.arms import ArmResult
 from megatron_tip.diagnostics.papers.arm_tables import pooled_gain
 from megatron_tip.diagnostics.papers.evidence import Evidence
-from megatron_tip.diagnostics.statistics.bootstrap import Interval
-from megatron_tip.diagnostics.statistics.seeds import seed_interval
+from megatron_tip.diagnostics.statistics.bootstrap import LEVEL, Interval
+from megatron_tip.diagnostics.statistics.seeds import MIN_SEEDS, holm, seed_p_value
 from megatron_tip.diagnostics.statistics.tokens import selected_rows
 
 TABLE_2 = (
@@ -54,28 +54,45 @@ OTHERS = (
 class Claim:
     """A quantity that a paper claims to be above 0 (`sign` 1) or below (-1), and the finding.
 
-    `found`: over prompts. `seeds`: the same for each training, if arms are compared; else None.
+    `found`: over prompts. `seeds`: the same for each training behind it.
     """
 
     text: str
     source: str
     found: Interval
+    seeds: tuple[float, ...]
     sign: int = 1
-    seeds: tuple[float, ...] | None = None
 
     @property
-    def verdict(self) -> str:
-        """Returns agrees or disagrees if the intervals over prompts and seeds lie on one side of 0, else undecided."""
-        intervals = [self.found] if self.seeds is None else [self.found, seed_interval(self.seeds)]
-        if not all(interval.excludes_zero for interval in intervals):
-            return "undecided" if np.isfinite(self.found.estimate) else "no data"
-        sides = {np.sign(interval.low) for interval in intervals}
-        return "undecided" if len(sides) > 1 else "agrees" if sides == {self.sign} else "disagrees"
+    def p_value(self) -> float:
+        """The two-sided p over trainings; NaN below `MIN_SEEDS`."""
+        return seed_p_value(self.seeds) if len(self.seeds) >= MIN_SEEDS else float("nan")
+
+    def verdict(self, adjusted_p: float) -> str:
+        """Returns agrees or disagrees if prompts and trainings differ from 0 in one direction, else undecided.
+
+        Without an estimate or with fewer than `MIN_SEEDS` trainings there is no verdict, and the word says why.
+
+        Args:
+            adjusted_p: the `p_value`, corrected for the other claims that are judged beside this one.
+        """
+        if not np.isfinite(self.found.estimate):
+            return "no data"
+        if len(self.seeds) < MIN_SEEDS:
+            return f"too few seeds ({len(self.seeds)} of {MIN_SEEDS})"
+        side = np.sign(self.found.estimate)
+        if not (self.found.excludes_zero and adjusted_p <= 1 - LEVEL and np.sign(np.mean(self.seeds)) == side):
+            return "undecided"
+        return "agrees" if side == self.sign else "disagrees"
 
 
 def claims(evidence: Evidence) -> pd.DataFrame:
-    """Returns every claim with its difference in nats, its intervals over prompts and per training, and the verdict."""
+    """Returns every claim with its difference in nats, its interval over prompts, each training, and the verdict.
+
+    `p_holm`: over trainings, corrected by Holm's method for all claims of the table.
+    """
     found = [*token_claims(evidence), *arm_claims(evidence)]
+    adjusted = holm([claim.p_value for claim in found])
     return pd.DataFrame(
         [
             {
@@ -84,24 +101,32 @@ def claims(evidence: Evidence) -> pd.DataFrame:
                 "difference": claim.found.estimate,
                 "low": claim.found.low,
                 "high": claim.found.high,
-                "by_seed": " ".join(f"{value:+.2f}" for value in claim.seeds or ()),
-                "verdict": claim.verdict,
+                "by_seed": " ".join(f"{value:+.3g}" for value in claim.seeds),
+                "p_holm": p_holm,
+                "verdict": claim.verdict(p_holm),
             }
-            for claim in found
+            for claim, p_holm in zip(found, adjusted, strict=True)
         ]
     )
 
 
 def token_claims(evidence: Evidence) -> Iterator[Claim]:
-    """Yields the claims about the gain of tokens under a common update."""
+    """Yields the claims about the gain of tokens under a common update, with the estimate after each update alone."""
+    each = [[claim.found.estimate for claim in _token_claims(alone)] for alone in evidence.by_training()]
+    for place, claim in enumerate(_token_claims(evidence)):
+        yield replace(claim, seeds=tuple(estimates[place] for estimates in each))
+
+
+def _token_claims(evidence: Evidence) -> Iterator[Claim]:
+    """Yields the claims over the evidence's mean update."""
     for size in evidence.support_sizes:
         text = f"D^L predicts the gain better than D^I, K = {size}"
-        yield Claim(text, "TA-OPD table 9", evidence.decomposition(size).gap)
+        yield Claim(text, "TA-OPD table 9", evidence.decomposition(size).gap, ())
     for size in evidence.support_sizes:
         gap = evidence.support_gap(size, "compatibility")
         text = f"within Q3, tokens with high C gain more than those with low C, K = {size}"
-        yield Claim(text, "TA-OPD tables 1, 6", gap.bootstrap)
-        yield Claim(f"{text}; matched on prompt, H, D, position", "TA-OPD table 1", gap.matched)
+        yield Claim(text, "TA-OPD tables 1, 6", gap.bootstrap, ())
+        yield Claim(f"{text}; matched on prompt, H, D, position", "TA-OPD table 1", gap.matched, ())
     size, ratio = evidence.main_support_size, evidence.main_ratio
     table, (scores, resamples) = evidence.table(size), evidence.untrained
     kept = {
@@ -111,9 +136,10 @@ def token_claims(evidence: Evidence) -> Iterator[Claim]:
     gain = table.column("gain")
     share = f"{100 * ratio:g} %"
     text = f"the {share} with the highest D^L gain more than the {share} with the highest D, under the common update"
-    yield Claim(text, "TA-OPD table 8", resamples.gap(gain, kept["teachability"], kept["divergence"]))
+    yield Claim(text, "TA-OPD table 8", resamples.gap(gain, kept["teachability"], kept["divergence"]), ())
     random = selected_rows(scores, size, "random", ratio, seed=evidence.seed)
-    yield Claim("random tokens lose, under the common update", "TA-OPD table 8", resamples.mean(gain, random), sign=-1)
+    text = "random tokens lose, under the common update"
+    yield Claim(text, "TA-OPD table 8", resamples.mean(gain, random), (), sign=-1)
 
 
 def arm_claims(evidence: Evidence) -> Iterator[Claim]:
@@ -153,6 +179,6 @@ class _Compared:
         own, other = self._arms.get(first, {}), self._arms.get(second, {})
         seeds = sorted(own.keys() & other.keys())
         if not seeds:
-            return Claim(text, source, Interval.unknown(), seeds=())
+            return Claim(text, source, Interval.unknown(), ())
         found = pooled_gain([own[seed] for seed in seeds], self._evidence, [other[seed] for seed in seeds])
-        return Claim(text, source, found, seeds=tuple(own[seed].gain - other[seed].gain for seed in seeds))
+        return Claim(text, source, found, tuple(own[seed].gain - other[seed].gain for seed in seeds))

@@ -14,6 +14,7 @@ from megatron_tip.diagnostics.scores import Scores, read_scores
 from megatron_tip.diagnostics.statistics.bootstrap import PromptResamples
 from megatron_tip.diagnostics.statistics.comparisons import SupportGap, support_gap
 from megatron_tip.diagnostics.statistics.regression import Decomposition, decompose
+from megatron_tip.diagnostics.statistics.seeds import MIN_SEEDS
 from megatron_tip.diagnostics.statistics.tokens import BankTokens, bank_tokens, mean_gain
 from megatron_tip.errors import InputError
 
@@ -21,6 +22,8 @@ from megatron_tip.errors import InputError
 @dataclass(frozen=True)
 class Evidence:
     """The data behind the tables. `gains`: by the name of the scores after. `arms`: of an intervention, or none.
+
+    `trainings`: the names of `gains` that an intervention left, trainings that differ in their seed alone.
 
     The token tables cover the positions that no checkpoint was trained on; their gain is the mean over the checkpoints.
     """
@@ -31,6 +34,7 @@ class Evidence:
     arms: list[ArmResult]
     resamples: int = 1000
     seed: int = 1
+    trainings: tuple[str, ...] = ()
     _tables: dict[int, BankTokens] = field(default_factory=dict)
     _decompositions: dict[int, Decomposition] = field(default_factory=dict)
     _support_gaps: dict[tuple[int, str], SupportGap] = field(default_factory=dict)
@@ -57,7 +61,22 @@ class Evidence:
         done = _read_arms(ArmsFile(arms), bank, before, after_scores) if arms is not None else []
         if all(result.arm.rule == "full" for result in done):  # ended early: nothing to compare yet
             done = []
-        return Evidence(bank, before, gains, done, resamples, seed)
+        trainings = tuple(name for name, scores in after_scores.items() if "settings" in scores.about)
+        return Evidence(bank, before, gains, done, resamples, seed, trainings)
+
+    def by_training(self) -> list["Evidence"]:
+        """Returns the evidence after each training alone, without intervals.
+
+        Checkpoints that no intervention left count as one training: nothing says that they are not of one run.
+        """
+        own = [{name: self.gains[name]} for name in self.trainings] or [self.gains]
+        return [Evidence(self.bank, self.start, gains, self.arms, resamples=1, seed=self.seed) for gains in own]
+
+    @property
+    def num_trainings(self) -> int:
+        """The smaller of two numbers: seeds of the arms, and trainings behind the checkpoints after the start."""
+        seeds = [len({result.arm.seed for result in self.arms})] if self.arms else []
+        return min([len(self.by_training()), *seeds])
 
     @cached_property
     def _mean_gain(self) -> tuple[Scores, np.ndarray]:
@@ -134,6 +153,8 @@ class Evidence:
             found.append(
                 f"no arm was tried at {', '.join(missing)}: the papers' claims there are tested at the main budget"
             )
+        if (number := self.num_trainings) < MIN_SEEDS:
+            found.append(f"too few seeds ({number} of {MIN_SEEDS}) for a verdict on a claim")
         return found
 
 

@@ -8,7 +8,7 @@ from megatron_tip.diagnostics.statistics.bootstrap import Interval, PromptResamp
 from megatron_tip.diagnostics.statistics.comparisons import bucket_curve, support_gap
 from megatron_tip.diagnostics.statistics.regression import residual_gain
 from megatron_tip.diagnostics.statistics.tokens import PROXIES, bank_tokens, mean_gain, selected_rows
-from megatron_tip.selection import RULES, compare_rules
+from megatron_tip.selection import PAPERS_RULES, compare_rules
 
 CURVES = ("d_l", "d_i", "c", "d", "h")
 
@@ -109,7 +109,7 @@ def top_n(evidence: Evidence) -> pd.DataFrame:
     table, (scores, resamples) = evidence.table(size), evidence.untrained
     rows = []
     for ratio in evidence.main_ratios:
-        for name in RULES:
+        for name in PAPERS_RULES:
             if name == "full":
                 continue
             kept = selected_rows(scores, size, name, ratio, seed=evidence.seed)

@@ -1,18 +1,40 @@
-"""Intervals over a handful of seeds: trainings are few, and vary more than the prompts that measure them."""
+"""Tests over a handful of seeds: trainings are few, and vary more than the prompts that measure them."""
 
 from collections.abc import Sequence
 
 import numpy as np
 from scipy import stats
 
-from megatron_tip.diagnostics.statistics.bootstrap import LEVEL, Interval, without_spread
+MIN_SEEDS = 5
+"""The number of trainings below which nothing is concluded from them.
+
+The smallest two-sided p of a sign test over n trainings is 2^(1 - n): 0.25 for 3 and 0.06 for 5. With fewer, a verdict
+would rest on the assumption that trainings are normally distributed, which so few cannot contradict.
+"""
 
 
-def seed_interval(values: Sequence[float]) -> Interval:
-    """Returns the mean over seeds with Student's t interval; no bounds with fewer than two seeds."""
+def seed_p_value(values: Sequence[float]) -> float:
+    """Returns the two-sided p of Student's t test that the mean over seeds is 0; NaN below two seeds.
+
+    Equal values of all seeds have p = 0, or 1 if they are 0.
+    """
     count = len(values)
     if count < 2:
-        return without_spread(float(np.mean(values)) if count else float("nan"), 0)
-    mean = float(np.mean(values))
-    half = float(stats.t.ppf((1 + LEVEL) / 2, count - 1) * np.std(values, ddof=1) / np.sqrt(count))
-    return Interval(mean, mean - half, mean + half)
+        return float("nan")
+    mean, error = np.mean(values), np.std(values, ddof=1) / np.sqrt(count)
+    if error == 0:
+        return float(mean == 0)
+    return float(2 * stats.t.sf(abs(mean / error), count - 1))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Returns Holm's adjusted p, in the same order: it keeps the chance of any false rejection; NaN stays NaN.
+
+    Holds whatever the dependence between the tests, such as claims that share trainings.
+    """
+    values = np.asarray(p_values, dtype=np.float64)
+    known = np.flatnonzero(~np.isnan(values))
+    order = known[np.argsort(values[known], kind="stable")]
+    adjusted = np.full(len(values), np.nan)
+    adjusted[order] = np.minimum(np.maximum.accumulate(values[order] * np.arange(len(order), 0, -1)), 1.0)
+    return adjusted.tolist()

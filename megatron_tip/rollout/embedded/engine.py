@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LogitsProcessorList, PretrainedConfig
 from transformers.initialization import no_init_weights
 
+from megatron_tip.conversion.experts import split_experts
 from megatron_tip.errors import EngineError
 from megatron_tip.records import Prompt, Rollout, logprobs, token_ids
 from megatron_tip.rollout.embedded.grouped_attention import register_grouped_attention
@@ -69,8 +70,8 @@ class EmbeddedEngine(RolloutEngine):
                 update succeeds.
         """
         self._weight_version = None
-        parameters = dict(self._model.named_parameters(remove_duplicate=False))
-        missing = dict(self._model.named_parameters())
+        parameters = _by_saved_name(self._model.named_parameters(remove_duplicate=False))
+        missing = _by_saved_name(self._model.named_parameters())
         refused: list[str] = []
         for name, tensor in weights:
             parameter = parameters.get(name)
@@ -196,6 +197,14 @@ def _build_model(hf_config: PretrainedConfig, dtype: torch.dtype, device: torch.
     # b copies of the head's weight.
     model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
     return model.to(device).eval().requires_grad_(False)
+
+
+def _by_saved_name(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Returns the parameters under the names of Hugging Face's files: of a layer's experts, each one's part."""
+    found: dict[str, Tensor] = {}
+    for name, parameter in parameters:
+        found |= split_experts(name, parameter) or {name: parameter}
+    return found
 
 
 def _length_to_stop(response: Sequence[int], stop_token_ids: Sequence[int]) -> int:

@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from megatron_tip.errors import CheckpointError
 from megatron_tip.parallel.collectives import broadcast_json, gather_json
+from megatron_tip.selection import AdaptiveRatio
 from megatron_tip.training.checkpoints.files import SHARDS_NAME, CheckpointFiles
 from megatron_tip.training.checkpoints.progress import RunProgress
 from megatron_tip.training.checkpoints.same_run import defining_settings
@@ -23,7 +24,7 @@ def identity_of(run: TrainingRun) -> dict[str, Any]:
     grid = run.student.groups.grid
     return {
         "settings": defining_settings(run.config),
-        "layout": {"tp": grid.tp_size, "pp": grid.pp_size, "dp": grid.dp_size},
+        "layout": grid.sizes(),
         "workers": f"{grid.world_size} {run.device.type}",
         "prompts": run.source.prompts.digest if run.source else "",
     }
@@ -71,8 +72,10 @@ def restore(run: TrainingRun, files: CheckpointFiles, step: int) -> tuple[RunPro
             "settings; restore the original file, or start over with --fresh"
         )
     shards = files.step_folder(step) / SHARDS_NAME
-    load_state(run.student, shards, with_random_states=state["workers"] == own["workers"])
+    load_state(run.student, run.teacher, shards, with_random_states=state["workers"] == own["workers"])
     run.timer.resume(state["seconds"])
+    if state.get("adaptive_ratio") is not None:
+        run.last_step.adaptive_ratio = AdaptiveRatio(**state["adaptive_ratio"])
     return progress, recorded
 
 

@@ -1,4 +1,4 @@
-"""A check that a configuration still describes the run in its folder. Free of torch."""
+"""A check that a configuration still describes the run in its folder. Only a run with other steps imports torch."""
 
 from typing import Any
 
@@ -9,8 +9,8 @@ from megatron_tip.training.checkpoints.files import CheckpointFiles
 
 _DEFINING_KEYS: dict[str, tuple[str, ...]] = {
     "run": ("seed",),
-    "model": ("path", "drop_layers", "dtype"),
-    "teacher": ("kind", "path", "dtype", "student_support"),
+    "model": ("path", "drop_layers", "dtype", "moe_aux_loss_coeff"),
+    "teacher": ("kind", "path", "dtype", "update", "ema_decay", "student_support"),
     "prompts": (),
     "heldout": ("num_prompts", "every_steps"),
     "rollout": (
@@ -19,7 +19,7 @@ _DEFINING_KEYS: dict[str, tuple[str, ...]] = {
     ),
     "selection": (
         *("rule", "retention_ratio", "scope", "normaliser", "tie_break", "minimum_per_rollout", "support_size"),
-        *("loss_scale", "compare"),
+        *("loss_scale", "compare", "parameters", "adaptive_ratio"),
     ),
     "loss": ("divergence", "jsd_beta", "temperature"),
     "optimizer": (),
@@ -57,15 +57,24 @@ def _why_not_longer(config: Config) -> str:
         why = "the learning rate falls to optimizer.min_lr over all steps; it can be extended where both are equal"
     elif config.prompts.source == "reasoning_gym" and not config.prompts.num_prompts:
         why = "as many prompts are generated as the run has steps for; it can be extended with prompts.num_prompts set"
+    elif _rule_follows_training(config):
+        why = f"the weights of rule {config.selection.rule!r} depend on how much of the training is done"
     else:
         return ""
     return f" ({why}; or let it end, and start a run with another run.folder from its student: model.path=.../hf)"
 
 
+def _rule_follows_training(config: Config) -> bool:
+    from megatron_tip.selection.rules import load_rule  # imports torch
+
+    return load_rule(config.selection.rule).follows_training
+
+
 def check_same_run(config: Config) -> None:
     """Refuses to continue a run with settings that make it a different run. Reads one small file.
 
-    More steps than it began with make it no different run if learning rate and prompts do not depend on their number.
+    More steps than it began with make it no different run if learning rate, prompts and the rule's weights do not
+    depend on their number.
 
     Raises:
         ConfigError: names the keys, with the checkpoint's values.

@@ -1,4 +1,4 @@
-"""The complete state of a student as Megatron's sharded state, readable in any layout."""
+"""The complete state of a student and of a teacher that follows it, as Megatron's sharded state for any layout."""
 
 import json
 import random
@@ -15,14 +15,16 @@ from torch import Tensor
 from megatron_tip.conversion.tensor_load import load_tensors
 from megatron_tip.errors import CheckpointError, WeightsError
 from megatron_tip.models.student import Student
+from megatron_tip.teachers.teacher import Teacher
 from megatron_tip.training.checkpoints.distributed_optimizer_state import load_own_rows, mend_gathering, own_rows
 
 _HOST_RANDOM_BYTES = 16384
 """Bytes for Python's and numpy's generators, which take at most 14,000 in decimal."""
 
 
-def sharded_state(student: Student, *, is_loading: bool = False) -> dict[str, Any]:
-    """Returns weights, optimizer, schedule and this rank's random states for `dist_checkpointing`. Collective.
+def sharded_state(student: Student, teacher: Teacher[Any], *, is_loading: bool = False) -> dict[str, Any]:
+    """Returns weights, optimizer, schedule and this rank's random states for `dist_checkpointing`, and what the teacher
+    keeps.
 
     The distributed optimizer's shards are gathered over the data-parallel ranks ("fully_reshardable"). This takes host
     memory for the optimizer's complete float32 state of this rank's model part. Collective over the world.
@@ -40,13 +42,18 @@ def sharded_state(student: Student, *, is_loading: bool = False) -> dict[str, An
     optimizer = student.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
     if is_loading:  # objects, which Transformer Engine adds for fp8, are pickles and never read
         model = {key: value for key, value in model.items() if not isinstance(value, ShardedObject)}
-        return {"model": model, "optimizer": optimizer}
-    scheduler = student.scheduler.state_dict()
-    return {"model": model, "optimizer": optimizer, "scheduler": scheduler, "random": _sharded_random_states()}
+        return {"model": model, "optimizer": optimizer, "teacher": teacher.sharded_state(metadata)}
+    return {
+        "model": model,
+        "optimizer": optimizer,
+        "teacher": teacher.sharded_state(metadata),
+        "scheduler": student.scheduler.state_dict(),
+        "random": _sharded_random_states(),
+    }
 
 
-def load_state(student: Student, shards: Path, *, with_random_states: bool) -> None:
-    """Restores the student from a `sharded_state` saved to `shards`. Collective over the world.
+def load_state(student: Student, teacher: Teacher[Any], shards: Path, *, with_random_states: bool) -> None:
+    """Restores student and teacher from a `sharded_state` saved to `shards`. Collective over the world.
 
     Args:
         with_random_states: also restore this rank's; the world must have the size of the one that saved.
@@ -54,11 +61,11 @@ def load_state(student: Student, shards: Path, *, with_random_states: bool) -> N
     Raises:
         CheckpointError: on every rank; something is missing or has another shape.
     """
-    state = sharded_state(student, is_loading=True)
-    (part,) = student.optimizer.chained_optimizers
-    shapes = state["optimizer"].pop("param_state", None)
-    if isinstance(part, DistributedOptimizer):
-        state["own_rows"] = own_rows(part, shapes)
+    state = sharded_state(student, teacher, is_loading=True)
+    parts = student.optimizer.chained_optimizers
+    shapes = [part.pop("param_state", None) for part in _by_part(state["optimizer"], len(parts))]
+    distributed = [(index, part) for index, part in enumerate(parts) if isinstance(part, DistributedOptimizer)]
+    state["own_rows"] = {index: own_rows(part, shapes[index]) for index, part in distributed}
     if with_random_states:
         state["random"] = _sharded_random_states()
     try:
@@ -69,13 +76,20 @@ def load_state(student: Student, shards: Path, *, with_random_states: bool) -> N
     missing = [key for key in missing if not key.endswith("_extra_state")]
     assert not missing, f"parameters missing from Megatron's shards: {missing}"
     assert not unexpected, f"shards that are not parameters: {unexpected}"
-    _load_optimizer(part, loaded["optimizer"])
-    if isinstance(part, DistributedOptimizer):
-        load_own_rows(part, shapes, loaded["own_rows"])
+    for part, content in zip(parts, _by_part(loaded["optimizer"], len(parts)), strict=True):
+        _load_optimizer(part, content)
+    for index, part in distributed:
+        load_own_rows(part, shapes[index], loaded["own_rows"][index])
     complete_optimizer_state(student)
+    teacher.load_sharded_state(loaded.get("teacher", {}))
     student.scheduler.load_state_dict(loaded["scheduler"])
     if with_random_states:
         _set_random_states({name: tensor[0] for name, tensor in loaded["random"].items()})
+
+
+def _by_part(optimizer: dict[Any, Any], num_parts: int) -> list[dict[str, Any]]:
+    """Returns the state of each part of a chained optimizer: the experts' parameters have one of their own."""
+    return [optimizer] if num_parts == 1 else [optimizer[index] for index in range(num_parts)]
 
 
 def _load_optimizer(part: Any, loaded: dict[str, Any]) -> None:

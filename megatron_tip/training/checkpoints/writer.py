@@ -9,12 +9,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_tip.conversion.background_save import InProcessSave
+from megatron_tip.conversion.background_save import ShardedSave
 from megatron_tip.conversion.tensor_load import reason_of
 from megatron_tip.errors import OutputError
 from megatron_tip.parallel.collectives import agree_on_maxima, gather_json
@@ -47,7 +44,7 @@ class _Pending:
 
     step: int
     partial: Path
-    request: AsyncRequest
+    save: ShardedSave
     checksums: dict[str, tuple[int, str]] = field(default_factory=dict)
     failure: str = ""
 
@@ -56,8 +53,7 @@ class _Pending:
         self.thread.start()
 
     def _write(self) -> None:
-        assert self.request.async_fn is not None, "set by InProcessSave"
-        self.request.async_fn(*self.request.async_fn_args)
+        self.save.write()
         own = (self.partial / SHARDS_NAME).glob(f"__{dist.get_rank()}_*")
         try:
             self.checksums = synced_checksums(self.partial, own)
@@ -128,21 +124,21 @@ class Checkpointer:
         self.finish()
         with self._run.timer.phase("save"):
             partial = Path(self._on_writer(lambda: str(self._files.begin(progress.step))))
-            request = dist_checkpointing.save(
-                sharded_state(self._run.student),
-                str(partial / SHARDS_NAME),
-                sharded_strategy=self._strategy(),
-                async_sharded_save=True,
+            save = ShardedSave(
+                sharded_state(self._run.student, self._run.teacher),
+                partial / SHARDS_NAME,
+                copies=self._settings.in_background,
+                sharers=self._run.student.groups.dp_cp_group,
             )
-            assert request is not None, "an asynchronous save returns a request"
             values = {
                 "progress": progress.as_json(),
+                "adaptive_ratio": (ratio := self._run.last_step.adaptive_ratio) and asdict(ratio),
                 "recorder": asdict(self._recorder.state),
                 "seconds": self._run.timer.total_seconds(),
                 **identity_of(self._run),
             }
             self._on_writer(lambda: write_state(partial, values))
-            self._pending = _Pending(progress.step, partial, request)
+            self._pending = _Pending(progress.step, partial, save)
             self._pending.start()
         self._saved_step = progress.step
         self._saved_at = time.monotonic()
@@ -159,8 +155,7 @@ class Checkpointer:
         with self._run.timer.phase("save"):
             pending.thread.join()
             try:
-                for finalize in pending.request.finalize_fns:
-                    finalize()
+                pending.save.finish()
             except (CheckpointException, OSError) as error:
                 raise _not_written(pending, reason_of(error)) from error
             failure = _not_written(pending, pending.failure) if pending.failure else None
@@ -179,12 +174,6 @@ class Checkpointer:
             self._files.prune(keep_last=self._settings.keep_last, keep_every_steps=self._settings.keep_every_steps)
         except OSError as error:  # one checkpoint too many is no reason to end a run
             logger.warning("an old checkpoint could not be removed: %s", error)
-
-    def _strategy(self) -> Any:
-        """Returns the strategy by which replicas share the writing of what they all hold."""
-        groups = self._run.student.groups
-        strategy = InProcessSave(copies=self._settings.in_background)
-        return FullyParallelSaveStrategyWrapper(strategy, groups.dp_group) if groups.grid.dp_size > 1 else strategy
 
     def _on_writer(self, write: Callable[[], T]) -> T:
         """Returns, on every rank, what `write` does on rank 0; raises its OSError as OutputError, on every rank."""

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from megatron_tip.cli import app
@@ -90,6 +91,16 @@ def test_online_tracking_needs_a_login(models: Path, monkeypatch: pytest.MonkeyP
 def test_a_configuration_that_cannot_run_is_told_with_its_reason(models: Path):
     (text,) = missing(models, teacher={"tensor_parallel_size": 5})
     assert "tensor_parallel_size: expected a divisor of its 12 attention heads" in text
+
+
+def test_layouts_are_told_and_parts_of_sequences_want_transformer_engine(models: Path, monkeypatch: pytest.MonkeyPatch):
+    config = make_config(models, Layout(2, cp=(2, 1)), model={"dtype": "auto"})
+    texts = [finding.text for finding in examine(config)]
+    assert "layouts: student tp 1 x pp 1 x cp 2 x dp 1, teacher tp 1 x pp 1 x dp 2" in texts
+    assert not any("context_parallel_size" in text for text in texts), "on a CPU there is no other way"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    (note,) = doctor._context_parallelism(config)
+    assert (note.state, note.text.partition(":")[0]) == ("note", "model.context_parallel_size")
 
 
 def test_a_taken_port_is_told(models: Path, monkeypatch: pytest.MonkeyPatch):

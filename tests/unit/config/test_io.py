@@ -86,6 +86,8 @@ def test_malformed_override_is_refused(minimal, override):
             'got "micro_batch" (text); use selection.passes = "one", which selects exactly',
         ),
         ("loss.compile=true", 'loss.compile (on the command line): unknown key; use loss.kernels = "compiled"'),
+        ("optimizer.optimizer_cpu_offload=true", 'unknown key; use training.offload = "optimizer"'),
+        ("model.recompute_granularity=full", "unknown key; use model.recompute_activations for whole layers"),
         ("training.zzzzzzzz=1", "see `megatron-tip train --help`"),
         ("training.steps=many", 'training.steps (on the command line): expected integer >= 1, got "many" (text)'),
         ("model.dtype=bf16", 'got "bf16" (text); did you mean "bfloat16"?'),
@@ -107,6 +109,11 @@ def test_malformed_override_is_refused(minimal, override):
         ("model.dtype=fp8", 'expected "auto" | "float32" | "bfloat16", got "fp8" (text)'),
         ("model.drop_layers=[1, x]", "expected list of integers"),
         ('model.drop_layers=[1, "x"]', "model.drop_layers (on the command line), element 1: expected list of integers"),
+        (
+            'selection.parameters={ tokens = "x" }',
+            'selection.parameters (on the command line), element tokens: expected table of numbers, got "x" (text)',
+        ),
+        ("teacher.update=live", 'teacher.update: expected "frozen" with teacher.kind = "megatron", got "live"'),
         ("selection.retention_ratio=1.5", "expected number > 0 and <= 1, got 1.5 (number)"),
         ("selection.support_size=100000", "expected integer >= 1 and <= 1024, got 100000"),
         ("run.folder=", "run.folder: expected a separate folder for the run, got an empty text"),
@@ -226,3 +233,25 @@ def test_what_toml_cannot_hold_is_named(minimal, value):
     assert "run.seed" in message_of(minimal, [f"run.seed={value}"])
     minimal.write_text(MINIMAL.replace("[run]", f"[run]\nseed = {value}"))
     assert f"{minimal}: expected TOML" in message_of(minimal)
+
+
+def test_a_value_that_no_type_accepts_is_named_once(minimal):
+    (line,) = message_of(minimal, ["prompts.template_arguments={ think = [1] }"]).splitlines()[1:]
+    assert line.endswith("element think: expected table of booleans or integers or numbers or texts, got [1] (list)")
+
+
+OWN_PROMPT = 'prompts.teacher_system_prompt="hint"'
+
+
+@pytest.mark.parametrize("section", ["model", "teacher"])
+def test_a_prompt_of_the_teachers_own_is_not_read_in_parts(minimal, section):
+    message = message_of(minimal, [OWN_PROMPT, f"{section}.context_parallel_size=2"])
+    assert f"{section}.context_parallel_size: expected 1 with prompts of the teacher's own" in message
+    load_config(minimal, [OWN_PROMPT])
+
+
+@pytest.mark.parametrize("key", ["tensor_parallel_size", "context_parallel_size", "expert_model_parallel_size"])
+def test_a_teacher_that_is_the_student_has_its_layout(minimal, key):
+    own = ["teacher.kind=self", "teacher.path=models/student"]
+    assert getattr(load_config(minimal, [*own, f"model.{key}=2"]).teacher, key) == 2
+    assert f"teacher.{key}: expected that of [model], 1" in message_of(minimal, [*own, f"teacher.{key}=2"])

@@ -18,7 +18,7 @@ def test_shape_has_the_published_number_of_parameters(name: str):
     assert known.tokenizer.largest_id < known.architecture.vocab_size
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "qwen3_moe"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_parameters_are_those_of_the_model_itself(model_type: str, tied: bool):
     config = AutoConfig.for_model(
@@ -32,6 +32,8 @@ def test_parameters_are_those_of_the_model_itself(model_type: str, tied: bool):
         vocab_size=90,
         tie_word_embeddings=tied,
     )
+    if model_type == "qwen3_moe":
+        config.update({"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "mlp_only_layers": [1]})
     if model_type == "qwen2":
         config.head_dim = 12  # its head size follows from the hidden size
     model = AutoModelForCausalLM.from_config(config)
@@ -39,6 +41,11 @@ def test_parameters_are_those_of_the_model_itself(model_type: str, tied: bool):
         {**config.to_dict(), "architectures": [type(model).__name__]}, model_type
     )
     assert num_parameters(architecture) == model.num_parameters()
+
+
+@pytest.mark.parametrize("name,active", [("Qwen3-30B-A3B", 3.3e9), ("Qwen3-235B-A22B", 22e9)])
+def test_active_parameters_are_those_of_the_model_card(name: str, active: float):
+    assert num_parameters(KNOWN_MODELS[name].architecture, active=True) == pytest.approx(active, rel=0.02)
 
 
 def test_a_folder_is_known_by_its_name():

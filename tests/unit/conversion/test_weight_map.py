@@ -5,16 +5,18 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_tip.conversion.architecture import ModelArchitecture
+from megatron_tip.conversion.experts import split_experts
 from megatron_tip.conversion.weight_map import checkpoint_name, hf_shapes, weight_maps
-from tests.helpers.models import VARIANTS
+from tests.helpers.models import EXPERT_VARIANTS, VARIANTS
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [*VARIANTS, *EXPERT_VARIANTS])
 def test_every_tensor_of_transformers_is_mapped_once_with_its_shape(variant: str) -> None:
-    config = VARIANTS[variant]
+    config = (VARIANTS | EXPERT_VARIANTS)[variant]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    saved = [split_experts(name, parameter) or {name: parameter} for name, parameter in model.named_parameters()]
+    expected = {name: tuple(tensor.shape) for tensors in saved for name, tensor in tensors.items()}
     architecture = ModelArchitecture.from_config(config.to_dict() | {"architectures": [type(model).__name__]}, variant)
     assert hf_shapes(architecture) == expected
     names = [name for weight in weight_maps(architecture) for name in weight.hf_names]

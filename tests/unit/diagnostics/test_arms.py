@@ -11,7 +11,7 @@ from megatron_tip.diagnostics.arms import Arm, ArmResult, ArmsFile, planned_arms
 from megatron_tip.diagnostics.bank import write_bank
 from megatron_tip.diagnostics.intervene import split_contexts
 from megatron_tip.errors import ConfigError, InputError
-from megatron_tip.selection import RULES
+from megatron_tip.selection import PAPERS_RULES
 from tests.helpers.diagnostics import MANIFEST, make_contexts
 
 RESULT = ArmResult(
@@ -35,7 +35,7 @@ def test_every_rule_budget_and_seed_is_tried_and_other_k_where_they_matter():
     arms = planned_arms(config(retention_ratios=(0.01, 0.05), seeds=2, support_sizes=(8, 16)))
     assert len(set(arms)) == len(arms)
     assert arms[:2] == [Arm("full", 1.0, 16, 1), Arm("full", 1.0, 16, 2)]
-    for name in RULES:
+    for name in PAPERS_RULES:
         if name != "full":
             of_rule = {(arm.retention_ratio, arm.seed) for arm in arms if arm.rule == name and arm.support_size == 16}
             assert of_rule == {(0.01, 1), (0.01, 2), (0.05, 1), (0.05, 2)}, name

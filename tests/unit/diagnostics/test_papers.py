@@ -12,7 +12,7 @@ from PIL import Image
 
 from megatron_tip.diagnostics.arms import Arm, ArmResult, ArmsFile, settings_digest
 from megatron_tip.diagnostics.bank import read_bank, write_bank
-from megatron_tip.diagnostics.papers.claims import Claim
+from megatron_tip.diagnostics.papers.claims import Claim, arm_claims, token_claims
 from megatron_tip.diagnostics.papers.evidence import Evidence
 from megatron_tip.diagnostics.papers.write import facts, fill_page, markdown, page_blocks, write_all
 from megatron_tip.diagnostics.scores import Scores, write_scores
@@ -22,6 +22,7 @@ from megatron_tip.errors import InputError
 from tests.helpers.diagnostics import MANIFEST, make_bank, make_contexts, make_scores, with_gain
 
 GAINS = {"ta_opd_teachability": 0.5, "ta_opd_divergence": 0.3, "random": 0.1, "ta_opd_incompatible": 0.1}
+SEEDS = (1, 2, 3, 4, 5)
 
 
 def settings_of(start: Scores) -> dict[str, Any]:
@@ -30,10 +31,10 @@ def settings_of(start: Scores) -> dict[str, Any]:
 
 
 def write_arms(folder: Path, settings: dict[str, Any], *, ratios: tuple[float, ...], sizes: tuple[int, ...] = (16,)):
-    """Arms of three seeds, each rule with its own of `GAINS`; the first of `ratios` and `sizes` is the study's own."""
+    """Arms of five seeds, each rule with its own of `GAINS`; the first of `ratios` and `sizes` is the study's own."""
     arms = ArmsFile(folder)
     arms.begin(settings)
-    for seed in (1, 2, 3):
+    for seed in SEEDS:
         generator = np.random.default_rng(seed)
         contexts = generator.choice(80, 16, replace=False).tolist()
         before = generator.uniform(20, 40, 16)
@@ -52,10 +53,13 @@ def written(tmp_path_factory):
     bank = make_bank(folder / "bank", num_contexts=80)
     start = make_scores(bank)
     table = bank_tokens(start, np.zeros(len(start)), 16)
-    noise = 0.02 * np.random.default_rng(1).normal(size=len(start))
-    after = with_gain(start, 0.4 * table.column("d_l") + noise, trained_contexts=[0, 1])
     write_scores(bank.scores_path("start"), start)
-    write_scores(bank.scores_path("full_seed1"), after)
+    digest = settings_digest(settings_of(start))
+    for seed in SEEDS:
+        noise = 0.02 * np.random.default_rng(seed).normal(size=len(start))
+        gain = 0.4 * table.column("d_l") + noise
+        after = with_gain(start, gain, trained_contexts=[2 * seed, 2 * seed + 1], settings=digest)
+        write_scores(bank.scores_path(f"full_seed{seed}"), after)
     write_arms(folder / "arms", settings_of(start), ratios=(0.05, 0.03))
     found = Evidence.read(bank.folder, start="start", after=[], arms=folder / "arms", resamples=200, seed=1)
     return folder, found, write_all(found, folder / "out")
@@ -98,6 +102,30 @@ def test_claims_are_judged_by_their_intervals(written):
     assert verdicts["D^L predicts the gain better than D^I, K = 16"] == "agrees"
     assert verdicts["random tokens lose, under the common update"] == "disagrees"  # they gain 0.4 D^L on the mean
     assert verdicts["teachability at 5 % gains more than entropy"] == "no data"
+    by_seed = tables["claims"].set_index("claim")["by_seed"]
+    for claim in ("D^L predicts the gain better than D^I, K = 16", "teachability at 5 % gains more than raw KL (D~)"):
+        assert len(set(by_seed[claim].split())) > 1
+        assert len(by_seed[claim].split()) == len(SEEDS)
+
+
+def test_too_few_trainings_have_no_verdict_and_say_so(written, tmp_path):
+    folder, found, _ = written
+    few = Evidence.read(
+        folder / "bank", start="start", after=["full_seed1", "full_seed2"], arms=None, resamples=50, seed=1
+    )
+    assert set(write_all(few, tmp_path)["claims"]["verdict"]) == {"too few seeds (2 of 5)", "no data"}
+    assert "Note: too few seeds (2 of 5) for a verdict on a claim." in facts(few)
+    four = replace(found, arms=[result for result in found.arms if result.arm.seed < 5])
+    verdicts = {claim.text: claim.verdict(0.0) for claim in claims_of(four)}
+    assert verdicts["teachability at 5 % gains more than raw KL (D~)"] == "too few seeds (4 of 5)"
+    assert "too few seeds (4 of 5)" in facts(four)
+    assert "too few seeds" not in facts(found)
+
+
+def test_checkpoints_of_no_intervention_are_one_training(written):
+    _, found, _ = written
+    assert len(found.by_training()) == len(SEEDS)
+    assert replace(found, trainings=()).num_trainings == 1
 
 
 def test_the_same_seed_gives_the_same_numbers(written):
@@ -130,6 +158,10 @@ def test_a_page_is_filled_between_its_markers_alone(written, tmp_path):
     page.write_text("no marker")
     with pytest.raises(InputError, match="markers"):
         fill_page(page, {}, folder / "out")
+
+
+def claims_of(found: Evidence) -> list[Claim]:
+    return [*token_claims(found), *arm_claims(found)]
 
 
 def evidence_with(written, arms: Path) -> Evidence:
@@ -192,15 +224,28 @@ def test_the_data_of_both_panels_lie_beside_the_picture(written):
     assert data.query("panel == 'tenths'")[["value", "gain", "low", "high"]].notna().all(axis=None)
 
 
-def test_a_claim_about_trainings_is_decided_over_prompts_and_over_seeds():
-    below = Interval(-0.12, -0.24, -0.02)
-    assert Claim("", "", below).verdict == "disagrees"
-    assert Claim("", "", below, sign=-1).verdict == "agrees"
-    assert Claim("", "", below, seeds=(-0.11, -0.12, -0.13)).verdict == "disagrees"
-    assert Claim("", "", below, seeds=(-0.455, -0.019, 0.118)).verdict == "undecided"
-    assert Claim("", "", below, seeds=(-0.12,)).verdict == "undecided"
-    assert Claim("", "", Interval(-0.12, -0.24, 0.02), seeds=(-0.11, -0.12, -0.13)).verdict == "undecided"
-    assert Claim("", "", Interval.unknown(), seeds=()).verdict == "no data"
+def test_a_claim_is_decided_over_prompts_and_over_seeds():
+    below, steady = Interval(-0.12, -0.24, -0.02), (-0.11, -0.12, -0.13, -0.12, -0.11)
+    assert Claim("", "", below, steady).verdict(0.01) == "disagrees"
+    assert Claim("", "", below, steady, sign=-1).verdict(0.01) == "agrees"
+    assert Claim("", "", below, steady).verdict(0.06) == "undecided"
+    assert Claim("", "", below, tuple(-value for value in steady)).verdict(0.01) == "undecided"
+    assert Claim("", "", Interval(-0.12, -0.24, 0.02), steady).verdict(0.01) == "undecided"
+    assert Claim("", "", below, steady[:4]).verdict(0.01) == "too few seeds (4 of 5)"
+    assert np.isnan(Claim("", "", below, steady[:4]).p_value)
+    assert Claim("", "", Interval.unknown(), ()).verdict(float("nan")) == "no data"
+
+
+def test_the_verdicts_of_a_table_are_corrected_for_all_of_its_claims(written):
+    _, found, tables = written
+    values = np.array([claim.p_value for claim in claims_of(found)])
+    adjusted = tables["claims"]["p_holm"].to_numpy()
+    known = ~np.isnan(values)
+    assert known.sum() > 5
+    np.testing.assert_array_equal(known, ~np.isnan(adjusted))
+    smallest = np.nanargmin(values)
+    assert adjusted[smallest] == pytest.approx(min(1.0, values[smallest] * known.sum()))
+    assert (adjusted[known] >= values[known]).all()
 
 
 def test_scores_of_another_intervention_are_not_set_beside_arms(written, tmp_path):
@@ -232,7 +277,7 @@ def test_a_bank_of_one_prompt_has_tables_and_figures_without_verdicts(tmp_path):
     write_scores(bank.scores_path("end"), with_gain(start, np.full(len(start), 0.1)))
     found = Evidence.read(bank.folder, start="start", after=[], arms=None, resamples=50, seed=1)
     tables = write_all(found, tmp_path / "out")
-    assert set(tables["claims"]["verdict"]) == {"undecided", "no data"}
+    assert set(tables["claims"]["verdict"]) == {"too few seeds (1 of 5)", "no data"}
     with_arms = replace(
         found,
         arms=[
@@ -240,7 +285,8 @@ def test_a_bank_of_one_prompt_has_tables_and_figures_without_verdicts(tmp_path):
             for rule in ("ta_opd_teachability", "random")
         ],
     )
-    assert set(write_all(with_arms, tmp_path / "arms")["claims"]["verdict"]) == {"undecided", "no data"}
+    verdicts = write_all(with_arms, tmp_path / "arms")["claims"]["verdict"]
+    assert set(verdicts) == {"too few seeds (1 of 5)", "no data"}
     assert tables["gains"]["gain"].to_list() == pytest.approx([0.1, 0.1], abs=1e-6)
 
 

@@ -14,8 +14,13 @@ from megatron_tip.rollout.sglang import setup as sglang_setup
 from tests.helpers.training import Layout, make_config, make_models
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
-SMALL = ("quickstart_cpu", "quickstart_sglang", "multi_turn_calculator", "fixed_context_study")
-RECIPES = sorted(path for path in EXAMPLES.glob("*/*.toml") if path.parent.name not in SMALL)
+SMALL = (
+    *("quickstart_cpu", "quickstart_sglang", "multi_turn_calculator"),
+    *("fixed_context_study", "near_pair_study", "self_distillation"),
+)
+RECIPES = sorted(
+    path for path in EXAMPLES.glob("*/*.toml") if path.parent.name not in SMALL and path.name != "sweep.toml"
+)
 
 
 SERVED_TEACHER = ["teacher.kind=sglang", 'teacher.urls=["http://n7:1"]', "teacher.keys_file=elsewhere.json"]
@@ -29,8 +34,8 @@ def recipe(*overrides: str) -> Config:
     return load_config(EXAMPLES / "qwen3_4b_to_1p7b" / "qwen3_4b_to_1p7b.toml", overrides)
 
 
-def test_every_pair_of_the_papers_has_a_recipe():
-    assert len(RECIPES) == 7
+def test_every_pair_of_the_papers_and_one_with_experts_has_a_recipe():
+    assert len(RECIPES) == 8
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -40,6 +45,12 @@ def test_recipe_runs_on_eight_nodes_of_eight(path: Path):
     assert 5 * 2**30 < result.memory.total_bytes < 80 * 2**30
     assert "64 workers: student tp" in result.report(80.0)
     assert "\n0-7    trainer, ranks 0-63 " in result.report(80.0)
+
+
+def test_the_experts_of_a_recipe_are_described():
+    report = checked(load_config(EXAMPLES / "qwen3_30b_a3b_to_4b" / "qwen3_30b_a3b_to_4b.toml")).report(80.0)
+    assert "teacher tp 2 x pp 1 x dp 32 (experts tp 1 x ep 8 x dp 8)\n" in report
+    assert "\nteacher: 30.5 B parameters, 3.4 B of them active\n" in report
 
 
 def test_quickstart_runs_on_three_workers():

@@ -18,6 +18,7 @@ from megatron_tip.planning.phases import releases_memory
 from megatron_tip.planning.plan import outline_run
 from megatron_tip.training.checkpoints.student_state import complete_optimizer_state
 from tests.helpers.distributed import run_workers
+from tests.helpers.tiny import make_experts
 from tests.helpers.training import Layout, build_tiny_run, make_config, make_models, make_rollouts
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
@@ -72,6 +73,53 @@ def test_seventy_billion_on_one_node_by_hand():
     assert found["save"]["save: a piece of the optimizer"] == 2 * 16 * 2**20
     assert found["train"]["teacher: hidden states of a step, the selected"] == rows / 2  # twice half of them
     assert found["update"]["optimizer: square roots, if AdamW is torch's"] == 4 * student / 2
+
+
+def test_context_parallelism_divides_activations_and_rows_and_shares_the_optimizer():
+    keys = ("sglang.share_gpus=true", "selection.passes=two")
+    sizes = ("model.context_parallel_size=4", "teacher.context_parallel_size=2")
+    whole, parts = (estimate(llama(*keys, *more), 64).phases for more in ((), sizes))
+    for phase, name, divisor in (
+        ("train", "student: activations of a micro-batch", 4),
+        ("score", "student: a layer's activations", 4),
+        ("ask", "teacher: a layer's activations", 2),
+        # dp is smaller by cp, so that a rank holds as many rows as before
+        ("ask", "teacher: hidden states to send", 1),
+        ("ask", "teacher: hidden states of a step", 1),
+        ("update", "student: optimizer", 1),
+        ("update", "student: weights", 1),
+    ):
+        assert parts[phase][name] == pytest.approx(whole[phase][name] / divisor), name
+
+
+def test_one_pass_holds_more_tokens_of_a_replica_whose_sequences_are_in_parts():
+    """A rank's share of a replica's tokens is smaller by cp, and the replica has as many times more of the batch."""
+    whole, parts = (
+        estimate(llama("selection.passes=one", f"model.context_parallel_size={cp_size}"), 64) for cp_size in (1, 2)
+    )
+    assert parts.held_tokens > 1.9 * whole.held_tokens > 0
+    name = "student: activations of a step, held"
+    assert parts.phases["train"][name] == pytest.approx(whole.phases["train"][name])
+
+
+def test_selective_recomputation_leaves_out_the_feed_forward_networks_of_all_layers_but_one():
+    name = "student: activations of a micro-batch"
+    found = {
+        modules: estimate(llama("model.recompute_activations=false", f"model.recompute_modules={modules}"), 8)
+        for modules in ("[]", '["mlp"]', '["core_attn"]')
+    }
+    kept = {modules: one.phases["train"][name] for modules, one in found.items()}
+    tokens = llama().training.max_tokens_per_micro_batch
+    assert kept["[]"] - kept['["mlp"]'] == pytest.approx(31 * 3 * F / 4 * tokens * 2)
+    assert kept["[]"] == kept['["core_attn"]']
+
+
+def test_a_precision_aware_optimizer_holds_what_its_types_take():
+    types = ("main_grads_dtype=bf16", "exp_avg_dtype=fp16", "exp_avg_sq_dtype=fp8")
+    keys = [f"optimizer.{key}" for key in ("use_precision_aware_optimizer=true", *types)]
+    plain, precise = estimate(llama(), 8).phases["update"], estimate(llama(*keys), 8).phases["update"]
+    assert precise["student: gradients, bfloat16"] == plain["student: gradients, float32"] / 2
+    assert precise["student: optimizer"] == pytest.approx(plain["student: optimizer"] / 12 * (2 + 2 + 1))
 
 
 def test_seventy_billion_on_one_node_does_not_pass_unless_it_fits():
@@ -177,11 +225,65 @@ def test_the_sums_are_those_of_the_tensors(tmp_path: Path, layout: Layout, dtype
         "teacher": {"dtype": dtype},
         "optimizer": {"distributed": distributed},
     }
-    config = make_config(make_models(tmp_path), layout, **sections)
+    check_sums(make_config(make_models(tmp_path), layout, **sections), layout, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "layout,experts,distributed",
+    [
+        (Layout(2), {"expert_model_parallel_size": 2}, True),
+        (Layout(2), {}, True),
+        (Layout(2, student=(2, 1), sequence_parallel=True), {"expert_tensor_parallel_size": 1}, False),
+        (Layout(2, student=(1, 2)), {}, False),
+    ],
+    ids=str,
+)
+def test_the_sums_of_experts_are_those_of_the_tensors(
+    tmp_path: Path, layout: Layout, experts: dict[str, int], distributed: bool
+):
+    make_experts(tmp_path / "student", seed=1, mlp_only_layers=[0])
+    make_experts(tmp_path / "teacher", seed=2, tie_word_embeddings=False)
+    optimizer = {"distributed": distributed}
+    config = make_config(tmp_path, layout, model=experts, teacher=experts, optimizer=optimizer)
+    check_sums(config, layout, tmp_path)
+
+
+def check_sums(config: Config, layout: Layout, tmp_path: Path) -> None:
     ranks = run_workers(counted, layout.world_size, tmp_path, config, timeout_seconds=300.0)
     expected = estimate(config, layout.world_size).parts
     for name in ranks[0]:
         values = [rank[name] for rank in ranks]
         # Replicas share the optimizer's values, not always in equal parts.
-        found = sum(values) / len(values) if distributed and name == "student: optimizer" else max(values)
-        assert found == expected[name], name
+        shared = config.optimizer.distributed and name == "student: optimizer"
+        assert (sum(values) / len(values) if shared else max(values)) == expected[name], name
+
+
+def own_bytes(config: Config) -> int:
+    """The bytes that this rank holds for the teacher and not for the student."""
+    run = build_tiny_run(config, make_rollouts([3]))
+    held = [*run.teacher.model.parameters(), *getattr(run.teacher, "averages", {}).values()]  # type: ignore[attr-defined]
+    students = {parameter.data_ptr() for parameter in run.student.model.parameters()}
+    return sum({one.data_ptr(): one.nbytes for one in held if one.data_ptr() not in students}.values())
+
+
+@pytest.mark.parametrize("update", ["live", "average"])
+@pytest.mark.parametrize("layout,dtype", [(Layout(1), "float32"), (Layout(2, student=(2, 1)), "bfloat16")], ids=str)
+def test_a_teacher_that_is_the_student_counts_what_it_adds(tmp_path: Path, layout: Layout, dtype: str, update: str):
+    models = make_models(tmp_path)
+    config = make_config(
+        models,
+        layout,
+        model={"dtype": dtype},
+        teacher={"kind": "self", "path": models / "student", "update": update, "dtype": dtype},
+        prompts={"teacher_system_prompt": "hint", "max_teacher_prompt_tokens": 400},
+    )
+    found = estimate(config, layout.world_size)
+    expected = run_workers(own_bytes, layout.world_size, tmp_path, config, timeout_seconds=300.0)
+    assert max(expected) == found.parts.get("teacher: weights", 0.0)
+    assert "teacher: head on the student's ranks" not in found.parts
+    row = 48 * (4 if dtype == "float32" else 2)
+    assert found.parts["teacher: hidden states of a step"] == 64 * row
+    activations = found.phases["ask"]
+    assert activations["teacher: a layer's activations"] / (400 + 64) == pytest.approx(
+        found.phases["score"]["student: a layer's activations"] / (64 + 64)
+    )

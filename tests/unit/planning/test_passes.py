@@ -13,6 +13,7 @@ from megatron_tip.machine import Machine
 from megatron_tip.planning.memory_estimate import estimate_memory
 from megatron_tip.planning.passes import OnePass, expected_cut_share, plan_passes
 from megatron_tip.planning.plan import outline_run
+from tests.helpers.tiny import make_experts
 from tests.helpers.training import Layout, make_config, make_models, make_rollouts
 
 NEVER, ALWAYS = 0, sys.maxsize
@@ -107,6 +108,16 @@ def test_a_batch_takes_one_pass_if_its_fullest_replica_fits_and_little_is_cut():
     assert not OnePass(0, 1.0, 0.1).suits(batch)
 
 
+def test_whole_rollouts_that_are_dropped_are_cut_as_a_whole(models: Path):
+    batch = batch_of([40, 40])
+    assert OnePass(ALWAYS, 0.5, 0.5, of_whole_rollouts=True).suits(batch)
+    assert not OnePass(ALWAYS, 0.49, 0.5, of_whole_rollouts=True).suits(batch)
+    assert OnePass(ALWAYS, 0.49, 0.5).suits(batch)
+    fire = {"passes": "auto", "rule": "fire", "retention_ratio": 0.8}
+    assert planned(configured(models, selection=fire)).of_whole_rollouts
+    assert not planned(configured(models)).of_whole_rollouts
+
+
 def test_the_estimate_is_that_of_the_way_that_a_full_batch_takes(models: Path):
     held = "student: activations of a step, held"
     outline = outline_run(configured(models), 1, Machine(is_elsewhere=True))
@@ -126,3 +137,29 @@ def test_the_estimate_is_that_of_the_way_that_a_full_batch_takes(models: Path):
     assert full[held] / longest == pytest.approx(6 * 672 * 4)
     assert held not in estimated("auto", 0.005).parts
     assert held in estimated("one", 0.005).parts
+
+
+def test_auto_does_not_decide_what_an_auxiliary_loss_covers(tmp_path: Path):
+    make_experts(tmp_path / "student", seed=1)
+    make_experts(tmp_path / "teacher", seed=2)
+    with_loss = {"model": {"moe_aux_loss_coeff": 0.1}}
+    assert planned(configured(tmp_path)).max_tokens > NEVER
+    assert planned(configured(tmp_path, **with_loss)).max_tokens == NEVER
+    assert planned(configured(tmp_path, selection={"passes": "one"}, **with_loss)).max_tokens == ALWAYS
+
+
+def test_held_activations_count_the_experts_of_each_token(tmp_path: Path):
+    """By hand: a layer's heads, norms and inputs; a dense feed-forward part, or twice the inputs, products and outputs
+    of two experts. Over two tensor-parallel ranks that share each expert, both have the inputs and outputs.
+    """
+    make_experts(tmp_path / "student", seed=1, mlp_only_layers=[0])
+    make_experts(tmp_path / "teacher", seed=2)
+    heads, norms = (12 + 2 * 4) * 8 + 12 * 8, 4 * 48
+    for layout, shared in ((Layout(1), 1), (Layout(2, student=(2, 1), sequence_parallel=True), 2)):
+        experts = 2 * (2 * 48 * shared + 3 * 24)
+        values = 4 * (heads + norms) + 3 * 96 + 3 * experts
+        small, large = (
+            planned(configured(tmp_path, layout), layout.world_size, memory_gib=gib).max_tokens for gib in (2.0, 3.0)
+        )
+        free = 0.5 * 0.9 * 2**30
+        assert large - small == pytest.approx(free / (values / layout.student[0] * 4), abs=1)

@@ -8,9 +8,10 @@ import pytest
 
 from megatron_tip.errors import ConfigError, MegatronTipError
 from megatron_tip.machine import Machine
+from megatron_tip.planning.inputs import default_num_workers
 from megatron_tip.planning.plan import outline_run, plan_run
 from megatron_tip.planning.settings import check_settings
-from tests.helpers.tiny import make_llama, make_tokenizer
+from tests.helpers.tiny import make_experts, make_llama, make_tokenizer
 from tests.helpers.training import Layout, make_config, make_models
 
 
@@ -33,6 +34,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "model.pipeline_parallel_size: expected a divisor of its 6 layers",
         ),
         ({"model": {"tensor_parallel_size": 2}}, 3, "student: expected a world size that is a multiple of tp 2 x pp 1"),
+        (
+            {"teacher": {"context_parallel_size": 2}},
+            3,
+            "teacher: expected a world size that is a multiple of tp 1 x cp 2 x pp 1 = 2, got 3; start a different",
+        ),
         ({"model": {"drop_layers": (6,)}}, 1, "model.drop_layers: expected different layers among 0..5"),
         ({"model": {"path": Path("nowhere")}}, 1, "nowhere/config.json: no such file"),
         (
@@ -79,6 +85,17 @@ def test_what_cannot_run_is_refused(models: Path, sections, world_size: int, exp
         with pytest.raises(MegatronTipError) as elsewhere:
             outline_run(make_config(models, Layout(1), **sections), world_size, Machine(is_elsewhere=True))
         assert str(elsewhere.value) == str(caught.value)
+
+
+def test_a_replay_with_other_held_out_prompts_is_refused_unless_nothing_is_replayed(models: Path, tmp_path: Path):
+    recorded = tmp_path / "rollouts"
+    recorded.mkdir()
+    (recorded / "step_000001.jsonl").touch()
+    replay = {"engine": "replay", "replay_folder": recorded}
+    config = make_config(models, Layout(1), rollout=replay, heldout={"num_prompts": 3})
+    with pytest.raises(ConfigError, match=r"heldout\.num_prompts: expected 0, .* got 3"):
+        plan_run(config, 1)
+    plan_run(config, 1, generates=False)
 
 
 def test_the_rule_full_needs_no_budget(models: Path):
@@ -144,3 +161,38 @@ def test_models_of_one_tokenizer_and_other_paddings_share_the_smaller_vocabulary
     assert plan.student_grid.dp_size == 1
     assert plan.teacher_grid.dp_size == 4
     assert plan.stop_token_ids == (2,)
+
+
+@pytest.mark.parametrize(
+    "sections,world_size,expected_text",
+    [
+        ({"tensor_parallel_size": 2}, 2, "model.sequence_parallel: expected true for a model with experts and tensor_"),
+        ({"expert_model_parallel_size": 3}, 3, "model.expert_model_parallel_size: expected a divisor of its 8 experts"),
+        ({"expert_model_parallel_size": 8}, 4, "student: expected a number of ranks per pipeline stage that is a mult"),
+    ],
+)
+def test_experts_that_cannot_run_are_refused(tmp_path: Path, sections, world_size: int, expected_text: str):
+    make_experts(tmp_path / "student", seed=1)
+    config = make_config(tmp_path, Layout(1), model=sections, teacher={"path": tmp_path / "student"})
+    with pytest.raises(ConfigError) as caught:
+        plan_run(config, world_size)
+    assert expected_text in str(caught.value)
+
+
+def test_a_stage_without_experts_is_refused(tmp_path: Path):
+    make_experts(tmp_path / "student", seed=1, mlp_only_layers=[0, 1])
+    config = make_config(tmp_path, Layout(2, student=(1, 2)), teacher={"path": tmp_path / "student"})
+    with pytest.raises(ConfigError, match=r"experts in every pipeline stage, got none in stage 0 \(layers 0 to 1\)"):
+        plan_run(config, 2)
+    sections = {"model": {"pipeline_layers": (3, 1)}, "teacher": {"path": tmp_path / "student"}}
+    plan_run(make_config(tmp_path, Layout(2, student=(1, 2)), **sections), 2)
+
+
+def test_an_auxiliary_loss_without_experts_is_refused(models: Path):
+    with pytest.raises(ConfigError, match=r"model.moe_aux_loss_coeff: expected 0 for a model without experts, got 0.1"):
+        plan_run(make_config(models, Layout(1), model={"moe_aux_loss_coeff": 0.1}), 1)
+
+
+def test_on_a_cpu_as_many_workers_as_the_experts_need(models: Path):
+    sizes = {"tensor_parallel_size": 3, "expert_tensor_parallel_size": 1, "expert_model_parallel_size": 2}
+    assert default_num_workers(make_config(models, Layout(1), model=sizes, teacher={"pipeline_parallel_size": 2})) == 6

@@ -48,7 +48,7 @@ def test_records_go_through_json():
     assert json.dumps(rollout_to_record(ROLLOUTS[2])) == (
         '{"prompt_index": 4, "sample_index": 0, "prompt_ids": [9], "response_ids": [8, 7, 6, 5, 4], '
         '"rollout_logprobs": [-0.5, 0.0, -5e-324, 0.0, -2.0], "finish_reason": "turns", "weight_version": 6, '
-        '"environment_spans": [[1, 2], [3, 4]], "teacher": "maths \\u00e9"}'
+        '"environment_spans": [[1, 2], [3, 4]], "teacher": "maths \\u00e9", "teacher_prompt_ids": []}'
     )
     assert [rollout_from_record({**record, "prompt_text": "ignored"}) for record in records] == ROLLOUTS
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from megatron_tip.selection import RULES, Selector, compare_rules
+from megatron_tip.selection import PAPERS_RULES, Selector, compare_rules
 from tests.helpers.selection import make_batch
 
 
@@ -11,7 +11,7 @@ def test_overlaps_and_quadrants_are_those_of_the_masks(scope):
     comparison = compare_rules(
         statistics, index, retention_ratio=0.1, scope=scope, divergence="support_divergence", seed=3
     )
-    assert set(comparison.names) == set(RULES) - {"full"}
+    assert set(comparison.names) == set(PAPERS_RULES) - {"full"}
     assert comparison.num_selected.tolist() == [10] * len(comparison.names)
     high_h = statistics.student_entropy > statistics.student_entropy.quantile(0.5)
     high_d = statistics.support_divergence > statistics.support_divergence.quantile(0.5)

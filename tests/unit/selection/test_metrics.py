@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from megatron_tip.selection import RULES, Selector
+from megatron_tip.selection import PAPERS_RULES, Selector
 from tests.helpers.selection import make_batch
 
 LENGTHS = [30, 50, 7, 13]
@@ -73,7 +73,7 @@ def test_agreement_with_every_other_rule(scope):
     statistics, index = make_batch(3, LENGTHS)
     active = Selector(rule="ta_opd_teachability", retention_ratio=0.2, scope=scope).select(statistics, index, step=0)
     names = {name.removeprefix("selection/jaccard_") for name in active.metrics if "jaccard_" in name}
-    assert names == set(RULES) - {"full", "ta_opd_teachability"}
+    assert names == set(PAPERS_RULES) - {"full", "ta_opd_teachability"}
     for rule in sorted(names - {"random", "tip_entropy_sampling"}):
         selector = Selector(rule=rule, retention_ratio=0.2, scope=scope, compare=False)
         other = selector.select(statistics, index, step=0)

@@ -6,6 +6,7 @@ import pytest
 from megatron_tip.errors import ConfigError
 from megatron_tip.selection import RULES, Selector
 from megatron_tip.statistics import TokenStatistics
+from tests.helpers.selection import settings_of
 
 ROOT = Path(__file__).parents[3]
 
@@ -14,9 +15,10 @@ ROOT = Path(__file__).parents[3]
 def test_published_scope_and_statistics(rule):
     row = RULES[rule]
     assert row.name == rule
-    assert row.scope == ("rollout" if rule.startswith("tip_") else "batch")
+    per_rollout = rule.startswith(("tip_", "se_kd"))
+    assert row.scope == ("whole_rollouts" if rule == "fire" else "rollout" if per_rollout else "batch")
     assert row.required_statistics <= set(TokenStatistics.__dataclass_fields__)
-    assert Selector(rule=rule).resolved_scope == row.scope
+    assert Selector(**settings_of(rule, 1.0)).resolved_scope == row.scope
 
 
 def test_every_rule_and_its_test_are_in_the_documentation():
@@ -25,7 +27,7 @@ def test_every_rule_and_its_test_are_in_the_documentation():
     assert set(RULES) <= names
     tests = {name for line in table for name in re.findall(r"`(test_\w+)`", line)}
     sources = "".join(path.read_text() for path in (ROOT / "tests/unit/selection").glob("test_*.py"))
-    assert len(tests) == 3
+    assert len(tests) == 4
     assert all(f"def {name}(" in sources for name in tests)
 
 

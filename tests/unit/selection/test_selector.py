@@ -1,5 +1,6 @@
 import dataclasses
 import itertools
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -7,12 +8,13 @@ import torch
 
 from megatron_tip.errors import ConfigError, InputError, TrainingError
 from megatron_tip.records import TokenIndex, TokenSelection
-from megatron_tip.selection import NORMALISERS, RULES, Input, Rule, Selector
+from megatron_tip.selection import NORMALISERS, RULES, Input, Rule, Selector, Weight
 from megatron_tip.statistics import TokenStatistics
-from tests.helpers.selection import make_batch, reference_mask, shard_rows, take_rows
+from tests.helpers.selection import make_batch, reference_mask, reference_weights, settings_of, shard_rows, take_rows
 from tools.simulated_replicas import run_simulated
 
 LENGTHS = [17, 1, 40, 3, 0, 64, 2, 33]
+WEIGHTED = sorted(rule for rule, row in RULES.items() if row.weights)
 SCORED = sorted(rule for rule, row in RULES.items() if row.take in ("top", "bottom"))
 
 
@@ -29,17 +31,68 @@ def test_selection_is_the_papers_formula(rule, ratio, scope, levels):
     )
 
 
+@pytest.mark.parametrize("levels", [None, 3])
+@pytest.mark.parametrize("step", [1, 4, 9])
+@pytest.mark.parametrize("rule", WEIGHTED)
+def test_weights_are_the_papers_formula(rule, step, levels):
+    statistics, index = make_batch(1, LENGTHS, levels=levels, gap=3)
+    selection = Selector(**settings_of(rule, 1.0)).select(statistics, index, step=step)
+    main, terms = reference_weights(rule, statistics, index, progress=(step - 1) / 8)
+    mask = (main > 0) | np.any([*terms.values(), main > 0], axis=0)
+    np.testing.assert_array_equal(selection.selection_mask.numpy(), mask)
+    assert selection.num_selected == mask.sum()
+    np.testing.assert_allclose(selection.row_weights.numpy(), main / mask.sum(), rtol=1e-6)
+    assert selection.term_weights.keys() == terms.keys()
+    for name, weights in terms.items():
+        np.testing.assert_allclose(selection.term_weights[name].numpy(), weights / mask.sum(), rtol=1e-6)
+        assert 0 < weights.mean() < 1
+
+
+def test_whole_rollouts_are_kept_by_their_mean_score():
+    statistics, index = make_batch(1, LENGTHS)
+    selection = Selector(**settings_of("fire", 0.8)).select(statistics, index, step=1)
+    present = [rollout for rollout, length in enumerate(LENGTHS) if length]
+    means = {rollout: float(statistics.teacher_logprobs[index.rollout_index == rollout].mean()) for rollout in present}
+    kept = sorted(present, key=means.__getitem__)[len(present) - 6 :]  # 6 = ceil(0.8 x 7)
+    expected = torch.isin(index.rollout_index, torch.tensor(kept))
+    assert torch.equal(selection.selection_mask, expected)
+    main = reference_weights("fire", statistics, index, 0.0)[0]
+    expected_weights = main * expected.numpy() / expected.sum().item()
+    np.testing.assert_allclose(selection.row_weights.numpy(), expected_weights, rtol=1e-6)
+
+
+def negative(places, student_entropy):
+    return student_entropy - 1
+
+
+def test_weights_that_cannot_be_used_are_refused():
+    statistics, index = make_batch(1, LENGTHS)
+    bad = Rule("bad", None, take="all", weight=Weight(negative, (Input("student_entropy", NORMALISERS["raw"]),)))
+    with patch.dict(RULES, bad=bad), pytest.raises(TrainingError, match=r"weights of at least 0, got \d+ others"):
+        Selector("bad").select(statistics, index, step=1)
+    with pytest.raises(TrainingError, match="every token of the batch weighs 0"):
+        Selector("first_segment", parameters={"tokens": 0}).select(statistics, index, step=1)
+    with pytest.raises(ConfigError, match=r"constants of rule 'iw_opd' \(strength\), got tokens"):
+        Selector("iw_opd", parameters={"tokens": 3})
+    with pytest.raises(ConfigError, match="'first_segment' needs tokens, for which no value is published"):
+        Selector("first_segment")
+    with pytest.raises(ConfigError, match="'eopd' keeps every row"):
+        Selector("eopd", adaptive_ratio=True)
+    with pytest.raises(ConfigError, match="'random', which samples"):
+        Selector("random", 0.5, scope="whole_rollouts")
+
+
 @pytest.mark.parametrize("rule", sorted(RULES))
 def test_order_of_rows_does_not_matter(rule):
     statistics, index = make_batch(2, LENGTHS, levels=4)
     order = torch.from_numpy(np.random.default_rng(0).permutation(len(index)))
-    selector = Selector(rule=rule, retention_ratio=1.0 if rule == "full" else 0.2, seed=3)
+    selector = Selector(**settings_of(rule, 0.2, seed=3))
     mask = selector.select(statistics, index, step=5).selection_mask
     shuffled = selector.select(*take_rows(statistics, index, order), step=5).selection_mask
     assert torch.equal(shuffled, mask[order])
 
 
-@pytest.mark.parametrize("rule", sorted(RULES))
+@pytest.mark.parametrize("rule", sorted(rule for rule in RULES if not RULES[rule].weights))
 def test_ratio_of_one_is_plain_distillation_without_statistics(rule):
     _, index = make_batch(3, LENGTHS)
     selector = Selector(rule=rule)

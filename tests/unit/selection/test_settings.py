@@ -8,19 +8,19 @@ import pytest
 from megatron_tip.config import SelectionConfig
 from megatron_tip.selection import NORMALISERS, Selector
 from megatron_tip.selection.loss_scale import LossScale
-from megatron_tip.selection.rules import Scope
+from megatron_tip.selection.rule import Scope
 from megatron_tip.selection.settings import SelectionSettings, TieBreak
 
 CHOICES = {
     "scope": {"auto", *get_args(Scope)},
-    "normaliser": {"auto", *NORMALISERS} - {"above_median"},  # of rules that look at one side alone
+    "normaliser": {"auto", *NORMALISERS} - {"above_median", "by_maximum"},  # a rule's own
     "tie_break": set(get_args(TieBreak)),
     "loss_scale": set(get_args(LossScale)),
 }
 
 
 def test_the_section_names_the_settings_of_the_selector():
-    assert {"seed", *SelectionConfig().settings()} == {field.name for field in fields(SelectionSettings)}
+    assert {"seed", "steps", *SelectionConfig().settings()} == {field.name for field in fields(SelectionSettings)}
 
 
 @pytest.mark.parametrize("name", CHOICES)

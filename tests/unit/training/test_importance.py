@@ -35,9 +35,11 @@ def test_each_row_is_compared_with_its_own_token():
 
 
 def test_weights_are_multiplied_by_the_ratio_up_to_the_cap():
-    selection = TokenSelection(torch.tensor([True, True, False]), torch.tensor([0.5, 0.5, 0.0]), 3, 2, {})
+    mask, own = torch.tensor([True, True, False]), torch.tensor([0.5, 0.5, 0.0])
+    selection = TokenSelection(mask, own, 3, 2, {}, term_weights={"forward_kl": 2 * own})
     weighted = with_importance(selection, torch.tensor([math.log(1.5), math.log(9.0), 0.0]), cap=2.0)
     torch.testing.assert_close(weighted.row_weights, torch.tensor([0.75, 1.0, 0.0]))
+    torch.testing.assert_close(weighted.term_weights["forward_kl"], torch.tensor([1.5, 2.0, 0.0]))
     assert weighted.num_selected == 2
 
 

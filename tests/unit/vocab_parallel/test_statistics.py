@@ -3,7 +3,7 @@ from dataclasses import fields
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_tip.statistics import TokenStatistics
@@ -66,6 +66,7 @@ def test_the_chunk_changes_nothing(chunk_rows):
 @given(
     st.integers(1, 90), st.integers(1, 24), st.floats(0, 30), st.floats(0.2, 5), st.integers(0, 2**31), st.booleans()
 )
+@example(vocab_size=37, support_size=4, scale=30.0, temperature=0.2, seed=65, same=False)  # logits far apart
 def test_bounds_hold(vocab_size, support_size, scale, temperature, seed, same):
     inputs = models(4, vocab_size, scale, seed)
     if same:
@@ -78,7 +79,7 @@ def test_bounds_hold(vocab_size, support_size, scale, temperature, seed, same):
     for name in ("reverse_kl", "forward_kl", "support_divergence", "jsd"):
         assert (getattr(got, name) >= 0).all()
         assert not same or (getattr(got, name) == 0).all()
-    assert (got.jsd <= math.log(2) + rounding).all()
+    assert (got.jsd <= math.log(2) + 1e-6).all()
     masses = ("compatibility", "compatibility_lower_bound", "shared_teacher_mass", "student_mass_on_teacher_support")
     for name in masses:
         assert (getattr(got, name) >= 0).all()

@@ -21,7 +21,7 @@ NUM_LAYERS = 4
 SAMPLE_SIZE = 262_144
 """Elements of a sent tensor that are compared with those of the sync before."""
 
-_OTHER_TENSORS = ("qkv_proj", "gate_up_proj", "down_proj", "norm", "embed_tokens", "lm_head")
+_OTHER_TENSORS = ("qkv_proj", "gate_up_proj", "down_proj", "experts", "norm", "embed_tokens", "lm_head")
 
 Checksums = dict[str, tuple[str, ...]]
 """The checksum of each watched tensor, one per rank of the server."""

@@ -43,6 +43,8 @@ def test_layout_speed_and_outputs_may_change(tmp_path: Path):
         ({"optimizer": {"min_lr": 1e-3}}, "optimizer.min_lr: 0.0, now 0.001"),
         ({"run": {"seed": 7}}, "run.seed: 1, now 7"),
         ({"selection": {"rule": "random"}}, "selection.rule: 'ta_opd_teachability', now 'random'"),
+        ({"selection": {"adaptive_ratio": True}}, "selection.adaptive_ratio: False, now True"),
+        ({"selection": {"parameters": {"tokens": 3}}}, "selection.parameters: {}, now {'tokens': 3.0}"),
         ({"rollout": {"importance_cap": 2.0}}, "rollout.importance_cap: 0.0, now 2.0"),
         ({"rollout": {"environment": "calculator"}}, "rollout.environment: '', now 'calculator'"),
         ({"optimizer": {"distributed": True}}, "optimizer.distributed: False, now True"),
@@ -92,6 +94,14 @@ def test_a_run_is_extended_where_no_earlier_step_would_change(tmp_path: Path, op
     told = str(caught.value).splitlines()[1].strip()
     assert told.startswith(why)
     assert ("model.path=.../hf" in told) == ("(" in why)
+
+
+def test_a_run_whose_weights_follow_the_training_is_not_extended(tmp_path: Path):
+    sections = {"optimizer": CONSTANT, "prompts": NAMED}
+    saved_under(make_config(tmp_path, Layout(1), selection={"rule": "prefix"}, **sections))
+    extended = make_config(tmp_path, Layout(1), selection={"rule": "prefix"}, training={"steps": 5}, **sections)
+    with pytest.raises(ConfigError, match=r"now 5 \(the weights of rule 'prefix' depend on how much of the training"):
+        check_same_run(extended)
 
 
 def test_a_folder_without_checkpoints_says_nothing(tmp_path: Path):
