@@ -10,8 +10,8 @@ from megatron_tip.simulation.ledger import Ledger, Route, Traffic, Work
 class Account:
     """The cost of one rank's step by item.
 
-    `values`: by ("live", phase, purpose) bytes at the phase's peak, ("work", phase, field of Work), ("traffic", route,
-    field of Traffic) and ("syncs", phase).
+    `values`: by ("live", phase, purpose) bytes at the phase's peak, ("left", phase, purpose) at its end, ("work",
+    phase, field of Work), ("traffic", route, field of Traffic) and ("syncs", phase).
     """
 
     values: Mapping[tuple[Hashable, ...], float]
@@ -22,6 +22,8 @@ class Account:
         values: dict[tuple[Hashable, ...], float] = {}
         for phase, peak in ledger.peaks.items():
             values |= {("live", phase, purpose): size for purpose, size in peak.parts.items()}
+        for phase, parts in ledger.left.items():
+            values |= {("left", phase, purpose): size for purpose, size in parts.items() if size}
         for phase, work in ledger.work.items():
             values |= {("work", phase, one.name): getattr(work, one.name) for one in fields(Work)}
         for route, traffic in ledger.traffic.items():
@@ -45,7 +47,14 @@ class Account:
 
     def live(self, phase: str) -> dict[str, float]:
         """Returns the bytes by purpose at the phase's peak."""
-        return {str(key[2]): value for key, value in self.values.items() if key[:2] == ("live", phase)}
+        return self._bytes("live", phase)
+
+    def left(self, phase: str) -> dict[str, float]:
+        """Returns the bytes by purpose at the phase's end."""
+        return self._bytes("left", phase)
+
+    def _bytes(self, moment: str, phase: str) -> dict[str, float]:
+        return {str(key[2]): value for key, value in self.values.items() if key[:2] == (moment, phase)}
 
     def work(self, phase: str) -> Work:
         """Returns the arithmetic of a phase."""
@@ -68,4 +77,4 @@ class Account:
 def _is_of_teacher(key: tuple[Hashable, ...]) -> bool:
     """Returns whether an item grows with the teacher's layers; any other can only grow with the student's."""
     phase = key[1].phase if isinstance(key[1], Route) else key[1]
-    return str(key[2]).startswith("teacher: ") if key[0] == "live" else phase == "teacher"
+    return str(key[2]).startswith("teacher: ") if key[0] in ("live", "left") else phase == "teacher"

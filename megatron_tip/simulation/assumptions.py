@@ -14,7 +14,6 @@ from torch import Tensor
 
 from megatron_tip.batching.step_batch import StepBatch
 from megatron_tip.config import Config
-from megatron_tip.planning.passes import OnePass
 from megatron_tip.records import Numbers, Rollout, TokenIndex, TokenSelection
 from megatron_tip.selection import Selector
 from megatron_tip.selection.replicas import Replicas
@@ -87,8 +86,8 @@ class AssumedSelection:
     trained: StepBatch
 
     @classmethod
-    def of(cls, selector: Selector, batch: StepBatch, one_pass: OnePass) -> "AssumedSelection":
-        """Returns the selection by `selector` among all rows of `batch`. `one_pass`: the batches that take one."""
+    def of(cls, selector: Selector, batch: StepBatch, *, takes_one_pass: bool) -> "AssumedSelection":
+        """Returns the selection by `selector` among all rows of `batch`."""
         parts = [batch.token_index(replica) for replica in range(len(batch.plan))]
         index = TokenIndex(
             torch.cat([part.rollout_index for part in parts]), torch.cat([part.position for part in parts])
@@ -101,7 +100,6 @@ class AssumedSelection:
         mask = selection.selection_mask
         last_selected = torch.full((len(batch.rollouts),), -1, dtype=torch.int64)
         last_selected.scatter_reduce_(0, index.rollout_index[mask], index.position[mask], "amax")
-        takes_one_pass = one_pass.suits(batch)
         trained = batch if takes_one_pass else batch.cut_after(last_selected.tolist())
         return cls(index, statistics, starts, selection, last_selected, takes_one_pass, trained)
 

@@ -59,13 +59,17 @@ class Traffic:
 
 
 class Ledger:
-    """The account of one rank. Every live storage counts once, for the purpose under which it was created."""
+    """The account of one rank. Every live storage counts once, for the purpose under which it was created.
+
+    `left`: what lives at the end of each phase.
+    """
 
     def __init__(self, rank: int = 0) -> None:
         """Opens an empty account of global rank `rank`."""
         self.rank = rank
         self.live: Counter[str] = Counter()
         self.peaks: dict[str, Peak] = defaultdict(Peak)
+        self.left: dict[str, Counter[str]] = {}
         self.work: dict[str, Work] = defaultdict(Work)
         self.traffic: dict[Route, Traffic] = defaultdict(Traffic)
         self.host_syncs: Counter[str] = Counter()
@@ -94,7 +98,7 @@ class Ledger:
 
     def leave(self, *_: object) -> None:
         """Ends the phase; a PhaseTimer's `on_exit`."""
-        self._phases.pop()
+        self.left[self._phases.pop()] = self.live.copy()
 
     def begin_moment(self, name: str) -> None:
         """Gives what follows a peak of its own, until `end_moment`; all else still belongs to the phase."""

@@ -29,6 +29,7 @@ from megatron_tip.statistics import TokenStatistics
 from megatron_tip.teachers.megatron import HiddenRows, MegatronTeacher
 from megatron_tip.training.run import RolloutSource, TrainingRun
 
+ACTIVATIONS = "student: activations"
 ROWS_SENT, ROWS_RECEIVED = "teacher: rows to send", "teacher: rows of a step"
 """The purposes whose bytes grow with the rows of a step; others belong to a few micro-batches, or are small."""
 
@@ -88,14 +89,14 @@ class SimulatedStudent(Student):
         self, micro_batches: Sequence[MicroBatch], on_hidden_states: LastStage, *, held: list[Tensor] | None = None
     ) -> None:
         self.pipe.expect(micro_batches, backward=False)
-        with self.ledger.purpose("student: activations"):
+        with self.ledger.purpose(ACTIVATIONS):
             super().forward(micro_batches, on_hidden_states, held=held)
 
     def accumulate_gradients(
         self, micro_batches: Sequence[MicroBatch], loss_of: LastStage, *, held: list[Tensor] | None = None
     ) -> None:
         self.pipe.expect(micro_batches, backward=True)
-        with self.ledger.purpose("student: activations"):
+        with self.ledger.purpose(ACTIVATIONS):
             super().accumulate_gradients(micro_batches, loss_of, held=held)
 
     def apply_gradients(self, step: int) -> dict[str, float]:

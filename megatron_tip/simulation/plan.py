@@ -18,7 +18,7 @@ from megatron_tip.simulation.device import Device, crosses_nodes
 from megatron_tip.simulation.kinds import RankKind, beside_bytes, offloaded, rank_kinds
 from megatron_tip.simulation.layers import CountedRank, count_rank
 from megatron_tip.simulation.ledger import EXCHANGE
-from megatron_tip.simulation.parts import ROWS_RECEIVED, ROWS_SENT
+from megatron_tip.simulation.parts import ACTIVATIONS, ROWS_RECEIVED, ROWS_SENT
 from megatron_tip.simulation.rank import step_batch
 from megatron_tip.simulation.supported import check_simulated
 from megatron_tip.simulation.timing import (
@@ -160,8 +160,8 @@ def make_plan(
     for name in batches:
         rollouts = assumed_rollouts(config, longest=name == "longest")
         generation[name] = generation_of(config, outline, device, rollouts)
-        batch, scale = shortened(config, outline, one_pass, rollouts, longest=name == "longest")
-        assumed = AssumedSelection.of(outline.selector, batch, one_pass)
+        batch, scale, takes_one_pass = shortened(config, outline, one_pass, rollouts, longest=name == "longest")
+        assumed = AssumedSelection.of(outline.selector, batch, takes_one_pass=takes_one_pass)
         memory = device.memory_bytes if device.is_gpu else 0
         counted: dict[str, CountedRank] = {}  # what shares the GPU changes nothing in the simulation
         for kind in kinds:
@@ -210,6 +210,9 @@ def own_bytes(config: Config, outline: Outline, account: Account, scale: float) 
     device; a checkpoint gathers a piece of the optimizer's state at a time.
     """
     phases = {phase: _scaled(account.live(phase), scale) for phase in ("rollout", *STEP_PHASES)}
+    held = account.left("score").get(ACTIVATIONS, 0.0)  # the outputs that one pass keeps of every micro-batch
+    for phase in ("score", "select", "train") if held else ():
+        phases[phase][ACTIVATIONS] = phases[phase].get(ACTIVATIONS, 0.0) + (scale - 1) * held
     phases["teacher"] = _asking(account, scale)
     if config.heldout.num_prompts:
         measured = scale * config.heldout.num_prompts / config.rollout.prompts_per_step
@@ -258,20 +261,21 @@ def as_simulated(config: Config, *, on_gpu: bool) -> Config:
 
 def shortened(
     config: Config, outline: Outline, one_pass: OnePass, rollouts: Sequence[Rollout], *, longest: bool
-) -> tuple[StepBatch, float]:
-    """Returns a batch with fewer rollouts of the same lengths, and how many times more tokens the step itself has.
+) -> tuple[StepBatch, float, bool]:
+    """Returns a batch with fewer rollouts of the same lengths, how many times more tokens the step itself has, and
+    whether the step takes one pass.
 
     Each replica keeps enough micro-batches to fill its pipeline and one more: live activations are then those of the
-    whole step, and everything else grows with the tokens. A step of one pass, which holds the activations of all
-    micro-batches, stays whole.
+    whole step, and everything else grows with the tokens, as do the activations that one pass holds.
     """
     whole = step_batch(config, outline, rollouts)
     grid = outline.student_grid
     in_flight = max(grid.pp_size, outline.teacher_grid.pp_size) + 1
     each = max(len(places) for replica in whole.plan for places in replica)
     count = min(len(rollouts), grid.dp_size * each * in_flight)
-    if count == len(rollouts) or one_pass.suits(whole):
-        return whole, 1.0
+    takes_one_pass = one_pass.suits(whole)
+    if count == len(rollouts):
+        return whole, 1.0, takes_one_pass
     kept = assumed_rollouts(config, longest=longest, count=count)
     short = step_batch(config, outline, kept)
-    return short, whole.num_model_tokens() / short.num_model_tokens()
+    return short, whole.num_model_tokens() / short.num_model_tokens(), takes_one_pass

@@ -12,7 +12,7 @@ from megatron_tip.simulation.account import Account
 from megatron_tip.simulation.device import Device
 from megatron_tip.simulation.kinds import MEMORY_PHASES, PURPOSES
 from megatron_tip.simulation.layers import CountedRank
-from megatron_tip.simulation.ledger import Route
+from megatron_tip.simulation.ledger import Route, Work
 
 STEP_PHASES = ("teacher", "score", "select", "train", "update", "sync")
 """The simulated phases of a step, in order."""
@@ -43,7 +43,7 @@ def seconds_of(
     traffic = account.traffic()
     counts = {"teacher": counted.num_taught, "score": counted.num_scored, "train": counted.num_trained}
     for phase in STEP_PHASES:
-        busy = device.seconds_of(account.work(phase)) * (scale if phase in PER_TOKEN else 1)
+        busy = device.seconds_of(_of_whole_step(account.work(phase), phase, scale))
         for route, messages in traffic.items():
             if route.phase == phase:
                 alone = device.seconds_of_traffic(route, messages, gpus_per_node=per_node)
@@ -53,6 +53,14 @@ def seconds_of(
         busy *= (count + grid.pp_size - 1) / count if count else 1
         seconds[phase] = busy + moved_seconds(config, account, device, phase)
     return seconds
+
+
+def _of_whole_step(work: Work, phase: str, scale: float) -> Work:
+    """Returns the phase's arithmetic for `scale` times as many tokens; selection has as many operations for any."""
+    if phase not in PER_TOKEN:
+        return work
+    repeats = scale if phase in PASSES else 1
+    return Work(work.matrix_flops * scale, work.memory_bytes * scale, work.num_operations * repeats)
 
 
 def message_scale(route: Route, scale: float) -> float:

@@ -45,7 +45,7 @@ def simulated(config: Config, world_size: int) -> list[SimulatedRank]:
     outline: Outline = outline_run(config, world_size, Machine(is_elsewhere=True))
     batch = step_batch(config, outline, assumed_rollouts(config, longest=False))
     one_pass = plan_passes(config, outline, memory_gib=0.0, on_gpu=False)
-    assumed = AssumedSelection.of(outline.selector, batch, one_pass)
+    assumed = AssumedSelection.of(outline.selector, batch, takes_one_pass=one_pass.suits(batch))
     grid = outline.student_grid
     reporter = grid.rank_at(tp=0, dp=0, pp=grid.pp_size - 1)
     first = simulate_rank(config, outline, reporter, batch, assumed)
