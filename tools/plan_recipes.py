@@ -40,12 +40,16 @@ def main() -> None:
 
 def _row(path: Path, gpu: str, nodes: int) -> str:
     from megatron_tip.config.io import load_config
+    from megatron_tip.errors import ConfigError
     from megatron_tip.planning.memory_estimate import UNCOUNTED, estimate_memory
     from megatron_tip.simulation.device import find_device
     from megatron_tip.simulation.plan import make_plan, planned_hosts
 
     config, device = load_config(path, []), find_device(gpu)
-    plan = make_plan(config, planned_hosts(config, nodes, 8, device), device)
+    try:
+        plan = make_plan(config, planned_hosts(config, nodes, 8, device), device)
+    except ConfigError as refusal:
+        return f"| {path.parent.name} | refused: {str(refusal).split(';')[0]} | | | | | | |"
     estimate = estimate_memory(config, plan.outline, gpu_memory_gib=device.memory_gib)
     counted = max(sum(parts.values()) - parts[UNCOUNTED] for parts in estimate.phases.values())
     seconds, generation = plan.step_seconds("typical"), plan.generation["typical"]

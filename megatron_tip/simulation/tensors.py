@@ -120,8 +120,7 @@ class SimulatedTensors(CountedTensors):
         packet = func.overloadpacket
         if packet in (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_, aten._unsafe_index_put):
             args = (args[0], _as_places(args[1]), *args[2:])
-        with self._shapes:
-            result = func(*args, **kwargs)
+        result = self._shapes.dispatch(func, (), args, kwargs)
         # An operation in place on a real tensor leaves it as it is: nothing reads its value.
         is_in_place = packet.__name__.endswith("_") and not packet.__name__.startswith("__")
         if is_in_place and args and isinstance(args[0], Tensor) and not isinstance(args[0], FakeTensor):

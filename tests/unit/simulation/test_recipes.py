@@ -16,8 +16,8 @@ SHARE = 0.1
 """Of the simulated bytes of a phase, without what both set aside."""
 
 
-def test_every_recipe_of_the_papers_is_planned():
-    assert len(recipes_for_gpus()) == 7
+def test_the_table_of_recipes_has_all_that_generate_on_servers():
+    assert len(recipes_for_gpus()) == 8
 
 
 @pytest.mark.parametrize("passes", ["one", "two"])
