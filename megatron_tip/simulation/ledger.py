@@ -77,7 +77,6 @@ class Ledger:
         self._phases = [BUILD]
         self._moment = ""
         self._purposes = ["other"]
-        self._share = 1.0
         self.is_paused = False
         self._total = 0
         self._storages: dict[int, tuple[weakref.ref[torch.UntypedStorage], str, int]] = {}
@@ -119,15 +118,6 @@ class Ledger:
             self._purposes.pop()
 
     @contextmanager
-    def share(self, share: float) -> Iterator[None]:
-        """Counts only a share of the bytes created in the block: it holds the rows of several ranks at once."""
-        outer, self._share = self._share, share
-        try:
-            yield
-        finally:
-            self._share = outer
-
-    @contextmanager
     def paused(self) -> Iterator[None]:
         """Counts nothing in the block, neither memory nor arithmetic."""
         before, self.is_paused = self.is_paused, True
@@ -142,7 +132,7 @@ class Ledger:
         key = id(storage)
         if key in self._storages:
             return
-        num_bytes = int(storage.nbytes() * self._share)
+        num_bytes = storage.nbytes()
         reference = weakref.ref(storage, lambda _: self._free(key))
         purpose = self._purposes[-1]
         self._storages[key] = (reference, purpose, num_bytes)

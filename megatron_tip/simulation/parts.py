@@ -22,7 +22,7 @@ from megatron_tip.parallel.groups import ModelGroups
 from megatron_tip.records import MicroBatch, Prompt, Rollout, TokenIndex, TokenSelection
 from megatron_tip.rollout.engine import RolloutEngine, SamplingParams
 from megatron_tip.selection import Selector
-from megatron_tip.simulation.assumptions import AssumedSelection, selected_rows_of
+from megatron_tip.simulation.assumptions import AlikeReplicas, AssumedSelection
 from megatron_tip.simulation.ledger import EXCHANGE, Ledger
 from megatron_tip.simulation.world import Answers
 from megatron_tip.statistics import TokenStatistics
@@ -171,7 +171,7 @@ def with_receiver(run: TrainingRun, rank: int) -> TrainingRun:
 
 @dataclass(frozen=True, kw_only=True)
 class SimulatedSelector(Selector):
-    """The selector of a simulated run: it selects among the assumed rows of all replicas and returns this one's."""
+    """The selector of a simulated run: it selects as if all replicas had the same rows, and returns the assumed ones."""
 
     ledger: Ledger
     assumed: AssumedSelection
@@ -186,9 +186,12 @@ class SimulatedSelector(Selector):
         dp_group: dist.ProcessGroup | None = None,
     ) -> TokenSelection:
         assert dp_group is not None, "the training step passes its group"
-        with self.ledger.purpose("selection"), self.ledger.share(len(index) / len(self.assumed.index)):
-            return selected_rows_of(
-                self, self.assumed, is_scored=statistics is not None, replica=self.replica, dp_group=dp_group
+        own = self.assumed.selections[self.replica]
+        with self.ledger.purpose("selection"):
+            self.select_among(AlikeReplicas(dp_group), statistics, index, step)
+            scores = None if own.scores is None else own.scores.clone()
+            return replace(
+                own, selection_mask=own.selection_mask.clone(), row_weights=own.row_weights.clone(), scores=scores
             )
 
 
