@@ -171,7 +171,7 @@ def with_receiver(run: TrainingRun, rank: int) -> TrainingRun:
 
 @dataclass(frozen=True, kw_only=True)
 class SimulatedSelector(Selector):
-    """The selector of a simulated run: it selects as if all replicas had the same rows, and returns the assumed ones."""
+    """The selector of a simulated run: it selects as if all replicas had the same rows, and returns the assumed."""
 
     ledger: Ledger
     assumed: AssumedSelection
