@@ -42,7 +42,11 @@ def outlined(path: Path, *overrides: str):
             "optimizer.use_precision_aware_optimizer: expected false",
         ),
         (DENSE, ["teacher.fp8=hybrid"], "teacher.fp8"),
-        (DENSE, ["teacher.kind=self", "teacher.path=", "teacher.tensor_parallel_size=1"], "teacher.kind"),
+        (
+            DENSE,
+            ["teacher.kind=self", "teacher.path=models/Qwen3-4B", "teacher.tensor_parallel_size=2"],
+            "teacher.kind",
+        ),
     ],
     ids=["student_parts", "teacher_parts", "experts", "teacher_prompt", "optimizer", "fp8", "self"],
 )
