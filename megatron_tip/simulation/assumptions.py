@@ -59,66 +59,77 @@ def _ones(count: int) -> Numbers[int]:
     return Numbers(np.broadcast_to(np.int64(1), count), int)
 
 
-class AlikeReplicas(Replicas):
-    """Replicas that all hold the same rows: a sum is a multiple of this replica's part. Messages are sent."""
+class OwnReplica(Replicas):
+    """The replicas of a selection that sees this replica's rows alone: it sends their messages and adds nothing."""
 
-    def sum(self, tensor: Tensor) -> Tensor:
-        num_replicas = 1 if self.group is None else self.group.size()
-        return super().sum(tensor).mul_(num_replicas)
+    def gather(self, tensor: Tensor) -> Tensor:
+        super().gather(tensor)
+        return tensor[None]
 
 
 @dataclass(frozen=True)
 class AssumedSelection:
     """The selection in a batch whose statistics are independent and uniform in [0, 1), the same on every rank.
 
-    One process stands for the world, so each replica's part is known here; with such statistics a replica that selects
-    among its own rows has nearly the thresholds of all. `takes_one_pass`: whether the scoring forward pass is held for
-    the training. `trained`: the batch that goes backward, cut to the selection unless there is one pass.
+    All rows of all replicas are known here: one process stands for the world. `starts`: of each replica's rows.
+    `takes_one_pass`: whether the scoring forward pass is held for the training. `trained`: the batch that goes
+    backward, cut to the selection unless there is one pass.
     """
 
-    indices: list[TokenIndex]
-    statistics: list[TokenStatistics]
-    selections: list[TokenSelection]
+    index: TokenIndex
+    statistics: TokenStatistics
+    starts: list[int]
+    selection: TokenSelection
     last_selected: Tensor
     takes_one_pass: bool
     trained: StepBatch
 
     @classmethod
     def of(cls, selector: Selector, batch: StepBatch, *, takes_one_pass: bool) -> "AssumedSelection":
-        """Returns the selections by `selector` among the rows of each replica of `batch`."""
-        indices = [batch.token_index(replica) for replica in range(len(batch.plan))]
-        with_jsd = "jsd" in selector.required_statistics
-        statistics = [_random_statistics(len(index), with_jsd, replica) for replica, index in enumerate(indices)]
-        parts = [
-            selector.select(_needed(selector, own), index, step=STEP)
-            for own, index in zip(statistics, indices, strict=True)
-        ]
-        total = {name: sum(getattr(part, name) for part in parts) for name in ("num_valid", "num_selected")}
-        selections = [replace(part, **total) for part in parts]
+        """Returns the selection by `selector` among all rows of `batch`."""
+        parts = [batch.token_index(replica) for replica in range(len(batch.plan))]
+        index = TokenIndex(
+            torch.cat([part.rollout_index for part in parts]), torch.cat([part.position for part in parts])
+        )
+        starts = [0]
+        for part in parts:
+            starts.append(starts[-1] + len(part))
+        statistics = _random_statistics(len(index), with_jsd="jsd" in selector.required_statistics)
+        selection = selector.select(_needed(selector, statistics), index, step=STEP)
+        mask = selection.selection_mask
         last_selected = torch.full((len(batch.rollouts),), -1, dtype=torch.int64)
-        for index, part in zip(indices, selections, strict=True):
-            mask = part.selection_mask
-            last_selected.scatter_reduce_(0, index.rollout_index[mask], index.position[mask], "amax")
+        last_selected.scatter_reduce_(0, index.rollout_index[mask], index.position[mask], "amax")
         trained = batch if takes_one_pass else batch.cut_after(last_selected.tolist())
-        return cls(indices, statistics, selections, last_selected, takes_one_pass, trained)
+        return cls(index, statistics, starts, selection, last_selected, takes_one_pass, trained)
+
+    def rows_of(self, replica: int) -> slice:
+        return slice(self.starts[replica], self.starts[replica + 1])
 
     def statistics_of(self, replica: int, num_rows: Sequence[int]) -> list[TokenStatistics]:
         """Returns the statistics of a replica's micro-batches, which have these numbers of rows."""
-        own, start, found = self.statistics[replica], 0, []
-        assert sum(num_rows) == len(self.indices[replica]), "the numbers of rows are those of the scored batch"
+        own, ends, found = self.rows_of(replica), self.starts[replica], []
+        assert sum(num_rows) == own.stop - own.start, "the numbers of rows are those of the scored batch"
         for count in num_rows:
-            part = slice(start, start + count)
-            found.append(_map(own, lambda values, part=part: values[part].clone()))
-            start += count
+            part = slice(ends, ends + count)
+            found.append(_map(self.statistics, lambda values, part=part: values[part].clone()))
+            ends += count
         return found
+
+    def selection_of(self, replica: int) -> TokenSelection:
+        """Returns a replica's part of the selection."""
+        whole, rows = self.selection, self.rows_of(replica)
+        scores = None if whole.scores is None else whole.scores[rows].clone()
+        mask, weights = whole.selection_mask[rows].clone(), whole.row_weights[rows].clone()
+        return replace(whole, selection_mask=mask, row_weights=weights, scores=scores)
 
     def arrivals(self, replica: int) -> tuple[Tensor, Tensor]:
         """Returns what `SelectedRows.sent_to` receives on a replica: counts `[dp]`, places `[k, 2]` in its order."""
         destinations = self.trained.replica_of()
         counts, places = [], []
-        for index, part in zip(self.indices, self.selections, strict=True):
-            mask = part.selection_mask
-            sent = torch.stack([index.rollout_index[mask], index.position[mask]], dim=1)
+        for source in range(len(self.starts) - 1):
+            rows = self.rows_of(source)
+            mask = self.selection.selection_mask[rows]
+            sent = torch.stack([self.index.rollout_index[rows][mask], self.index.position[rows][mask]], dim=1)
             arriving = sent[destinations[sent[:, 0]] == replica]
             counts.append(len(arriving))
             places.append(arriving)
@@ -129,8 +140,8 @@ def _needed(selector: Selector, statistics: TokenStatistics) -> TokenStatistics 
     return statistics if selector.required_statistics else None
 
 
-def _random_statistics(num_rows: int, with_jsd: bool, seed: int) -> TokenStatistics:
-    generator = torch.Generator().manual_seed(seed)
+def _random_statistics(num_rows: int, *, with_jsd: bool) -> TokenStatistics:
+    generator = torch.Generator().manual_seed(0)
     names = [name for name, one in STATISTICS.items() if one.needs != "top_k_alone" and (with_jsd or name != "jsd")]
     values: dict[str, Any] = {name: torch.rand(num_rows, generator=generator) for name in names}
     return TokenStatistics(**values)

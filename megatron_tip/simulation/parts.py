@@ -22,7 +22,7 @@ from megatron_tip.parallel.groups import ModelGroups
 from megatron_tip.records import MicroBatch, Prompt, Rollout, TokenIndex, TokenSelection
 from megatron_tip.rollout.engine import RolloutEngine, SamplingParams
 from megatron_tip.selection import Selector
-from megatron_tip.simulation.assumptions import AlikeReplicas, AssumedSelection
+from megatron_tip.simulation.assumptions import AssumedSelection, OwnReplica
 from megatron_tip.simulation.ledger import EXCHANGE, Ledger
 from megatron_tip.simulation.world import Answers
 from megatron_tip.statistics import TokenStatistics
@@ -171,7 +171,7 @@ def with_receiver(run: TrainingRun, rank: int) -> TrainingRun:
 
 @dataclass(frozen=True, kw_only=True)
 class SimulatedSelector(Selector):
-    """The selector of a simulated run: it selects as if all replicas had the same rows, and returns the assumed."""
+    """The selector of a simulated run: it selects among its replica's rows, and returns the assumed ones."""
 
     ledger: Ledger
     assumed: AssumedSelection
@@ -186,13 +186,9 @@ class SimulatedSelector(Selector):
         dp_group: dist.ProcessGroup | None = None,
     ) -> TokenSelection:
         assert dp_group is not None, "the training step passes its group"
-        own = self.assumed.selections[self.replica]
         with self.ledger.purpose("selection"):
-            self.select_among(AlikeReplicas(dp_group), statistics, index, step)
-            scores = None if own.scores is None else own.scores.clone()
-            return replace(
-                own, selection_mask=own.selection_mask.clone(), row_weights=own.row_weights.clone(), scores=scores
-            )
+            self.select_among(OwnReplica(dp_group), statistics, index, step)
+            return self.assumed.selection_of(self.replica)
 
 
 def settings_of(instance: Any, names: Collection[str]) -> dict[str, Any]:
