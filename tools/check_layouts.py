@@ -82,6 +82,12 @@ EXPERTS = [
     both(4, **{TP: 2, PP: 2, EP: 2, EXPERT_TP: 1}, sequence_parallel=True),
     Case(4, {EP: 2}, {EP: 4}),
     Case(4, {TP: 2, EP: 2, "sequence_parallel": True}, {PP: 2, EP: 2}),
+    both(2, **{CP: 2}),
+    both(2, **{CP: 2, EP: 2}),
+    both(4, **{CP: 2, EP: 4}),
+    both(4, **{TP: 2, CP: 2, EP: 2, EXPERT_TP: 1}, sequence_parallel=True),
+    both(4, **{PP: 2, CP: 2, EP: 2}),
+    Case(4, {CP: 2, EP: 2}, {CP: 4, EP: 4}),
 ]
 MIXED = [
     Case(2, {}, {EP: 2}),
@@ -90,6 +96,7 @@ MIXED = [
     Case(4, {TP: 2, PP: 2}, {EP: 4}),
     Case(4, {PP: 2}, {TP: 2, EP: 4, EXPERT_TP: 1}),
     Case(4, {CP: 2}, {PP: 2, EP: 2}),
+    Case(4, {CP: 2}, {CP: 4, EP: 2}),
 ]
 
 
@@ -148,7 +155,9 @@ def first_step(config: Config, rollouts: list[Rollout]) -> FirstStep:
 
 def step_of(case: Case, models: Path, scratch: Path) -> FirstStep:
     """Returns the first step of all ranks of a case together."""
-    ranks = run_workers(first_step, case.world_size, scratch, case.config(models), make_rollouts(RESPONSE_LENGTHS))
+    ranks = run_workers(
+        first_step, case.world_size, scratch, case.config(models), make_rollouts(RESPONSE_LENGTHS), timeout_seconds=300
+    )
     selected = frozenset().union(*(rank.selected for rank in ranks))
     return FirstStep(ranks[0].loss, ranks[0].grad_norm, selected, ranks[0].layout)
 

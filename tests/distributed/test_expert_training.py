@@ -45,6 +45,15 @@ LAYOUTS: list[tuple[Layout, dict[str, int], dict[str, int]]] = [
         {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1},
         {},
     ),
+    (Layout(2, cp=(2, 2)), {}, {"expert_model_parallel_size": 2}),
+    # replicas of two parts each share experts, and have different numbers of micro-batches
+    (Layout(4, cp=(2, 2)), {"expert_model_parallel_size": 4}, {"expert_model_parallel_size": 4}),
+    (
+        Layout(4, student=(2, 1), teacher=(1, 2), cp=(2, 1), sequence_parallel=True),
+        {"expert_model_parallel_size": 4, "expert_tensor_parallel_size": 1},
+        {"expert_model_parallel_size": 2},
+    ),
+    (Layout(4, student=(1, 2), teacher=(1, 1), cp=(2, 4)), {"expert_model_parallel_size": 2}, {}),
 ]
 """The layout of the other layers, and the experts' of student and teacher."""
 IN_ONE_PASS = [case for case in LAYOUTS if case[0].student[1] == 1]
@@ -223,8 +232,12 @@ def trained_ids(rollout: Rollout, last: int) -> tuple[int, ...]:
         (Layout(2), {"expert_model_parallel_size": 2}, [9, 9, 9], 16, [[0], [1], [2]]),
         # one replica has padding alone
         (Layout(2), {"expert_model_parallel_size": 2}, [9], 16, [[0]]),
+        # parts of sequences with padding at their ends
+        (Layout(2, cp=(2, 1)), {}, [12, 7, 15, 2], 300, [[0, 1, 2, 3]]),
+        # replicas of two parts each, and padding for one of them
+        (Layout(4, cp=(2, 1)), {"expert_model_parallel_size": 4}, [9, 9, 9], 16, [[0], [1], [2]]),
     ],
-    ids=["one", "tp2-pp2", "ep2", "ep2-empty"],
+    ids=["one", "tp2-pp2", "ep2", "ep2-empty", "cp2", "cp2-ep4"],
 )
 def test_the_auxiliary_loss_adds_its_gradient_whatever_the_layout_and_padding(
     models: Path,

@@ -235,6 +235,7 @@ def test_the_sums_are_those_of_the_tensors(tmp_path: Path, layout: Layout, dtype
         (Layout(2), {}, True),
         (Layout(2, student=(2, 1), sequence_parallel=True), {"expert_tensor_parallel_size": 1}, False),
         (Layout(2, student=(1, 2)), {}, False),
+        (Layout(2, cp=(2, 2)), {"expert_model_parallel_size": 2}, True),
     ],
     ids=str,
 )
