@@ -39,6 +39,7 @@ def make_tokenizer(folder: Path, vocab_size: int = 300) -> PreTrainedTokenizerFa
         vocab_size=vocab_size,
         special_tokens=["<|pad|>", "<|bos|>", "<|eos|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(["what is the sum of 12 and 30 ? the answer is 42 ."] * 4, trainer)
     fast = PreTrainedTokenizerFast(
@@ -58,11 +59,12 @@ def make_llama(
     return _make_model(folder, config, seed=seed)
 
 
-def make_qwen(folder: Path, *, qk_norm: bool, seed: int) -> Path:
+def make_qwen(folder: Path, *, qk_norm: bool, seed: int, **changes: object) -> Path:
     """A random model with grouped queries, and QK norm (Qwen3) or biases (Qwen2); for tp sizes 1, 2 and 4."""
     family = Qwen3Config if qk_norm else Qwen2Config
     shape = {"vocab_size": 307, "hidden_size": 48, "num_hidden_layers": 4}
-    return _make_model(folder, family(**SHAPE | shape, num_key_value_heads=4, tie_word_embeddings=True), seed=seed)
+    heads = {"num_key_value_heads": 4, "tie_word_embeddings": True}
+    return _make_model(folder, family(**SHAPE | shape | heads | changes), seed=seed)
 
 
 def make_experts(folder: Path, *, seed: int, hidden_size: int = 48, **changes: object) -> Path:
