@@ -67,6 +67,8 @@ def _check_experts(experts: Experts | None, *, ep_size: int, expert_tp_size: int
     if not expert_tp_size and experts.ffn_hidden_size % tp_size:
         name += " = 0 (tensor_parallel_size)"
     _check_divides("experts", experts.num_experts, f"{owner}.expert_model_parallel_size", ep_size, experts.num_experts)
+    shared, field = experts.shared_ffn_hidden_size, f"{owner}.tensor_parallel_size"
+    _check_divides("feed-forward channels of the shared expert", shared, field, tp_size, shared)
     channels = experts.ffn_hidden_size
     _check_divides("feed-forward channels of an expert", channels, name, expert_tp_size or tp_size, channels)
 

@@ -20,9 +20,9 @@ EP2 = {"expert_model_parallel_size": 2}
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The student's first layer has no experts."""
+    """The student's first layer has no experts; its others have a shared one too."""
     folder = tmp_path_factory.mktemp("models")
-    make_experts(folder / "student", seed=1, mlp_only_layers=[0])
+    make_experts(folder / "student", seed=1, mlp_only_layers=[0], shared_size=16)
     make_experts(folder / "teacher", seed=2)
     return folder
 

@@ -147,6 +147,22 @@ def test_a_dense_student_learns_the_same_from_experts_in_another_layout(tmp_path
     check_equal(ranks, single, reference, but=DIFFERENT_BY_LAYOUT)
 
 
+@pytest.mark.parametrize(
+    "layout,experts",
+    [(Layout(1), {}), (Layout(4, student=(2, 1), sequence_parallel=True), {"expert_model_parallel_size": 2})],
+    ids=str,
+)
+def test_shared_experts_learn_as_in_float64(layout: Layout, experts: dict[str, int], tmp_path: Path) -> None:
+    make_experts(tmp_path / "student", seed=1, mlp_only_layers=[1], shared_size=32)
+    make_experts(tmp_path / "teacher", seed=2, hidden_size=96, shared_size=16, norm_topk_prob=False)
+    config = make_config(tmp_path, layout, model=experts, teacher=experts)
+    ranks: list[Observed] = run_workers(observe, layout.world_size, tmp_path, config, ROLLOUTS, timeout_seconds=300)
+    selected = [row for observed in ranks for row in observed.selected]
+    loss, gradients = reference_gradients(tmp_path, ROLLOUTS, selected)
+    found = sum(observed.loss for observed in ranks)
+    check_against_reference(found, ranks[0].gradients, (loss, by_saved_name(gradients)), floor=FLOOR)
+
+
 def steps_and_probe(config: Config, rollouts: list[Rollout]) -> tuple[list[dict[str, float]], Any, Any]:
     """Two steps with clipped gradients, the weights behind them, and the probe's logprobs."""
     run = build_tiny_run(config, rollouts)

@@ -58,6 +58,19 @@ def test_what_we_cannot_build_is_refused(changes: dict[str, Any], message: str) 
         described(**changes)
 
 
+def test_a_shared_expert_is_its_familys_alone() -> None:
+    config = EXPERT_VARIANTS["qwen2moe_shared"].to_dict() | {"architectures": ["Qwen2MoeForCausalLM"]}
+    read = ModelArchitecture.from_config(config, "config.json")
+    assert read.experts is not None
+    assert (read.experts.shared_ffn_hidden_size, read.qkv_bias) == (20, True)
+    assert not ModelArchitecture.from_config(config | {"qkv_bias": False}, "config.json").qkv_bias
+    with pytest.raises(WeightsError, match="shared_expert_intermediate_size to be a whole number"):
+        ModelArchitecture.from_config(config | {"shared_expert_intermediate_size": 0}, "config.json")
+    other = described(shared_expert_intermediate_size=20).experts
+    assert other is not None
+    assert other.shared_ffn_hidden_size == 0, "transformers ignores it there"
+
+
 def fuse(folder: Path) -> dict[str, torch.Tensor]:
     """Rewrites the weights in `folder` in transformers' fused spelling; returns them as they were."""
     path = folder / "model.safetensors"
