@@ -122,7 +122,7 @@ class ModelArchitecture:
             rope_theta=float(read.rope_parameters["rope_theta"]),
             rope_scaling=_rope_scaling(read.rope_parameters, where),
             tied_embeddings=bool(read.tie_word_embeddings),
-            qkv_bias=family.qkv_bias and getattr(read, "qkv_bias", True),
+            qkv_bias=_has_qkv_bias(read, family),
             qk_norm=family.qk_norm,
             experts=_experts(config, read, family, where),
         )
@@ -194,6 +194,11 @@ def _size(config: dict[str, Any], key: str, where: str) -> int:
     if type(value) is not int or not 1 <= value <= most:
         raise WeightsError(f"{where}: expected {key} to be a whole number from 1 to {most}, got {value!r:.80}")
     return value
+
+
+def _has_qkv_bias(read: Any, family: Family) -> bool:
+    """Returns whether queries, keys and values have biases: the class says so, or a key that the class knows."""
+    return family.qkv_bias and (read.qkv_bias if hasattr(family.config_class, "qkv_bias") else True)
 
 
 def _experts(config: dict[str, Any], read: PretrainedConfig, family: Family, where: str) -> Experts | None:
