@@ -18,7 +18,8 @@ pages that processes share are counted in each. tools/heldout_reverse_kl.py meas
 saved student.
 
 With --growth it prints another table instead: the seconds of the models' phases in steps of 512 to 4,096 response
-tokens on one replica, which ought to grow in proportion to the tokens.
+tokens on one replica, which ought to grow in proportion to the tokens. All rows take two passes in micro-batches of at
+most 2,048 tokens, prompts included.
 """
 
 import json
@@ -85,6 +86,7 @@ class Variant:
     model_dtype: str = "float32"
     engine: str = "embedded"
     ahead: int = 0
+    micro_batch_tokens: int = 16384
 
 
 ALL_TOKENS = (Variant("tp 1", tp=1, dp=1), Variant("dp 2", tp=1, dp=2), Variant("tp 3", tp=3, dp=1))
@@ -215,17 +217,22 @@ def measure_rows(work: Work, folder: Path, trl_python: Path, wanted: Sequence[st
 
 def measure_growth(work: Work, folder: Path) -> list[Measured | str]:
     """Returns a row for each number of response tokens of a step in GROWTH: all tokens of all layers, one process."""
-    before = heldout_reverse_kl(work, work.student)
+    # In two passes and in micro-batches of one size: with "auto" the free memory would decide, and it would not last.
+    variant = replace(
+        ALL_TOKENS[0], rule="ta_opd_teachability", retention_ratio=0.99, passes="two", micro_batch_tokens=2048
+    )
     rows: list[Measured | str] = []
     for tokens in GROWTH:
         smaller = replace(work, prompts_per_step=tokens // work.response_tokens)
-        variant = replace(ALL_TOKENS[0], rule="ta_opd_teachability", retention_ratio=0.99)
-        rows.append(run_ours(smaller, folder / f"row{len(rows)}", f"{tokens} response tokens", variant, before))
+        rows.append(run_ours(smaller, folder / f"row{len(rows)}", f"{tokens} response tokens", variant))
     return rows
 
 
-def run_ours(work: Work, folder: Path, name: str, variant: Variant, before: float) -> Measured:
-    """Does one run of `megatron-tip train` and returns its numbers."""
+def run_ours(work: Work, folder: Path, name: str, variant: Variant, before: float | None = None) -> Measured:
+    """Does one run of `megatron-tip train` and returns its numbers.
+
+    `before`: the held-out reverse KL of the student; None: it is not measured after the run either.
+    """
     folder.mkdir()
     config = folder / "run.toml"
     config.write_text(tomli_w.dumps(config_of(work, folder / "run", variant)))
@@ -235,9 +242,9 @@ def run_ours(work: Work, folder: Path, name: str, variant: Variant, before: floa
     steps = [{phase: line[f"time/{phase}_seconds"] for phase in PHASES} for line in lines if line["step"] > 0]
     tokens = [line["rollout/response_tokens"] for line in lines if line["step"] > 0]
     model_tokens = [line["train/num_model_tokens"] for line in lines if line["step"] > 0]
-    after = heldout_reverse_kl(work, folder / "run/hf")
+    heldout = {} if before is None else {"before": before, "after": heldout_reverse_kl(work, folder / "run/hf")}
     totals = [sum(seconds.values()) for seconds in steps]
-    row = measured(name, steps, totals, tokens, peak, {"before": before, "after": after})
+    row = measured(name, steps, totals, tokens, peak, heldout)
     return replace(row, model_tokens=statistics.median(model_tokens[1:]))
 
 
@@ -264,7 +271,7 @@ def config_of(work: Work, folder: Path, variant: Variant) -> dict[str, Any]:
         },
         "loss": {"divergence": "reverse_kl"},
         "optimizer": {**OPTIMIZER, "min_lr": OPTIMIZER["lr"]},
-        "training": {"steps": work.steps},
+        "training": {"steps": work.steps, "max_tokens_per_micro_batch": variant.micro_batch_tokens},
         "output": {"save_checkpoint": False, "save_rollouts": False},
     }
 

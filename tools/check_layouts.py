@@ -2,9 +2,10 @@
 
     python tools/check_layouts.py [--model dense] [--only context_parallel_size] [--processes 4]
 
-Tiny random models in float32, a student and a wider teacher, over gloo on this machine. Every layout runs in workers of
-its own on the same six rollouts, and a row says how far it is from one process. The command ends with code 1 if a
-layout differs by more than rounding or selects other tokens.
+Tiny random models in float32, a student and a wider teacher, over gloo on this machine: "dense", with "experts", and
+"mixed", a dense student of a teacher with experts. Every layout runs in workers of its own on the same six rollouts,
+and a row says how far it is from one process. The command ends with code 1 if a layout differs by more than rounding or
+selects other tokens.
 """
 
 import sys
@@ -21,14 +22,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests' tiny models
 from megatron_tip.config import Config
 from megatron_tip.records import Rollout
 from tests.helpers.distributed import run_workers
+from tests.helpers.tiny import make_experts, make_qwen
 from tests.helpers.training import Layout, build_tiny_run, make_config, make_models, make_rollouts
 
 TOLERANCE = 1e-5
 """Relative difference of loss and gradient norm that the order of float32 sums explains."""
 RESPONSE_LENGTHS = [12, 0, 7, 15, 9, 1]
-
-MODELS: dict[str, Callable[[Path], Any]] = {"dense": make_models}
-"""Name -> what writes `student` and `teacher` into a folder."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,7 @@ class Case:
 
 
 TP, PP, CP = "tensor_parallel_size", "pipeline_parallel_size", "context_parallel_size"
+EP, EXPERT_TP = "expert_model_parallel_size", "expert_tensor_parallel_size"
 
 
 def both(world_size: int, **keys: Any) -> Case:
@@ -51,7 +51,7 @@ def both(world_size: int, **keys: Any) -> Case:
     return Case(world_size, keys, {key: value for key, value in keys.items() if key != "sequence_parallel"})
 
 
-CASES = [
+DENSE = [
     both(2),
     both(2, **{TP: 2}),
     both(2, **{TP: 2}, sequence_parallel=True),
@@ -69,6 +69,55 @@ CASES = [
     Case(4, {CP: 2}, {CP: 4}),
     Case(4, {PP: 2, CP: 2}, {TP: 4}),
 ]
+EXPERTS = [
+    both(2),
+    both(2, **{EP: 2}),
+    both(4, **{EP: 4}),
+    both(2, **{TP: 2}, sequence_parallel=True),
+    both(2, **{TP: 2, EXPERT_TP: 1}, sequence_parallel=True),
+    both(4, **{TP: 2, EP: 2}, sequence_parallel=True),
+    both(4, **{TP: 2, EP: 4, EXPERT_TP: 1}, sequence_parallel=True),
+    both(2, **{PP: 2}),
+    both(4, **{PP: 2, EP: 2}),
+    both(4, **{TP: 2, PP: 2, EP: 2, EXPERT_TP: 1}, sequence_parallel=True),
+    Case(4, {EP: 2}, {EP: 4}),
+    Case(4, {TP: 2, EP: 2, "sequence_parallel": True}, {PP: 2, EP: 2}),
+    both(2, **{CP: 2}),
+    both(2, **{CP: 2, EP: 2}),
+    both(4, **{CP: 2, EP: 4}),
+    both(4, **{TP: 2, CP: 2, EP: 2, EXPERT_TP: 1}, sequence_parallel=True),
+    both(4, **{PP: 2, CP: 2, EP: 2}),
+    Case(4, {CP: 2, EP: 2}, {CP: 4, EP: 4}),
+]
+MIXED = [
+    Case(2, {}, {EP: 2}),
+    Case(2, {TP: 2}, {EP: 2}),
+    Case(2, {PP: 2}, {TP: 2, EXPERT_TP: 1}),
+    Case(4, {TP: 2, PP: 2}, {EP: 4}),
+    Case(4, {PP: 2}, {TP: 2, EP: 4, EXPERT_TP: 1}),
+    Case(4, {CP: 2}, {PP: 2, EP: 2}),
+    Case(4, {CP: 2}, {CP: 4, EP: 2}),
+]
+
+
+def make_expert_models(folder: Path) -> None:
+    """Writes a student and a wider teacher with experts; one layer of the student has none."""
+    make_experts(folder / "student", seed=1, mlp_only_layers=[1])
+    make_experts(folder / "teacher", seed=2, hidden_size=96, tie_word_embeddings=False)
+
+
+def make_mixed_models(folder: Path) -> None:
+    """Writes a dense student and a wider teacher with experts."""
+    make_qwen(folder / "student", qk_norm=True, seed=1)
+    make_experts(folder / "teacher", seed=2, hidden_size=96, tie_word_embeddings=False)
+
+
+MODELS: dict[str, tuple[Callable[[Path], Any], list[Case]]] = {
+    "dense": (make_models, DENSE),
+    "experts": (make_expert_models, EXPERTS),
+    "mixed": (make_mixed_models, MIXED),
+}
+"""Name -> what writes `student` and `teacher` into a folder, and the layouts."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +155,9 @@ def first_step(config: Config, rollouts: list[Rollout]) -> FirstStep:
 
 def step_of(case: Case, models: Path, scratch: Path) -> FirstStep:
     """Returns the first step of all ranks of a case together."""
-    ranks = run_workers(first_step, case.world_size, scratch, case.config(models), make_rollouts(RESPONSE_LENGTHS))
+    ranks = run_workers(
+        first_step, case.world_size, scratch, case.config(models), make_rollouts(RESPONSE_LENGTHS), timeout_seconds=300
+    )
     selected = frozenset().union(*(rank.selected for rank in ranks))
     return FirstStep(ranks[0].loss, ranks[0].grad_norm, selected, ranks[0].layout)
 
@@ -126,9 +177,10 @@ def check(models: Sequence[str], only: str, processes: int, folder: Path) -> boo
     typer.echo("|---|---|---|---|---|---|---|")
     good = True
     for name in models:
-        MODELS[name](folder / name)
+        write, cases = MODELS[name]
+        write(folder / name)
         single = step_of(both(1), folder / name, folder)
-        for case in CASES:
+        for case in cases:
             if case.world_size > processes or only not in f"{case}":
                 continue
             row, is_same = row_of(name, step_of(case, folder / name, folder), single)

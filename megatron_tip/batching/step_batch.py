@@ -1,6 +1,7 @@
 """A step's rollouts, laid out in micro-batches over the student's data-parallel replicas and their parts."""
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -43,6 +44,9 @@ class StepBatch:
     sequence_multiple: int = 1
     cp_size: int = 1
     _whole: dict[tuple[int, int], MicroBatch] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _of_teacher: dict[tuple[int, int], list[MicroBatch]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
     _parts: dict[int, list[MicroBatch]] = field(default_factory=dict, init=False, repr=False, compare=False)
     _indices: dict[int, TokenIndex] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -85,14 +89,21 @@ class StepBatch:
 
         Together they have the rows of the student's micro-batch, in its order.
         """
-        places = self.plan[replica][index]
+        if (replica, index) not in self._of_teacher:
+            self._of_teacher[replica, index] = self._with_prompts_of_teacher(self.plan[replica][index]) or [
+                self.micro_batch(replica, index)
+            ]
+        return self._of_teacher[replica, index]
+
+    def _with_prompts_of_teacher(self, places: Sequence[int]) -> list[MicroBatch]:
+        """Returns a micro-batch's rollouts as the teacher reads them; nothing if it reads what the student reads."""
         if not any(len(self.rollouts[place].teacher_prompt_ids) for place in places):
-            return [self.micro_batch(replica, index)]
+            return []
         rollouts, kept = self._as_the_teacher_reads_them
         capacity = self.max_tokens - self.max_tokens % self.token_multiple
         parts: list[list[int]] = [[]]
         for place in places:
-            if parts[-1] and sum(kept[one] for one in parts[-1]) + kept[place] > capacity:
+            if parts[-1] and sum(self._aligned(kept[one]) for one in (*parts[-1], place)) > capacity:
                 parts.append([])
             parts[-1].append(place)
         built = (
@@ -125,34 +136,41 @@ class StepBatch:
         """Returns the number of valid tokens of each of a replica's micro-batches, over all of its parts."""
         return [sum(map(self._num_rows, places)) for places in self.plan[replica]]
 
-    def num_rows_by_part(self, other_cp_size: int) -> list[list[list[list[int]]]]:
-        """Returns numbers of valid tokens, `[replica][micro-batch][cp_size][other_cp_size]`.
+    def num_rows_by_part(self, teacher_cp_size: int) -> list[list[list[list[int]]]]:
+        """Returns numbers of valid tokens, `[replica][micro-batch][cp_size][teacher_cp_size]`.
 
-        One for each pair of a rank of the student's and a rank of another model's context-parallel group: the tokens
-        that both hold. `sequence_multiple` covers both models' chunks.
+        One for each pair of a rank of the student's and a rank of the teacher's context-parallel group: the tokens that
+        both hold, each in its part of what its model reads.
         """
-        pieces = torch.arange(self.sequence_multiple)
-        sizes = (self.cp_size, other_cp_size)
-        owners = [owner_of_chunk(pieces * 2 * n // self.sequence_multiple, n).tolist() for n in sizes]
+        owners = [owner_of_chunk(torch.arange(2 * n), n).tolist() for n in (self.cp_size, teacher_cp_size)]
+        rollouts, kept = self._as_the_teacher_reads_them
 
         def counted(places: Sequence[int]) -> list[list[int]]:
-            counts = [[0] * other_cp_size for _ in range(self.cp_size)]
+            counts = [[0] * teacher_cp_size for _ in range(self.cp_size)]
             for place in places:
-                for own, other, rows in zip(*owners, self._rows_of_pieces(place), strict=True):
-                    counts[own][other] += rows
+                own = self._rows_before_chunks(self.rollouts[place], self.num_kept_tokens[place], self.cp_size)
+                other = self._rows_before_chunks(rollouts[place], kept[place], teacher_cp_size)
+                for start, end in pairwise(sorted({*own, *other})):
+                    student, teacher = (
+                        of_chunk[bisect_right(edges, start) - 1]
+                        for of_chunk, edges in zip(owners, (own, other), strict=True)
+                    )
+                    counts[student][teacher] += end - start
             return counts
 
         return [list(map(counted, micro_batches)) for micro_batches in self.plan]
 
-    def owners_of_rows(self, replica: int, index: int, cp_size: int | None = None) -> Tensor:
-        """Returns `[n]` int64: which context-parallel rank holds each row of a micro-batch.
+    def owners_of_rows(self, replica: int, index: int) -> Tensor:
+        """Returns `[n]` int64: which of the student's context-parallel ranks holds each row of a micro-batch."""
+        return self._owners(self.micro_batch(replica, index), self.cp_size)
 
-        Args:
-            cp_size: of another model; None: the student's.
-        """
-        micro_batch = self.micro_batch(replica, index)
-        owners = token_owners(micro_batch.lengths, cp_size or self.cp_size)
-        return owners.to(self.device)[micro_batch.loss_mask]
+    def teachers_of_rows(self, replica: int, index: int, teacher_cp_size: int) -> Tensor:
+        """Returns `[n]` int64: which of the teacher's context-parallel ranks holds each row of a micro-batch."""
+        read = self.as_the_teacher_reads_it(replica, index)
+        return torch.cat([self._owners(micro_batch, teacher_cp_size) for micro_batch in read])
+
+    def _owners(self, micro_batch: MicroBatch, cp_size: int) -> Tensor:
+        return token_owners(micro_batch.lengths, cp_size).to(self.device)[micro_batch.loss_mask]
 
     def row_owners(self, replica: int) -> Tensor:
         """Returns `[n]` int64: which context-parallel rank holds each row of a replica, in the replica's order."""
@@ -214,6 +232,11 @@ class StepBatch:
         return replicas.to(self.device)
 
     @cached_property
+    def teacher_reads_another(self) -> bool:
+        """Whether the teacher reads a prompt of its own in any rollout."""
+        return any(len(rollout.teacher_prompt_ids) for rollout in self.rollouts)
+
+    @cached_property
     def _as_the_teacher_reads_them(self) -> tuple[list[Rollout], list[int]]:
         """The rollouts with the teacher's prompts, and how many leading tokens of each go through the teacher."""
         rollouts = [rollout.as_the_teacher_reads_it() for rollout in self.rollouts]
@@ -237,20 +260,19 @@ class StepBatch:
         tokens = sum(self._aligned(self.num_kept_tokens[place]) for place in places)
         return tokens + num_padding_tokens(tokens, self.token_multiple)
 
-    def _rows_of_pieces(self, place: int) -> list[int]:
-        """Returns the numbers of valid tokens of a rollout in `sequence_multiple` equal pieces of its padded tokens."""
-        size = self._aligned(self.num_kept_tokens[place]) // self.sequence_multiple
-        before = [self._num_rows_before(place, size * piece) for piece in range(self.sequence_multiple + 1)]
-        return [end - start for start, end in pairwise(before)]
+    def _rows_before_chunks(self, rollout: Rollout, num_kept: int, cp_size: int) -> list[int]:
+        """Returns how many of a rollout's valid tokens come before each of its 2 cp chunks, and how many there are."""
+        length = self._aligned(num_kept)
+        ends = [chunk * length // (2 * cp_size) for chunk in range(2 * cp_size + 1)]
+        return [_num_rows(rollout, min(end, num_kept)) for end in ends]
 
     def _num_rows(self, place: int) -> int:
-        return self._num_rows_before(place, self.num_kept_tokens[place])
+        return _num_rows(self.rollouts[place], self.num_kept_tokens[place])
 
-    def _num_rows_before(self, place: int, token: int) -> int:
-        """Returns the number of generated labels of a rollout's first tokens: kept token k predicts token k + 1."""
-        rollout = self.rollouts[place]
-        first = min(token, self.num_kept_tokens[place])
-        return rollout.num_generated_before(max(0, first + 1 - len(rollout.prompt_ids)))
+
+def _num_rows(rollout: Rollout, num_tokens: int) -> int:
+    """Returns the number of generated labels of a rollout's first tokens: token k predicts token k + 1."""
+    return rollout.num_generated_before(max(0, num_tokens + 1 - len(rollout.prompt_ids)))
 
 
 def _plan(

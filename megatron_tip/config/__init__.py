@@ -99,17 +99,6 @@ class Config(Section):
         object.__setattr__(self, "teacher", self.teacher.model_copy(update=shared))
         return self
 
-    @model_validator(mode="after")
-    def _teacher_prompts_are_read_whole(self) -> "Config":
-        parts = {"model": self.model.context_parallel_size, "teacher": self.teacher.context_parallel_size}
-        for section, size in parts.items():
-            if size > 1 and self.prompts.teacher_reads_another:
-                raise ValueError(
-                    f"{section}.context_parallel_size: expected 1 with prompts of the teacher's own, whose sequences "
-                    f"have other parts, got {size}"
-                )
-        return self
-
     @property
     def longest_sequence(self) -> int:
         """Maximum tokens of a prompt and its response together, as the student reads them."""

@@ -27,7 +27,7 @@ class ModelConfig(Section):
     """How many of the layers kept each pipeline stage has; auto: balanced, with the work of both output heads and the
     loss on the last stage. Default: equally many."""
     context_parallel_size: int = Field(default=1, ge=1)
-    """Ranks that share each sequence: activations of long responses are divided by it. Not with experts."""
+    """Ranks that share each sequence: activations of long responses are divided by it."""
     expert_model_parallel_size: int = Field(default=1, ge=1)
     """Ranks over which the experts of a layer are distributed; must divide their number."""
     expert_tensor_parallel_size: int = Field(default=0, ge=0)
@@ -92,7 +92,7 @@ class TeacherConfig(Section):
     expert_tensor_parallel_size: int = Field(default=0, ge=0)
     """Ranks that share each expert of the teacher; 0: tensor_parallel_size."""
     context_parallel_size: int = Field(default=1, ge=1)
-    """Ranks that share each sequence in the teacher; may differ from the student's. Not with experts."""
+    """Ranks that share each sequence in the teacher; may differ from the student's."""
     fp8: Literal["none", "e4m3", "hybrid"] = "none"
     """Megatron's: matrix products of Transformer Engine's layers in 8 bits, scaled tensor by tensor. Needs a GPU."""
     urls: tuple[str, ...] = ()

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
+from transformers import LlamaConfig, PretrainedConfig, Qwen2Config, Qwen2MoeConfig, Qwen3Config, Qwen3MoeConfig
 
 from megatron_tip.conversion.experts import Experts, config_of_layers, read_experts
 from megatron_tip.errors import DroppedLayersError, WeightsError
@@ -21,7 +21,7 @@ class Family:
     """What a Hugging Face class adds to the common decoder: rotary GPT with RMSNorm, grouped queries and SwiGLU.
 
     `name`: the `model_type` of its config.json. `config_class`: how transformers reads that file. `experts`: layers may
-    have experts instead of one feed-forward part.
+    have experts instead of one feed-forward part. `shared_expert`: and beside them one for every token.
     """
 
     name: str
@@ -29,11 +29,13 @@ class Family:
     qkv_bias: bool = False
     qk_norm: bool = False
     experts: bool = False
+    shared_expert: bool = False
 
 
 FAMILIES = {
     "LlamaForCausalLM": Family("llama", LlamaConfig),
     "Qwen2ForCausalLM": Family("qwen2", Qwen2Config, qkv_bias=True),
+    "Qwen2MoeForCausalLM": Family("qwen2_moe", Qwen2MoeConfig, qkv_bias=True, experts=True, shared_expert=True),
     "Qwen3ForCausalLM": Family("qwen3", Qwen3Config, qk_norm=True),
     "Qwen3MoeForCausalLM": Family("qwen3_moe", Qwen3MoeConfig, qk_norm=True, experts=True),
 }
@@ -120,9 +122,9 @@ class ModelArchitecture:
             rope_theta=float(read.rope_parameters["rope_theta"]),
             rope_scaling=_rope_scaling(read.rope_parameters, where),
             tied_embeddings=bool(read.tie_word_embeddings),
-            qkv_bias=family.qkv_bias,
+            qkv_bias=_has_qkv_bias(read, family),
             qk_norm=family.qk_norm,
-            experts=read_experts(config, read, sizes["num_hidden_layers"], where) if family.experts else None,
+            experts=_experts(config, read, family, where),
         )
 
     def with_dropped_layers(self, drop_layers: Collection[int]) -> "ModelArchitecture":
@@ -192,6 +194,17 @@ def _size(config: dict[str, Any], key: str, where: str) -> int:
     if type(value) is not int or not 1 <= value <= most:
         raise WeightsError(f"{where}: expected {key} to be a whole number from 1 to {most}, got {value!r:.80}")
     return value
+
+
+def _has_qkv_bias(read: Any, family: Family) -> bool:
+    """Returns whether queries, keys and values have biases: the class says so, or a key that the class knows."""
+    return family.qkv_bias and (read.qkv_bias if hasattr(family.config_class, "qkv_bias") else True)
+
+
+def _experts(config: dict[str, Any], read: PretrainedConfig, family: Family, where: str) -> Experts | None:
+    if not family.experts:
+        return None
+    return read_experts(config, read, config["num_hidden_layers"], where, with_shared=family.shared_expert)
 
 
 def _as_transformers_reads(config: dict[str, Any], family: Family, where: str) -> PretrainedConfig:

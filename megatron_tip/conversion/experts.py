@@ -21,6 +21,7 @@ class Experts:
 
     `num_active`: how many of them each token passes through. `normalised`: their weights sum to 1, otherwise they are
     the router's probabilities among all experts. `dense_layers`: the layers with an ordinary feed-forward part instead.
+    `shared_ffn_hidden_size`: of an expert beside them that every token passes through, with a gate; 0: there is none.
     """
 
     num_experts: int
@@ -28,6 +29,7 @@ class Experts:
     ffn_hidden_size: int
     normalised: bool
     dense_layers: tuple[int, ...] = ()
+    shared_ffn_hidden_size: int = 0
 
     def of_layers(self, kept: Sequence[int]) -> "Experts | None":
         """Returns the experts of a model with only the layers `kept`; None if none of these has experts."""
@@ -35,11 +37,14 @@ class Experts:
         return dataclasses.replace(self, dense_layers=dense) if len(dense) < len(kept) else None
 
 
-def read_experts(config: dict[str, Any], read: PretrainedConfig, num_layers: int, where: str) -> Experts | None:
+def read_experts(
+    config: dict[str, Any], read: PretrainedConfig, num_layers: int, where: str, *, with_shared: bool
+) -> Experts | None:
     """Returns the experts that a config.json describes; None if every layer is dense.
 
     Args:
         config: the content of config.json. `read`: the same as transformers reads it.
+        with_shared: the family has a shared expert; in any other transformers ignores its size.
 
     Raises:
         WeightsError: a size is missing or out of range, or a feature is not supported.
@@ -61,7 +66,7 @@ def read_experts(config: dict[str, Any], read: PretrainedConfig, num_layers: int
             f"{where}: expected norm_topk_prob = false with num_experts_per_tok = 1, got true; every expert would have "
             "the weight 1, which Megatron's router refuses"
         )
-    if getattr(values, "sliding_window", None) is not None:
+    if values.use_sliding_window and values.sliding_window is not None:
         raise WeightsError(
             f"{where}: expected full attention in every layer, got sliding_window = {values.sliding_window!r:.80}; "
             "such models are not supported"
@@ -72,6 +77,7 @@ def read_experts(config: dict[str, Any], read: PretrainedConfig, num_layers: int
         ffn_hidden_size=_whole(values, "moe_intermediate_size", 10**9, where),
         normalised=normalised,
         dense_layers=_dense_layers(values, num_layers, where),
+        shared_ffn_hidden_size=_whole(values, "shared_expert_intermediate_size", 10**9, where) if with_shared else 0,
     ).of_layers(range(num_layers))
 
 

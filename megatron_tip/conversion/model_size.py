@@ -20,13 +20,23 @@ def layer_parameters(architecture: ModelArchitecture, layer: int = 0, *, active:
 def feed_forward_parameters(architecture: ModelArchitecture, layer: int, *, active: bool = False) -> tuple[int, int]:
     """Returns the parameters after a layer's attention, without the norm: those outside of its experts, and theirs.
 
-    Outside are the router, or in a layer without experts all of them. `active`: as in `layer_parameters`.
+    Outside are the router and a shared expert, or in a layer without experts all of them. `active`: as in
+    `layer_parameters`.
     """
     a = architecture
     if a.experts is None or not a.has_experts(layer):
         return 3 * a.hidden_size * a.ffn_hidden_size, 0
     count = a.experts.num_active if active else a.experts.num_experts
-    return a.experts.num_experts * a.hidden_size, count * 3 * a.hidden_size * a.experts.ffn_hidden_size
+    outside = routing_parameters(a, layer) + 3 * a.hidden_size * a.experts.shared_ffn_hidden_size
+    return outside, count * 3 * a.hidden_size * a.experts.ffn_hidden_size
+
+
+def routing_parameters(architecture: ModelArchitecture, layer: int) -> int:
+    """Returns the parameters of a layer's router, and of a shared expert's gate, which every rank has whole."""
+    experts = architecture.experts
+    if experts is None or not architecture.has_experts(layer):
+        return 0
+    return (experts.num_experts + (experts.shared_ffn_hidden_size > 0)) * architecture.hidden_size
 
 
 def num_parameters(architecture: ModelArchitecture, *, active: bool = False) -> int:

@@ -107,15 +107,25 @@ def _feed_forward(architecture: ModelArchitecture, layer: int) -> list[WeightMap
     router = {"mlp.gate.weight": (experts.num_experts, hidden)}
     weights = [_weight(layer, "pre_mlp_layernorm.weight", norm), _weight(layer, "mlp.router.weight", router)]
     for expert in range(experts.num_experts):
-        weights += _matrices(layer, f"mlp.experts.{expert}", hidden, experts.ffn_hidden_size, expert)
+        weights += _matrices(layer, f"mlp.experts.{expert}", hidden, experts.ffn_hidden_size, expert=expert)
+    if experts.shared_ffn_hidden_size:
+        gate = {"mlp.shared_expert_gate.weight": (1, hidden)}
+        weights += [
+            *_matrices(layer, "mlp.shared_experts", hidden, experts.shared_ffn_hidden_size, "mlp.shared_expert"),
+            _weight(layer, "mlp.shared_experts.gate_weight", gate),
+        ]
     return weights
 
 
-def _matrices(layer: int, name: str, hidden: int, ffn: int, expert: int | None = None) -> list[WeightMap]:
-    gate_up = {f"{name}.gate_proj.weight": (ffn, hidden), f"{name}.up_proj.weight": (ffn, hidden)}
+def _matrices(
+    layer: int, name: str, hidden: int, ffn: int, hf_name: str = "", expert: int | None = None
+) -> list[WeightMap]:
+    """Returns the two matrices of Megatron's `name`, which `hf_name`, or `name` too, has as three."""
+    hf_name = hf_name or name
+    gate_up = {f"{hf_name}.gate_proj.weight": (ffn, hidden), f"{hf_name}.up_proj.weight": (ffn, hidden)}
     return [
         _weight(layer, f"{name}.linear_fc1.weight", gate_up, 0, expert=expert),
-        _weight(layer, f"{name}.linear_fc2.weight", {f"{name}.down_proj.weight": (hidden, ffn)}, 1, expert=expert),
+        _weight(layer, f"{name}.linear_fc2.weight", {f"{hf_name}.down_proj.weight": (hidden, ffn)}, 1, expert=expert),
     ]
 
 

@@ -270,6 +270,8 @@ def _experts_config(architecture: ModelArchitecture, grid: ModelGrid, *, grouped
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "aux_loss",
         "moe_aux_loss_coeff": 0.0,  # a student may set it: `router.set_auxiliary_loss`
+        "moe_shared_expert_intermediate_size": experts.shared_ffn_hidden_size or None,
+        "moe_shared_expert_gate": experts.shared_ffn_hidden_size > 0,
         "moe_grouped_gemm": grouped,
         "moe_permute_fusion": grouped,
         "expert_model_parallel_size": grid.ep_size,

@@ -13,7 +13,6 @@ def check_layout(
     tp_size: int,
     pp_size: int,
     owner: str,
-    cp_size: int = 1,
     ep_size: int = 1,
     expert_tp_size: int = 0,
     pipeline_layers: tuple[int, ...] = (),
@@ -26,15 +25,10 @@ def check_layout(
         pipeline_layers: the number of layers of each stage; empty: equally many.
 
     Raises:
-        ConfigError: experts with `cp_size` above 1; heads, query groups or feed-forward size not divisible by
-            `tp_size`, experts by `ep_size` or their feed-forward size by `expert_tp_size`; sizes for experts of a model
-            without any; or layers that are not divisible by `pp_size`, or not those of `pipeline_layers`.
+        ConfigError: heads, query groups or feed-forward size not divisible by `tp_size`, experts by `ep_size` or their
+            feed-forward size by `expert_tp_size`; sizes for experts of a model without any; or layers that are not
+            divisible by `pp_size`, or not those of `pipeline_layers`.
     """
-    if architecture.experts is not None and cp_size > 1:
-        raise ConfigError(
-            f"{owner}.context_parallel_size: expected 1 for a model with experts, got {cp_size}; use "
-            "expert_model_parallel_size or tensor_parallel_size with sequence parallelism"
-        )
     _check_experts(architecture.experts, ep_size=ep_size, expert_tp_size=expert_tp_size, tp_size=tp_size, owner=owner)
     divisible = math.gcd(architecture.num_attention_heads, architecture.num_query_groups, architecture.ffn_hidden_size)
     checks = [
@@ -73,6 +67,8 @@ def _check_experts(experts: Experts | None, *, ep_size: int, expert_tp_size: int
     if not expert_tp_size and experts.ffn_hidden_size % tp_size:
         name += " = 0 (tensor_parallel_size)"
     _check_divides("experts", experts.num_experts, f"{owner}.expert_model_parallel_size", ep_size, experts.num_experts)
+    shared, field = experts.shared_ffn_hidden_size, f"{owner}.tensor_parallel_size"
+    _check_divides("feed-forward channels of the shared expert", shared, field, tp_size, shared)
     channels = experts.ffn_hidden_size
     _check_divides("feed-forward channels of an expert", channels, name, expert_tp_size or tp_size, channels)
 

@@ -1,5 +1,6 @@
 """Forward and backward passes of micro-batches through a model's pipeline, on Megatron's schedules."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -13,6 +14,7 @@ from megatron.core.pipeline_parallel.schedules import (
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
+from megatron_tip.batching.context_parts import context_part
 from megatron_tip.batching.micro_batches import build_micro_batch
 from megatron_tip.models.packing import boundaries
 from megatron_tip.parallel.collectives import agree_on_maxima
@@ -146,8 +148,15 @@ def in_step(model: torch.nn.Module, groups: ModelGroups, micro_batches: Sequence
     if not groups.grid.replicas_share_experts:
         return micro_batches
     (most,) = agree_on_maxima([len(micro_batches)])
-    filler = build_micro_batch([], [], 0, token_multiple=token_multiple(model)).to(next(model.parameters()).device)
+    filler = _padding_alone(model, groups).to(next(model.parameters()).device)
     return [*micro_batches, *[filler] * (most - len(micro_batches))]
+
+
+def _padding_alone(model: torch.nn.Module, groups: ModelGroups) -> MicroBatch:
+    """Returns this rank's part of the shortest micro-batch that the model takes."""
+    multiple = math.lcm(token_multiple(model), groups.grid.sequence_multiple)
+    whole = build_micro_batch([], [], 0, token_multiple=multiple)
+    return context_part(whole, cp_size=groups.grid.cp_size, cp_rank=groups.cp_rank)
 
 
 def _forward_step(

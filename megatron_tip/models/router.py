@@ -19,8 +19,8 @@ from megatron_tip.records import MicroBatch
 class Router(TopKRouter):
     """Megatron's router; its auxiliary loss is the mean of the micro-batches', weighted by their tokens.
 
-    Megatron weighs a micro-batch's loss by the tokens that this tensor-parallel rank has of it, leaves the division by
-    the step's tokens to the end of the pass, where our loss, whose weights already include it, has none, and divides by
+    Megatron weighs a micro-batch's loss by the tokens that this rank of tp x cp has of it, leaves the division by the
+    step's tokens to the end of the pass, where our loss, whose weights already include it, has none, and divides by
     zero where a micro-batch is all padding.
     """
 
@@ -58,17 +58,19 @@ def set_auxiliary_loss(model: torch.nn.Module, coefficient: float) -> None:
             module.config.moe_aux_loss_coeff = coefficient
 
 
-def set_step_tokens(model: torch.nn.Module, micro_batches: Sequence[MicroBatch], dp_group: dist.ProcessGroup) -> None:
+def set_step_tokens(
+    model: torch.nn.Module, micro_batches: Sequence[MicroBatch], dp_cp_group: dist.ProcessGroup
+) -> None:
     """Tells the routers of `model` how many tokens of the step go through it on all replicas together.
 
     Args:
-        micro_batches: this replica's. Collective: one all-reduce of an integer over `dp_group`, if an auxiliary loss is
-            in use; otherwise none.
+        micro_batches: this rank's parts. Collective: one all-reduce of an integer over `dp_cp_group`, if an auxiliary
+            loss is in use; otherwise none.
     """
     routers = [module for module in model.modules() if isinstance(module, Router) and module.is_aux_loss_enabled()]
     if not routers:
         return
     total = torch.stack([(micro_batch.rollout_indices >= 0).sum() for micro_batch in micro_batches]).sum()
-    dist.all_reduce(total, group=dp_group)
+    dist.all_reduce(total, group=dp_cp_group)
     for router in routers:
         router.step_tokens = float(total)

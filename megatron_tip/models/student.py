@@ -75,7 +75,7 @@ class Student:
     ) -> None:
         """Runs the micro-batches forward, without gradient unless `held` takes the outputs; see `run_forward`."""
         if held is not None:  # the auxiliary loss of experts is part of the graph that is held
-            set_step_tokens(self.model, micro_batches, self.groups.dp_group)
+            set_step_tokens(self.model, micro_batches, self.groups.dp_cp_group)
         run_forward(self.wrapped, self.groups, micro_batches, on_hidden_states, held=held)
 
     def accumulate_gradients(
@@ -85,7 +85,7 @@ class Student:
         self.wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
         if held is None:
-            set_step_tokens(self.model, micro_batches, self.groups.dp_group)
+            set_step_tokens(self.model, micro_batches, self.groups.dp_cp_group)
         run_forward_backward(self.wrapped, self.groups, micro_batches, loss_of, held=held)
 
     def optimizer_tensors(self) -> list[Tensor]:

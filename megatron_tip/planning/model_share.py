@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from megatron_tip.config import Config
 from megatron_tip.conversion.architecture import ModelArchitecture
-from megatron_tip.conversion.model_size import feed_forward_parameters, layer_parameters
+from megatron_tip.conversion.model_size import feed_forward_parameters, layer_parameters, routing_parameters
 from megatron_tip.parallel.grid import ModelGrid
 
 
@@ -34,14 +34,14 @@ class ModelShare:
     def _counts(self, stage: int) -> tuple[float, float]:
         """Returns the same of one stage: layers, embedding or head or both, and the last norm.
 
-        Every tp rank has the norms and the routers whole.
+        Every tp rank has the norms, the routers and a shared expert's gate whole.
         """
         a, grid = self.architecture, self.grid
         is_last = stage == grid.pp_size - 1
         outside, in_experts = 0.0, 0.0
         for layer in self.stages[stage]:
-            dense, experts = feed_forward_parameters(a, layer)
-            whole = 2 * a.hidden_size + 2 * a.head_dim * a.qk_norm + (dense if experts else 0)
+            _, experts = feed_forward_parameters(a, layer)
+            whole = 2 * a.hidden_size + 2 * a.head_dim * a.qk_norm + routing_parameters(a, layer)
             outside += (layer_parameters(a, layer) - experts - whole) / grid.tp_size + whole
             in_experts += experts / (grid.expert_tp_size * grid.ep_size)
         has_own_matrix = is_last and self.has_head and (stage > 0 or not a.tied_embeddings)
@@ -117,6 +117,7 @@ def _feed_forward_bytes_per_token(model: ModelShare, layer: int) -> float:
     if a.experts is not None and a.has_experts(layer):
         hidden = 2 * a.hidden_size * grid.expert_tp_size  # each of an expert's ranks has the tokens of all
         values = a.experts.num_active * (hidden + 3 * a.experts.ffn_hidden_size)
+        values += 3 * a.experts.shared_ffn_hidden_size
     return values / grid.tp_size * model.bytes_per_value / grid.cp_size
 
 

@@ -185,11 +185,10 @@ def _grids(
         sizes: dict[str, Any] = {
             "tp_size": model.tensor_parallel_size,
             "pp_size": model.pipeline_parallel_size,
-            "cp_size": model.context_parallel_size,
             "ep_size": model.expert_model_parallel_size,
             "expert_tp_size": model.expert_tensor_parallel_size,
             "pipeline_layers": pipeline_layers(config, found.architecture, teacher and teacher.architecture, section),
         }
         check_layout(found.architecture, owner=section, **sizes)
-        grids.append(ModelGrid.over(world_size, owner=owner, **sizes))
+        grids.append(ModelGrid.over(world_size, owner=owner, cp_size=model.context_parallel_size, **sizes))
     return grids[0], grids[1]

@@ -88,22 +88,26 @@ class MegatronTeacher(Teacher[HiddenRows]):
         own_rows = batch.num_rows()[student.dp_cp_rank]
         rows = next(self.model.parameters()).new_empty(sum(own_rows), self.hidden_size)
         parts = rows.split(own_rows)
-        incoming = self._buffers(counts[student.dp_rank], parts)
+        incoming = self._buffers(batch, counts[student.dp_rank], parts)
         exchange(outgoing, incoming, transfers)
-        if student.grid.cp_size != grid.cp_size:
+        if not self._holds_the_same_rows(batch):
             for piece, buffer in incoming.items():
                 parts[piece.micro_batch][self._held_by_teacher(batch, piece)] = buffer
         return HiddenRows(rows)
 
-    def _buffers(self, counts: list[list[list[int]]], parts: Sequence[Tensor]) -> dict[Piece, Tensor]:
+    def _holds_the_same_rows(self, batch: StepBatch) -> bool:
+        """Returns whether both models cut sequences into the same parts: a prompt of the teacher's own moves chunks."""
+        cp_size = self.groups.grid.cp_size
+        return cp_size == self.student_groups.grid.cp_size and (cp_size == 1 or not batch.teacher_reads_another)
+
+    def _buffers(self, batch: StepBatch, counts: list[list[list[int]]], parts: Sequence[Tensor]) -> dict[Piece, Tensor]:
         """Returns where this rank receives its rows: in `parts`, by micro-batch, if both models cut sequences alike.
 
         Otherwise a part comes in pieces, whose rows are not neighbours. `counts`: of this replica's rows, by
         micro-batch, student's and teacher's context-parallel rank.
         """
-        student, cp_size = self.student_groups, self.groups.grid.cp_size
-        replica, cp_rank = student.dp_rank, student.cp_rank
-        if cp_size == student.grid.cp_size:
+        replica, cp_rank = self.student_groups.dp_rank, self.student_groups.cp_rank
+        if self._holds_the_same_rows(batch):
             return {Piece(replica, index, cp_rank, cp_rank): part for index, part in enumerate(parts)}
         return {
             Piece(replica, index, cp_rank, other): part.new_empty(rows, self.hidden_size)
@@ -113,15 +117,15 @@ class MegatronTeacher(Teacher[HiddenRows]):
 
     def _held_by_teacher(self, batch: StepBatch, piece: Piece) -> Tensor:
         """Returns which rows of the student's part of a micro-batch the piece has: bool."""
-        owners = batch.owners_of_rows(piece.replica, piece.micro_batch, self.groups.grid.cp_size)
+        owners = batch.teachers_of_rows(piece.replica, piece.micro_batch, self.groups.grid.cp_size)
         return owners[batch.owners_of_rows(piece.replica, piece.micro_batch) == piece.student_cp] == piece.teacher_cp
 
     def _pieces(self, batch: StepBatch, replica: int, index: int, rows: Tensor) -> dict[Piece, Tensor]:
         """Returns this rank's `rows` of a micro-batch by the student's context-parallel rank that needs them."""
         cp_size, cp_rank = self.groups.grid.cp_size, self.groups.cp_rank
-        if cp_size == self.student_groups.grid.cp_size:
+        if self._holds_the_same_rows(batch):
             return {Piece(replica, index, cp_rank, cp_rank): rows}
-        owners = batch.owners_of_rows(replica, index)[batch.owners_of_rows(replica, index, cp_size) == cp_rank]
+        owners = batch.owners_of_rows(replica, index)[batch.teachers_of_rows(replica, index, cp_size) == cp_rank]
         students = range(self.student_groups.grid.cp_size)
         return {Piece(replica, index, student, cp_rank): rows[owners == student] for student in students}
 

@@ -20,17 +20,21 @@ EP2 = {"expert_model_parallel_size": 2}
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The student's first layer has no experts."""
+    """The student's first layer has no experts; its others have a shared one too."""
     folder = tmp_path_factory.mktemp("models")
-    make_experts(folder / "student", seed=1, mlp_only_layers=[0])
+    make_experts(folder / "student", seed=1, mlp_only_layers=[0], shared_size=16)
     make_experts(folder / "teacher", seed=2)
     return folder
 
 
 @pytest.mark.parametrize(
     "layout,experts,dtype,distributed",
-    [(Layout(2), EP2, "bfloat16", True), (Layout(2, student=(1, 2)), {}, "float32", False)],
-    ids=["ep2-distributed-bf16", "pp2"],
+    [
+        (Layout(2), EP2, "bfloat16", True),
+        (Layout(2, student=(1, 2)), {}, "float32", False),
+        (Layout(2, cp=(2, 1)), EP2, "bfloat16", True),
+    ],
+    ids=["ep2-distributed-bf16", "pp2", "cp2-ep2-distributed-bf16"],
 )
 def test_a_resumed_run_is_the_same_bit_for_bit(
     models: Path, tmp_path: Path, layout: Layout, experts: dict[str, int], dtype: str, distributed: bool
@@ -62,6 +66,7 @@ def test_a_checkpoint_is_read_under_other_layouts_of_the_experts(
         (Layout(4, student=(1, 2)), EP2),
         (Layout(1), {}),
         (Layout(2, sequence_parallel=True, student=(2, 1)), {}),
+        (Layout(4, cp=(2, 1)), EP2),
     ]
     for place, (other, sizes) in enumerate(others):
         config, target = make_config(models, other, model=sizes, optimizer=optimizer), tmp_path / f"again_{place}"

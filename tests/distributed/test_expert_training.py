@@ -45,6 +45,15 @@ LAYOUTS: list[tuple[Layout, dict[str, int], dict[str, int]]] = [
         {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1},
         {},
     ),
+    (Layout(2, cp=(2, 2)), {}, {"expert_model_parallel_size": 2}),
+    # replicas of two parts each share experts, and have different numbers of micro-batches
+    (Layout(4, cp=(2, 2)), {"expert_model_parallel_size": 4}, {"expert_model_parallel_size": 4}),
+    (
+        Layout(4, student=(2, 1), teacher=(1, 2), cp=(2, 1), sequence_parallel=True),
+        {"expert_model_parallel_size": 4, "expert_tensor_parallel_size": 1},
+        {"expert_model_parallel_size": 2},
+    ),
+    (Layout(4, student=(1, 2), teacher=(1, 1), cp=(2, 4)), {"expert_model_parallel_size": 2}, {}),
 ]
 """The layout of the other layers, and the experts' of student and teacher."""
 IN_ONE_PASS = [case for case in LAYOUTS if case[0].student[1] == 1]
@@ -138,6 +147,22 @@ def test_a_dense_student_learns_the_same_from_experts_in_another_layout(tmp_path
     check_equal(ranks, single, reference, but=DIFFERENT_BY_LAYOUT)
 
 
+@pytest.mark.parametrize(
+    "layout,experts",
+    [(Layout(1), {}), (Layout(4, student=(2, 1), sequence_parallel=True), {"expert_model_parallel_size": 2})],
+    ids=str,
+)
+def test_shared_experts_learn_as_in_float64(layout: Layout, experts: dict[str, int], tmp_path: Path) -> None:
+    make_experts(tmp_path / "student", seed=1, mlp_only_layers=[1], shared_size=32)
+    make_experts(tmp_path / "teacher", seed=2, hidden_size=96, shared_size=16, norm_topk_prob=False)
+    config = make_config(tmp_path, layout, model=experts, teacher=experts)
+    ranks: list[Observed] = run_workers(observe, layout.world_size, tmp_path, config, ROLLOUTS, timeout_seconds=300)
+    selected = [row for observed in ranks for row in observed.selected]
+    loss, gradients = reference_gradients(tmp_path, ROLLOUTS, selected)
+    found = sum(observed.loss for observed in ranks)
+    check_against_reference(found, ranks[0].gradients, (loss, by_saved_name(gradients)), floor=FLOOR)
+
+
 def steps_and_probe(config: Config, rollouts: list[Rollout]) -> tuple[list[dict[str, float]], Any, Any]:
     """Two steps with clipped gradients, the weights behind them, and the probe's logprobs."""
     run = build_tiny_run(config, rollouts)
@@ -223,8 +248,12 @@ def trained_ids(rollout: Rollout, last: int) -> tuple[int, ...]:
         (Layout(2), {"expert_model_parallel_size": 2}, [9, 9, 9], 16, [[0], [1], [2]]),
         # one replica has padding alone
         (Layout(2), {"expert_model_parallel_size": 2}, [9], 16, [[0]]),
+        # parts of sequences with padding at their ends
+        (Layout(2, cp=(2, 1)), {}, [12, 7, 15, 2], 300, [[0, 1, 2, 3]]),
+        # replicas of two parts each, and padding for one of them
+        (Layout(4, cp=(2, 1)), {"expert_model_parallel_size": 4}, [9, 9, 9], 16, [[0], [1], [2]]),
     ],
-    ids=["one", "tp2-pp2", "ep2", "ep2-empty"],
+    ids=["one", "tp2-pp2", "ep2", "ep2-empty", "cp2", "cp2-ep4"],
 )
 def test_the_auxiliary_loss_adds_its_gradient_whatever_the_layout_and_padding(
     models: Path,

@@ -47,7 +47,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def test_logits_and_export_of_every_layout(folders: dict[str, Path], tmp_path: Path) -> None:
     expected = {name: hf_logits(folder, INPUT_IDS) for name, folder in folders.items()}
-    run_workers(_check_every_layout, 4, tmp_path, folders, expected, timeout_seconds=240)
+    run_workers(_check_every_layout, 4, tmp_path, folders, expected, timeout_seconds=480)
 
 
 def _check_every_layout(folders: dict[str, Path], expected: dict[str, Tensor]) -> None:
@@ -104,7 +104,7 @@ def _check_export(model: HiddenStatesModel, checkpoint: HfCheckpoint, groups: Mo
 
 def test_folders_and_checkpoints_hold_every_bit(folders: dict[str, Path], tmp_path: Path) -> None:
     """Saved by the layout with all kinds of ranks, and read by every other."""
-    run_workers(_check_saved, 4, tmp_path, folders, tmp_path, timeout_seconds=240)
+    run_workers(_check_saved, 4, tmp_path, folders, tmp_path, timeout_seconds=480)
     for name, folder in folders.items():
         original, written = (load_file(path / "model.safetensors") for path in (folder, tmp_path / name / "hf"))
         assert written.keys() == original.keys()

@@ -67,7 +67,13 @@ def loaded(folder: Path) -> Any:
 @pytest.mark.parametrize("update", ["", "frozen", "live", "average"])
 @pytest.mark.parametrize(
     "layout",
-    [Layout(1), Layout(2), Layout(2, student=(2, 1), sequence_parallel=True), Layout(4, student=(2, 2))],
+    [
+        Layout(1),
+        Layout(2),
+        Layout(2, student=(2, 1), sequence_parallel=True),
+        Layout(4, student=(2, 2)),
+        Layout(4, cp=(2, 2)),
+    ],
     ids=str,
 )
 def test_the_teacher_reads_its_own_prompt(models: Path, layout: Layout, update: str, tmp_path: Path):
@@ -75,7 +81,7 @@ def test_the_teacher_reads_its_own_prompt(models: Path, layout: Layout, update: 
     if update:
         config, teacher = own_config(models, layout, update), "student"
     else:
-        other = replace(layout, teacher=(layout.world_size, 1))
+        other = replace(layout, teacher=(layout.world_size, 1), cp=(layout.cp[0], 1))
         config, teacher = make_config(models, other, selection=ALL), "teacher"
     ranks = run_workers(selected_and_gradients, layout.world_size, tmp_path, config, ROLLOUTS)
     student = loaded(models / "student")
@@ -85,6 +91,19 @@ def test_the_teacher_reads_its_own_prompt(models: Path, layout: Layout, update: 
     exported = ranks[0][2]
     for name, parameter in student.named_parameters():
         torch.testing.assert_close(exported[name].double(), parameter.grad, rtol=2e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("cp", [(2, 2), (2, 4), (1, 2), (4, 2)], ids=str)
+def test_both_prompts_are_read_in_parts(cp: tuple[int, int], tmp_path: Path):
+    """Chunks of the teacher's sequences end at other tokens than the student's."""
+    models = make_models(tmp_path)
+    whole = run_workers(selected_and_gradients, 1, tmp_path, make_config(models, Layout(1)), ROLLOUTS)[0]
+    config = make_config(models, Layout(4, cp=cp))
+    ranks = run_workers(selected_and_gradients, 4, tmp_path, config, ROLLOUTS)
+    assert sorted(row for selected, _, _ in ranks for row in selected) == sorted(whole[0])
+    assert sum(part for _, part, _ in ranks) == pytest.approx(whole[1], rel=1e-5)
+    for name, gradient in whole[2].items():
+        torch.testing.assert_close(ranks[0][2][name], gradient, rtol=2e-4, atol=2e-6)
 
 
 def weights_of(run: TrainingRun, model: Any) -> dict[str, torch.Tensor]:

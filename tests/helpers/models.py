@@ -12,7 +12,7 @@ from megatron.core.pipeline_parallel.schedules import (
     forward_backward_pipelining_without_interleaving,
 )
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen2MoeConfig, Qwen3Config, Qwen3MoeConfig
 
 from megatron_tip.conversion.gguf import convert_gguf
 from megatron_tip.models.gpt import HiddenStatesModel, output_head_weight
@@ -55,6 +55,7 @@ EXPERT_VARIANTS: dict[str, Any] = {
     "qwen3moe_with_dense_layers": Qwen3MoeConfig(
         **EXPERT_SIZES, norm_topk_prob=False, mlp_only_layers=[3], decoder_sparse_step=2, tie_word_embeddings=True
     ),
+    "qwen2moe_shared": Qwen2MoeConfig(**EXPERT_SIZES, shared_expert_intermediate_size=20, mlp_only_layers=[1]),
 }
 """Layers 0 and 2 of the second are dense by the step, and 3 by name."""
 

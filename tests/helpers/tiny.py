@@ -10,6 +10,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
 )
@@ -39,6 +40,7 @@ def make_tokenizer(folder: Path, vocab_size: int = 300) -> PreTrainedTokenizerFa
         vocab_size=vocab_size,
         special_tokens=["<|pad|>", "<|bos|>", "<|eos|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(["what is the sum of 12 and 30 ? the answer is 42 ."] * 4, trainer)
     fast = PreTrainedTokenizerFast(
@@ -58,18 +60,26 @@ def make_llama(
     return _make_model(folder, config, seed=seed)
 
 
-def make_qwen(folder: Path, *, qk_norm: bool, seed: int) -> Path:
+def make_qwen(folder: Path, *, qk_norm: bool, seed: int, **changes: object) -> Path:
     """A random model with grouped queries, and QK norm (Qwen3) or biases (Qwen2); for tp sizes 1, 2 and 4."""
     family = Qwen3Config if qk_norm else Qwen2Config
     shape = {"vocab_size": 307, "hidden_size": 48, "num_hidden_layers": 4}
-    return _make_model(folder, family(**SHAPE | shape, num_key_value_heads=4, tie_word_embeddings=True), seed=seed)
+    heads = {"num_key_value_heads": 4, "tie_word_embeddings": True}
+    return _make_model(folder, family(**SHAPE | shape | heads | changes), seed=seed)
 
 
-def make_experts(folder: Path, *, seed: int, hidden_size: int = 48, **changes: object) -> Path:
-    """A random Qwen3-MoE of four layers with eight experts, two of them active; for tp sizes 1, 2 and 4."""
+def make_experts(folder: Path, *, seed: int, hidden_size: int = 48, shared_size: int = 0, **changes: object) -> Path:
+    """A random Qwen3-MoE of four layers with eight experts, two of them active; for tp sizes 1, 2 and 4.
+
+    A Qwen2-MoE with a shared expert of `shared_size` if that is above 0.
+    """
     shape = {"vocab_size": 307, "hidden_size": hidden_size, "num_hidden_layers": 4, "num_key_value_heads": 4}
     experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
-    config = Qwen3MoeConfig(**SHAPE | shape | experts | {"head_dim": 8, "tie_word_embeddings": True} | changes)
+    values = SHAPE | shape | experts | {"head_dim": 8, "tie_word_embeddings": True} | changes
+    if shared_size:
+        config = Qwen2MoeConfig(**values, shared_expert_intermediate_size=shared_size)
+    else:
+        config = Qwen3MoeConfig(**values)
     return _make_model(folder, config, seed=seed)
 
 

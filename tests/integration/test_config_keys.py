@@ -105,10 +105,12 @@ EXPERT_CHANGES: dict[str, dict[str, Any]] = {
     "router_aux_loss_coef = 0.5": {"router_aux_loss_coef": 0.5},
     "output_router_logits = true": {"output_router_logits": True},
     "scoring_func = sigmoid, which is another family's": {"scoring_func": "sigmoid"},
-    "shared_expert_intermediate_size = 8, likewise": {"shared_expert_intermediate_size": 8},
+    "shared_expert_intermediate_size = 8": {"shared_expert_intermediate_size": 8},
+    "shared_expert_intermediate_size left out": {"shared_expert_intermediate_size": REMOVED},
+    "qkv_bias = false": {"qkv_bias": False},
 }
-"""Of the family with experts alone."""
-FAMILIES = ("llama_untied", "qwen2_tied", "qwen3_untied", "qwen3moe_normalised")
+"""Of the families with experts alone."""
+FAMILIES = ("llama_untied", "qwen2_tied", "qwen3_untied", "qwen3moe_normalised", "qwen2moe_shared")
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ def outcomes(folder: Path, family: str) -> dict[str, Outcome]:
 
 
 def changes_of(family: str) -> dict[str, dict[str, Any]]:
-    return CHANGES | (EXPERT_CHANGES if family.startswith("qwen3moe") else {})
+    return CHANGES | (EXPERT_CHANGES if "moe" in family else {})
 
 
 def outcome(folder: Path, groups: Any, ids: torch.Tensor) -> Outcome:
@@ -174,7 +176,7 @@ def main() -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     with tempfile.TemporaryDirectory() as folder:
         columns = {family: outcomes(Path(folder), family) for family in FAMILIES}
-    for names, families in ((CHANGES, FAMILIES), (EXPERT_CHANGES, FAMILIES[-1:])):
+    for names, families in ((CHANGES, FAMILIES), (EXPERT_CHANGES, FAMILIES[-2:])):
         print(f"| config.json | {' | '.join(family.partition('_')[0] for family in families)} |")
         print("|---" * (1 + len(families)) + "|")
         for name in names:

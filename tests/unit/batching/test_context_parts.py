@@ -1,6 +1,6 @@
 """Megatron's load-balanced cut of sequences over context-parallel ranks, and what a step's batch counts of it."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -14,9 +14,14 @@ LENGTHS = [40, 38, 1, 34, 12, 0, 10, 100]
 """Of the responses; the last sequence is longer than a micro-batch."""
 
 
-def make_batch(*, dp_size: int = 2, cp_size: int = 2, sequence_multiple: int = 8) -> StepBatch:
+def make_batch(
+    *, dp_size: int = 2, cp_size: int = 2, sequence_multiple: int = 8, has_own_prompts: bool = False
+) -> StepBatch:
+    rollouts = make_rollouts(LENGTHS)
+    if has_own_prompts:
+        rollouts[1:] = [replace(one, teacher_prompt_ids=range(7 * place)) for place, one in enumerate(rollouts[1:], 1)]
     return StepBatch.over(
-        make_rollouts(LENGTHS),
+        rollouts,
         dp_size=dp_size,
         cp_size=cp_size,
         sequence_multiple=sequence_multiple,
@@ -67,8 +72,9 @@ def test_padding_ends_each_sequence_and_is_never_a_row():
 
 @pytest.mark.parametrize("cp_size, other", [(1, 1), (2, 1), (2, 2), (1, 4), (4, 2), (2, 4)])
 @pytest.mark.parametrize("is_cut", [False, True])
-def test_counts_of_rows_are_those_of_the_parts(cp_size: int, other: int, is_cut: bool):
-    batch = make_batch(cp_size=cp_size)
+@pytest.mark.parametrize("has_own_prompts", [False, True])
+def test_counts_of_rows_are_those_of_the_parts(cp_size: int, other: int, is_cut: bool, has_own_prompts: bool):
+    batch = make_batch(cp_size=cp_size, has_own_prompts=has_own_prompts)
     if is_cut:
         batch = batch.cut_after([7, 3, -1, 33, 0, -1, 2, 99])
     counts = batch.num_rows_by_part(other)
@@ -80,7 +86,7 @@ def test_counts_of_rows_are_those_of_the_parts(cp_size: int, other: int, is_cut:
             index = batch.token_index(rank)
             assert batch.ranks_of(index).tolist() == [rank] * len(index)
         for index in range(len(batch.plan[replica])):
-            own, theirs = batch.owners_of_rows(replica, index), batch.owners_of_rows(replica, index, other)
+            own, theirs = batch.owners_of_rows(replica, index), batch.teachers_of_rows(replica, index, other)
             found = [[int(((own == a) & (theirs == b)).sum()) for b in range(other)] for a in range(cp_size)]
             assert counts[replica][index] == found
             assert batch.num_replica_rows(replica)[index] == batch.micro_batch(replica, index).num_valid()

@@ -240,16 +240,6 @@ def test_a_value_that_no_type_accepts_is_named_once(minimal):
     assert line.endswith("element think: expected table of booleans or integers or numbers or texts, got [1] (list)")
 
 
-OWN_PROMPT = 'prompts.teacher_system_prompt="hint"'
-
-
-@pytest.mark.parametrize("section", ["model", "teacher"])
-def test_a_prompt_of_the_teachers_own_is_not_read_in_parts(minimal, section):
-    message = message_of(minimal, [OWN_PROMPT, f"{section}.context_parallel_size=2"])
-    assert f"{section}.context_parallel_size: expected 1 with prompts of the teacher's own" in message
-    load_config(minimal, [OWN_PROMPT])
-
-
 @pytest.mark.parametrize("key", ["tensor_parallel_size", "context_parallel_size", "expert_model_parallel_size"])
 def test_a_teacher_that_is_the_student_has_its_layout(minimal, key):
     own = ["teacher.kind=self", "teacher.path=models/student"]

@@ -116,7 +116,7 @@ def test_the_older_name_of_the_scaling_type() -> None:
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, "got both"),
         ({"partial_rotary_factor": 0.5}, "partial rotary"),
         ({"rms_norm_eps": None}, "rms_norm_eps"),
-        ({"architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM.*LlamaForCausalLM, Qwen2ForCausalLM, Qwen3"),
+        ({"architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM.*Qwen2ForCausalLM, Qwen2MoeForCausalLM, Qwen3"),
         ({"architectures": None}, "architectures to be a list.*None"),
         ({"hidden_act": "gelu"}, "silu.*gelu"),
         ({"attention_bias": True}, "attention_bias"),

@@ -11,7 +11,7 @@ from megatron_tip.conversion.architecture import ModelArchitecture
 from megatron_tip.conversion.experts import fused_place, split_experts
 from megatron_tip.conversion.safetensors_io import HfCheckpoint
 from megatron_tip.errors import WeightsError
-from tests.helpers.models import EXPERT_VARIANTS, write_tiny_model
+from tests.helpers.models import EXPERT_VARIANTS, VARIANTS, write_tiny_model
 
 MIXED = "qwen3moe_with_dense_layers"
 
@@ -56,6 +56,21 @@ def test_dropped_layers_take_their_kind_along(tmp_path: Path) -> None:
 def test_what_we_cannot_build_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(WeightsError, match=message):
         described(**changes)
+
+
+def test_a_shared_expert_is_its_familys_alone() -> None:
+    config = EXPERT_VARIANTS["qwen2moe_shared"].to_dict() | {"architectures": ["Qwen2MoeForCausalLM"]}
+    read = ModelArchitecture.from_config(config, "config.json")
+    assert read.experts is not None
+    assert (read.experts.shared_ffn_hidden_size, read.qkv_bias) == (20, True)
+    assert not ModelArchitecture.from_config(config | {"qkv_bias": False}, "config.json").qkv_bias
+    dense = VARIANTS["qwen2_tied"].to_dict() | {"architectures": ["Qwen2ForCausalLM"], "qkv_bias": False}
+    assert ModelArchitecture.from_config(dense, "config.json").qkv_bias, "transformers ignores it there"
+    with pytest.raises(WeightsError, match="shared_expert_intermediate_size to be a whole number"):
+        ModelArchitecture.from_config(config | {"shared_expert_intermediate_size": 0}, "config.json")
+    other = described(shared_expert_intermediate_size=20).experts
+    assert other is not None
+    assert other.shared_ffn_hidden_size == 0, "transformers ignores it there"
 
 
 def fuse(folder: Path) -> dict[str, torch.Tensor]:

@@ -1,5 +1,6 @@
 """Layouts that a model cannot take."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -62,11 +63,13 @@ def test_experts_are_laid_out_over_divisors_of_them() -> None:
     )
     with pytest.raises(ConfigError, match=message):
         check_layout(architecture, tp_size=1, pp_size=1, owner="model", expert_tp_size=5)
+    assert architecture.experts is not None
+    shared = replace(architecture, experts=replace(architecture.experts, shared_ffn_hidden_size=6))
+    message = "teacher.tensor_parallel_size: expected a divisor of its 6 feed-forward channels of the shared expert"
+    with pytest.raises(ConfigError, match=message):
+        check_layout(shared, tp_size=4, pp_size=1, owner="teacher")
     with pytest.raises(ConfigError, match=r"teacher.expert_model_parallel_size: expected a model with experts, got 2"):
         check_layout(SMOLLM2, tp_size=1, pp_size=1, owner="teacher", ep_size=2)
-    with pytest.raises(ConfigError, match=r"teacher.context_parallel_size: expected 1 for a model with experts, got 2"):
-        check_layout(architecture, tp_size=1, pp_size=1, owner="teacher", cp_size=2)
-    check_layout(SMOLLM2, tp_size=1, pp_size=1, owner="teacher", cp_size=2)
 
 
 @pytest.mark.parametrize("dtype,expected", [(torch.bfloat16, "transformer_engine"), (torch.float32, "local")])

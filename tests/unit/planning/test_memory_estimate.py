@@ -235,13 +235,15 @@ def test_the_sums_are_those_of_the_tensors(tmp_path: Path, layout: Layout, dtype
         (Layout(2), {}, True),
         (Layout(2, student=(2, 1), sequence_parallel=True), {"expert_tensor_parallel_size": 1}, False),
         (Layout(2, student=(1, 2)), {}, False),
+        (Layout(2, cp=(2, 2)), {"expert_model_parallel_size": 2}, True),
     ],
     ids=str,
 )
+@pytest.mark.parametrize("shared_size", [0, 16])
 def test_the_sums_of_experts_are_those_of_the_tensors(
-    tmp_path: Path, layout: Layout, experts: dict[str, int], distributed: bool
+    tmp_path: Path, layout: Layout, experts: dict[str, int], distributed: bool, shared_size: int
 ):
-    make_experts(tmp_path / "student", seed=1, mlp_only_layers=[0])
+    make_experts(tmp_path / "student", seed=1, mlp_only_layers=[0], shared_size=shared_size)
     make_experts(tmp_path / "teacher", seed=2, tie_word_embeddings=False)
     optimizer = {"distributed": distributed}
     config = make_config(tmp_path, layout, model=experts, teacher=experts, optimizer=optimizer)
