@@ -38,11 +38,13 @@ test-newest: $(NEWEST)/.megatron
 	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest --numprocesses=2 --dist=loadfile $(NEWEST_TESTS)
 	$(NEWEST)/bin/megatron-tip train examples/quickstart_cpu/quickstart.toml training.steps=2 run.folder=$(RUN)
 
-# Built as .venv is; then the newest Megatron-Core takes the place of the pinned one. pip would refuse it on Python 3.11;
-# only its compiled indexer of pre-training data is missing there, which nothing here imports.
+# Built as .venv is; then the newest Megatron-Core takes the place of the pinned one, with Triton, which it imports and
+# torch's CPU build does not bring. pip would refuse it on Python 3.11; only its compiled indexer of pre-training data is
+# missing there, which nothing here imports.
 $(NEWEST)/.megatron: requirements/newest.txt requirements/torch.txt requirements/cpu.txt requirements/no-deps.txt \
 		requirements/triton.txt pyproject.toml
-	$(MAKE) VENV=$(NEWEST) PYTHON=$(PYTHON_NEWEST) install $(NEWEST)/triton/.installed $(SMOLLM2)/.converted
+	$(MAKE) VENV=$(NEWEST) PYTHON=$(PYTHON_NEWEST) install $(SMOLLM2)/.converted
+	$(NEWEST)/bin/pip install --quiet --no-deps -r requirements/triton.txt
 	$(NEWEST)/bin/pip uninstall --quiet --yes megatron-core
 	$(NEWEST)/bin/pip install --quiet --no-deps --upgrade --only-binary=:all: --python-version 3.12 \
 		--ignore-requires-python --target $(NEWEST)/lib/python3*/site-packages -r requirements/newest.txt

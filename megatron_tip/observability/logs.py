@@ -24,8 +24,8 @@ def configure_logging(rank: int) -> None:
     handler.setFormatter(logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logging.getLogger("megatron_tip").setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    # Both are optional, as the README says; each rank would repeat the warning several times.
-    for absent in ("Transformer Engine and Apex are not installed", "Apex is not installed"):
+    # All are optional, as the README says of two; each rank would repeat the warning several times.
+    for absent in ("Transformer Engine and Apex are not installed", "Apex is not installed", "absl.logging is not"):
         warnings.filterwarnings("ignore", message=absent)
     # What these libraries will change is for those who call them, not for who starts a run.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|megatron|transformers)\.")

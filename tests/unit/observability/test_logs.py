@@ -15,6 +15,7 @@ logging.getLogger("megatron_tip.training").warning("a warning")
 logging.getLogger("transformers").info("another package's info")
 warnings.warn("Transformer Engine and Apex are not installed. Falling back")
 warnings.warn("Apex is not installed. Falling back to Torch Norm")
+warnings.warn("absl.logging is not installed. Using logging.getLogger(__name__) instead.")
 for module in ("torch.distributed.checkpoint", "megatron.core.models", "megatron_tip.training"):
     warnings.warn_explicit("a change to " + module, FutureWarning, "file.py", 1, module=module)
     warnings.warn_explicit("scope of " + module + " is deprecated.", UserWarning, "file.py", 2, module=module)
@@ -31,6 +32,7 @@ def test_info_comes_from_rank_0_and_warnings_from_all(rank):
     assert "another package's info" not in run.stderr
     assert "Transformer Engine" not in run.stderr
     assert "Apex" not in run.stderr
+    assert "absl" not in run.stderr
     assert "a change to torch" not in run.stderr
     assert "a change to megatron.core" not in run.stderr
     assert "a change to megatron_tip" in run.stderr
