@@ -56,8 +56,9 @@ class Router(TopKRouter):
 
 def use_router(block: TransformerBlockSubmodules) -> None:
     """Makes `Router` the router of every layer of `block` that has experts."""
-    for layer in block.layer_specs or []:
-        feed_forward: Any = layer.submodules.mlp  # a ModuleSpec; from Megatron-Core 0.19 on a partial
+    layers: Any = block.layer_specs
+    for layer in layers:
+        feed_forward = layer.submodules.mlp  # a ModuleSpec; from Megatron-Core 0.19 on a partial
         keywords = feed_forward.keywords if isinstance(feed_forward, partial) else vars(feed_forward)
         if isinstance(keywords["submodules"], MoESubmodules):
             keywords["submodules"].router = Router
