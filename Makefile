@@ -37,7 +37,7 @@ test-newest: $(NEWEST)/.megatron
 	$(NEWEST)/bin/megatron-tip doctor
 	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest --numprocesses=2 --dist=loadfile $(NEWEST_TESTS)
 	$(NEWEST)/bin/megatron-tip train examples/quickstart_cpu/quickstart.toml training.steps=2 \
-		optimizer.warmup_steps=1 run.folder=$(RUN)
+		optimizer.warmup_steps=1 heldout.num_prompts=4 run.folder=$(RUN)
 
 # Built as .venv is; then the newest Megatron-Core takes the place of the pinned one, with Triton, which it imports and
 # torch's CPU build does not bring. pip would refuse it on Python 3.11; only its compiled indexer of pre-training data is
