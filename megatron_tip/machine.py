@@ -2,9 +2,21 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 
 from megatron_tip.errors import ConfigError, OptionalDependencyError
+
+TESTED_MEGATRON = ("0.16.1", "0.19.2")
+"""The versions of Megatron-Core that the tests run with."""
+
+
+def untested_megatron() -> str:
+    """Returns that the installed Megatron-Core is of a version that no test runs with; of another, nothing."""
+    installed = version("megatron-core")
+    if installed in TESTED_MEGATRON:
+        return ""
+    return f"megatron-core {installed} is not among the versions that are tested, {' and '.join(TESTED_MEGATRON)}"
 
 
 class Machine:

@@ -21,6 +21,7 @@ from megatron_tip.commands.outcome import errors_reported
 from megatron_tip.commands.run_command import Overrides, configured_run
 from megatron_tip.config import Config
 from megatron_tip.errors import ConfigError, MegatronTipError
+from megatron_tip.machine import untested_megatron
 from megatron_tip.placement.hosts import Hosts, hosts_elsewhere
 
 _MINIMUM_FREE_BYTES = 20 * 2**30
@@ -94,6 +95,8 @@ def _torch(config: Config | None) -> Iterator[Finding]:
     from torch.cuda import nccl
 
     yield Finding("ok", f"torch {torch.__version__}, megatron-core {importlib.metadata.version('megatron-core')}")
+    if untested := untested_megatron():
+        yield Finding("note", untested, "install one of those, or run tests/distributed with yours")
     if not torch.cuda.is_available():
         built = torch.version.cuda
         why = (

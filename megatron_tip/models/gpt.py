@@ -26,6 +26,7 @@ from megatron_tip.errors import ConfigError
 from megatron_tip.models.layers import local_block
 from megatron_tip.models.layout import check_layout
 from megatron_tip.models.recompute import keep_only_inputs
+from megatron_tip.models.router import use_router
 from megatron_tip.models.stage_layers import StageLayers
 from megatron_tip.models.transformer_engine import has_transformer_engine, transformer_engine_block
 from megatron_tip.parallel.grid import ModelGrid
@@ -127,6 +128,7 @@ def build_gpt(
     use_transformer_engine = resolve_transformer_impl(transformer_impl, dtype) == "transformer_engine"
     block = transformer_engine_block if use_transformer_engine else local_block
     layers: Any = block(_num_experts(architecture, groups), qk_norm=architecture.qk_norm)
+    use_router(layers)
     model = HiddenStatesModel(
         _transformer_config(
             architecture,

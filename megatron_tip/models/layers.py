@@ -16,7 +16,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_tip.models.packing import Boundaries
-from megatron_tip.models.router import Router
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -135,7 +134,6 @@ def _local_layer(num_experts: int, *, qk_norm: bool) -> ModuleSpec:
     if num_experts:
         # The router reads this norm too, so no projection owns it; with Transformer Engine Megatron knows that.
         del submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
-        submodules.mlp.submodules.router = Router
     submodules.input_layernorm = submodules.pre_mlp_layernorm = RMSNorm
     attention = submodules.self_attention.submodules
     attention.core_attention = PackedAttention

@@ -1,16 +1,19 @@
 """The router of tokens to experts, with an auxiliary loss that does not depend on the layout of a micro-batch."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.moe.moe_utils import (
     MoEAuxLossAutoScaler,
     get_tokens_per_expert_and_token_count,
     switch_load_balancing_loss_func,
 )
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
 
 from megatron_tip.records import MicroBatch
@@ -49,6 +52,16 @@ class Router(TopKRouter):
             fused=self.config.moe_router_fusion,
         )
         return MoEAuxLossAutoScaler.apply(probs, loss * num_tokens / self.step_tokens)  # pyright: ignore[reportReturnType]
+
+
+def use_router(block: TransformerBlockSubmodules) -> None:
+    """Makes `Router` the router of every layer of `block` that has experts."""
+    layers: Any = block.layer_specs
+    for layer in layers:
+        feed_forward = layer.submodules.mlp  # a ModuleSpec; from Megatron-Core 0.19 on a partial
+        keywords = feed_forward.keywords if isinstance(feed_forward, partial) else vars(feed_forward)
+        if isinstance(keywords["submodules"], MoESubmodules):
+            keywords["submodules"].router = Router
 
 
 def set_auxiliary_loss(model: torch.nn.Module, coefficient: float) -> None:

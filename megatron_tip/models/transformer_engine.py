@@ -8,7 +8,6 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from megatron_tip.errors import OptionalDependencyError
-from megatron_tip.models.router import Router
 
 
 def has_transformer_engine() -> bool:
@@ -36,10 +35,6 @@ def transformer_engine_block(num_experts: Sequence[int], *, qk_norm: bool) -> Tr
 
 
 def _layer(num_experts: int, *, qk_norm: bool) -> ModuleSpec:
-    layer = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(
+    return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(
         num_experts=num_experts or None, moe_grouped_gemm=num_experts > 0, qk_layernorm=qk_norm
     )
-    submodules: Any = layer.submodules
-    if num_experts:
-        submodules.mlp.submodules.router = Router
-    return layer

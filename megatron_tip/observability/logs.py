@@ -29,9 +29,12 @@ def configure_logging(rank: int) -> None:
 
 def hide_warnings_of_libraries() -> None:
     """Hides what Megatron and torch warn of and who starts a run cannot act on. Call it before importing Megatron."""
-    # Both are optional, as the README says; each rank would repeat the warning several times.
-    for absent in ("Transformer Engine and Apex are not installed", "Apex is not installed"):
+    # All are optional, as the README says of two; each rank would repeat the warning several times.
+    for absent in ("Transformer Engine and Apex are not installed", "Apex is not installed", "absl.logging is not"):
         warnings.filterwarnings("ignore", message=absent)
     # What these libraries will change is for those who call them, not for who starts a run.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|megatron|transformers)\.")
-    warnings.filterwarnings("ignore", message=".* is deprecated", module=r"megatron\.core\.")
+    for change in (".* is deprecated", ".* is experimental and still under active development"):
+        warnings.filterwarnings("ignore", message=change, module=r"megatron\.core\.")
+    gpt = logging.getLogger("megatron.core.models.gpt.gpt_model")  # from 0.19 on each model says so, in capitals
+    gpt.addFilter(lambda record: "IS DEPRECATED" not in record.getMessage())

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from megatron_tip.config import Config
 from megatron_tip.errors import EngineError, TooManySkips
+from megatron_tip.machine import untested_megatron
 from megatron_tip.observability.run_folder import RunFolder
 from megatron_tip.observability.run_lock import RunLock
 from megatron_tip.observability.timing import PhaseTimer
@@ -76,8 +77,7 @@ def train(config: Config, *, fresh: bool = False, make_gauge: MakeGauge | None =
     if not fresh:
         check_same_run(config)
     if rank == 0:
-        for line in description_of(config, plan):
-            logger.info("%s", line)
+        log_beginning(config, plan)
     build_gauge = make_gauge(config, plan) if make_gauge else None
     limit = config.fault.collective_timeout_seconds
     worker = init_distributed(timeout_seconds=limit, device_index=plan.device_index)
@@ -107,6 +107,14 @@ def train(config: Config, *, fresh: bool = False, make_gauge: MakeGauge | None =
         finish_run(run, plan, folder, recorder, before, after)
     lock.release()
     destroy_distributed()
+
+
+def log_beginning(config: Config, plan: RunPlan) -> None:
+    """Logs what the run will do, and whether its Megatron-Core is one that no test runs with."""
+    for line in description_of(config, plan):
+        logger.info("%s", line)
+    if untested := untested_megatron():
+        logger.warning("%s", untested)
 
 
 def take_folder(folder: RunFolder, lock: RunLock) -> None:

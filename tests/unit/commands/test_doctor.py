@@ -8,6 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from megatron_tip import machine
 from megatron_tip.cli import app
 from megatron_tip.commands import doctor
 from megatron_tip.commands.doctor import examine
@@ -64,6 +65,15 @@ def test_a_machine_without_a_gpu_lacks_nothing():
         assert name in ended.stdout
     assert 'fix: pip install "megatron_tip[transformer-engine]"' in ended.stdout
     assert ended.stdout.splitlines()[-1] == "ready: a run lacks nothing here"
+
+
+def test_a_megatron_that_no_test_runs_with_is_a_note(monkeypatch: pytest.MonkeyPatch):
+    def notes() -> list[str]:
+        return [finding.text for finding in doctor._torch(None) if "not among the versions" in finding.text]
+
+    assert notes() == []
+    monkeypatch.setattr(machine, "version", lambda _: "0.18.0")
+    assert notes() == ["megatron-core 0.18.0 is not among the versions that are tested, 0.16.1 and 0.19.2"]
 
 
 def test_a_run_that_can_start_lacks_nothing(models: Path):

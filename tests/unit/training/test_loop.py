@@ -1,16 +1,31 @@
-"""How a run ends that has updated nothing, and what it takes over from one that was killed."""
+"""What a run says first, how one ends that has updated nothing, what it takes over from one that was killed."""
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
 
+from megatron_tip import machine
 from megatron_tip.errors import TooManySkips
 from megatron_tip.observability.run_folder import RunFolder
 from megatron_tip.observability.run_lock import RunLock
+from megatron_tip.training import loop
 from megatron_tip.training.checkpoints.progress import RunProgress
 from megatron_tip.training.loop import end_after_skips, end_without_updates, take_folder
 from tests.helpers.training import Layout, make_config
+
+
+def test_a_megatron_that_no_test_runs_with_is_told(tmp_path: Path, monkeypatch, caplog):
+    config, plan = make_config(tmp_path, Layout(1)), None
+    monkeypatch.setattr(loop, "description_of", lambda *_: ["student: a model"])
+    for version, is_tested in {**dict.fromkeys(machine.TESTED_MEGATRON, True), "0.18.0": False}.items():
+        caplog.clear()
+        monkeypatch.setattr(machine, "version", lambda _, version=version: version)
+        with caplog.at_level(logging.INFO):
+            loop.log_beginning(config, plan)  # type: ignore[arg-type]
+        assert [record.levelname for record in caplog.records] == ["INFO"] if is_tested else ["INFO", "WARNING"]
+        assert ("megatron-core 0.18.0 is not among the versions that are tested" in caplog.text) != is_tested
 
 
 def test_a_run_of_skipped_steps_alone_is_no_success(tmp_path: Path):
