@@ -17,9 +17,9 @@ import tempfile
 from pathlib import Path
 
 from megatron_tip.simulation.device import Device, find_device
-from megatron_tip.simulation.measured import peaks_of, traffic_of
 from megatron_tip.simulation.plan import make_plan, planned_hosts
 from tests.helpers.distributed import run_workers
+from tests.helpers.measured_rank import peaks_of, traffic_of
 from tests.helpers.simulation import LAYOUTS, configured, measured, simulated, timed
 from tests.helpers.training import make_models
 

@@ -1,4 +1,4 @@
-"""Plans every recipe for GPUs at its own size, and prints a table.
+"""Plans the recipes for GPUs at their own size, and prints a table; names those that a plan does not simulate.
 
     python -m tools.plan_recipes [--gpu h800] [--nodes 8] [RECIPE ...]
 
@@ -40,7 +40,7 @@ def main() -> None:
 
 def _row(path: Path, gpu: str, nodes: int) -> str:
     from megatron_tip.config.io import load_config
-    from megatron_tip.errors import ConfigError
+    from megatron_tip.errors import MegatronTipError
     from megatron_tip.planning.memory_estimate import UNCOUNTED, estimate_memory
     from megatron_tip.simulation.device import find_device
     from megatron_tip.simulation.plan import make_plan, planned_hosts
@@ -48,7 +48,7 @@ def _row(path: Path, gpu: str, nodes: int) -> str:
     config, device = load_config(path, []), find_device(gpu)
     try:
         plan = make_plan(config, planned_hosts(config, nodes, 8, device), device)
-    except ConfigError as refusal:
+    except MegatronTipError as refusal:
         return f"| {path.parent.name} | refused: {str(refusal).split(';')[0]} | | | | | | |"
     estimate = estimate_memory(config, plan.outline, gpu_memory_gib=device.memory_gib)
     counted = max(sum(parts.values()) - parts[UNCOUNTED] for parts in estimate.phases.values())

@@ -1,6 +1,7 @@
 """What a simulated step assumes where the product reads values: rollouts, statistics, and the selection among them.
 
-Nothing else in this package makes up a value, except `tensors.SimulatedTensors` for single numbers.
+Beside these, `tensors.SimulatedTensors` makes up single numbers, `world.SimulatedGroup` floats that others send (1.0),
+and `rank` a GPU's memory (0), because the plan itself decides which batches take one pass.
 """
 
 from collections.abc import Sequence
@@ -120,7 +121,8 @@ class AssumedSelection:
         whole, rows = self.selection, self.rows_of(replica)
         scores = None if whole.scores is None else whole.scores[rows].clone()
         mask, weights = whole.selection_mask[rows].clone(), whole.row_weights[rows].clone()
-        return replace(whole, selection_mask=mask, row_weights=weights, scores=scores)
+        terms = {name: own[rows].clone() for name, own in whole.term_weights.items()}
+        return replace(whole, selection_mask=mask, row_weights=weights, scores=scores, term_weights=terms)
 
     def arrivals(self, replica: int) -> tuple[Tensor, Tensor]:
         """Returns what `SelectedRows.sent_to` receives on a replica: counts `[dp]`, places `[k, 2]` in its order."""

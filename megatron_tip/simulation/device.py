@@ -15,6 +15,7 @@ import psutil
 import torch
 
 from megatron_tip.errors import ConfigError
+from megatron_tip.files import atomic_write_text
 from megatron_tip.planning.memory_estimate import UNCOUNTED_SHARE
 from megatron_tip.simulation.ledger import Ledger, Route, Traffic, Work
 from megatron_tip.simulation.tensors import CountedTensors
@@ -65,9 +66,9 @@ class Device:
         starting = work.num_operations * self.launch_us * 1e-6
         return max(matrix + memory, starting) if self.is_gpu else matrix + memory + starting
 
-    def seconds_of_traffic(self, route: Route, traffic: Traffic, *, gpus_per_node: int) -> float:
+    def seconds_of_traffic(self, route: Route, traffic: Traffic, *, workers_per_node: int) -> float:
         """Returns the time of the messages of one route, by ring algorithms over the slowest of its links."""
-        within = not crosses_nodes(route, gpus_per_node)
+        within = not crosses_nodes(route, workers_per_node)
         bandwidth = (self.link_gb_per_s if within else self.network_gb_per_s) * 1e9 * self.link_share
         latency = (self.link_latency_us if within else self.network_latency_us) * 1e-6
         size = len(route.ranks)
@@ -78,9 +79,9 @@ class Device:
         return traffic.num_messages * latency + share * traffic.num_bytes / bandwidth
 
 
-def crosses_nodes(route: Route, gpus_per_node: int) -> bool:
+def crosses_nodes(route: Route, workers_per_node: int) -> bool:
     """Returns whether a message leaves a node; consecutive ranks share one."""
-    return len({rank // gpus_per_node for rank in route.ranks}) > 1
+    return len({rank // workers_per_node for rank in route.ranks}) > 1
 
 
 def find_device(name: str) -> Device:
@@ -97,6 +98,8 @@ def find_device(name: str) -> Device:
         if len(table) != 1:
             raise ConfigError(f"{name}: expected one table, [name], got {len(table)}")
         ((name, values),) = table.items()
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}: expected one table, [name], got the key {name} outside of any")
         return _device(name, values, str(path))
     known = _read(_TABLE)
     if name.lower() not in known:
@@ -136,7 +139,7 @@ def calibrate(path: Path) -> Device:
         for key, value in asdict(device).items()
         if key != "name"
     ]
-    path.write_text("\n".join(["[cpu]", *lines, ""]))
+    atomic_write_text(path, "\n".join(["[cpu]", *lines, ""]), setting="--calibrate")
     return device
 
 
@@ -167,7 +170,7 @@ def _best_seconds(action: Callable[[], object], repeats: int) -> float:
 def _read(path: Path) -> dict[str, dict[str, float | str]]:
     try:
         return tomllib.loads(path.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: expected a TOML file, got: {error}") from error
 
 

@@ -59,10 +59,8 @@ def rank_kinds(config: Config, outline: Outline) -> list[RankKind]:
     student, teacher = outline.student_grid, outline.teacher_grid
     found: dict[tuple[str, str], list[int]] = {}
     beside = beside_ranks(config, outline)
-    sizes = [model.architecture.num_layers for model in (outline.student, outline.teacher) if model]
     for rank in range(student.world_size):
-        own = [_stage(grid, rank, layers) for grid, layers in zip((student, teacher), sizes, strict=True)]
-        stages = "student {}, teacher {}".format(*own)
+        stages = f"student {_stage(student, rank)}, teacher {_stage(teacher, rank)}"
         found.setdefault((stages, beside.get(rank, "")), []).append(rank)
     reporter = student.rank_at(tp=0, dp=0, pp=student.pp_size - 1)
     kinds = []
@@ -103,7 +101,7 @@ def _memory_phase(config: Config, phase: str) -> str:
     return MEMORY_PHASES[phase]
 
 
-def _stage(grid: ModelGrid, rank: int, num_layers: int) -> str:
+def _stage(grid: ModelGrid, rank: int) -> str:
     place = grid.coordinates(rank).pp
     if grid.pp_size == 1:
         return "whole"

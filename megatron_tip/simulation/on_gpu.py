@@ -54,13 +54,13 @@ def as_on_gpu(ledger: Ledger, memory_bytes: int) -> Iterator[None]:
     def chosen(setting: KernelSetting, device: torch.device) -> KernelSet:
         return "eager" if setting == "eager" else "triton"  # compiled kernels, too, take one pass and no scratch
 
-    block_bytes = chunks._GPU_BLOCK_BYTES // torch.get_num_threads()
+    block_bytes = chunks.GPU_BLOCK_BYTES // torch.get_num_threads()
     with (
         _replaced(inputs, "default_chunk_rows", rows),
         _replaced(inputs, "chosen_kernels", chosen),
         _replaced(inputs, "triton_problem", lambda device: None),
         _replaced(chunks, "triton_kernels", lambda: FusedKernels(ledger)),
-        _replaced(chunks, "_CPU_BLOCK_BYTES_PER_THREAD", block_bytes),
+        _replaced(chunks, "CPU_BLOCK_BYTES_PER_THREAD", block_bytes),
     ):
         yield
 

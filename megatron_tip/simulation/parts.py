@@ -3,9 +3,9 @@
 Each subclass calls the product's method; it adds what other ranks would send, and the purpose of what is created.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -30,7 +30,8 @@ from megatron_tip.teachers.megatron import HiddenRows, MegatronTeacher
 from megatron_tip.training.run import RolloutSource, TrainingRun
 
 ACTIVATIONS = "student: activations"
-ROWS_SENT, ROWS_RECEIVED = "teacher: rows to send", "teacher: rows of a step"
+ROWS_SENT, ROWS_RECEIVED, ROWS_SELECTED = "teacher: rows to send", "teacher: rows of a step", "teacher: rows selected"
+OF_ROWS = (ROWS_SENT, ROWS_RECEIVED, ROWS_SELECTED)
 """The purposes whose bytes grow with the rows of a step; others belong to a few micro-batches, or are small."""
 
 
@@ -108,6 +109,17 @@ class SimulatedStudent(Student):
 
 
 @dataclass(frozen=True)
+class CountedRows(HiddenRows):
+    """The teacher's rows of a simulated step; copies of some of them, which are selected, are charged as such."""
+
+    ledger: Ledger
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        with self.ledger.purpose(ROWS_SELECTED):
+            return replace(self, states=function(self.states))
+
+
+@dataclass(frozen=True)
 class SimulatedTeacher(MegatronTeacher):
     """A teacher of a simulated run, in the trainer's own processes. `remaining`: of the pass that scores."""
 
@@ -121,11 +133,12 @@ class SimulatedTeacher(MegatronTeacher):
         with self.ledger.purpose("teacher: activations"):
             rows = super().ask(batch)
         self.ledger.end_moment()
-        if rows is not None:
-            self.ledger.assign(ROWS_RECEIVED, [rows.states])
-            replica = self.student_groups.dp_rank
-            self.remaining[:] = self.assumed.statistics_of(replica, batch.num_rows()[replica])
-        return rows
+        if rows is None:
+            return None
+        self.ledger.assign(ROWS_RECEIVED, [rows.states])
+        replica = self.student_groups.dp_rank
+        self.remaining[:] = self.assumed.statistics_of(replica, batch.num_rows()[replica])
+        return CountedRows(rows.states, self.ledger)
 
     def _forward(self, batch: StepBatch) -> dict[Piece, Tensor]:
         outgoing = super()._forward(batch)
@@ -147,9 +160,17 @@ class SimulatedTeacher(MegatronTeacher):
             super().statistics(student, hidden, rows, labels, support_size=support_size, with_support=with_support)
             return TokenStatistics.concatenate([self.remaining.pop(0)])
 
-    def loss(self, student: Student, hidden: Tensor, rows: HiddenRows, labels: Tensor, row_weights: Tensor) -> Tensor:
+    def loss(
+        self,
+        student: Student,
+        hidden: Tensor,
+        rows: HiddenRows,
+        labels: Tensor,
+        row_weights: Tensor,
+        divergence: str = "",
+    ) -> Tensor:
         with self.ledger.purpose("loss"):
-            return super().loss(student, hidden, rows, labels, row_weights)
+            return super().loss(student, hidden, rows, labels, row_weights, divergence)
 
 
 class Receiver(RolloutEngine):

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_tip.batching.step_batch import StepBatch
 from megatron_tip.config import Config
@@ -18,7 +19,7 @@ from megatron_tip.simulation.device import Device, crosses_nodes
 from megatron_tip.simulation.kinds import RankKind, beside_bytes, offloaded, rank_kinds
 from megatron_tip.simulation.layers import CountedRank, count_rank
 from megatron_tip.simulation.ledger import EXCHANGE
-from megatron_tip.simulation.parts import ACTIVATIONS, ROWS_RECEIVED, ROWS_SENT
+from megatron_tip.simulation.parts import ACTIVATIONS, OF_ROWS, ROWS_SENT
 from megatron_tip.simulation.rank import step_batch
 from megatron_tip.simulation.supported import check_simulated
 from megatron_tip.simulation.timing import (
@@ -49,7 +50,7 @@ class PlannedRank:
     scale: float
     num_trained: int
     seconds: dict[str, float]
-    gpus_per_node: int
+    workers_per_node: int
 
     @property
     def peak_phase(self) -> str:
@@ -65,13 +66,13 @@ class PlannedRank:
         """Returns the phase's floating-point operations in matrix products and attention."""
         return self.account.work(phase).matrix_flops * (self.scale if phase in PER_TOKEN else 1)
 
-    def bytes_sent(self) -> dict[tuple[str, str, bool], float]:
-        """Returns the bytes of a step's messages by phase, group and whether they leave their node."""
+    def message_bytes(self) -> dict[tuple[str, str, bool], float]:
+        """Returns the bytes of a step's messages, both ways, by phase, group and whether they leave their node."""
         found: dict[tuple[str, str, bool], float] = {}
         for route, traffic in self.account.traffic().items():
             if route.phase not in STEP_PHASES or len(route.ranks) < 2:
                 continue
-            key = (route.phase, route.group, crosses_nodes(route, self.gpus_per_node))
+            key = (route.phase, route.group, crosses_nodes(route, self.workers_per_node))
             found[key] = found.get(key, 0.0) + traffic.num_bytes * message_scale(route, self.scale)
         return found
 
@@ -154,7 +155,6 @@ def make_plan(
     check_simulated(config, outline)
     config, device = as_simulated(config, on_gpu=device.is_gpu), device.of_worker(hosts.workers_per_node)
     one_pass = plan_passes(config, outline, memory_gib=device.memory_gib, on_gpu=device.is_gpu)
-    kinds = rank_kinds(config, outline)
     ranks: list[PlannedRank] = []
     generation = {}
     for name in batches:
@@ -163,22 +163,25 @@ def make_plan(
         batch, scale, takes_one_pass = shortened(config, outline, one_pass, rollouts, longest=name == "longest")
         assumed = AssumedSelection.of(outline.selector, batch, takes_one_pass=takes_one_pass)
         memory = device.memory_bytes if device.is_gpu else 0
-        counted: dict[str, CountedRank] = {}  # what shares the GPU changes nothing in the simulation
-        for kind in kinds:
-            if kind.stages not in counted:
-                metrics = next((one.metrics for one in counted.values()), None)
-                counted[kind.stages] = count_rank(
-                    config,
-                    outline,
-                    kind.rank,
-                    batch,
-                    assumed,
-                    metrics=metrics,
-                    gpu_memory_bytes=memory,
-                    by_layers=by_layers,
-                )
-            ranks.append(_planned(config, outline, device, kind, name, counted[kind.stages], scale))
+        counted = _counted(config, outline, batch, assumed, memory, by_layers=by_layers)
+        ranks += [
+            _planned(config, outline, device, kind, name, counted[kind.stages], scale)
+            for kind in rank_kinds(config, outline)
+        ]
     return Plan(config, device, outline, ranks, generation, [*machine.notes, *_notes(device)])
+
+
+def _counted(
+    config: Config, outline: Outline, batch: StepBatch, assumed: AssumedSelection, memory: float, *, by_layers: bool
+) -> dict[str, CountedRank]:
+    """Returns the account of a rank by its stages; what shares its GPU changes nothing in the simulation."""
+    found: dict[str, CountedRank] = {}
+    for kind in rank_kinds(config, outline):
+        if kind.stages not in found:
+            metrics = next((one.metrics for one in found.values()), None)
+            more: dict[str, Any] = {"metrics": metrics, "gpu_memory_bytes": memory, "by_layers": by_layers}
+            found[kind.stages] = count_rank(config, outline, kind.rank, batch, assumed, **more)
+    return found
 
 
 def _planned(
@@ -234,7 +237,7 @@ def _asking(account: Account, scale: float) -> dict[str, float]:
 
 
 def _scaled(parts: dict[str, float], scale: float) -> dict[str, float]:
-    return {name: size * (scale if name in (ROWS_SENT, ROWS_RECEIVED) else 1) for name, size in parts.items()}
+    return {name: size * (scale if name in OF_ROWS else 1) for name, size in parts.items()}
 
 
 def _total(parts: dict[str, float]) -> float:

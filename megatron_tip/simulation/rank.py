@@ -162,7 +162,7 @@ def _build(config: Config, outline: Outline, worker: Worker, timer: PhaseTimer) 
     shapes = {one.name: getattr(outline, one.name) for one in fields(Outline)}
     values: dict[str, Any] = shapes | models | {"stop_token_ids": outline.stop_token_ids or (0,)}
     plan = _SimulatedPlan(**values)
-    stays = config.training.model_copy(update={"offload": "none"})  # what leaves the device is no matter of values
+    stays = config.training.model_copy(update={"offload": "none"})  # what leaves the device does not depend on values
     return build_run(config.model_copy(update={"training": stays}), plan, worker, timer, num_threads=1, generates=False)
 
 

@@ -34,7 +34,7 @@ def as_values(plan: Plan) -> dict[str, Any]:
     return {
         "device": plan.device.name,
         "world_size": plan.hosts.workers,
-        "gpus_per_node": plan.hosts.workers_per_node,
+        "workers_per_node": plan.hosts.workers_per_node,
         "student": vars(plan.outline.student_grid),
         "teacher": vars(plan.outline.teacher_grid),
         "fits": plan.fits,
@@ -70,7 +70,7 @@ def _rank_values(rank: PlannedRank) -> dict[str, Any]:
         "matrix_flops": {phase: rank.flops(phase) for phase in STEP_PHASES},
         "message_bytes": [
             {"phase": phase, "group": group, "between_nodes": between, "bytes": num_bytes}
-            for (phase, group, between), num_bytes in rank.bytes_sent().items()
+            for (phase, group, between), num_bytes in rank.message_bytes().items()
         ],
         "host_syncs": {
             phase: rank.account.host_syncs(phase) * (rank.scale if phase in PER_TOKEN else 1) for phase in STEP_PHASES
@@ -83,10 +83,14 @@ def _memory_lines(plan: Plan) -> list[str]:
     limit, fullest = plan.device.usable_bytes / _GIB, plan.fullest
     state = "fits" if plan.fits else f"does NOT fit: {plan.missing_bytes / _GIB:.1f} GiB are missing"
     lines = [f"memory: {state} ({plan.device.memory_gib:g} GiB less a tenth: {limit:.1f} GiB)", ""]
-    lines.append(f"{'GiB at the peak, by kind of rank':<44}{'batch':<10}{'peak':>8}  phase")
-    lines += [
-        f"{rank.kind!s:<44.43}{rank.batch:<10}{rank.peak_bytes / _GIB:>8.1f}  {rank.peak_phase}" for rank in plan.ranks
-    ]
+    lines.append("at the peak, by kind of rank (how many):")
+    for kind in dict.fromkeys(rank.kind for rank in plan.ranks):
+        peaks = [
+            f"{rank.batch} batch {rank.peak_bytes / _GIB:.1f} GiB in {rank.peak_phase}"
+            for rank in plan.ranks
+            if rank.kind == kind
+        ]
+        lines += [str(kind), f"    {', '.join(peaks)}"]
     lines += ["", f"the fullest: rank {fullest.kind.rank}, {fullest.batch} batch, in {fullest.peak_phase}"]
     parts = sorted(fullest.live[fullest.peak_phase].items(), key=lambda part: -part[1])
     return lines + [f"{size / _GIB:>8.2f} GiB  {name}" for name, size in parts if size >= 0.005 * _GIB]
@@ -115,7 +119,7 @@ def largest_messages(plan: Plan, most: int = 10) -> list[tuple[tuple[str, str, b
     totals: dict[tuple[str, str, bool], float] = {}
     for rank in plan.ranks:
         if rank.batch == first:
-            for key, num_bytes in rank.bytes_sent().items():
+            for key, num_bytes in rank.message_bytes().items():
                 totals[key] = max(totals.get(key, 0.0), num_bytes)
     return sorted(totals.items(), key=lambda item: -item[1])[:most]
 

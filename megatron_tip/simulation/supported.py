@@ -23,8 +23,10 @@ def _unsupported(config: Config, outline: Outline) -> list[tuple[str, str, str]]
     prompts, teacher, found = config.prompts, config.teacher, []
     if teacher.kind != "megatron":
         found.append(("teacher.kind", '"megatron"', f'"{teacher.kind}"'))
-    if prompts.teacher_prompt_field:
-        found.append(("prompts.teacher_prompt_field", '""', f'"{prompts.teacher_prompt_field}"'))
+    own_prompt = ("teacher_prompt_field", "teacher_system_prompt", "teacher_template_arguments")
+    found += [(f"prompts.{name}", "none", str(getattr(prompts, name))) for name in own_prompt if getattr(prompts, name)]
+    if config.rollout.environment:
+        found.append(("rollout.environment", "none", config.rollout.environment))
     for owner, grid in (("model", outline.student_grid), ("teacher", outline.teacher_grid)):
         if grid.cp_size > 1:
             found.append((f"{owner}.context_parallel_size", "1", str(grid.cp_size)))

@@ -8,11 +8,12 @@ from megatron_tip.planning.beside import EngineMemory
 from megatron_tip.planning.phases import OFFLOADED, PHASES
 from megatron_tip.planning.plan import Outline
 from megatron_tip.records import Rollout
+from megatron_tip.rollout.engines import engine_kind
 from megatron_tip.simulation.account import Account
 from megatron_tip.simulation.device import Device
 from megatron_tip.simulation.kinds import MEMORY_PHASES, PURPOSES
 from megatron_tip.simulation.layers import CountedRank
-from megatron_tip.simulation.ledger import Route, Work
+from megatron_tip.simulation.ledger import Route, Traffic, Work
 
 STEP_PHASES = ("teacher", "score", "select", "train", "update", "sync")
 """The simulated phases of a step, in order."""
@@ -46,8 +47,7 @@ def seconds_of(
         busy = device.seconds_of(_of_whole_step(account.work(phase), phase, scale))
         for route, messages in traffic.items():
             if route.phase == phase:
-                alone = device.seconds_of_traffic(route, messages, gpus_per_node=per_node)
-                busy += alone * message_scale(route, scale)
+                busy += device.seconds_of_traffic(route, _of_step(messages, route, scale), workers_per_node=per_node)
         grid = outline.teacher_grid if phase == "teacher" else outline.student_grid
         count = counts.get(phase, 0) * scale
         busy *= (count + grid.pp_size - 1) / count if count else 1
@@ -63,10 +63,21 @@ def _of_whole_step(work: Work, phase: str, scale: float) -> Work:
     return Work(work.matrix_flops * scale, work.memory_bytes * scale, work.num_operations * repeats)
 
 
+def _of_step(traffic: Traffic, route: Route, scale: float) -> Traffic:
+    """Returns the messages of a whole step: of selected rows as many, but larger."""
+    times = message_scale(route, scale)
+    return Traffic(traffic.num_messages * (1 if _carries_rows(route) else times), traffic.num_bytes * times)
+
+
 def message_scale(route: Route, scale: float) -> float:
     """Returns how many times more messages of this route a whole step has: those of its micro-batches grow."""
     is_of_pass = route.group.removeprefix("teacher ") in ("tp", "pp") or route.peer is not None
-    return scale if route.phase in PASSES and is_of_pass else 1.0
+    return scale if (route.phase in PASSES and is_of_pass) or _carries_rows(route) else 1.0
+
+
+def _carries_rows(route: Route) -> bool:
+    """Returns whether the message has the selected rows of a step, as long as the step has."""
+    return route.phase == "select" and route.operation == "all_to_all"
 
 
 def moved_seconds(config: Config, account: Account, device: Device, phase: str) -> float:
@@ -80,25 +91,29 @@ def moved_seconds(config: Config, account: Account, device: Device, phase: str) 
 
 
 def generation_of(config: Config, outline: Outline, device: Device, rollouts: Sequence[Rollout]) -> Generation:
-    """Returns the time that the engines need, bound by their memory's bandwidth.
+    """Returns the time that the engines need, bound by their memory's bandwidth; none for rollouts that are replayed.
 
     Each token position of the longest response reads the weights once; each token also reads the keys and values of
-    its context. What the caches cannot hold together is generated in waves, one after another. Prompts, sampling and
-    host time are left out. Servers given by URL count as their own GPUs.
+    its context. What the caches cannot hold together is generated in waves, one after another, as are the batches of
+    the embedded engine. Prompts, sampling and host time are left out. Servers given by URL count as their own GPUs.
     """
-    servers, split = outline.placement.students, config.sglang.tensor_parallel_size
-    num_servers = len(servers) or len(config.rollout.server_urls) or max(1, config.rollout.servers)
-    if config.rollout.engine == "embedded":
-        num_servers = split = 1
     tokens = sum(len(rollout.response_ids) for rollout in rollouts)
-    longest = max(len(rollout.response_ids) for rollout in rollouts)
-    contexts = sum(len(one.response_ids) * (len(one.prompt_ids) + len(one.response_ids) / 2) for one in rollouts)
+    if not engine_kind(config).generates:
+        return Generation(tokens, 0, 0, 0.0)
     engine = EngineMemory.of(config, outline, on_gpu=device.is_gpu)
     weights, cached = engine.weight_bytes, engine.cache_bytes_per_token
-    share = (servers[0].memory_fraction if servers else 0) or _OWN_SERVERS_SHARE
-    room = max(share * device.memory_bytes * split - weights, cached) / cached  # tokens
-    kept = sum(one.num_tokens for one in rollouts) / num_servers
-    num_waves = -(-int(kept) // max(1, int(room)))
+    if config.rollout.engine == "embedded":
+        num_servers = split = 1
+        num_waves = -(-len(rollouts) // config.rollout.batch_size)
+    else:
+        servers, split = outline.placement.students, config.sglang.tensor_parallel_size
+        num_servers = len(servers) or len(config.rollout.server_urls) or max(1, config.rollout.servers)
+        share = (servers[0].memory_fraction if servers else 0) or _OWN_SERVERS_SHARE
+        room = max(share * device.memory_bytes * split - weights, cached) / cached  # tokens
+        kept = sum(one.num_tokens for one in rollouts) / num_servers
+        num_waves = -(-int(kept) // max(1, int(room)))
+    longest = max(len(rollout.response_ids) for rollout in rollouts)
+    contexts = sum(len(one.response_ids) * (len(one.prompt_ids) + len(one.response_ids) / 2) for one in rollouts)
     bandwidth = device.memory_tb_per_s * 1e12 * device.memory_share * split
     seconds = (num_waves * longest * weights + contexts * cached / num_servers) / bandwidth
     return Generation(tokens, num_servers, num_waves, seconds)

@@ -25,8 +25,8 @@ _GPU_SHARE = 1 / 16
 # Rows that a GPU's matrix products take at a time.
 _GPU_TILE_ROWS = 128
 # Bytes of one model's logits per block: on a CPU, each core's share stays in its cache.
-_CPU_BLOCK_BYTES_PER_THREAD = 3 * 2**17
-_GPU_BLOCK_BYTES = 32 * 2**20
+CPU_BLOCK_BYTES_PER_THREAD = 3 * 2**17
+GPU_BLOCK_BYTES = 32 * 2**20
 
 
 def default_chunk_rows(num_rows: int, num_columns: int, device: torch.device) -> int:
@@ -97,7 +97,7 @@ class RowBlocks:
 
     def __init__(self, num_rows: int, width: int, device: torch.device, *, kernels: KernelSet = "eager"):
         on_gpu = device.type != "cpu"
-        budget = _GPU_BLOCK_BYTES if on_gpu else _CPU_BLOCK_BYTES_PER_THREAD * torch.get_num_threads()
+        budget = GPU_BLOCK_BYTES if on_gpu else CPU_BLOCK_BYTES_PER_THREAD * torch.get_num_threads()
         is_eager = kernels == "eager"
         fitting = min(num_rows, budget // max(4 * width, 1)) if is_eager else num_rows
         self._block_rows = max(1, fitting)

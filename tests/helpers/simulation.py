@@ -10,8 +10,8 @@ from megatron_tip.machine import Machine
 from megatron_tip.planning.passes import plan_passes
 from megatron_tip.planning.plan import Outline, outline_run
 from megatron_tip.simulation.assumptions import AssumedSelection, assumed_rollouts
-from megatron_tip.simulation.measured import measure_rank, peaks_of, time_rank, traffic_of
 from megatron_tip.simulation.rank import SimulatedRank, simulate_rank, step_batch
+from tests.helpers.measured_rank import measure_rank, peaks_of, time_rank, traffic_of
 from tests.helpers.training import Layout, make_config, this_worker
 
 # A rule whose choice depends on neither model, so that both runs train on the same rows.

@@ -23,7 +23,8 @@ def test_the_reference_has_every_key_command_rule_and_statistic(site: Path):
     )
     for key in all_keys().values():
         assert f"| `{key.short_name}` |" in keys
-    for command in ("train", "submit", "plan", "sweep", "report", "eval", "doctor", "diagnose intervene"):
+    names = ("train", "submit", "plan", "sweep", "report", "eval", "doctor", "diagnose bank", "diagnose intervene")
+    for command in names:
         assert f"## megatron-tip {command}\n" in commands
     assert "Keys of CONFIG.toml" not in commands
     for name in RULES:

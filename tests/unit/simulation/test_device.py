@@ -38,12 +38,12 @@ def test_messages_within_a_node_take_its_links_and_others_the_network():
     traffic = Traffic(num_messages=1, num_bytes=5 * 10**9)
     within = Route("train", "all_gather", "tp", (0, 1))
     between = Route("train", "all_gather", "tp", (7, 8))
-    assert SIMPLE.seconds_of_traffic(within, traffic, gpus_per_node=8) == pytest.approx(0.5, rel=1e-5)
-    assert SIMPLE.seconds_of_traffic(between, traffic, gpus_per_node=8) == pytest.approx(5.0, rel=1e-5)
+    assert SIMPLE.seconds_of_traffic(within, traffic, workers_per_node=8) == pytest.approx(0.5, rel=1e-5)
+    assert SIMPLE.seconds_of_traffic(between, traffic, workers_per_node=8) == pytest.approx(5.0, rel=1e-5)
     reduce = Route("train", "all_reduce", "dp", (0, 1, 2, 3))
-    assert SIMPLE.seconds_of_traffic(reduce, traffic, gpus_per_node=8) == pytest.approx(1.5, rel=1e-5)
+    assert SIMPLE.seconds_of_traffic(reduce, traffic, workers_per_node=8) == pytest.approx(1.5, rel=1e-5)
     alone = Route("train", "all_reduce", "dp", (3,))
-    assert SIMPLE.seconds_of_traffic(alone, traffic, gpus_per_node=8) == 0
+    assert SIMPLE.seconds_of_traffic(alone, traffic, workers_per_node=8) == 0
 
 
 def test_an_unknown_device_is_refused_with_the_known_ones_and_how_to_describe_another():
@@ -74,6 +74,7 @@ def test_every_known_device_names_its_source():
         ("[x\n", "expected a TOML file"),
         ("[x]\ntflops = 0\n", "expected a value for"),
         ("[x]\n[y]\n", "expected one table"),
+        ("x = 1\n", "got the key x outside of any"),
     ],
 )
 def test_a_damaged_description_is_refused(text: str, expected: str, tmp_path: Path):

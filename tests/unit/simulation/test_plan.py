@@ -12,9 +12,10 @@ from megatron_tip.simulation.assumptions import AssumedSelection, assumed_rollou
 from megatron_tip.simulation.device import find_device
 from megatron_tip.simulation.kinds import rank_kinds
 from megatron_tip.simulation.layers import count_rank
+from megatron_tip.simulation.parts import ROWS_SELECTED
 from megatron_tip.simulation.plan import as_simulated, make_plan, own_bytes, planned_hosts, shortened
 from megatron_tip.simulation.rank import step_batch
-from megatron_tip.simulation.timing import PER_TOKEN, STEP_PHASES, seconds_of
+from megatron_tip.simulation.timing import PER_TOKEN, STEP_PHASES, message_scale, seconds_of
 from tests.helpers.tiny import make_llama
 from tests.helpers.training import Layout, make_config, make_models
 
@@ -42,11 +43,11 @@ def test_ranks_of_a_large_world_are_of_few_kinds():
 @pytest.mark.parametrize("passes", [ONE_PASS, TWO_PASSES], ids=["one", "two"])
 @pytest.mark.timeout(900)
 def test_a_few_micro_batches_scaled_to_the_step_cost_what_all_of_them_do(passes: OnePass, tmp_path: Path):
-    rollout = {"prompts_per_step": 8, "max_response_tokens": 64}
+    rollout = {"prompts_per_step": 16, "max_response_tokens": 64}
     config = make_config(
-        make_models(tmp_path), Layout(1), rollout=rollout, training={"max_tokens_per_micro_batch": 260}
+        make_models(tmp_path), Layout(2), rollout=rollout, training={"max_tokens_per_micro_batch": 260}
     )
-    outline = outline_run(config, 1, Machine(is_elsewhere=True))
+    outline = outline_run(config, 2, Machine(is_elsewhere=True))
     rollouts = assumed_rollouts(config, longest=True)
     planned = []
     takes_one_pass = passes is ONE_PASS
@@ -56,8 +57,16 @@ def test_a_few_micro_batches_scaled_to_the_step_cost_what_all_of_them_do(passes:
         assumed = AssumedSelection.of(outline.selector, batch, takes_one_pass=takes_one_pass)
         counted = count_rank(config, outline, 0, batch, assumed, by_layers=False)
         seconds = seconds_of(config, outline, find_device("h800"), counted, scale)
-        planned.append((counted.account, scale, own_bytes(config, outline, counted.account, scale), seconds))
-    (whole, _, whole_bytes, whole_seconds), (short, scale, short_bytes, short_seconds) = planned
+        sent = {
+            route: messages.num_bytes * message_scale(route, scale)
+            for route, messages in counted.account.traffic().items()
+            if route.phase in STEP_PHASES
+        }
+        planned.append((counted.account, scale, own_bytes(config, outline, counted.account, scale), seconds, sent))
+    (whole, _, whole_bytes, whole_seconds, whole_sent), (short, scale, short_bytes, short_seconds, short_sent) = planned
+    assert short_sent == pytest.approx(whole_sent, rel=0.1)
+    selected = [parts[ROWS_SELECTED] for parts in (short_bytes["train"], whole_bytes["train"])]
+    assert selected[0] == pytest.approx(selected[1], rel=0.1)
     assert scale == 2.0, "2 of 4 micro-batches"
     for phase in STEP_PHASES:
         times = scale if phase in PER_TOKEN else 1
@@ -98,6 +107,17 @@ def test_models_with_few_layers_tell_the_cost_of_whole_ones(
             assert few.work(phase).memory_bytes == pytest.approx(whole.work(phase).memory_bytes, rel=0.01), phase
         bytes_of = [{route: one.num_bytes for route, one in part.traffic().items()} for part in (few, whole)]
         assert bytes_of[0] == pytest.approx(bytes_of[1], rel=0.01)
+
+
+def test_a_rule_with_further_terms_of_the_loss_is_planned(tmp_path: Path):
+    models, device = make_models(tmp_path), find_device("h800")
+    flops = {}
+    for rule in ("eopd", "full"):
+        sections = {"selection": {"rule": rule, "retention_ratio": 1.0, "passes": "two"}}
+        config = make_config(models, Layout(2), rollout={"prompts_per_step": 8}, **sections)
+        plan = make_plan(config, planned_hosts(config, 1, 2, device), device, batches=("longest",))
+        flops[rule] = plan.ranks[0].flops("train")
+    assert flops["eopd"] > 1.01 * flops["full"], "a second divergence of the rows"
 
 
 def test_one_pass_holds_the_activations_of_a_step_and_saves_a_forward_pass(tmp_path: Path):

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tip.simulation.measured import peaks_of, traffic_of
 from tests.helpers.distributed import run_workers
+from tests.helpers.measured_rank import peaks_of, traffic_of
 from tests.helpers.simulation import LAYOUTS, configured, measured, simulated
 from tests.helpers.training import make_models
 

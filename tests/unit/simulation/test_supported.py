@@ -41,6 +41,7 @@ def outlined(path: Path, *overrides: str):
             ["optimizer.distributed=true", "optimizer.use_precision_aware_optimizer=true"],
             "optimizer.use_precision_aware_optimizer: expected false",
         ),
+        (DENSE, ["prompts.teacher_system_prompt=Think."], "prompts.teacher_system_prompt: expected none"),
         (DENSE, ["teacher.fp8=hybrid"], "teacher.fp8"),
         (
             DENSE,
@@ -48,7 +49,7 @@ def outlined(path: Path, *overrides: str):
             "teacher.kind",
         ),
     ],
-    ids=["student_parts", "teacher_parts", "experts", "teacher_prompt", "optimizer", "fp8", "self"],
+    ids=["student_parts", "teacher_parts", "experts", "prompt", "optimizer", "system_prompt", "fp8", "self"],
 )
 def test_a_run_with_what_is_not_simulated_is_refused(path: Path, overrides: list[str], setting: str):
     config, outline = outlined(path, *overrides)

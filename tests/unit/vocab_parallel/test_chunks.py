@@ -26,7 +26,7 @@ def test_chunks_keep_to_their_byte_budget(num_rows, num_columns):
 
 
 def test_blocks_see_every_row_once_and_share_scratch(monkeypatch):
-    monkeypatch.setattr(chunks, "_CPU_BLOCK_BYTES_PER_THREAD", 4 * 5 * 3 // torch.get_num_threads())  # 3 rows of 5
+    monkeypatch.setattr(chunks, "CPU_BLOCK_BYTES_PER_THREAD", 4 * 5 * 3 // torch.get_num_threads())  # 3 rows of 5
     blocks = RowBlocks(8, 5, torch.device("cpu"))
     values, extra = torch.arange(40.0).view(8, 5), torch.arange(8.0).view(8, 1)
     scratch_seen = set()

@@ -50,7 +50,7 @@ def allocated(num_rows: int, work) -> Allocated:
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch):
     """Blocks of two rows and slices of 64 columns: a chunk has many, and what they need is small next to it."""
-    monkeypatch.setattr(chunks, "_CPU_BLOCK_BYTES_PER_THREAD", 4 * VOCAB_SIZE * 2 // torch.get_num_threads())
+    monkeypatch.setattr(chunks, "CPU_BLOCK_BYTES_PER_THREAD", 4 * VOCAB_SIZE * 2 // torch.get_num_threads())
     monkeypatch.setattr(products, "_HEAD_SLICE", 64)
 
 
