@@ -110,7 +110,7 @@ def _set_block_bytes(options: dict[str, Any]) -> None:
     from megatron_tip.vocab_parallel import chunks
 
     if "block_kib" in options:
-        chunks._CPU_BLOCK_BYTES_PER_THREAD = options["block_kib"] * 1024
+        chunks.CPU_BLOCK_BYTES_PER_THREAD = options["block_kib"] * 1024
 
 
 CASES: dict[str, Callable[[Work], Call]] = {
