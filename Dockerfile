@@ -1,5 +1,5 @@
-# What README.md's "Install for GPUs" installs, as an image for a cluster. Nothing here builds it: the project's machines
-# have neither a GPU nor a registry of images. A test compares its commands with README.md and pyproject.toml.
+# What README.md's "Install for GPUs" installs, as an image for a cluster. It has not been built: a test only compares its
+# commands with README.md and pyproject.toml.
 #
 #   docker build --tag megatron-tip .
 #   docker run --gpus all --ipc host megatron-tip megatron-tip doctor

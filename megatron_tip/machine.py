@@ -12,7 +12,7 @@ TESTED_MEGATRON = ("0.16.1", "0.19.2")
 
 
 def untested_megatron() -> str:
-    """Returns that the installed Megatron-Core is of a version that no test runs with; of another, nothing."""
+    """Returns a warning if no test runs with the installed Megatron-Core, else an empty text."""
     installed = version("megatron-core")
     if installed in TESTED_MEGATRON:
         return ""

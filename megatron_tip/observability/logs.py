@@ -28,7 +28,7 @@ def configure_logging(rank: int) -> None:
 
 
 def hide_warnings_of_libraries() -> None:
-    """Hides what Megatron and torch warn of and who starts a run cannot act on. Call it before importing Megatron."""
+    """Hides warnings of Megatron and torch that a user cannot act on. Call it before importing Megatron."""
     # All are optional, as the README says of two; each rank would repeat the warning several times.
     for absent in ("Transformer Engine and Apex are not installed", "Apex is not installed", "absl.logging is not"):
         warnings.filterwarnings("ignore", message=absent)
