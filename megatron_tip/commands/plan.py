@@ -10,24 +10,20 @@ import typer
 from megatron_tip.commands.outcome import errors_reported
 from megatron_tip.commands.run_command import Overrides, configured_run
 from megatron_tip.cpu.lean_imports import lean_imports
-from megatron_tip.errors import ConfigError
 from megatron_tip.observability.logs import hide_warnings_of_libraries
 
 
 @errors_reported()
 def command(
     config_path: Annotated[
-        Path | None, typer.Argument(metavar="CONFIG.toml", help="The run, as for train; needs no weights.")
-    ] = None,
+        Path, typer.Argument(metavar="CONFIG.toml", help="The run, as for train; needs no weights.")
+    ],
     overrides: Overrides = None,
     gpu: Annotated[str, typer.Option(help="h800, h100, h200, a100, b200, or FILE.toml that describes one.")] = "h800",
     nodes: Annotated[int, typer.Option(min=1, help="Nodes of the trainer.")] = 1,
     gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs per node; for a CPU, workers.")] = 8,
     as_json: Annotated[bool, typer.Option("--json", help="Print values instead of a table.")] = False,
     html: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Also write a picture of the step.")] = None,
-    calibrate: Annotated[
-        Path | None, typer.Option(metavar="FILE.toml", help="Measure this CPU, write its description, and stop.")
-    ] = None,
 ) -> None:
     """Runs a step of one rank of each kind in a simulated world, and prints memory, messages and time.
 
@@ -37,14 +33,6 @@ def command(
     # The simulated tensors are the CPU's: on a machine with a GPU, Megatron would place them there.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # without it, Megatron warns that a GPU would be slower
-    if calibrate is not None:
-        from megatron_tip.simulation.device import calibrate as measure  # late: imports torch
-
-        cpu = measure(calibrate)
-        typer.echo(f"{calibrate}: {cpu.tflops * 1e3:.0f} GFLOP/s, {cpu.memory_tb_per_s * 1e3:.1f} GB/s")
-        return
-    if config_path is None:
-        raise ConfigError("CONFIG.toml: expected a configuration, or --calibrate")
     config = configured_run(config_path, overrides)
     hide_warnings_of_libraries()
     with lean_imports():

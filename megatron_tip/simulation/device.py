@@ -5,20 +5,13 @@ the memory's bandwidth, and no phase is faster than its operations can be starte
 """
 
 import difflib
-import time
 import tomllib
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-import psutil
-import torch
-
 from megatron_tip.errors import ConfigError
-from megatron_tip.files import atomic_write_text
 from megatron_tip.planning.memory_estimate import UNCOUNTED_SHARE
-from megatron_tip.simulation.ledger import Ledger, Route, Traffic, Work
-from megatron_tip.simulation.tensors import CountedTensors
+from megatron_tip.simulation.ledger import Route, Traffic, Work
 
 _TABLE = Path(__file__).with_name("devices.toml")
 
@@ -109,62 +102,6 @@ def find_device(name: str) -> Device:
             f"{_TABLE.name}, see docs/plan.md), got {name!r}; the nearest known name is {near!r}"
         )
     return _device(name.lower(), known[name.lower()], _TABLE.name)
-
-
-def calibrate(path: Path) -> Device:
-    """Measures this machine's CPU, one process on all its threads, and writes its description to `path`."""
-    size, repeats = 1024, 4
-    a, b = torch.rand(size, size), torch.rand(size, size)
-    flops = 2 * size**3 / _best_seconds(lambda: torch.mm(a, b), repeats)
-    large = torch.rand(2**24)
-    copied = torch.empty_like(large)
-    bandwidth = 2 * large.nbytes / _best_seconds(lambda: copied.copy_(large), repeats)
-    launch = _seconds_per_operation(repeats)
-    device = Device(
-        name="cpu",
-        tflops=flops / 1e12,
-        memory_gib=psutil.virtual_memory().total / 2**30,
-        memory_tb_per_s=bandwidth / 1e12,
-        link_gb_per_s=bandwidth / 4e9,
-        network_gb_per_s=bandwidth / 4e9,
-        source=f"measured by megatron-tip plan --calibrate with {torch.get_num_threads()} threads; links: a quarter of "
-        "the memory's bandwidth, assumed",
-        launch_us=launch * 1e6,
-        matrix_share=1.0,
-        memory_share=1.0,
-        link_share=1.0,
-    )
-    lines = [
-        f"{key} = {value!r}" if not isinstance(value, str) else f'{key} = "{value}"'
-        for key, value in asdict(device).items()
-        if key != "name"
-    ]
-    atomic_write_text(path, "\n".join(["[cpu]", *lines, ""]), setting="--calibrate")
-    return device
-
-
-def _seconds_per_operation(repeats: int) -> float:
-    """Returns what an operation costs besides its arithmetic: of small layers, forward and backward."""
-    layers = [(torch.nn.RMSNorm(64), torch.nn.Linear(64, 64), torch.nn.SiLU()) for _ in range(16)]
-    model = torch.nn.Sequential(*(part for layer in layers for part in layer))
-    rows = torch.rand(8, 64)
-
-    def step() -> None:
-        model(rows).sum().backward()
-
-    ledger = Ledger()
-    with CountedTensors(ledger):
-        step()
-    return _best_seconds(step, 8 * repeats) / ledger.work[ledger.phase].num_operations
-
-
-def _best_seconds(action: Callable[[], object], repeats: int) -> float:
-    found = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        action()
-        found.append(time.perf_counter() - start)
-    return min(found)
 
 
 def _read(path: Path) -> dict[str, dict[str, float | str]]:

@@ -1,6 +1,5 @@
 """The same account of a real rank: a step on real tensors over real process groups, to check the simulated one."""
 
-import time
 from collections.abc import Sequence
 
 import torch.distributed as dist
@@ -16,7 +15,6 @@ from megatron_tip.simulation.parts import with_receiver
 from megatron_tip.simulation.rank import between_steps, label_groups
 from megatron_tip.simulation.tensors import CountedTensors
 from megatron_tip.teachers.megatron import MegatronTeacher
-from megatron_tip.training import weight_sync
 from megatron_tip.training.checkpoints.student_state import complete_optimizer_state
 from megatron_tip.training.setup import build_run
 from megatron_tip.training.step import learn
@@ -38,21 +36,6 @@ def measure_rank(config: Config, worker: Worker, rollouts: Sequence[Rollout]) ->
         learn(run, batch, STEP)
         between_steps(run, ledger, batch)
     return ledger
-
-
-def time_rank(config: Config, worker: Worker, rollouts: Sequence[Rollout], *, repeats: int = 3) -> float:
-    """Returns the seconds of this worker's fastest step and sync of several, after a first one. Collective."""
-    timer = PhaseTimer(worker.device)
-    run = build_run(config, plan_run(config, dist.get_world_size()), worker, timer, num_threads=1, generates=False)
-    run = with_receiver(run, worker.rank)
-    batch, seconds = run.batch_of(rollouts), []
-    for _ in range(repeats + 1):
-        dist.barrier()
-        start = time.perf_counter()
-        learn(run, batch, STEP)
-        weight_sync.stream_weights(run, STEP)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds[1:])
 
 
 def peaks_of(ledger: Ledger) -> dict[str, int]:

@@ -1,9 +1,7 @@
-"""Tiny runs whose step is simulated, measured and timed, to compare the three."""
+"""Tiny runs whose step is simulated and measured, to compare the two."""
 
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from megatron_tip.config import Config
 from megatron_tip.machine import Machine
@@ -11,7 +9,7 @@ from megatron_tip.planning.passes import plan_passes
 from megatron_tip.planning.plan import Outline, outline_run
 from megatron_tip.simulation.assumptions import AssumedSelection, assumed_rollouts
 from megatron_tip.simulation.rank import SimulatedRank, simulate_rank, step_batch
-from tests.helpers.measured_rank import measure_rank, peaks_of, time_rank, traffic_of
+from tests.helpers.measured_rank import measure_rank, peaks_of, traffic_of
 from tests.helpers.training import Layout, make_config, this_worker
 
 # A rule whose choice depends on neither model, so that both runs train on the same rows.
@@ -59,9 +57,3 @@ def measured(config: Config) -> tuple[dict[str, int], dict[Any, tuple[float, flo
     """This worker's peaks, messages and floating-point operations in the same step. Call it inside `run_workers`."""
     ledger = measure_rank(config, this_worker(), assumed_rollouts(config, longest=False))
     return peaks_of(ledger), traffic_of(ledger), sum(work.matrix_flops for work in ledger.work.values())
-
-
-def timed(config: Config) -> float:
-    """The seconds of the step on one thread per worker. Call it inside `run_workers`."""
-    torch.set_num_threads(1)
-    return time_rank(config, this_worker(), assumed_rollouts(config, longest=False))

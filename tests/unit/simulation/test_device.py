@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_tip.errors import ConfigError
-from megatron_tip.simulation.device import Device, calibrate, find_device
+from megatron_tip.simulation.device import Device, find_device
 from megatron_tip.simulation.ledger import Route, Traffic, Work
 from megatron_tip.training.throughput import PEAK_TFLOPS
 
@@ -81,11 +81,3 @@ def test_a_damaged_description_is_refused(text: str, expected: str, tmp_path: Pa
     (tmp_path / "x.toml").write_text(text)
     with pytest.raises(ConfigError, match=expected):
         find_device(str(tmp_path / "x.toml"))
-
-
-def test_calibration_writes_a_description_that_can_be_read(tmp_path: Path):
-    measured = calibrate(tmp_path / "cpu.toml")
-    found = find_device(str(tmp_path / "cpu.toml"))
-    assert found == measured
-    assert 1e-3 < found.tflops < 100
-    assert 1e-4 < found.memory_tb_per_s < 10
