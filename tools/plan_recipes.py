@@ -49,7 +49,7 @@ def _row(path: Path, gpu: str, nodes: int) -> str:
     try:
         plan = make_plan(config, planned_hosts(config, nodes, 8, device), device)
     except MegatronTipError as refusal:
-        return f"| {path.parent.name} | refused: {str(refusal).split(';')[0]} | | | | | | |"
+        return f"| {path.parent.name} | refused: {str(refusal).split(', which')[0]} | | | | | | |"
     estimate = estimate_memory(config, plan.outline, gpu_memory_gib=device.memory_gib)
     counted = max(sum(parts.values()) - parts[UNCOUNTED] for parts in estimate.phases.values())
     seconds, generation = plan.step_seconds("typical"), plan.generation["typical"]
