@@ -99,14 +99,16 @@ class Ledger:
         """Ends the phase; a PhaseTimer's `on_exit`."""
         self.left[self._phases.pop()] = self.live.copy()
 
-    def begin_moment(self, name: str) -> None:
-        """Gives what follows a peak of its own, until `end_moment`; all else still belongs to the phase."""
+    def begin_moment(self, name: str, purpose: str) -> None:
+        """Gives what follows a peak of its own, and charges it to `purpose`, until `end_moment`; the phase goes on."""
         self._moment = name
+        self._purposes.append(purpose)
         self._update_peak()
 
     def end_moment(self) -> None:
-        """Ends what `begin_moment` began, if anything."""
+        """Ends what `begin_moment` began."""
         self._moment = ""
+        self._purposes.pop()
 
     @contextmanager
     def purpose(self, name: str) -> Iterator[None]:

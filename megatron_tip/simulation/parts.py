@@ -132,7 +132,7 @@ class SimulatedTeacher(MegatronTeacher):
         self.pipe.expect([batch.micro_batch(*place) for place in self.served(batch)], backward=False)
         with self.ledger.purpose("teacher: activations"):
             rows = super().ask(batch)
-        self.ledger.end_moment()
+            self.ledger.end_moment()
         if rows is None:
             return None
         self.ledger.assign(ROWS_RECEIVED, [rows.states])
@@ -143,7 +143,7 @@ class SimulatedTeacher(MegatronTeacher):
     def _forward(self, batch: StepBatch) -> dict[Piece, Tensor]:
         outgoing = super()._forward(batch)
         self.ledger.assign(ROWS_SENT, list(outgoing.values()))
-        self.ledger.begin_moment(EXCHANGE)
+        self.ledger.begin_moment(EXCHANGE, ROWS_RECEIVED)
         return outgoing
 
     def statistics(

@@ -12,7 +12,8 @@ from megatron_tip.simulation.assumptions import AssumedSelection, assumed_rollou
 from megatron_tip.simulation.device import find_device
 from megatron_tip.simulation.kinds import rank_kinds
 from megatron_tip.simulation.layers import count_rank
-from megatron_tip.simulation.parts import ROWS_SELECTED
+from megatron_tip.simulation.ledger import EXCHANGE
+from megatron_tip.simulation.parts import ROWS_RECEIVED, ROWS_SELECTED, ROWS_SENT
 from megatron_tip.simulation.plan import as_simulated, make_plan, own_bytes, planned_hosts, shortened
 from megatron_tip.simulation.rank import step_batch
 from megatron_tip.simulation.timing import PER_TOKEN, STEP_PHASES, message_scale, seconds_of
@@ -65,8 +66,10 @@ def test_a_few_micro_batches_scaled_to_the_step_cost_what_all_of_them_do(passes:
         planned.append((counted.account, scale, own_bytes(config, outline, counted.account, scale), seconds, sent))
     (whole, _, whole_bytes, whole_seconds, whole_sent), (short, scale, short_bytes, short_seconds, short_sent) = planned
     assert short_sent == pytest.approx(whole_sent, rel=0.1)
-    selected = [parts[ROWS_SELECTED] for parts in (short_bytes["train"], whole_bytes["train"])]
-    assert selected[0] == pytest.approx(selected[1], rel=0.1)
+    assert short_bytes["train"][ROWS_SELECTED] == pytest.approx(whole_bytes["train"][ROWS_SELECTED], rel=0.1)
+    for purpose in (ROWS_SENT, ROWS_RECEIVED):
+        exchanged = [account.live(EXCHANGE)[purpose] for account in (short, whole)]
+        assert scale * exchanged[0] == pytest.approx(exchanged[1], rel=0.1), purpose
     assert scale == 2.0, "2 of 4 micro-batches"
     for phase in STEP_PHASES:
         times = scale if phase in PER_TOKEN else 1
