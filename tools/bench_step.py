@@ -162,11 +162,11 @@ def main(
             work = replace(work, prompts_per_step=max(GROWTH) // response_tokens)
         write_questions(work, heldout_prompts)
         write_student(work, [int(layer) for layer in drop_layers.split(",")])
-        rows = measure_growth(work, folder) if growth else measure_rows(work, folder, trl_python, only or [""])
-    if as_json:
-        typer.echo(json.dumps(described(rows), indent=2))
-    else:
-        Console(width=WIDTH).print(growth_table_of(rows) if growth else table_of(rows))
+        if growth:
+            table = growth_table_of(rows := measure_growth(work, folder))
+        else:
+            table = table_of(rows := measure_rows(work, folder, trl_python, only or [""]))
+    typer.echo(json.dumps(described(rows), indent=2)) if as_json else Console(width=WIDTH).print(table)
 
 
 def write_questions(work: Work, heldout_prompts: int) -> None:
@@ -215,13 +215,13 @@ def measure_rows(work: Work, folder: Path, trl_python: Path, wanted: Sequence[st
     return rows
 
 
-def measure_growth(work: Work, folder: Path) -> list[Measured | str]:
+def measure_growth(work: Work, folder: Path) -> list[Measured]:
     """Returns a row for each number of response tokens of a step in GROWTH: all tokens of all layers, one process."""
     # In two passes and in micro-batches of one size: with "auto" the free memory would decide, and it would not last.
     variant = replace(
         ALL_TOKENS[0], rule="ta_opd_teachability", retention_ratio=0.99, passes="two", micro_batch_tokens=2048
     )
-    rows: list[Measured | str] = []
+    rows: list[Measured] = []
     for tokens in GROWTH:
         smaller = replace(work, prompts_per_step=tokens // work.response_tokens)
         rows.append(run_ours(smaller, folder / f"row{len(rows)}", f"{tokens} response tokens", variant))
@@ -243,8 +243,7 @@ def run_ours(work: Work, folder: Path, name: str, variant: Variant, before: floa
     tokens = [line["rollout/response_tokens"] for line in lines if line["step"] > 0]
     model_tokens = [line["train/num_model_tokens"] for line in lines if line["step"] > 0]
     heldout = {} if before is None else {"before": before, "after": heldout_reverse_kl(work, folder / "run/hf")}
-    totals = [sum(seconds.values()) for seconds in steps]
-    row = measured(name, steps, totals, tokens, peak, heldout)
+    row = measured(name, steps, [sum(seconds.values()) for seconds in steps], tokens, peak, heldout)
     return replace(row, model_tokens=statistics.median(model_tokens[1:]))
 
 
@@ -385,16 +384,14 @@ def table_of(rows: Sequence[Measured | str]) -> Table:
     return table
 
 
-def growth_table_of(rows: Sequence[Measured | str]) -> Table:
+def growth_table_of(rows: Sequence[Measured]) -> Table:
     table = Table(title="Seconds per step (median) and per 1,000 tokens that go through the models")
     table.add_column("")
     for title in ("tokens", *MODEL_PHASES, "together", "per 1,000 tokens"):
         table.add_column(title, justify="right")
     for row in rows:
-        assert isinstance(row, Measured), "every row of --growth is measured"
         seconds = [row.seconds[phase] for phase in MODEL_PHASES]
-        together = sum(seconds)
-        values = (*seconds, together, 1000 * together / row.model_tokens)
+        values = (*seconds, sum(seconds), 1000 * sum(seconds) / row.model_tokens)
         table.add_row(row.name, f"{row.model_tokens:.0f}", *(f"{value:.2f}" for value in values))
     return table
 

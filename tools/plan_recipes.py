@@ -47,7 +47,7 @@ def _row(path: Path, gpu: str, nodes: int) -> str:
 
     config, device = load_config(path, []), find_device(gpu)
     try:
-        plan = make_plan(config, planned_hosts(config, nodes, 8, device), device)
+        plan = make_plan(config, planned_hosts(config, nodes, 8), device)
     except MegatronTipError as refusal:
         return f"| {path.parent.name} | refused: {str(refusal).split(', which')[0]} | | | | | | |"
     estimate = estimate_memory(config, plan.outline, gpu_memory_gib=device.memory_gib)

@@ -21,7 +21,7 @@ def command(
     overrides: Overrides = None,
     gpu: Annotated[str, typer.Option(help="h800, h100, h200, a100, b200, or FILE.toml that describes one.")] = "h800",
     nodes: Annotated[int, typer.Option(min=1, help="Nodes of the trainer.")] = 1,
-    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs per node; for a CPU, workers.")] = 8,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs per node.")] = 8,
     as_json: Annotated[bool, typer.Option("--json", help="Print values instead of a table.")] = False,
     html: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Also write a picture of the step.")] = None,
 ) -> None:
@@ -38,7 +38,9 @@ def command(
     with lean_imports():
         from megatron_tip.simulation import device, page, plan, report  # late: imports torch and Megatron
     chosen = device.find_device(gpu)
-    found = plan.make_plan(config, plan.planned_hosts(config, nodes, gpus_per_node, chosen), chosen)
+    if html is not None:
+        page.require_writable(html)
+    found = plan.make_plan(config, plan.planned_hosts(config, nodes, gpus_per_node), chosen)
     typer.echo(json.dumps(report.as_values(found), indent=1) if as_json else report.as_text(found))
     if html is not None:
         page.write_plan_page(found, html)

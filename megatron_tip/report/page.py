@@ -1,11 +1,9 @@
 """The report page: the runs' data, the scripts that draw it, and the plotting library, in one file."""
 
 from collections.abc import Iterator, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from plotly.offline import get_plotlyjs
 
 from megatron_tip import __version__
@@ -14,6 +12,7 @@ from megatron_tip.files import atomic_write_text, output_errors
 from megatron_tip.report.overview import config_rows, evaluation_rows, heldout_warning, overview_rows, sample_rows
 from megatron_tip.report.packing import packed, packed_json
 from megatron_tip.report.run_data import RunData, read_runs
+from megatron_tip.report.templates import page_template, read_asset
 from megatron_tip.report.tokens import LADDER, Blocks, Detail, RunPacker, statistic_labels
 from megatron_tip.report.visible_text import visible
 
@@ -95,21 +94,12 @@ def _curves(run: RunData) -> dict[str, Any]:
 
 def _renderer(runs: Sequence[RunData]) -> Any:
     """Returns a function that makes a page of manifests and blocks; the parts common to all attempts are made once."""
-    folder = files("megatron_tip.report") / "page"
-    environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(lambda name: (folder / name).read_text(encoding="utf-8")),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["visible"] = lambda value: visible(str(value))
-    template = environment.get_template("report.html.jinja")
+    template = page_template("report.html.jinja")
     fixed = {
         "names": [run.name for run in runs],
         "version": __version__,
-        "style": (folder / "report.css").read_text(encoding="utf-8"),
-        "script": "\n".join((folder / name).read_text(encoding="utf-8") for name in SCRIPTS),
+        "style": read_asset("report.css"),
+        "script": "\n".join(read_asset(name) for name in SCRIPTS),
         "library": packed(get_plotlyjs().encode(), level=9),
         "overview": overview_rows(runs),
         "config": config_rows(runs),

@@ -4,16 +4,14 @@ import csv
 import io
 import math
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
-
-import jinja2
 
 from megatron_tip import __version__
 from megatron_tip.errors import InputError
 from megatron_tip.files import atomic_write_text, output_errors
 from megatron_tip.report.seeds import LEVEL
 from megatron_tip.report.sweep_data import Arm, read_sweep
+from megatron_tip.report.templates import page_template, read_asset
 from megatron_tip.report.visible_text import visible
 
 _MEASURES = (
@@ -34,13 +32,10 @@ def write_sweep_page(folder: Path, target: Path) -> int:
     arms = read_sweep(folder)
     if not any(arm.summaries for arm in arms):
         raise InputError(f"{folder}: expected a sweep with a finished run, got {len(arms)} arms without one")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    pages = files("megatron_tip.report") / "page"
-    template = environment.from_string((pages / "sweep.html.jinja").read_text(encoding="utf-8"))
-    page = template.render(
+    page = page_template("sweep.html.jinja").render(
         name=visible(folder.resolve().name),
         version=__version__,
-        style=(pages / "report.css").read_text(encoding="utf-8"),
+        style=read_asset("report.css"),
         heads=[head for _, head, *_ in _MEASURES],
         rows=[_row(arm) for arm in arms],
         level=f"{LEVEL:.0%}",

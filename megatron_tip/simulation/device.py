@@ -1,12 +1,12 @@
 """The devices that a plan can assume, and the time that work and messages take on one.
 
 The model is first-order: nothing overlaps, matrix products run at a share of the peak, everything else at a share of
-the memory's bandwidth, and no phase is faster than its operations can be started. A CPU does one after the other.
+the memory's bandwidth, and no phase is faster than its operations can be started.
 """
 
 import difflib
 import tomllib
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from megatron_tip.errors import ConfigError
@@ -36,10 +36,6 @@ class Device:
     link_share: float = 0.75
 
     @property
-    def is_gpu(self) -> bool:
-        return self.name != "cpu"
-
-    @property
     def memory_bytes(self) -> float:
         return self.memory_gib * 2**30
 
@@ -48,16 +44,12 @@ class Device:
         """The memory without what is set aside because nothing counts it."""
         return (1 - UNCOUNTED_SHARE) * self.memory_bytes
 
-    def of_worker(self, workers_per_node: int) -> "Device":
-        """Returns the device of one worker; those of a node share its CPU's memory."""
-        return self if self.is_gpu else replace(self, memory_gib=self.memory_gib / workers_per_node)
-
     def seconds_of(self, work: Work) -> float:
-        """Returns the time of a phase's arithmetic. A GPU works while the host starts the next operations."""
+        """Returns the time of a phase's arithmetic, while which the host starts the next operations."""
         matrix = work.matrix_flops / (self.tflops * 1e12 * self.matrix_share)
         memory = work.memory_bytes / (self.memory_tb_per_s * 1e12 * self.memory_share)
         starting = work.num_operations * self.launch_us * 1e-6
-        return max(matrix + memory, starting) if self.is_gpu else matrix + memory + starting
+        return max(matrix + memory, starting)
 
     def seconds_of_traffic(self, route: Route, traffic: Traffic, *, workers_per_node: int) -> float:
         """Returns the time of the messages of one route, by ring algorithms over the slowest of its links."""

@@ -82,7 +82,7 @@ def beside_bytes(config: Config, outline: Outline, device: Device, kind: RankKin
 
     The embedded engine always has its weights, and a cache while it generates.
     """
-    engine, held = EngineMemory.of(config, outline, on_gpu=device.is_gpu), PHASES[_memory_phase(config, phase)].servers
+    engine, held = EngineMemory.of(config, outline, on_gpu=True), PHASES[_memory_phase(config, phase)].servers
     if kind.beside == ENGINE:
         return engine.weight_bytes + (engine.embedded_cache_bytes(config) if CACHE in held else 0.0)
     return engine.server_bytes(config, outline, held, device.memory_bytes) if kind.beside == SERVER else 0.0

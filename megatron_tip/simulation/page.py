@@ -1,15 +1,14 @@
 """A plan as one HTML file, in the look of the report page: phases on a time line, memory by phase, bytes by link."""
 
-from importlib.resources import files
+import errno
+import os
 from pathlib import Path
 from typing import Any
-
-import jinja2
 
 from megatron_tip import __version__
 from megatron_tip.files import atomic_write_text, output_errors
 from megatron_tip.planning.memory_estimate import UNCOUNTED_SHARE
-from megatron_tip.report.visible_text import visible
+from megatron_tip.report.templates import page_template, read_asset
 from megatron_tip.simulation.plan import Plan, PlannedRank
 from megatron_tip.simulation.report import largest_messages
 from megatron_tip.simulation.timing import STEP_PHASES
@@ -26,24 +25,30 @@ def write_plan_page(plan: Plan, target: Path) -> None:
     Raises:
         OutputError: the file cannot be written.
     """
+    atomic_write_text(target, page_of(plan), setting="--html")
+
+
+def require_writable(target: Path) -> None:
+    """Makes the page's folder, before a plan takes its time.
+
+    Raises:
+        OutputError: a file cannot be written there.
+    """
     with output_errors(target, setting="--html"):
         target.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write_text(target, page_of(plan), setting="--html")
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
+        if not os.access(target.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(target.parent))
 
 
 def page_of(plan: Plan) -> str:
     """Returns the page's HTML."""
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["visible"] = lambda value: visible(str(value))
-    template = (files("megatron_tip.simulation") / "page" / "plan.html.jinja").read_text(encoding="utf-8")
-    style = (files("megatron_tip.report") / "page" / "report.css").read_text(encoding="utf-8")
-    return environment.from_string(template).render(
+    return page_template("plan.html.jinja", "megatron_tip.simulation").render(
         name=plan.config.run.folder.name,
         subtitle=f"{plan.hosts.workers} x {plan.device.name}, {plan.hosts.workers_per_node} per node",
         version=__version__,
-        style=style,
+        style=read_asset("report.css"),
         overview=_overview(plan),
         phases=[{"name": phase, "colour": place} for place, phase in enumerate(_PHASES)],
         batches=[_batch(plan, name) for name in plan.generation],

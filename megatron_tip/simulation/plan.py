@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from megatron_tip.batching.step_batch import StepBatch
 from megatron_tip.config import Config
@@ -32,6 +31,7 @@ from megatron_tip.simulation.timing import (
 )
 
 BATCHES = ("longest", "typical")
+_LAYERS_NOTE = "Transformer Engine's layers: torch's own, with fused attention, are simulated in their place"
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Plan:
 
     def gpu_hours(self, batch: str) -> float:
         """Returns the time of all steps on all GPUs of the nodes."""
-        gpus = len(self.hosts.gpus) * self.hosts.nodes or self.hosts.workers
+        gpus = len(self.hosts.gpus) * self.hosts.nodes
         return self.step_seconds(batch) * self.config.training.steps * gpus / 3600
 
     def bubble(self, batch: str) -> float:
@@ -127,25 +127,14 @@ class Plan:
         return stages / (max(counts) + stages)
 
 
-def planned_hosts(config: Config, nodes: int, gpus_per_node: int, device: Device) -> Hosts:
+def planned_hosts(config: Config, nodes: int, gpus_per_node: int) -> Hosts:
     """Returns training nodes whose GPUs all have a rank, except those that servers have for themselves."""
-    gpus = tuple(range(gpus_per_node)) if device.is_gpu else ()
-    workers = num_workers_on(config, gpus_per_node) if device.is_gpu else gpus_per_node
-    return Hosts(nodes * workers, workers, gpus, by_job=device.is_gpu)
+    workers = num_workers_on(config, gpus_per_node)
+    return Hosts(nodes * workers, workers, tuple(range(gpus_per_node)), by_job=True)
 
 
-def make_plan(
-    config: Config,
-    hosts: Hosts,
-    device: Device,
-    *,
-    batches: Sequence[str] = BATCHES,
-    by_layers: bool = True,
-) -> Plan:
+def make_plan(config: Config, hosts: Hosts, device: Device, *, batches: Sequence[str] = BATCHES) -> Plan:
     """Returns the plan of a run on `hosts`. Needs no weights and no GPU.
-
-    Args:
-        by_layers: False simulates whole models, not pairs with few layers.
 
     Raises:
         ConfigError: the run would be refused, or the simulation lacks a part of it. For other errors see `outline_run`.
@@ -153,8 +142,8 @@ def make_plan(
     machine = Machine(is_elsewhere=True)
     outline = outline_run(config, hosts.workers, machine, hosts)
     check_simulated(config, outline)
-    config, device = as_simulated(config, on_gpu=device.is_gpu), device.of_worker(hosts.workers_per_node)
-    one_pass = plan_passes(config, outline, memory_gib=device.memory_gib, on_gpu=device.is_gpu)
+    config, kinds = as_simulated(config), rank_kinds(config, outline)
+    one_pass = plan_passes(config, outline, memory_gib=device.memory_gib, on_gpu=True)
     ranks: list[PlannedRank] = []
     generation = {}
     for name in batches:
@@ -162,25 +151,27 @@ def make_plan(
         generation[name] = generation_of(config, outline, device, rollouts)
         batch, scale, takes_one_pass = shortened(config, outline, one_pass, rollouts, longest=name == "longest")
         assumed = AssumedSelection.of(outline.selector, batch, takes_one_pass=takes_one_pass)
-        memory = device.memory_bytes if device.is_gpu else 0
-        counted = _counted(config, outline, batch, assumed, memory, by_layers=by_layers)
-        ranks += [
-            _planned(config, outline, device, kind, name, counted[kind.stages], scale)
-            for kind in rank_kinds(config, outline)
-        ]
-    return Plan(config, device, outline, ranks, generation, [*machine.notes, *_notes(device)])
+        counted = _counted(config, outline, kinds, batch, assumed, device.memory_bytes)
+        ranks += [_planned(config, outline, device, kind, name, counted[kind.stages], scale) for kind in kinds]
+    return Plan(config, device, outline, ranks, generation, [*machine.notes, _LAYERS_NOTE])
 
 
 def _counted(
-    config: Config, outline: Outline, batch: StepBatch, assumed: AssumedSelection, memory: float, *, by_layers: bool
+    config: Config,
+    outline: Outline,
+    kinds: Sequence[RankKind],
+    batch: StepBatch,
+    assumed: AssumedSelection,
+    gpu_memory_bytes: float,
 ) -> dict[str, CountedRank]:
     """Returns the account of a rank by its stages; what shares its GPU changes nothing in the simulation."""
     found: dict[str, CountedRank] = {}
-    for kind in rank_kinds(config, outline):
+    for kind in kinds:
         if kind.stages not in found:
             metrics = next((one.metrics for one in found.values()), None)
-            more: dict[str, Any] = {"metrics": metrics, "gpu_memory_bytes": memory, "by_layers": by_layers}
-            found[kind.stages] = count_rank(config, outline, kind.rank, batch, assumed, **more)
+            found[kind.stages] = count_rank(
+                config, outline, kind.rank, batch, assumed, metrics=metrics, gpu_memory_bytes=gpu_memory_bytes
+            )
     return found
 
 
@@ -244,21 +235,14 @@ def _total(parts: dict[str, float]) -> float:
     return sum(parts.values())
 
 
-def _notes(device: Device) -> list[str]:
-    note = "Transformer Engine's layers: torch's own, with fused attention, are simulated in their place"
-    return [note] if device.is_gpu else []
-
-
-def as_simulated(config: Config, *, on_gpu: bool) -> Config:
+def as_simulated(config: Config) -> Config:
     """Returns the configuration as it is simulated."""
     sections = config.model_dump()
     for name in ("model", "teacher"):
-        if sections[name]["dtype"] == "auto" and on_gpu:
+        if sections[name]["dtype"] == "auto":
             sections[name]["dtype"] = "bfloat16"
         sections[name]["transformer_impl"] = "local"
     sections["tracking"]["view_every_steps"] = 0
-    if not on_gpu:
-        sections["loss"]["kernels"] = "eager"
     return Config.model_validate(sections)
 
 

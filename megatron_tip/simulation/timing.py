@@ -100,7 +100,7 @@ def generation_of(config: Config, outline: Outline, device: Device, rollouts: Se
     tokens = sum(len(rollout.response_ids) for rollout in rollouts)
     if not engine_kind(config).generates:
         return Generation(tokens, 0, 0, 0.0)
-    engine = EngineMemory.of(config, outline, on_gpu=device.is_gpu)
+    engine = EngineMemory.of(config, outline, on_gpu=True)
     weights, cached = engine.weight_bytes, engine.cache_bytes_per_token
     if config.rollout.engine == "embedded":
         num_servers = split = 1

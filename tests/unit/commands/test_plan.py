@@ -49,6 +49,13 @@ def test_an_unknown_gpu_is_named(config_path: Path):
     assert "expected one of h800, h100" in result.stderr
 
 
+def test_a_page_that_cannot_be_written_is_refused_before_the_simulation(config_path: Path, tmp_path: Path):
+    result = run(str(config_path), "--nodes", "2", "--gpus-per-node", "4", "--html", str(tmp_path))
+    assert result.exit_code != 0
+    assert "--html" in result.stderr
+    assert "memory" not in result.stdout
+
+
 def test_a_layout_that_does_not_fill_the_nodes_is_refused_as_by_train(config_path: Path):
     result = run(str(config_path), "--nodes", "1", "--gpus-per-node", "6")
     assert result.exit_code == 2

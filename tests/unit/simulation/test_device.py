@@ -1,6 +1,5 @@
 """A device is known by name or described by a file, and its times follow from its peaks."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,7 +30,6 @@ def test_time_of_arithmetic_is_that_of_products_and_memory_but_not_below_that_of
     assert SIMPLE.seconds_of(Work(matrix_flops=10**12, memory_bytes=10**12)) == pytest.approx(2 + 2)
     starting = Work(matrix_flops=10**12, num_operations=10**7)
     assert SIMPLE.seconds_of(starting) == pytest.approx(10.0)
-    assert replace(SIMPLE, name="cpu").seconds_of(starting) == pytest.approx(2 + 10), "one after the other"
 
 
 def test_messages_within_a_node_take_its_links_and_others_the_network():
@@ -49,11 +47,6 @@ def test_messages_within_a_node_take_its_links_and_others_the_network():
 def test_an_unknown_device_is_refused_with_the_known_ones_and_how_to_describe_another():
     with pytest.raises(ConfigError, match=r"h800, h100, h200, a100, b200, or a TOML file.*'h80'; the nearest"):
         find_device("h80")
-
-
-def test_workers_share_the_memory_of_a_cpu_and_not_that_of_a_gpu():
-    assert SIMPLE.of_worker(4) == SIMPLE
-    assert replace(SIMPLE, name="cpu").of_worker(4).memory_gib == 0.25
 
 
 def test_peaks_are_those_of_the_utilisation_that_a_run_logs():

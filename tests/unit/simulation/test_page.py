@@ -17,7 +17,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
         models, Layout(4, (1, 2), (2, 1)), rollout={"prompts_per_step": 16}, run={"folder": models / "a<b>"}
     )
     device = find_device("a100")
-    return make_plan(config, planned_hosts(config, 1, 4, device), device)
+    return make_plan(config, planned_hosts(config, 1, 4), device)
 
 
 @pytest.mark.timeout(900)

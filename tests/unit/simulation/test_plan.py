@@ -27,7 +27,7 @@ RECIPE = Path(__file__).parents[3] / "examples" / "qwen3_14b_to_4b" / "qwen3_14b
 def test_ranks_of_a_large_world_are_of_few_kinds():
     overrides = ["model.pipeline_parallel_size=4", "teacher.pipeline_parallel_size=4", "sglang.gpus=[0,1]"]
     config = load_config(RECIPE, overrides)
-    hosts = planned_hosts(config, 128, 8, find_device("h800"))
+    hosts = planned_hosts(config, 128, 8)
     kinds = rank_kinds(config, outline_run(config, 1024, Machine(is_elsewhere=True), hosts))
     assert {(kind.stages, kind.beside): kind.count for kind in kinds} == {
         ("student last, teacher last", "SGLang server"): 64,
@@ -90,7 +90,7 @@ def test_models_with_few_layers_tell_the_cost_of_whole_ones(
         make_llama(tmp_path / name, seed=1, tied=name == "student", hidden_size=width, num_layers=8)
     layout = Layout(2, student, teacher, sequence_parallel=student[0] > 1)
     sections = {"model": {"recompute_activations": recomputes}, "training": {"max_tokens_per_micro_batch": 260}}
-    config = as_simulated(make_config(tmp_path, layout, rollout={"prompts_per_step": 4}, **sections), on_gpu=True)
+    config = as_simulated(make_config(tmp_path, layout, rollout={"prompts_per_step": 4}, **sections))
     outline = outline_run(config, 2, Machine(is_elsewhere=True))
     batch = step_batch(config, outline, assumed_rollouts(config, longest=True))
     assumed = AssumedSelection.of(outline.selector, batch, takes_one_pass=False)
@@ -118,7 +118,7 @@ def test_a_rule_with_further_terms_of_the_loss_is_planned(tmp_path: Path):
     for rule in ("eopd", "full"):
         sections = {"selection": {"rule": rule, "retention_ratio": 1.0, "passes": "two"}}
         config = make_config(models, Layout(2), rollout={"prompts_per_step": 8}, **sections)
-        plan = make_plan(config, planned_hosts(config, 1, 2, device), device, batches=("longest",))
+        plan = make_plan(config, planned_hosts(config, 1, 2), device, batches=("longest",))
         flops[rule] = plan.ranks[0].flops("train")
     assert flops["eopd"] > 1.01 * flops["full"], "a second divergence of the rows"
 
@@ -128,7 +128,7 @@ def test_one_pass_holds_the_activations_of_a_step_and_saves_a_forward_pass(tmp_p
     for passes in ("one", "two"):
         sections = {"selection": {"passes": passes}, "training": {"max_tokens_per_micro_batch": 260}}
         config = make_config(models, Layout(2), rollout={"prompts_per_step": 16}, **sections)
-        plan = make_plan(config, planned_hosts(config, 1, 2, device), device, batches=("longest",))
+        plan = make_plan(config, planned_hosts(config, 1, 2), device, batches=("longest",))
         plans[passes] = plan.ranks[0]
     one, two = plans["one"], plans["two"]
     activations = "student: activations"

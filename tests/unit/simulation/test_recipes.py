@@ -27,7 +27,7 @@ def test_formulas_and_simulation_agree_in_every_phase(passes: str):
     device = find_device("h800")
     overrides = ["rollout.prompts_per_step=1", "heldout.num_prompts=16", f"selection.passes={passes}"]
     config = load_config(RECIPE, overrides)
-    plan = make_plan(config, planned_hosts(config, 8, 8, device), device, batches=("longest",))
+    plan = make_plan(config, planned_hosts(config, 8, 8), device, batches=("longest",))
     (rank,) = plan.ranks
     estimated = estimate_memory(config, plan.outline, gpu_memory_gib=device.memory_gib).phases
     for phase, parts in rank.live.items():

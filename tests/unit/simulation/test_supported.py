@@ -8,7 +8,6 @@ from megatron_tip.config.io import load_config
 from megatron_tip.errors import ConfigError
 from megatron_tip.machine import Machine
 from megatron_tip.planning.plan import outline_run
-from megatron_tip.simulation.device import find_device
 from megatron_tip.simulation.kinds import rank_kinds
 from megatron_tip.simulation.layers import with_layers
 from megatron_tip.simulation.plan import planned_hosts
@@ -21,7 +20,7 @@ EXPERTS = EXAMPLES / "qwen3_30b_a3b_to_4b" / "qwen3_30b_a3b_to_4b.toml"
 
 def outlined(path: Path, *overrides: str):
     config = load_config(path, list(overrides))
-    hosts = planned_hosts(config, 8, 8, find_device("h800"))
+    hosts = planned_hosts(config, 8, 8)
     return config, outline_run(config, hosts.workers, Machine(is_elsewhere=True), hosts)
 
 
@@ -42,6 +41,7 @@ def outlined(path: Path, *overrides: str):
             "optimizer.use_precision_aware_optimizer: expected false",
         ),
         (DENSE, ["prompts.teacher_system_prompt=Think."], "prompts.teacher_system_prompt: expected none"),
+        (DENSE, ["rollout.environment=calculator"], "rollout.environment: expected none"),
         (DENSE, ["teacher.fp8=hybrid"], "teacher.fp8"),
         (
             DENSE,
@@ -49,7 +49,17 @@ def outlined(path: Path, *overrides: str):
             "teacher.kind",
         ),
     ],
-    ids=["student_parts", "teacher_parts", "experts", "prompt", "optimizer", "system_prompt", "fp8", "self"],
+    ids=[
+        "student_parts",
+        "teacher_parts",
+        "experts",
+        "prompt",
+        "optimizer",
+        "system_prompt",
+        "environment",
+        "fp8",
+        "self",
+    ],
 )
 def test_a_run_with_what_is_not_simulated_is_refused(path: Path, overrides: list[str], setting: str):
     config, outline = outlined(path, *overrides)
