@@ -86,9 +86,9 @@ def write_tiny_model(folder: Path, variant: str, *, dtype: torch.dtype = torch.f
     return folder
 
 
-def hf_logits(folder: Path, input_ids: Tensor) -> Tensor:
-    """transformers' own float32 logits `[b, s, v]`."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+def hf_logits(folder: Path, input_ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """transformers' own logits `[b, s, v]`, computed in `dtype`."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     with torch.no_grad():
         return model(input_ids).logits
 

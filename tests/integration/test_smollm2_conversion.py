@@ -38,11 +38,15 @@ def test_the_weights_are_those_of_a_language_model(folder: Path) -> None:
 
 def test_parity_and_round_trip_of_every_layout(folder: Path, tmp_path: Path) -> None:
     input_ids = AutoTokenizer.from_pretrained(folder)(TEXT, return_tensors="pt").input_ids
-    expected = hf_logits(folder, input_ids)
-    run_workers(_check_every_layout, 6, tmp_path, folder, input_ids, expected, timeout_seconds=280)
+    exact = hf_logits(folder, input_ids, torch.float64)
+    # Logits reach 36 here. float32 alone moves them by about 1e-4, and how far depends on the processor's products: so
+    # much do transformers' own move, and three times as much is permitted.
+    permitted = 3 * float((hf_logits(folder, input_ids) - exact).abs().max())
+    assert permitted < 1e-3
+    run_workers(_check_every_layout, 6, tmp_path, folder, input_ids, exact, permitted, timeout_seconds=280)
 
 
-def _check_every_layout(folder: Path, input_ids: Tensor, expected: Tensor) -> None:
+def _check_every_layout(folder: Path, input_ids: Tensor, exact: Tensor, permitted: float) -> None:
     prepare_megatron()
     checkpoint = HfCheckpoint(folder)
     architecture = checkpoint.architecture
@@ -53,10 +57,9 @@ def _check_every_layout(folder: Path, input_ids: Tensor, expected: Tensor) -> No
         padded = padded_vocab_size(architecture.vocab_size, tp_size, multiple_of=128)
         model = build_gpt(architecture, groups, padded_vocab_size=padded, dtype=torch.float32)
         load_hf(model, checkpoint, groups)
-        with torch.backends.mkldnn.flags(enabled=False):  # the products that transformers' logits are of
-            logits = megatron_logits(model, groups, input_ids)
+        logits = megatron_logits(model, groups, input_ids)
         if logits is not None:
-            torch.testing.assert_close(logits[..., : architecture.vocab_size], expected, rtol=0, atol=1e-4)
+            torch.testing.assert_close(logits[..., : architecture.vocab_size].double(), exact, rtol=0, atol=permitted)
         names = 0
         for name, tensor in export_hf(model, architecture, groups):
             assert torch.equal(tensor, checkpoint.read(name)), name

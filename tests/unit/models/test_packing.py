@@ -27,4 +27,7 @@ def test_fused_layers_get_them_on_the_gpu_without_a_wait(monkeypatch):
     monkeypatch.setattr(Tensor, "to", lambda tensor, *place, **how: copies.append(how) or to(tensor, *place, **how))
     found = boundaries_of(monkeypatch, (3, 1), fused=True)
     assert found.cu_seqlens_q.device.type == "meta"
-    assert copies == [("pinned", [0, 3, 4]), {"non_blocking": True}]
+    pinned, *moved = copies  # moved twice if an earlier test has had Megatron's CUDA calls answered on the CPU
+    assert pinned == ("pinned", [0, 3, 4])
+    assert moved
+    assert all(how == {"non_blocking": True} for how in moved)
