@@ -8,6 +8,7 @@ from megatron_tip import __version__
 from megatron_tip.commands import doctor, evaluate, plan, report, submit, sweep, train
 from megatron_tip.commands.diagnose import diagnose
 from megatron_tip.commands.run_command import RunCommand
+from megatron_tip.observability.logs import hide_warnings_of_libraries
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 app.command("train", cls=train.TrainCommand)(train.command)
@@ -29,6 +30,7 @@ def main() -> None:
 def _root(
     show_version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
 ) -> None:
+    hide_warnings_of_libraries()
     if show_version:
         typer.echo(f"megatron-tip {__version__}")
         raise typer.Exit

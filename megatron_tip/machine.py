@@ -20,12 +20,16 @@ def untested_megatron() -> str:
 
 
 class Machine:
-    """This machine, for a run here or elsewhere. `notes`: what is missing here but may exist elsewhere."""
+    """This machine, for a run here or elsewhere.
+
+    `notes`: what is missing here but may exist elsewhere. `absent`: the files and folders among it.
+    """
 
     def __init__(self, *, is_elsewhere: bool = False) -> None:
         """Describes this machine. `is_elsewhere`: whether the run will start on another one."""
         self.is_elsewhere = is_elsewhere
         self.notes: list[str] = []
+        self.absent: list[Path] = []
 
     def has(self, path: Path, setting: str) -> bool:
         """Returns whether `path`, which `setting` names, exists here.
@@ -37,8 +41,13 @@ class Machine:
             return True
         if not self.is_elsewhere:
             raise ConfigError(f"{setting}: expected an existing path, got {path}")
-        self.notes.append(f"{path} is not on this machine")
+        self.note_absent(path, f"{path} is not on this machine")
         return False
+
+    def note_absent(self, path: Path, note: str) -> None:
+        """Notes that `path`, or what a run needs in it, does not exist here."""
+        self.notes.append(note)
+        self.absent.append(path)
 
     @contextmanager
     def lacks_packages(self) -> Iterator[None]:

@@ -60,17 +60,16 @@ def command(
 
 def examine_elsewhere(config: Config, hosts: Hosts, gpu_memory_gib: float) -> list[Finding]:
     """Returns what a run would use on `hosts`, and what their nodes need; nothing about this machine."""
-    from megatron_tip.planning.description import description_of
     from megatron_tip.planning.dry_run import dry_run
 
+    findings: list[Finding] = []
     try:
         result = dry_run(config, hosts, gpu_memory_gib=gpu_memory_gib)
+        noted = "not checked here"
+        findings += [Finding("note" if line.startswith(noted) else "ok", line) for line in result.lines()]
+        result.require_memory()
     except MegatronTipError as error:
-        return [Finding("missing", f"the configuration cannot run there: {error}", "see the message")]
-    lines = [*description_of(config, result.outline), *result.report(gpu_memory_gib).splitlines()]
-    noted = [line for line in lines if line.startswith("not checked here")]
-    findings = [Finding("ok", line) for line in lines if line not in noted]
-    findings += [Finding("note", line) for line in noted]
+        return [*findings, Finding("missing", f"the configuration cannot run there: {error}", "see the message")]
     findings += [
         Finding("note", f"each node needs {package.distribution}: {package.use}", package.remedy)
         for package in _PACKAGES
@@ -123,8 +122,8 @@ class _Package:
     needed: Callable[[Config], bool] = lambda config: False
 
 
-def _extra(name: str) -> str:
-    return f'pip install "megatron_tip[{name}]"'
+def _extra(name: str, *options: str) -> str:
+    return " ".join(["pip install", *options, f'"megatron_tip[{name}]"'])
 
 
 _PACKAGES = (
@@ -132,7 +131,7 @@ _PACKAGES = (
         "transformer-engine",
         "transformer_engine",
         "faster layers on GPUs; without it, torch's own",
-        _extra("transformer-engine"),
+        _extra("transformer-engine", "--no-build-isolation"),  # it is built against the torch that is installed
         lambda config: "transformer_engine" in (config.model.transformer_impl, config.teacher.transformer_impl),
     ),
     _Package(
@@ -281,5 +280,5 @@ def _context_parallelism(config: Config) -> Iterator[Finding]:
                 "note",
                 f"{section}.context_parallel_size: local layers gather the keys and values of whole sequences in every "
                 "layer; Transformer Engine sends them round in a ring",
-                _extra("transformer-engine"),
+                _extra("transformer-engine", "--no-build-isolation"),
             )

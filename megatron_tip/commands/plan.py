@@ -10,7 +10,6 @@ import typer
 from megatron_tip.commands.outcome import errors_reported
 from megatron_tip.commands.run_command import Overrides, configured_run
 from megatron_tip.cpu.lean_imports import lean_imports
-from megatron_tip.observability.logs import hide_warnings_of_libraries
 
 
 @errors_reported()
@@ -34,7 +33,6 @@ def command(
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # without it, Megatron warns that a GPU would be slower
     config = configured_run(config_path, overrides)
-    hide_warnings_of_libraries()
     with lean_imports():
         from megatron_tip.simulation import device, page, plan, report  # late: imports torch and Megatron
     chosen = device.find_device(gpu)

@@ -15,6 +15,15 @@ from megatron_tip.config.io import load_config
 from megatron_tip.config.keys import all_keys
 from megatron_tip.errors import ConfigError
 
+_OF_SBATCH = ("partition", "account", "time", "qos", "reservation", "constraint", "exclude", "nodelist", "mail-user")
+_ELSEWHERE = {
+    **{f"--{name}": f"--sbatch=--{name}=..." for name in _OF_SBATCH},
+    **{f"-{letter}": f"--sbatch='-{letter} ...'" for letter in "pAtq"},
+    "--nodes": "--world-size, the number of GPUs of all nodes",
+    "--gpus": "--gpus-per-node",
+}
+"""Options that another command has, or sbatch, and what takes their place."""
+
 
 def complete_override(incomplete: str) -> list[str]:
     """Returns the overrides that begin with `incomplete`, for the shell: keys, and after "=" the values of a choice."""
@@ -39,8 +48,13 @@ class RunCommand(TyperCommand):
         options = {name for parameter in self.params for name in (*parameter.opts, *parameter.secondary_opts)}
         with errors_reported():
             for word in args:
-                if word.startswith("-") and word.partition("=")[0] not in options and names_a_key(word):
+                name = word.partition("=")[0]
+                if not word.startswith("-") or name in options:
+                    continue
+                if names_a_key(word):
                     raise ConfigError(f"command line: expected section.key=value, got {word!r}{override_hint(word)}")
+                if name in _ELSEWHERE and _ELSEWHERE[name].partition("=")[0] in options:
+                    raise ConfigError(f"command line: {name}: no such option; use {_ELSEWHERE[name]}")
         return super().parse_args(ctx, args)
 
 

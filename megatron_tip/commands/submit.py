@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -24,6 +25,9 @@ SCRIPTS = ("train", "train_disaggregated", "sweep")
 """Files of the repository's slurm/, without their suffix, that take a configuration."""
 
 _ROOT = Path(__file__).parents[2]
+_SHORT = re.compile(r"-\w\s")
+_CHECKED = {"--nodes": "--nodes N", "-N": "--nodes N", "--gpus-per-node": "--gpus-per-node N"}
+"""Options of sbatch that have a place of their own in `submit`."""
 
 
 @dataclass(frozen=True)
@@ -102,10 +106,25 @@ def command(
         gpus_per_node=gpus_per_node,
     )
     hosts = hosts_of(submission)
-    check_elsewhere(as_served(config, submission), hosts, gpu_memory)
-    gpus = f"{len(hosts.gpus)} GPUs" if hosts.gpus else "no GPUs"
-    typer.echo(f"asks SLURM for {nodes} nodes with {gpus} each", err=True)
+    checked = check_elsewhere(as_served(config, submission), hosts, gpu_memory)
+    if not dry_run:
+        require_files(checked.absent)
+    typer.echo(f"asks SLURM for {_asked(nodes, len(hosts.gpus))}", err=True)
     typer.echo(submit(submission, config, dry_run=dry_run))
+
+
+def require_files(absent: Sequence[Path]) -> None:
+    """Raises ConfigError if `absent`, what a run reads and this machine lacks, is not empty: a path may be misspelt."""
+    if absent:
+        raise ConfigError(
+            f"files: expected what the run reads on the machine that submits it, found no {absent[0]}; mend the path, "
+            "or if only the nodes have it, run the command that --dry-run prints"
+        )
+
+
+def _asked(nodes: int, gpus: int) -> str:
+    every = f"{gpus} GPUs" if gpus else "no GPUs"
+    return f"one node with {every} (--nodes N for more)" if nodes == 1 else f"{nodes} nodes with {every} each"
 
 
 def sbatch_command(submission: Submission, config: Config) -> list[str]:
@@ -121,7 +140,8 @@ def sbatch_command(submission: Submission, config: Config) -> list[str]:
             "from a clone: pip install --editable ."
         )
     site, gpus = site_values(submission.environ), len(hosts_of(submission).gpus)
-    check_time_limit(site["TIP_TIME"], submission.options)
+    given = _words(submission.options)
+    check_time_limit(site["TIP_TIME"], given)
     folder = config.run.folder.absolute()
     is_array = submission.script == "sweep"
     options = {
@@ -137,7 +157,21 @@ def sbatch_command(submission: Submission, config: Config) -> list[str]:
     if gpus and site["TIP_GPU_REQUEST"]:
         named.append(f"{site['TIP_GPU_REQUEST']}{gpus}")
     arguments = [str(submission.config_path.absolute()), *submission.overrides]
-    return ["sbatch", *named, *submission.options, str(script), *arguments]
+    return ["sbatch", *named, *given, str(script), *arguments]
+
+
+def _words(options: Sequence[str]) -> list[str]:
+    """Returns sbatch's options as it reads them: "-p gpu" is two words.
+
+    Raises:
+        ConfigError: one asks for other nodes or GPUs than those that were checked.
+    """
+    words = [word for option in options for word in (option.split(maxsplit=1) if _SHORT.match(option) else [option])]
+    for word in words:
+        for name, ours in _CHECKED.items():
+            if word == name or word.startswith(f"{name}=" if name.startswith("--") else name):
+                raise ConfigError(f"--sbatch={word}: expected {ours}, by which the run is checked as well")
+    return words
 
 
 def _split(submission: Submission) -> list[str]:
@@ -220,14 +254,13 @@ def submit(submission: Submission, config: Config, *, dry_run: bool) -> str:
     Raises:
         ConfigError: sbatch is missing or fails.
     """
-    command = sbatch_command(submission, config)
+    command, logs = sbatch_command(submission, config), config.run.folder.absolute() / "slurm"
+    by_hand = f"{shlex.join(['mkdir', '-p', str(logs)])} && {shlex.join(command)}"  # SLURM makes no folder for its log
     if dry_run:
-        return shlex.join(command)
+        return by_hand
     if shutil.which("sbatch") is None:
-        raise ConfigError(
-            f"sbatch: expected SLURM on this machine, found none; where it is installed, run: {shlex.join(command)}"
-        )
-    (config.run.folder / "slurm").mkdir(parents=True, exist_ok=True)
+        raise ConfigError(f"sbatch: expected SLURM on this machine, found none; where it is installed, run: {by_hand}")
+    logs.mkdir(parents=True, exist_ok=True)
     ended = subprocess.run(command, env=dict(submission.environ), capture_output=True, text=True, check=False)
     if ended.returncode:
         raise ConfigError(f"sbatch: {ended.stderr.strip()}\n  {shlex.join(command)}")

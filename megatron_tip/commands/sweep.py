@@ -12,7 +12,7 @@ import typer
 
 from megatron_tip.commands import train
 from megatron_tip.commands.outcome import end_as, errors_reported
-from megatron_tip.commands.submit import Submission, hosts_of
+from megatron_tip.commands.submit import Submission, hosts_of, require_files
 from megatron_tip.commands.submit import submit as submit_job
 from megatron_tip.errors import ConfigError
 from megatron_tip.parallel.launch import Outcome
@@ -72,7 +72,9 @@ def _print_run(runs: Sequence["SweepRun"], place: int) -> None:
 def _submit(submission: Submission, first: "SweepRun", sweep: "Sweep", gpu_memory: float, *, dry_run: bool) -> None:
     """Checks the first run for the job's nodes and submits the array."""
     config = first.config()
-    train.check_elsewhere(config, hosts_of(submission), gpu_memory)
+    checked = train.check_elsewhere(config, hosts_of(submission), gpu_memory)
+    if not dry_run:
+        require_files(checked.absent)
     of_sweep = config.model_copy(update={"run": config.run.model_copy(update={"folder": sweep.folder})})
     typer.echo(submit_job(submission, of_sweep, dry_run=dry_run))
 

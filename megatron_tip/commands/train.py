@@ -13,6 +13,7 @@ from megatron_tip.config import Config
 from megatron_tip.config.io import dump_config
 from megatron_tip.config.reference import reference
 from megatron_tip.cpu.lean_imports import lean_imports
+from megatron_tip.errors import ConfigError
 from megatron_tip.observability.logs import configure_logging
 from megatron_tip.observability.run_folder import RunFolder
 from megatron_tip.parallel.environment import is_restarted, is_worker
@@ -23,6 +24,7 @@ from megatron_tip.training.checkpoints.files import CheckpointFiles
 from megatron_tip.training.checkpoints.same_run import check_same_run
 
 if TYPE_CHECKING:
+    from megatron_tip.planning.dry_run import DryRun
     from megatron_tip.planning.plan import RunPlan
 
 
@@ -72,6 +74,11 @@ def command(
     a stop signal and saved (after a second signal: 128 + n, nothing saved); 1 any other error. Whatever the code, the
     same command continues the run from its newest checkpoint.
     """
+    if world_size and not dry_run:
+        raise ConfigError(
+            f"--world-size: expected --dry-run beside it, got --world-size {world_size} alone; how many workers a run "
+            "has is up to --nproc, torchrun or srun"
+        )
     config = configured_run(config_path, overrides)
     if not is_worker(os.environ):
         typer.echo(
@@ -96,12 +103,18 @@ def command(
             _start(["train", str(config_path), *(overrides or []), *["--fresh"] * fresh], config, num_workers)
 
 
-def check_elsewhere(config: Config, hosts: Hosts, gpu_memory_gib: float) -> None:
-    """Checks a run on other machines and prints the report to standard error."""
+def check_elsewhere(config: Config, hosts: Hosts, gpu_memory_gib: float) -> "DryRun":
+    """Checks a run on other machines and prints the report to standard error.
+
+    Raises:
+        ConfigError: as `dry_run`, and if the memory does not suffice, after the report.
+    """
     from megatron_tip.planning.dry_run import dry_run  # imports torch and transformers, not Megatron
 
     result = dry_run(config, hosts, gpu_memory_gib=gpu_memory_gib)
-    typer.echo(result.report(gpu_memory_gib), err=True)
+    typer.echo("\n".join(result.lines()), err=True)
+    result.require_memory()
+    return result
 
 
 def _check(config: Config, num_workers: int | None, *, fresh: bool, reads_prompts: bool) -> "tuple[int, RunPlan]":

@@ -15,6 +15,29 @@ _REPLACED = {
 }
 """Keys of earlier versions and of Megatron, and what takes their place."""
 
+_OTHER_SECTIONS = {
+    **dict.fromkeys(("student", "policy", "actor"), "model"),
+    **dict.fromkeys(("data", "dataset", "datasets"), "prompts"),
+    **dict.fromkeys(("train", "trainer"), "training"),
+    **dict.fromkeys(("generation", "sampling", "sampling_params"), "rollout"),
+    **dict.fromkeys(("wandb", "logging", "logger"), "tracking"),
+}
+"""What other programs call a section."""
+
+_OTHER_KEYS = {
+    **dict.fromkeys(("learning_rate", "max_lr"), "lr"),
+    **dict.fromkeys(("tp", "tp_size", "tensor_model_parallel_size"), "tensor_parallel_size"),
+    **dict.fromkeys(("pp", "pp_size", "pipeline_model_parallel_size"), "pipeline_parallel_size"),
+    **dict.fromkeys(("cp", "cp_size"), "context_parallel_size"),
+    **dict.fromkeys(("ep", "ep_size", "expert_parallel_size"), "expert_model_parallel_size"),
+    **dict.fromkeys(("max_steps", "num_steps", "train_iters"), "steps"),
+    **dict.fromkeys(("batch_size", "global_batch_size", "train_batch_size"), "prompts_per_step"),
+    **dict.fromkeys(("num_generations", "n"), "samples_per_prompt"),
+    **dict.fromkeys(("max_new_tokens", "max_tokens", "response_length", "max_response_length"), "max_response_tokens"),
+    **dict.fromkeys(("budget", "ratio", "rho"), "retention_ratio"),
+}
+"""What other programs call a key."""
+
 _REPLACED_VALUES = {
     ("selection.scope", "micro_batch"): 'selection.passes = "one", which selects exactly, among the whole batch',
 }
@@ -30,11 +53,15 @@ def key_hint(name: str) -> str:
     """Returns a hint at the key or section that is closest to `name`, which does not exist."""
     if name in _REPLACED:
         return f"; use {_REPLACED[name]}"
+    if name in _OTHER_SECTIONS:
+        return f"; did you mean {_OTHER_SECTIONS[name]}?"
     section, _, key = name.rpartition(".")
+    key = _OTHER_KEYS.get(key, key)
     by_key = {known.short_name: known.name for known in all_keys().values()}
     in_section = {known.short_name: known.name for known in all_keys().values() if known.name.startswith(f"{section}.")}
-    for names in (in_section, by_key) if section else ({name: name for name in sections()}, by_key):
-        if close := difflib.get_close_matches(key, names, n=1):
+    first = (in_section, 0.6) if section else ({name: name for name in sections()}, 0.6)
+    for names, cutoff in (first, (by_key, 0.8)):  # a key of another section has to be nearer
+        if close := difflib.get_close_matches(key, names, n=1, cutoff=cutoff):
             return f"; did you mean {names[close[0]]}?"
     return "; see `megatron-tip train --help` for all keys"
 
@@ -45,6 +72,7 @@ def override_hint(text: str) -> str:
     name, shown = name.strip(), f"={value.strip()}" if equals else "=VALUE"
     if name in all_keys():
         return f"; did you mean {name}{shown}? Write it without dashes and without blanks around the equals sign"
+    name = _OTHER_KEYS.get(name, name)
     names = [known.name for known in all_keys().values() if known.short_name == name]
     if names:
         return f"; did you mean {' or '.join(f'{known}{shown}' for known in names[:4])}?"

@@ -4,7 +4,6 @@ Each entry holds the values of its Hugging Face config.json, under that file's o
 names a vocabulary that models share: equal names mean equal ids for every token.
 """
 
-import difflib
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -92,36 +91,50 @@ def _qwen2(
     return KnownModel(f"huggingface.co/{source}, config.json", config, tokenizer, num_parameters)
 
 
-def _llama3(name: str, shape: tuple[int, ...], num_parameters: int) -> KnownModel:
-    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+def _llama3(
+    name: str, shape: tuple[int, ...], num_parameters: int, *, tied: bool = False, factor: float = 8.0
+) -> KnownModel:
+    scaling = {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     config = _config(
         "LlamaForCausalLM",
         shape,
         rms_norm_eps=1e-5,
         rope_theta=5e5,
         rope_scaling={**scaling, "original_max_position_embeddings": 8192},
-        tie_word_embeddings=False,
+        tie_word_embeddings=tied,
     )
     return KnownModel(f"huggingface.co/meta-llama/{name}, config.json", config, _LLAMA3_TOKENS, num_parameters)
 
 
 KNOWN_MODELS = {
     # layers, hidden size, feed-forward size, heads, key/value heads, vocabulary, positions
+    "Qwen3-0.6B": _qwen3("Qwen3-0.6B", (28, 1024, 3072, 16, 8, 151936, 40960), 596_049_920, tied=True),
     "Qwen3-1.7B": _qwen3("Qwen3-1.7B", (28, 2048, 6144, 16, 8, 151936, 40960), 1_720_574_976, tied=True),
     "Qwen3-4B": _qwen3("Qwen3-4B", (36, 2560, 9728, 32, 8, 151936, 40960), 4_022_468_096, tied=True),
     "Qwen3-8B": _qwen3("Qwen3-8B", (36, 4096, 12288, 32, 8, 151936, 40960), 8_190_735_360, tied=False),
     "Qwen3-14B": _qwen3("Qwen3-14B", (40, 5120, 17408, 40, 8, 151936, 40960), 14_768_307_200, tied=False),
+    "Qwen3-32B": _qwen3("Qwen3-32B", (64, 5120, 25600, 64, 8, 151936, 40960), 32_762_123_264, tied=False),
     "Qwen3-30B-A3B": _qwen3_moe("Qwen3-30B-A3B", (48, 2048, 6144, 32, 4, 151936, 40960), 768, 30_532_122_624),
     "Qwen3-235B-A22B": _qwen3_moe("Qwen3-235B-A22B", (94, 4096, 12288, 64, 4, 151936, 40960), 1536, 235_093_634_560),
+    "Qwen2.5-0.5B": _qwen2("Qwen/Qwen2.5-0.5B", (24, 896, 4864, 14, 2, 151936, 32768), 494_032_768, tied=True),
     "Qwen2.5-1.5B": _qwen2("Qwen/Qwen2.5-1.5B", (28, 1536, 8960, 12, 2, 151936, 131072), 1_543_714_304, tied=True),
     "Qwen2.5-3B": _qwen2("Qwen/Qwen2.5-3B", (36, 2048, 11008, 16, 2, 151936, 32768), 3_085_938_688, tied=True),
+    "Qwen2.5-7B": _qwen2("Qwen/Qwen2.5-7B", (28, 3584, 18944, 28, 4, 152064, 131072), 7_615_616_512, tied=False),
     "Qwen2.5-14B": _qwen2("Qwen/Qwen2.5-14B", (48, 5120, 13824, 40, 8, 152064, 131072), 14_770_033_664, tied=False),
+    "Qwen2.5-32B": _qwen2("Qwen/Qwen2.5-32B", (64, 5120, 27648, 40, 8, 152064, 131072), 32_763_876_352, tied=False),
+    "Qwen2.5-72B": _qwen2("Qwen/Qwen2.5-72B", (80, 8192, 29568, 64, 8, 152064, 131072), 72_706_203_648, tied=False),
     "DeepSeek-R1-Distill-Qwen-14B": _qwen2(
         "deepseek-ai/DeepSeek-R1-Distill-Qwen-14B",
         (48, 5120, 13824, 40, 8, 152064, 131072),
         14_770_033_664,
         tied=False,
         tokenizer=_R1_QWEN_TOKENS,
+    ),
+    "Llama-3.2-1B-Instruct": _llama3(
+        "Llama-3.2-1B-Instruct", (16, 2048, 8192, 32, 8, 128256, 131072), 1_235_814_400, tied=True, factor=32.0
+    ),
+    "Llama-3.2-3B-Instruct": _llama3(
+        "Llama-3.2-3B-Instruct", (28, 3072, 8192, 24, 8, 128256, 131072), 3_212_749_824, tied=True, factor=32.0
     ),
     "Llama-3.1-8B-Instruct": _llama3("Llama-3.1-8B-Instruct", (32, 4096, 14336, 32, 8, 128256, 131072), 8_030_261_248),
     "SmolLM2-135M-Instruct": KnownModel(
@@ -143,7 +156,7 @@ KNOWN_MODELS = {
 
 
 def known_model(path: Path, *, owner: str, drop_layers: Collection[int] = ()) -> KnownModel:
-    """Returns the known model after which a missing folder is named; "-Base" and "-Instruct" may be appended.
+    """Returns the known model after which a missing folder is named (`named_after`).
 
     `drop_layers`: those to leave out, as of `ModelFolder`.
 
@@ -151,12 +164,15 @@ def known_model(path: Path, *, owner: str, drop_layers: Collection[int] = ()) ->
         ConfigError: the folder has no known name. `owner` is "model" or "teacher".
         WeightsError: layers that the model does not have.
     """
-    for name in (path.name, path.name.removesuffix("-Base"), path.name.removesuffix("-Instruct")):
-        if name in KNOWN_MODELS:
-            known = KNOWN_MODELS[name]
-            return replace(known, config=config_without_layers(known.config, drop_layers)) if drop_layers else known
-    close = difflib.get_close_matches(path.name, KNOWN_MODELS, n=1, cutoff=0.0)[0]
+    if known := named_after(path):
+        return replace(known, config=config_without_layers(known.config, drop_layers)) if drop_layers else known
     raise ConfigError(
-        f"{owner}.path: expected a folder with a config.json, or the name of a known model to be checked without "
-        f"it, got {path}; the nearest known name is {close}; known are {', '.join(KNOWN_MODELS)}"
+        f"{owner}.path: expected a folder with a config.json, which is enough for a check, or the name of a known "
+        f"model, got {path}; known are {', '.join(KNOWN_MODELS)}"
     )
+
+
+def named_after(path: Path) -> KnownModel | None:
+    """Returns the known model whose name a folder has; "-Base" and "-Instruct" may be appended to it."""
+    names = (path.name, path.name.removesuffix("-Base"), path.name.removesuffix("-Instruct"))
+    return next((KNOWN_MODELS[name] for name in names if name in KNOWN_MODELS), None)

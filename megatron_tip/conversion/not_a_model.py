@@ -4,6 +4,7 @@ import difflib
 import re
 from pathlib import Path
 
+from megatron_tip.conversion.known_models import named_after
 from megatron_tip.errors import WeightsError
 from megatron_tip.files import is_lfs_pointer
 
@@ -53,14 +54,21 @@ def require_no_pointer(path: Path) -> None:
 
 
 def _remedy_for_nothing(folder: Path) -> str:
-    if _HUB_NAME.fullmatch(str(folder)):
-        return (
-            "; if this is a name on the Hugging Face Hub: models are not fetched by a run; fetch it first, `hf "
-            f"download {folder} --local-dir models/{folder.name}`, and give models/{folder.name}"
-        )
     siblings = [path.name for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
-    close = difflib.get_close_matches(folder.name, siblings, n=1)
-    return f"; did you mean {folder.parent / close[0]}?" if close else ""
+    if close := difflib.get_close_matches(folder.name, siblings, n=1):
+        return f"; did you mean {folder.parent / close[0]}?"
+    if known := named_after(folder):
+        owner = known.source.split("/")[1]
+        local = f"models/{folder.name}" if str(folder) == f"{owner}/{folder.name}" else str(folder)
+        return f"; a run fetches no models: `hf download {owner}/{folder.name} --local-dir {local}` does" + (
+            "" if local == str(folder) else f"; then give {local}"
+        )
+    if _HUB_NAME.fullmatch(str(folder)) and not folder.parent.is_dir():
+        return (
+            "; if this is a name on the Hugging Face Hub: a run fetches no models; fetch it first, `hf download "
+            f"{folder} --local-dir models/{folder.name}`, and give models/{folder.name}"
+        )
+    return ""
 
 
 def _remedy_for_file(path: Path) -> str:

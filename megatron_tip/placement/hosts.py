@@ -42,8 +42,9 @@ class Hosts:
 
 
 def hosts_elsewhere(workers: int, gpus_per_node: int) -> Hosts:
-    """Returns nodes of `gpus_per_node` GPUs that `workers` ranks fill one after another."""
-    return Hosts(workers, min(workers, gpus_per_node or workers), tuple(range(gpus_per_node)))
+    """Returns nodes of `gpus_per_node` GPUs that `workers` ranks fill one after another; several are a SLURM job's."""
+    per_node = min(workers, gpus_per_node or workers)
+    return Hosts(workers, per_node, tuple(range(gpus_per_node)), by_job=workers > per_node)
 
 
 def hosts_here(workers: int, environ: Mapping[str, str], num_gpus: int) -> Hosts:

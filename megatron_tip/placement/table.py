@@ -23,6 +23,12 @@ def table_of(placement: Placement) -> list[str]:
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     if placement.transport:
         lines.append(f"weights: {_IN_WORDS[placement.transport]}")
+    hosts = placement.hosts
+    if placement.students and hosts.trainer_nodes > 1 and not (hosts.by_job or hosts.rollout_nodes):
+        lines.append(
+            "servers on the first node alone: a run that srun or torchrun starts has none on the others; "
+            "`megatron-tip submit` starts them on every node"
+        )
     ranks = sum(len(server.places) for server in placement.students)
     if ranks and len(placement.trainers) > _MOST_TRAINERS * ranks:
         lines.append(

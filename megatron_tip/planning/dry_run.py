@@ -7,37 +7,66 @@ from megatron_tip.errors import ConfigError
 from megatron_tip.machine import Machine
 from megatron_tip.placement.hosts import Hosts
 from megatron_tip.placement.table import table_of
-from megatron_tip.planning.description import parameters_in_words
+from megatron_tip.planning.description import description_of
 from megatron_tip.planning.memory_estimate import MemoryEstimate, estimate_memory
 from megatron_tip.planning.plan import Outline, outline_run
+
+_REMEDIES = (
+    ("activations", "lower training.max_tokens_per_micro_batch or set model.recompute_activations"),
+    ("held", 'set selection.passes = "auto", or lower rollout.prompts_per_step'),
+    ("optimizer", "set optimizer.distributed or training.offload"),
+    ("gradients", "raise model.tensor_parallel_size or model.pipeline_parallel_size, or set training.offload"),
+    (
+        "teacher: weights",
+        "raise teacher.tensor_parallel_size or teacher.pipeline_parallel_size, or set training.offload",
+    ),
+    ("weights", "raise model.tensor_parallel_size or model.pipeline_parallel_size"),
+    ("hidden states", "lower rollout.prompts_per_step or rollout.max_response_tokens, or use more GPUs"),
+    ("SGLang", "give servers less memory (sglang.memory_fraction) or separate GPUs (sglang.gpus)"),
+    ("embedded engine", 'generate on servers (rollout.engine = "sglang")'),
+    ("logits", "lower loss.chunk_rows"),
+)
+"""By a part of a purpose's name, the first that matches: what makes it smaller."""
 
 
 @dataclass(frozen=True)
 class DryRun:
-    """A configuration that can run on `world_size` GPUs. `notes`: what this machine could not check."""
+    """A configuration that can run on these machines if `gpu_memory_gib` suffice.
 
-    world_size: int
+    `notes`: what this machine could not check. `absent`: the files and folders among it that are not here.
+    """
+
+    config: Config
     outline: Outline
     memory: MemoryEstimate
+    gpu_memory_gib: float
     notes: tuple[str, ...]
+    absent: tuple[str, ...]
 
-    def report(self, gpu_memory_gib: float) -> str:
-        """Returns the result as text."""
-        total = self.memory.total_bytes / 2**30
-        models = (("student", self.outline.student), ("teacher", self.outline.teacher))
-        lines = [
-            f"{self.world_size} workers: {self.outline.grids_in_words()}",
-            *(
-                f"{owner}: {parameters_in_words(model.architecture)}"
-                for owner, model in models
-                if model and model.architecture.experts
-            ),
+    def lines(self) -> list[str]:
+        """Returns the result for people: models, layout, who runs where, memory, and what was not checked."""
+        return [
+            *description_of(self.config, self.outline),
+            f"{self.outline.placement.hosts.workers} workers: {self.outline.grids_in_words()}",
             *table_of(self.outline.placement),
-            f"memory of the fullest GPU, roughly: {total:.1f} of {gpu_memory_gib:g} GiB",
+            f"memory of the fullest GPU, roughly: {_gib(self.memory.total_bytes)} of {self.gpu_memory_gib:g} GiB",
             *self.memory.lines(),
             *(f"not checked here: {note}" for note in self.notes),
         ]
-        return "\n".join(lines)
+
+    def require_memory(self) -> None:
+        """Raises ConfigError if the estimate exceeds the GPUs' memory; names what is largest and what helps."""
+        needed, given = self.memory.total_bytes, self.gpu_memory_gib * 2**30
+        if needed <= given:
+            return
+        phase = self.memory.peak_phase
+        largest = sorted(self.memory.phases[phase].items(), key=lambda part: -part[1])
+        known = [(name, size, remedy) for name, size in largest if (remedy := _remedy(name))][:2]
+        raise ConfigError(
+            f"memory: expected at most {self.gpu_memory_gib:g} GiB per GPU (--gpu-memory), got an estimate of "
+            f'{_gib(needed)} GiB in phase "{phase}", {_gib(needed - given)} too many; '
+            + "; ".join(f"of these {name} {_gib(size)}: {remedy}" for name, size, remedy in known)
+        )
 
 
 def dry_run(config: Config, hosts: Hosts, *, gpu_memory_gib: float) -> DryRun:
@@ -46,19 +75,17 @@ def dry_run(config: Config, hosts: Hosts, *, gpu_memory_gib: float) -> DryRun:
     A model whose folder is missing here is looked up by the folder's name (`known_models`).
 
     Raises:
-        ConfigError: the estimate exceeds `gpu_memory_gib`. For other errors see `outline_run`.
+        ConfigError: it cannot run there. For other errors see `outline_run`.
     """
     machine = Machine(is_elsewhere=True)
     outline = outline_run(config, hosts.workers, machine, hosts)
     memory = estimate_memory(config, outline, gpu_memory_gib=gpu_memory_gib)
-    result = DryRun(hosts.workers, outline, memory, tuple(machine.notes))
-    if memory.total_bytes > gpu_memory_gib * 2**30:
-        raise ConfigError(
-            f"memory: expected at most {gpu_memory_gib:g} GiB per GPU (--gpu-memory), got an estimate of "
-            f'{memory.total_bytes / 2**30:.1f} GiB in phase "{memory.peak_phase}"; raise tensor, context or '
-            "pipeline parallel sizes, set optimizer.distributed, model.recompute_activations, "
-            'model.recompute_modules or training.offload, leave selection.passes at "auto", lower '
-            "training.max_tokens_per_micro_batch or rollout.prompts_per_step, or give servers less "
-            "memory (sglang.memory_fraction) or separate GPUs (sglang.gpus)\n" + result.report(gpu_memory_gib)
-        )
-    return result
+    return DryRun(config, outline, memory, gpu_memory_gib, tuple(machine.notes), tuple(machine.absent))
+
+
+def _remedy(purpose: str) -> str | None:
+    return next((remedy for part, remedy in _REMEDIES if part in purpose), None)
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.1f}"

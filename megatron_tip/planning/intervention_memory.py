@@ -53,7 +53,7 @@ def estimate_intervention(
     sent = {"teacher: hidden states to send": row * kept.bank / outline.teacher_grid.dp_size}
     phases = {name: _of_a_step(step.phases[name]) | always for name in _PHASES}
     phases["ask"] |= sent
-    return MemoryEstimate(phases, step.host_bytes, held_tokens=0)
+    return MemoryEstimate(phases, step.host_bytes, held_tokens=0, held_total_bytes=0.0)
 
 
 def _of_a_step(parts: dict[str, float]) -> dict[str, float]:

@@ -43,12 +43,14 @@ class MemoryEstimate:
     """Bytes by phase and purpose on the rank that needs the most. `host_bytes`: host memory per GPU for what leaves it.
 
     Phases are those of `PHASES`, without "measure" if nothing is measured, and "save". `held_tokens`: tokens of a
-    replica's batch whose activations one pass may hold; 0 if a step never takes one pass.
+    replica's batch whose activations one pass may hold; 0 if a step never takes one pass. `held_total_bytes`: what the
+    fullest phase takes with so many; `phases` are those of the longest batch.
     """
 
     phases: dict[str, Parts]
     host_bytes: float
     held_tokens: int
+    held_total_bytes: float
 
     @property
     def peak_phase(self) -> str:
@@ -80,7 +82,10 @@ class MemoryEstimate:
         if self.host_bytes:
             lines.append(f"host memory for training.offload: {self.host_bytes / 2**30:.1f} GiB per GPU")
         if self.held_tokens:
-            lines.append(f"selection.passes: one pass fits for up to {self.held_tokens:,} tokens per replica and step")
+            lines.append(
+                f"selection.passes: one pass fits for up to {self.held_tokens:,} tokens per replica and step, "
+                f"with {self.held_total_bytes / 2**30:.1f} GiB in all"
+            )
         return lines
 
 
@@ -128,7 +133,8 @@ def estimate_memory(config: Config, outline: Outline, *, gpu_memory_gib: float, 
         fitting, longest = _fitting_tokens(site), _num_rollouts(config, student) * config.longest_sequence
         held_tokens = longest if config.selection.passes == "one" or longest <= fitting else None
     on_host = sum(site.movable[name][1] for name in site.leaving - {"gradients"})
-    return MemoryEstimate(_phases(site, held_tokens), on_host, fitting)
+    most = max(sum(parts.values()) for parts in _phases(site, fitting).values())
+    return MemoryEstimate(_phases(site, held_tokens), on_host, fitting, most)
 
 
 def may_take_one_pass(config: Config, selector: Selector) -> bool:

@@ -28,10 +28,10 @@ def find_model(section: str, path: Path, machine: Machine, drop_layers: Sequence
     try:
         if machine.is_elsewhere and not _is_described(path):
             known = known_model(path, owner=section, drop_layers=drop_layers)
-            machine.notes.append(f"{path} is not on this machine; its shape: {known.source}")
+            machine.note_absent(path, f"{path} is not on this machine; its shape: {known.source}")
             return known
         if machine.is_elsewhere and not any(path.glob("*.safetensors")):
-            machine.notes.append(f"weights of {path} are not on this machine, only its config.json")
+            machine.note_absent(path, f"weights of {path} are not on this machine, only its config.json")
             return ModelFolder(path, drop_layers)
         return HfCheckpoint(path, drop_layers)
     except DroppedLayersError as error:

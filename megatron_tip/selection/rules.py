@@ -151,7 +151,12 @@ def load_rule(name: str) -> Rule:
 def _imported(path: str) -> Any:
     module_name, _, attribute = path.partition(":")
     try:
-        return getattr(importlib.import_module(module_name), attribute)
+        module = importlib.import_module(module_name)
+        if not hasattr(module, attribute) and (close := difflib.get_close_matches(attribute, vars(module), n=1)):
+            raise ConfigError(f"rule: {module_name} has no {attribute!r}; did you mean {module_name}:{close[0]}?")
+        return getattr(module, attribute)
+    except ConfigError:
+        raise
     except Exception as error:  # the module may raise anything while it is imported
         raise ConfigError(
             f"rule: cannot import {path!r} ({type(error).__name__}: {error}); expected 'package.module:attribute', no "

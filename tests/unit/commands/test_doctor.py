@@ -63,7 +63,7 @@ def test_a_machine_without_a_gpu_lacks_nothing():
     assert "MISSING" not in ended.stdout
     for name in ("torch", "megatron-core", "transformer-engine", "apex", "sglang", "wandb", "SLURM", "disk", "ports"):
         assert name in ended.stdout
-    assert 'fix: pip install "megatron_tip[transformer-engine]"' in ended.stdout
+    assert 'fix: pip install --no-build-isolation "megatron_tip[transformer-engine]"' in ended.stdout
     assert ended.stdout.splitlines()[-1] == "ready: a run lacks nothing here"
 
 

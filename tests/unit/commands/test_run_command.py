@@ -35,6 +35,25 @@ def test_an_override_with_dashes_is_answered(command):
     assert "did you mean optimizer.lr=1e-4?" in ended.output
 
 
+@pytest.mark.parametrize(
+    "words,expected_text",
+    [
+        (["submit", "run.toml", "--partition=gpu"], "--partition: no such option; use --sbatch=--partition=..."),
+        (["submit", "run.toml", "-p", "gpu"], "-p: no such option; use --sbatch='-p ...'"),
+        (["train", "run.toml", "--nodes", "8"], "--nodes: no such option; use --world-size, the number of GPUs of all"),
+    ],
+)
+def test_an_option_of_another_command_is_answered(words, expected_text):
+    ended = CliRunner().invoke(app, words)
+    assert (ended.exit_code, expected_text in ended.output) == (2, True), ended.output
+
+
+def test_the_number_of_gpus_elsewhere_starts_nothing(tmp_path):
+    (tmp_path / "run.toml").write_text(MINIMAL)
+    ended = CliRunner().invoke(app, ["train", str(tmp_path / "run.toml"), "--world-size", "64"])
+    assert (ended.exit_code, "--world-size: expected --dry-run beside it, got" in ended.output) == (2, True)
+
+
 def test_modules_beside_the_file_are_looked_for_last(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", sys.path[:])
     (tmp_path / "run.toml").write_text(MINIMAL)

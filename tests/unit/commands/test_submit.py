@@ -11,6 +11,7 @@ from megatron_tip.commands.submit import (
     Submission,
     as_served,
     hosts_of,
+    require_files,
     sbatch_command,
     site_values,
     submit,
@@ -46,7 +47,33 @@ def test_site_values_and_run_become_options_and_the_command_line_wins(tmp_path: 
         f"{Path.cwd()}/my run.toml",
         "run.seed=2",
     ]
-    assert shlex.split(submit(submission, config, dry_run=True)) == command
+    by_hand = ["mkdir", "-p", f"{tmp_path}/run/slurm", "&&", *command]
+    assert shlex.split(submit(submission, config, dry_run=True)) == by_hand
+
+
+def test_options_of_sbatch_are_words(tmp_path: Path):
+    options = ["-p gpu", "-t9:00:00", "--comment=a b"]
+    command = sbatch_command(
+        Submission(Path("a.toml"), options=options, environ=ENVIRON), make_config(tmp_path, Layout(1))
+    )
+    assert command[-6:-2] == ["-p", "gpu", "-t9:00:00", "--comment=a b"]
+
+
+@pytest.mark.parametrize("option", ["--nodes=4", "-N4", "-N 4", "--gpus-per-node=2"])
+def test_nodes_that_were_not_checked_are_refused(tmp_path: Path, option: str):
+    submission = Submission(Path("a.toml"), options=[option], environ=ENVIRON)
+    with pytest.raises(
+        ConfigError, match=r"--sbatch=.*: expected --(nodes|gpus-per-node) N, by which the run is checked"
+    ):
+        sbatch_command(submission, make_config(tmp_path, Layout(1)))
+
+
+def test_a_file_that_is_not_here_is_refused():
+    require_files([])
+    with pytest.raises(
+        ConfigError, match=r"files: expected what the run reads .* found no data/a\.jsonl; mend the path"
+    ):
+        require_files([Path("data/a.jsonl"), Path("models/a")])
 
 
 def test_the_job_of_a_sweep_logs_each_run_apart(tmp_path: Path):
@@ -119,7 +146,7 @@ def test_an_unknown_script_is_refused_with_the_known_ones():
 
 def test_without_slurm_the_command_to_run_elsewhere_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("shutil.which", lambda name: None)
-    with pytest.raises(ConfigError, match="found none; where it is installed, run: sbatch"):
+    with pytest.raises(ConfigError, match=r"found none; where it is installed, run: mkdir -p .*/run/slurm && sbatch"):
         submit(Submission(Path("a.toml"), environ=ENVIRON), make_config(tmp_path, Layout(1)), dry_run=False)
 
 

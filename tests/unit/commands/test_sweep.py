@@ -119,7 +119,7 @@ def test_an_array_has_the_unfinished_runs(path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr("megatron_tip.commands.sweep.train.check_elsewhere", lambda *_: None)
     sweep.command(path, submit=True, nodes=2, gpus_per_node=8, sbatch=["--qos=high"], dry_run=True)
     words = shlex.split(capsys.readouterr().out)
-    assert words[0] == "sbatch"
+    assert words[:5] == ["mkdir", "-p", f"{Path.cwd()}/sweep/slurm", "&&", "sbatch"]
     assert {"--nodes=2", "--array=1,2,3,4,5,6,7", "--qos=high"} <= set(words)
     assert f"--output={Path.cwd()}/sweep/slurm/%A_%a.out" in words
     assert words[-2:] == [str(Path(submit.__file__).parents[2] / "slurm/sweep.sbatch"), str(path)]

@@ -76,6 +76,11 @@ def test_malformed_override_is_refused(minimal, override):
         ("model.tensor_paralel_size=3", "model.tensor_paralel_size (on the command line): unknown key"),
         ("model.tensor_paralel_size=3", "did you mean model.tensor_parallel_size?"),
         ("training.lr=0.1", "did you mean optimizer.lr?"),
+        ("training.learning_rate=0.1", "did you mean optimizer.lr?"),
+        ("model.tp=2", "did you mean model.tensor_parallel_size?"),
+        ("data.path=a", "data: unknown section; did you mean prompts?"),
+        ("student.path=a", "student: unknown section; did you mean model?"),
+        ("unheard.of=1", "unheard: unknown section; see `megatron-tip train --help` for all keys"),
         ("optimzer.lr=0.1", "optimzer: unknown section; did you mean optimizer?"),
         (
             "selection.thresholds=last_step",
@@ -132,6 +137,7 @@ def test_message_names_key_expectation_and_value(minimal, override, expected_tex
     "override,expected_text",
     [
         ("lr=1e-4", "did you mean optimizer.lr=1e-4?"),
+        ("learning_rate=1e-4", "did you mean optimizer.lr=1e-4?"),
         ("dtype=bfloat16", "did you mean model.dtype=bfloat16 or teacher.dtype=bfloat16 or rollout.dtype=bfloat16?"),
         ("optimizer.lr", "did you mean optimizer.lr=VALUE?"),
         ("--optimizer.lr=1e-4", "did you mean optimizer.lr=1e-4? Write it without dashes"),

@@ -51,5 +51,5 @@ def test_active_parameters_are_those_of_the_model_card(name: str, active: float)
 def test_a_folder_is_known_by_its_name():
     assert known_model(Path("/models/Qwen3-4B"), owner="model") is KNOWN_MODELS["Qwen3-4B"]
     assert known_model(Path("/models/Qwen2.5-3B-Instruct"), owner="model") is KNOWN_MODELS["Qwen2.5-3B"]
-    with pytest.raises(ConfigError, match=r"teacher.path: .* the nearest known name is Qwen3-14B"):
+    with pytest.raises(ConfigError, match=r"teacher.path: .*/models/Qwen3-15B; known are Qwen3-0.6B, "):
         known_model(Path("/models/Qwen3-15B"), owner="teacher")

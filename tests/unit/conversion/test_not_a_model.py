@@ -67,8 +67,14 @@ def test_a_misspelt_folder_is_answered_with_its_neighbour(tmp_path):
 
 def test_a_name_of_the_hub_is_not_fetched(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(WeightsError, match=r"models are not fetched by a run; .* `hf download Qwen/Qwen3-4B --local"):
-        require_model_folder(Path("Qwen/Qwen3-4B"))
+    for given, expected_text in (
+        ("Qwen/Qwen3-4B", "`hf download Qwen/Qwen3-4B --local-dir models/Qwen3-4B` does; then give models/Qwen3-4B"),
+        ("models/Qwen3-4B-Base", "`hf download Qwen/Qwen3-4B-Base --local-dir models/Qwen3-4B-Base` does"),
+        ("acme/Tiny", "fetch it first, `hf download acme/Tiny --local-dir models/Tiny`, and give models/Tiny"),
+    ):
+        with pytest.raises(WeightsError) as caught:
+            require_model_folder(Path(given))
+        assert str(caught.value).endswith(expected_text)
 
 
 def test_a_whole_model_beside_an_adapter_is_a_model(model):
