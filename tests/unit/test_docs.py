@@ -142,3 +142,14 @@ def test_the_study_has_no_verdict_from_fewer_trainings_than_a_verdict_needs():
     against = int((table["difference"] * expected < 0).sum())
     assert f"In {against} rows the difference points away from the claim" in page
     assert f"None of the {len(table)} rows" in page
+
+
+def test_the_table_of_the_sweep_is_that_of_its_file():
+    page = (ROOT / "docs/sweep.md").read_text()
+    table = pd.read_csv(ROOT / "docs/quickstart_sweep/sweep.csv")
+    assert len(table) == 12
+    for row in table.itertuples():
+        after = f"{row.heldout_after_mean:.2f} ± {row.heldout_after_half:.2f}"
+        assert f"| `{row.rule}` | {row.budget:g} | {row.retention_percent_mean:.1f} | {after} |" in page
+    before = table.heldout_before_mean.unique(), table.heldout_before_half.unique()
+    assert f"{before[0].item():.2f} ± {before[1].item():.2f}" in page
