@@ -17,12 +17,12 @@ from megatron_tip.errors import ConfigError
 
 _OF_SBATCH = ("partition", "account", "time", "qos", "reservation", "constraint", "exclude", "nodelist", "mail-user")
 _ELSEWHERE = {
-    **{f"--{name}": f"--sbatch=--{name}=..." for name in _OF_SBATCH},
-    **{f"-{letter}": f"--sbatch='-{letter} ...'" for letter in "pAtq"},
-    "--nodes": "--world-size, the number of GPUs of all nodes",
-    "--gpus": "--gpus-per-node",
+    **{f"--{name}": ("--sbatch", f"--sbatch=--{name}=...") for name in _OF_SBATCH},
+    **{f"-{letter}": ("--sbatch", f"--sbatch='-{letter} ...'") for letter in "pAtq"},
+    "--nodes": ("--world-size", "--world-size, the number of GPUs of all nodes"),
+    "--gpus": ("--gpus-per-node", "--gpus-per-node"),
 }
-"""Options that another command has, or sbatch, and what takes their place."""
+"""Options that another command has, or sbatch: the option that takes their place, and how it is written."""
 
 
 def complete_override(incomplete: str) -> list[str]:
@@ -53,8 +53,9 @@ class RunCommand(TyperCommand):
                     continue
                 if names_a_key(word):
                     raise ConfigError(f"command line: expected section.key=value, got {word!r}{override_hint(word)}")
-                if name in _ELSEWHERE and _ELSEWHERE[name].partition("=")[0] in options:
-                    raise ConfigError(f"command line: {name}: no such option; use {_ELSEWHERE[name]}")
+                ours, use = _ELSEWHERE.get(name, ("", ""))
+                if ours in options:
+                    raise ConfigError(f"command line: {name}: no such option; use {use}")
         return super().parse_args(ctx, args)
 
 

@@ -179,7 +179,11 @@ def _student_slots(config: Config, hosts: Hosts) -> Slots:
         return Slots()
     nodes = tuple(range(trainer_nodes)) if given or job_starts_students(config, hosts) else (0,)
     gpus = _own_gpus(config, hosts)
-    if gpus and (len(gpus) * len(nodes) != wanted * tp if wanted else tp < len(gpus) and len(gpus) % tp):
+    if (
+        gpus
+        and not wanted % len(nodes)
+        and (len(gpus) * len(nodes) != wanted * tp if wanted else tp < len(gpus) and len(gpus) % tp)
+    ):
         number = f"{wanted * tp // len(nodes)} for rollout.servers = {wanted}" if wanted else "whole servers"
         raise ConfigError(
             f"sglang.gpus: expected {number} of tensor_parallel_size {tp}{f' on {len(nodes)} nodes' * (len(nodes) > 1)}"

@@ -64,8 +64,8 @@ class DryRun:
         known = [(name, size, remedy) for name, size in largest if (remedy := _remedy(name))][:2]
         raise ConfigError(
             f"memory: expected at most {self.gpu_memory_gib:g} GiB per GPU (--gpu-memory), got an estimate of "
-            f'{_gib(needed)} GiB in phase "{phase}", {_gib(needed - given)} too many; '
-            + "; ".join(f"of these {name} {_gib(size)}: {remedy}" for name, size, remedy in known)
+            f'{_gib(needed)} GiB in phase "{phase}", {_gib(needed - given)} too many. The largest are: '
+            + "; ".join(f"{name}, {_gib(size)}: {remedy}" for name, size, remedy in known)
         )
 
 

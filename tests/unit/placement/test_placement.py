@@ -311,5 +311,6 @@ def test_one_server_for_many_workers_is_said():
     lines = table_of(place(config_of(sglang={"gpus": (7,)}), Hosts(56, 7, EIGHT)))
     assert lines[-1].startswith("few servers: 1 for 56 workers, which wait while it generates; raise rollout.servers")
     assert lines[-2].startswith("servers on the first node alone: a run that srun or torchrun starts has none on")
-    assert not any("first node alone" in line for line in table_of(place(config_of(), job(8))))
+    by_job = table_of(place(config_of(sglang={"share_gpus": True}), job(8)))
+    assert not any("first node alone" in line for line in by_job)
     assert not table_of(place(config_of(), on_node(7)))[-1].startswith("few servers")
