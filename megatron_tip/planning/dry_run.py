@@ -1,6 +1,7 @@
 """The check of a configuration for another machine; needs no weights, GPUs or prompts."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron_tip.config import Config
 from megatron_tip.errors import ConfigError
@@ -41,7 +42,7 @@ class DryRun:
     memory: MemoryEstimate
     gpu_memory_gib: float
     notes: tuple[str, ...]
-    absent: tuple[str, ...]
+    absent: tuple[Path, ...]
 
     def lines(self) -> list[str]:
         """Returns the result for people: models, layout, who runs where, memory, and what was not checked."""

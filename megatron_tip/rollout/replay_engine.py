@@ -103,7 +103,7 @@ def check_same_batches(config: Config, machine: Machine) -> None:
     """
     folder = config.rollout.replay_folder
     assert folder is not None, "checked by the configuration"
-    if machine.is_elsewhere and not machine.has(folder, "rollout.replay_folder"):
+    if machine.is_elsewhere and not folder.exists():
         return
     values = config.model_dump(mode="json")
     for key, earlier, where in [*_earlier_settings(config, folder)] or _recorded_settings(folder):
