@@ -9,8 +9,10 @@ import typer
 
 from megatron_tip.commands.outcome import errors_reported
 from megatron_tip.commands.run_command import Overrides, configured_run
+from megatron_tip.cpu.heap import keep_freed_memory
 from megatron_tip.cpu.lean_imports import lean_imports
 from megatron_tip.observability.logs import hide_warnings_of_libraries
+from megatron_tip.parallel.environment import available_threads
 
 
 @errors_reported()
@@ -33,14 +35,17 @@ def command(
     # The simulated tensors are the CPU's: on a machine with a GPU, Megatron would place them there.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # without it, Megatron warns that a GPU would be slower
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the batches are planned at the same time, in processes
     config = configured_run(config_path, overrides)
     hide_warnings_of_libraries()
+    keep_freed_memory()  # the selection among millions of assumed tokens
     with lean_imports():
         from megatron_tip.simulation import device, page, plan, report  # late: imports torch and Megatron
     chosen = device.find_device(gpu)
     if html is not None:
         page.require_writable(html)
-    found = plan.make_plan(config, plan.planned_hosts(config, nodes, gpus_per_node), chosen)
+    hosts = plan.planned_hosts(config, nodes, gpus_per_node)
+    found = plan.make_plan(config, hosts, chosen, num_processes=available_threads())
     typer.echo(json.dumps(report.as_values(found), indent=1) if as_json else report.as_text(found))
     if html is not None:
         page.write_plan_page(found, html)

@@ -7,7 +7,10 @@ import pytest
 from typer.testing import CliRunner
 
 from megatron_tip.cli import app
-from megatron_tip.config.io import dump_config
+from megatron_tip.config.io import dump_config, load_config
+from megatron_tip.simulation.device import find_device
+from megatron_tip.simulation.plan import make_plan, planned_hosts
+from megatron_tip.simulation.report import as_values
 from tests.helpers.training import Layout, make_config, make_models
 
 pytestmark = pytest.mark.timeout(900)
@@ -41,6 +44,9 @@ def test_table_has_80_columns_and_json_the_same_values(config_path: Path):
     assert longest["response_tokens"] == 64 * 64 > typical["response_tokens"]
     assert longest["step_seconds"] == pytest.approx(sum(longest["phase_seconds"].values()))
     assert values["fits"]
+    config = load_config(config_path)
+    plan = make_plan(config, planned_hosts(config, 2, 4), find_device("h800"))
+    assert values == json.loads(json.dumps(as_values(plan))), "in other processes than in one"
 
 
 def test_an_unknown_gpu_is_named(config_path: Path):
