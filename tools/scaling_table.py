@@ -303,3 +303,7 @@ def measure(config: Config, batch: StepBatch, folder: Path) -> Measured:
 def _num_sockets() -> int:
     """Returns the number of this process's connected sockets."""
     return sum(one.status == psutil.CONN_ESTABLISHED for one in psutil.Process().net_connections("tcp"))
+
+
+if __name__ == "__main__":
+    main()

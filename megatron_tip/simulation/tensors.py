@@ -217,7 +217,8 @@ def reads_back(ledger: Ledger) -> Iterator[None]:
 
     A mode for torch's functions would also see every attribute of a tensor that is read, which takes far longer.
     """
-    plain = torch.tensor
+    library: Any = torch
+    plain = library.tensor
 
     def tensor(data: Any, *args: Any, **kwargs: Any) -> Tensor:
         if isinstance(data, list):
@@ -225,8 +226,8 @@ def reads_back(ledger: Ledger) -> Iterator[None]:
             data = tree_map(_value_of, data)
         return plain(data, *args, **kwargs)
 
-    torch.tensor = tensor
+    library.tensor = tensor
     try:
         yield
     finally:
-        torch.tensor = plain
+        library.tensor = plain
