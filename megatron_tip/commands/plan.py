@@ -9,7 +9,6 @@ import typer
 
 from megatron_tip.commands.outcome import errors_reported
 from megatron_tip.commands.run_command import Overrides, configured_run
-from megatron_tip.cpu.heap import keep_freed_memory
 from megatron_tip.cpu.lean_imports import lean_imports
 from megatron_tip.observability.logs import hide_warnings_of_libraries
 from megatron_tip.parallel.environment import available_threads
@@ -36,9 +35,9 @@ def command(
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # without it, Megatron warns that a GPU would be slower
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the batches are planned at the same time, in processes
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch asks for huge pages: millions of tokens take many small
     config = configured_run(config_path, overrides)
     hide_warnings_of_libraries()
-    keep_freed_memory()  # the selection among millions of assumed tokens
     with lean_imports():
         from megatron_tip.simulation import device, page, plan, report  # late: imports torch and Megatron
     chosen = device.find_device(gpu)

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
 
-from megatron_tip.cpu.heap import keep_freed_memory
 from megatron_tip.cpu.lean_imports import lean_imports
 from megatron_tip.observability.logs import hide_warnings_of_libraries
 
@@ -20,7 +19,6 @@ def other_processes(count: int) -> Iterator[Executor]:
 
 def _prepare() -> None:
     """Imports Megatron as the command does, before the first call brings it along."""
-    keep_freed_memory()
     hide_warnings_of_libraries()
     with lean_imports():
         import torch
