@@ -218,6 +218,7 @@ def main() -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if arguments.check:
         sys.exit(0 if check() else 1)
+    encode_rollouts([])  # the first call imports a part of Arrow
     titles = ("selection, KiB", "cut, KiB", "sent, MiB", "encode, s", "file, MiB", "write, s", "read on each rank, s")
     _print_table(("ranks", "rollouts", *titles), growth_row, arguments.nodes)
     titles = ("groups", "NCCL, GiB", "gloo sockets", "checkpoint per rank, MiB", "in all, GiB")
