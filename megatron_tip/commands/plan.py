@@ -10,6 +10,7 @@ import typer
 from megatron_tip.commands.outcome import errors_reported
 from megatron_tip.commands.run_command import Overrides, configured_run
 from megatron_tip.cpu.lean_imports import lean_imports
+from megatron_tip.parallel.environment import available_threads
 
 
 @errors_reported()
@@ -32,13 +33,16 @@ def command(
     # The simulated tensors are the CPU's: on a machine with a GPU, Megatron would place them there.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # without it, Megatron warns that a GPU would be slower
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the batches are planned at the same time, in processes
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch asks for huge pages: millions of tokens take many small
     config = configured_run(config_path, overrides)
     with lean_imports():
         from megatron_tip.simulation import device, page, plan, report  # late: imports torch and Megatron
     chosen = device.find_device(gpu)
     if html is not None:
         page.require_writable(html)
-    found = plan.make_plan(config, plan.planned_hosts(config, nodes, gpus_per_node), chosen)
+    hosts = plan.planned_hosts(config, nodes, gpus_per_node)
+    found = plan.make_plan(config, hosts, chosen, num_processes=available_threads())
     typer.echo(json.dumps(report.as_values(found), indent=1) if as_json else report.as_text(found))
     if html is not None:
         page.write_plan_page(found, html)

@@ -3,6 +3,7 @@
 import datetime
 import logging
 import os
+import resource
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -16,6 +17,7 @@ from megatron_tip.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
+_OPEN_FILES = 65536
 _FIRST_WORD_SECONDS, _NEXT_WORD_SECONDS = 5.0, 30.0
 
 
@@ -47,6 +49,7 @@ def init_distributed(*, timeout_seconds: float = 1800.0, device_index: int | Non
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = _device(local_rank if device_index is None else device_index)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    _allow_open_files(_OPEN_FILES)
     address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     try:
         with _waiting_is_logged(rank, world_size, address) if local_rank == 0 else nullcontext():
@@ -70,6 +73,17 @@ def init_distributed(*, timeout_seconds: float = 1800.0, device_index: int | Non
     return Worker(rank, world_size, local_rank, device)
 
 
+def _allow_open_files(count: int) -> None:
+    """Raises this process's limit of open files to `count`, or as far as it may.
+
+    gloo keeps a socket open to every other rank of each group: above a common limit of 1,024 from some 600 ranks on.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def _log_device(device: torch.device, world_size: int) -> None:
     """Logs what the run computes on; loudly if that is a CPU, which may be a mistake."""
     if device.type == "cuda":
@@ -89,7 +103,8 @@ def _waiting_is_logged(rank: int, world_size: int, address: str) -> Iterator[Non
     over = threading.Event()
 
     def log() -> None:
-        pause, waited = _FIRST_WORD_SECONDS, 0.0
+        pause, waited = _OPEN_FILES = 65536
+_FIRST_WORD_SECONDS, 0.0
         while not over.wait(pause):
             waited, pause = waited + pause, _NEXT_WORD_SECONDS
             logger.warning(

@@ -88,7 +88,8 @@ class AssumedSelection:
     @classmethod
     def of(cls, selector: Selector, batch: StepBatch, *, takes_one_pass: bool) -> "AssumedSelection":
         """Returns the selection by `selector` among all rows of `batch`."""
-        parts = [batch.token_index(replica) for replica in range(len(batch.plan))]
+        # of copies, which do not keep all micro-batches: they are several times larger
+        parts = [replace(batch).token_index(replica) for replica in range(len(batch.plan))]
         index = TokenIndex(
             torch.cat([part.rollout_index for part in parts]), torch.cat([part.position for part in parts])
         )

@@ -19,6 +19,7 @@ from megatron_tip.simulation.kinds import RankKind, beside_bytes, offloaded, ran
 from megatron_tip.simulation.layers import CountedRank, count_rank
 from megatron_tip.simulation.ledger import EXCHANGE
 from megatron_tip.simulation.parts import ACTIVATIONS, OF_ROWS, ROWS_SENT
+from megatron_tip.simulation.processes import other_processes
 from megatron_tip.simulation.rank import step_batch
 from megatron_tip.simulation.supported import check_simulated
 from megatron_tip.simulation.timing import (
@@ -133,8 +134,13 @@ def planned_hosts(config: Config, nodes: int, gpus_per_node: int) -> Hosts:
     return Hosts(nodes * workers, workers, tuple(range(gpus_per_node)), by_job=True)
 
 
-def make_plan(config: Config, hosts: Hosts, device: Device, *, batches: Sequence[str] = BATCHES) -> Plan:
+def make_plan(
+    config: Config, hosts: Hosts, device: Device, *, batches: Sequence[str] = BATCHES, num_processes: int = 1
+) -> Plan:
     """Returns the plan of a run on `hosts`. Needs no weights and no GPU.
+
+    Args:
+        num_processes: above 1, other processes plan all batches but the last.
 
     Raises:
         ConfigError: the run would be refused, or the simulation lacks a part of it. For other errors see `outline_run`.
@@ -142,18 +148,35 @@ def make_plan(config: Config, hosts: Hosts, device: Device, *, batches: Sequence
     machine = Machine(is_elsewhere=True)
     outline = outline_run(config, hosts.workers, machine, hosts)
     check_simulated(config, outline)
+    *others, last = batches
+    if others and num_processes > 1:
+        with other_processes(min(num_processes - 1, len(others))) as processes:
+            calls = [processes.submit(_planned_elsewhere, config, hosts, device, name) for name in others]
+            own = _planned_batch(config, outline, device, last)
+            planned = [*(call.result() for call in calls), own]
+    else:
+        planned = [_planned_batch(config, outline, device, name) for name in batches]
+    generation = {name: generated for name, (_, generated) in zip(batches, planned, strict=True)}
+    ranks = [rank for own_ranks, _ in planned for rank in own_ranks]
+    return Plan(as_simulated(config), device, outline, ranks, generation, [*machine.notes, _LAYERS_NOTE])
+
+
+def _planned_elsewhere(config: Config, hosts: Hosts, device: Device, name: str) -> tuple[list[PlannedRank], Generation]:
+    """Returns `_planned_batch` in another process, which reads the outline itself."""
+    outline = outline_run(config, hosts.workers, Machine(is_elsewhere=True), hosts)
+    return _planned_batch(config, outline, device, name)
+
+
+def _planned_batch(config: Config, outline: Outline, device: Device, name: str) -> tuple[list[PlannedRank], Generation]:
+    """Returns the kinds of ranks in one batch, simulated, and the batch's generation."""
     config, kinds = as_simulated(config), rank_kinds(config, outline)
     one_pass = plan_passes(config, outline, memory_gib=device.memory_gib, on_gpu=True)
-    ranks: list[PlannedRank] = []
-    generation = {}
-    for name in batches:
-        rollouts = assumed_rollouts(config, longest=name == "longest")
-        generation[name] = generation_of(config, outline, device, rollouts)
-        batch, scale, takes_one_pass = shortened(config, outline, one_pass, rollouts, longest=name == "longest")
-        assumed = AssumedSelection.of(outline.selector, batch, takes_one_pass=takes_one_pass)
-        counted = _counted(config, outline, kinds, batch, assumed, device.memory_bytes)
-        ranks += [_planned(config, outline, device, kind, name, counted[kind.stages], scale) for kind in kinds]
-    return Plan(config, device, outline, ranks, generation, [*machine.notes, _LAYERS_NOTE])
+    rollouts = assumed_rollouts(config, longest=name == "longest")
+    batch, scale, takes_one_pass = shortened(config, outline, one_pass, rollouts, longest=name == "longest")
+    assumed = AssumedSelection.of(outline.selector, batch, takes_one_pass=takes_one_pass)
+    counted = _counted(config, outline, kinds, batch, assumed, device.memory_bytes)
+    ranks = [_planned(config, outline, device, kind, name, counted[kind.stages], scale) for kind in kinds]
+    return ranks, generation_of(config, outline, device, rollouts)
 
 
 def _counted(

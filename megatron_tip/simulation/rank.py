@@ -33,7 +33,7 @@ from megatron_tip.simulation.parts import (
     settings_of,
     with_receiver,
 )
-from megatron_tip.simulation.tensors import ReadBack, SimulatedTensors
+from megatron_tip.simulation.tensors import SimulatedTensors, reads_back
 from megatron_tip.simulation.world import Answers, simulated_world
 from megatron_tip.teachers.megatron import MegatronTeacher
 from megatron_tip.training import weight_sync
@@ -96,7 +96,7 @@ def simulate_rank(
     prepare_megatron()
     world = simulated_world(ledger, answers, rank=rank, world_size=world_size)
     place = as_on_gpu(ledger, int(gpu_memory_bytes)) if gpu_memory_bytes else nullcontext()
-    with world, place, SimulatedTensors(ledger), ReadBack(ledger):
+    with world, place, SimulatedTensors(ledger), reads_back(ledger):
         timer = PhaseTimer(_CPU, on_enter=ledger.enter, on_exit=ledger.leave)
         if rank != 0:
             answers.broadcasts.extend((_length(_MEMORY), _bytes(_MEMORY)))

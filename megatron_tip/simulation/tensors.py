@@ -1,24 +1,27 @@
 """Tensor operations of a simulated rank: large values have only a shape, small and integer ones are real."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.overrides import TorchFunctionMode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from megatron_tip.simulation.ledger import Ledger
+from megatron_tip.simulation.shapes import Shapes
 
 aten = torch.ops.aten
 
+_SEQUENCES = (list, tuple)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _FACTORIES = (aten.empty, aten.zeros, aten.ones, aten.full, aten.empty_strided, aten.rand, aten.randn)
 _ROTATIONS = (aten.cos, aten.sin)
 """Operations whose results have only a shape: each layer would compute a whole sequence's rotary embeddings."""
+_DEVICE, _READ = torch.ops.prim.device.default, aten._local_scalar_dense.default
 _FREE = {aten.detach, aten.lift_fresh, aten.alias, aten.empty, aten.new_empty, aten.empty_strided, aten.empty_like}
 """Operations that touch no values."""
 
@@ -30,20 +33,24 @@ class CountedTensors(TorchDispatchMode):
         super().__init__()
         self.ledger = ledger
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # torch would enter and leave its compiler at every call; nothing here is compiled
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.ops.prim.device.default:  # two of five calls, which would take the long way each time
+        if func is _DEVICE:  # two of five calls, which would take the long way each time
             return args[0].fake_device
+        kwargs = kwargs or {}
         if func.namespace == "c10d":
             self._count_message(func, args)
             return func(*args, **kwargs)
-        if func is aten._local_scalar_dense.default:
+        if func is _READ:
             self.ledger.host_syncs[self.ledger.phase] += 1
-        inputs = [*tensors_in(args), *tensors_in(kwargs.values())]
+        inputs = tensors_in((*args, *kwargs.values()) if kwargs else args)
         result = self.run(func, args, kwargs, inputs)
         if self.ledger.is_paused:
             return result
-        outputs = tensors_in([result]) if isinstance(result, Tensor | list | tuple) else []
+        outputs = tensors_in((result,))
         for tensor in outputs:
             self.ledger.hold(tensor)
         if outputs and not func.is_view:
@@ -109,18 +116,18 @@ class SimulatedTensors(CountedTensors):
 
     def __init__(self, ledger: Ledger) -> None:
         super().__init__(ledger)
-        self._shapes = FakeTensorMode(allow_non_fake_inputs=True)
+        self._shapes = Shapes()
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: Sequence[Tensor]) -> Any:
         if not any(isinstance(tensor, FakeTensor) for tensor in inputs):
             if func.overloadpacket not in _ROTATIONS and (inputs or not _is_shape_alone(func, args, kwargs)):
                 return func(*args, **kwargs)
-        elif func is aten._local_scalar_dense.default:
+        elif func is _READ:
             return _assumed_scalar(args[0].dtype)
         packet = func.overloadpacket
         if packet in (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_, aten._unsafe_index_put):
             args = (args[0], _as_places(args[1]), *args[2:])
-        result = self._shapes.dispatch(func, (), args, kwargs)
+        result = self._shapes.run(func, args, kwargs)
         # An operation in place on a real tensor leaves it as it is: nothing reads its value.
         is_in_place = packet.__name__.endswith("_") and not packet.__name__.startswith("__")
         if is_in_place and args and isinstance(args[0], Tensor) and not isinstance(args[0], FakeTensor):
@@ -134,7 +141,7 @@ def tensors_in(values: Iterable[Any]) -> list[Tensor]:
     for value in values:
         if isinstance(value, Tensor):
             found.append(value)
-        elif isinstance(value, list | tuple):
+        elif isinstance(value, _SEQUENCES):
             found += [one for one in value if isinstance(one, Tensor)]
     return found
 
@@ -204,15 +211,23 @@ _OWN_FLOPS: dict[Any, Callable[..., int]] = {
 """Operations that torch's own table lacks."""
 
 
-class ReadBack(TorchFunctionMode):
-    """A mode for what `SimulatedTensors` does not see: `torch.tensor` of tensors, which reads each one's memory."""
+@contextmanager
+def reads_back(ledger: Ledger) -> Iterator[None]:
+    """Makes `torch.tensor` of tensors take assumed values in the block: it reads each one's memory, unseen by a mode.
 
-    def __init__(self, ledger: Ledger) -> None:
-        super().__init__()
-        self._ledger = ledger
+    A mode for torch's functions would also see every attribute of a tensor that is read, which takes far longer.
+    """
+    library: Any = torch
+    plain = library.tensor
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if func is torch.tensor and isinstance(args[0], list):
-            self._ledger.host_syncs[self._ledger.phase] += sum(isinstance(one, Tensor) for one in tree_leaves(args[0]))
-            args = (tree_map(_value_of, args[0]), *args[1:])
-        return func(*args, **(kwargs or {}))
+    def tensor(data: Any, *args: Any, **kwargs: Any) -> Tensor:
+        if isinstance(data, list):
+            ledger.host_syncs[ledger.phase] += sum(isinstance(one, Tensor) for one in tree_leaves(data))
+            data = tree_map(_value_of, data)
+        return plain(data, *args, **kwargs)
+
+    library.tensor = tensor
+    try:
+        yield
+    finally:
+        library.tensor = plain

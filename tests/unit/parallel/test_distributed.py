@@ -1,5 +1,6 @@
 """Joining a world that cannot be made."""
 
+import resource
 import socket
 
 import pytest
@@ -15,6 +16,16 @@ def place(monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize("hard,expected", [(4096, 512), (300, 300), (resource.RLIM_INFINITY, 512)])
+def test_many_files_may_be_open(monkeypatch, hard, expected):
+    limits = [(256, hard)]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits[-1])
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limit: limits.append(limit))
+    distributed._allow_open_files(512)
+    distributed._allow_open_files(128)
+    assert limits[1:] == [(expected, hard)]
 
 
 def test_port_in_use_is_named(place, monkeypatch):
