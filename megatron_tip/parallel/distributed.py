@@ -103,8 +103,7 @@ def _waiting_is_logged(rank: int, world_size: int, address: str) -> Iterator[Non
     over = threading.Event()
 
     def log() -> None:
-        pause, waited = _OPEN_FILES = 65536
-_FIRST_WORD_SECONDS, 0.0
+        pause, waited = _FIRST_WORD_SECONDS, 0.0
         while not over.wait(pause):
             waited, pause = waited + pause, _NEXT_WORD_SECONDS
             logger.warning(
