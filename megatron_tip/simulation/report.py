@@ -26,7 +26,7 @@ def as_text(plan: Plan) -> str:
         "assumed: devices.toml, shares of the peaks reached; docs/plan.md, the batches",
         *(f"not checked here: {note}" for note in plan.notes),
     ]
-    return "\n".join(wrapped for line in lines for wrapped in _wrap(line))
+    return "\n".join(wrapped for line in lines for wrapped in wrap_line(line))
 
 
 def as_values(plan: Plan) -> dict[str, Any]:
@@ -133,7 +133,7 @@ def _traffic_lines(plan: Plan) -> list[str]:
     return lines
 
 
-def _wrap(line: str) -> list[str]:
+def wrap_line(line: str) -> list[str]:
     """Returns the line in parts of at most 80 columns, cut at spaces."""
     parts = []
     while len(line) > 80:
