@@ -15,8 +15,8 @@ from megatron_tip.simulation.supported import check_simulated
 NUM_BEST = 5
 """Layouts that a search prints."""
 _NUM_SIMULATED = 6
-"""Layouts that are simulated beside the configured one, if they fit; one more than are printed, for the order between
-formulas and simulation differs a little."""
+"""Layouts that are simulated beside the configured one, if they fit; one more than are printed, because simulation may
+order them otherwise than the formulas do."""
 _MOST_SIMULATED = 9
 """The same with those that turn out not to fit."""
 _NUM_MISFITS = 3
@@ -129,7 +129,8 @@ def _any_outline(site: Site) -> Outline:
     try:
         return site.outline(site.config)
     except ConfigError as refusal:
-        for layout in layouts(site.config, site.gpus_per_node):
+        every = {(one.shape, one.servers): one for one in layouts(site.config, site.gpus_per_node)}
+        for layout in every.values():
             with suppress(ConfigError):
                 return site.outline(site.with_layout(layout))
         raise refusal

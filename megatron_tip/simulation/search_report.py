@@ -20,11 +20,12 @@ def as_text(search: Search, given: Sequence[str], gpus: str) -> str:
         given: the overrides of the command line, which the printed ones come after.
         gpus: their number and kind, in words.
     """
-    header = f"{'':>10}{'step, s':>9}{'tokens/s':>11}{'GiB':>8}"
     lines = [
-        f"layouts for {gpus}, by the seconds of a {RANKED_BY} step",
+        f"layouts for {gpus}, by the seconds of a {RANKED_BY} step; tokens: of responses;",
+        "GiB: of the fullest GPU in the longest batch. Paste the overrides behind",
+        "`megatron-tip train CONFIG.toml`; for the assumptions see docs/plan.md.",
         "",
-        header,
+        f"{'':>10}{'step, s':>9}{'tokens/s':>11}{'GiB':>8}",
         *_row("as it is", search.configured, given, []),
     ]
     for place, one in enumerate(search.best, start=1):
@@ -32,7 +33,7 @@ def as_text(search: Search, given: Sequence[str], gpus: str) -> str:
     if not search.best:
         lines += ["", "no layout fits"]
     if search.too_large:
-        lines += ["", "closest to fitting among those that do not:"]
+        lines += ["", "do not fit, the closest first:"]
     for one in search.too_large:
         lines.append(f"{one.missing_bytes / _GIB:>7.1f} GiB are missing")
         lines += _pasted(given, one.overrides)
