@@ -98,7 +98,7 @@ def layouts(config: Config, gpus_per_node: int) -> Iterator[Layout]:
         for one in (own.student, own.teacher)
     )
     recomputed = dict.fromkeys(((), ("mlp",), ("layer",), own.recomputed))
-    for choice in product(student, teacher, _servers(config, gpus_per_node), token_limits(config), recomputed):
+    for choice in product(student, teacher, server_choices(config, gpus_per_node), token_limits(config), recomputed):
         yield Layout(*choice, offload="none")
 
 
@@ -107,7 +107,7 @@ def token_limits(config: Config) -> list[int]:
     return sorted({max(1, int(share * config.training.max_tokens_per_micro_batch)) for share in _TOKENS})
 
 
-def _servers(config: Config, gpus_per_node: int) -> list[Servers]:
+def server_choices(config: Config, gpus_per_node: int) -> list[Servers]:
     """Returns the choices of servers for a node.
 
     On shared GPUs all of them serve, and the servers' tensor-parallel size says how many there are. Of GPUs that
