@@ -196,6 +196,7 @@ class Narrowing:
         except ConfigError:
             return None
         generating = generation_of(config, outline, site.device, self._rollouts).seconds
+        assert outline.teacher is not None, "checked by `check_simulated`"
         models = (outline.student.architecture, outline.teacher.architecture)
         rough = RoughTime(config, *models, site.device, hosts.workers, hosts.workers_per_node, self._rollouts)
         return generating, rough

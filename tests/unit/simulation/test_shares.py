@@ -44,7 +44,8 @@ def found(site: Site, configured: Plan) -> dict[str, Variation]:
 
 
 def test_each_variation_is_the_plan_of_its_configuration(site: Site, configured: Plan, found: dict[str, Variation]):
-    assert list(found) == ["as configured", "100% selected", "responses up to 15", "responses up to 4,500", "servers: 1"]
+    names = ["as configured", "100% selected", "responses up to 15", "responses up to 4,500", "servers: 1"]
+    assert list(found) == names
     assert found["as configured"].step_seconds == configured.step_seconds(BATCH)
     short = planned(site, "rollout.max_response_tokens=15")
     assert found["responses up to 15"].step_seconds == pytest.approx(short.step_seconds(BATCH))
