@@ -12,6 +12,7 @@ from megatron_tip.simulation.device import find_device
 from megatron_tip.simulation.layouts import OFFLOADS
 from megatron_tip.simulation.narrowing import Narrowing, Site
 
+pytestmark = pytest.mark.timeout(900)
 RECIPE = Path(__file__).parents[3] / "examples" / "qwen3_14b_to_4b" / "qwen3_14b_to_4b.toml"
 
 
@@ -41,7 +42,7 @@ def test_candidates_fit_and_offload_no_more_than_that_needs():
 
 
 def test_layouts_that_train_refuses_are_no_candidates():
-    """The 36 layers of the student have no equal parts in 8 stages, and 14 GPUs of a node no 4 servers of 4."""
+    """The 36 layers of the student have no equal parts in 8 stages."""
     site = site_of("model.pipeline_parallel_size=8", nodes=8)
     other = site_of(nodes=8)
     narrowing = Narrowing(site, other.outline(other.config))
@@ -49,13 +50,12 @@ def test_layouts_that_train_refuses_are_no_candidates():
     assert all(one.layout.student.pp in (1, 2, 4) for one in found)
 
 
-@pytest.mark.parametrize("nodes", [1, 8])
-def test_what_cannot_fit_is_told_with_the_bytes_that_it_lacks(nodes: int):
-    site = site_of("rollout.prompts_per_step=16", nodes=nodes, memory_gib=6.0)
+def test_what_cannot_fit_is_told_with_the_bytes_that_it_lacks():
+    site = site_of("rollout.engine=embedded", "rollout.prompts_per_step=16", nodes=1, memory_gib=6.0)
     narrowing = Narrowing(site, site.outline(site.config))
     assert list(narrowing.candidates()) == []
     assert narrowing.misfits
-    for misfit in list(narrowing.misfits.values())[::40]:
+    for misfit in list(narrowing.misfits.values())[::8]:
         overrides = misfit.layout.overrides(site.config)
         assert misfit.missing_bytes == pytest.approx(missing_bytes(site, *overrides))
         assert misfit.missing_bytes > 0
