@@ -102,9 +102,9 @@ def _batch(plan: Plan, batch: str) -> dict[str, Any]:
 def _shares(one: Variation) -> dict[str, Any]:
     """Returns a row of the table of shares; a refused configuration has its refusal in place of the numbers."""
     if one.seconds is None:
-        return {"name": one.name, "refusal": one.refusal}
+        return {"name": one.name, "refusal": one.refusal, "cells": {}}
     cells = {phase: f"{100 * share:.1f}" for phase, share in one.shares.items()}
-    return {"name": one.name, "cells": {"seconds": f"{one.step_seconds:.1f}"} | cells}
+    return {"name": one.name, "refusal": "", "cells": {"seconds": f"{one.step_seconds:.1f}"} | cells}
 
 
 def _memory(plan: Plan, rank: PlannedRank) -> dict[str, Any]:

@@ -9,13 +9,11 @@ import pytest
 from megatron_tip.config.io import dump_config, load_config
 from megatron_tip.simulation import search as search_module
 from megatron_tip.simulation.device import find_device
-from megatron_tip.simulation.layouts import Layout
 from megatron_tip.simulation.narrowing import Site
 from megatron_tip.simulation.plan import Plan, make_plan, planned_hosts
 from megatron_tip.simulation.search import RANKED_BY, Search, search_layouts
 from megatron_tip.simulation.search_report import as_text, as_values
-from tests.helpers.training import Layout as Sizes
-from tests.helpers.training import make_config, make_models
+from tests.helpers.training import Layout, make_config, make_models
 
 pytestmark = pytest.mark.timeout(900)
 GIVEN = ["training.max_tokens_per_micro_batch=64"]
@@ -24,7 +22,7 @@ GIVEN = ["training.max_tokens_per_micro_batch=64"]
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("search")
-    config = make_config(make_models(folder), Sizes(2, (1, 2), (1, 1)), rollout={"prompts_per_step": 4})
+    config = make_config(make_models(folder), Layout(2, (1, 2), (1, 1)), rollout={"prompts_per_step": 4})
     path = folder / "config.toml"
     path.write_text(dump_config(config))
     return path
@@ -54,11 +52,10 @@ def test_the_best_are_ordered_by_the_simulated_time(search: Search):
 def test_the_printed_overrides_give_the_simulated_layout(search: Search, path: Path):
     text = as_text(search, GIVEN, "1 x 2 h800")
     assert max(map(len, text.splitlines())) <= 80
+    words = " ".join(shlex.split(text.replace(" \\\n", " ")))
     for one in search.best:
-        pasted = " ".join([*GIVEN, *one.overrides])
-        assert pasted in " ".join(shlex.split(text.replace(" \\\n", " "), comments=False))
-        config = load_config(path, shlex.split(pasted))
-        assert Layout.of(config) == Layout.of(load_config(path, [*GIVEN, *one.overrides]))
+        assert " ".join([*GIVEN, *one.overrides]) in words
+        config = load_config(path, [*GIVEN, *one.overrides])
         assert config.model.tensor_parallel_size == one.plan.outline.student_grid.tp_size
         assert config.teacher.pipeline_parallel_size == one.plan.outline.teacher_grid.pp_size
     again = load_config(path, [*GIVEN, *search.best[0].overrides])
