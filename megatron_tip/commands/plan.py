@@ -85,7 +85,7 @@ def _search(site: "Site", given: Sequence[str], as_json: bool) -> bool:
     if as_json:
         typer.echo(json.dumps(search_report.as_values(found, given), indent=1))
     else:
-        gpus = f"{site.nodes} x {site.gpus_per_node} {site.device.name}"
+        gpus = f"{site.nodes} nodes of {site.gpus_per_node} {site.device.name}"
         typer.echo(search_report.as_text(found, given, gpus))
     return bool(found.best)
 

@@ -21,9 +21,9 @@ def as_text(search: Search, given: Sequence[str], gpus: str) -> str:
         gpus: their number and kind, in words.
     """
     lines = [
-        f"layouts for {gpus}, by the seconds of a {RANKED_BY} step; tokens: of responses;",
-        "GiB: of the fullest GPU in the longest batch. Paste the overrides behind",
-        "`megatron-tip train CONFIG.toml`; for the assumptions see docs/plan.md.",
+        f"layouts for {gpus}, the fastest first",
+        f"step: a {RANKED_BY} one; tokens: of its responses; GiB: the fullest GPU's in the",
+        "longest batch; overrides: to paste behind `train CONFIG.toml`",
         "",
         f"{'':>10}{'step, s':>9}{'tokens/s':>11}{'GiB':>8}",
         *_row("as it is", search.configured, given, []),

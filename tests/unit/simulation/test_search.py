@@ -50,7 +50,7 @@ def test_the_best_are_ordered_by_the_simulated_time(search: Search):
 
 
 def test_the_printed_overrides_give_the_simulated_layout(search: Search, path: Path):
-    text = as_text(search, GIVEN, "1 x 2 h800")
+    text = as_text(search, GIVEN, "1 nodes of 2 h800")
     assert max(map(len, text.splitlines())) <= 80
     words = " ".join(shlex.split(text.replace(" \\\n", " ")))
     for one in search.best:
