@@ -89,7 +89,8 @@ def test_a_search_that_train_refuses_in_every_layout_ends_with_its_refusal(confi
     assert "student: expected a world size that is a multiple of tp 2 x cp 5 x pp 2 = 20, got 8" in result.stderr
 
 
-def test_a_search_has_no_page(config_path: Path, tmp_path: Path):
-    result = run(str(config_path), "--search", "--html", str(tmp_path / "plan.html"))
+@pytest.mark.parametrize("option", ["--html=plan.html", "--shares"])
+def test_a_search_has_neither_a_page_nor_shares(config_path: Path, option: str):
+    result = run(str(config_path), "--search", option)
     assert result.exit_code == 2
-    assert "--html: expected no --search" in result.stderr
+    assert "--search: expected neither --html nor --shares" in result.stderr
