@@ -129,7 +129,7 @@ class Narrowing:
         device = self._site.device
         memory = estimate_memory(config, outline, gpu_memory_gib=device.memory_gib)
         self.num_estimated += 1
-        missing = memory.total_bytes - device.memory_bytes
+        missing = needed_bytes(memory) - device.memory_bytes
         if missing <= 0:
             return memory
         known = self.misfits.get(layout.shape)
@@ -200,3 +200,14 @@ class Narrowing:
         models = (outline.student.architecture, outline.teacher.architecture)
         rough = RoughTime(config, *models, site.device, hosts.workers, hosts.workers_per_node, self._rollouts)
         return generating, rough
+
+
+def needed_bytes(memory: MemoryEstimate) -> float:
+    """Returns the bytes of the fullest phase with the student's kept activations counted twice.
+
+    The simulated layers are not fused, and keep about twice what the formulas count.
+    """
+    return max(
+        sum(size * (2 if name.startswith("student: activations") else 1) for name, size in parts.items())
+        for parts in memory.phases.values()
+    )

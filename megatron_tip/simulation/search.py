@@ -14,10 +14,9 @@ from megatron_tip.simulation.supported import check_simulated
 
 NUM_BEST = 5
 """Layouts that a search prints."""
-_NUM_SIMULATED = 6
-"""Layouts that are simulated beside the configured one, if they fit; one more than are printed, because simulation may
-order them otherwise than the formulas do."""
-_MOST_SIMULATED = 9
+_NUM_SIMULATED = NUM_BEST
+"""Layouts that are simulated beside the configured one, if they fit."""
+_MOST_SIMULATED = 8
 """The same with those that turn out not to fit."""
 _NUM_MISFITS = 3
 RANKED_BY = "typical"

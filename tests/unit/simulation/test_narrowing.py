@@ -10,7 +10,7 @@ from megatron_tip.config.io import load_config
 from megatron_tip.planning.memory_estimate import estimate_memory
 from megatron_tip.simulation.device import find_device
 from megatron_tip.simulation.layouts import OFFLOADS
-from megatron_tip.simulation.narrowing import Narrowing, Site
+from megatron_tip.simulation.narrowing import Narrowing, Site, needed_bytes
 
 pytestmark = pytest.mark.timeout(900)
 RECIPE = Path(__file__).parents[3] / "examples" / "qwen3_14b_to_4b" / "qwen3_14b_to_4b.toml"
@@ -24,7 +24,7 @@ def site_of(*overrides: str, nodes: int, memory_gib: float = 80.0) -> Site:
 def missing_bytes(site: Site, *overrides: str) -> float:
     config = site.configure(overrides)
     memory = estimate_memory(config, site.outline(config), gpu_memory_gib=site.device.memory_gib)
-    return memory.total_bytes - site.device.memory_bytes
+    return needed_bytes(memory) - site.device.memory_bytes
 
 
 def test_candidates_fit_and_offload_no_more_than_that_needs():
