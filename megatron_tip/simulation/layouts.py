@@ -54,10 +54,12 @@ class Layout:
     @classmethod
     def of(cls, config: Config) -> "Layout":
         """Returns that of a configuration."""
-        models = [Sizes(one.tensor_parallel_size, one.pipeline_parallel_size) for one in (config.model, config.teacher)]
+        student, teacher = (
+            Sizes(one.tensor_parallel_size, one.pipeline_parallel_size) for one in (config.model, config.teacher)
+        )
         servers = Servers(config.sglang.tensor_parallel_size, config.sglang.gpus)
         training, recomputed = config.training, config.model.recomputed
-        return cls(*models, servers, training.max_tokens_per_micro_batch, recomputed, training.offload)
+        return cls(student, teacher, servers, training.max_tokens_per_micro_batch, recomputed, training.offload)
 
     def sequence_parallel(self, config: Config) -> bool:
         """Returns the student's sequence parallelism: off at tp 1, and above it on unless configured off above tp 1."""

@@ -113,7 +113,9 @@ class Narrowing:
     def _candidate(self, layout: Layout) -> Candidate | None:
         """Returns the layout with as little offload as it fits with; None if it cannot run or does not fit."""
         outline = self._outline(layout)
-        for offload in OFFLOADS if outline else ():
+        if outline is None:
+            return None
+        for offload in OFFLOADS:
             chosen = replace(layout, offload=offload)
             try:
                 config = self._site.with_layout(chosen)
@@ -141,15 +143,17 @@ class Narrowing:
         """Returns the outline for these sizes and servers; None if `train` refuses them or they can never fit."""
         key = (layout.shape, layout.servers)
         if key not in self._outlines:
-            leanest = self._leanest(layout)
-            try:
-                config = self._site.with_layout(leanest)
-                outline = self._site.outline(config, self._like)
-            except ConfigError:
-                outline = None
-            fits = outline is not None and self._estimate(config, outline, leanest) is not None
-            self._outlines[key] = outline if fits else None
+            self._outlines[key] = self._checked(self._leanest(layout))
         return self._outlines[key]
+
+    def _checked(self, layout: Layout) -> Outline | None:
+        """Returns the outline of a layout that can run and fits."""
+        try:
+            config = self._site.with_layout(layout)
+            outline = self._site.outline(config, self._like)
+        except ConfigError:
+            return None
+        return outline if self._estimate(config, outline, layout) is not None else None
 
     def _leanest(self, layout: Layout) -> Layout:
         """Returns the layout of these sizes and servers that takes the least memory."""
