@@ -1,6 +1,7 @@
 """What a rank holds of a model: its share of the weights, and activations."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from megatron_tip.config import Config
 from megatron_tip.conversion.architecture import ModelArchitecture
@@ -21,12 +22,12 @@ class ModelShare:
     padded_vocab_size: int
     has_head: bool = True
 
-    @property
+    @cached_property
     def stages(self) -> list[range]:
         """The layers of each pipeline stage."""
         return self.grid.layers_of_stages(self.architecture.num_layers)
 
-    @property
+    @cached_property
     def counts(self) -> tuple[float, float]:
         """Parameters on a rank of the fullest stage: outside of the experts, and in them."""
         return max((self._counts(stage) for stage in range(self.grid.pp_size)), key=sum)

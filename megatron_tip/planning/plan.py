@@ -106,6 +106,7 @@ def outline_run(
     *,
     reads_prompts: bool = True,
     generates: bool = True,
+    like: Outline | None = None,
 ) -> Outline:
     """Checks a run, here or elsewhere, and returns its outline.
 
@@ -117,6 +118,8 @@ def outline_run(
         reads_prompts: False for workers, whose prompt file only the first process reads (`with_prompts`), and for work
             without prompts.
         generates: False for work on existing rollouts, which asks the engine for none.
+        like: of a configuration that differs in layout and placement alone; its models, tokenizer and prompts are taken
+            over instead of read again.
 
     Raises:
         ConfigError: layouts, placement, lengths, schedule, rule, tokenizers or vocabularies cannot run.
@@ -126,8 +129,8 @@ def outline_run(
     """
     check_packages(config, machine)
     placement = place(config, hosts or _hosts(world_size, machine))
-    student = find_model("model", config.model.path, machine, config.model.drop_layers)
-    teacher = _teacher(config, student, machine)
+    student = like.student if like else find_model("model", config.model.path, machine, config.model.drop_layers)
+    teacher = like.teacher if like else _teacher(config, student, machine)
     grids = _grids(config, student, teacher, world_size)
     check_experts(config, student.architecture, grids[0])
     sizes, positions = zip(limits(student), limits(teacher) if teacher else served_limits(config, machine), strict=True)
@@ -136,14 +139,16 @@ def outline_run(
     check_teacher(config, machine)
     check_precision(config, teacher.architecture if teacher else None, machine)
     check_inputs(config, machine)
-    tokenizer = shared_tokenizer(config, machine, sizes)
+    tokenizer = like.tokenizer if like else shared_tokenizer(config, machine, sizes)
     engine_kind(config).check(config, sizes, machine)
     if generates and not engine_kind(config).generates:
         check_same_batches(config, machine)
     stop_token_ids = stop_ids(config.model.path, tokenizer) if tokenizer else ()
     if tokenizer:
         check_environment(config.rollout, tokenizer, stop_token_ids)
-    prompts = read_prompts(config, machine) if reads_prompts else None  # last: a large file takes a while
+    prompts = like.prompts if like else None
+    if reads_prompts and not like:
+        prompts = read_prompts(config, machine)  # last: a large file takes a while
     check_number(config, prompts)
     return Outline(
         student=student,

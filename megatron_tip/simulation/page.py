@@ -2,6 +2,7 @@
 
 import errno
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from megatron_tip.planning.memory_estimate import UNCOUNTED_SHARE
 from megatron_tip.report.templates import page_template, read_asset
 from megatron_tip.simulation.plan import Plan, PlannedRank
 from megatron_tip.simulation.report import largest_messages
+from megatron_tip.simulation.shares import Variation
 from megatron_tip.simulation.timing import STEP_PHASES
 
 _GIB = 2**30
@@ -19,13 +21,13 @@ _NUM_COLOURS = 8
 _PHASES = ("rollout", *STEP_PHASES)
 
 
-def write_plan_page(plan: Plan, target: Path) -> None:
-    """Writes `plan` as a page that loads nothing.
+def write_plan_page(plan: Plan, target: Path, shares: Sequence[Variation] = ()) -> None:
+    """Writes `plan` as a page that loads nothing. `shares`: of the phases, in changed configurations.
 
     Raises:
         OutputError: the file cannot be written.
     """
-    atomic_write_text(target, page_of(plan), setting="--html")
+    atomic_write_text(target, page_of(plan, shares), setting="--html")
 
 
 def require_writable(target: Path) -> None:
@@ -42,7 +44,7 @@ def require_writable(target: Path) -> None:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(target.parent))
 
 
-def page_of(plan: Plan) -> str:
+def page_of(plan: Plan, shares: Sequence[Variation] = ()) -> str:
     """Returns the page's HTML."""
     return page_template("plan.html.jinja", "megatron_tip.simulation").render(
         name=plan.config.run.folder.name,
@@ -52,6 +54,7 @@ def page_of(plan: Plan) -> str:
         overview=_overview(plan),
         phases=[{"name": phase, "colour": place} for place, phase in enumerate(_PHASES)],
         batches=[_batch(plan, name) for name in plan.generation],
+        shares=[_shares(one) for one in shares],
         set_aside=round(100 * UNCOUNTED_SHARE),
         memory=[_memory(plan, rank) for rank in plan.ranks if rank.batch == next(iter(plan.generation))],
         messages=_messages(plan),
@@ -94,6 +97,14 @@ def _batch(plan: Plan, batch: str) -> dict[str, Any]:
         lines.append({"name": str(rank.kind), "bars": bars, "label": label})
     ahead = "; rollouts are generated ahead, while the step before trains" if plan.config.rollout.ahead else ""
     return {"name": batch, "caption": f"{plan.step_seconds(batch):.1f} s{ahead}", "lines": lines}
+
+
+def _shares(one: Variation) -> dict[str, Any]:
+    """Returns a row of the table of shares; a refused configuration has its refusal in place of the numbers."""
+    if one.seconds is None:
+        return {"name": one.name, "refusal": one.refusal, "cells": {}}
+    cells = {phase: f"{100 * share:.1f}" for phase, share in one.shares.items()}
+    return {"name": one.name, "refusal": "", "cells": {"seconds": f"{one.step_seconds:.1f}"} | cells}
 
 
 def _memory(plan: Plan, rank: PlannedRank) -> dict[str, Any]:

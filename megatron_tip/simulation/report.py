@@ -1,16 +1,18 @@
 """A plan as text of 80 columns, and as values for JSON."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from megatron_tip.placement.table import table_of
 from megatron_tip.simulation.plan import Plan, PlannedRank
+from megatron_tip.simulation.shares import Variation, share_lines
 from megatron_tip.simulation.timing import PER_TOKEN, STEP_PHASES
 
 _GIB = 2**30
 
 
-def as_text(plan: Plan) -> str:
-    """Returns the plan as a table for people."""
+def as_text(plan: Plan, shares: Sequence[Variation] = ()) -> str:
+    """Returns the plan as a table for people. `shares`: of the phases, in changed configurations."""
     device = plan.device
     lines = [
         f"{plan.hosts.workers} x {device.name}, {plan.hosts.workers_per_node} per node",
@@ -22,16 +24,18 @@ def as_text(plan: Plan) -> str:
         *(line for batch in plan.generation for line in _time_lines(plan, batch)),
         *_traffic_lines(plan),
         "",
+        *([*share_lines(shares), ""] if shares else []),
         f"device: {device.source}",
         "assumed: devices.toml, shares of the peaks reached; docs/plan.md, the batches",
         *(f"not checked here: {note}" for note in plan.notes),
     ]
-    return "\n".join(wrapped for line in lines for wrapped in _wrap(line))
+    return "\n".join(wrapped for line in lines for wrapped in wrap_line(line))
 
 
-def as_values(plan: Plan) -> dict[str, Any]:
+def as_values(plan: Plan, shares: Sequence[Variation] = ()) -> dict[str, Any]:
     """Returns the plan as JSON values; bytes, seconds and floating-point operations of a whole step."""
     return {
+        **({"shares": [vars(one) for one in shares]} if shares else {}),
         "device": plan.device.name,
         "world_size": plan.hosts.workers,
         "workers_per_node": plan.hosts.workers_per_node,
@@ -133,7 +137,7 @@ def _traffic_lines(plan: Plan) -> list[str]:
     return lines
 
 
-def _wrap(line: str) -> list[str]:
+def wrap_line(line: str) -> list[str]:
     """Returns the line in parts of at most 80 columns, cut at spaces."""
     parts = []
     while len(line) > 80:

@@ -95,7 +95,8 @@ def generation_of(config: Config, outline: Outline, device: Device, rollouts: Se
 
     Each token position of the longest response reads the weights once; each token also reads the keys and values of
     its context. What the caches cannot hold together is generated in waves, one after another, as are the batches of
-    the embedded engine. Prompts, sampling and host time are left out. Servers given by URL count as their own GPUs.
+    the embedded engine. A server over several GPUs adds up twice per layer and position, at the link's latency.
+    Prompts, sampling and host time are left out. Servers given by URL count as their own GPUs.
     """
     tokens = sum(len(rollout.response_ids) for rollout in rollouts)
     if not engine_kind(config).generates:
@@ -116,4 +117,6 @@ def generation_of(config: Config, outline: Outline, device: Device, rollouts: Se
     contexts = sum(len(one.response_ids) * (len(one.prompt_ids) + len(one.response_ids) / 2) for one in rollouts)
     bandwidth = device.memory_tb_per_s * 1e12 * device.memory_share * split
     seconds = (num_waves * longest * weights + contexts * cached / num_servers) / bandwidth
+    if split > 1:
+        seconds += num_waves * longest * 2 * outline.student.architecture.num_layers * device.link_latency_us * 1e-6
     return Generation(tokens, num_servers, num_waves, seconds)

@@ -63,9 +63,34 @@ def test_a_layout_that_does_not_fill_the_nodes_is_refused_as_by_train(config_pat
 
 
 def test_what_does_not_fit_ends_with_the_missing_bytes(config_path: Path, tmp_path: Path):
-    small = tmp_path / "small.toml"
-    keys = ("tflops", "memory_gib", "memory_tb_per_s", "link_gb_per_s", "network_gb_per_s")
-    small.write_text("\n".join(["[small]", *(f"{key} = 0.001" for key in keys), 'source = "a made-up device"']))
-    result = run(str(config_path), "--nodes", "2", "--gpus-per-node", "4", "--gpu", str(small))
+    result = run(str(config_path), "--nodes", "2", "--gpus-per-node", "4", "--gpu", small_device(tmp_path))
     assert result.exit_code == 1
     assert "does NOT fit" in result.stdout
+
+
+def small_device(folder: Path) -> str:
+    path = folder / "small.toml"
+    keys = ("tflops", "memory_gib", "memory_tb_per_s", "link_gb_per_s", "network_gb_per_s")
+    path.write_text("\n".join(["[small]", *(f"{key} = 0.001" for key in keys), 'source = "a made-up device"']))
+    return str(path)
+
+
+def test_a_search_in_which_nothing_fits_ends_with_the_missing_bytes(config_path: Path, tmp_path: Path):
+    result = run(str(config_path), "--nodes", "2", "--gpus-per-node", "4", "--gpu", small_device(tmp_path), "--search")
+    assert result.exit_code == 1
+    assert "no layout fits" in result.stdout
+    assert "GiB are missing" in result.stdout
+    assert "simulated 0 layouts beside the configured one" in result.stderr
+
+
+def test_a_search_that_train_refuses_in_every_layout_ends_with_its_refusal(config_path: Path):
+    result = run(str(config_path), "model.context_parallel_size=5", "--nodes", "2", "--gpus-per-node", "4", "--search")
+    assert result.exit_code == 2
+    assert "student: expected a world size that is a multiple of tp 2 x cp 5 x pp 2 = 20, got 8" in result.stderr
+
+
+@pytest.mark.parametrize("option", ["--html=plan.html", "--shares"])
+def test_a_search_has_neither_a_page_nor_shares(config_path: Path, option: str):
+    result = run(str(config_path), "--search", option)
+    assert result.exit_code == 2
+    assert "--search: expected neither --html nor --shares" in result.stderr

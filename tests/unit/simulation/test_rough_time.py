@@ -1,0 +1,53 @@
+"""The formulas by which a search ranks layouts, against simulated steps."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_tip.config.io import load_config
+from megatron_tip.conversion.known_models import known_model
+from megatron_tip.simulation.assumptions import assumed_rollouts
+from megatron_tip.simulation.device import find_device
+from megatron_tip.simulation.layouts import Layout
+from megatron_tip.simulation.rough_time import RoughTime
+
+RECIPE = Path(__file__).parents[3] / "examples" / "qwen3_14b_to_4b" / "qwen3_14b_to_4b.toml"
+
+
+def rough_seconds(overrides: list[str], *, takes_one_pass: bool) -> float:
+    config = load_config(RECIPE, overrides)
+    models = [known_model(path, owner="").architecture for path in (config.model.path, config.teacher.path)]
+    rollouts = assumed_rollouts(config, longest=False)
+    rough = RoughTime(config, models[0], models[1], find_device("h800"), 64, 8, rollouts)
+    return rough.step_seconds(Layout.of(config), takes_one_pass=takes_one_pass)
+
+
+def sizes(student: tuple[int, int], teacher: tuple[int, int], *more: str) -> list[str]:
+    names = ("tensor_parallel_size", "pipeline_parallel_size")
+    values = [f"model.{name}={value}" for name, value in zip(names, student, strict=True)]
+    values += [f"teacher.{name}={value}" for name, value in zip(names, teacher, strict=True)]
+    return [*values, f"model.sequence_parallel={str(student[0] > 1).lower()}", *more]
+
+
+@pytest.mark.parametrize(
+    "overrides,takes_one_pass,simulated",
+    [
+        (sizes((2, 1), (4, 1)), True, 4.89),
+        (sizes((2, 1), (4, 1), "model.recompute_activations=false"), False, 4.92),
+        (sizes((1, 1), (1, 1)), True, 3.87),
+        (sizes((4, 2), (2, 2)), False, 6.37),
+        (sizes((8, 1), (8, 1)), True, 7.81),
+    ],
+    ids=["recipe", "kept", "data", "pipeline", "tensor"],
+)
+def test_rough_times_are_near_simulated_ones(overrides: list[str], takes_one_pass: bool, simulated: float):
+    """The seconds of a typical step without generation by `plan` with these overrides, --gpu h800 --nodes 8."""
+    assert rough_seconds(overrides, takes_one_pass=takes_one_pass) == pytest.approx(simulated, rel=0.12)
+
+
+def test_small_micro_batches_wait_more_in_a_pipeline():
+    small, large = (
+        rough_seconds(sizes((1, 4), (1, 4), f"training.max_tokens_per_micro_batch={tokens}"), takes_one_pass=False)
+        for tokens in (8192, 65536)
+    )
+    assert large > 1.2 * small
