@@ -44,7 +44,7 @@ from megatron_tip.simulation.plan import as_simulated, planned_hosts
 from megatron_tip.simulation.rank import step_batch
 from megatron_tip.simulation.tensors import CountedTensors
 from megatron_tip.simulation.world import Answers, simulated_world
-from megatron_tip.teachers.megatron import HiddenRows
+from megatron_tip.teachers.megatron import HiddenRows, MegatronTeacher
 from megatron_tip.training.checkpoints.student_state import sharded_state
 from megatron_tip.training.setup import build_run
 from megatron_tip.training.step import cut_to_selection
@@ -285,7 +285,8 @@ def measure(config: Config, batch: StepBatch, folder: Path) -> Measured:
     worker = Worker(rank, world_size, rank, torch.device("cpu"))
     plan = plan_run(config, world_size)
     run = build_run(config, plan, worker, PhaseTimer(worker.device), num_threads=1, generates=False)
-    groups = run.student.groups
+    groups, teacher = run.student.groups, run.teacher
+    assert isinstance(teacher, MegatronTeacher), "as the configuration says"
     assumed, ledger = AssumedSelection.of(plan.selector, batch, takes_one_pass=False), Ledger(rank)
     (statistics,) = assumed.statistics_of(groups.dp_rank, [len(batch.token_index(groups.dp_rank))])
     with CountedTensors(ledger):
@@ -296,7 +297,7 @@ def measure(config: Config, batch: StepBatch, folder: Path) -> Measured:
     return Measured(
         selecting=sum(traffic.num_bytes for traffic in ledger.traffic.values()),
         sockets=_num_sockets(),
-        num_peers=sum(size - 1 for size in Groups.of(groups, run.teacher.groups).sizes),
+        num_peers=sum(size - 1 for size in Groups.of(groups, teacher.groups).sizes),
         file_bytes=sum(path.stat().st_size for path in folder.glob(f"__{rank}_*")),
     )
 

@@ -138,7 +138,7 @@ def _described(result: Any, inputs: Sequence[Tensor]) -> _Results | None:
             return None  # a part of a larger storage
         own.add(storage._cdata)
         shape, stride = tuple(tensor.shape), tensor.stride()
-        parts.append(_Made(shape, stride, tensor.storage_offset(), tensor.dtype, tensor.fake_device, source))
+        parts.append(_Made(shape, stride, int(tensor.storage_offset()), tensor.dtype, tensor.fake_device, source))
     return _Results(tuple(parts), None if is_one else type(result))
 
 
