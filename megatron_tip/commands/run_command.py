@@ -66,7 +66,12 @@ def configured_run(config_path: Path, overrides: Sequence[str] | None) -> Config
         ConfigError: as `load_config`.
     """
     config = load_config(config_path, overrides or [])
-    beside = str(config_path.resolve().parent)
-    if beside not in sys.path:
-        sys.path.append(beside)  # last, so that nothing there takes the place of an installed package
+    look_beside(config_path)
     return config
+
+
+def look_beside(path: Path) -> None:
+    """Makes modules in the file's folder importable: the last place, so that none there hides an installed package."""
+    beside = str(path.resolve().parent)
+    if beside not in sys.path:
+        sys.path.append(beside)

@@ -12,6 +12,7 @@ import typer
 
 from megatron_tip.commands import train
 from megatron_tip.commands.outcome import end_as, errors_reported
+from megatron_tip.commands.run_command import look_beside
 from megatron_tip.commands.submit import Submission, hosts_of, require_files
 from megatron_tip.commands.submit import submit as submit_job
 from megatron_tip.errors import ConfigError
@@ -43,6 +44,8 @@ def command(
     from megatron_tip.report.sweep_data import write_sweep
 
     sweep = load_sweep(sweep_path)
+    for path in (sweep.config, sweep_path):
+        look_beside(path)
     runs = runs_of(sweep)
     if run is not None:
         _print_run(runs, run)

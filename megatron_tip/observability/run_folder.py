@@ -52,9 +52,10 @@ class RunFolder:
         except OSError as error:  # a name that is too long, a loop of links
             raise ConfigError(f"run.folder: expected a usable path, got {path!s:.200}: {error.strerror}") from None
         if is_finished:
+            further = f"; to train its student further, set model.path={folder.hf}, without model.drop_layers"
             raise ConfigError(
                 f"run.folder: expected a new folder, got {path}, which holds a finished run; give another one "
-                f"(run.folder=...) or move that run away; to train its student further, set model.path={folder.hf}"
+                f"(run.folder=...) or move that run away{further if folder.hf.is_dir() else ''}"
             )
         try:
             path.mkdir(parents=True, exist_ok=True)

@@ -28,6 +28,8 @@ _SECONDS_TO_END = 10
 _HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
 _CONTINUES = "the run is saved, the same command continues it"
 _BEGINS_ANEW = "no step is done yet, the same command starts it from the beginning"
+_CONTINUES_BEFORE = "the same command continues from the newest checkpoint"
+_BEGINS_BEFORE = "there is no checkpoint, the same command starts from the beginning"
 
 
 @dataclass(frozen=True)
@@ -83,11 +85,13 @@ def start_workers(
             )
             result = context.wait(period=0.1)
         except SignalException as interruption:
+            name = interruption.sigval.name
+            sys.stderr.write(
+                f"{name}: the workers may save for {grace_seconds:g} s; a second signal ends them at once\n"
+            )
             exit_codes = _end(context, grace_seconds) if context is not None else []
-            message = f"ended by {interruption.sigval.name}; all workers are ended"
-            if STOPPED_EXIT_CODE in exit_codes:
-                message += f"; {_CONTINUES if is_saved() else _BEGINS_ANEW}"
-            return Outcome(128 + interruption.sigval, message)
+            left = _what_is_left(exit_codes, grace_seconds, is_saved())
+            return Outcome(128 + interruption.sigval, f"ended by {name}; all workers are ended; {left}")
         assert result is not None, "a wait without a timeout returns a result"
         del store
         exit_codes = {rank: failure.exitcode for rank, failure in result.failures.items()}
@@ -240,6 +244,16 @@ def _end(context, grace_seconds: float) -> list[int | None]:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     return [process.poll() for process in processes]
+
+
+def _what_is_left(exit_codes: Sequence[int | None], grace_seconds: float, is_saved: bool) -> str:
+    """Returns what workers that a signal ended have left, and what the same command does then."""
+    if STOPPED_EXIT_CODE in exit_codes:
+        return _CONTINUES if is_saved else _BEGINS_ANEW
+    left = _CONTINUES_BEFORE if is_saved else _BEGINS_BEFORE
+    if -signal.SIGKILL in exit_codes:
+        return f"they were killed before they had saved (fault.grace_seconds = {grace_seconds:g}); {left}"
+    return left
 
 
 def _outcome_of(exit_codes: Mapping[int, int], error_files: Mapping[int, str], is_saved: Callable[[], bool]) -> Outcome:

@@ -16,7 +16,7 @@ GROUP_SIZE = 64
 def group_maxima(logits: Tensor) -> Tensor:
     """Returns maxima over 64 neighbouring columns of `[r, v]` `logits`: `[r, ceil(v / 64)]`, for `local_topk`."""
     num_whole, rest = logits.shape[1] // GROUP_SIZE, logits.shape[1] % GROUP_SIZE  # torch.compile knows no divmod
-    maxima = logits[:, : num_whole * GROUP_SIZE].unflatten(1, (num_whole, GROUP_SIZE)).amax(-1)
+    maxima = logits[:, : num_whole * GROUP_SIZE].view(len(logits), num_whole, GROUP_SIZE).amax(-1)
     return torch.cat([maxima, logits[:, -rest:].amax(-1, keepdim=True)], 1) if rest else maxima
 
 

@@ -184,7 +184,10 @@ def test_workers_that_do_not_end_are_killed(tmp_path, second_signal):
         wait_until(lambda: all((tmp_path / f"{rank}.saving").exists() for rank in range(2)))
         launcher.send_signal(signal.SIGINT)
     stdout, _ = launcher.communicate()
-    assert stdout == "143 ended by SIGTERM; all workers are ended\n"
+    assert stdout == (
+        "143 ended by SIGTERM; all workers are ended; they were killed before they had saved (fault.grace_seconds = "
+        f"{1000 if second_signal else 1}); the same command continues from the newest checkpoint\n"
+    )
     assert not any(is_alive(int((tmp_path / f"{rank}.pid").read_text())) for rank in range(2))
 
 

@@ -38,7 +38,7 @@ def test_candidates_fit_and_offload_no_more_than_that_needs():
         assert missing_bytes(site, *one.layout.overrides(site.config)) <= 0
         for less in OFFLOADS[: OFFLOADS.index(one.layout.offload)]:
             assert missing_bytes(site, *replace(one.layout, offload=less).overrides(site.config)) > 0
-    assert narrowing.num_estimated < narrowing.num_layouts / 10
+    assert narrowing.num_estimated < narrowing.num_layouts / 5, "most are left out by the bound of their time"
 
 
 def test_layouts_that_train_refuses_are_no_candidates():

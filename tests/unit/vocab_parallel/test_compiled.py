@@ -1,11 +1,13 @@
 """`kernels="compiled"` is the same code through torch.compile, whole kernels without a break, and the same numbers."""
 
 import functools
+from contextlib import nullcontext
 from dataclasses import fields
 
 import pytest
 import torch
 
+from megatron_tip.cpu.cuda_on_cpu import CudaOnCpu
 from megatron_tip.vocab_parallel import DIVERGENCES, ShardedVocabulary, chunks, token_statistics
 from megatron_tip.vocab_parallel.topk_statistics import StudentStatistics, student_statistics
 from tests.helpers.vocab_parallel import GIVEN, called, pairs
@@ -25,6 +27,13 @@ def kernels_seen(monkeypatch):
     monkeypatch.setattr(torch, "compile", traced)
     monkeypatch.setattr(chunks, "_compile", functools.cache(chunks._compile.__wrapped__))
     return seen
+
+
+@pytest.fixture(params=["plain", "with Megatron on a CPU"], autouse=True)
+def stand_in(request):
+    """A run without a GPU answers Megatron's CUDA calls by a mode, through which torch.compile traces the kernels."""
+    with nullcontext() if request.param == "plain" else CudaOnCpu():
+        yield
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
