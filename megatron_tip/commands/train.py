@@ -132,6 +132,7 @@ def _check(config: Config, num_workers: int | None, *, fresh: bool, reads_prompt
         from megatron_tip.diagnostics.session import open_bank  # imports Megatron
 
         open_bank(config, plan)
+    RunFolder(config.run.folder).require_unfinished()
     if not fresh:
         check_same_run(config)
     return num_workers, plan

@@ -47,16 +47,7 @@ class RunFolder:
             ConfigError: it holds a finished run, is not a directory, or is not writable.
         """
         folder = cls(path)
-        try:
-            is_finished = folder.summary.exists()
-        except OSError as error:  # a name that is too long, a loop of links
-            raise ConfigError(f"run.folder: expected a usable path, got {path!s:.200}: {error.strerror}") from None
-        if is_finished:
-            further = f"; to train its student further, set model.path={folder.hf}, without model.drop_layers"
-            raise ConfigError(
-                f"run.folder: expected a new folder, got {path}, which holds a finished run; give another one "
-                f"(run.folder=...) or move that run away{further if folder.hf.is_dir() else ''}"
-            )
+        folder.require_unfinished()
         try:
             path.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=path) as probe:
@@ -69,6 +60,19 @@ class RunFolder:
                 "permit writing there, or give another one (run.folder=...)"
             ) from None
         return folder
+
+    def require_unfinished(self) -> None:
+        """Raises ConfigError if the folder holds a finished run, or cannot be looked at."""
+        try:
+            is_finished = self.summary.exists()
+        except OSError as error:  # a name that is too long, a loop of links
+            raise ConfigError(f"run.folder: expected a usable path, got {self.path!s:.200}: {error.strerror}") from None
+        if is_finished:
+            further = f"; to train its student further, set model.path={self.hf}, without model.drop_layers"
+            raise ConfigError(
+                f"run.folder: expected a new folder, got {self.path}, which holds a finished run; give another one "
+                f"(run.folder=...) or move that run away{further if self.hf.is_dir() else ''}"
+            )
 
     @property
     def config(self) -> Path:

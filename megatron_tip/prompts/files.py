@@ -211,6 +211,8 @@ def _checked(where: str, field: str, value: Any) -> RawPrompt:
     hint = ""
     if isinstance(value, list) and value and all(isinstance(part, dict) and "from" in part for part in value):
         hint = "; rename 'from' to 'role' (human: user, gpt: assistant) and 'value' to 'content'"
+    if value == "":
+        raise InputError(f"{where}: expected {field!r} to be a text, got an empty one; remove the line")
     raise InputError(
         f"{where}: expected {field!r} to be a text or a list of messages with the texts 'role' and 'content', got "
         f"{value!r:.200}{hint}"

@@ -70,7 +70,7 @@ def rank_rows(rule: Rule, batch: Batch, inputs: NormalisedInputs, draws: Draws) 
     if rule.score is None:
         weights = torch.ones(num_rows, dtype=torch.float64, device=batch.index.position.device)
     else:
-        weights = rule.score(*(inputs[item] for item in rule.inputs))
+        weights = rule.score(*(inputs[item] for item in rule.inputs), **rule.constants)
     if not isinstance(weights, Tensor) or weights.shape != (num_rows,):
         got = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
         raise InputError(f"rule {rule.name!r}: expected scores of shape ({num_rows},), one per row, got {got}")

@@ -50,9 +50,9 @@ class Term:
 class Rule:
     """A preset: selection, weights and loss terms. To add one, write its functions and a row of the table.
 
-    `score(*inputs)` returns `[n]` scores and must not modify its inputs. `take`: "all" rows; the "top" or "bottom" of
-    the scores; or a "sample" without replacement with probability proportional to the score (no score: uniform).
-    `scope`: the budget's scope in the paper, which the selector can override; `rounding`: of a rollout's budget.
+    `score(*inputs, **constants)` returns `[n]` scores and must not modify its inputs. `take`: "all" rows; the "top" or
+    "bottom" of the scores; or a "sample" without replacement with probability proportional to the score (no score:
+    uniform). `scope`: the budget's scope in the paper, which the selector can override; `rounding`: of a rollout's budget.
     `weight`: multiplies each kept row's loss; None: 1. `terms`: added to it. `divergence`: the loss that it was
     published with, where it stands on no other; "": any.
     """
@@ -66,6 +66,7 @@ class Rule:
     weight: Weight | None = None
     terms: tuple[Term, ...] = ()
     divergence: str = ""
+    constants: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def weights(self) -> tuple[Weight, ...]:
@@ -101,12 +102,13 @@ class Rule:
         return replace(self, inputs=tuple(inputs))
 
     def with_constants(self, values: Mapping[str, float]) -> "Rule":
-        """Returns the rule with these values for the constants of its weights.
+        """Returns the rule with these values for the constants of its score and its weights.
 
         Raises:
             ConfigError: the rule has no such constant, or one without a published value is missing.
         """
-        known = {name: value for weight in self.weights for name, value in weight.constants.items()}
+        owners = (self, *self.weights)
+        known = {name: value for owner in owners for name, value in owner.constants.items()}
         if unknown := sorted(values.keys() - known.keys()):
             raise ConfigError(
                 f"parameters: expected constants of rule {self.name!r} ({', '.join(known) or 'it has none'}), got "
@@ -118,8 +120,12 @@ class Rule:
                 f"selection.parameters = {{ {missing[0]} = ... }}"
             )
 
+        def set_in(constants: Mapping[str, float]) -> dict[str, float]:
+            return {name: values.get(name, old) for name, old in constants.items()}
+
         def filled(weight: Weight) -> Weight:
-            return replace(weight, constants={name: values.get(name, old) for name, old in weight.constants.items()})
+            return replace(weight, constants=set_in(weight.constants))
 
         terms = tuple(replace(term, weight=filled(term.weight)) for term in self.terms)
-        return replace(self, weight=self.weight and filled(self.weight), terms=terms)
+        weight = self.weight and filled(self.weight)
+        return replace(self, weight=weight, terms=terms, constants=set_in(self.constants))

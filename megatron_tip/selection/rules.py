@@ -8,6 +8,9 @@ from dataclasses import replace
 from importlib.metadata import entry_points
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from megatron_tip.errors import ConfigError
 from megatron_tip.selection import scores, weights
 from megatron_tip.selection.normalise import ABOVE_MEDIAN, BY_MAXIMUM, CLIPPED_MIN_MAX, MIN_MAX, RAW
@@ -141,10 +144,13 @@ def load_rule(name: str) -> Rule:
     rule = replace(found, name=name) if isinstance(found, Rule) else _rule_of_function(name, found)
     unknown = rule.required_statistics - STATISTICS.keys()
     if unknown:
+        close = difflib.get_close_matches(min(unknown), STATISTICS, n=1)
+        hint = f"did you mean {close[0]}? Others are" if close else "expected names among"
         raise ConfigError(
-            f"rule {name!r}: asks for {sorted(unknown)}, which are not per-token statistics; "
-            f"expected names among {sorted(STATISTICS)}"
+            f"rule {name!r}: asks for {sorted(unknown)}, which are not per-token statistics; {hint} "
+            f"{sorted(STATISTICS)}; a constant needs a default value"
         )
+    _require_scores(rule)
     return rule
 
 
@@ -182,7 +188,29 @@ def _installed(name: str) -> Any:
 
 
 def _rule_of_function(name: str, function: Any) -> Rule:
-    """Returns a rule that passes `function` Norm_B of the statistics named by its parameters."""
+    """Returns a rule that passes `function` Norm_B of the statistics named by its parameters.
+
+    Parameters with a default are constants, which `selection.parameters` may set.
+    """
     if not inspect.isfunction(function):
         raise ConfigError(f"rule {name!r}: expected a Rule or a score function, got {type(function).__name__}")
-    return Rule(name, function, tuple(Input(parameter) for parameter in inspect.signature(function).parameters))
+    parameters = inspect.signature(function).parameters.values()
+    constants = {one.name: one.default for one in parameters if one.default is not one.empty}
+    inputs = tuple(Input(one.name) for one in parameters if one.name not in constants)
+    return Rule(name, function, inputs, constants=constants)
+
+
+def _require_scores(rule: Rule) -> None:
+    """Raises ConfigError unless the rule's function gives one score for each of a few made-up rows."""
+    if rule.score is None:
+        return
+    rows = torch.full((3,), 0.5, dtype=torch.float64)
+    try:
+        scores = rule.score(*(rows.clone() for _ in rule.inputs), **rule.constants)
+    except Exception as error:  # a function of the user's own may raise anything
+        raise ConfigError(
+            f"rule {rule.name!r}: its function fails on three rows of 0.5 with {type(error).__name__}: {error}"
+        ) from error
+    shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+    if shape != (3,):
+        raise ConfigError(f"rule {rule.name!r}: expected scores of shape (3,) for three rows, one per row, got {shape}")

@@ -85,7 +85,7 @@ def test_a_parquet_column_of_texts_or_of_messages(tmp_path):
         ('{"text": "a"}', r"line 2, got 'prompt'; set prompts.field to one that it has: text"),
         ('{"prompt": [{"from": "human", "value": "a"}]}', r"; rename 'from' to 'role'"),
         ('{"prompt": 3}', "line 2: expected 'prompt' to be a text or a list of messages .* got 3"),
-        ('{"prompt": ""}', "line 2: expected 'prompt' to be a text .* got ''"),
+        ('{"prompt": ""}', "line 2: expected 'prompt' to be a text, got an empty one; remove"),
         ('{"prompt": []}', "line 2: expected 'prompt' to be a text"),
         ('{"prompt": [{"role": "user"}]}', "line 2: expected 'prompt' to be a text"),
     ],

@@ -216,6 +216,18 @@ def one_number(support_jaccard):
     return support_jaccard.mean()
 
 
+def three_numbers(student_entropy):
+    return student_entropy[:3]
+
+
+def it_fails(student_entropy):
+    return student_entropy / 0 if len(student_entropy) > 3 else 1 / 0
+
+
+def mixed(student_entropy, reverse_kl, alpha=0.0):
+    return alpha * student_entropy + (1 - alpha) * reverse_kl
+
+
 RAW_OVERLAP = Rule("raw_overlap", lambda z: z, (Input("support_overlap", NORMALISERS["raw"]),), take="bottom")
 
 
@@ -242,8 +254,23 @@ def test_scores_that_cannot_be_ranked_are_refused():
     statistics.support_jaccard[0] = 0.0
     with pytest.raises(TrainingError, match=r"nan_score.*3 scores are NaN"):
         custom("nan_score").select(statistics, index, step=0)
-    with pytest.raises(InputError, match=r"one_number.*\(50,\).*got \(\)"):
+    with pytest.raises(ConfigError, match=r"one_number.*shape \(3,\) for three rows, one per row, got \(\)"):
         custom("one_number").select(statistics, index, step=0)
+    with pytest.raises(InputError, match=r"three_numbers.*\(50,\).*got \(3,\)"):
+        custom("three_numbers").select(statistics, index, step=0)
+    with pytest.raises(ConfigError, match=r"it_fails.* fails on three rows of 0.5 with ZeroDivisionError"):
+        custom("it_fails").select(statistics, index, step=0)
+
+
+def test_a_parameter_with_a_default_is_a_constant():
+    statistics, index = make_batch(11, [100])
+    by_default = custom("mixed").select(statistics, index, step=0).selection_mask
+    assert custom("mixed").required_statistics == {"student_entropy", "reverse_kl"}
+    entropy = custom("mixed", parameters={"alpha": 1.0}).select(statistics, index, step=0).selection_mask
+    assert (by_default != entropy).any()
+    assert float(statistics.student_entropy[entropy].min()) >= float(statistics.student_entropy[~entropy].max())
+    with pytest.raises(ConfigError, match=r"parameters: expected constants of rule .*mixed' \(alpha\), got beta"):
+        custom("mixed", parameters={"beta": 1.0})
 
 
 def test_statistics_that_a_run_does_not_compute_are_refused_before_it_starts():
