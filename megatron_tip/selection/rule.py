@@ -52,8 +52,8 @@ class Rule:
 
     `score(*inputs, **constants)` returns `[n]` scores and must not modify its inputs. `take`: "all" rows; the "top" or
     "bottom" of the scores; or a "sample" without replacement with probability proportional to the score (no score:
-    uniform). `scope`: the budget's scope in the paper, which the selector can override; `rounding`: of a rollout's budget.
-    `weight`: multiplies each kept row's loss; None: 1. `terms`: added to it. `divergence`: the loss that it was
+    uniform). `scope`: the budget's scope in the paper, which the selector can override; `rounding`: of a rollout's
+    budget. `weight`: multiplies each kept row's loss; None: 1. `terms`: added to it. `divergence`: the loss that it was
     published with, where it stands on no other; "": any.
     """
 
