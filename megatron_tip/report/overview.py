@@ -106,7 +106,7 @@ def _rate(run: RunData) -> str:
     if not seconds or not steps:
         return NOT_RECORDED
     per_second = "" if tokens is None else f", {tokens / seconds:,.1f} response tokens per second"
-    return f"{seconds / steps:.1f} s per step{per_second}"
+    return f"{seconds / steps:.1f} s per step{per_second}, with start, measurements and saves"
 
 
 def _heldout(run: RunData) -> str:

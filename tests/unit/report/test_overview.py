@@ -22,7 +22,7 @@ def test_models_prompts_and_rate_are_in_the_overview():
     assert rows["Teacher"] == ["Qwen3-4B"] * 2
     assert rows["Prompts"] == ["dapo.parquet"] * 2
     assert rows["Rule, budget"] == ["random, 10.0%", "full"]
-    assert rows["Rate"] == ["20.0 s per step, 20.0 response tokens per second"] * 2
+    assert rows["Rate"] == ["20.0 s per step, 20.0 response tokens per second, with start, measurements and saves"] * 2
 
 
 @pytest.mark.parametrize(
