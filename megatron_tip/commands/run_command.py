@@ -47,7 +47,9 @@ class RunCommand(TyperCommand):
     def parse_args(self, ctx, args: list[str]) -> list[str]:
         options = {name for parameter in self.params for name in (*parameter.opts, *parameter.secondary_opts)}
         with errors_reported():
-            for word in args:
+            for before, word in zip(["", *args], args, strict=False):
+                if before == "--sbatch":
+                    continue
                 name = word.partition("=")[0]
                 if not word.startswith("-") or name in options:
                     continue

@@ -25,7 +25,7 @@ SCRIPTS = ("train", "train_disaggregated", "sweep")
 """Files of the repository's slurm/, without their suffix, that take a configuration."""
 
 _ROOT = Path(__file__).parents[2]
-_SHORT = re.compile(r"-\w\s")
+_TWO_WORDS = re.compile(r"--?[\w-]+\s")
 _CHECKED = {"--nodes": "--nodes N", "-N": "--nodes N", "--gpus-per-node": "--gpus-per-node N"}
 """Options of sbatch that have a place of their own in `submit`."""
 
@@ -166,7 +166,9 @@ def _words(options: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: one asks for other nodes or GPUs than those that were checked.
     """
-    words = [word for option in options for word in (option.split(maxsplit=1) if _SHORT.match(option) else [option])]
+    words = [
+        word for option in options for word in (option.split(maxsplit=1) if _TWO_WORDS.match(option) else [option])
+    ]
     for word in words:
         for name, ours in _CHECKED.items():
             if word == name or word.startswith(f"{name}=" if name.startswith("--") else name):

@@ -44,8 +44,7 @@ def command(
     from megatron_tip.report.sweep_data import write_sweep
 
     sweep = load_sweep(sweep_path)
-    for path in (sweep.config, sweep_path):
-        look_beside(path)
+    look_beside(sweep.config)
     runs = runs_of(sweep)
     if run is not None:
         _print_run(runs, run)

@@ -111,6 +111,7 @@ def check_elsewhere(config: Config, hosts: Hosts, gpu_memory_gib: float) -> "Dry
     """
     from megatron_tip.planning.dry_run import dry_run  # imports torch and transformers, not Megatron
 
+    RunFolder(config.run.folder).require_unfinished()
     result = dry_run(config, hosts, gpu_memory_gib=gpu_memory_gib)
     typer.echo("\n".join(result.lines()), err=True)
     result.require_memory()

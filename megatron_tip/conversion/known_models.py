@@ -130,11 +130,11 @@ KNOWN_MODELS = {
         tied=False,
         tokenizer=_R1_QWEN_TOKENS,
     ),
-    "Llama-3.2-1B-Instruct": _llama3(
-        "Llama-3.2-1B-Instruct", (16, 2048, 8192, 32, 8, 128256, 131072), 1_235_814_400, tied=True, factor=32.0
+    "Llama-3.2-1B": _llama3(
+        "Llama-3.2-1B", (16, 2048, 8192, 32, 8, 128256, 131072), 1_235_814_400, tied=True, factor=32.0
     ),
-    "Llama-3.2-3B-Instruct": _llama3(
-        "Llama-3.2-3B-Instruct", (28, 3072, 8192, 24, 8, 128256, 131072), 3_212_749_824, tied=True, factor=32.0
+    "Llama-3.2-3B": _llama3(
+        "Llama-3.2-3B", (28, 3072, 8192, 24, 8, 128256, 131072), 3_212_749_824, tied=True, factor=32.0
     ),
     "Llama-3.1-8B-Instruct": _llama3("Llama-3.1-8B-Instruct", (32, 4096, 14336, 32, 8, 128256, 131072), 8_030_261_248),
     "SmolLM2-135M-Instruct": KnownModel(

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from megatron_tip.conversion.known_models import named_after
@@ -54,7 +55,9 @@ def require_no_pointer(path: Path) -> None:
 
 
 def _remedy_for_nothing(folder: Path) -> str:
-    siblings = [path.name for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
+    siblings: list[str] = []
+    with suppress(OSError):
+        siblings = [path.name for path in folder.parent.iterdir()]
     if close := difflib.get_close_matches(folder.name, siblings, n=1):
         return f"; did you mean {folder.parent / close[0]}?"
     if known := named_after(folder):

@@ -46,7 +46,7 @@ def start_workers(
     *,
     threads: int = 0,
     grace_seconds: float = _SECONDS_TO_END,
-    is_saved: Callable[[], bool] = lambda: True,
+    is_saved: Callable[[], bool] | None = None,
 ) -> Outcome:
     """Runs `command` in `num_workers` processes on this machine and returns when all have ended.
 
@@ -57,7 +57,8 @@ def start_workers(
     Args:
         threads: CPU threads of all workers together; 0: as many as this process may use.
         grace_seconds: until workers that got SIGTERM are killed.
-        is_saved: called once workers have stopped on request; returns whether the same command can continue the run.
+        is_saved: called once workers have been ended; returns whether the same command can continue the run. None: they
+            save nothing.
 
     Raises:
         ConfigError: MASTER_PORT is set and not free.
@@ -85,13 +86,12 @@ def start_workers(
             )
             result = context.wait(period=0.1)
         except SignalException as interruption:
-            name = interruption.sigval.name
-            sys.stderr.write(
-                f"{name}: the workers may save for {grace_seconds:g} s; a second signal ends them at once\n"
-            )
-            exit_codes = _end(context, grace_seconds) if context is not None else []
-            left = _what_is_left(exit_codes, grace_seconds, is_saved())
-            return Outcome(128 + interruption.sigval, f"ended by {name}; all workers are ended; {left}")
+            name, told = interruption.sigval.name, f"{interruption.sigval.name}: the workers end"
+            if is_saved is not None:
+                told += f" and may save for {grace_seconds:g} s; a second signal ends them at once"
+            exit_codes = _end(context, grace_seconds, told) if context is not None else []
+            left = _what_is_left(exit_codes, is_saved) if is_saved is not None else ""
+            return Outcome(128 + interruption.sigval, f"ended by {name}; all workers are ended{left}")
         assert result is not None, "a wait without a timeout returns a result"
         del store
         exit_codes = {rank: failure.exitcode for rank, failure in result.failures.items()}
@@ -226,14 +226,19 @@ def _raise_signal_exception(number: int, _: object) -> None:
     raise SignalException(f"process {os.getpid()} got signal {number}", signal.Signals(number))
 
 
-def _end(context, grace_seconds: float) -> list[int | None]:
-    """Terminates the workers, waits for the grace period, kills the rest; returns their exit codes."""
+def _end(context, grace_seconds: float, told: str) -> list[int | None]:
+    """Terminates the workers, waits for the grace period, kills the rest; returns their exit codes.
+
+    `told`: what the user is told as soon as they know.
+    """
     later_signals: list[int] = []
     for number in _HANDLED:
         signal.signal(number, lambda number, _: later_signals.append(number))
     processes = [handler.proc for handler in context.subprocess_handlers.values()]
     for process in processes:
         process.terminate()  # only the worker: it needs its child processes until it has saved and closed its trackers
+    with suppress(OSError):  # who read standard error may have ended by the same Ctrl-C
+        sys.stderr.write(f"{told}\n")
     deadline = time.monotonic() + grace_seconds
     while any(process.poll() is None for process in processes):
         if later_signals or time.monotonic() > deadline:
@@ -246,23 +251,27 @@ def _end(context, grace_seconds: float) -> list[int | None]:
     return [process.poll() for process in processes]
 
 
-def _what_is_left(exit_codes: Sequence[int | None], grace_seconds: float, is_saved: bool) -> str:
+def _what_is_left(exit_codes: Sequence[int | None], is_saved: Callable[[], bool]) -> str:
     """Returns what workers that a signal ended have left, and what the same command does then."""
+    if exit_codes and not any(exit_codes):
+        return "; they had finished"
     if STOPPED_EXIT_CODE in exit_codes:
-        return _CONTINUES if is_saved else _BEGINS_ANEW
-    left = _CONTINUES_BEFORE if is_saved else _BEGINS_BEFORE
+        return f"; {_CONTINUES if is_saved() else _BEGINS_ANEW}"
+    left = _CONTINUES_BEFORE if is_saved() else _BEGINS_BEFORE
     if -signal.SIGKILL in exit_codes:
-        return f"they were killed before they had saved (fault.grace_seconds = {grace_seconds:g}); {left}"
-    return left
+        return f"; they were killed before they had saved (a second signal, or fault.grace_seconds); {left}"
+    return f"; {left}"
 
 
-def _outcome_of(exit_codes: Mapping[int, int], error_files: Mapping[int, str], is_saved: Callable[[], bool]) -> Outcome:
+def _outcome_of(
+    exit_codes: Mapping[int, int], error_files: Mapping[int, str], is_saved: Callable[[], bool] | None
+) -> Outcome:
     """Returns the outcome of workers that the launcher was not told to end. `exit_codes`: of the failed ones."""
     if not exit_codes:
         return Outcome(0)
     if STOPPED_EXIT_CODE in exit_codes.values():
-        what_is_left = _CONTINUES if is_saved() else _BEGINS_ANEW
-        return Outcome(STOPPED_EXIT_CODE, f"the workers were told to stop; {what_is_left}")
+        what_is_left = "" if is_saved is None else f"; {_CONTINUES if is_saved() else _BEGINS_ANEW}"
+        return Outcome(STOPPED_EXIT_CODE, f"the workers were told to stop{what_is_left}")
     return _first_failure(exit_codes, error_files)
 
 

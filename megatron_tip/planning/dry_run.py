@@ -9,12 +9,13 @@ from megatron_tip.machine import Machine
 from megatron_tip.placement.hosts import Hosts
 from megatron_tip.placement.table import table_of
 from megatron_tip.planning.description import description_of
-from megatron_tip.planning.memory_estimate import MemoryEstimate, estimate_memory
+from megatron_tip.planning.memory_estimate import UNCOUNTED, MemoryEstimate, estimate_memory
 from megatron_tip.planning.plan import Outline, outline_run
 
 _REMEDIES = (
-    ("activations", "lower training.max_tokens_per_micro_batch or set model.recompute_activations"),
     ("held", 'set selection.passes = "auto", or lower rollout.prompts_per_step'),
+    ("embedded engine", 'generate on servers (rollout.engine = "sglang")'),
+    ("activations", "lower training.max_tokens_per_micro_batch or set model.recompute_activations"),
     ("optimizer", "set optimizer.distributed or training.offload"),
     ("gradients", "raise model.tensor_parallel_size or model.pipeline_parallel_size, or set training.offload"),
     (
@@ -24,7 +25,8 @@ _REMEDIES = (
     ("weights", "raise model.tensor_parallel_size or model.pipeline_parallel_size"),
     ("hidden states", "lower rollout.prompts_per_step or rollout.max_response_tokens, or use more GPUs"),
     ("SGLang", "give servers less memory (sglang.memory_fraction) or separate GPUs (sglang.gpus)"),
-    ("embedded engine", 'generate on servers (rollout.engine = "sglang")'),
+    ("head", "raise model.tensor_parallel_size"),
+    ("sync: buckets", "lower sync.bucket_bytes"),
     ("logits", "lower loss.chunk_rows"),
 )
 """By a part of a purpose's name, the first that matches: what makes it smaller."""
@@ -62,11 +64,11 @@ class DryRun:
             return
         phase = self.memory.peak_phase
         largest = sorted(self.memory.phases[phase].items(), key=lambda part: -part[1])
-        known = [(name, size, remedy) for name, size in largest if (remedy := _remedy(name))][:2]
+        parts = [(name, size, _remedy(name)) for name, size in largest if name != UNCOUNTED][:3]
         raise ConfigError(
             f"memory: expected at most {self.gpu_memory_gib:g} GiB per GPU (--gpu-memory), got an estimate of "
             f'{_gib(needed)} GiB in phase "{phase}", {_gib(needed - given)} too many. The largest are: '
-            + "; ".join(f"{name}, {_gib(size)}: {remedy}" for name, size, remedy in known)
+            + "; ".join(f"{name}, {_gib(size)}{remedy and f': {remedy}'}" for name, size, remedy in parts)
         )
 
 
@@ -84,8 +86,8 @@ def dry_run(config: Config, hosts: Hosts, *, gpu_memory_gib: float) -> DryRun:
     return DryRun(config, outline, memory, gpu_memory_gib, tuple(machine.notes), tuple(machine.absent))
 
 
-def _remedy(purpose: str) -> str | None:
-    return next((remedy for part, remedy in _REMEDIES if part in purpose), None)
+def _remedy(purpose: str) -> str:
+    return next((remedy for part, remedy in _REMEDIES if part in purpose), "")
 
 
 def _gib(size: float) -> str:

@@ -196,13 +196,16 @@ def _rule_of_function(name: str, function: Any) -> Rule:
         raise ConfigError(f"rule {name!r}: expected a Rule or a score function, got {type(function).__name__}")
     parameters = inspect.signature(function).parameters.values()
     constants = {one.name: one.default for one in parameters if one.default is not one.empty}
+    for constant, value in constants.items():
+        if not isinstance(value, int | float):
+            raise ConfigError(f"rule {name!r}: expected a number as the default of {constant}, got {value!r}")
     inputs = tuple(Input(one.name) for one in parameters if one.name not in constants)
     return Rule(name, function, inputs, constants=constants)
 
 
 def _require_scores(rule: Rule) -> None:
     """Raises ConfigError unless the rule's function gives one score for each of a few made-up rows."""
-    if rule.score is None:
+    if rule.score is None or any(map(math.isnan, rule.constants.values())):
         return
     rows = torch.full((3,), 0.5, dtype=torch.float64)
     try:

@@ -34,7 +34,7 @@ class SelectionSettings:
             valid and each row's inclusion probability ("importance", for rules that sample).
         seed: for rules that sample, and for random ties.
         minimum_per_rollout: rows to keep of a rollout if floor(rho m) is smaller; scope "rollout" only.
-        parameters: constants of the rule's weights, in place of the published ones.
+        parameters: constants of the rule's score and weights, in place of the published ones.
         adaptive_ratio: whether the retention ratio changes from step to step (see `adaptive_ratio`).
         steps: of the whole training, for rules that follow a schedule.
         compare: report the agreement with every other rule that the statistics allow.

@@ -172,7 +172,7 @@ class Narrowing:
         """Returns the rough time with the number of passes and the offload that the layout takes."""
         device = self._site.device
         passes = plan_passes(config, outline, memory_gib=device.memory_gib, on_gpu=True)
-        key = (layout.student.tp, layout.student.pp, layout.max_tokens)
+        key = (outline.student_grid.dp_size, layout.student.tp, layout.max_tokens)
         if key not in self._batches:
             self._batches[key] = step_batch(config, outline, self._rollouts)
         seconds = self._seconds(layout, takes_one_pass=passes.suits(self._batches[key]))

@@ -1,6 +1,7 @@
 """The plan of a run on a cluster: the kinds of ranks that differ, simulated, and the time of a step."""
 
 from collections.abc import Sequence
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
 from megatron_tip.batching.step_batch import StepBatch
@@ -153,7 +154,10 @@ def make_plan(
         with other_processes(min(num_processes - 1, len(others))) as processes:
             calls = [processes.submit(_planned_elsewhere, config, hosts, device, name) for name in others]
             own = _planned_batch(config, outline, device, last)
-            planned = [*(call.result() for call in calls), own]
+            try:
+                planned = [*(call.result() for call in calls), own]
+            except BrokenProcessPool:  # ended by the system, as for want of memory
+                planned = [*(_planned_batch(config, outline, device, name) for name in others), own]
     else:
         planned = [_planned_batch(config, outline, device, name) for name in batches]
     generation = {name: generated for name, (_, generated) in zip(batches, planned, strict=True)}

@@ -95,6 +95,7 @@ def _key_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: li
 def _add(values: Iterable[Any], parts: list[Any], inputs: list[Tensor]) -> None:
     for value in values:
         if isinstance(value, Tensor):
+            parts.append(next((place for place, one in enumerate(inputs) if one is value), -1))
             inputs.append(value)
             parts += (isinstance(value, FakeTensor), value.dtype, value.shape, value.stride(), value.storage_offset())
         elif isinstance(value, _SEQUENCES):

@@ -222,7 +222,7 @@ def test_signal_leaves_no_process(config_path, environ, stand_in, tmp_path, numb
     assert command.returncode == 128 + number
     left = "there is no checkpoint, the same command starts from the beginning"
     assert after_start(stderr) == (
-        f"{number.name}: the workers may save for 120 s; a second signal ends them at once\n"
+        f"{number.name}: the workers end and may save for 120 s; a second signal ends them at once\n"
         f"error: ended by {number.name}; all workers are ended; {left}\n"
     )
     assert not any(is_alive(pid) for pid in pids)

@@ -48,6 +48,12 @@ def test_an_option_of_another_command_is_answered(words, expected_text):
     assert (ended.exit_code, expected_text in ended.output) == (2, True), ended.output
 
 
+def test_an_option_of_sbatch_may_be_a_word_of_its_own(tmp_path):
+    ended = CliRunner().invoke(app, ["submit", str(tmp_path / "no.toml"), "--sbatch", "--partition=gpu"])
+    assert "no such option" not in ended.output
+    assert "no.toml" in ended.output
+
+
 def test_the_number_of_gpus_elsewhere_starts_nothing(tmp_path):
     (tmp_path / "run.toml").write_text(MINIMAL)
     ended = CliRunner().invoke(app, ["train", str(tmp_path / "run.toml"), "--world-size", "64"])

@@ -59,7 +59,7 @@ def test_options_of_sbatch_are_words(tmp_path: Path):
     assert command[-6:-2] == ["-p", "gpu", "-t9:00:00", "--comment=a b"]
 
 
-@pytest.mark.parametrize("option", ["--nodes=4", "-N4", "-N 4", "--gpus-per-node=2"])
+@pytest.mark.parametrize("option", ["--nodes=4", "-N4", "-N 4", "--nodes 4", "--gpus-per-node=2"])
 def test_nodes_that_were_not_checked_are_refused(tmp_path: Path, option: str):
     submission = Submission(Path("a.toml"), options=[option], environ=ENVIRON)
     with pytest.raises(

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_tip.errors import ConfigError
+from megatron_tip.parallel import launch
 from megatron_tip.parallel.launch import start_workers
 from tests.helpers.processes import is_alive, wait_until
 
@@ -38,7 +39,7 @@ def start(tmp_path, monkeypatch):
     monkeypatch.delenv("MASTER_PORT", raising=False)
 
     def start(body, num_workers=2, **options):
-        return start_workers(worker_command(tmp_path, body), num_workers, **options)
+        return start_workers(worker_command(tmp_path, body), num_workers, **{"is_saved": lambda: True, **options})
 
     return start
 
@@ -139,7 +140,7 @@ def test_signal_handlers_are_as_before(start):
 LAUNCHER = """
 import sys
 from megatron_tip.parallel.launch import start_workers
-outcome = start_workers({command!r}, 2, grace_seconds={grace_seconds})
+outcome = start_workers({command!r}, 2, grace_seconds={grace_seconds}, is_saved=lambda: True)
 print(outcome.exit_code, outcome.message)
 """
 SAVES = """
@@ -155,10 +156,14 @@ with StopSignals() as stop:
 """
 
 
-def started_launcher(tmp_path, body, grace_seconds):
+def started_launcher(tmp_path, body, grace_seconds, **streams):
     program = LAUNCHER.format(command=worker_command(tmp_path, body), grace_seconds=grace_seconds)
     launcher = subprocess.Popen(
-        [sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+        **streams,
     )
     wait_until(lambda: all((tmp_path / f"{rank}.pid").exists() for rank in range(2)))
     return launcher
@@ -176,6 +181,30 @@ def test_workers_save_before_they_are_ended(tmp_path, number):
     assert all((tmp_path / f"{rank}.saved").exists() for rank in range(2))
 
 
+def test_workers_save_when_nobody_reads_what_the_command_says(tmp_path):
+    """As with `2>&1 | tee log`: the Ctrl-C ends tee too."""
+    reader, writer = os.pipe()
+    launcher = started_launcher(tmp_path, SAVES.replace("SECONDS", "0.5"), grace_seconds=60, stderr=writer)
+    os.close(writer)
+    os.close(reader)
+    launcher.send_signal(signal.SIGINT)
+    stdout, _ = launcher.communicate()
+    assert "the run is saved" in stdout
+    assert all((tmp_path / f"{rank}.saved").exists() for rank in range(2))
+
+
+@pytest.mark.parametrize(
+    "exit_codes,expected",
+    [
+        ([0, 0], "; they had finished"),
+        ([75, 0], "; the run is saved, the same command continues it"),
+        ([-15, 0], "; the same command continues from the newest checkpoint"),
+    ],
+)
+def test_what_ended_workers_left_is_said(exit_codes, expected):
+    assert launch._what_is_left(exit_codes, lambda: True) == expected
+
+
 @pytest.mark.parametrize("second_signal", [True, False], ids=["second_signal", "grace_over"])
 def test_workers_that_do_not_end_are_killed(tmp_path, second_signal):
     launcher = started_launcher(tmp_path, SAVES.replace("SECONDS", "1000"), grace_seconds=1000 if second_signal else 1)
@@ -185,8 +214,8 @@ def test_workers_that_do_not_end_are_killed(tmp_path, second_signal):
         launcher.send_signal(signal.SIGINT)
     stdout, _ = launcher.communicate()
     assert stdout == (
-        "143 ended by SIGTERM; all workers are ended; they were killed before they had saved (fault.grace_seconds = "
-        f"{1000 if second_signal else 1}); the same command continues from the newest checkpoint\n"
+        "143 ended by SIGTERM; all workers are ended; they were killed before they had saved (a second signal, or "
+        "fault.grace_seconds); the same command continues from the newest checkpoint\n"
     )
     assert not any(is_alive(int((tmp_path / f"{rank}.pid").read_text())) for rank in range(2))
 

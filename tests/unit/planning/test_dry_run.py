@@ -9,6 +9,7 @@ from megatron_tip.config import Config
 from megatron_tip.config.io import load_config
 from megatron_tip.errors import ConfigError
 from megatron_tip.placement.hosts import hosts_elsewhere
+from megatron_tip.planning import dry_run as dry_run_module
 from megatron_tip.planning.dry_run import DryRun, dry_run
 from megatron_tip.rollout.sglang import setup as sglang_setup
 from tests.helpers.training import Layout, make_config, make_models
@@ -100,6 +101,21 @@ def test_what_cannot_run_there_is_refused_here(overrides: list[str], expected_te
     with pytest.raises(ValueError) as caught:  # noqa: PT011  ConfigError or WeightsError, both of the user's input
         checked(recipe(*overrides))
     assert expected_text in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "purpose,expected",
+    [
+        ("student: activations of a step, held", "selection.passes"),
+        ("student: a layer's activations", "max_tokens_per_micro_batch"),
+        ("embedded engine, first GPU: weights", "rollout.engine"),
+        ("teacher: head on the student's ranks", "model.tensor_parallel_size"),
+        ("teacher: weights", "teacher.tensor_parallel_size"),
+        ("sync: buckets", "sync.bucket_bytes"),
+    ],
+)
+def test_each_purpose_has_its_own_remedy(purpose: str, expected: str):
+    assert expected in dry_run_module._remedy(purpose)
 
 
 def test_a_world_that_does_not_divide_is_refused():

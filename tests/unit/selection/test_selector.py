@@ -224,6 +224,10 @@ def it_fails(student_entropy):
     return student_entropy / 0 if len(student_entropy) > 3 else 1 / 0
 
 
+def no_number(student_entropy, mode=None):
+    return student_entropy
+
+
 def mixed(student_entropy, reverse_kl, alpha=0.0):
     return alpha * student_entropy + (1 - alpha) * reverse_kl
 
@@ -260,6 +264,8 @@ def test_scores_that_cannot_be_ranked_are_refused():
         custom("three_numbers").select(statistics, index, step=0)
     with pytest.raises(ConfigError, match=r"it_fails.* fails on three rows of 0.5 with ZeroDivisionError"):
         custom("it_fails").select(statistics, index, step=0)
+    with pytest.raises(ConfigError, match=r"no_number.* expected a number as the default of mode, got None"):
+        custom("no_number").select(statistics, index, step=0)
 
 
 def test_a_parameter_with_a_default_is_a_constant():
