@@ -32,7 +32,8 @@ from megatron_tip.simulation.timing import (
     seconds_of,
 )
 
-BATCHES = ("longest", "typical")
+TYPICAL = "typical"
+BATCHES = ("longest", TYPICAL)
 _LAYERS_NOTE = "Transformer Engine's layers: torch's own, with fused attention, are simulated in their place"
 
 

@@ -9,7 +9,7 @@ from megatron_tip.errors import ConfigError
 from megatron_tip.planning.plan import Outline
 from megatron_tip.simulation.layouts import Layout, layouts
 from megatron_tip.simulation.narrowing import Narrowing, Site
-from megatron_tip.simulation.plan import Plan, make_plan, planned_hosts
+from megatron_tip.simulation.plan import TYPICAL, Plan, make_plan, planned_hosts
 from megatron_tip.simulation.supported import check_simulated
 
 NUM_BEST = 5
@@ -19,8 +19,6 @@ _NUM_SIMULATED = NUM_BEST
 _MOST_SIMULATED = 8
 """The same with those that turn out not to fit."""
 _NUM_MISFITS = 3
-RANKED_BY = "typical"
-"""The batch by whose step time layouts are ranked."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ def search_layouts(site: Site, say: Callable[[str], None]) -> Search:
     configured = _planned(site, [])
     fitting, too_large, num_simulated = _simulated(site, candidates, configured, say)
     say(f"simulated {num_simulated} layouts beside the configured one")
-    fitting.sort(key=lambda one: one.plan.step_seconds(RANKED_BY))
+    fitting.sort(key=lambda one: one.plan.step_seconds(TYPICAL))
     too_large += [TooLarge(one.layout.overrides(config), one.missing_bytes) for one in narrowing.misfits.values()]
     too_large.sort(key=lambda one: one.missing_bytes)
     return Search(

@@ -4,9 +4,9 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_tip.simulation.plan import Plan
+from megatron_tip.simulation.plan import TYPICAL, Plan
 from megatron_tip.simulation.report import wrap_line
-from megatron_tip.simulation.search import RANKED_BY, Search
+from megatron_tip.simulation.search import Search
 
 _GIB = 2**30
 _WIDTH = 80
@@ -22,7 +22,7 @@ def as_text(search: Search, given: Sequence[str], gpus: str) -> str:
     """
     lines = [
         f"layouts for {gpus}, the fastest first",
-        f"step: a {RANKED_BY} one; tokens: of its responses; GiB: the fullest GPU's in the",
+        f"step: a {TYPICAL} one; tokens: of its responses; GiB: the fullest GPU's in the",
         "longest batch; overrides: to paste behind `train CONFIG.toml`",
         "",
         f"{'':>10}{'step, s':>9}{'tokens/s':>11}{'GiB':>8}",
@@ -56,7 +56,7 @@ def as_values(search: Search, given: Sequence[str]) -> dict[str, Any]:
 
 
 def _values(plan: Plan) -> dict[str, Any]:
-    seconds = plan.step_seconds(RANKED_BY)
+    seconds = plan.step_seconds(TYPICAL)
     return {
         "student": plan.outline.student_grid.sizes(),
         "teacher": plan.outline.teacher_grid.sizes(),
@@ -65,9 +65,9 @@ def _values(plan: Plan) -> dict[str, Any]:
         "peak_bytes": plan.fullest.peak_bytes,
         "peak_phase": plan.fullest.peak_phase,
         "step_seconds": seconds,
-        "response_tokens_per_second": plan.generation[RANKED_BY].num_tokens / seconds,
-        "phase_seconds": {"rollout": plan.generation[RANKED_BY].seconds, **plan.phase_seconds(RANKED_BY)},
-        "gpu_hours": plan.gpu_hours(RANKED_BY),
+        "response_tokens_per_second": plan.generation[TYPICAL].num_tokens / seconds,
+        "phase_seconds": {"rollout": plan.generation[TYPICAL].seconds, **plan.phase_seconds(TYPICAL)},
+        "gpu_hours": plan.gpu_hours(TYPICAL),
     }
 
 
@@ -75,8 +75,8 @@ def _row(name: str, plan: Plan | Exception, given: Sequence[str], overrides: Seq
     """Returns the lines of one layout: its values, its sizes, and what to paste behind `train CONFIG.toml`."""
     if not isinstance(plan, Plan):
         return wrap_line(f"{name:<10}refused: {plan}")
-    seconds = plan.step_seconds(RANKED_BY)
-    rate = plan.generation[RANKED_BY].num_tokens / seconds
+    seconds = plan.step_seconds(TYPICAL)
+    rate = plan.generation[TYPICAL].num_tokens / seconds
     missing = "" if plan.fits else f"  {plan.missing_bytes / _GIB:.1f} GiB are missing"
     numbers = f"{name:<10}{seconds:>9.1f}{rate:>11,.0f}{plan.fullest.peak_bytes / _GIB:>8.1f}{missing}"
     return [numbers, *wrap_line(_INDENT + plan.outline.grids_in_words()), *_pasted(given, overrides)]

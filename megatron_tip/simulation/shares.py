@@ -8,16 +8,12 @@ from megatron_tip.placement.placement import place
 from megatron_tip.simulation.assumptions import assumed_rollouts
 from megatron_tip.simulation.layouts import Layout, server_choices
 from megatron_tip.simulation.narrowing import Site
-from megatron_tip.simulation.plan import Plan, make_plan, planned_hosts
+from megatron_tip.simulation.plan import TYPICAL, Plan, make_plan, planned_hosts
 from megatron_tip.simulation.timing import generation_of
 
-BATCH = "typical"
-"""The batch whose step is divided into its phases."""
 _RATIOS = (0.01, 0.05, 0.1, 1.0)
 _LENGTHS = (0.5, 2.0)
 """Of `rollout.max_response_tokens` as configured."""
-
-
 _PHASES = ("rollout", "teacher", "score", "train", "others")
 
 
@@ -66,7 +62,7 @@ def _changed(site: Site, name: str, overrides: list[str]) -> Variation:
     try:
         config = site.configure(overrides)
         hosts = planned_hosts(config, site.nodes, site.gpus_per_node)
-        return _variation(name, make_plan(config, hosts, site.device, batches=(BATCH,)))
+        return _variation(name, make_plan(config, hosts, site.device, batches=(TYPICAL,)))
     except ConfigError as refusal:
         return Variation(name, refusal=str(refusal))
 
@@ -83,20 +79,20 @@ def _other_servers(site: Site, configured: Plan) -> Iterator[Variation]:
             continue
         if servers == own.servers or hosts != configured.hosts:
             continue  # with GPUs of their own, the trainer's world would be another: a search compares those
-        generation = {BATCH: generation_of(config, outline, site.device, rollouts)}
-        name = f"servers: {generation[BATCH].num_servers}"
+        generation = {TYPICAL: generation_of(config, outline, site.device, rollouts)}
+        name = f"servers: {generation[TYPICAL].num_servers}"
         yield _variation(name, replace(configured, config=config, outline=outline, generation=generation))
 
 
 def _variation(name: str, plan: Plan) -> Variation:
-    seconds = {"rollout": plan.generation[BATCH].seconds, **plan.phase_seconds(BATCH)}
-    return Variation(name, plan.step_seconds(BATCH), seconds)
+    seconds = {"rollout": plan.generation[TYPICAL].seconds, **plan.phase_seconds(TYPICAL)}
+    return Variation(name, plan.step_seconds(TYPICAL), seconds)
 
 
 def share_lines(variations: Sequence[Variation]) -> list[str]:
     """Returns a table of 80 columns: seconds of a step, and the share of each phase in per cent."""
     header = "".join(f"{phase:>8}" for phase in _PHASES)
-    lines = [f"{f'{BATCH} batch, % of the time':<26}{'s':>6}{header}"]
+    lines = [f"{f'{TYPICAL} batch, % of the time':<26}{'s':>6}{header}"]
     for one in variations:
         if one.seconds is None:
             lines.append(f"  {one.name:<24}refused: {one.refusal}")

@@ -10,8 +10,8 @@ from megatron_tip.config.io import dump_config, load_config
 from megatron_tip.simulation import search as search_module
 from megatron_tip.simulation.device import find_device
 from megatron_tip.simulation.narrowing import Site
-from megatron_tip.simulation.plan import Plan, make_plan, planned_hosts
-from megatron_tip.simulation.search import RANKED_BY, Search, search_layouts
+from megatron_tip.simulation.plan import TYPICAL, Plan, make_plan, planned_hosts
+from megatron_tip.simulation.search import Search, search_layouts
 from megatron_tip.simulation.search_report import as_text, as_values
 from tests.helpers.training import Layout, make_config, make_models
 
@@ -43,10 +43,10 @@ def search(path: Path, said: list[str]) -> Search:
 
 def test_the_best_are_ordered_by_the_simulated_time(search: Search):
     assert isinstance(search.configured, Plan)
-    seconds = [one.plan.step_seconds(RANKED_BY) for one in search.best]
+    seconds = [one.plan.step_seconds(TYPICAL) for one in search.best]
     assert len(seconds) == 3
     assert seconds == sorted(seconds)
-    assert seconds[0] < search.configured.step_seconds(RANKED_BY), "two stages for tiny models are slow"
+    assert seconds[0] < search.configured.step_seconds(TYPICAL), "two stages for tiny models are slow"
 
 
 def test_the_printed_overrides_give_the_simulated_layout(search: Search, path: Path):
@@ -59,13 +59,13 @@ def test_the_printed_overrides_give_the_simulated_layout(search: Search, path: P
         assert config.model.tensor_parallel_size == one.plan.outline.student_grid.tp_size
         assert config.teacher.pipeline_parallel_size == one.plan.outline.teacher_grid.pp_size
     again = load_config(path, [*GIVEN, *search.best[0].overrides])
-    planned = make_plan(again, planned_hosts(again, 1, 2), find_device("h800"), batches=(RANKED_BY,))
-    assert planned.step_seconds(RANKED_BY) == pytest.approx(search.best[0].plan.step_seconds(RANKED_BY))
+    planned = make_plan(again, planned_hosts(again, 1, 2), find_device("h800"), batches=(TYPICAL,))
+    assert planned.step_seconds(TYPICAL) == pytest.approx(search.best[0].plan.step_seconds(TYPICAL))
 
 
 def test_json_has_the_same_rows_and_the_configured_layout(search: Search):
     values = json.loads(json.dumps(as_values(search, GIVEN)))
-    assert [row["step_seconds"] for row in values["best"]] == [one.plan.step_seconds(RANKED_BY) for one in search.best]
+    assert [row["step_seconds"] for row in values["best"]] == [one.plan.step_seconds(TYPICAL) for one in search.best]
     assert all(row["overrides"][:1] == GIVEN for row in values["best"])
     assert values["as_configured"]["student"]["pp"] == 2
     assert values["as_configured"]["fits"]

@@ -7,9 +7,9 @@ from megatron_tip.simulation import shares as shares_module
 from megatron_tip.simulation.device import find_device
 from megatron_tip.simulation.narrowing import Site
 from megatron_tip.simulation.page import page_of
-from megatron_tip.simulation.plan import Plan, make_plan, planned_hosts
+from megatron_tip.simulation.plan import TYPICAL, Plan, make_plan, planned_hosts
 from megatron_tip.simulation.report import as_text, as_values
-from megatron_tip.simulation.shares import BATCH, Variation, phase_shares
+from megatron_tip.simulation.shares import Variation, phase_shares
 from tests.helpers.training import Layout, make_config, make_models
 
 pytestmark = pytest.mark.timeout(900)
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.timeout(900)
 
 def planned(site: Site, *overrides: str) -> Plan:
     config = site.configure(overrides)
-    return make_plan(config, planned_hosts(config, 1, 2), site.device, batches=(BATCH,))
+    return make_plan(config, planned_hosts(config, 1, 2), site.device, batches=(TYPICAL,))
 
 
 @pytest.fixture(scope="module")
@@ -46,15 +46,15 @@ def found(site: Site, configured: Plan) -> dict[str, Variation]:
 def test_each_variation_is_the_plan_of_its_configuration(site: Site, configured: Plan, found: dict[str, Variation]):
     names = ["as configured", "100% selected", "responses up to 15", "responses up to 4,500", "servers: 1"]
     assert list(found) == names
-    assert found["as configured"].step_seconds == configured.step_seconds(BATCH)
+    assert found["as configured"].step_seconds == configured.step_seconds(TYPICAL)
     short = planned(site, "rollout.max_response_tokens=15")
-    assert found["responses up to 15"].step_seconds == pytest.approx(short.step_seconds(BATCH))
+    assert found["responses up to 15"].step_seconds == pytest.approx(short.step_seconds(TYPICAL))
     assert found["responses up to 15"].shares["rollout"] < found["as configured"].shares["rollout"]
 
 
 def test_other_servers_on_the_same_gpus_cost_what_a_plan_of_them_says(site: Site, found: dict[str, Variation]):
     one = planned(site, "sglang.tensor_parallel_size=2")
-    expected = {"rollout": one.generation[BATCH].seconds, **one.phase_seconds(BATCH)}
+    expected = {"rollout": one.generation[TYPICAL].seconds, **one.phase_seconds(TYPICAL)}
     assert found["servers: 1"].seconds == pytest.approx(expected)
 
 
