@@ -10,7 +10,6 @@ import typer
 
 from megatron_tip.commands.outcome import errors_reported
 from megatron_tip.commands.run_command import Overrides, configured_run
-from megatron_tip.config.io import load_config
 from megatron_tip.cpu.lean_imports import lean_imports
 from megatron_tip.errors import ConfigError
 from megatron_tip.parallel.environment import available_threads
@@ -34,7 +33,7 @@ def command(
         bool, typer.Option("--search", help="Print the fastest layouts that fit, as overrides, instead of the plan.")
     ] = False,
     shares: Annotated[
-        bool, typer.Option("--shares", help="Also plan other budgets and lengths; takes four times as long.")
+        bool, typer.Option("--shares", help="Also plan other budgets and lengths; takes several times as long.")
     ] = False,
 ) -> None:
     """Runs a step of one rank of each kind in a simulated world, and prints memory, messages and time.
@@ -49,12 +48,12 @@ def command(
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # without it, Megatron warns that a GPU would be slower
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the batches are planned at the same time, in processes
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch asks for huge pages: millions of tokens take many small
-    configured_run(config_path, overrides)
+    configured_run(config_path, overrides)  # a wrong key is reported before torch loads
     with lean_imports():
         from megatron_tip.simulation import device, narrowing, page  # late: imports torch and Megatron
     given = overrides or []
     site = narrowing.Site(
-        lambda more: load_config(config_path, [*given, *more]),
+        lambda more: configured_run(config_path, [*given, *more]),
         device.find_device(gpu),
         nodes,
         gpus_per_node,

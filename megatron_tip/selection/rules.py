@@ -158,16 +158,15 @@ def _imported(path: str) -> Any:
     module_name, _, attribute = path.partition(":")
     try:
         module = importlib.import_module(module_name)
-        if not hasattr(module, attribute) and (close := difflib.get_close_matches(attribute, vars(module), n=1)):
-            raise ConfigError(f"rule: {module_name} has no {attribute!r}; did you mean {module_name}:{close[0]}?")
-        return getattr(module, attribute)
-    except ConfigError:
-        raise
+        close = difflib.get_close_matches(attribute, vars(module), n=1)
+        if hasattr(module, attribute) or not close:
+            return getattr(module, attribute)
     except Exception as error:  # the module may raise anything while it is imported
         raise ConfigError(
             f"rule: cannot import {path!r} ({type(error).__name__}: {error}); expected 'package.module:attribute', no "
             "path of a file; the module lies beside the run's TOML, is installed, or is on PYTHONPATH"
         ) from error
+    raise ConfigError(f"rule: {module_name} has no {attribute!r}; did you mean {module_name}:{close[0]}?")
 
 
 def _installed(name: str) -> Any:

@@ -96,9 +96,9 @@ def _simulated(
     for layout in candidates:
         overrides, planned = layout.overrides(site.config), configured
         if overrides:
-            say(f"simulating {len(fitting) + 1} of {min(_NUM_SIMULATED, len(candidates))}: {' '.join(overrides)}")
-            planned = _planned(site, overrides)
             num_simulated += 1
+            say(f"simulating layout {num_simulated}, of at most {len(candidates)}: {' '.join(overrides)}")
+            planned = _planned(site, overrides)
         if isinstance(planned, Plan) and planned.fits:
             fitting.append(Simulated(overrides, planned))
         elif isinstance(planned, Plan):
