@@ -175,7 +175,7 @@ def write_questions(work: Work, heldout_prompts: int) -> None:
 
     num_training = work.steps * work.prompts_per_step
     wanted = num_training + heldout_prompts
-    questions = list(dict.fromkeys(generate_questions([TASK], 2 * wanted, work.seed)))[:wanted]
+    questions = list(dict.fromkeys(one.text for one in generate_questions([TASK], 2 * wanted, work.seed)))[:wanted]
     assert len(questions) == wanted, f"{TASK}: expected {wanted} different questions, got {len(questions)}"
     for path, part in ((work.prompts, questions[:num_training]), (work.heldout, questions[num_training:])):
         path.write_text("".join(json.dumps({"prompt": question}) + "\n" for question in part))

@@ -21,7 +21,7 @@ from megatron_tip.config.io import load_config
 from megatron_tip.errors import InputError, MegatronTipError
 from megatron_tip.files import atomic_write_text, parse_json
 from megatron_tip.observability.run_folder import RunFolder
-from megatron_tip.prompts.reasoning_tasks import generate_entries, score_answer
+from megatron_tip.prompts.reasoning_tasks import Question, generate_questions
 from megatron_tip.rollout.storage import read_rollouts
 
 
@@ -30,8 +30,8 @@ def make_tasks(
 ) -> list[dict[str, Any]]:
     """Returns `num_tasks` different tasks; the worked examples of the teacher's prompts are tasks of their own."""
     entries: dict[str, dict[str, Any]] = {}
-    for entry in generate_entries(task, 4 * num_tasks + num_examples, seed, options):
-        entries.setdefault(entry["question"], entry)
+    for question in generate_questions([task], 4 * num_tasks + num_examples, seed, options):
+        entries.setdefault(question.text, dict(question.entry))
     examples, rest = list(entries.values())[:num_examples], list(entries.values())[num_examples:]
     if len(rest) < num_tasks:
         raise InputError(f"--num: expected at most the {len(rest)} different tasks that were found, got {num_tasks}")
@@ -67,7 +67,7 @@ def score_file(path: Path, tasks: Sequence[dict[str, Any]], tokenizer: PreTraine
         task = tasks[rollout.prompt_index]
         answer = str(tokenizer.decode(list(rollout.response_ids), skip_special_tokens=True)).strip()
         try:
-            scores.append(score_answer(task["task"], task["options"], task["entry"], answer))
+            scores.append(Question(task["task"], task["options"], task["entry"]).score(answer))
         except InputError as error:
             raise InputError(f"{path}, line {number}: {error}") from error
     return scores

@@ -81,6 +81,15 @@ class Config(Section):
     diagnostics: DiagnosticsConfig = DiagnosticsConfig()
 
     @model_validator(mode="after")
+    def _verified_answers_have_verifiers(self) -> "Config":
+        if self.heldout.verify != "no" and self.prompts.source != "reasoning_gym":
+            raise ValueError(
+                f'heldout.verify: expected "no" with prompts.source = "{self.prompts.source}", whose prompts have no '
+                f'verifier, got "{self.heldout.verify}"'
+            )
+        return self
+
+    @model_validator(mode="after")
     def _own_teacher_is_the_student(self) -> "Config":
         """Gives a teacher that is the student the student's path, dtype and layout."""
         if self.teacher.kind != "self":

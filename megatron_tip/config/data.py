@@ -19,6 +19,8 @@ class PromptsConfig(Section):
     """With source = "file": the field or column that contains the prompt, a text or a list of chat messages."""
     tasks: tuple[str, ...] = ()
     """With source = "reasoning_gym": names of tasks, used in turn."""
+    task_options: dict[str, bool | int | float | str | list[str]] = Field(default={})
+    """With source = "reasoning_gym": options of the tasks, as { max_terms = 2 }; each task must take all of them."""
     num_prompts: int = Field(default=0, ge=0)
     """With source = "reasoning_gym": number of prompts to generate for training; 0: as many as the run needs."""
     apply_chat_template: bool = True
@@ -53,10 +55,10 @@ class PromptsConfig(Section):
             raise ValueError(f'prompts.teacher_prompt_field: expected prompts.source = "file", got "{self.source}"')
         if not self.teacher_reads_another and self.max_teacher_prompt_tokens:
             raise ValueError("prompts.max_teacher_prompt_tokens: expected a prompt of the teacher's own, got none")
-        ignored = self.tasks if self.source == "file" else self.path
-        if ignored:
-            name = "tasks" if self.source == "file" else "path"
-            raise ValueError(f'prompts.{name}: expected none with prompts.source = "{self.source}", got {ignored}')
+        ignored = ("tasks", "task_options") if self.source == "file" else ("path",)
+        for name in ignored:
+            if value := getattr(self, name):
+                raise ValueError(f'prompts.{name}: expected none with prompts.source = "{self.source}", got {value}')
         return self
 
     @property
@@ -92,3 +94,6 @@ class HeldoutConfig(Section):
     """Also measure every this many steps; 0: only before the first and after the last."""
     num_samples: int = Field(default=4, ge=0)
     """Responses written to samples.jsonl, before and after."""
+    verify: Literal["no", "whole", "last_number"] = "no"
+    """With prompts.source = "reasoning_gym": what of a response the task's own verifier takes as the answer, for the
+    metrics heldout/task_accuracy and heldout/task_score; no: it is not asked."""

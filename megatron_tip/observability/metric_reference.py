@@ -94,6 +94,8 @@ METRICS = (
     Metric("diagnostics/gain_relative", "share", "the gain, of the value at step 0"),
     Metric("heldout/reverse_kl", "nats", "mean reverse KL per token of responses to held-out prompts"),
     Metric("heldout/topk_reverse_kl", "nats", "the same over the teacher's top-K, of a teacher that gives no more"),
+    Metric("heldout/task_accuracy", "share", "held-out questions whose answer the task's verifier calls right"),
+    Metric("heldout/task_score", "", "mean of the verifiers' scores, 0 to 1"),
     Metric("prompts/num_skipped", "", "distinct prompts longer than prompts.max_prompt_tokens"),
     Metric("prompts/num_copies", "", "rows that repeat another row"),
     Metric("prompts/num_duplicates", "", "training rows left out because their text is held out"),

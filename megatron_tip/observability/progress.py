@@ -19,6 +19,7 @@ _SHOWN = {
     "train/topk_reverse_kl": "top-K reverse KL {:.4f}",
     "heldout/reverse_kl": "held-out reverse KL {:.4f}",
     "heldout/topk_reverse_kl": "held-out top-K reverse KL {:.4f}",
+    "heldout/task_accuracy": "right answers {:.0%}",
     "train/grad_norm": "gradient norm {:.3g}",
     "selection/retention_ratio": "selected {:.1%}",
     "rollout/response_tokens_mean": "response {:.0f} tokens",

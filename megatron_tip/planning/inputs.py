@@ -58,7 +58,7 @@ def check_inputs(config: Config, machine: Machine) -> None:
         )
     if prompts.source == "reasoning_gym":
         with machine.lacks_packages():
-            check_tasks(prompts.tasks)
+            check_tasks(prompts.tasks, prompts.task_options)
     if config.diagnostics.every_steps and config.diagnostics.bank is not None:
         machine.has(config.diagnostics.bank, "diagnostics.bank")
 

@@ -1,26 +1,61 @@
 """Questions and verifiers from reasoning-gym, which only this file imports."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from megatron_tip.errors import ConfigError, InputError, OptionalDependencyError
 
 
-def generate_questions(tasks: Sequence[str], num_questions: int, seed: int) -> list[str]:
+@dataclass(frozen=True)
+class Question:
+    """A question of a task. `options`: what the task was made with. `entry`: what its verifier needs."""
+
+    task: str
+    options: Mapping[str, Any]
+    entry: Mapping[str, Any]
+
+    @property
+    def text(self) -> str:
+        return self.entry["question"]
+
+    def score(self, answer: str) -> float:
+        """Returns the score of the task's own verifier: 1 for a right answer, 0 to below 1 for another.
+
+        Raises:
+            InputError: the verifier fails on this entry or answer.
+        """
+        try:
+            return float(_dataset(self.task, 1, 0, self.options).score_answer(answer=answer, entry=self.entry))
+        except ConfigError:
+            raise
+        except Exception as error:  # a verifier is other people's code over text that a model wrote
+            raise InputError(
+                f"the verifier of reasoning-gym's {self.task!r} fails with {type(error).__name__}: {error}; got the "
+                f"answer {answer!r:.80} to {self.entry.get('question')!r:.80}"
+            ) from error
+
+
+def generate_questions(
+    tasks: Sequence[str], num_questions: int, seed: int, options: Mapping[str, Any] | None = None
+) -> list[Question]:
     """Returns `num_questions` questions, drawn from the named tasks in turn; deterministic in its arguments.
 
     Raises:
         OptionalDependencyError: reasoning-gym is not installed.
-        ConfigError: reasoning-gym does not know one of the names.
+        ConfigError: reasoning-gym does not know one of the names, or a task does not take the options.
     """
-    reasoning_gym = _library_with(tasks)
-    datasets = [reasoning_gym.create_dataset(task, size=-(-num_questions // len(tasks)), seed=seed) for task in tasks]
-    return [datasets[i % len(tasks)][i // len(tasks)]["question"] for i in range(num_questions)]
+    each, options = -(-num_questions // len(tasks)), options or {}
+    datasets = [_dataset(task, each, seed, options) for task in tasks]
+    places = [(i % len(tasks), i // len(tasks)) for i in range(num_questions)]
+    return [Question(tasks[task], options, datasets[task][place]) for task, place in places]
 
 
-def check_tasks(tasks: Sequence[str]) -> None:
+def check_tasks(tasks: Sequence[str], options: Mapping[str, Any]) -> None:
     """Raises what `generate_questions` would, without generating anything."""
     _library_with(tasks)
+    for task in tasks:
+        _dataset(task, 1, 0, options)
 
 
 def _library_with(tasks: Sequence[str]) -> Any:
@@ -40,36 +75,11 @@ def _library_with(tasks: Sequence[str]) -> Any:
     return reasoning_gym
 
 
-def generate_entries(task: str, num_entries: int, seed: int, options: dict[str, Any]) -> list[dict[str, Any]]:
-    """Returns entries of one task: question, answer and what its verifier needs; deterministic in the arguments.
-
-    Raises:
-        ConfigError: the task is unknown, or its options do not fit.
-    """
-    dataset = _dataset(task, num_entries, seed, options)
-    return [dataset[place] for place in range(num_entries)]
-
-
-def score_answer(task: str, options: dict[str, Any], entry: dict[str, Any], answer: str) -> float:
-    """Returns the score of the task's own verifier: 1 for a right answer, 0 to below 1 for another.
-
-    Raises:
-        InputError: the verifier fails on this entry or answer.
-    """
-    try:
-        return float(_dataset(task, 1, 0, options).score_answer(answer=answer, entry=entry))
-    except ConfigError:
-        raise
-    except Exception as error:  # a verifier is other people's code over text that a model wrote
-        raise InputError(
-            f"the verifier of reasoning-gym's {task!r} fails with {type(error).__name__}: {error}; got the answer "
-            f"{answer!r:.80} to {entry.get('question')!r:.80}"
-        ) from error
-
-
-def _dataset(task: str, size: int, seed: int, options: dict[str, Any]) -> Any:
+def _dataset(task: str, size: int, seed: int, options: Mapping[str, Any]) -> Any:
     library = _library_with([task])
     try:
         return library.create_dataset(task, size=size, seed=seed, **options)
     except (AssertionError, TypeError, ValueError) as error:
-        raise ConfigError(f"task {task!r}: expected options that it takes, got {options}: {error}") from error
+        raise ConfigError(
+            f"task {task!r}: expected options that it takes (prompts.task_options), got {dict(options)}: {error}"
+        ) from error

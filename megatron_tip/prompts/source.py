@@ -1,7 +1,7 @@
 """The prompts of a run: rendered and tokenised once, split into training and held-out, drawn by step."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_tip.config import HeldoutConfig, PromptsConfig
 from megatron_tip.errors import InputError
 from megatron_tip.prompts.files import PromptFile, RawPrompt, read_prompt_file
-from megatron_tip.prompts.reasoning_tasks import generate_questions
+from megatron_tip.prompts.reasoning_tasks import Question, generate_questions
 from megatron_tip.prompts.renderer import PromptRenderer
 from megatron_tip.records import Prompt
 from megatron_tip.seeds import derive_seed
@@ -25,7 +25,7 @@ class PromptSource:
     is not of the rendered texts: a chat template may write today's date.
     `num_copies`: rows of a file left out because an earlier row has the same prompt. `num_skipped`: prompts longer than
     the limit, the teacher's or the student's, left out of both. `num_duplicates`: training prompts left out because
-    their text is a held-out one's.
+    their text is a held-out one's. `heldout_questions`: those of generated held-out prompts, by index.
     """
 
     def __init__(
@@ -39,6 +39,7 @@ class PromptSource:
         num_copies: int = 0,
         num_skipped: int = 0,
         digest: str = "",
+        heldout_questions: Mapping[int, Question] | None = None,
     ) -> None:
         heldout_texts = {prompt.text for prompt in heldout}
         self.training = tuple(prompt for prompt in training if prompt.text not in heldout_texts)
@@ -46,6 +47,7 @@ class PromptSource:
         self.num_copies = num_copies
         self.num_skipped = num_skipped
         self.digest = digest
+        self.heldout_questions = heldout_questions or {}
         self.num_duplicates = len(training) - len(self.training)
         self._prompts_per_step = prompts_per_step
         self._seed = seed
@@ -99,6 +101,7 @@ def load_prompts(
         OptionalDependencyError: reasoning-gym is needed and not installed.
     """
     renderer = PromptRenderer(prompts, tokenizer)
+    heldout_questions: dict[int, Question] = {}
     if prompts.source == "file":
         assert prompts.path is not None, "the configuration holds a path with source = file"
         file = file or read_prompt_file(
@@ -107,8 +110,11 @@ def load_prompts(
         training, held_out = _from_file(prompts, file, heldout.num_prompts, renderer)
     else:
         num_training = prompts.num_prompts or prompts_per_step * steps
-        training = renderer.prompts(_questions(prompts, num_training, derive_seed(seed, 1)), first_index=0)
-        held_out = _other_questions(prompts, heldout.num_prompts, seed, training, num_training, renderer)
+        own = generate_questions(prompts.tasks, num_training, derive_seed(seed, 1), prompts.task_options)
+        training = renderer.prompts(_as_prompts(own), first_index=0)
+        found = _other_questions(prompts, heldout.num_prompts, seed, training, num_training, renderer)
+        held_out = [prompt for prompt, _ in found]
+        heldout_questions = {prompt.index: question for prompt, question in found}
     source = PromptSource(
         training,
         held_out,
@@ -118,6 +124,7 @@ def load_prompts(
         num_copies=file.num_copies if file else 0,
         num_skipped=renderer.num_skipped,
         digest=renderer.digest(),
+        heldout_questions=heldout_questions,
     )
     if file:
         logger.info("%s: %d rows, %d distinct; copies are left out", prompts.path, file.num_rows, len(file.rows))
@@ -171,9 +178,8 @@ def _from_file(
     return [prompt for prompt in usable if prompt.index not in chosen], list(held_out.values())[::-1]
 
 
-def _questions(prompts: PromptsConfig, number: int, seed: int) -> list[tuple[str, RawPrompt]]:
-    questions = generate_questions(prompts.tasks, number, seed)
-    return [(f"reasoning-gym question {i}", question) for i, question in enumerate(questions)]
+def _as_prompts(questions: Sequence[Question]) -> list[tuple[str, RawPrompt]]:
+    return [(f"reasoning-gym question {i}", question.text) for i, question in enumerate(questions)]
 
 
 def _other_questions(
@@ -183,15 +189,15 @@ def _other_questions(
     training: Sequence[Prompt],
     first_index: int,
     renderer: PromptRenderer,
-) -> list[Prompt]:
+) -> list[tuple[Prompt, Question]]:
     """Returns `number` prompts from another seed with different texts, none of them a training prompt's."""
     seen = {prompt.text for prompt in training}
-    found: list[Prompt] = []
+    found: list[tuple[Prompt, Question]] = []
     # reasoning-gym seeds question i with seed + i: a neighbouring seed would repeat the training questions.
-    candidates = _questions(prompts, 8 * number, derive_seed(seed, 2))
-    for prompt in renderer.prompts(candidates, first_index) if candidates else ():
+    candidates = generate_questions(prompts.tasks, 8 * number, derive_seed(seed, 2), prompts.task_options)
+    for prompt in renderer.prompts(_as_prompts(candidates), first_index) if candidates else ():
         if len(found) < number and prompt.text not in seen:
-            found.append(prompt)
+            found.append((prompt, candidates[prompt.index - first_index]))
             seen.add(prompt.text)
     if len(found) < number:
         raise InputError(

@@ -110,6 +110,16 @@ def _rate(run: RunData) -> str:
 
 
 def _heldout(run: RunData) -> str:
+    divergence, right = (
+        _divergence(run),
+        [one for one in run.metrics.get("heldout/task_accuracy", []) if one is not None],
+    )
+    if not right:
+        return divergence
+    return f"{divergence}; right answers {' → '.join(_percent(one) for one in dict.fromkeys((right[0], right[-1])))}"
+
+
+def _divergence(run: RunData) -> str:
     for name in ("heldout/reverse_kl", "heldout/topk_reverse_kl"):
         values = [value for value in run.metrics.get(name, []) if value is not None]
         if len(values) > 1:

@@ -140,6 +140,12 @@ class Ledger:
         self._storages[key] = (reference, purpose, num_bytes)
         self._add(purpose, num_bytes)
 
+    def operate(self, tensors: Sequence[Tensor]) -> None:
+        """Counts an operation other than a matrix product, which reads or writes each of `tensors` once."""
+        work = self.work[self.phase]
+        work.num_operations += 1
+        work.memory_bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
     def assign(self, purpose: str, tensors: Sequence[Tensor]) -> None:
         """Moves storages that are counted already, or not yet, to `purpose`."""
         for tensor in tensors:

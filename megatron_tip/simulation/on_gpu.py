@@ -1,10 +1,13 @@
-"""What a simulated rank, whose tensors are the CPU's, does as on a GPU: the sizes of chunks, and Triton's kernels."""
+"""What a simulated rank, whose tensors are the CPU's, does as on a GPU: chunks, Triton's kernels, fused layers."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from megatron.core.transformer import mlp
+from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron_tip.simulation.ledger import Ledger
@@ -32,10 +35,7 @@ class FusedKernels:
             with self._ledger.paused():
                 plain_results = plain(*tensors, [None] * kernels.NUM_SCRATCH)
                 results = tuple(result.float() for result in plain_results)
-            written = results or tensors[:1]
-            work = self._ledger.work[self._ledger.phase]
-            work.num_operations += 1
-            work.memory_bytes += sum(tensor.numel() * tensor.element_size() for tensor in (*tensors, *written))
+            self._ledger.operate([*tensors, *(results or tensors[:1])])
             for tensor in tensors_in(results):
                 self._ledger.hold(tensor)
             return results
@@ -43,9 +43,51 @@ class FusedKernels:
         return run
 
 
+class _FusedOperation(torch.autograd.Function):
+    """A layer's function as one operation each way, which keeps its inputs alone for the backward pass.
+
+    That is what torch's RMSNorm on a GPU, Transformer Engine's and Megatron's fused SwiGLU do. On a CPU, torch composes
+    them of a dozen operations that keep float32 copies.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, ledger: Ledger, plain: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """Returns the result of `plain` for `inputs`."""
+        ctx.ledger, ctx.plain = ledger, plain
+        ctx.save_for_backward(*inputs)
+        with ledger.paused():
+            result = plain(*inputs)
+        ledger.operate([*inputs, result])
+        ledger.hold(result)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Returns the gradients of the inputs."""
+        ledger: Ledger = ctx.ledger
+        saved = ctx.saved_tensors  # read once: recomputed layers allow no more
+        with ledger.paused(), torch.enable_grad():
+            inputs = [tensor.detach().requires_grad_() for tensor in saved]
+            results = torch.autograd.grad(ctx.plain(*inputs), inputs, gradients)
+        ledger.operate([*gradients, *saved, *results])
+        for tensor in results:
+            ledger.hold(tensor)
+        return None, None, *results
+
+
+def fuse_activations(*models: torch.nn.Module) -> None:
+    """Makes the feed-forward networks of models built on a CPU take the fused SwiGLU that those on a GPU take."""
+    for model in models:
+        get_model_config(model).bias_activation_fusion = True
+
+
 @contextmanager
 def as_on_gpu(ledger: Ledger, memory_bytes: int) -> Iterator[None]:
-    """Makes the arithmetic on logits take the chunks and kernels of a GPU of `memory_bytes`, while the block lasts."""
+    """Makes layers fused, and the arithmetic on logits take the chunks and kernels of a GPU of `memory_bytes`.
+
+    Holds while the block lasts. SwiGLU is fused in the models that were given to `fuse_activations`.
+    """
+    plain_norm = F.rms_norm
 
     def rows(num_rows: int, num_columns: int, device: torch.device) -> int:
         most = chunks.most_rows_on_gpu(num_columns, memory_bytes)
@@ -54,8 +96,16 @@ def as_on_gpu(ledger: Ledger, memory_bytes: int) -> Iterator[None]:
     def chosen(setting: KernelSetting, device: torch.device) -> KernelSet:
         return "eager" if setting == "eager" else "triton"  # compiled kernels, too, take one pass and no scratch
 
+    def norm(x: Tensor, shape: list[int], weight: Tensor, eps: float | None = None) -> Tensor:
+        return _FusedOperation.apply(ledger, lambda x, weight: plain_norm(x, shape, weight, eps), x, weight)
+
+    def swiglu(x: Tensor, *_: Any) -> Tensor:
+        return _FusedOperation.apply(ledger, _swiglu, x)
+
     block_bytes = chunks.GPU_BLOCK_BYTES // torch.get_num_threads()
     with (
+        _replaced(F, "rms_norm", norm),
+        _replaced(mlp, "bias_swiglu_impl", swiglu),
         _replaced(inputs, "default_chunk_rows", rows),
         _replaced(inputs, "chosen_kernels", chosen),
         _replaced(inputs, "triton_problem", lambda device: None),
@@ -63,6 +113,11 @@ def as_on_gpu(ledger: Ledger, memory_bytes: int) -> Iterator[None]:
         _replaced(chunks, "CPU_BLOCK_BYTES_PER_THREAD", block_bytes),
     ):
         yield
+
+
+def _swiglu(x: Tensor) -> Tensor:
+    gate, value = x.chunk(2, -1)
+    return F.silu(gate) * value
 
 
 @contextmanager

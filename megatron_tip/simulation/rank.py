@@ -23,7 +23,7 @@ from megatron_tip.planning.plan import Outline, RunPlan
 from megatron_tip.records import Rollout
 from megatron_tip.simulation.assumptions import STEP, AssumedSelection
 from megatron_tip.simulation.ledger import Ledger
-from megatron_tip.simulation.on_gpu import as_on_gpu
+from megatron_tip.simulation.on_gpu import as_on_gpu, fuse_activations
 from megatron_tip.simulation.parts import (
     Pipe,
     ShapesOnly,
@@ -101,6 +101,8 @@ def simulate_rank(
         if rank != 0:
             answers.broadcasts.extend((_length(_MEMORY), _bytes(_MEMORY)))
         run = _build(config, outline, Worker(rank, world_size, 0, _CPU), timer)
+        if gpu_memory_bytes:
+            fuse_activations(run.student.model, _own_teacher(run).model)
         run = with_receiver(with_assumptions(run, ledger, answers, assumed), rank)
         with ledger.purpose("student: optimizer"):
             complete_optimizer_state(run.student)  # as every step but the first finds it
@@ -112,16 +114,20 @@ def simulate_rank(
         if rank != 0:
             answers.broadcasts.extend((_length(_NOTHING), _bytes(_NOTHING)))  # a server can take weights
         between_steps(run, ledger, batch)
-        assert isinstance(run.teacher, MegatronTeacher), "checked by `plan`"
         replica = run.student.groups.dp_rank
         return SimulatedRank(
             rank=rank,
             ledger=ledger,
             num_scored=len(batch.plan[replica]),
             num_trained=len(assumed.trained.plan[replica]),
-            num_taught=len(run.teacher.served(batch)),
+            num_taught=len(_own_teacher(run).served(batch)),
             metrics=found,
         )
+
+
+def _own_teacher(run: TrainingRun) -> MegatronTeacher:
+    assert isinstance(run.teacher, MegatronTeacher), "checked by `plan`"
+    return run.teacher
 
 
 def between_steps(run: TrainingRun, ledger: Ledger, batch: StepBatch) -> None:

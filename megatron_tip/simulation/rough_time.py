@@ -21,9 +21,9 @@ _VALUE = 2
 _GRADIENT = 4
 _BACKWARD = 2
 """The cost of a backward pass in forward passes."""
-_OPERATIONS = 90
+_OPERATIONS = 85
 """Of a layer's forward pass."""
-_WHOLE, _SPLIT, _LOGITS = 52, 18, 10
+_WHOLE, _SPLIT, _LOGITS = 19, 11, 10
 """Values that all but matrix products read and write, as counted in simulated steps of the 14B recipe.
 
 In a layer, per value of the hidden state (norms, residuals: whole on every tensor-parallel rank unless it splits the

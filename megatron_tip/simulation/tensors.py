@@ -67,13 +67,13 @@ class CountedTensors(TorchDispatchMode):
         packet = func.overloadpacket
         if packet in _FREE:
             return
+        flops = _flops(packet, args, kwargs, result)
+        if not flops:
+            self.ledger.operate(tensors)
+            return
         work = self.ledger.work[self.ledger.phase]
         work.num_operations += 1
-        flops = _flops(packet, args, kwargs, result)
-        if flops:
-            work.matrix_flops += flops
-        else:
-            work.memory_bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        work.matrix_flops += flops
 
     def _count_message(self, func: Any, args: tuple[Any, ...]) -> None:
         """Enters a message of a real process group."""

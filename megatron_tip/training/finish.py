@@ -35,6 +35,8 @@ def finish_run(
     folder.write_summary(summary)
     if math.isfinite(before.reverse_kl):
         logger.info("held-out reverse KL %.3f -> %.3f nats per token", before.reverse_kl, after.reverse_kl)
+    if math.isfinite(before.accuracy):
+        logger.info("right answers to held-out questions %.0f%% -> %.0f%%", 100 * before.accuracy, 100 * after.accuracy)
     logger.info("done in %.0f s; see %s", summary["seconds"]["total"], folder.report)
 
 
@@ -69,10 +71,12 @@ def summarise(run: TrainingRun, totals: RecorderState, before: Heldout, after: H
     dist.all_reduce(peak_rss)
     grid = run.student.groups.grid
     got = totals.num_selected / totals.num_valid if totals.num_valid else None
+    verified = {"heldout_task_accuracy": {"before": before.accuracy, "after": after.accuracy}}
     return {
         "steps": run.config.training.steps,
         "world": grid.sizes(),
         "heldout_reverse_kl": {"before": before.reverse_kl, "after": after.reverse_kl},
+        **(verified if math.isfinite(before.accuracy) else {}),
         "retention_ratio": {"asked": run.selector.asked_share, "got": got},
         "tokens": {
             "valid": totals.num_valid,

@@ -1,4 +1,6 @@
-"""KL(student || teacher) on the student's responses to held-out prompts, which are never trained on."""
+"""KL(student || teacher) on responses to held-out prompts, which are never trained on, and the responses' scores."""
+
+from collections.abc import Sequence
 
 import torch.distributed as dist
 
@@ -31,3 +33,13 @@ def measure_heldout(run: TrainingRun, step: int) -> tuple[float, list[Rollout]]:
         total = value.item()
     reporter = groups.grid.rank_at(tp=0, dp=0, pp=groups.grid.pp_size - 1)
     return broadcast_json(total, source=reporter, device=run.device) / batch.num_valid(), rollouts
+
+
+def verify_heldout(run: TrainingRun, rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Returns the metrics of the tasks' own verifiers, the same on every rank; none if they are not asked.
+
+    Collective over the world if heldout.verify asks for them.
+    """
+    if run.config.heldout.verify == "no":
+        return {}
+    return run.on_source(lambda source: source.verifier.metrics(rollouts) if source.verifier else {})

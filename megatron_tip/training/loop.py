@@ -28,6 +28,7 @@ from megatron_tip.planning.description import description_of
 from megatron_tip.planning.dtypes import Dtypes
 from megatron_tip.planning.models import ends_of_the_teacher_alone
 from megatron_tip.planning.plan import RunPlan, plan_run
+from megatron_tip.prompts.verifier import ACCURACY
 from megatron_tip.rollout.progress_clock import Show, show_nothing
 from megatron_tip.training.checkpoints.files import CheckpointFiles
 from megatron_tip.training.checkpoints.progress import Heldout, RunProgress
@@ -35,7 +36,7 @@ from megatron_tip.training.checkpoints.resume import newest_whole, restore
 from megatron_tip.training.checkpoints.same_run import check_same_run
 from megatron_tip.training.checkpoints.writer import Checkpointer
 from megatron_tip.training.finish import finish_run
-from megatron_tip.training.heldout import measure_heldout
+from megatron_tip.training.heldout import measure_heldout, verify_heldout
 from megatron_tip.training.recorder import RecorderState, RunRecorder
 from megatron_tip.training.run import Gauge, RolloutSource, TrainingRun
 from megatron_tip.training.setup import build_run, with_prompts
@@ -264,8 +265,10 @@ def record_step(run: TrainingRun, recorder: RunRecorder, progress: RunProgress) 
     if _measures_after(run.config, step):
         with run.timer.phase("heldout"):
             reverse_kl, rollouts = measure_heldout(run, step)
-        heldout = Heldout(reverse_kl, rollouts[: run.config.heldout.num_samples])
-        metrics = metrics | {run.teacher.heldout_metric: reverse_kl}
+            verified = verify_heldout(run, rollouts)
+        kept = rollouts[: run.config.heldout.num_samples]
+        heldout = Heldout(reverse_kl, kept, verified.get(ACCURACY, float("nan")))
+        metrics = metrics | {run.teacher.heldout_metric: reverse_kl} | verified
     if run.gauge is not None:
         with run.timer.phase("diagnose"):
             run.enter("measure")

@@ -16,6 +16,7 @@ from megatron_tip.parallel.stop import StopSignals
 from megatron_tip.parallel.together import run_on
 from megatron_tip.planning.passes import OnePass
 from megatron_tip.prompts.source import PromptSource
+from megatron_tip.prompts.verifier import Verifier
 from megatron_tip.records import Rollout
 from megatron_tip.rollout.engine import RolloutEngine, SamplingParams
 from megatron_tip.rollout.handover.exchange import HandleExchange
@@ -30,10 +31,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RolloutSource:
-    """The source of rollouts: the prompts of every step, and the engine that answers them."""
+    """The source of rollouts: the prompts of every step, and the engine that answers them.
+
+    `verifier`: of the answers to held-out prompts; None: they are not verified.
+    """
 
     prompts: PromptSource
     engine: RolloutEngine
+    verifier: Verifier | None = None
 
 
 @dataclass

@@ -24,6 +24,7 @@ from megatron_tip.planning.passes import OnePass, plan_passes
 from megatron_tip.planning.phases import releases_memory
 from megatron_tip.planning.plan import RunPlan
 from megatron_tip.prompts.source import PromptSource, load_prompts
+from megatron_tip.prompts.verifier import Verifier
 from megatron_tip.rollout.engine import EngineNeeds, SamplingParams
 from megatron_tip.rollout.engines import build_engine
 from megatron_tip.rollout.handover.exchange import HandleExchange
@@ -222,7 +223,9 @@ def _source(
             show=show,
         )
     )
-    return RolloutSource(_prompts(config, plan), engine)
+    prompts, part = _prompts(config, plan), config.heldout.verify
+    verifier = Verifier(prompts.heldout_questions, plan.tokenizer, part) if part != "no" else None
+    return RolloutSource(prompts, engine, verifier)
 
 
 def _prompts(config: Config, plan: RunPlan) -> PromptSource:

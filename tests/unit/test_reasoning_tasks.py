@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_tip.errors import ConfigError, InputError
-from megatron_tip.prompts.reasoning_tasks import score_answer
+from megatron_tip.prompts.reasoning_tasks import Question
 from megatron_tip.records import Prompt, Rollout, logprobs, token_ids
 from megatron_tip.rollout.storage import write_rollouts
 from tests.helpers.tiny_tokenizer import make_tiny_tokenizer
@@ -49,6 +49,6 @@ def test_the_tasks_own_verifier_scores_the_answers(tmp_path: Path):
 
 def test_a_verifier_is_the_librarys():
     (row,) = make_tasks("chain_sum", 1, 1, 3, OPTIONS)
-    assert score_answer("chain_sum", OPTIONS, row["entry"], row["entry"]["answer"]) == 1.0
+    assert Question("chain_sum", OPTIONS, row["entry"]).score(row["entry"]["answer"]) == 1.0
     with pytest.raises(ConfigError, match="expected names of reasoning-gym tasks"):
-        score_answer("chain_sums", OPTIONS, row["entry"], "1")
+        Question("chain_sums", OPTIONS, row["entry"]).score("1")

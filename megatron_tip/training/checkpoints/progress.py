@@ -9,10 +9,14 @@ from megatron_tip.rollout.codec import rollout_from_record, rollout_to_record
 
 @dataclass(frozen=True)
 class Heldout:
-    """A held-out measurement: mean reverse KL in nats per token (NaN: none), and the responses for the samples."""
+    """A held-out measurement: mean reverse KL in nats per token (NaN: none), and the responses for the samples.
+
+    `accuracy`: the share of right answers; NaN if they are not verified.
+    """
 
     reverse_kl: float
     rollouts: list[Rollout]
+    accuracy: float = float("nan")
 
 
 @dataclass
@@ -50,6 +54,7 @@ class RunProgress:
         before = self.before and {
             "reverse_kl": self.before.reverse_kl,
             "rollouts": [rollout_to_record(rollout) for rollout in self.before.rollouts],
+            "accuracy": self.before.accuracy,
         }
         return {**vars(self), "before": before}
 
@@ -60,5 +65,9 @@ class RunProgress:
         A checkpoint that was written before updates were counted is taken to have one per step.
         """
         before = values["before"]
-        heldout = before and Heldout(before["reverse_kl"], [rollout_from_record(one) for one in before["rollouts"]])
+        heldout = before and Heldout(
+            before["reverse_kl"],
+            [rollout_from_record(one) for one in before["rollouts"]],
+            before.get("accuracy", float("nan")),
+        )
         return cls(**{"num_updates": values["step"], **values, "before": heldout})

@@ -24,7 +24,7 @@ def site_of(*overrides: str, nodes: int, memory_gib: float = 80.0) -> Site:
 def missing_bytes(site: Site, *overrides: str) -> float:
     config = site.configure(overrides)
     memory = estimate_memory(config, site.outline(config), gpu_memory_gib=site.device.memory_gib)
-    return needed_bytes(memory) - site.device.memory_bytes
+    return needed_bytes(memory, config.model.recomputed) - site.device.memory_bytes
 
 
 def test_candidates_fit_and_offload_no_more_than_that_needs():
