@@ -97,7 +97,8 @@ class AssumedSelection:
         for part in parts:
             starts.append(starts[-1] + len(part))
         statistics = _random_statistics(len(index), with_jsd="jsd" in selector.required_statistics)
-        selection = selector.select(_needed(selector, statistics), index, step=STEP)
+        alone = replace(selector, compare=False)  # each replica's own selection tells what the comparison costs
+        selection = alone.select(_needed(selector, statistics), index, step=STEP)
         mask = selection.selection_mask
         last_selected = torch.full((len(batch.rollouts),), -1, dtype=torch.int64)
         last_selected.scatter_reduce_(0, index.rollout_index[mask], index.position[mask], "amax")

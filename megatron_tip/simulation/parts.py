@@ -208,8 +208,9 @@ class SimulatedSelector(Selector):
     ) -> TokenSelection:
         assert dp_group is not None, "the training step passes its group"
         with self.ledger.purpose("selection"):
-            self.select_among(OwnReplica(dp_group), statistics, index, step)
-            return self.assumed.selection_of(self.replica)
+            own = self.select_among(OwnReplica(dp_group), statistics, index, step)
+            assumed = self.assumed.selection_of(self.replica)
+            return replace(assumed, metrics=own.metrics | assumed.metrics)
 
 
 def settings_of(instance: Any, names: Collection[str]) -> dict[str, Any]:

@@ -77,7 +77,7 @@ class PlannedRank:
                 continue
             key = (route.phase, route.group, crosses_nodes(route, self.workers_per_node))
             found[key] = found.get(key, 0.0) + traffic.num_bytes * message_scale(route, self.scale)
-        return found
+        return dict(sorted(found.items()))
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ max_prompt_tokens = 200
 [heldout]
 num_prompts = 3
 num_samples = 2
+verify = "last_number"
 [rollout]
 prompts_per_step = 4
 max_response_tokens = 12

@@ -62,6 +62,9 @@ def test_what_a_run_leaves(first_run: Path, models: Path):
     assert summary["world"] == {"tp": 1, "pp": 1, "cp": 1, "dp": 1}
     assert summary["heldout_reverse_kl"]["before"] == metrics[0]["heldout/reverse_kl"]
     assert 0 < summary["heldout_reverse_kl"]["after"] < summary["heldout_reverse_kl"]["before"]
+    accuracy = {when: metrics[place]["heldout/task_accuracy"] for when, place in (("before", 0), ("after", 3))}
+    assert summary["heldout_task_accuracy"] == accuracy
+    assert "heldout/task_accuracy" not in metrics[1], "measured with the divergence"
     assert summary["tokens"]["valid"] == sum(line["selection/num_valid"] for line in metrics[1:])
     trained, uncut = (sum(line[f"train/num_model_tokens{end}"] for line in metrics[1:]) for end in ("", "_uncut"))
     assert (summary["tokens"]["trained"], summary["tokens"]["trained_uncut"]) == (trained, uncut)

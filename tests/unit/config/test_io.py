@@ -125,6 +125,14 @@ def test_malformed_override_is_refused(minimal, override):
         ("optimizer.lr=nan", "optimizer.lr (on the command line): expected number > 0, got NaN"),
         ("optimizer.lr=inf", "expected number > 0, got Infinity"),
         ("rollout.engine=replay", 'rollout.replay_folder: expected a folder with rollout.engine = "replay", got none'),
+        (
+            "heldout.verify=whole",
+            'heldout.verify: expected "no" with prompts.source = "file", whose prompts have no verifier',
+        ),
+        (
+            "prompts.task_options={ max_terms = 2 }",
+            'prompts.task_options: expected none with prompts.source = "file", got',
+        ),
     ],
 )
 def test_message_names_key_expectation_and_value(minimal, override, expected_text):

@@ -193,6 +193,8 @@ def test_held_out_questions_are_never_training_questions():
     assert trained & others, "the case must hold a repetition"
     assert len(held_out) == 30
     assert not trained & held_out
+    assert source.heldout_questions.keys() == {prompt.index for prompt in source.heldout}
+    assert all(source.heldout_questions[prompt.index].text in prompt.text for prompt in source.heldout)
 
 
 def test_unknown_tasks_are_named():
