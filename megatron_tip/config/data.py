@@ -19,7 +19,7 @@ class PromptsConfig(Section):
     """With source = "file": the field or column that contains the prompt, a text or a list of chat messages."""
     tasks: tuple[str, ...] = ()
     """With source = "reasoning_gym": names of tasks, used in turn."""
-    task_options: dict[str, bool | int | float | str | list[str]] = Field(default={})
+    task_options: dict[str, bool | int | float | str | tuple[str, ...]] = Field(default={})
     """With source = "reasoning_gym": options of the tasks, as { max_terms = 2 }; each task must take all of them."""
     num_prompts: int = Field(default=0, ge=0)
     """With source = "reasoning_gym": number of prompts to generate for training; 0: as many as the run needs."""

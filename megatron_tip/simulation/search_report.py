@@ -35,7 +35,8 @@ def as_text(search: Search, given: Sequence[str], gpus: str) -> str:
     if search.too_large:
         lines += ["", "do not fit, the closest first:"]
     for one in search.too_large:
-        lines.append(f"{one.missing_bytes / _GIB:>7.1f} GiB are missing")
+        missing = one.missing_bytes / _GIB
+        lines.append(f"{f'{missing:.1f}' if missing >= 0.1 else '<0.1':>7} GiB are missing")
         lines += _pasted(given, one.overrides)
     return "\n".join(lines)
 

@@ -12,7 +12,7 @@ from megatron_tip import __version__
 from megatron_tip.cli import app
 from megatron_tip.config.io import load_config
 from megatron_tip.config.keys import all_keys
-from megatron_tip.diagnostics.advice import STUDIED
+from megatron_tip.diagnostics.advice import STUDIED, StudiedPair
 from megatron_tip.diagnostics.papers.write import markdown
 from megatron_tip.diagnostics.statistics.seeds import MIN_SEEDS
 from megatron_tip.placement.hosts import hosts_elsewhere
@@ -117,17 +117,30 @@ def test_the_study_is_quoted_as_it_is():
         assert number in README
 
 
-def test_the_evidence_of_the_advice_is_that_of_the_page():
-    folder, (pair,) = ROOT / "docs/fixed_context_study", STUDIED
+@pytest.mark.parametrize(
+    "pair,tables,digits",
+    [
+        (STUDIED[0], "fixed_context_study", 2),
+        (STUDIED[1], "near_pair_study/near_arithmetic", 4),
+        (STUDIED[2], "near_pair_study/near_english", 4),
+    ],
+    ids=["far", "arithmetic", "english"],
+)
+def test_the_evidence_of_the_advice_is_that_of_the_page(pair: StudiedPair, tables: str, digits: int):
+    folder = ROOT / "docs" / tables
+    assert tables.startswith(Path(pair.page).stem)
     gains, arms = (pd.read_csv(folder / f"table_{name}.csv") for name in ("gains", "interventions"))
     assert pair.start_kl == pytest.approx(gains.set_index("checkpoint").loc["mean", "kl_before"], abs=5e-4)
     main = arms[(arms["k"] == 16) & (arms["rule"] == "ta_opd_divergence")].set_index("ratio")
     assert pair.high_d == pytest.approx([main.loc[ratio, "kept_compatibility"] for ratio in (0.05, 0.1)], abs=5e-4)
     assert pair.trainings == main.loc[0.05, "seeds"]
     gained = arms[(arms["k"] == 16) & (arms["ratio"] == 0.05)].set_index("rule")["gain"]
-    for rule, word in (("entropy", "entropy gained"), ("divergence", "D"), ("teachability", "teachability")):
-        assert f"{word} {gained[f'ta_opd_{rule}']:.2f}" in pair.found
-    assert f"random tokens {gained['random']:.2f}" in pair.found
+    names = {"entropy": "entropy", "D": "divergence", "teachability": "teachability", "D^I": "incompatible"}
+    said = dict(re.findall(r"(entropy|random tokens|D\^I|D|teachability) (?:gained )?([\d.]+\d)", pair.found))
+    assert {"entropy", "random tokens", "D", "teachability"} <= said.keys()
+    for word, number in said.items():
+        rule = "random" if word == "random tokens" else f"ta_opd_{names[word]}"
+        assert number == f"{gained[rule]:.{digits}f}"
 
 
 def test_the_study_has_no_verdict_from_fewer_trainings_than_a_verdict_needs():

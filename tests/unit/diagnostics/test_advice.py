@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_tip.diagnostics import advice as module
-from megatron_tip.diagnostics.advice import HIGH_D, STUDIED, BudgetFacts, PairFacts, advice, pair_facts
+from megatron_tip.diagnostics.advice import HIGH_D, BudgetFacts, PairFacts, advice, pair_facts
 from megatron_tip.diagnostics.scores import Scores
 from megatron_tip.diagnostics.statistics.bootstrap import Interval
 from megatron_tip.errors import InputError
@@ -85,19 +84,12 @@ def facts_of(start_kl: float) -> PairFacts:
 
 
 @pytest.mark.parametrize("start_kl", [0.2, 4.2])
-def test_without_a_decided_study_no_rule_is_recommended(start_kl):
+def test_no_rule_is_recommended(start_kl):
     text = "\n".join(advice(facts_of(start_kl)))
     assert "No study of this project says which rule or budget gains most" in text
     assert f"(here {start_kl:.2f}," in text
     assert "without a verdict: 3 trainings of 5" in text
     assert "one rule of each is worth trying: random, tip_entropy." in text
-
-
-def test_a_decided_study_is_quoted_without_the_reservation(monkeypatch):
-    monkeypatch.setattr(module, "STUDIED", (replace(STUDIED[0], trainings=8),))
-    text = "\n".join(advice(facts_of(0.2)))
-    assert "without a verdict" not in text
-    assert "No study" not in text
 
 
 def test_models_that_agree_everywhere_have_no_disagreement_to_divide(scores):

@@ -1,8 +1,11 @@
 """The registered study is the one that its page describes, and its script gives settings that can be loaded."""
 
 import os
+import runpy
 import subprocess
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,6 +16,7 @@ from megatron_tip.diagnostics.papers.claims import BEST, OTHERS, TABLE_2
 
 ROOT = Path(__file__).parents[3]
 STUDY = ROOT / "examples/near_pair_study"
+verdicts = SimpleNamespace(**runpy.run_path(str(STUDY / "verdicts.py")))
 PAGE = " ".join((ROOT / "docs/near_pair_study.md").read_text().split())
 PLACES = {f"{pair}_{source}" for pair in ("near", "far", "healed") for source in ("arithmetic", "english")}
 
@@ -34,6 +38,35 @@ def configurations(lines: list[list[str]], command: str) -> dict[str, Config]:
     """The configurations of a command by the name of the folder above run.folder."""
     found = [load_config(ROOT / line[2], line[3:]) for line in lines if line[:2] == ["diagnose", command]]
     return {config.run.folder.parent.name: config for config in found}
+
+
+def test_the_results_are_those_of_the_tables():
+    tables = ROOT / "docs/near_pair_study"
+    shown = [line for line in (ROOT / "docs/near_pair_study.md").read_text().splitlines() if line.startswith("|")]
+    lines = verdicts.table(tables).splitlines() + verdicts.gains(tables, "near").splitlines()
+    assert shown[-len(lines) :] == lines
+    for source, words in (
+        ("english", "{agrees} of 20 claims agree, {disagrees} disagree, {undecided} are undecided"),
+        ("arithmetic", "{agrees} claim agrees, {disagrees} disagree, {undecided} are undecided"),
+    ):
+        found = Counter(claim["verdict"] for claim in verdicts.read_claims(tables / f"near_{source}").values())
+        assert found.total() == 20
+        assert words.format(**found) in PAGE
+        gained = {
+            row["rule"]: row["gain"] for row in verdicts.read_table(tables / f"near_{source}", "interventions")[:16]
+        }
+        for rule in ("full", "random", "ta_opd_teachability"):
+            assert f"{float(gained[rule]):.4f}" in PAGE.split("### Verdicts")[0]
+
+
+def test_a_claim_holds_in_a_regime_if_it_agrees_on_both_sources():
+    def verdict(*words: str) -> str:
+        return verdicts.regime_verdict([{"verdict": word} for word in words])
+
+    assert verdict("agrees", "agrees") == "holds"
+    assert verdict("disagrees", "disagrees") == "fails"
+    assert verdict("agrees", "disagrees") == verdict("agrees", "undecided") == "undecided"
+    assert verdict("agrees", "too few seeds (3 of 5)") == verdict("no data", "no data") == "not run"
 
 
 def test_the_plan_is_what_the_page_says():
