@@ -23,11 +23,11 @@ logger = logging.getLogger(__name__)
 class Verifier:
     """Scores responses to held-out questions.
 
-    `part`: of a response, what is taken as its answer: all of it, or the last number in it.
+    `questions`: by the index of their prompts. `part`: of a response, what is taken as its answer: all of it, or the
+    last number in it.
     """
 
     def __init__(self, questions: Mapping[int, Question], tokenizer: PreTrainedTokenizerBase, part: AnswerPart) -> None:
-        """`questions`: by the index of their prompts."""
         self._questions = questions
         self._tokenizer = tokenizer
         self._part: AnswerPart = part
