@@ -103,6 +103,7 @@ def test_models_with_few_layers_tell_the_cost_of_whole_ones(
             for by_layers in (False, True)
         ]
         metrics = counted[0].metrics
+        assert "selection/jaccard_tip_divergence" in metrics, "the ranks' own selections compare the rules"
         whole, few = (one.account for one in counted)
         for phase in STEP_PHASES:
             assert sum(few.live(phase).values()) == pytest.approx(sum(whole.live(phase).values()), rel=0.03), phase
