@@ -40,7 +40,7 @@ heal() {
 
 # one PAIR SOURCE RATE RATIOS: bank, scores, advice, arms, tables.
 one() {
-    local folder="$STUDY/$1_$2_$3" settings
+    local name="$1_$2_$3" folder="$STUDY/$1_$2_$3" settings
     mapfile -t settings < <(
         pair "$1"
         source_of_prompts "$2"
@@ -53,7 +53,7 @@ one() {
     [ -e "$folder/bank/scores/start.parquet" ] || "$TIP" diagnose score "$@"
     "$TIP" diagnose advise "$folder/bank" >"$folder/advice.txt"
     "$TIP" diagnose intervene "$@"
-    "$TIP" diagnose report "$folder/bank" --arms "$folder/arms" --out "$folder/tables"
+    "$TIP" diagnose report "$folder/bank" --arms "$folder/arms" --out "$STUDY/tables/$name"
 }
 export -f pair source_of_prompts one
 

@@ -2,7 +2,7 @@
 
     python examples/near_pair_study/verdicts.py docs/near_pair_study
 
-The folder has PAIR_SOURCE/table_claims.csv and table_interventions.csv for each pair and source that was run.
+The folder is STUDY/tables of run.sh, or a copy of it; pairs that were not run on both sources are left out.
 """
 
 import csv
@@ -11,22 +11,27 @@ from pathlib import Path
 
 PAIRS = ("far", "healed", "near")
 SOURCES = ("arithmetic", "english")
-NUM_SEEDS = 8
-
+RATE = "1e-5"
 RATIOS = ("0.05", "0.1")
+NUM_SEEDS = 8
 
 Claim = dict[str, str]
 
 
-def read_table(folder: Path, name: str) -> list[dict[str, str]]:
-    """Returns the rows of a folder's table_NAME.csv."""
-    with (folder / f"table_{name}.csv").open(newline="") as file:
+def pairs_run(folder: Path) -> list[str]:
+    """Returns the pairs that have tables of both sources."""
+    return [pair for pair in PAIRS if all((folder / f"{pair}_{source}_{RATE}").is_dir() for source in SOURCES)]
+
+
+def read_table(folder: Path, pair: str, source: str, name: str) -> list[dict[str, str]]:
+    """Returns the rows of a pair's and source's table_NAME.csv."""
+    with (folder / f"{pair}_{source}_{RATE}" / f"table_{name}.csv").open(newline="") as file:
         return list(csv.DictReader(file))
 
 
-def read_claims(folder: Path) -> dict[str, Claim]:
-    """Returns the rows of a folder's table_claims.csv by their claim."""
-    return {row["claim"]: row for row in read_table(folder, "claims")}
+def read_claims(folder: Path, pair: str, source: str) -> dict[str, Claim]:
+    """Returns the rows of a pair's and source's table_claims.csv by their claim."""
+    return {row["claim"]: row for row in read_table(folder, pair, source, "claims")}
 
 
 def gains(folder: Path, pair: str) -> str:
@@ -34,7 +39,7 @@ def gains(folder: Path, pair: str) -> str:
     found = {
         (source, row["rule"], row["ratio"]): row
         for source in SOURCES
-        for row in read_table(folder / f"{pair}_{source}", "interventions")
+        for row in read_table(folder, pair, source, "interventions")
     }
     columns = [(source, ratio) for ratio in RATIOS for source in SOURCES]
     rules = {rule for _, rule, _ in found} - {"full"}
@@ -77,8 +82,8 @@ def cell(claim: Claim) -> str:
 
 def table(folder: Path) -> str:
     """Returns the table in Markdown: a row for each claim, and for each pair that was run its sources and verdict."""
-    pairs = [pair for pair in PAIRS if all((folder / f"{pair}_{source}").is_dir() for source in SOURCES)]
-    found = {pair: [read_claims(folder / f"{pair}_{source}") for source in SOURCES] for pair in pairs}
+    pairs = pairs_run(folder)
+    found = {pair: [read_claims(folder, pair, source) for source in SOURCES] for pair in pairs}
     header = ["claim", *(f"{pair}: {name}" for pair in pairs for name in (*SOURCES, "verdict"))]
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     for claim in found[pairs[0]][0]:
@@ -91,7 +96,9 @@ def table(folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    print(table(Path(sys.argv[1])))
-    for one in PAIRS:
-        if all((Path(sys.argv[1]) / f"{one}_{source}").is_dir() for source in SOURCES):
-            print(f"\nGains of the {one} pair, nats per token:\n\n{gains(Path(sys.argv[1]), one)}")
+    tables = Path(sys.argv[1])
+    if not pairs_run(tables):
+        sys.exit(f"{tables}: expected near_arithmetic_{RATE}/ and near_english_{RATE}/, or another pair's, found none")
+    print(table(tables))
+    for one in pairs_run(tables):
+        print(f"\nGains of the {one} pair, nats per token:\n\n{gains(tables, one)}")

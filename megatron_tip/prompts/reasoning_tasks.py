@@ -1,5 +1,7 @@
 """Questions and verifiers from reasoning-gym, which only this file imports."""
 
+import functools
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +28,8 @@ class Question:
             InputError: the verifier fails on this entry or answer.
         """
         try:
-            return float(_dataset(self.task, 1, 0, self.options).score_answer(answer=answer, entry=self.entry))
+            verifier = _verifier(self.task, json.dumps(dict(self.options), sort_keys=True))
+            return float(verifier.score_answer(answer=answer, entry=self.entry))
         except ConfigError:
             raise
         except Exception as error:  # a verifier is other people's code over text that a model wrote
@@ -73,6 +76,12 @@ def _library_with(tasks: Sequence[str]) -> Any:
             f"prompts.tasks: expected names of reasoning-gym tasks, got {unknown}; known: {sorted(known)}"
         )
     return reasoning_gym
+
+
+@functools.cache
+def _verifier(task: str, options: str) -> Any:
+    """Returns the task, of which one question is enough; some read word lists. `options`: as JSON."""
+    return _dataset(task, 1, 0, json.loads(options))
 
 
 def _dataset(task: str, size: int, seed: int, options: Mapping[str, Any]) -> Any:

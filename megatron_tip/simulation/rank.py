@@ -174,8 +174,7 @@ def _build(config: Config, outline: Outline, worker: Worker, timer: PhaseTimer) 
 
 def with_assumptions(run: TrainingRun, ledger: Ledger, answers: Answers, assumed: AssumedSelection) -> TrainingRun:
     """Returns the run with the simulated parts in place of its own, and labels what it has built."""
-    student, teacher, selector = run.student, run.teacher, run.selector
-    assert isinstance(teacher, MegatronTeacher), "checked by `plan`"
+    student, teacher, selector = run.student, _own_teacher(run), run.selector
     label_groups(ledger, student.groups, teacher.groups)
     assign_purposes(ledger, student, teacher)
     own_pipe = Pipe(student.groups, run.architecture.hidden_size, student.token_multiple, answers)

@@ -121,8 +121,8 @@ def test_the_study_is_quoted_as_it_is():
     "pair,tables,digits",
     [
         (STUDIED[0], "fixed_context_study", 2),
-        (STUDIED[1], "near_pair_study/near_arithmetic", 4),
-        (STUDIED[2], "near_pair_study/near_english", 4),
+        (STUDIED[1], "near_pair_study/near_arithmetic_1e-5", 4),
+        (STUDIED[2], "near_pair_study/near_english_1e-5", 4),
     ],
     ids=["far", "arithmetic", "english"],
 )

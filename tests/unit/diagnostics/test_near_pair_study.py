@@ -49,12 +49,10 @@ def test_the_results_are_those_of_the_tables():
         ("english", "{agrees} of 20 claims agree, {disagrees} disagree, {undecided} are undecided"),
         ("arithmetic", "{agrees} claim agrees, {disagrees} disagree, {undecided} are undecided"),
     ):
-        found = Counter(claim["verdict"] for claim in verdicts.read_claims(tables / f"near_{source}").values())
+        found = Counter(claim["verdict"] for claim in verdicts.read_claims(tables, "near", source).values())
         assert found.total() == 20
         assert words.format(**found) in PAGE
-        gained = {
-            row["rule"]: row["gain"] for row in verdicts.read_table(tables / f"near_{source}", "interventions")[:16]
-        }
+        gained = {row["rule"]: row["gain"] for row in verdicts.read_table(tables, "near", source, "interventions")[:16]}
         for rule in ("full", "random", "ta_opd_teachability"):
             assert f"{float(gained[rule]):.4f}" in PAGE.split("### Verdicts")[0]
 
