@@ -11,7 +11,6 @@ tokenizer of model.path.
 
 import argparse
 import atexit
-import json
 import os
 import re
 import resource
@@ -26,7 +25,7 @@ from pathlib import Path
 
 from megatron_tip.config import Config
 from megatron_tip.config.io import load_config
-from megatron_tip.observability.metrics_file import MEASURED
+from megatron_tip.observability.metrics_file import MEASURED, read_metrics
 from megatron_tip.observability.run_folder import RunFolder
 from megatron_tip.training.checkpoints.files import CheckpointFiles
 
@@ -73,8 +72,9 @@ class Trial:
             time.sleep(0.002)
 
     def recorded(self) -> int:
-        lines = self.folder.metrics.read_text().splitlines() if self.folder.metrics.exists() else []
-        return json.loads(lines[-1])["step"] if lines else -1
+        """The last step whose line is whole: the run is writing the file."""
+        steps = read_metrics(self.folder.metrics) if self.folder.metrics.exists() else []
+        return steps[-1]["step"] if steps else -1
 
     def workers(self, launcher: subprocess.Popen[str]) -> list[int]:
         """Returns the process ids of the launcher's workers, by rank."""
@@ -259,7 +259,7 @@ def differences(trial: Trial) -> list[str]:
 
 
 def _metrics(folder: RunFolder) -> list[dict[str, float]]:
-    lines = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
+    lines = read_metrics(folder.metrics)
     # A replayed batch keeps the weight version that generated it.
     return [{key: line[key] for key in line if not key.startswith((*MEASURED, "rollout/num_stale"))} for line in lines]
 

@@ -1,6 +1,5 @@
 """Whole training runs in processes that can be killed; forked from a server that has imported everything once."""
 
-import json
 import multiprocessing
 import os
 import socket
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 
 from megatron_tip.config import Config
-from megatron_tip.observability.metrics_file import MEASURED
+from megatron_tip.observability.metrics_file import MEASURED, read_metrics
 from megatron_tip.training.loop import train
 
 
@@ -77,7 +76,7 @@ def _work(config: Config, rank: int, world_size: int, port: int, log: str, fresh
 
 def metrics_of(folder: Path) -> list[dict[str, float]]:
     """metrics.jsonl without what differs between two runs of the same numbers."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(folder / "metrics.jsonl")  # a run may be writing it
     return [{name: value for name, value in line.items() if not name.startswith(MEASURED)} for line in lines]
 
 

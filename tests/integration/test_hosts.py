@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from megatron_tip.commands.serving import server_arguments, write_keys
+from megatron_tip.observability.metrics_file import read_metrics
 from megatron_tip.placement.placement import PlacedServer
 from megatron_tip.placement.slots import Place
 from megatron_tip.rollout.sglang.server import CPU_ENVIRONMENT, CPU_SHIM
@@ -95,7 +96,7 @@ class Run:
 
     def metrics(self) -> list[dict[str, float]]:
         path = self.folder / "run" / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return read_metrics(path) if path.exists() else []
 
     def log(self) -> str:
         return "\n".join(path.read_text() for path in sorted(self.folder.glob("*.log")))

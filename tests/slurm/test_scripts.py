@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 
+from megatron_tip.observability.metrics_file import read_metrics
 from megatron_tip.training.checkpoints.files import CheckpointFiles
 from tests.helpers.processes import wait_until
 from tests.helpers.slurm import NODES, Job, SlurmCluster
@@ -21,7 +22,7 @@ LONG = ("training.steps=100000", "prompts.num_prompts=40")  # hours, unless some
 
 def metrics_of(folder: Path) -> list[dict[str, float]]:
     path = folder / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return read_metrics(path) if path.exists() else []
 
 
 def workers_of(job: Job) -> dict[int, psutil.Process]:
