@@ -82,10 +82,15 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _verified_answers_have_verifiers(self) -> "Config":
-        if self.heldout.verify != "no" and self.prompts.source != "reasoning_gym":
+        if self.heldout.verify != "no" and self.prompts.source == "file" and not self.prompts.answer_field:
             raise ValueError(
-                f'heldout.verify: expected "no" with prompts.source = "{self.prompts.source}", whose prompts have no '
-                f'verifier, got "{self.heldout.verify}"'
+                'heldout.verify: expected "no" with prompts.source = "file" and without prompts.answer_field, which '
+                f'names the field with the right answer, got "{self.heldout.verify}"'
+            )
+        if self.heldout.verify == "contains" and self.prompts.source == "reasoning_gym":
+            raise ValueError(
+                'heldout.verify: expected "whole" or "last_number" with prompts.source = "reasoning_gym", whose tasks '
+                'score an answer themselves, got "contains"'
             )
         return self
 

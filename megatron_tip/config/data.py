@@ -34,6 +34,8 @@ class PromptsConfig(Section):
     teacher_prompt_field: str = ""
     """With source = "file": the field with what the teacher reads in place of the prompt, a text or a list of chat
     messages; empty: the prompt."""
+    answer_field: str = ""
+    """With source = "file": the field with the right answer, a text or a number, for heldout.verify; empty: none."""
     teacher_system_prompt: str = ""
     """System message before what the teacher reads; empty: system_prompt."""
     teacher_template_arguments: dict[str, bool | int | float | str] = Field(default={})
@@ -51,8 +53,9 @@ class PromptsConfig(Section):
             raise ValueError('prompts.path: expected a .jsonl or .parquet file with prompts.source = "file", got none')
         if self.source == "reasoning_gym" and not self.tasks:
             raise ValueError('prompts.tasks: expected task names with prompts.source = "reasoning_gym", got none')
-        if self.teacher_prompt_field and self.source != "file":
-            raise ValueError(f'prompts.teacher_prompt_field: expected prompts.source = "file", got "{self.source}"')
+        for name in ("teacher_prompt_field", "answer_field"):
+            if getattr(self, name) and self.source != "file":
+                raise ValueError(f'prompts.{name}: expected prompts.source = "file", got "{self.source}"')
         if not self.teacher_reads_another and self.max_teacher_prompt_tokens:
             raise ValueError("prompts.max_teacher_prompt_tokens: expected a prompt of the teacher's own, got none")
         ignored = ("tasks", "task_options") if self.source == "file" else ("path",)
@@ -94,6 +97,7 @@ class HeldoutConfig(Section):
     """Also measure every this many steps; 0: only before the first and after the last."""
     num_samples: int = Field(default=4, ge=0)
     """Responses written to samples.jsonl, before and after."""
-    verify: Literal["no", "whole", "last_number"] = "no"
-    """With prompts.source = "reasoning_gym": what of a response the task's own verifier takes as the answer, for the
-    metrics heldout/task_accuracy and heldout/task_score; no: it is not asked."""
+    verify: Literal["no", "whole", "last_number", "contains"] = "no"
+    """What of a response is taken as the answer, for the metrics heldout/task_accuracy and heldout/task_score: all of
+    it, or its last number. A reasoning-gym task scores it by its own verifier; that of a file's prompt is compared with
+    prompts.answer_field, which with "contains" need only occur in it. no: answers are not scored."""

@@ -18,6 +18,7 @@ RawPrompt = str | list[dict[str, Any]]
 
 # The keys of the configuration that name the fields of a row.
 _PROMPT, _TEACHER, _TEACHER_PROMPT = "prompts.field", "prompts.teacher_field", "prompts.teacher_prompt_field"
+_ANSWER = "prompts.answer_field"
 
 
 @dataclass
@@ -25,13 +26,15 @@ class PromptRow:
     """A distinct prompt of a file. `index`: the place of its first row, from 0. `last_index`: that of its last copy.
 
     `where`: its first row, for errors. `teacher`: the value of the teacher field, "" without one. `teacher_prompt`:
-    what the teacher reads in its place; the prompt itself without such a field.
+    what the teacher reads in its place; the prompt itself without such a field. `answer`: the right one, as a text, ""
+    without such a field.
     """
 
     where: str
     prompt: RawPrompt
     teacher: str
     teacher_prompt: RawPrompt
+    answer: str
     index: int
     last_index: int
 
@@ -40,7 +43,7 @@ class PromptRow:
 class PromptFile:
     """The prompts of a file. `num_rows`: with copies. `rows`: without, by their first row.
 
-    Rows are copies if they have the same value in the prompt field and in the teacher's fields.
+    Rows are copies if they have the same value in the prompt field, the teacher's fields and the answer's.
     """
 
     num_rows: int
@@ -51,17 +54,20 @@ class PromptFile:
         return self.num_rows - len(self.rows)
 
 
-def read_prompt_file(path: Path, field: str, teacher_field: str = "", teacher_prompt_field: str = "") -> PromptFile:
+def read_prompt_file(
+    path: Path, field: str, teacher_field: str = "", teacher_prompt_field: str = "", answer_field: str = ""
+) -> PromptFile:
     """Returns the prompts of a .jsonl or .parquet file. Memory grows with the distinct ones, not with their copies.
 
     Args:
         teacher_field: the field that names each prompt's teacher; "" for none.
         teacher_prompt_field: the field with what the teacher reads; "" for none.
+        answer_field: the field with the right answer, a text or a number; "" for none.
 
     Raises:
         InputError: the file is missing, has another suffix, holds no prompt, has a line that is empty or not a JSON
             object, is a broken Parquet file, lacks a field or column, or has a prompt that is neither text nor chat
-            messages or a teacher that is no text.
+            messages, a teacher that is no text or an answer that is neither text nor number.
     """
     readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
     if path.suffix not in readers:
@@ -73,7 +79,7 @@ def read_prompt_file(path: Path, field: str, teacher_field: str = "", teacher_pr
         raise InputError(f"prompts.path: no file {path}; data sets are not fetched, a file must lie on this machine")
     if is_lfs_pointer(path):
         raise InputError(f"prompts.path: expected prompts, got a Git LFS pointer in {path}; run `git lfs pull` there")
-    distinct = _DistinctPrompts(field, teacher_field, teacher_prompt_field)
+    distinct = _DistinctPrompts(field, teacher_field, teacher_prompt_field, answer_field)
     num_rows = readers[path.suffix](path, distinct)
     if not num_rows:
         raise InputError(f"prompts.path: expected prompts in {path}, got an empty file")
@@ -86,8 +92,9 @@ class _DistinctPrompts:
     `fields`: the fields of a row, in the order of `add`, by the key of the configuration that names each.
     """
 
-    def __init__(self, field: str, teacher_field: str, teacher_prompt_field: str) -> None:
+    def __init__(self, field: str, teacher_field: str, teacher_prompt_field: str, answer_field: str) -> None:
         fields = {_PROMPT: field, _TEACHER: teacher_field, _TEACHER_PROMPT: teacher_prompt_field}
+        fields[_ANSWER] = answer_field
         self.fields = {key: name for key, name in fields.items() if name}
         self.rows: list[PromptRow] = []
         self._known: dict[bytes, PromptRow] = {}
@@ -103,7 +110,8 @@ class _DistinctPrompts:
             own = prompt
             if _TEACHER_PROMPT in fields:
                 own = _checked(where, fields[_TEACHER_PROMPT], found[_TEACHER_PROMPT])
-            row = self._known[key] = PromptRow(where, prompt, teacher, own, index, index)
+            answer = _checked_answer(where, fields[_ANSWER], found[_ANSWER]) if _ANSWER in fields else ""
+            row = self._known[key] = PromptRow(where, prompt, teacher, own, answer, index, index)
             self.rows.append(row)
         row.last_index = index
         return row
@@ -192,6 +200,13 @@ def _checked_teacher(where: str, field: str, value: Any) -> str:
     if not isinstance(value, str):
         raise InputError(f"{where}: expected {field!r} to be a text, got {value!r:.200}")
     return value
+
+
+def _checked_answer(where: str, field: str, value: Any) -> str:
+    text = "" if isinstance(value, bool) or not isinstance(value, str | int | float) else str(value).strip()
+    if not text:
+        raise InputError(f"{where}: expected {field!r} to be the right answer, a text or a number, got {value!r:.200}")
+    return text
 
 
 def _checked(where: str, field: str, value: Any) -> RawPrompt:

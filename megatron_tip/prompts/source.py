@@ -12,6 +12,7 @@ from megatron_tip.errors import InputError
 from megatron_tip.prompts.files import PromptFile, RawPrompt, read_prompt_file
 from megatron_tip.prompts.reasoning_tasks import Question, generate_questions
 from megatron_tip.prompts.renderer import PromptRenderer
+from megatron_tip.prompts.verifier import AnswerPart, ExpectedAnswer, Scored, answer_in
 from megatron_tip.records import Prompt
 from megatron_tip.seeds import derive_seed
 
@@ -25,7 +26,7 @@ class PromptSource:
     is not of the rendered texts: a chat template may write today's date.
     `num_copies`: rows of a file left out because an earlier row has the same prompt. `num_skipped`: prompts longer than
     the limit, the teacher's or the student's, left out of both. `num_duplicates`: training prompts left out because
-    their text is a held-out one's. `heldout_questions`: those of generated held-out prompts, by index.
+    their text is a held-out one's. `heldout_questions`: those of held-out prompts that can be scored, by index.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class PromptSource:
         num_copies: int = 0,
         num_skipped: int = 0,
         digest: str = "",
-        heldout_questions: Mapping[int, Question] | None = None,
+        heldout_questions: Mapping[int, Scored] | None = None,
     ) -> None:
         heldout_texts = {prompt.text for prompt in heldout}
         self.training = tuple(prompt for prompt in training if prompt.text not in heldout_texts)
@@ -101,13 +102,14 @@ def load_prompts(
         OptionalDependencyError: reasoning-gym is needed and not installed.
     """
     renderer = PromptRenderer(prompts, tokenizer)
-    heldout_questions: dict[int, Question] = {}
+    heldout_questions: Mapping[int, Scored] = {}
     if prompts.source == "file":
         assert prompts.path is not None, "the configuration holds a path with source = file"
-        file = file or read_prompt_file(
-            prompts.path, prompts.field, prompts.teacher_field, prompts.teacher_prompt_field
-        )
+        fields = (prompts.field, prompts.teacher_field, prompts.teacher_prompt_field, prompts.answer_field)
+        file = file or read_prompt_file(prompts.path, *fields)
         training, held_out = _from_file(prompts, file, heldout.num_prompts, renderer)
+        if heldout.verify != "no":
+            heldout_questions = _with_answers(held_out, file, heldout.verify)
     else:
         num_training = prompts.num_prompts or prompts_per_step * steps
         own = generate_questions(prompts.tasks, num_training, derive_seed(seed, 1), prompts.task_options)
@@ -162,6 +164,8 @@ def _from_file(
     ]
     if prompts.teacher_field:
         renderer.note(*(row.teacher for row in file.rows))
+    if prompts.answer_field:
+        renderer.note(*(row.answer for row in file.rows))
     renderer.note(*((row.index, row.last_index) for row in file.rows if row.index != row.last_index))
     last_index = {row.index: row.last_index for row in file.rows}
     held_out: dict[str, Prompt] = {}
@@ -176,6 +180,17 @@ def _from_file(
         )
     chosen = {prompt.index for prompt in held_out.values()}
     return [prompt for prompt in usable if prompt.index not in chosen], list(held_out.values())[::-1]
+
+
+def _with_answers(held_out: Sequence[Prompt], file: PromptFile, part: AnswerPart) -> dict[int, ExpectedAnswer]:
+    """Returns the right answers to held-out prompts, by index; raises InputError for one that has no number."""
+    rows = {row.index: row for row in file.rows}
+    for row in (rows[prompt.index] for prompt in held_out):
+        if not answer_in(row.answer, part):
+            raise InputError(
+                f'{row.where}: expected an answer with a number, with heldout.verify = "{part}", got {row.answer!r:.80}'
+            )
+    return {prompt.index: ExpectedAnswer(rows[prompt.index].answer, part) for prompt in held_out}
 
 
 def _as_prompts(questions: Sequence[Question]) -> list[tuple[str, RawPrompt]]:

@@ -1,23 +1,54 @@
-"""The tasks' own verifiers, given the answers to held-out prompts."""
+"""What a held-out answer is worth: by the verifier of its task, or against the right answer in its file."""
 
 import logging
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
 from megatron_tip.errors import InputError
-from megatron_tip.prompts.reasoning_tasks import Question
 from megatron_tip.records import Rollout
 
-AnswerPart = Literal["whole", "last_number"]
+AnswerPart = Literal["whole", "last_number", "contains"]
 
 ACCURACY, SCORE = "heldout/task_accuracy", "heldout/task_score"
 
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 logger = logging.getLogger(__name__)
+
+
+class Scored(Protocol):
+    """A question that knows what an answer to it is worth."""
+
+    def score(self, answer: str) -> float:
+        """Returns 1 for a right answer, 0 to below 1 for another; raises InputError if it cannot be scored."""
+        ...
+
+
+@dataclass(frozen=True)
+class ExpectedAnswer:
+    """The right answer to a question, as its file has it. `part`: how a response is compared with it.
+
+    Case, accents and the number of spaces do not count; with "whole" nor does a full stop at the end. With
+    "last_number" it is the last number of the text: GSM8K's answers end with it. With "contains" it may stand anywhere,
+    but in scripts with capital letters not inside of a longer word.
+    """
+
+    text: str
+    part: AnswerPart
+
+    def score(self, answer: str) -> float:
+        """Returns 1 for a right answer and 0 for another."""
+        expected, given = _plain(answer_in(self.text, self.part)), _plain(answer)
+        if self.part == "contains":
+            return float(_occurs(expected, given))
+        if self.part == "last_number":
+            return float(bool(given) and float(given) == float(expected))
+        return float(given.rstrip(" .") == expected.rstrip(" ."))
 
 
 class Verifier:
@@ -27,7 +58,7 @@ class Verifier:
     last number in it.
     """
 
-    def __init__(self, questions: Mapping[int, Question], tokenizer: PreTrainedTokenizerBase, part: AnswerPart) -> None:
+    def __init__(self, questions: Mapping[int, Scored], tokenizer: PreTrainedTokenizerBase, part: AnswerPart) -> None:
         self._questions = questions
         self._tokenizer = tokenizer
         self._part: AnswerPart = part
@@ -52,8 +83,29 @@ class Verifier:
 
 
 def answer_in(text: str, part: AnswerPart) -> str:
-    """Returns the answer in a response; with "last_number" an empty one if there is no number."""
-    if part == "whole":
+    """Returns the answer in a text; with "last_number" an empty one if there is no number."""
+    if part != "last_number":
         return text.strip()
     numbers = _NUMBER.findall(text)
     return numbers[-1].replace(",", "") if numbers else ""
+
+
+def _occurs(expected: str, text: str) -> bool:
+    start = text.find(expected)
+    while start >= 0:
+        end = start + len(expected)
+        if not (_continues(text[start - 1 : start], expected[0]) or _continues(expected[-1], text[end : end + 1])):
+            return True
+        start = text.find(expected, start + 1)
+    return False
+
+
+def _continues(one: str, next_one: str) -> bool:
+    """Returns whether two neighbours are in the same word; Chinese, for one, has no spaces between words."""
+    return all(letter.isdigit() or letter.upper() != letter.lower() for letter in (one or " ", next_one or " "))
+
+
+def _plain(text: str) -> str:
+    """Returns the text in lower case, without accents, with single spaces."""
+    letters = unicodedata.normalize("NFKD", text.casefold())
+    return " ".join("".join(one for one in letters if not unicodedata.combining(one)).split())

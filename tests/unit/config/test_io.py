@@ -1,5 +1,7 @@
 """Configurations in and out: overrides, messages, round trip, reference."""
 
+import re
+
 import pytest
 
 from megatron_tip.config import Config
@@ -73,6 +75,19 @@ def test_malformed_override_is_refused(minimal, override):
 @pytest.mark.parametrize(
     "override,expected_text",
     [
+        ("prompts.answer_field=answer", 'prompts.answer_field: expected prompts.source = "file", got "reasoning_gym"'),
+        ("heldout.verify=contains", 'heldout.verify: expected "whole" or "last_number" with prompts.source = '),
+    ],
+)
+def test_generated_prompts_have_verifiers_of_their_own(minimal, override, expected_text):
+    prompts = '[prompts]\nsource = "reasoning_gym"\ntasks = ["gcd"]\n'
+    minimal.write_text(re.sub(r"\[prompts\]\n(\w.*\n)+", prompts, MINIMAL))
+    assert expected_text in message_of(minimal, [override])
+
+
+@pytest.mark.parametrize(
+    "override,expected_text",
+    [
         ("model.tensor_paralel_size=3", "model.tensor_paralel_size (on the command line): unknown key"),
         ("model.tensor_paralel_size=3", "did you mean model.tensor_parallel_size?"),
         ("training.lr=0.1", "did you mean optimizer.lr?"),
@@ -127,7 +142,7 @@ def test_malformed_override_is_refused(minimal, override):
         ("rollout.engine=replay", 'rollout.replay_folder: expected a folder with rollout.engine = "replay", got none'),
         (
             "heldout.verify=whole",
-            'heldout.verify: expected "no" with prompts.source = "file", whose prompts have no verifier',
+            'heldout.verify: expected "no" with prompts.source = "file" and without prompts.answer_field, which names',
         ),
         (
             "prompts.task_options={ max_terms = 2 }",

@@ -30,11 +30,11 @@ def write_texts(folder: Path, *texts: str) -> Path:
 
 
 def load(
-    heldout: int = 0, prompts_per_step: int = 3, steps: int = 2, seed: int = 5, tokenizer=None, **options
+    heldout: int = 0, prompts_per_step: int = 3, steps: int = 2, seed: int = 5, tokenizer=None, verify="no", **options
 ) -> PromptSource:
     return load_prompts(
         PromptsConfig(**options),
-        HeldoutConfig(num_prompts=heldout),
+        HeldoutConfig(num_prompts=heldout, verify=verify),
         tokenizer or make_tiny_tokenizer(),
         prompts_per_step=prompts_per_step,
         steps=steps,
@@ -340,6 +340,40 @@ def test_a_line_of_the_same_bytes_is_not_decoded_again(tmp_path, monkeypatch):
     path.write_bytes(path.read_bytes().rstrip(b"\n"))
     assert read_prompt_file(path, "prompt").num_rows == 4
     assert len(decoded) == 2
+
+
+def test_held_out_prompts_have_the_right_answers_of_their_rows(tmp_path):
+    rows = [
+        {"prompt": text, "answer": answer} for text, answer in zip("abcd", ["1", "2", "#### 3", "4.0"], strict=True)
+    ]
+    for path in write_both(tmp_path, rows):
+        source = load(2, path=path, answer_field="answer", verify="last_number")
+        assert {i: question.score("3") for i, question in source.heldout_questions.items()} == {2: 1.0, 3: 0.0}
+        assert load(2, path=path, answer_field="answer").heldout_questions == {}
+    numbers = write_lines(tmp_path, *(json.dumps({"prompt": text, "answer": i}) for i, text in enumerate("abc")))
+    (question,) = load(1, path=numbers, answer_field="answer", verify="whole").heldout_questions.values()
+    assert question.score("2") == 1.0
+
+
+@pytest.mark.parametrize("answer", ["", "  ", None, True, ["4"]])
+def test_an_answer_that_is_none_is_named(tmp_path, answer):
+    path = write_lines(
+        tmp_path, json.dumps({"prompt": "a", "answer": 1}), json.dumps({"prompt": "b", "answer": answer})
+    )
+    with pytest.raises(
+        InputError, match=r"jsonl, line 2: expected 'answer' to be the right answer, a text or a number"
+    ):
+        load(path=path, answer_field="answer")
+
+
+def test_answers_that_cannot_be_compared_are_refused(tmp_path):
+    path = write_lines(tmp_path, *(json.dumps({"prompt": text, "answer": "Paris"}) for text in "ab"))
+    with pytest.raises(
+        InputError, match=r'line 2: expected an answer with a number, with heldout.verify = "last_number"'
+    ):
+        load(1, path=path, answer_field="answer", verify="last_number")
+    with pytest.raises(InputError, match=r"prompts.answer_field: expected a field of .*, got 'solution'"):
+        load(1, path=path, answer_field="solution", verify="whole")
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])

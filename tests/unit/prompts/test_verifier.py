@@ -6,7 +6,7 @@ import pytest
 
 from megatron_tip.errors import ConfigError
 from megatron_tip.prompts.reasoning_tasks import Question, check_tasks, generate_questions
-from megatron_tip.prompts.verifier import ACCURACY, SCORE, AnswerPart, Verifier, answer_in
+from megatron_tip.prompts.verifier import ACCURACY, SCORE, AnswerPart, ExpectedAnswer, Verifier, answer_in
 from megatron_tip.records import Rollout, logprobs, token_ids
 from tests.helpers.tiny_tokenizer import make_tiny_tokenizer
 
@@ -61,3 +61,38 @@ def test_options_go_to_every_task_and_are_checked_before_a_run():
         check_tasks(["chain_sum", "coin_flip"], {"max_terms": 2})
     with pytest.raises(ConfigError, match="max_terms must be >= min_terms"):
         check_tasks(["chain_sum"], {"min_terms": 5, "max_terms": 2})
+
+
+@pytest.mark.parametrize(
+    "part,right,wrong",
+    [
+        ("whole", ["Paris", " paris. "], ["It is Paris", "Pari", ""]),
+        ("contains", ["It is Paris!", "PARIS", "(Paris)"], ["Parisian", "Pa ris", ""]),
+    ],
+)
+def test_a_right_answer_of_a_file_is_found_in_a_response(part: AnswerPart, right: list[str], wrong: list[str]):
+    answer = ExpectedAnswer("Paris", part)
+    assert [answer.score(answer_in(text, part)) for text in right] == [1.0] * len(right)
+    assert [answer.score(answer_in(text, part)) for text in wrong] == [0.0] * len(wrong)
+
+
+@pytest.mark.parametrize(
+    "expected,response,score",
+    [
+        ("Asuncion", "The capital is Asunci\u00f3n.", 1.0),
+        ("S\u00e3o Tom\u00e9", "sao  tome", 1.0),
+        ("Rome", "Romero, then Rome", 1.0),
+        ("7", "17, 71", 0.0),
+        ("\u5df4\u9ece", "\u662f\u5df4\u9ece\u3002", 1.0),
+    ],
+)
+def test_accents_do_not_count_and_words_are_whole(expected: str, response: str, score: float):
+    assert ExpectedAnswer(expected, "contains").score(response) == score
+
+
+@pytest.mark.parametrize(
+    "expected,response,score",
+    [("3 + 4 = 7\n#### 7", "so 7.0", 1.0), ("1,204", "1204 or 12", 0.0), ("-2", "2", 0.0), ("5", "none", 0.0)],
+)
+def test_last_numbers_are_compared_as_numbers(expected: str, response: str, score: float):
+    assert ExpectedAnswer(expected, "last_number").score(answer_in(response, "last_number")) == score
