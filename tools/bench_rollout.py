@@ -3,7 +3,7 @@
     python tools/bench_rollout.py [--requests 16] [--tokens 64] [--repeats 3] [--threads 2]
         [--dtype float32] [--json]
 
-The model is the quickstart's student (SmolLM2-135M-Instruct without layers 20 to 25, float32), the prompts are its
+The model is the pruned pair's student (SmolLM2-135M-Instruct without layers 20 to 25, float32), the prompts are its
 arithmetic questions. Both engines answer the same prompts, `--requests` of them at once, with `--tokens` tokens each
 (no stop ids). The engines take turns; tokens per second are the median over `--repeats` turns. Each turn is printed to
 standard error when it ends. `--dtype` sets both engines' weights; the student's are float32.
@@ -99,7 +99,7 @@ def main(
 
 
 def prompts_of(model: Path, number: int) -> list[Prompt]:
-    """Returns the quickstart's questions, tokenised."""
+    """Returns the pruned pair's questions, tokenised."""
     config = PromptsConfig(source="reasoning_gym", tasks=("basic_arithmetic",), max_prompt_tokens=256)
     tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
     heldout = HeldoutConfig(num_prompts=0)

@@ -1,7 +1,7 @@
 """Time and bytes of the selection over simulated data-parallel replicas, on this machine's CPU.
 
     python tools/bench_selection.py                      # every table
-    python tools/bench_selection.py --only quickstart    # share of the quickstart's step, what its budget saves
+    python tools/bench_selection.py --only pruned_pair   # share of the pruned pair's step, what its budget saves
 
 Each replica is a thread with its own shard. "local" is the processor time that one replica spends on its own shard
 (median over replicas, best of the repeats), without the exchange. Threads that share a core disturb each other's
@@ -30,8 +30,8 @@ from megatron_tip.selection.order_statistics import quantiles
 from megatron_tip.statistics import TokenStatistics
 
 RATIO = 0.05
-QUICKSTART = Path("examples/quickstart_cpu/quickstart.toml")
-Part = Literal["growth", "selection", "quickstart"]
+PRUNED_PAIR = Path("examples/pruned_pair/pruned_pair.toml")
+Part = Literal["growth", "selection", "pruned_pair"]
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def bench_selector(num_rollouts: int, num_positions: int, rule: str, compare: bo
 def main(
     only: Annotated[Part | None, typer.Option(help="Print only this part.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Number of repeats; the best one counts.")] = 3,
-    config: Annotated[Path, typer.Option(help="Configuration of the run in the last table.")] = QUICKSTART,
+    config: Annotated[Path, typer.Option(help="Configuration of the run in the last table.")] = PRUNED_PAIR,
     steps: Annotated[int, typer.Option(min=3, help="Optimizer steps of that run; the first is not timed.")] = 5,
     rollouts: Annotated[Path | None, typer.Option(help="Rollouts of that run. Default: generate them first.")] = None,
 ) -> None:
@@ -121,7 +121,7 @@ def main(
     tables = {
         "growth": lambda: print_growth(repeats),
         "selection": lambda: print_selection(repeats),
-        "quickstart": lambda: print_quickstart(config, steps, rollouts),
+        "pruned_pair": lambda: print_pruned_pair(config, steps, rollouts),
     }
     for name in [only] if only else tables:
         tables[name]()
@@ -148,7 +148,7 @@ def print_selection(repeats: int) -> None:
                 bench_selector(num_rollouts, num_positions, rule, compare, repeats)
 
 
-def print_quickstart(config: Path, steps: int, rollouts: Path | None) -> None:
+def print_pruned_pair(config: Path, steps: int, rollouts: Path | None) -> None:
     """Prints runs on the same rollouts at rho = 1, and at rho = 0.05 in two forward passes and in one.
 
     A step here is all its phases except the rollout, so the share of the selection is an upper bound.

@@ -32,7 +32,7 @@ source_of_prompts() {
 
 # The far student after 60 steps of plain distillation on both prompt sources.
 heal() {
-    [ -e "$STUDY/healed/summary.json" ] || "$TIP" train examples/quickstart_cpu/quickstart.toml \
+    [ -e "$STUDY/healed/summary.json" ] || "$TIP" train examples/pruned_pair/pruned_pair.toml \
         run.folder="$STUDY/healed" run.seed=3 selection.rule=full training.steps=60 \
         model.tensor_parallel_size=1 teacher.tensor_parallel_size=1 training.max_tokens_per_micro_batch=1024 \
         'prompts.tasks=["basic_arithmetic","family_relationships","syllogism","sentence_reordering","letter_counting"]'

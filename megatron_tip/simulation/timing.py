@@ -1,6 +1,6 @@
 """The time of a step's phases, from what a rank does in them and what its device can do."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_tip.config import Config
@@ -9,7 +9,6 @@ from megatron_tip.planning.phases import OFFLOADED, PHASES
 from megatron_tip.planning.plan import Outline
 from megatron_tip.records import Rollout
 from megatron_tip.rollout.engines import engine_kind
-from megatron_tip.simulation.account import Account
 from megatron_tip.simulation.device import Device
 from megatron_tip.simulation.kinds import MEMORY_PHASES, PURPOSES
 from megatron_tip.simulation.layers import CountedRank
@@ -51,7 +50,8 @@ def seconds_of(
         grid = outline.teacher_grid if phase == "teacher" else outline.student_grid
         count = counts.get(phase, 0) * scale
         busy *= (count + grid.pp_size - 1) / count if count else 1
-        seconds[phase] = busy + moved_seconds(config, account, device, phase)
+        moved = moved_bytes(config, account.live("rollout"), phase)
+        seconds[phase] = busy + moved / (device.host_gb_per_s * 1e9 * device.link_share)
     return seconds
 
 
@@ -80,14 +80,15 @@ def _carries_rows(route: Route) -> bool:
     return route.phase == "select" and route.operation == "all_to_all"
 
 
-def moved_seconds(config: Config, account: Account, device: Device, phase: str) -> float:
-    """Returns the time in which parts enter or leave the device at the start of a phase; gradients are dropped."""
+def moved_bytes(config: Config, live: Mapping[str, float], phase: str) -> float:
+    """Returns what enters or leaves the device at the start of a phase; gradients are dropped.
+
+    `live`: bytes by purpose while rollouts are generated, if nothing leaves the device.
+    """
     order = ["sync", *STEP_PHASES]  # generation holds what a sync does
     before = PHASES[MEMORY_PHASES[order[order.index(phase, 1) - 1]]].trainer
     changed = (before ^ PHASES[MEMORY_PHASES[phase]].trainer) & OFFLOADED[config.training.offload] - {"gradients"}
-    live = account.live("rollout") if changed else {}
-    num_bytes = sum(live.get(PURPOSES[name], 0.0) for name in changed)
-    return num_bytes / (device.host_gb_per_s * 1e9 * device.link_share)
+    return sum(live.get(PURPOSES[name], 0.0) for name in changed)
 
 
 def generation_of(config: Config, outline: Outline, device: Device, rollouts: Sequence[Rollout]) -> Generation:

@@ -1,16 +1,21 @@
 """The same account of a real rank: a step on real tensors over real process groups, to check the simulated one."""
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from megatron_tip.config import Config
+from megatron_tip.models import host_copy
 from megatron_tip.observability.timing import PhaseTimer
 from megatron_tip.parallel.distributed import Worker
 from megatron_tip.planning.plan import plan_run
 from megatron_tip.records import Rollout
 from megatron_tip.simulation.assumptions import STEP
-from megatron_tip.simulation.ledger import EXCHANGE, Ledger, Route, Traffic
+from megatron_tip.simulation.ledger import BETWEEN, EXCHANGE, Ledger, Route, Traffic
 from megatron_tip.simulation.parts import with_receiver
 from megatron_tip.simulation.rank import between_steps, label_groups
 from megatron_tip.simulation.tensors import CountedTensors
@@ -20,10 +25,38 @@ from megatron_tip.training.setup import build_run
 from megatron_tip.training.step import learn
 
 
-def measure_rank(config: Config, worker: Worker, rollouts: Sequence[Rollout]) -> Ledger:
-    """Returns the account of this worker's step on `rollouts` and of a sync of the weights. Collective."""
-    ledger = Ledger(worker.rank)
-    with CountedTensors(ledger):
+class DeviceLedger(Ledger):
+    """The account of a rank whose parts leave its device, although host and device are the same memory here."""
+
+    def put_apart(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Counts nothing of a tensor, which is in host memory, now and later."""
+        storage = tensor.untyped_storage()
+        self._storages[id(storage)] = (weakref.ref(storage), _HOST, 0)
+        return tensor
+
+    def following(self, move: Callable[..., None]) -> Callable[..., None]:
+        """Returns `move`, after which storages count by their new size: Megatron frees gradients in place."""
+
+        def moved(*arguments: Any) -> None:
+            move(*arguments)
+            for key, (reference, purpose, num_bytes) in list(self._storages.items()):
+                storage = reference()
+                if storage is not None and purpose != _HOST and storage.nbytes() != num_bytes:
+                    self._storages[key] = (reference, purpose, storage.nbytes())
+                    self._add(purpose, storage.nbytes() - num_bytes)
+
+        return moved
+
+
+_HOST = "host"
+
+
+def measure_rank(config: Config, worker: Worker, rollouts: Sequence[Rollout]) -> tuple[Ledger, dict[str, float]]:
+    """Returns the account of this worker's step on `rollouts` and of a sync of the weights, and the bytes that entered
+    or left the device, by phase of `planning.phases.PHASES`. Collective.
+    """
+    ledger = DeviceLedger(worker.rank)
+    with CountedTensors(ledger), _host_apart(ledger):
         timer = PhaseTimer(worker.device, on_enter=ledger.enter, on_exit=ledger.leave)
         plan = plan_run(config, dist.get_world_size())
         run = build_run(config, plan, worker, timer, num_threads=1, generates=False)
@@ -32,18 +65,46 @@ def measure_rank(config: Config, worker: Worker, rollouts: Sequence[Rollout]) ->
         run = with_receiver(run, worker.rank)
         complete_optimizer_state(run.student)  # as every step but the first finds it
         ledger.end_build()
+        run.memory.enter = ledger.following(run.memory.enter)
+        run.enter("generate")  # as every step but the first finds the device
+        run.memory.step_metrics()
         batch = run.batch_of(rollouts)
         learn(run, batch, STEP)
+        run.enter("sync")
+        moved = run.memory.step_metrics()
         between_steps(run, ledger, batch)
-    return ledger
+    moved = {name: value for name, value in moved.items() if name.endswith("_bytes")}
+    return ledger, {name.removeprefix("offload/").removesuffix("_bytes"): value for name, value in moved.items()}
 
 
-def peaks_of(ledger: Ledger) -> dict[str, int]:
-    """Returns the peak of live bytes of each phase, of which the simulated one has more."""
+@contextmanager
+def _host_apart(ledger: DeviceLedger) -> Iterator[None]:
+    """Counts what leaves the device as none of its memory, although here both are a CPU's."""
+    plain = host_copy.host_buffer
+
+    def uncounted(num_bytes: int, device: torch.device) -> torch.Tensor:
+        with ledger.paused():
+            buffer = plain(num_bytes, device)
+        return ledger.put_apart(buffer)
+
+    host_copy.host_buffer = uncounted
+    try:
+        yield
+    finally:
+        host_copy.host_buffer = plain
+
+
+def by_phase(peaks: dict[str, int]) -> dict[str, int]:
+    """Returns the peaks of the phases that a real run has, of which the simulated one has more.
+
+    Between phases parts leave and enter the device, one after the other, which takes no more than the phases beside.
+    """
     found: dict[str, int] = {}
-    for phase, peak in ledger.peaks.items():
+    for phase, num_bytes in peaks.items():
+        if phase == BETWEEN:
+            continue
         name = {"update": "train", EXCHANGE: "teacher"}.get(phase, phase)
-        found[name] = max(found.get(name, 0), peak.total)
+        found[name] = max(found.get(name, 0), num_bytes)
     return found
 
 

@@ -1,5 +1,6 @@
 """Tiny runs whose step is simulated and measured, to compare the two."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,11 @@ from megatron_tip.machine import Machine
 from megatron_tip.planning.passes import plan_passes
 from megatron_tip.planning.plan import Outline, outline_run
 from megatron_tip.simulation.assumptions import AssumedSelection, assumed_rollouts
+from megatron_tip.simulation.kinds import MEMORY_PHASES, offloaded
+from megatron_tip.simulation.ledger import EXCHANGE, Ledger
 from megatron_tip.simulation.rank import SimulatedRank, simulate_rank, step_batch
-from tests.helpers.measured_rank import measure_rank, peaks_of, traffic_of
+from megatron_tip.simulation.timing import STEP_PHASES, moved_bytes
+from tests.helpers.measured_rank import by_phase, measure_rank, traffic_of
 from tests.helpers.training import Layout, make_config, this_worker
 
 # A rule whose choice depends on neither model, so that both runs train on the same rows.
@@ -19,23 +23,45 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "training": {"steps": 4, "max_tokens_per_micro_batch": 200},
     "optimizer": {"lr": 1e-3, "clip_grad": 1.0},
 }
-LAYOUTS = {
-    "1x1x1": Layout(1),
-    "3x1x1": Layout(3, (3, 1), (3, 1), sequence_parallel=True),
-    "1x2x1": Layout(2, (1, 2), (2, 1)),
-    "2x1x2": Layout(4, (2, 1), (1, 2)),
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout and what its run has besides `SECTIONS`."""
+
+    layout: Layout
+    sections: dict[str, dict[str, Any]]
+
+    @property
+    def world_size(self) -> int:
+        return self.layout.world_size
+
+
+TWO_REPLICAS = Layout(4, (2, 1), (1, 2))
+# One replica also scores, for importance weights, which this rule does not need itself. Over several replicas, the
+# rounds of a search for quantiles depend on the statistics, which are assumed.
+SCORES = {"rollout": {"importance_cap": 2.0}}
+DISTRIBUTED = {"optimizer": {"distributed": True}}
+CASES = {
+    "1x1x1": Case(Layout(1), SCORES | {"selection": {"passes": "one"}}),
+    "1x1x1 offload": Case(Layout(1), SCORES | {"training": {"offload": "all"}}),
+    "3x1x1": Case(Layout(3, (3, 1), (3, 1), sequence_parallel=True), SCORES),
+    "3x1x1 mlp": Case(Layout(3, (3, 1), (3, 1)), SCORES | {"model": {"recompute_modules": ("mlp",)}}),
+    "1x2x1": Case(Layout(2, (1, 2), (2, 1)), SCORES),
+    "1x2x1 recompute": Case(Layout(2, (1, 2), (2, 1)), SCORES | {"model": {"recompute_activations": True}}),
+    "2x1x2": Case(TWO_REPLICAS, {}),
+    "2x1x2 distributed": Case(TWO_REPLICAS, DISTRIBUTED),
+    "2x1x2 distributed offload": Case(TWO_REPLICAS, DISTRIBUTED | {"training": {"offload": "optimizer"}}),
 }
+"""tp x pp x dp of the student, and what the optimizer shards, the backward pass runs again, or leaves the device."""
 
 
 def configured(name: str, models: Path) -> Config:
-    """The run of a layout, one of them in one pass.
-
-    One replica also scores, for importance weights, which this rule does not need itself. Over several replicas, the
-    rounds of a search for quantiles depend on the statistics, which are assumed.
-    """
-    scores = {} if name == "2x1x2" else {"rollout": SECTIONS["rollout"] | {"importance_cap": 2.0}}
-    passes = {"selection": SECTIONS["selection"] | {"passes": "one" if name == "1x1x1" else "two"}}
-    return make_config(models, LAYOUTS[name], **SECTIONS | scores | passes)
+    """The run of a case."""
+    sections = {
+        key: SECTIONS.get(key, {}) | CASES[name].sections.get(key, {}) for key in {*SECTIONS, *CASES[name].sections}
+    }
+    return make_config(models, CASES[name].layout, **sections)
 
 
 def simulated(config: Config, world_size: int) -> list[SimulatedRank]:
@@ -53,7 +79,40 @@ def simulated(config: Config, world_size: int) -> list[SimulatedRank]:
     ]
 
 
-def measured(config: Config) -> tuple[dict[str, int], dict[Any, tuple[float, float]], float]:
-    """This worker's peaks, messages and floating-point operations in the same step. Call it inside `run_workers`."""
-    ledger = measure_rank(config, this_worker(), assumed_rollouts(config, longest=False))
-    return peaks_of(ledger), traffic_of(ledger), sum(work.matrix_flops for work in ledger.work.values())
+@dataclass(frozen=True)
+class Cost:
+    """A rank's peaks by phase, messages, floating-point operations, and bytes that enter or leave the device."""
+
+    peaks: dict[str, int]
+    traffic: dict[Any, tuple[float, float]]
+    flops: float
+    moved: dict[str, float]
+
+
+def cost_of(config: Config, ledger: Ledger, peaks: dict[str, int], moved: dict[str, float]) -> Cost:
+    """With offload the ranks also tell each other, in four bytes a phase, that they have moved: nothing plans that."""
+    flops, traffic = sum(work.matrix_flops for work in ledger.work.values()), traffic_of(ledger)
+    if config.training.offload != "none":
+        traffic = {key: found for key, found in traffic.items() if key[1:3] != ("all_reduce", "world")}
+    return Cost(peaks, traffic, flops, {phase: size for phase, size in moved.items() if size})
+
+
+def simulated_cost(config: Config, rank: SimulatedRank) -> Cost:
+    """What the plan says that a rank's step costs."""
+    ledger = rank.ledger
+    live = ledger.peaks["rollout"].parts
+    moved = {MEMORY_PHASES[phase]: moved_bytes(config, live, phase) for phase in STEP_PHASES if phase != "select"}
+    away = {phase: offloaded(config, phase) for phase in ("rollout", "measure", *STEP_PHASES)}
+    away[EXCHANGE] = away["teacher"]
+    peaks = {
+        phase: sum(size for purpose, size in peak.parts.items() if purpose not in away.get(phase, ()))
+        for phase, peak in ledger.peaks.items()
+    }
+    return cost_of(config, ledger, by_phase(peaks), moved)
+
+
+def measured(config: Config) -> Cost:
+    """What this worker's own step costs. Call it inside `run_workers`."""
+    ledger, moved = measure_rank(config, this_worker(), assumed_rollouts(config, longest=False))
+    peaks = {phase: peak.total for phase, peak in ledger.peaks.items()}
+    return cost_of(config, ledger, by_phase(peaks), moved)

@@ -77,6 +77,7 @@ def test_the_wheel_has_every_file_of_the_package(wheel: Path):
 def test_the_quickstarts_command_runs_from_another_folder(program: Path, tmp_path: Path):
     models = make_models(tmp_path / "models")
     paths = [f"model.path={models}/student", f"teacher.path={models}/student", "model.drop_layers=[1, 4]"]
+    paths.append(f"prompts.path={QUICKSTART.with_name('capitals.jsonl')}")
     checked = run(program, "train", str(QUICKSTART), *paths, "--dry-run", cwd=tmp_path)
     assert checked.returncode == 0, checked.stderr
     assert checked.stderr.splitlines()[-1] == "ok: this configuration can run here, on 3 workers"

@@ -16,7 +16,7 @@ from tests.helpers.training import Layout, make_config, make_models
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 SMALL = (
-    *("quickstart_cpu", "quickstart_sglang", "multi_turn_calculator"),
+    *("quickstart_cpu", "pruned_pair", "quickstart_sglang", "multi_turn_calculator"),
     *("fixed_context_study", "near_pair_study", "self_distillation"),
 )
 RECIPES = sorted(

@@ -26,7 +26,7 @@ from tests.helpers.selection import make_batch
 from tests.helpers.tiny_tokenizer import make_tiny_tokenizer
 
 TOKENIZER = make_tiny_tokenizer()
-QUICKSTART = Path(__file__).parents[3] / "examples/quickstart_cpu/quickstart.toml"
+PRUNED_PAIR = Path(__file__).parents[3] / "examples/pruned_pair/pruned_pair.toml"
 SUPPORT_SIZE = 4
 
 
@@ -49,7 +49,7 @@ def with_supports(statistics, num_rows):
 
 def view_of(statistics, index, selection, *, samples=2, points=9):
     overrides = [f"tracking.view_samples={samples}", f"tracking.view_points={points}"]
-    return view_table(index, statistics, selection, ROLLOUTS, TOKENIZER, load_config(QUICKSTART, overrides), 7)
+    return view_table(index, statistics, selection, ROLLOUTS, TOKENIZER, load_config(PRUNED_PAIR, overrides), 7)
 
 
 def selection_of(mask, scores=None):
@@ -157,7 +157,7 @@ def test_points_are_thinned_over_the_whole_batch():
     ids = tuple(range(50))
     mask = torch.zeros(100, dtype=torch.bool)
     rollouts = [Rollout(place, 0, (1,), ids, (0.0,) * 50, "stop", 0) for place in range(2)]
-    config = load_config(QUICKSTART, ["tracking.view_points=30"])
+    config = load_config(PRUNED_PAIR, ["tracking.view_points=30"])
     view = view_table(index, statistics, selection_of(mask), rollouts, TOKENIZER, config, 7)
     expected = [round(value, 4) for value in statistics.student_entropy[::4].tolist()]
     assert [point[0] for point in view.facts.points] == expected
