@@ -52,7 +52,8 @@ def load_output_head(
     """
     num_rows = padded_vocab_size // tp_size
     weight = output_head(checkpoint.architecture)
-    return _read_shard(checkpoint, weight, tp_rank=tp_rank, tp_size=tp_size, num_rows=num_rows).to(dtype)
+    shard = _read_shard(checkpoint, weight, tp_rank=tp_rank, tp_size=tp_size, num_rows=num_rows).to(dtype)
+    return shard.data  # a view would keep its base, and so its memory, when it is offloaded
 
 
 @torch.no_grad()

@@ -88,6 +88,7 @@ class HostCopy:
     def _moving(self) -> list[Tensor]:
         found = {id(tensor): tensor for tensor in self._tensors() if tensor.dim()}
         assert all(tensor.is_contiguous() for tensor in found.values()), "a copy keeps the strides"
+        assert all(tensor._base is None for tensor in found.values()), "a view's base would keep its memory"
         return list(found.values())
 
 

@@ -116,8 +116,8 @@ def complete_optimizer_state(student: Student) -> None:
                 state = inner.state[parameter]
                 state["step"] = state["step"].clone() if "step" in state else torch.tensor(0.0)
                 for name in ("exp_avg", "exp_avg_sq"):
-                    if name not in state:
-                        state[name] = torch.zeros_like(parameter)
+                    # What was read is a view, whose base would keep its memory when the state is offloaded.
+                    state[name] = state[name].data if name in state else torch.zeros_like(parameter)
 
 
 def _sharded_random_states() -> dict[str, ShardedTensor]:

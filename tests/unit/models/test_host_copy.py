@@ -56,6 +56,11 @@ def test_the_original_memory_is_freed():
     assert storage() is None
 
 
+def test_a_view_whose_base_would_keep_its_memory_is_noticed():
+    with pytest.raises(AssertionError, match="a view's base"):
+        HostCopy(lambda: [torch.randn(1000).view(10, 100)], CPU).to_host()
+
+
 def test_what_is_created_meanwhile_comes_along_and_what_grew_gets_a_larger_buffer():
     tensors = [torch.randn(5)]
     part = HostCopy(lambda: tensors, CPU)
