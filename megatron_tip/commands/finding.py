@@ -8,7 +8,7 @@ State = Literal["ok", "note", "missing"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One fact. `state`: "missing" if a run cannot do without it. `remedy`: the command or change that fixes it."""
+    """Facts, a line each. `state`: "missing" if a run cannot do without them. `remedy`: what fixes that."""
 
     state: State
     text: str
@@ -16,4 +16,5 @@ class Finding:
 
     def line(self) -> str:
         mark = {"ok": "ok     ", "note": "note   ", "missing": "MISSING"}[self.state]
-        return f"{mark}  {self.text}" + (f"\n         fix: {self.remedy}" if self.remedy else "")
+        text = self.text.replace("\n", "\n" + " " * 9)
+        return f"{mark}  {text}" + (f"\n         fix: {self.remedy}" if self.remedy else "")

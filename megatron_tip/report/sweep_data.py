@@ -27,12 +27,16 @@ class SweepEntry:
 
 @dataclass(frozen=True)
 class Arm:
-    """The runs of one rule and budget. `summaries`: those of the finished runs, by seed; `missing`: the other seeds."""
+    """The runs of one rule and budget.
+
+    `summaries`: those of the finished runs, by seed; `missing`: the other seeds. `folders`: of the runs, by seed.
+    """
 
     rule: str
     budget: float
     summaries: dict[int, dict[str, Any]]
     missing: list[int]
+    folders: dict[int, Path]
 
     def values(self, *path: str) -> list[float]:
         """Returns the finite numbers at `path` in the summaries, in the order of the seeds."""
@@ -83,7 +87,8 @@ def read_sweep(folder: Path) -> list[Arm]:
         ) from error
     arms: dict[tuple[str, float], Arm] = {}
     for entry in entries:
-        arm = arms.setdefault((entry.rule, entry.budget), Arm(entry.rule, entry.budget, {}, []))
+        arm = arms.setdefault((entry.rule, entry.budget), Arm(entry.rule, entry.budget, {}, [], {}))
+        arm.folders[entry.seed] = folder / entry.name
         summary = _summary(RunFolder(folder / entry.name).summary)
         if summary is None:
             arm.missing.append(entry.seed)

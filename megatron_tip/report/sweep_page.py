@@ -3,12 +3,15 @@
 import csv
 import io
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 from megatron_tip import __version__
 from megatron_tip.errors import InputError
 from megatron_tip.files import atomic_write_text, output_errors
+from megatron_tip.observability.run_folder import RunFolder
 from megatron_tip.report.seeds import LEVEL
 from megatron_tip.report.sweep_data import Arm, read_sweep
 from megatron_tip.report.templates import page_template, read_asset
@@ -37,7 +40,7 @@ def write_sweep_page(folder: Path, target: Path) -> int:
         version=__version__,
         style=read_asset("report.css"),
         heads=[head for _, head, *_ in _MEASURES],
-        rows=[_row(arm) for arm in arms],
+        rows=[_row(arm, target.parent) for arm in arms],
         level=f"{LEVEL:.0%}",
     )
     with output_errors(target, setting="--output"):
@@ -47,8 +50,8 @@ def write_sweep_page(folder: Path, target: Path) -> int:
     return len(page.encode())
 
 
-def _row(arm: Arm) -> dict[str, object]:
-    """Returns what the page says of an arm."""
+def _row(arm: Arm, place: Path) -> dict[str, object]:
+    """Returns what a page in the folder `place` says of an arm, with links to the pictures of its finished runs."""
     texts = []
     for _, _, path, factor, pattern in _MEASURES:
         mean, half = (factor * number for number in arm.interval(*path))
@@ -56,8 +59,14 @@ def _row(arm: Arm) -> dict[str, object]:
             texts.append("not measured")
         else:
             texts.append(pattern.format(mean) + ("" if math.isnan(half) else f" ± {pattern.format(half)}"))
-    seeds = f"{len(arm.summaries)}" + (f" (missing: {', '.join(map(str, arm.missing))})" if arm.missing else "")
-    return {"rule": visible(arm.rule), "budget": f"{arm.budget:.4g}", "seeds": seeds, "texts": texts}
+    runs = [(seed, _link(RunFolder(arm.folders[seed]).report, place)) for seed in arm.summaries]
+    missing = f"missing: {', '.join(map(str, arm.missing))}" if arm.missing else ""
+    rule, budget = visible(arm.rule), f"{arm.budget:.4g}"
+    return {"rule": rule, "budget": budget, "runs": runs, "missing": missing, "texts": texts}
+
+
+def _link(path: Path, place: Path) -> str:
+    return quote(os.path.relpath(path.resolve(), place.resolve()))
 
 
 def _csv(arms: Sequence[Arm]) -> str:

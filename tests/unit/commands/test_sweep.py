@@ -189,7 +189,9 @@ def test_the_report_shows_intervals_over_seeds(path: Path):
     page = (folder / "sweep.html").read_text()
     assert "1.2000 ± 2.5412" in page
     assert "<td>0.9000</td>" in page
-    assert "1 (missing: 2)" in page
+    assert '<a href="iw_opd-1-seed1/report.png">1</a> missing: 2</td>' in page
+    report.command([folder], output=Path("pages/sweep.html"))
+    assert '<a href="../sweep/iw_opd-1-seed1/report.png">1</a>' in Path("pages/sweep.html").read_text()
     rows = list(csv.DictReader((folder / "sweep.csv").open()))
     assert [row["rule"] for row in rows] == ["iw_opd", "random", "random", "tsd_kd"]
     assert float(rows[1]["heldout_after_half"]) == pytest.approx(half)
