@@ -2,7 +2,7 @@
 
     python examples/near_pair_study/verdicts.py docs/near_pair_study
 
-The folder is STUDY/tables of run.sh, or a copy of it; pairs that were not run on both sources are left out.
+The folder is STUDY/tables of run.sh, or a copy of it; pairs and sources that were not run are left out.
 """
 
 import csv
@@ -18,9 +18,14 @@ NUM_SEEDS = 8
 Claim = dict[str, str]
 
 
+def sources_run(folder: Path, pair: str) -> list[str]:
+    """Returns the prompt sources of which a pair has tables."""
+    return [source for source in SOURCES if (folder / f"{pair}_{source}_{RATE}").is_dir()]
+
+
 def pairs_run(folder: Path) -> list[str]:
-    """Returns the pairs that have tables of both sources."""
-    return [pair for pair in PAIRS if all((folder / f"{pair}_{source}_{RATE}").is_dir() for source in SOURCES)]
+    """Returns the pairs that have tables."""
+    return [pair for pair in PAIRS if sources_run(folder, pair)]
 
 
 def read_table(folder: Path, pair: str, source: str, name: str) -> list[dict[str, str]]:
@@ -36,23 +41,30 @@ def read_claims(folder: Path, pair: str, source: str) -> dict[str, Claim]:
 
 def gains(folder: Path, pair: str) -> str:
     """Returns a pair's gains in Markdown: a row for each rule, the best on the first source first."""
+    sources = sources_run(folder, pair)
     found = {
         (source, row["rule"], row["ratio"]): row
-        for source in SOURCES
+        for source in sources
         for row in read_table(folder, pair, source, "interventions")
     }
-    columns = [(source, ratio) for ratio in RATIOS for source in SOURCES]
-    rules = {rule for _, rule, _ in found} - {"full"}
-    ordered = sorted(rules, key=lambda rule: -float(found[SOURCES[0], rule, RATIOS[0]]["gain"]))
+    columns = [(source, ratio) for ratio in RATIOS for source in sources]
+    columns = [(source, ratio) for source, ratio in columns if any((source, ratio) == (s, r) for s, _, r in found)]
+    rules = {rule for _, rule, ratio in found if ratio == RATIOS[0]}
+    ordered = sorted(rules, key=lambda rule: -float(found[sources[0], rule, RATIOS[0]]["gain"]))
+    everything = [_gain(found[source, "full", "1"]) if ratio == RATIOS[0] else "" for source, ratio in columns]
     lines = [
-        "| rule | " + " | ".join(f"{source}, {100 * float(ratio):g} %" for source, ratio in columns) + " |",
+        _row(["rule", *(f"{source}, {100 * float(ratio):g} %" for source, ratio in columns)]),
         "|---" * (1 + len(columns)) + "|",
-        "| all tokens | " + " | ".join(_gain(found[source, "full", "1"]) for source in SOURCES) + " | | |",
+        _row(["all tokens", *everything]),
     ]
     for rule in ordered:
-        cells = [_gain(found[source, rule, ratio]) for source, ratio in columns]
-        lines.append(f"| `{rule}` | " + " | ".join(cells) + " |")
+        cells = [_gain(found[key]) if (key := (source, rule, ratio)) in found else "" for source, ratio in columns]
+        lines.append(_row([f"`{rule}`", *cells]))
     return "\n".join(lines)
+
+
+def _row(cells: list[str]) -> str:
+    return "|" + "".join(f" {cell} |" if cell else " |" for cell in cells)
 
 
 def _gain(row: dict[str, str]) -> str:
@@ -63,7 +75,7 @@ def _gain(row: dict[str, str]) -> str:
 def regime_verdict(claims: list[Claim]) -> str:
     """Returns whether a claim holds in a regime, given its rows of all sources."""
     verdicts = {claim["verdict"] for claim in claims}
-    if verdicts - {"agrees", "disagrees", "undecided"}:
+    if verdicts - {"agrees", "disagrees", "undecided"} or len(claims) < len(SOURCES):
         return "not run"
     return {frozenset({"agrees"}): "holds", frozenset({"disagrees"}): "fails"}.get(frozenset(verdicts), "undecided")
 
@@ -83,8 +95,8 @@ def cell(claim: Claim) -> str:
 def table(folder: Path) -> str:
     """Returns the table in Markdown: a row for each claim, and for each pair that was run its sources and verdict."""
     pairs = pairs_run(folder)
-    found = {pair: [read_claims(folder, pair, source) for source in SOURCES] for pair in pairs}
-    header = ["claim", *(f"{pair}: {name}" for pair in pairs for name in (*SOURCES, "verdict"))]
+    found = {pair: [read_claims(folder, pair, source) for source in sources_run(folder, pair)] for pair in pairs}
+    header = ["claim", *(f"{pair}: {name}" for pair in pairs for name in (*sources_run(folder, pair), "verdict"))]
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     for claim in found[pairs[0]][0]:
         cells = [claim]
