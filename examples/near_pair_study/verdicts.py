@@ -92,18 +92,24 @@ def cell(claim: Claim) -> str:
     return f"{text}{'' if seeds == NUM_SEEDS else f', {seeds} seeds'}: {claim['verdict']}"
 
 
-def table(folder: Path) -> str:
-    """Returns the table in Markdown: a row for each claim, and for each pair that was run its sources and verdict."""
+def summary(folder: Path) -> str:
+    """Returns whether each claim holds in the regimes that were run, in Markdown."""
     pairs = pairs_run(folder)
     found = {pair: [read_claims(folder, pair, source) for source in sources_run(folder, pair)] for pair in pairs}
-    header = ["claim", *(f"{pair}: {name}" for pair in pairs for name in (*sources_run(folder, pair), "verdict"))]
-    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
-    for claim in found[pairs[0]][0]:
-        cells = [claim]
-        for pair in pairs:
-            rows = [claims[claim] for claims in found[pair]]
-            cells += [*map(cell, rows), f"**{regime_verdict(rows)}**"]
-        lines.append("| " + " | ".join(cells) + " |")
+    lines = [_row(["claim", *pairs]), "|---" * (1 + len(pairs)) + "|"]
+    lines += [
+        _row([claim, *(regime_verdict([rows[claim] for rows in found[pair]]) for pair in pairs)])
+        for claim in found[pairs[0]][0]
+    ]
+    return "\n".join(lines)
+
+
+def table(folder: Path, pair: str) -> str:
+    """Returns a pair's differences in Markdown: a row for each claim, a column for each source that was run."""
+    sources = sources_run(folder, pair)
+    found = [read_claims(folder, pair, source) for source in sources]
+    lines = [_row(["claim", *sources]), "|---" * (1 + len(sources)) + "|"]
+    lines += [_row([claim, *(cell(rows[claim]) for rows in found)]) for claim in found[0]]
     return "\n".join(lines)
 
 
@@ -111,6 +117,6 @@ if __name__ == "__main__":
     tables = Path(sys.argv[1])
     if not pairs_run(tables):
         sys.exit(f"{tables}: expected near_arithmetic_{RATE}/ and near_english_{RATE}/, or another pair's, found none")
-    print(table(tables))
+    print(summary(tables))
     for one in pairs_run(tables):
-        print(f"\nGains of the {one} pair, nats per token:\n\n{gains(tables, one)}")
+        print(f"\nThe {one} pair:\n\n{table(tables, one)}\n\nIts gains, nats per token:\n\n{gains(tables, one)}")
