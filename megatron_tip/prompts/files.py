@@ -2,6 +2,7 @@
 
 import hashlib
 import marshal
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,7 +204,10 @@ def _checked_teacher(where: str, field: str, value: Any) -> str:
 
 
 def _checked_answer(where: str, field: str, value: Any) -> str:
-    text = "" if isinstance(value, bool) or not isinstance(value, str | int | float) else str(value).strip()
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, float) and is_number and value.is_integer():
+        value = int(value)  # a Parquet column of whole numbers with a gap has floats
+    text = str(value).strip() if is_number or isinstance(value, str) else ""
     if not text:
         raise InputError(f"{where}: expected {field!r} to be the right answer, a text or a number, got {value!r:.200}")
     return text

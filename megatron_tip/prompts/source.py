@@ -12,7 +12,7 @@ from megatron_tip.errors import InputError
 from megatron_tip.prompts.files import PromptFile, RawPrompt, read_prompt_file
 from megatron_tip.prompts.reasoning_tasks import Question, generate_questions
 from megatron_tip.prompts.renderer import PromptRenderer
-from megatron_tip.prompts.verifier import AnswerPart, ExpectedAnswer, Scored, answer_in
+from megatron_tip.prompts.verifier import AnswerPart, ExpectedAnswer, Scored
 from megatron_tip.records import Prompt
 from megatron_tip.seeds import derive_seed
 
@@ -183,14 +183,17 @@ def _from_file(
 
 
 def _with_answers(held_out: Sequence[Prompt], file: PromptFile, part: AnswerPart) -> dict[int, ExpectedAnswer]:
-    """Returns the right answers to held-out prompts, by index; raises InputError for one that has no number."""
+    """Returns the right answers to held-out prompts, by index; raises InputError for one that nothing can equal."""
     rows = {row.index: row for row in file.rows}
-    for row in (rows[prompt.index] for prompt in held_out):
-        if not answer_in(row.answer, part):
+    found = {prompt.index: ExpectedAnswer(rows[prompt.index].answer, part) for prompt in held_out}
+    for index, answer in found.items():
+        if not answer.expected:
+            wanted = "a number" if part == "last_number" else "letters or digits"
             raise InputError(
-                f'{row.where}: expected an answer with a number, with heldout.verify = "{part}", got {row.answer!r:.80}'
+                f'{rows[index].where}: expected an answer with {wanted}, with heldout.verify = "{part}", got '
+                f"{answer.text!r:.80}"
             )
-    return {prompt.index: ExpectedAnswer(rows[prompt.index].answer, part) for prompt in held_out}
+    return found
 
 
 def _as_prompts(questions: Sequence[Question]) -> list[tuple[str, RawPrompt]]:

@@ -5,6 +5,7 @@ import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Literal, Protocol
 
 from transformers import PreTrainedTokenizerBase
@@ -16,7 +17,8 @@ AnswerPart = Literal["whole", "last_number", "contains"]
 
 ACCURACY, SCORE = "heldout/task_accuracy", "heldout/task_score"
 
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+_NUMBER = re.compile(r"(?:(?<!\w)-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
+"""A number in English notation; in "5-3" the minus sign belongs to neither."""
 
 logger = logging.getLogger(__name__)
 
@@ -41,14 +43,19 @@ class ExpectedAnswer:
     text: str
     part: AnswerPart
 
+    @property
+    def expected(self) -> str:
+        """What a response is compared with; empty if nothing of the text can be."""
+        return _plain(answer_in(self.text, self.part)).rstrip(" .")
+
     def score(self, answer: str) -> float:
-        """Returns 1 for a right answer and 0 for another."""
-        expected, given = _plain(answer_in(self.text, self.part)), _plain(answer)
+        """Returns 1 for a right answer and 0 for another. `expected` must not be empty."""
+        given = _plain(answer).rstrip(" .")
         if self.part == "contains":
-            return float(_occurs(expected, given))
+            return float(_occurs(self.expected, given))
         if self.part == "last_number":
-            return float(bool(given) and float(given) == float(expected))
-        return float(given.rstrip(" .") == expected.rstrip(" ."))
+            return float(bool(given) and Decimal(given) == Decimal(self.expected))
+        return float(given == self.expected)
 
 
 class Verifier:

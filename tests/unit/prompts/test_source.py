@@ -355,7 +355,7 @@ def test_held_out_prompts_have_the_right_answers_of_their_rows(tmp_path):
     assert question.score("2") == 1.0
 
 
-@pytest.mark.parametrize("answer", ["", "  ", None, True, ["4"]])
+@pytest.mark.parametrize("answer", ["", "  ", None, True, ["4"], {"a": 1}])
 def test_an_answer_that_is_none_is_named(tmp_path, answer):
     path = write_lines(
         tmp_path, json.dumps({"prompt": "a", "answer": 1}), json.dumps({"prompt": "b", "answer": answer})
@@ -372,6 +372,9 @@ def test_answers_that_cannot_be_compared_are_refused(tmp_path):
         InputError, match=r'line 2: expected an answer with a number, with heldout.verify = "last_number"'
     ):
         load(1, path=path, answer_field="answer", verify="last_number")
+    empty = write_lines(tmp_path, *(json.dumps({"prompt": text, "answer": "."}) for text in "ab"))
+    with pytest.raises(InputError, match=r"line 2: expected an answer with letters or digits, with heldout.verify"):
+        load(1, path=empty, answer_field="answer", verify="contains")
     with pytest.raises(InputError, match=r"prompts.answer_field: expected a field of .*, got 'solution'"):
         load(1, path=path, answer_field="solution", verify="whole")
 
@@ -412,3 +415,14 @@ def test_the_digest_is_of_what_the_file_holds_and_not_of_the_day(tmp_path):
     assert first.training[0].text != second.training[0].text
     assert first.digest == second.digest
     assert load(path=write_texts(tmp_path, "a", "c"), tokenizer=tokenizer).digest != first.digest
+
+
+def test_a_parquet_column_of_answers_may_be_of_numbers_but_not_of_nan(tmp_path):
+    path = tmp_path / "p.parquet"
+    rows = [{"prompt": text, "answer": value} for text, value in (("a", 1.5), ("b", 2.0))]
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    (question,) = load(1, path=path, answer_field="answer", verify="whole").heldout_questions.values()
+    assert (question.score("2"), question.score("2.5")) == (1.0, 0.0)
+    pq.write_table(pa.Table.from_pylist([*rows, {"prompt": "c", "answer": float("nan")}]), path)
+    with pytest.raises(InputError, match="row 3: expected 'answer' to be the right answer, .*, got nan"):
+        load(path=path, answer_field="answer")

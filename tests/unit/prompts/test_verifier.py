@@ -26,6 +26,10 @@ def answered(place: int, text: str) -> Rollout:
         ("5 - 7 = -2.", "last_number", "-2"),
         ("It is 1,204, I think", "last_number", "1204"),
         ("about 2.50 of 3.", "last_number", "3"),
+        ("5-3", "last_number", "3"),
+        ("x=-3", "last_number", "-3"),
+        ("1, 2,3", "last_number", "3"),
+        ("1,2345", "last_number", "2345"),
         ("none", "last_number", ""),
     ],
 )
