@@ -424,5 +424,5 @@ def test_a_parquet_column_of_answers_may_be_of_numbers_but_not_of_nan(tmp_path):
     (question,) = load(1, path=path, answer_field="answer", verify="whole").heldout_questions.values()
     assert (question.score("2"), question.score("2.5")) == (1.0, 0.0)
     pq.write_table(pa.Table.from_pylist([*rows, {"prompt": "c", "answer": float("nan")}]), path)
-    with pytest.raises(InputError, match="row 3: expected 'answer' to be the right answer, .*, got nan"):
+    with pytest.raises(InputError, match=r"row 3: expected 'answer' to be the right answer, .*, got nan"):
         load(path=path, answer_field="answer")
