@@ -3,7 +3,7 @@
     python tools/bench_monitoring.py [--workers 3] [--step-seconds 10.8] [--every-seconds 5]
 
 Prints the seconds per sample and per step, and both as a share of a run whose steps take --step-seconds (by default the
-quickstart's).
+pruned pair's).
 """
 
 import time

@@ -111,6 +111,8 @@ def fitted(work: Mapping[str, Work], seconds: Mapping[str, float]) -> tuple[floa
         if seconds[phase]
     ]
     (per_flop, per_byte), *_ = np.linalg.lstsq(np.array(rows), np.ones(len(rows)), rcond=None)
+    if min(per_flop, per_byte) <= 0:
+        sys.exit(f"no two rates fit these times, {dict(seconds)}: run it with nothing else running")
     return float(per_flop), float(per_byte)
 
 

@@ -85,7 +85,12 @@ class Config(Section):
         if self.heldout.verify != "no" and self.prompts.source == "file" and not self.prompts.answer_field:
             raise ValueError(
                 'heldout.verify: expected "no" with prompts.source = "file" and without prompts.answer_field, which '
-                f'names the field with the right answer, got "{self.heldout.verify}"'
+                f'names the field with the right answer, got "{self.heldout.verify}"; set prompts.answer_field'
+            )
+        if self.heldout.verify == "no" and self.prompts.answer_field:
+            raise ValueError(
+                'prompts.answer_field: expected none with heldout.verify = "no", which compares no answers, got '
+                f'"{self.prompts.answer_field}"; set heldout.verify'
             )
         if self.heldout.verify == "contains" and self.prompts.source == "reasoning_gym":
             raise ValueError(

@@ -5,6 +5,7 @@ import marshal
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,8 @@ class PromptRow:
 class PromptFile:
     """The prompts of a file. `num_rows`: with copies. `rows`: without, by their first row.
 
-    Rows are copies if they have the same value in the prompt field, the teacher's fields and the answer's.
+    Rows are copies if they have the same value in the prompt field and in the teacher's fields; their answers must be
+    the same.
     """
 
     num_rows: int
@@ -102,18 +104,23 @@ class _DistinctPrompts:
 
     def add(self, where: str, index: int, values: Sequence[Any]) -> PromptRow:
         """Returns the row's prompt: an earlier one if it is a copy; raises InputError if it is not a prompt."""
-        key = _key(where, values)
+        fields, found = self.fields, dict(zip(self.fields, values, strict=True))
+        answer = _checked_answer(where, fields[_ANSWER], found[_ANSWER]) if _ANSWER in fields else ""
+        key = _key(where, [value for name, value in found.items() if name != _ANSWER])
         row = self._known.get(key)
         if row is None:
-            fields, found = self.fields, dict(zip(self.fields, values, strict=True))
             prompt = _checked(where, fields[_PROMPT], found[_PROMPT])
             teacher = _checked_teacher(where, fields[_TEACHER], found[_TEACHER]) if _TEACHER in fields else ""
             own = prompt
             if _TEACHER_PROMPT in fields:
                 own = _checked(where, fields[_TEACHER_PROMPT], found[_TEACHER_PROMPT])
-            answer = _checked_answer(where, fields[_ANSWER], found[_ANSWER]) if _ANSWER in fields else ""
             row = self._known[key] = PromptRow(where, prompt, teacher, own, answer, index, index)
             self.rows.append(row)
+        if answer != row.answer:
+            raise InputError(
+                f"prompts.answer_field: expected one answer to each prompt, got {row.answer!r:.80} in {row.where} and "
+                f"{answer!r:.80} in {where}; keep one of them"
+            )
         row.last_index = index
         return row
 
@@ -204,12 +211,17 @@ def _checked_teacher(where: str, field: str, value: Any) -> str:
 
 
 def _checked_answer(where: str, field: str, value: Any) -> str:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if isinstance(value, float) and is_number and value.is_integer():
-        value = int(value)  # a Parquet column of whole numbers with a gap has floats
-    text = str(value).strip() if is_number or isinstance(value, str) else ""
+    """Returns the answer as a text. A Parquet column of whole numbers with a gap has floats."""
+    text = value.strip() if isinstance(value, str) else ""
+    if isinstance(value, float) and math.isfinite(value):
+        text = str(int(value)) if value.is_integer() else f"{Decimal(repr(value)):f}"
+    elif isinstance(value, int) and not isinstance(value, bool):
+        text = str(value)
     if not text:
-        raise InputError(f"{where}: expected {field!r} to be the right answer, a text or a number, got {value!r:.200}")
+        raise InputError(
+            f"{where}: prompts.answer_field: expected {field!r} to be the right answer, a text or a number, got "
+            f"{value!r:.200}; give the row one, or remove it"
+        )
     return text
 
 

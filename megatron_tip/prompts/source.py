@@ -188,10 +188,10 @@ def _with_answers(held_out: Sequence[Prompt], file: PromptFile, part: AnswerPart
     found = {prompt.index: ExpectedAnswer(rows[prompt.index].answer, part) for prompt in held_out}
     for index, answer in found.items():
         if not answer.expected:
-            wanted = "a number" if part == "last_number" else "letters or digits"
+            wanted = "a number" if part == "last_number" else "a text"
             raise InputError(
                 f'{rows[index].where}: expected an answer with {wanted}, with heldout.verify = "{part}", got '
-                f"{answer.text!r:.80}"
+                f"{answer.text!r:.80}; correct it, or set another heldout.verify"
             )
     return found
 

@@ -17,8 +17,14 @@ AnswerPart = Literal["whole", "last_number", "contains"]
 
 ACCURACY, SCORE = "heldout/task_accuracy", "heldout/task_score"
 
-_NUMBER = re.compile(r"(?:(?<!\w)-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
+_NUMBER = re.compile(
+    r"(?:(?<!\w)-[$€£]?)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][+-]?\d+)?|(?<!\d)\.\d+)", re.ASCII
+)
 """A number in English notation; in "5-3" the minus sign belongs to neither."""
+_SIGNS = str.maketrans({"\u2212": "-", "\u2018": "'", "\u2019": "'"})
+_NOT_OF_A_NUMBER = str.maketrans(dict.fromkeys(",$€£"))
+_WITH_ACCENTS = ("LATIN", "GREEK", "CYRILLIC")
+"""Scripts whose marks are accents; in others a mark makes another letter."""
 
 logger = logging.getLogger(__name__)
 
@@ -35,9 +41,9 @@ class Scored(Protocol):
 class ExpectedAnswer:
     """The right answer to a question, as its file has it. `part`: how a response is compared with it.
 
-    Case, accents and the number of spaces do not count; with "whole" nor does a full stop at the end. With
-    "last_number" it is the last number of the text: GSM8K's answers end with it. With "contains" it may stand anywhere,
-    but in scripts with capital letters not inside of a longer word.
+    Numbers are compared as numbers, texts without regard to case, accents and the number of spaces, with "whole" also
+    to a full stop at the end. With "last_number" the answer is the last number of the text: GSM8K's answers end with
+    it. With "contains" it may stand anywhere, but in scripts with capital letters not inside of a longer word.
     """
 
     text: str
@@ -46,16 +52,17 @@ class ExpectedAnswer:
     @property
     def expected(self) -> str:
         """What a response is compared with; empty if nothing of the text can be."""
-        return _plain(answer_in(self.text, self.part)).rstrip(" .")
+        return _plain(answer_in(self.text, self.part), self.part)
 
     def score(self, answer: str) -> float:
         """Returns 1 for a right answer and 0 for another. `expected` must not be empty."""
-        given = _plain(answer).rstrip(" .")
-        if self.part == "contains":
-            return float(_occurs(self.expected, given))
-        if self.part == "last_number":
-            return float(bool(given) and Decimal(given) == Decimal(self.expected))
-        return float(given == self.expected)
+        expected, given = self.expected, _plain(answer, self.part)
+        if not _NUMBER.fullmatch(expected):
+            return float(_occurs(expected, given) if self.part == "contains" else given == expected)
+        numbers = _NUMBER.findall(given)
+        if self.part != "contains" and numbers != [given]:
+            return 0.0
+        return float(any(_value(number) == _value(expected) for number in numbers))
 
 
 class Verifier:
@@ -93,8 +100,12 @@ def answer_in(text: str, part: AnswerPart) -> str:
     """Returns the answer in a text; with "last_number" an empty one if there is no number."""
     if part != "last_number":
         return text.strip()
-    numbers = _NUMBER.findall(text)
-    return numbers[-1].replace(",", "") if numbers else ""
+    numbers = _NUMBER.findall(text.translate(_SIGNS))
+    return numbers[-1].translate(_NOT_OF_A_NUMBER) if numbers else ""
+
+
+def _value(number: str) -> Decimal:
+    return Decimal(number.translate(_NOT_OF_A_NUMBER))
 
 
 def _occurs(expected: str, text: str) -> bool:
@@ -112,7 +123,14 @@ def _continues(one: str, next_one: str) -> bool:
     return all(letter.isdigit() or letter.upper() != letter.lower() for letter in (one or " ", next_one or " "))
 
 
-def _plain(text: str) -> str:
-    """Returns the text in lower case, without accents, with single spaces."""
-    letters = unicodedata.normalize("NFKD", text.casefold())
-    return " ".join("".join(one for one in letters if not unicodedata.combining(one)).split())
+def _plain(text: str, part: AnswerPart) -> str:
+    """Returns the text in lower case, without accents, with single spaces; with "whole" without its last full stop."""
+    letters, base = [], " "
+    for one in unicodedata.normalize("NFD", text.casefold().translate(_SIGNS)):
+        if not unicodedata.combining(one):
+            base = one
+        elif unicodedata.name(base, "").startswith(_WITH_ACCENTS):
+            continue
+        letters.append(one)
+    words = " ".join(unicodedata.normalize("NFC", "".join(letters)).split())
+    return words.rstrip(" .") if part == "whole" else words

@@ -36,7 +36,7 @@ def measure_heldout(run: TrainingRun, step: int) -> tuple[float, list[Rollout]]:
 
 
 def verify_heldout(run: TrainingRun, rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """Returns the metrics of the tasks' own verifiers, the same on every rank; none if they are not asked.
+    """Returns how many answers are right, as metrics, the same on every rank; none if they are not asked.
 
     Collective over the world if heldout.verify asks for them.
     """

@@ -10,7 +10,7 @@ from megatron_tip.planning.passes import plan_passes
 from megatron_tip.planning.plan import Outline, outline_run
 from megatron_tip.simulation.assumptions import AssumedSelection, assumed_rollouts
 from megatron_tip.simulation.kinds import MEMORY_PHASES, offloaded
-from megatron_tip.simulation.ledger import EXCHANGE, Ledger
+from megatron_tip.simulation.ledger import BETWEEN, EXCHANGE, Ledger
 from megatron_tip.simulation.rank import SimulatedRank, simulate_rank, step_batch
 from megatron_tip.simulation.timing import STEP_PHASES, moved_bytes
 from tests.helpers.measured_rank import by_phase, measure_rank, traffic_of
@@ -79,6 +79,10 @@ def simulated(config: Config, world_size: int) -> list[SimulatedRank]:
     ]
 
 
+MOVES = {"teacher": 1, "score": 1, "train": 2, BETWEEN: 2}
+"""Messages of four bytes by which ranks agree that their parts have moved, by phase; a plan leaves them out."""
+
+
 @dataclass(frozen=True)
 class Cost:
     """A rank's peaks by phase, messages, floating-point operations, and bytes that enter or leave the device."""
@@ -89,12 +93,9 @@ class Cost:
     moved: dict[str, float]
 
 
-def cost_of(config: Config, ledger: Ledger, peaks: dict[str, int], moved: dict[str, float]) -> Cost:
-    """With offload the ranks also tell each other, in four bytes a phase, that they have moved: nothing plans that."""
-    flops, traffic = sum(work.matrix_flops for work in ledger.work.values()), traffic_of(ledger)
-    if config.training.offload != "none":
-        traffic = {key: found for key, found in traffic.items() if key[1:3] != ("all_reduce", "world")}
-    return Cost(peaks, traffic, flops, {phase: size for phase, size in moved.items() if size})
+def cost_of(ledger: Ledger, peaks: dict[str, int], moved: dict[str, float]) -> Cost:
+    flops = sum(work.matrix_flops for work in ledger.work.values())
+    return Cost(peaks, traffic_of(ledger), flops, {phase: size for phase, size in moved.items() if size})
 
 
 def simulated_cost(config: Config, rank: SimulatedRank) -> Cost:
@@ -108,11 +109,17 @@ def simulated_cost(config: Config, rank: SimulatedRank) -> Cost:
         phase: sum(size for purpose, size in peak.parts.items() if purpose not in away.get(phase, ()))
         for phase, peak in ledger.peaks.items()
     }
-    return cost_of(config, ledger, by_phase(peaks), moved)
+    cost = cost_of(ledger, by_phase(peaks), moved)
+    is_alone = all(len(ranks) < 2 for label, ranks in ledger.labels.values() if label == "world")
+    for phase, count in MOVES.items() if config.training.offload != "none" and not is_alone else ():
+        key = (phase, "all_reduce", "world", None)
+        messages, num_bytes = cost.traffic.get(key, (0, 0))
+        cost.traffic[key] = (messages + count, num_bytes + 4 * count)
+    return cost
 
 
 def measured(config: Config) -> Cost:
     """What this worker's own step costs. Call it inside `run_workers`."""
     ledger, moved = measure_rank(config, this_worker(), assumed_rollouts(config, longest=False))
     peaks = {phase: peak.total for phase, peak in ledger.peaks.items()}
-    return cost_of(config, ledger, by_phase(peaks), moved)
+    return cost_of(ledger, by_phase(peaks), moved)

@@ -74,7 +74,7 @@ def test_the_wheel_has_every_file_of_the_package(wheel: Path):
     assert f"megatron_tip-{__version__}.dist-info/licenses/LICENSE" in names
 
 
-def test_the_quickstarts_command_runs_from_another_folder(program: Path, tmp_path: Path):
+def test_the_quickstarts_configuration_can_run_from_another_folder(program: Path, tmp_path: Path):
     models = make_models(tmp_path / "models")
     paths = [f"model.path={models}/student", f"teacher.path={models}/student", "model.drop_layers=[1, 4]"]
     paths.append(f"prompts.path={QUICKSTART.with_name('capitals.jsonl')}")

@@ -12,7 +12,7 @@ _DEFINING_KEYS: dict[str, tuple[str, ...]] = {
     "model": ("path", "drop_layers", "dtype", "moe_aux_loss_coeff"),
     "teacher": ("kind", "path", "dtype", "update", "ema_decay", "student_support"),
     "prompts": (),
-    "heldout": ("num_prompts", "every_steps"),
+    "heldout": ("num_prompts", "every_steps", "verify"),
     "rollout": (
         *("prompts_per_step", "samples_per_prompt", "max_response_tokens", "temperature", "top_p", "dtype"),
         *("environment", "max_turns", "observation_role", "ahead", "importance_cap"),

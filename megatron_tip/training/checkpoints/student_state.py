@@ -110,14 +110,22 @@ def complete_optimizer_state(student: Student) -> None:
         inner: Any = part.optimizer
         if not isinstance(inner, torch.optim.Adam):  # AdamW is one; fused ones count per parameter group
             part.init_state_fn(inner, part.config)
+            for state in inner.state.values():
+                state |= {name: _unviewed(value) for name, value in state.items()}
             continue
         for group in inner.param_groups:
             for parameter in group["params"]:
                 state = inner.state[parameter]
                 state["step"] = state["step"].clone() if "step" in state else torch.tensor(0.0)
                 for name in ("exp_avg", "exp_avg_sq"):
-                    # What was read is a view, whose base would keep its memory when the state is offloaded.
-                    state[name] = state[name].data if name in state else torch.zeros_like(parameter)
+                    state[name] = _unviewed(state[name]) if name in state else torch.zeros_like(parameter)
+
+
+def _unviewed(value: Any) -> Any:
+    """Returns a tensor of the same memory that is no view: what was read is one, whose base would keep the memory of an
+    offloaded state.
+    """
+    return value.data if isinstance(value, torch.Tensor) else value
 
 
 def _sharded_random_states() -> dict[str, ShardedTensor]:

@@ -145,6 +145,10 @@ def test_generated_prompts_have_verifiers_of_their_own(minimal, override, expect
             'heldout.verify: expected "no" with prompts.source = "file" and without prompts.answer_field, which names',
         ),
         (
+            "prompts.answer_field=answer",
+            'prompts.answer_field: expected none with heldout.verify = "no", which compares no answers, got "answer"',
+        ),
+        (
             "prompts.task_options={ max_terms = 2 }",
             'prompts.task_options: expected none with prompts.source = "file", got',
         ),

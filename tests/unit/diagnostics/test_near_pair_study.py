@@ -97,7 +97,7 @@ def test_the_script_runs_three_pairs_on_two_sources(tmp_path: Path, command: str
         assert config.diagnostics.retention_ratios == (0.1,)
 
 
-def test_the_healed_student_is_trained_as_the_quickstart_is(tmp_path: Path):
+def test_the_healed_student_is_trained_as_the_pruned_pair_is(tmp_path: Path):
     (line,) = [line for line in commands(tmp_path) if line[0] == "train"]
     config = load_config(ROOT / line[1], line[2:])
     assert (config.selection.rule, config.training.steps) == ("full", 60)

@@ -360,10 +360,19 @@ def test_an_answer_that_is_none_is_named(tmp_path, answer):
     path = write_lines(
         tmp_path, json.dumps({"prompt": "a", "answer": 1}), json.dumps({"prompt": "b", "answer": answer})
     )
-    with pytest.raises(
-        InputError, match=r"jsonl, line 2: expected 'answer' to be the right answer, a text or a number"
-    ):
+    with pytest.raises(InputError, match=r"line 2: prompts.answer_field: expected 'answer' to be the right answer"):
         load(path=path, answer_field="answer")
+
+
+def test_a_prompt_has_one_answer(tmp_path):
+    rows = [{"prompt": "a", "answer": 5}, {"prompt": "b", "answer": 1e-7}, {"prompt": "a", "answer": "5"}]
+    file = read_prompt_file(write_lines(tmp_path, *map(json.dumps, rows)), "prompt", answer_field="answer")
+    assert [(row.answer, row.last_index) for row in file.rows] == [("5", 2), ("0.0000001", 1)]
+    path = write_lines(tmp_path, *(json.dumps({"prompt": "a", "answer": answer}) for answer in (5, 10**400)))
+    with pytest.raises(
+        InputError, match=r"expected one answer to each prompt, got '5' in .* line 1 and '10+.* in .*2;"
+    ):
+        read_prompt_file(path, "prompt", answer_field="answer")
 
 
 def test_answers_that_cannot_be_compared_are_refused(tmp_path):
@@ -373,8 +382,8 @@ def test_answers_that_cannot_be_compared_are_refused(tmp_path):
     ):
         load(1, path=path, answer_field="answer", verify="last_number")
     empty = write_lines(tmp_path, *(json.dumps({"prompt": text, "answer": "."}) for text in "ab"))
-    with pytest.raises(InputError, match=r"line 2: expected an answer with letters or digits, with heldout.verify"):
-        load(1, path=empty, answer_field="answer", verify="contains")
+    with pytest.raises(InputError, match=r"line 2: expected an answer with a text, with heldout.verify"):
+        load(1, path=empty, answer_field="answer", verify="whole")
     with pytest.raises(InputError, match=r"prompts.answer_field: expected a field of .*, got 'solution'"):
         load(1, path=path, answer_field="solution", verify="whole")
 
@@ -424,5 +433,7 @@ def test_a_parquet_column_of_answers_may_be_of_numbers_but_not_of_nan(tmp_path):
     (question,) = load(1, path=path, answer_field="answer", verify="whole").heldout_questions.values()
     assert (question.score("2"), question.score("2.5")) == (1.0, 0.0)
     pq.write_table(pa.Table.from_pylist([*rows, {"prompt": "c", "answer": float("nan")}]), path)
-    with pytest.raises(InputError, match=r"row 3: expected 'answer' to be the right answer, .*, got nan"):
+    with pytest.raises(
+        InputError, match=r"row 3: prompts.answer_field: expected 'answer' to be the right answer, .*, got nan"
+    ):
         load(path=path, answer_field="answer")

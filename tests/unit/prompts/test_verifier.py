@@ -30,6 +30,10 @@ def answered(place: int, text: str) -> Rollout:
         ("x=-3", "last_number", "-3"),
         ("1, 2,3", "last_number", "3"),
         ("1,2345", "last_number", "2345"),
+        ("\u22125", "last_number", "-5"),
+        ("-$5", "last_number", "-5"),
+        ("it is .5", "last_number", ".5"),
+        ("1e-7", "last_number", "1e-7"),
         ("none", "last_number", ""),
     ],
 )
@@ -71,6 +75,7 @@ def test_options_go_to_every_task_and_are_checked_before_a_run():
     "part,right,wrong",
     [
         ("whole", ["Paris", " paris. "], ["It is Paris", "Pari", ""]),
+        ("whole", ["Paris."], ["Paris 7"]),
         ("contains", ["It is Paris!", "PARIS", "(Paris)"], ["Parisian", "Pa ris", ""]),
     ],
 )
@@ -86,7 +91,14 @@ def test_a_right_answer_of_a_file_is_found_in_a_response(part: AnswerPart, right
         ("Asuncion", "The capital is Asunci\u00f3n.", 1.0),
         ("S\u00e3o Tom\u00e9", "sao  tome", 1.0),
         ("Rome", "Romero, then Rome", 1.0),
-        ("7", "17, 71", 0.0),
+        ("7", "17, 71, 7.5, -7", 0.0),
+        ("7", "that is 7.", 1.0),
+        ("1234", "some 1,234 men", 1.0),
+        ("102", "10\u00b2", 0.0),
+        ("N'Djamena", "N\u2019Djamena", 1.0),
+        ("\u304b", "\u304c", 0.0),
+        ("\uc11c", "\uc11d", 0.0),
+        ("U.S.", "the US", 0.0),
         ("\u5df4\u9ece", "\u662f\u5df4\u9ece\u3002", 1.0),
     ],
 )
@@ -96,7 +108,13 @@ def test_accents_do_not_count_and_words_are_whole(expected: str, response: str, 
 
 @pytest.mark.parametrize(
     "expected,response,score",
-    [("3 + 4 = 7\n#### 7", "so 7.0", 1.0), ("1,204", "1204 or 12", 0.0), ("-2", "2", 0.0), ("5", "none", 0.0)],
+    [
+        ("3 + 4 = 7\n#### 7", "so 7.0", 1.0),
+        ("1,204", "1204 or 12", 0.0),
+        ("-2", "2", 0.0),
+        ("5", "none", 0.0),
+        ("0.0000001", "1e-7", 1.0),
+    ],
 )
 def test_last_numbers_are_compared_as_numbers(expected: str, response: str, score: float):
     assert ExpectedAnswer(expected, "last_number").score(answer_in(response, "last_number")) == score
