@@ -48,8 +48,10 @@ def gains(folder: Path, pair: str) -> str:
         for row in read_table(folder, pair, source, "interventions")
     }
     columns = [(source, ratio) for ratio in RATIOS for source in sources]
-    columns = [(source, ratio) for source, ratio in columns if any((source, ratio) == (s, r) for s, _, r in found)]
     rules = {rule for _, rule, ratio in found if ratio == RATIOS[0]}
+    columns = [
+        key for key in columns if all((key[0], rule, key[1]) in found for rule in rules)
+    ]  # the others were begun
     ordered = sorted(rules, key=lambda rule: -float(found[sources[0], rule, RATIOS[0]]["gain"]))
     everything = [_gain(found[source, "full", "1"]) if ratio == RATIOS[0] else "" for source, ratio in columns]
     lines = [
@@ -58,7 +60,7 @@ def gains(folder: Path, pair: str) -> str:
         _row(["all tokens", *everything]),
     ]
     for rule in ordered:
-        cells = [_gain(found[key]) if (key := (source, rule, ratio)) in found else "" for source, ratio in columns]
+        cells = [_gain(found[source, rule, ratio]) for source, ratio in columns]
         lines.append(_row([f"`{rule}`", *cells]))
     return "\n".join(lines)
 
@@ -75,8 +77,10 @@ def _gain(row: dict[str, str]) -> str:
 def regime_verdict(claims: list[Claim]) -> str:
     """Returns whether a claim holds in a regime, given its rows of all sources."""
     verdicts = {claim["verdict"] for claim in claims}
-    if verdicts - {"agrees", "disagrees", "undecided"} or len(claims) < len(SOURCES):
+    if verdicts - {"agrees", "disagrees", "undecided"}:
         return "not run"
+    if len(claims) < len(SOURCES):
+        return "one source alone"
     return {frozenset({"agrees"}): "holds", frozenset({"disagrees"}): "fails"}.get(frozenset(verdicts), "undecided")
 
 

@@ -59,6 +59,24 @@ def test_the_results_are_those_of_the_tables():
             assert f"{float(gained[rule]):.4f}" in PAGE.split("### Verdicts")[0]
 
 
+def test_what_the_page_says_of_far_and_healed_is_in_the_tables():
+    tables, words = ROOT / "docs/near_pair_study", PAGE.split("### What holds where")[1].split("### The near pair")[0]
+
+    def gain(pair: str, source: str, rule: str) -> str:
+        rows = verdicts.read_table(tables, pair, source, "interventions")
+        return f"{float(next(row['gain'] for row in rows if row['rule'] == rule)):.4f}"
+
+    for rule in ("full", "ta_opd_entropy", "ta_opd_teachability", "random"):
+        for source in ("arithmetic", "english"):
+            assert f"{float(gain('far', source, rule)):.3f}" in words
+    assert gain("healed", "english", "full").startswith("-0.0028")
+    for rule in ("ta_opd_q3_low_compatibility", "ta_opd_q3_low_teachability"):
+        assert gain("healed", "english", rule) in words
+    for pair, source, expected in (("far", "english", 8), ("far", "arithmetic", 5), ("healed", "english", 2)):
+        claims = verdicts.read_claims(tables, pair, source).values()
+        assert Counter(claim["verdict"] for claim in claims)["disagrees"] == expected
+
+
 def test_a_claim_holds_in_a_regime_if_it_agrees_on_both_sources():
     def verdict(*words: str) -> str:
         return verdicts.regime_verdict([{"verdict": word} for word in words])
