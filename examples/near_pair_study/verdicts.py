@@ -52,7 +52,7 @@ def gains(folder: Path, pair: str) -> str:
     columns = [
         key for key in columns if all((key[0], rule, key[1]) in found for rule in rules)
     ]  # the others were begun
-    ordered = sorted(rules, key=lambda rule: -float(found[sources[0], rule, RATIOS[0]]["gain"]))
+    ordered = sorted(rules, key=lambda rule: (-float(found[sources[0], rule, RATIOS[0]]["gain"]), rule))
     everything = [_gain(found[source, "full", "1"]) if ratio == RATIOS[0] else "" for source, ratio in columns]
     lines = [
         _row(["rule", *(f"{source}, {100 * float(ratio):g} %" for source, ratio in columns)]),
