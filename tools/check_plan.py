@@ -23,7 +23,7 @@ MOVED_TOLERANCE = 0.001  # AdamW's step counts stay where they are
 
 
 def main() -> None:
-    """Prints one line per layout, rank and phase."""
+    """Prints one line per case, rank and phase."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join(CASES))
     arguments = parser.parse_args()

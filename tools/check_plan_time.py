@@ -25,6 +25,7 @@ from megatron_tip.config import Config
 from megatron_tip.observability.timing import PhaseTimer
 from megatron_tip.planning.plan import plan_run
 from megatron_tip.simulation.assumptions import assumed_rollouts
+from megatron_tip.simulation.device import Device
 from megatron_tip.simulation.ledger import Work
 from megatron_tip.training.setup import build_run
 from megatron_tip.training.step import learn
@@ -92,19 +93,13 @@ def timed(config: Config) -> dict[str, float]:
 def counted(config: Config) -> dict[str, Work]:
     """The arithmetic of each phase; that of the optimizer belongs to the training."""
     (rank,) = simulated(config, 1)
-    work = rank.ledger.work
-    whole = {"train": ("train", "update")}
-    return {
-        phase: Work(
-            sum(work[name].matrix_flops for name in whole.get(phase, (phase,))),
-            sum(work[name].memory_bytes for name in whole.get(phase, (phase,))),
-        )
-        for phase in PHASES
-    }
+    work, update = rank.ledger.work, rank.ledger.work["update"]
+    train = Work(work["train"].matrix_flops + update.matrix_flops, work["train"].memory_bytes + update.memory_bytes)
+    return {phase: work[phase] for phase in PHASES} | {"train": train}
 
 
-def fitted(work: Mapping[str, Work], seconds: Mapping[str, float]) -> tuple[float, float]:
-    """Returns seconds per operation in matrix products, and per byte of everything else: least relative squares."""
+def fitted(work: Mapping[str, Work], seconds: Mapping[str, float]) -> Device:
+    """Returns a device of which two rates are known, of matrix products and of bytes: by least relative squares."""
     rows = [
         (work[phase].matrix_flops / seconds[phase], work[phase].memory_bytes / seconds[phase])
         for phase in PHASES
@@ -113,7 +108,9 @@ def fitted(work: Mapping[str, Work], seconds: Mapping[str, float]) -> tuple[floa
     (per_flop, per_byte), *_ = np.linalg.lstsq(np.array(rows), np.ones(len(rows)), rcond=None)
     if min(per_flop, per_byte) <= 0:
         sys.exit(f"no two rates fit these times, {dict(seconds)}: run it with nothing else running")
-    return float(per_flop), float(per_byte)
+    rates = {"tflops": 1e-12 / per_flop, "memory_tb_per_s": 1e-12 / per_byte, "matrix_share": 1.0, "memory_share": 1.0}
+    links = {"link_gb_per_s": 1.0, "network_gb_per_s": 1.0}  # of one process, which sends nothing
+    return Device(name="cpu", source="fitted", memory_gib=1.0, launch_us=0.0, **links, **rates)
 
 
 def main() -> None:
@@ -122,17 +119,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config = configured(SMALL, folder / "small")
-        per_flop, per_byte = fitted(counted(config), _seconds(config, folder))
-        print(f"fitted to 4 layers: {1e-9 / per_flop:.0f} GFLOP/s in products, {1e-9 / per_byte:.1f} GB/s in the rest")
+        cpu = fitted(counted(config), _seconds(config, folder))
+        rates = f"{1e3 * cpu.tflops:.0f} GFLOP/s in products, {1e3 * cpu.memory_tb_per_s:.1f} GB/s in the rest"
+        print(f"fitted to 4 layers: {rates}")
         print(f"{'pair':<20}{'phase':<9}{'real, s':>9}{'predicted':>11}{'difference':>12}")
-        are_good = [_check(pair, folder, per_flop, per_byte) for pair in PAIRS]
+        are_good = [_check(pair, folder, cpu) for pair in PAIRS]
     sys.exit(0 if all(are_good) else 1)
 
 
-def _check(name: str, folder: Path, per_flop: float, per_byte: float) -> bool:
+def _check(name: str, folder: Path, cpu: Device) -> bool:
     config = configured(PAIRS[name], folder / name.replace(" ", "_"))
     real, work = _seconds(config, folder), counted(config)
-    predicted = {phase: per_flop * work[phase].matrix_flops + per_byte * work[phase].memory_bytes for phase in PHASES}
+    predicted = {phase: cpu.seconds_of(work[phase]) for phase in PHASES}
     real["step"], predicted["step"] = sum(real.values()), sum(predicted.values())
     for phase, seconds in real.items():
         if seconds > 0.01:

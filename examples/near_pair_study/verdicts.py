@@ -47,11 +47,13 @@ def gains(folder: Path, pair: str) -> str:
         for source in sources
         for row in read_table(folder, pair, source, "interventions")
     }
-    columns = [(source, ratio) for ratio in RATIOS for source in sources]
     rules = {rule for _, rule, ratio in found if ratio == RATIOS[0]}
     columns = [
-        key for key in columns if all((key[0], rule, key[1]) in found for rule in rules)
-    ]  # the others were begun
+        (source, ratio)
+        for ratio in RATIOS
+        for source in sources
+        if all((source, rule, ratio) in found for rule in rules)
+    ]
     ordered = sorted(rules, key=lambda rule: (-float(found[sources[0], rule, RATIOS[0]]["gain"]), rule))
     everything = [_gain(found[source, "full", "1"]) if ratio == RATIOS[0] else "" for source, ratio in columns]
     lines = [

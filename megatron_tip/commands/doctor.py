@@ -65,8 +65,9 @@ def examine_elsewhere(config: Config, hosts: Hosts, gpu_memory_gib: float) -> li
     findings: list[Finding] = []
     try:
         result = dry_run(config, hosts, gpu_memory_gib=gpu_memory_gib)
-        noted = [line for line in result.lines() if line.startswith("not checked here")]
-        facts = [line for line in result.lines() if line not in noted]
+        lines = result.lines()
+        noted = [line for line in lines if line.startswith("not checked here")]
+        facts = [line for line in lines if line not in noted]
         findings += [Finding("ok", "\n".join(facts)), *(Finding("note", line) for line in noted)]
         result.require_memory()
     except MegatronTipError as error:

@@ -65,6 +65,11 @@ class PromptsConfig(Section):
         return self
 
     @property
+    def row_fields(self) -> tuple[str, str, str, str]:
+        """The fields of a file's rows, as `read_prompt_file` takes them."""
+        return self.field, self.teacher_field, self.teacher_prompt_field, self.answer_field
+
+    @property
     def teacher_reads_another(self) -> bool:
         """Whether the teacher reads something else than the student."""
         return bool(self.teacher_prompt_field or self.teacher_system_prompt or self.teacher_template_arguments)

@@ -72,8 +72,7 @@ def read_prompts(config: Config, machine: Machine) -> PromptFile | None:
     prompts = config.prompts
     if prompts.path is None or not machine.has(prompts.path, "prompts.path"):
         return None
-    fields = (prompts.field, prompts.teacher_field, prompts.teacher_prompt_field, prompts.answer_field)
-    return read_prompt_file(prompts.path, *fields)
+    return read_prompt_file(prompts.path, *prompts.row_fields)
 
 
 def check_number(config: Config, file: PromptFile | None) -> None:

@@ -105,8 +105,7 @@ def load_prompts(
     heldout_questions: Mapping[int, Scored] = {}
     if prompts.source == "file":
         assert prompts.path is not None, "the configuration holds a path with source = file"
-        fields = (prompts.field, prompts.teacher_field, prompts.teacher_prompt_field, prompts.answer_field)
-        file = file or read_prompt_file(prompts.path, *fields)
+        file = file or read_prompt_file(prompts.path, *prompts.row_fields)
         training, held_out = _from_file(prompts, file, heldout.num_prompts, renderer)
         if heldout.verify != "no":
             heldout_questions = _with_answers(held_out, file, heldout.verify)

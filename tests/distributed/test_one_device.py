@@ -11,6 +11,8 @@ from megatron_tip.parallel.collectives import gather_json
 from megatron_tip.parallel.grid import ModelGrid
 from megatron_tip.parallel.groups import build_groups
 from megatron_tip.parallel.together import run_on, together
+from tests.helpers.first_step import Observed
+from tests.helpers.training import make_models
 from tools.gpu_checks.ranks import RankError, run_ranks
 from tools.gpu_checks.task import Task
 
@@ -55,3 +57,15 @@ def refuse() -> None:
 def test_a_rank_that_fails_ends_the_others_and_is_named(tmp_path: Path):
     with pytest.raises(RankError, match=r"rank 1 of .*refuse ended with 1: (?s:.*)a message"):
         run_ranks(f"{HERE}:refuse", 2, Task("cpu", tmp_path), seconds=120)
+
+
+def test_what_a_rank_sees_of_a_step_comes_back_without_pickles(tmp_path: Path):
+    """The way of tools/check_gpu.py, which forks its ranks on a CPU."""
+    folder = make_models(tmp_path / "models")
+    (folder / "prompts.jsonl").write_text("".join(f'{{"prompt": "what is {n} and {n} ?"}}\n' for n in range(4)))
+    place = "tools.gpu_checks.train_step:observed_parts"
+    ranks = run_ranks(place, 2, Task("cpu", tmp_path), str(folder), "dp 2", seconds=200)
+    first, second = (Observed(**parts) for parts in ranks)
+    assert first.gradients
+    assert first.selected != second.selected
+    assert first.metrics["train/loss"] == pytest.approx(first.loss + second.loss, rel=1e-4)

@@ -2,7 +2,6 @@
 
 import importlib
 import os
-import pickle
 import subprocess
 import sys
 import tempfile
@@ -11,6 +10,8 @@ import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from megatron_tip.parallel.environment import free_port
 from tools.gpu_checks.task import Task
@@ -34,7 +35,8 @@ def run_ranks(
     """Returns what the function `place`, "module:function", returns on each rank of a new world; None of a dead rank.
 
     The processes are new ones: a fork cannot use CUDA. Each has joined the world when the function is called with
-    `arguments`, which are picklable, as is what it returns: both go through a new folder that only this user can enter.
+    `arguments`. They and what it returns are tensors, texts, numbers, and lists, tuples and dictionaries of them: both
+    go through files in a new folder, of which nothing else is read.
 
     Args:
         seconds: until all ranks are ended.
@@ -45,7 +47,7 @@ def run_ranks(
         RankError: a rank raised something, died, or was still running.
     """
     folder = Path(tempfile.mkdtemp(dir=task.folder))
-    (folder / "arguments").write_bytes(pickle.dumps(arguments))
+    torch.save(arguments, folder / "arguments")
     port = free_port("127.0.0.1")
     places = [{**environment_of(rank, world_size, port), **environment} for rank in range(world_size)]
     processes = [_started(place, folder, one) for one in places]
@@ -56,7 +58,7 @@ def run_ranks(
         how = f"ended with {codes[rank]}" if codes[rank] is not None else f"still ran after {seconds:.0f} s"
         raise RankError(f"rank {rank} of {place} {how}: {_last_words(folder, rank)}")
     results = [folder / f"{rank}.result" for rank in range(world_size)]
-    return [pickle.loads(path.read_bytes()) if path.exists() else None for path in results]
+    return [torch.load(path, weights_only=True) if path.exists() else None for path in results]
 
 
 def environment_of(rank: int, world_size: int, port: int) -> dict[str, str]:
@@ -134,9 +136,9 @@ def main(place: str, folder: Path, environ: Mapping[str, str]) -> None:
 
         init_distributed(timeout_seconds=300.0)
         module, function = place.split(":")
-        arguments = pickle.loads((folder / "arguments").read_bytes())
+        arguments = torch.load(folder / "arguments", weights_only=True)
         result = getattr(importlib.import_module(module), function)(*arguments)
-        (folder / f"{rank}.result").write_bytes(pickle.dumps(result))
+        torch.save(result, folder / f"{rank}.result")
     except BaseException:
         (folder / f"{rank}.error").write_text(traceback.format_exc())
         raise

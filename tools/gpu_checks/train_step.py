@@ -33,7 +33,7 @@ def layouts(task: Task) -> None:
     folder = make_models(task.folder / "models")
     (folder / "prompts.jsonl").write_text("".join(f'{{"prompt": "what is {n} and {n} ?"}}\n' for n in range(4)))
     with ThreadPoolExecutor(task.size(len(_LAYOUTS), 1)) as pool:
-        started = {name: pool.submit(_observed, task, folder, layout) for name, layout in _LAYOUTS.items()}
+        started = {name: pool.submit(_observed, task, folder, name) for name in _LAYOUTS}
     observed = {}
     for name, one in started.items():
         try:
@@ -64,10 +64,17 @@ def observed_step(folder: Path, layout: Layout) -> Observed:
     return replace(seen, gradients={name: gradient.cpu() for name, gradient in seen.gradients.items()})
 
 
-def _observed(task: Task, folder: Path, layout: Layout) -> list[Observed]:
+def observed_parts(folder: str, name: str) -> dict[str, Any]:
+    """Returns the parts of `observed_step` in the layout of that name."""
+    return vars(observed_step(Path(folder), _LAYOUTS[name]))
+
+
+def _observed(task: Task, folder: Path, name: str) -> list[Observed]:
+    layout = _LAYOUTS[name]
     if task.on_gpu:
-        place = "tools.gpu_checks.train_step:observed_step"
-        return run_ranks(place, layout.world_size, task, folder, layout, seconds=70)
+        place = "tools.gpu_checks.train_step:observed_parts"
+        ranks = run_ranks(place, layout.world_size, task, str(folder), name, seconds=70)
+        return [Observed(**parts) for parts in ranks]
     # forked after one import of everything, which a fresh process would repeat
     return run_workers(observed_step, layout.world_size, task.folder, folder, layout)
 

@@ -1,6 +1,7 @@
 """The registered study is the one that its page describes, and its script gives settings that can be loaded."""
 
 import os
+import re
 import runpy
 import subprocess
 from collections import Counter
@@ -57,6 +58,27 @@ def test_the_results_are_those_of_the_tables():
         gained = {row["rule"]: row["gain"] for row in verdicts.read_table(tables, "near", source, "interventions")[:16]}
         for rule in ("full", "random", "ta_opd_teachability"):
             assert f"{float(gained[rule]):.4f}" in PAGE.split("### Verdicts")[0]
+
+
+@pytest.mark.parametrize(
+    "row,pattern",
+    [
+        ("start KL, nats per token", r"the student is ([\d.]+)"),
+        ("C on average", r"a probability C of ([\d.]+)"),
+        ("C among the 5 % with the highest D", r"on average, ([\d.]+) .*? among the 5 %"),
+        ("share of Q3", r"above its own\): ([\d.]+)"),
+    ],
+)
+def test_the_facts_of_a_pair_are_those_of_its_advice(row: str, pattern: str):
+    lines = (ROOT / "docs/near_pair_study.md").read_text().splitlines()
+    (line,) = [line for line in lines if line.startswith(f"| {row}")]
+    for pair, place in (("far", 0), ("healed", 1), ("near", 2)):
+        cell = line.split("|")[2 + place]
+        for source in verdicts.sources_run(ROOT / "docs/near_pair_study", pair):
+            text = (ROOT / f"docs/near_pair_study/{pair}_{source}_1e-5/advice.txt").read_text()
+            found = re.search(pattern, text)
+            assert found
+            assert f"{float(found[1]):.2f}" in cell, (pair, source)
 
 
 def test_what_the_page_says_of_far_and_healed_is_in_the_tables():

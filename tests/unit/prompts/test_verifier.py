@@ -71,50 +71,36 @@ def test_options_go_to_every_task_and_are_checked_before_a_run():
         check_tasks(["chain_sum"], {"min_terms": 5, "max_terms": 2})
 
 
-@pytest.mark.parametrize(
-    "part,right,wrong",
-    [
-        ("whole", ["Paris", " paris. "], ["It is Paris", "Pari", ""]),
-        ("whole", ["Paris."], ["Paris 7"]),
-        ("contains", ["It is Paris!", "PARIS", "(Paris)"], ["Parisian", "Pa ris", ""]),
-    ],
-)
-def test_a_right_answer_of_a_file_is_found_in_a_response(part: AnswerPart, right: list[str], wrong: list[str]):
-    answer = ExpectedAnswer("Paris", part)
-    assert [answer.score(answer_in(text, part)) for text in right] == [1.0] * len(right)
-    assert [answer.score(answer_in(text, part)) for text in wrong] == [0.0] * len(wrong)
+RIGHT, WRONG = 1.0, 0.0
 
 
 @pytest.mark.parametrize(
-    "expected,response,score",
+    "part,expected,response,score",
     [
-        ("Asuncion", "The capital is Asunci\u00f3n.", 1.0),
-        ("S\u00e3o Tom\u00e9", "sao  tome", 1.0),
-        ("Rome", "Romero, then Rome", 1.0),
-        ("7", "17, 71, 7.5, -7", 0.0),
-        ("7", "that is 7.", 1.0),
-        ("1234", "some 1,234 men", 1.0),
-        ("102", "10\u00b2", 0.0),
-        ("N'Djamena", "N\u2019Djamena", 1.0),
-        ("\u304b", "\u304c", 0.0),
-        ("\uc11c", "\uc11d", 0.0),
-        ("U.S.", "the US", 0.0),
-        ("\u5df4\u9ece", "\u662f\u5df4\u9ece\u3002", 1.0),
+        *(("whole", "Paris", response, RIGHT) for response in ("Paris", " paris. ")),
+        *(("whole", "Paris", response, WRONG) for response in ("It is Paris", "Pari", "Paris 7", "")),
+        *(("contains", "Paris", response, RIGHT) for response in ("It is Paris!", "PARIS", "(Paris)")),
+        *(("contains", "Paris", response, WRONG) for response in ("Parisian", "Pa ris", "")),
+        ("contains", "Asuncion", "The capital is Asunci\u00f3n.", RIGHT),
+        ("contains", "S\u00e3o Tom\u00e9", "sao  tome", RIGHT),
+        ("contains", "Rome", "Romero, then Rome", RIGHT),
+        ("contains", "7", "17, 71, 7.5, -7", WRONG),
+        ("contains", "7", "that is 7.", RIGHT),
+        ("contains", "1234", "some 1,234 men", RIGHT),
+        ("contains", "102", "10\u00b2", WRONG),
+        ("contains", "N'Djamena", "N\u2019Djamena", RIGHT),
+        ("contains", "\u304b", "\u304c", WRONG),
+        ("contains", "\uc11c", "\uc11d", WRONG),
+        ("contains", "U.S.", "the US", WRONG),
+        ("contains", "\u5df4\u9ece", "\u662f\u5df4\u9ece\u3002", RIGHT),
+        ("last_number", "3 + 4 = 7\n#### 7", "so 7.0", RIGHT),
+        ("last_number", "1,204", "1204 or 12", WRONG),
+        ("last_number", "-2", "2", WRONG),
+        ("last_number", "5", "none", WRONG),
+        ("last_number", "0.0000001", "1e-7", RIGHT),
     ],
 )
-def test_accents_do_not_count_and_words_are_whole(expected: str, response: str, score: float):
-    assert ExpectedAnswer(expected, "contains").score(response) == score
-
-
-@pytest.mark.parametrize(
-    "expected,response,score",
-    [
-        ("3 + 4 = 7\n#### 7", "so 7.0", 1.0),
-        ("1,204", "1204 or 12", 0.0),
-        ("-2", "2", 0.0),
-        ("5", "none", 0.0),
-        ("0.0000001", "1e-7", 1.0),
-    ],
-)
-def test_last_numbers_are_compared_as_numbers(expected: str, response: str, score: float):
-    assert ExpectedAnswer(expected, "last_number").score(answer_in(response, "last_number")) == score
+def test_a_response_is_compared_with_the_right_answer_of_its_file(
+    part: AnswerPart, expected: str, response: str, score: float
+):
+    assert ExpectedAnswer(expected, part).score(answer_in(response, part)) == score
