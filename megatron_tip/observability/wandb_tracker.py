@@ -141,7 +141,7 @@ def _steps_in_files(folder: Path, identity: str) -> set[int] | None:
         logger.warning("wandb: cannot read its own files (%s); steps that a killed run lost stay lost", error)
         return None
     steps: set[int] = set()
-    for path in folder.glob(f"*run-*-{identity}/run-{identity}.wandb"):
+    for path in folder.glob(f"*run-*/run-{identity}.wandb"):
         with suppress(Exception):  # a killed process's file ends anywhere; W&B's reader has no error of its own
             store = DataStore()
             store.open_for_scan(str(path))

@@ -142,6 +142,8 @@ class Ledger:
 
     def operate(self, tensors: Sequence[Tensor]) -> None:
         """Counts an operation other than a matrix product, which reads or writes each of `tensors` once."""
+        if self.is_paused:
+            return
         work = self.work[self.phase]
         work.num_operations += 1
         work.memory_bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -87,7 +87,6 @@ def as_on_gpu(ledger: Ledger, memory_bytes: int) -> Iterator[None]:
 
     Holds while the block lasts. SwiGLU is fused in the models that were given to `fuse_activations`.
     """
-    plain_norm = F.rms_norm
 
     def rows(num_rows: int, num_columns: int, device: torch.device) -> int:
         most = chunks.most_rows_on_gpu(num_columns, memory_bytes)
@@ -97,7 +96,8 @@ def as_on_gpu(ledger: Ledger, memory_bytes: int) -> Iterator[None]:
         return "eager" if setting == "eager" else "triton"  # compiled kernels, too, take one pass and no scratch
 
     def norm(x: Tensor, shape: list[int], weight: Tensor, eps: float | None = None) -> Tensor:
-        return _FusedOperation.apply(ledger, lambda x, weight: plain_norm(x, shape, weight, eps), x, weight)
+        # torch.rms_norm: the stand-in for CUDA would send F.rms_norm back to this function.
+        return _FusedOperation.apply(ledger, lambda x, weight: torch.rms_norm(x, shape, weight, eps), x, weight)
 
     def swiglu(x: Tensor, *_: Any) -> Tensor:
         return _FusedOperation.apply(ledger, _swiglu, x)

@@ -1,6 +1,7 @@
 """On a simulated GPU a layer's norm and activation are one operation, keep their inputs alone, and stay right."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -9,12 +10,20 @@ from megatron.core.transformer import mlp
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from megatron_tip.cpu.cuda_on_cpu import CudaOnCpu
 from megatron_tip.simulation.ledger import Ledger
 from megatron_tip.simulation.on_gpu import as_on_gpu
 from megatron_tip.simulation.tensors import CountedTensors
 
 ROWS, WIDTH = 6, 8
 PHASE = "build"
+
+
+@pytest.fixture(params=["plain", "with Megatron on a CPU"], autouse=True)
+def stand_in(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A simulated rank runs under the mode that answers Megatron's CUDA calls."""
+    with nullcontext() if request.param == "plain" else CudaOnCpu():
+        yield
 
 
 def norm(x: Tensor, weight: Tensor) -> Tensor:
