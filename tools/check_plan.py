@@ -4,8 +4,8 @@
     python -m tools.check_plan 2x1x2 "1x1x1 offload"   two of them
 
 Trains tiny random models for one step in real gloo workers on this machine and simulates the same ranks. Exit code 1 if
-a phase's live bytes differ by more than 10 %, if any message's bytes or the operations differ at all, or the bytes that
-leave and enter the device in a phase by a thousandth.
+a phase's live bytes differ by more than 10 %, if any message's bytes or the operations differ at all (where replicas
+share experts: by more than 15 %), or the bytes that leave and enter the device in a phase by a thousandth.
 """
 
 import argparse
@@ -15,8 +15,7 @@ import tempfile
 from pathlib import Path
 
 from tests.helpers.distributed import run_workers
-from tests.helpers.simulation import CASES, configured, measured, simulated, simulated_cost
-from tests.helpers.training import make_models
+from tests.helpers.simulation import CASES, configured, measured, same_traffic, simulated, simulated_cost
 
 TOLERANCE = 0.1
 MOVED_TOLERANCE = 0.001  # AdamW's step counts stay where they are
@@ -37,7 +36,7 @@ def main() -> None:
 def _check(name: str) -> bool:
     is_good = True
     with tempfile.TemporaryDirectory() as folder:
-        models, world_size = make_models(Path(folder)), CASES[name].world_size
+        models, world_size, tolerance = Path(folder), CASES[name].world_size, CASES[name].tolerance
         config = configured(name, models)
         real = run_workers(measured, world_size, models, config, timeout_seconds=600)
         for rank, cost in zip(simulated(config, world_size), real, strict=True):
@@ -49,12 +48,13 @@ def _check(name: str) -> bool:
             total = sum(num_bytes for _, num_bytes in cost.traffic.values())
             moved = {phase: (size, found.moved.get(phase, 0)) for phase, size in cost.moved.items()}
             same = {
-                f"{total:,} bytes of messages": found.traffic == cost.traffic,
-                f"{cost.flops:,} floating-point operations": found.flops == cost.flops,
+                f"{total:,} bytes of messages": same_traffic(found, cost, tolerance),
+                f"{cost.flops:,} floating-point operations": abs(found.flops / cost.flops - 1) <= tolerance,
                 f"{sum(cost.moved.values()):,.0f} bytes moved": found.moved.keys() == cost.moved.keys()
                 and all(abs(one - other) <= MOVED_TOLERANCE * one for one, other in moved.values()),
             }
-            print(start + "; ".join(f"{what}: {'the same' if is_so else 'DIFFERENT'}" for what, is_so in same.items()))
+            alike = f"within {tolerance:.0%}" if tolerance else "the same"
+            print(start + "; ".join(f"{what}: {alike if is_so else 'DIFFERENT'}" for what, is_so in same.items()))
             is_good &= all(same.values())
     return is_good
 

@@ -6,6 +6,7 @@ names a vocabulary that models share: equal names mean equal ids for every token
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ class KnownModel:
     tokenizer: KnownTokenizer
     num_parameters: int
 
-    @property
+    @cached_property
     def architecture(self) -> ModelArchitecture:
         return ModelArchitecture.from_config(self.config, self.source)
 

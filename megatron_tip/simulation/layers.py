@@ -1,4 +1,4 @@
-"""The account of a rank from models with few layers: layers are alike, so every cost grows by the same with each."""
+"""The account of a rank from models with few layers: where layers are alike, every cost grows by the same with each."""
 
 from dataclasses import dataclass, replace
 
@@ -46,7 +46,8 @@ def count_rank(
     """Returns the account of one rank; for the arguments see `simulate_rank`.
 
     Args:
-        by_layers: False simulates whole models; else two pairs of models with few layers, if that is less work.
+        by_layers: False simulates whole models; else two pairs of models with few layers, if that is less work and the
+            layers of each model are alike.
     """
 
     def simulate(student: int, teacher: int) -> SimulatedRank:
@@ -54,7 +55,8 @@ def count_rank(
         return simulate_rank(config, shrunk, rank, batch, assumed, metrics=metrics, gpu_memory_bytes=gpu_memory_bytes)
 
     student, teacher = _stage_layers(outline, rank)
-    if by_layers and student + teacher > 4 * FEW + 2:
+    are_alike = by_layers and not any(map(_has_other_layers, (outline.student, outline.teacher)))
+    if are_alike and student + teacher > 4 * FEW + 2:
         found = simulate(FEW, FEW)
         more = simulate(FEW + 1, FEW + 1)
         account = Account.of(found.ledger).with_layers(
@@ -81,6 +83,12 @@ def with_layers(config: Config, outline: Outline, student: int, teacher: int) ->
 
 def _shrunk(model: FoundModel, grid: ModelGrid, stage_layers: int) -> ModelArchitecture:
     return replace(model.architecture, num_layers=stage_layers * grid.pp_size)
+
+
+def _has_other_layers(model: FoundModel | None) -> bool:
+    """Returns whether some layers of the model have experts and others do not."""
+    experts = model.architecture.experts if model is not None else None
+    return experts is not None and bool(experts.dense_layers)
 
 
 def _stage_layers(outline: Outline, rank: int) -> tuple[int, int]:

@@ -15,17 +15,22 @@ _TOKENS = (0.5, 1.0, 2.0)
 
 @dataclass(frozen=True)
 class Sizes:
-    """The tensor- and pipeline-parallel sizes of one model; its data-parallel size follows from the world's."""
+    """The tensor-, pipeline- and context-parallel sizes of a model; its data-parallel size follows from the world's."""
 
     tp: int
     pp: int
+    cp: int = 1
 
-    def __str__(self) -> str:
-        return f"tp {self.tp} x pp {self.pp}"
+    @property
+    def replica(self) -> int:
+        """The number of ranks of a replica."""
+        return self.tp * self.pp * self.cp
 
 
 Shape = tuple[Sizes, Sizes]
 """The sizes of student and teacher."""
+Pair = tuple[tuple[int, int], tuple[int, int]]
+"""Their tensor- and pipeline-parallel sizes."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +56,17 @@ class Layout:
     def shape(self) -> Shape:
         return self.student, self.teacher
 
+    @property
+    def pair(self) -> Pair:
+        """The sizes without cp: of layouts that differ in the rest alone, a search shows the fastest."""
+        return (self.student.tp, self.student.pp), (self.teacher.tp, self.teacher.pp)
+
     @classmethod
     def of(cls, config: Config) -> "Layout":
         """Returns that of a configuration."""
         student, teacher = (
-            Sizes(one.tensor_parallel_size, one.pipeline_parallel_size) for one in (config.model, config.teacher)
+            Sizes(one.tensor_parallel_size, one.pipeline_parallel_size, one.context_parallel_size)
+            for one in (config.model, config.teacher)
         )
         servers = Servers(config.sglang.tensor_parallel_size, config.sglang.gpus)
         training, recomputed = config.training, config.model.recomputed
@@ -73,11 +84,13 @@ class Layout:
         changes = {
             "model.tensor_parallel_size": (own.student.tp, self.student.tp),
             "model.pipeline_parallel_size": (own.student.pp, self.student.pp),
+            "model.context_parallel_size": (own.student.cp, self.student.cp),
             "model.sequence_parallel": (model.sequence_parallel, parallel),
             "model.recompute_activations": (model.recompute_activations, "layer" in self.recomputed),
             "model.recompute_modules": (list(model.recompute_modules), modules),
             "teacher.tensor_parallel_size": (own.teacher.tp, self.teacher.tp),
             "teacher.pipeline_parallel_size": (own.teacher.pp, self.teacher.pp),
+            "teacher.context_parallel_size": (own.teacher.cp, self.teacher.cp),
             "training.max_tokens_per_micro_batch": (own.max_tokens, self.max_tokens),
             "training.offload": (own.offload, self.offload),
             "sglang.tensor_parallel_size": (own.servers.split, self.servers.split),
@@ -89,19 +102,25 @@ class Layout:
 def layouts(config: Config, gpus_per_node: int) -> Iterator[Layout]:
     """Yields every choice for nodes of so many GPUs, without offload; whether it can run is not looked at.
 
-    Sizes are powers of two, tp within a node and pp up to 8, and those configured. Micro-batches have half, once and
-    twice the configured tokens. Layers are recomputed not at all, in their feed-forward networks, whole, or as
-    configured.
+    Sizes are powers of two, tp x cp within a node and pp up to 8, and those configured; a teacher that is the student
+    has the student's. Micro-batches have half, once and twice the configured tokens. Layers are recomputed not at all,
+    in their feed-forward networks, whole, or as configured.
     """
     own = Layout.of(config)
-    tp_sizes = _powers(gpus_per_node)
-    student, teacher = (
-        [Sizes(tp, pp) for tp in sorted({*tp_sizes, one.tp}) for pp in sorted({*_STAGES, one.pp})]
-        for one in (own.student, own.teacher)
-    )
+    student, teacher = (_sizes(one, gpus_per_node) for one in (own.student, own.teacher))
+    shapes = [(one, one) for one in student] if config.teacher.kind == "self" else list(product(student, teacher))
     recomputed = dict.fromkeys(((), ("mlp",), ("layer",), own.recomputed))
-    for choice in product(student, teacher, server_choices(config, gpus_per_node), token_limits(config), recomputed):
-        yield Layout(*choice, offload="none")
+    others = product(server_choices(config, gpus_per_node), token_limits(config), recomputed)
+    for (one, other), (servers, max_tokens, layers) in product(shapes, others):
+        yield Layout(one, other, servers, max_tokens, layers, offload="none")
+
+
+def _sizes(own: Sizes, gpus_per_node: int) -> list[Sizes]:
+    """Returns the choices for one model."""
+    powers = _powers(gpus_per_node)
+    within = [(tp, cp) for tp, cp in product(powers, powers) if tp * cp <= gpus_per_node]
+    stages = sorted({*_STAGES, own.pp})
+    return list(dict.fromkeys([*(Sizes(tp, pp, cp) for (tp, cp), pp in product(within, stages)), own]))
 
 
 def token_limits(config: Config) -> list[int]:

@@ -20,7 +20,7 @@ from megatron_tip.planning.passes import plan_passes
 from megatron_tip.planning.plan import Outline, outline_run
 from megatron_tip.simulation.assumptions import assumed_rollouts
 from megatron_tip.simulation.device import Device
-from megatron_tip.simulation.layouts import OFFLOADS, Layout, Servers, Shape, layouts, token_limits
+from megatron_tip.simulation.layouts import OFFLOADS, Layout, Pair, Servers, Shape, layouts, token_limits
 from megatron_tip.simulation.plan import planned_hosts
 from megatron_tip.simulation.rank import step_batch
 from megatron_tip.simulation.rough_time import RoughTime
@@ -84,22 +84,22 @@ class Site:
 class Narrowing:
     """The walk over all layouts in the order of their rough time.
 
-    `num_layouts`: that there are. `num_estimated`: those whose memory was estimated. `misfits`: of each shape that was
-    looked at and does not fit, the layout that lacks the least.
+    `num_layouts`: that there are. `num_estimated`: those whose memory was estimated. `misfits`: of each pair of sizes
+    that was looked at and does not fit, the layout that lacks the least.
     """
 
     def __init__(self, site: Site, like: Outline) -> None:
         """Begins the walk. `like`: an outline of the run in any layout that `train` accepts."""
         self.num_layouts = self.num_estimated = 0
-        self.misfits: dict[Shape, Misfit] = {}
+        self.misfits: dict[Pair, Misfit] = {}
         self._site, self._like, self._config = site, like, site.config
         self._rollouts = assumed_rollouts(self._config, longest=False)
         self._outlines: dict[tuple[Shape, Servers], Outline | None] = {}
-        self._batches: dict[tuple[int, int, int], StepBatch] = {}
+        self._batches: dict[tuple[Shape, int], StepBatch] = {}
         self._roughs: dict[Servers, tuple[float, RoughTime] | None] = {}
 
     def candidates(self) -> Iterator[Candidate]:
-        """Yields the fastest layout of each shape that fits, the fastest shape first."""
+        """Yields the fastest layout of each pair of sizes that fits, the fastest pair first."""
         queue: list[tuple[float, int, Layout | Candidate]] = []
         for layout in layouts(self._config, self._site.gpus_per_node):
             seconds = self._seconds(layout, takes_one_pass=self._may_take_one_pass(layout))
@@ -107,15 +107,15 @@ class Narrowing:
                 queue.append((seconds, len(queue), layout))
         heapify(queue)
         self.num_layouts = len(queue)
-        done: set[Shape] = set()
+        done: set[Pair] = set()
         while queue:
             _, order, one = heappop(queue)
-            shape = one.layout.shape if isinstance(one, Candidate) else one.shape
-            if shape in done:
+            pair = one.layout.pair if isinstance(one, Candidate) else one.pair
+            if pair in done:
                 continue
             if isinstance(one, Candidate):
-                done.add(shape)
-                self.misfits.pop(shape, None)
+                done.add(pair)
+                self.misfits.pop(pair, None)
                 yield one
             elif candidate := self._candidate(one):
                 heappush(queue, (candidate.seconds, order, candidate))
@@ -144,9 +144,9 @@ class Narrowing:
         missing = needed_bytes(memory, layout.recomputed) - device.memory_bytes
         if missing <= 0:
             return memory
-        known = self.misfits.get(layout.shape)
+        known = self.misfits.get(layout.pair)
         if known is None or missing < known.missing_bytes:
-            self.misfits[layout.shape] = Misfit(layout, missing)
+            self.misfits[layout.pair] = Misfit(layout, missing)
         return None
 
     def _outline(self, layout: Layout) -> Outline | None:
@@ -178,7 +178,7 @@ class Narrowing:
         """Returns the rough time with the number of passes and the offload that the layout takes."""
         device = self._site.device
         passes = plan_passes(config, outline, memory_gib=device.memory_gib, on_gpu=True)
-        key = (outline.student_grid.dp_size, layout.student.tp, layout.max_tokens)
+        key = (layout.shape, layout.max_tokens)
         if key not in self._batches:
             self._batches[key] = step_batch(config, outline, self._rollouts)
         seconds = self._seconds(layout, takes_one_pass=passes.suits(self._batches[key]))

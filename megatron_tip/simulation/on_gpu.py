@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer import mlp
-from megatron.core.utils import get_model_config
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_tip.simulation.ledger import Ledger
@@ -78,7 +78,9 @@ class _FusedOperation(torch.autograd.Function):
 def fuse_activations(*models: torch.nn.Module) -> None:
     """Makes the feed-forward networks of models built on a CPU take the fused SwiGLU that those on a GPU take."""
     for model in models:
-        get_model_config(model).bias_activation_fusion = True
+        for part in model.modules():  # experts have a configuration of their own
+            if isinstance(config := getattr(part, "config", None), TransformerConfig):
+                config.bias_activation_fusion = True
 
 
 @contextmanager
@@ -102,15 +104,19 @@ def as_on_gpu(ledger: Ledger, memory_bytes: int) -> Iterator[None]:
     def swiglu(x: Tensor, *_: Any) -> Tensor:
         return _FusedOperation.apply(ledger, _swiglu, x)
 
+    def weighted_swiglu(x: Tensor, bias: None, weights: Tensor, *_: Any) -> Tensor:
+        return _FusedOperation.apply(ledger, lambda x, weights: (_swiglu(x) * weights).to(x.dtype), x, weights)
+
     block_bytes = chunks.GPU_BLOCK_BYTES // torch.get_num_threads()
     with (
-        _replaced(F, "rms_norm", norm),
-        _replaced(mlp, "bias_swiglu_impl", swiglu),
-        _replaced(inputs, "default_chunk_rows", rows),
-        _replaced(inputs, "chosen_kernels", chosen),
-        _replaced(inputs, "triton_problem", lambda device: None),
-        _replaced(chunks, "triton_kernels", lambda: FusedKernels(ledger)),
-        _replaced(chunks, "CPU_BLOCK_BYTES_PER_THREAD", block_bytes),
+        replaced(F, "rms_norm", norm),
+        replaced(mlp, "bias_swiglu_impl", swiglu),
+        replaced(mlp, "weighted_bias_swiglu_impl", weighted_swiglu),
+        replaced(inputs, "default_chunk_rows", rows),
+        replaced(inputs, "chosen_kernels", chosen),
+        replaced(inputs, "triton_problem", lambda device: None),
+        replaced(chunks, "triton_kernels", lambda: FusedKernels(ledger)),
+        replaced(chunks, "CPU_BLOCK_BYTES_PER_THREAD", block_bytes),
     ):
         yield
 
@@ -121,7 +127,8 @@ def _swiglu(x: Tensor) -> Tensor:
 
 
 @contextmanager
-def _replaced(module: Any, name: str, value: object) -> Iterator[None]:
+def replaced(module: Any, name: str, value: object) -> Iterator[None]:
+    """Gives an attribute of a module or a class another value while the block lasts."""
     before = getattr(module, name)
     setattr(module, name, value)
     try:

@@ -3,12 +3,14 @@
 Each subclass calls the product's method; it adds what other ranks would send, and the purpose of what is created.
 """
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
 import torch.distributed as dist
+from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron_tip.batching.step_batch import StepBatch
@@ -16,7 +18,7 @@ from megatron_tip.conversion.architecture import ModelArchitecture
 from megatron_tip.conversion.safetensors_io import HfCheckpoint
 from megatron_tip.conversion.weight_map import hf_shapes
 from megatron_tip.models.hidden_states import Piece
-from megatron_tip.models.pipeline import LastStage
+from megatron_tip.models.pipeline import LastStage, padding_alone
 from megatron_tip.models.student import Student
 from megatron_tip.parallel.groups import ModelGroups
 from megatron_tip.records import MicroBatch, Prompt, Rollout, TokenIndex, TokenSelection
@@ -63,20 +65,30 @@ class ShapesOnly(HfCheckpoint):
 
 @dataclass(frozen=True)
 class Pipe:
-    """What a model's pipeline receives on this rank. `hidden_size`: of the model; `sequence_parts`: a sequence's."""
+    """What a model's passes receive on this rank from others. `hidden_size`: of the model."""
 
+    model: torch.nn.Module
     groups: ModelGroups
     hidden_size: int
-    sequence_parts: int
     answers: Answers
 
-    def expect(self, micro_batches: Sequence[MicroBatch], *, backward: bool) -> None:
-        """Tells the shapes of one pass, which every stage learns from its neighbours."""
-        shapes = [(sum(batch.lengths) // self.sequence_parts, 1, self.hidden_size) for batch in micro_batches]
+    def expect(self, micro_batches: Sequence[MicroBatch], most: int, *, backward: bool) -> None:
+        """Tells what one pass receives: the shapes that every stage learns from its neighbours, and, if replicas share
+        experts, how many micro-batches the replica with the `most` has."""
+        if self.groups.grid.replicas_share_experts:
+            self.answers.counts.append(torch.tensor([most]))
+            micro_batches = [*micro_batches, *[padding_alone(self.model, self.groups)] * (most - len(micro_batches))]
+        shapes = [(sum(batch.lengths) // self._parts, 1, self.hidden_size) for batch in micro_batches]
         if not self.groups.is_first_stage:
             self.answers.forward_shapes.extend(shapes)
         if backward and not self.groups.is_last_stage:
             self.answers.backward_shapes.extend(shapes)
+
+    @property
+    def _parts(self) -> int:
+        """Into how many parts the ranks of a stage cut a sequence."""
+        grid, sequence_parallel = self.groups.grid, get_model_config(self.model).sequence_parallel
+        return grid.cp_size * (grid.tp_size if sequence_parallel else 1)
 
 
 @dataclass(frozen=True)
@@ -85,18 +97,19 @@ class SimulatedStudent(Student):
 
     ledger: Ledger
     pipe: Pipe
+    assumed: AssumedSelection
 
     def forward(
         self, micro_batches: Sequence[MicroBatch], on_hidden_states: LastStage, *, held: list[Tensor] | None = None
     ) -> None:
-        self.pipe.expect(micro_batches, backward=False)
+        self.pipe.expect(micro_batches, _most(self.assumed.scored), backward=False)
         with self.ledger.purpose(ACTIVATIONS):
             super().forward(micro_batches, on_hidden_states, held=held)
 
     def accumulate_gradients(
         self, micro_batches: Sequence[MicroBatch], loss_of: LastStage, *, held: list[Tensor] | None = None
     ) -> None:
-        self.pipe.expect(micro_batches, backward=True)
+        self.pipe.expect(micro_batches, _most(self.assumed.trained), backward=True)
         with self.ledger.purpose(ACTIVATIONS):
             super().accumulate_gradients(micro_batches, loss_of, held=held)
 
@@ -129,16 +142,25 @@ class SimulatedTeacher(MegatronTeacher):
     remaining: list[TokenStatistics]
 
     def ask(self, batch: StepBatch) -> HiddenRows | None:
-        self.pipe.expect([batch.micro_batch(*place) for place in self.served(batch)], backward=False)
+        parts = [part for place in self.served(batch) for part in batch.as_the_teacher_reads_it(*place)]
+        most = self._most_parts(replace(batch)) if self.groups.grid.replicas_share_experts else 0
+        self.pipe.expect(parts, most, backward=False)
         with self.ledger.purpose("teacher: activations"):
             rows = super().ask(batch)
             self.ledger.end_moment()
         if rows is None:
             return None
         self.ledger.assign(ROWS_RECEIVED, [rows.states])
-        replica = self.student_groups.dp_rank
-        self.remaining[:] = self.assumed.statistics_of(replica, batch.num_rows()[replica])
+        rank = self.student_groups.dp_cp_rank
+        self.remaining[:] = self.assumed.statistics_of(rank, batch.num_rows()[rank])
         return CountedRows(rows.states, self.ledger)
+
+    def _most_parts(self, batch: StepBatch) -> int:
+        """Returns the most micro-batches of any of the teacher's replicas."""
+        counts: Counter[int] = Counter()
+        for place, replica in self.serving(batch).items():
+            counts[replica] += len(batch.as_the_teacher_reads_it(*place)) if batch.teacher_reads_another else 1
+        return max(counts.values())
 
     def _forward(self, batch: StepBatch) -> dict[Piece, Tensor]:
         outgoing = super()._forward(batch)
@@ -171,6 +193,10 @@ class SimulatedTeacher(MegatronTeacher):
     ) -> Tensor:
         with self.ledger.purpose("loss"):
             return super().loss(student, hidden, rows, labels, row_weights, divergence)
+
+
+def _most(batch: StepBatch) -> int:
+    return max(map(len, batch.plan))
 
 
 class Receiver(RolloutEngine):

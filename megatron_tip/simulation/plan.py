@@ -149,7 +149,7 @@ def make_plan(
     """
     machine = Machine(is_elsewhere=True)
     outline = outline_run(config, hosts.workers, machine, hosts)
-    check_simulated(config, outline)
+    check_simulated(config)
     *others, last = batches
     if others and num_processes > 1:
         with other_processes(min(num_processes - 1, len(others))) as processes:
@@ -163,7 +163,22 @@ def make_plan(
         planned = [_planned_batch(config, outline, device, name) for name in batches]
     generation = {name: generated for name, (_, generated) in zip(batches, planned, strict=True)}
     ranks = [rank for own_ranks, _ in planned for rank in own_ranks]
-    return Plan(as_simulated(config), device, outline, ranks, generation, [*machine.notes, _LAYERS_NOTE])
+    notes = [*machine.notes, *_assumed_notes(config, outline)]
+    return Plan(as_simulated(config), device, outline, ranks, generation, notes)
+
+
+def _assumed_notes(config: Config, outline: Outline) -> list[str]:
+    """Returns what this run is assumed to do that a real one may do otherwise."""
+    found = [_LAYERS_NOTE]
+    if max(outline.student_grid.cp_size, outline.teacher_grid.cp_size) > 1:
+        found.append("context parallelism: keys and values are gathered; Transformer Engine passes them in a ring")
+    if any(model is not None and model.architecture.experts for model in (outline.student, outline.teacher)):
+        found.append(
+            "experts: each gets as many tokens, and each runs by itself; Transformer Engine groups their products"
+        )
+    if config.rollout.environment:
+        found.append("rollout.environment: its own tokens count as generated ones")
+    return found
 
 
 def _planned_elsewhere(config: Config, hosts: Hosts, device: Device, name: str) -> tuple[list[PlannedRank], Generation]:

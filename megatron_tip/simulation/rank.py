@@ -1,6 +1,7 @@
 """One rank's step in a simulated world, and what it costs."""
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -18,10 +19,12 @@ from megatron_tip.observability.timing import PhaseTimer
 from megatron_tip.parallel.distributed import Worker
 from megatron_tip.parallel.groups import ModelGroups
 from megatron_tip.planning.dtypes import Dtypes
+from megatron_tip.planning.models import FoundModel
 from megatron_tip.planning.passes import OnePass
 from megatron_tip.planning.plan import Outline, RunPlan
 from megatron_tip.records import Rollout
 from megatron_tip.simulation.assumptions import STEP, AssumedSelection
+from megatron_tip.simulation.experts import even_routing
 from megatron_tip.simulation.ledger import Ledger
 from megatron_tip.simulation.on_gpu import as_on_gpu, fuse_activations
 from megatron_tip.simulation.parts import (
@@ -62,16 +65,25 @@ class SimulatedRank:
 
 
 def step_batch(config: Config, outline: Outline, rollouts: Sequence[Rollout]) -> StepBatch:
-    """Returns the rollouts as every rank of the run would lay them out."""
-    model = config.model
+    """Returns the rollouts as every rank of the run would lay them out (`TrainingRun.batch_of`)."""
+    student, teacher, expert_teacher = outline.student_grid, outline.teacher_grid, _has_experts(outline.teacher)
     return StepBatch.over(
         rollouts,
-        dp_size=outline.student_grid.dp_size,
+        dp_size=student.dp_size,
         max_tokens=config.training.max_tokens_per_micro_batch,
         pad_token_id=0,
-        token_multiple=model.tensor_parallel_size if model.sequence_parallel else 1,
+        token_multiple=math.lcm(
+            student.tp_size * student.cp_size if config.model.sequence_parallel else 1,
+            teacher.tp_size * teacher.cp_size if expert_teacher and teacher.tp_size > 1 else 1,
+        ),
         device=_CPU,
+        sequence_multiple=math.lcm(student.sequence_multiple, teacher.sequence_multiple),
+        cp_size=student.cp_size,
     )
+
+
+def _has_experts(model: FoundModel | None) -> bool:
+    return model is not None and model.architecture.experts is not None
 
 
 def simulate_rank(
@@ -96,7 +108,7 @@ def simulate_rank(
     prepare_megatron()
     world = simulated_world(ledger, answers, rank=rank, world_size=world_size)
     place = as_on_gpu(ledger, int(gpu_memory_bytes)) if gpu_memory_bytes else nullcontext()
-    with world, place, SimulatedTensors(ledger), reads_back(ledger):
+    with world, place, even_routing(), SimulatedTensors(ledger), reads_back(ledger):
         timer = PhaseTimer(_CPU, on_enter=ledger.enter, on_exit=ledger.leave)
         if rank != 0:
             answers.broadcasts.extend((_length(_MEMORY), _bytes(_MEMORY)))
@@ -177,13 +189,16 @@ def with_assumptions(run: TrainingRun, ledger: Ledger, answers: Answers, assumed
     student, teacher, selector = run.student, _own_teacher(run), run.selector
     label_groups(ledger, student.groups, teacher.groups)
     assign_purposes(ledger, student, teacher)
-    own_pipe = Pipe(student.groups, run.architecture.hidden_size, student.token_multiple, answers)
-    names = [one.name for one in fields(Student)]
-    simulated_student = SimulatedStudent(**settings_of(student, names), ledger=ledger, pipe=own_pipe)
+    simulated_student = SimulatedStudent(
+        **settings_of(student, [one.name for one in fields(Student)]),
+        ledger=ledger,
+        pipe=Pipe(student.model, student.groups, run.architecture.hidden_size, answers),
+        assumed=assumed,
+    )
     simulated_teacher = SimulatedTeacher(
         **settings_of(teacher, [one.name for one in fields(MegatronTeacher)]),
         ledger=ledger,
-        pipe=Pipe(teacher.groups, teacher.hidden_size, 1, answers),
+        pipe=Pipe(teacher.model, teacher.groups, teacher.hidden_size, answers),
         assumed=assumed,
         remaining=[],
     )
@@ -209,14 +224,30 @@ def label_groups(ledger: Ledger, student: ModelGroups, teacher: ModelGroups) -> 
     assert world is not None, "the world exists while a rank is simulated"
     ledger.labels[world.group_name] = ("world", tuple(range(student.grid.world_size)))
     for prefix, groups in (("teacher ", teacher), ("", student)):
-        for name in ("cp", "tp_dp_cp", "mp", "embd", "dp", "pp", "tp"):
+        for name, label in _LABELS.items():
             group = getattr(groups.collection, name)
             if group is not None:
                 ranks = tuple(torch.distributed.get_process_group_ranks(group))
-                ledger.labels[group.group_name] = (prefix + _LABELS.get(name, name), ranks)
+                ledger.labels[group.group_name] = (prefix + label, ranks)
 
 
-_LABELS = {"cp": "self", "tp_dp_cp": "tp x dp", "mp": "tp x pp", "embd": "first and last stage"}
+_LABELS = {
+    "cp": "cp",
+    "ep": "ep",
+    "tp_dp_cp": "a stage",
+    "tp_ep_pp": "a copy of the experts",
+    "tp_ep": "a stage's experts",
+    "expt_dp": "expert dp",
+    "expt_tp": "expert tp",
+    "mp": "a replica",
+    "embd": "first and last stage",
+    "dp_cp": "dp x cp",
+    "tp_cp": "tp x cp",
+    "dp": "dp",
+    "pp": "pp",
+    "tp": "tp",
+}
+"""Megatron's names of a model's groups, with those in reports; of a group with several names the last one holds."""
 
 
 def assign_purposes(ledger: Ledger, student: Student, teacher: MegatronTeacher) -> None:
@@ -243,8 +274,8 @@ def _expect(run: TrainingRun, assumed: AssumedSelection, answers: Answers, metri
     groups = run.student.groups
     if groups.is_last_stage and not assumed.takes_one_pass:
         answers.replicas.append(assumed.last_selected)
-        if groups.grid.dp_size > 1:
-            answers.replicas.extend(assumed.arrivals(groups.dp_rank))
+        if groups.dp_cp_group.size() > 1:
+            answers.replicas.extend(assumed.arrivals(groups.dp_cp_rank))
     elif not groups.is_last_stage:
         # The last stage tells that it has selected.
         answers.broadcasts.extend((_length(_NOTHING), _bytes(_NOTHING), assumed.last_selected))

@@ -1,8 +1,9 @@
 """A step's time by formulas: good enough to say which layouts are worth a simulation, in microseconds each.
 
 Per token and layer it counts matrix products and attention, the bytes of all other operations, and the messages of
-tensor parallelism; beside the layers both output heads, the reduction of gradients and the pipeline's waiting. The
-engines' time is the plan's own. `training.offload` is not counted: it adds the same to every layout that needs it.
+tensor and context parallelism and to experts, as if these were on the node; beside the layers both output heads, the
+reduction of gradients and the pipeline's waiting. The engines' time is the plan's own. `training.offload` is not
+counted: it adds the same to every layout that needs it.
 """
 
 from collections.abc import Hashable, Sequence
@@ -74,7 +75,8 @@ class RoughTime:
 
     def _teacher_seconds(self, sizes: Sizes, max_tokens: int) -> float:
         """Returns the time of the teacher's forward pass."""
-        values = _layer_values(self.teacher, sizes.tp, 1)
+        is_split = self.teacher.experts is not None  # a teacher with experts splits the sequence
+        values = _layer_values(self.teacher, sizes.tp, sizes.tp if is_split else 1)
         return self._passes(self.teacher, sizes, max_tokens, values, forward=1.0, backward=0.0)
 
     def _student_seconds(self, layout: Layout, *, takes_one_pass: bool) -> float:
@@ -94,9 +96,9 @@ class RoughTime:
         Args:
             values: of a layer's forward pass per token, that all but matrix products read and write.
         """
-        device, replicas = self.device, self._replicas(sizes)
-        tokens, layers = self.num_tokens / replicas, model.num_layers / sizes.pp
-        count = max(1.0, tokens / max(max_tokens, self.mean_length))
+        device, of_replica = self.device, self.num_tokens / self._replicas(sizes)
+        tokens, layers = of_replica / sizes.cp, model.num_layers / sizes.pp
+        count = max(1.0, of_replica / max(max_tokens, self.mean_length))
         flops = forward_flops(model, num_tokens=tokens, mean_length=self.mean_length) / (sizes.tp * sizes.pp)
         matrix = flops / (device.tflops * 1e12 * device.matrix_share)
         memory = layers * tokens * values * _VALUE / (device.memory_tb_per_s * 1e12 * device.memory_share)
@@ -106,6 +108,10 @@ class RoughTime:
         # Two all-reduces, or pairs of their halves, in a layer's forward pass and two in its backward pass.
         each = self._ring(sizes.tp, 1, hidden, times=2.0) + count * self._latency(sizes.tp)
         busy += 2 * layers * (forward + backward / 2) * each
+        # The keys and values of all parts are gathered, and their gradients are scattered.
+        keys = of_replica * 2 * model.num_query_groups * model.head_dim / sizes.tp * _VALUE
+        each = self._ring(sizes.cp, sizes.tp, keys, times=1.0) + count * self._latency(sizes.cp)
+        busy += layers * (forward + backward / 2) * (each + self._experts(model, tokens / sizes.tp))
         if sizes.pp > 1:
             link = device.network_gb_per_s if self.world_size > self.workers_per_node else device.link_gb_per_s
             busy += (forward + backward / 2) * hidden / (link * 1e9 * device.link_share)
@@ -114,7 +120,7 @@ class RoughTime:
     def _heads(self, sizes: Sizes) -> float:
         """Returns the time of both output heads: of all rows once, of the selected ones three times and once."""
         share, device = self.config.selection.retention_ratio, self.device
-        rows = self.num_rows / self._replicas(sizes)
+        rows = self.num_rows / (self._replicas(sizes) * sizes.cp)
         flops = (1 + 3 * share) * head_flops(self.student, num_rows=rows)
         flops += (1 + share) * head_flops(self.teacher, num_rows=rows)
         logits = 2 * (1 + share) * rows * self.student.vocab_size * _LOGITS * _VALUE
@@ -124,13 +130,13 @@ class RoughTime:
     def _gradients(self, sizes: Sizes) -> float:
         """Returns the time in which replicas add up gradients and, with a distributed optimizer, gather weights."""
         weights = num_parameters(self.student) / (sizes.tp * sizes.pp)
-        replicas = self._replicas(sizes)
+        replicas = self._replicas(sizes) * sizes.cp
         if self.config.optimizer.distributed:
             return self._ring(replicas, sizes.tp, weights * (_GRADIENT + _VALUE), times=1.0)
         return self._ring(replicas, sizes.tp, weights * _GRADIENT, times=2.0)
 
     def _replicas(self, sizes: Sizes) -> int:
-        return max(1, self.world_size // (sizes.tp * sizes.pp))
+        return max(1, self.world_size // sizes.replica)
 
     def _ring(self, size: int, stride: int, num_bytes: float, *, times: float) -> float:
         """Returns the time of so many passes around `size` ranks, every `stride`-th of the world."""
@@ -138,14 +144,23 @@ class RoughTime:
         bandwidth = device.link_gb_per_s if size * stride <= self.workers_per_node else device.network_gb_per_s
         return times * (size - 1) / size * num_bytes / (bandwidth * 1e9 * device.link_share)
 
-    def _latency(self, tp: int) -> float:
-        if tp == 1:
+    def _experts(self, model: ModelArchitecture, tokens: float) -> float:
+        """Returns the time of sending a layer's tokens to their experts and back."""
+        if model.experts is None:
+            return 0.0
+        sent = 2 * tokens * model.experts.num_active * model.hidden_size * _VALUE
+        return sent / (self.device.link_gb_per_s * 1e9 * self.device.link_share)
+
+    def _latency(self, size: int) -> float:
+        if size == 1:
             return 0.0
         device = self.device
-        return (device.link_latency_us if tp <= self.workers_per_node else device.network_latency_us) * 1e-6
+        return (device.link_latency_us if size <= self.workers_per_node else device.network_latency_us) * 1e-6
 
 
 def _layer_values(model: ModelArchitecture, tp: int, sequence_parts: int) -> float:
     """Returns the values per token that all but matrix products of a layer's forward pass read and write."""
     heads = (model.num_attention_heads + 2 * model.num_query_groups) * model.head_dim
-    return _WHOLE * model.hidden_size / sequence_parts + _SPLIT * (heads + model.ffn_hidden_size) / tp
+    experts = model.experts
+    channels = model.ffn_hidden_size if experts is None else experts.num_active * experts.ffn_hidden_size
+    return _WHOLE * model.hidden_size / sequence_parts + _SPLIT * (heads + channels) / tp

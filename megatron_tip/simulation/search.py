@@ -61,7 +61,7 @@ def search_layouts(site: Site, say: Callable[[str], None]) -> Search:
     """
     config = site.config
     like = _any_outline(site)
-    check_simulated(config, like)
+    check_simulated(config)
     narrowing = Narrowing(site, like)
     say("ranking the layouts by formulas")
     candidates = [one.layout for one in islice(narrowing.candidates(), _MOST_SIMULATED)]

@@ -127,6 +127,8 @@ class SimulatedTensors(CountedTensors):
         packet = func.overloadpacket
         if packet in (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_, aten._unsafe_index_put):
             args = (args[0], _as_places(args[1]), *args[2:])
+        elif packet is aten.masked_select:
+            func, args = aten.index.Tensor, (args[0], _as_places([args[1]]))
         result = self._shapes.run(func, args, kwargs)
         # An operation in place on a real tensor leaves it as it is: nothing reads its value.
         is_in_place = packet.__name__.endswith("_") and not packet.__name__.startswith("__")

@@ -20,6 +20,8 @@ PASSES = ("teacher", "score", "train")
 """The phases that go through a pipeline."""
 PER_TOKEN = ("teacher", "score", "select", "train")
 """The phases whose work grows with the tokens of a step."""
+_OF_PASSES = ("tp", "cp", "tp x cp", "pp", "ep", "expert tp", "a stage's experts")
+"""The groups among which a micro-batch's activations are sent."""
 _OWN_SERVERS_SHARE = 0.85
 """Share of its GPU's memory that a server takes if it has the GPU alone: about what SGLang chooses."""
 
@@ -71,13 +73,13 @@ def _of_step(traffic: Traffic, route: Route, scale: float) -> Traffic:
 
 def message_scale(route: Route, scale: float) -> float:
     """Returns how many times more messages of this route a whole step has: those of its micro-batches grow."""
-    is_of_pass = route.group.removeprefix("teacher ") in ("tp", "pp") or route.peer is not None
+    is_of_pass = route.group.removeprefix("teacher ") in _OF_PASSES or route.peer is not None
     return scale if (route.phase in PASSES and is_of_pass) or _carries_rows(route) else 1.0
 
 
 def _carries_rows(route: Route) -> bool:
-    """Returns whether the message has the selected rows of a step, as long as the step has."""
-    return route.phase == "select" and route.operation == "all_to_all"
+    """Returns whether the message has rows of a step, as long as the step has."""
+    return route.phase == "select" and (route.operation == "all_to_all" or route.group == "cp")
 
 
 def moved_bytes(config: Config, live: Mapping[str, float], phase: str) -> float:

@@ -28,12 +28,14 @@ class Answers:
     """What the other ranks of a simulated world send, where the product reads the values, in the order of its calls.
 
     `broadcasts`: by other ranks. `replicas`: results of reductions and exchanges over replicas whose values matter.
+    `counts`: the most micro-batches of any replica, where all run in step.
     `forward_shapes`, `backward_shapes`: of the tensors from the stage before and the stage after.
     """
 
     def __init__(self) -> None:
         self.broadcasts: deque[Tensor] = deque()
         self.replicas: deque[Tensor] = deque()
+        self.counts: deque[Tensor] = deque()
         self.forward_shapes: deque[tuple[int, ...]] = deque()
         self.backward_shapes: deque[tuple[int, ...]] = deque()
 
@@ -75,8 +77,9 @@ class SimulatedGroup(_PythonGroup):
 
     def allreduce(self, tensors: list[Tensor], opts: Any = None) -> Work:
         self._send("all_reduce", tensors)
-        if getattr(opts, "reduceOp", None) == dist.ReduceOp.MAX and self._answers.replicas and _is_list(tensors[0]):
-            _answer(tensors[0], self._answers.replicas)
+        queue = self._answers.counts or self._answers.replicas
+        if getattr(opts, "reduceOp", None) == dist.ReduceOp.MAX and queue and _is_list(tensors[0]):
+            _answer(tensors[0], queue)
         return _done()
 
     allreduce_coalesced = allreduce

@@ -158,13 +158,16 @@ class MegatronTeacher(Teacher[HiddenRows]):
 
     def served(self, batch: StepBatch) -> list[tuple[int, int]]:
         """Returns the (replica, micro-batch) pairs that this rank's teacher replica serves."""
-        student, teacher = self.student_groups.grid, self.groups
-        return [
-            (replica, index)
+        return [place for place, replica in self.serving(batch).items() if replica == self.groups.dp_rank]
+
+    def serving(self, batch: StepBatch) -> dict[tuple[int, int], int]:
+        """Returns which teacher replica serves each (replica, micro-batch) pair."""
+        student, teacher = self.student_groups.grid, self.groups.grid
+        return {
+            (replica, index): teacher_replica(replica, index, len(micro_batches), student, teacher)
             for replica, micro_batches in enumerate(batch.plan)
             for index in range(len(micro_batches))
-            if teacher_replica(replica, index, len(micro_batches), student, teacher.grid) == teacher.dp_rank
-        ]
+        }
 
     def score(
         self,

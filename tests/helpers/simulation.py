@@ -9,12 +9,14 @@ from megatron_tip.machine import Machine
 from megatron_tip.planning.passes import plan_passes
 from megatron_tip.planning.plan import Outline, outline_run
 from megatron_tip.simulation.assumptions import AssumedSelection, assumed_rollouts
+from megatron_tip.simulation.experts import even_routing
 from megatron_tip.simulation.kinds import MEMORY_PHASES, offloaded
 from megatron_tip.simulation.ledger import BETWEEN, EXCHANGE, Ledger
 from megatron_tip.simulation.rank import SimulatedRank, simulate_rank, step_batch
 from megatron_tip.simulation.timing import STEP_PHASES, moved_bytes
 from tests.helpers.measured_rank import by_phase, measure_rank, traffic_of
-from tests.helpers.training import Layout, make_config, this_worker
+from tests.helpers.tiny import make_experts
+from tests.helpers.training import Layout, make_config, make_models, this_worker
 
 # A rule whose choice depends on neither model, so that both runs train on the same rows.
 SECTIONS: dict[str, dict[str, Any]] = {
@@ -27,10 +29,16 @@ SECTIONS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """A layout and what its run has besides `SECTIONS`."""
+    """A layout, what its run has besides `SECTIONS`, and whether both models have experts.
+
+    `tolerance`: of bytes to and from experts and of operations, where replicas share experts: the simulation takes
+    every replica to have as many tokens as its own.
+    """
 
     layout: Layout
     sections: dict[str, dict[str, Any]]
+    has_experts: bool = False
+    tolerance: float = 0.0
 
     @property
     def world_size(self) -> int:
@@ -42,6 +50,10 @@ TWO_REPLICAS = Layout(4, (2, 1), (1, 2))
 # rounds of a search for quantiles depend on the statistics, which are assumed.
 SCORES = {"rollout": {"importance_cap": 2.0}}
 DISTRIBUTED = {"optimizer": {"distributed": True}}
+OF_ITSELF = {"teacher": {"kind": "self"}, "prompts": {"teacher_system_prompt": "Think."}}
+TWO_PARTS = {"expert_model_parallel_size": 2}
+EXPERTS_IN_PARTS = dict.fromkeys(("model", "teacher"), TWO_PARTS)
+EXPERTS_SPREAD = dict.fromkeys(("model", "teacher"), TWO_PARTS | {"expert_tensor_parallel_size": 1})
 CASES = {
     "1x1x1": Case(Layout(1), SCORES | {"selection": {"passes": "one"}}),
     "1x1x1 offload": Case(Layout(1), SCORES | {"training": {"offload": "all"}}),
@@ -52,15 +64,32 @@ CASES = {
     "2x1x2": Case(TWO_REPLICAS, {}),
     "2x1x2 distributed": Case(TWO_REPLICAS, DISTRIBUTED),
     "2x1x2 distributed offload": Case(TWO_REPLICAS, DISTRIBUTED | {"training": {"offload": "optimizer"}}),
+    "1x1x1 self": Case(
+        Layout(1), SCORES | {"teacher": {"kind": "self"}, "prompts": {"teacher_system_prompt": "Think."}}
+    ),
+    "2x1x1 cp 2": Case(Layout(4, (2, 1), (1, 2), sequence_parallel=True, cp=(2, 1)), SCORES),
+    "1x1x2 cp 2": Case(Layout(4, (1, 1), (1, 1), cp=(2, 2)), DISTRIBUTED),
+    "2x1x1 experts": Case(Layout(2, (2, 1), (2, 1), sequence_parallel=True), SCORES | EXPERTS_SPREAD, True),
+    "2x2x1 experts": Case(
+        Layout(4, (2, 2), (2, 1), sequence_parallel=True), SCORES | {"teacher": TWO_PARTS}, True, tolerance=0.15
+    ),
+    "1x1x2 experts": Case(Layout(2), DISTRIBUTED | EXPERTS_IN_PARTS, True, tolerance=0.15),
 }
 """tp x pp x dp of the student, and what the optimizer shards, the backward pass runs again, or leaves the device."""
 
 
 def configured(name: str, models: Path) -> Config:
-    """The run of a case."""
+    """The run of a case, whose models are made in `models`."""
+    if CASES[name].has_experts:
+        make_experts(models / "student", seed=1)
+        make_experts(models / "teacher", seed=2, hidden_size=96)
+    else:
+        make_models(models)
     sections = {
         key: SECTIONS.get(key, {}) | CASES[name].sections.get(key, {}) for key in {*SECTIONS, *CASES[name].sections}
     }
+    if sections.get("teacher", {}).get("kind") == "self":
+        sections["teacher"]["path"] = models / "student"
     return make_config(models, CASES[name].layout, **sections)
 
 
@@ -93,6 +122,18 @@ class Cost:
     moved: dict[str, float]
 
 
+def same_traffic(found: Cost, real: Cost, tolerance: float) -> bool:
+    """Whether messages are as many and as long; those to and from experts may be longer or shorter by `tolerance`."""
+    if found.traffic.keys() != real.traffic.keys():
+        return False
+    for key, (count, num_bytes) in real.traffic.items():
+        is_to_experts = key[1] == "all_to_all" and key[2].removeprefix("teacher ") in ("ep", "expert tp")
+        most = tolerance * num_bytes if is_to_experts else 0.0
+        if found.traffic[key][0] != count or abs(found.traffic[key][1] - num_bytes) > most:
+            return False
+    return True
+
+
 def cost_of(ledger: Ledger, peaks: dict[str, int], moved: dict[str, float]) -> Cost:
     flops = sum(work.matrix_flops for work in ledger.work.values())
     return Cost(peaks, traffic_of(ledger), flops, {phase: size for phase, size in moved.items() if size})
@@ -120,6 +161,7 @@ def simulated_cost(config: Config, rank: SimulatedRank) -> Cost:
 
 def measured(config: Config) -> Cost:
     """What this worker's own step costs. Call it inside `run_workers`."""
-    ledger, moved = measure_rank(config, this_worker(), assumed_rollouts(config, longest=False))
+    with even_routing():
+        ledger, moved = measure_rank(config, this_worker(), assumed_rollouts(config, longest=False))
     peaks = {phase: peak.total for phase, peak in ledger.peaks.items()}
     return cost_of(ledger, by_phase(peaks), moved)

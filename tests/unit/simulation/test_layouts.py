@@ -19,7 +19,8 @@ def test_the_configured_layout_is_among_the_choices_and_needs_no_overrides():
 def test_a_configuration_with_the_overrides_of_a_layout_has_it():
     config = load_config(RECIPE, [])
     every = list(layouts(config, 8))
-    assert len(set(every)) == len(every) == (4 * 4) ** 2 * 4 * 3 * 3
+    within_a_node = 4 + 3 + 2 + 1  # cp 1, 2, 4, 8 at tp 1, and so on
+    assert len(set(every)) == len(every) == (within_a_node * 4) ** 2 * 4 * 3 * 3
     assert token_limits(config) == [8192, 16384, 32768]
     for layout in every[:: len(every) // 50]:
         found = load_config(RECIPE, layout.overrides(config))
@@ -33,6 +34,13 @@ def test_sequence_parallelism_that_was_configured_off_stays_off():
     wide = Layout.of(load_config(RECIPE, ["model.tensor_parallel_size=4"]))
     assert "model.sequence_parallel=true" in wide.overrides(one)
     assert not any("sequence_parallel" in override for override in wide.overrides(two))
+
+
+def test_a_teacher_that_is_the_student_has_its_sizes():
+    self_teacher = ["teacher.kind=self", "teacher.path=models/Qwen3-4B", "teacher.tensor_parallel_size=2"]
+    every = list(layouts(load_config(RECIPE, self_teacher), 8))
+    assert len(every) == 40 * 4 * 3 * 3
+    assert all(one.student == one.teacher for one in every)
 
 
 def servers_of(overrides: list[str]) -> list[Servers]:

@@ -31,7 +31,7 @@ def test_candidates_fit_and_offload_no_more_than_that_needs():
     site = site_of(nodes=1, memory_gib=48.0)
     narrowing = Narrowing(site, site.outline(site.config))
     found = list(islice(narrowing.candidates(), 4))
-    assert len({one.layout.shape for one in found}) == 4
+    assert len({one.layout.pair for one in found}) == 4
     assert [one.seconds for one in found] == sorted(one.seconds for one in found)
     assert any(one.layout.offload != "none" for one in found), "else the memory is too large for this test"
     for one in found:
