@@ -26,7 +26,7 @@ from megatron_tip.errors import ConfigError
 from megatron_tip.models.layers import local_block
 from megatron_tip.models.layout import check_layout
 from megatron_tip.models.recompute import keep_only_inputs
-from megatron_tip.models.router import use_router
+from megatron_tip.models.router import forget_probabilities, use_router
 from megatron_tip.models.stage_layers import StageLayers
 from megatron_tip.models.transformer_engine import has_transformer_engine, transformer_engine_block
 from megatron_tip.parallel.grid import ModelGrid
@@ -151,6 +151,7 @@ def build_gpt(
     _scale_rope(model, architecture.rope_scaling)
     _mark_tensor_parallel(model)
     _mark_experts(model)
+    forget_probabilities(model)
     if torch.cuda.is_available():
         model.cuda()  # the routers' weights: Megatron makes them on the host
     keep_only_inputs(model, recompute)

@@ -1,12 +1,12 @@
 """The router of tokens to experts, with an auxiliary loss that does not depend on the layout of a micro-batch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.transformer.moe.moe_layer import MoESubmodules
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import (
     MoEAuxLossAutoScaler,
     get_tokens_per_expert_and_token_count,
@@ -62,6 +62,27 @@ def use_router(block: TransformerBlockSubmodules) -> None:
         keywords = feed_forward.keywords if isinstance(feed_forward, partial) else vars(feed_forward)
         if isinstance(keywords["submodules"], MoESubmodules):
             keywords["submodules"].router = Router
+
+
+def forget_probabilities(model: torch.nn.Module) -> None:
+    """Makes the dispatchers of `model` forget the router's probabilities as soon as tokens are sent by them.
+
+    Megatron keeps them until the next micro-batch, and with them the graph that they came from. Of a layer that is
+    recomputed, that graph holds all activations: recomputing would save nothing.
+    """
+    for layer in model.modules():
+        if isinstance(layer, MoELayer):
+            dispatcher: Any = layer.token_dispatcher
+            dispatcher.dispatch_preprocess = partial(_forgetting, dispatcher, dispatcher.dispatch_preprocess)
+
+
+def _forgetting(
+    dispatcher: Any, send: Callable[..., Any], hidden_states: Tensor, routing_map: Tensor, probs: Tensor
+) -> Any:
+    try:
+        return send(hidden_states, routing_map, probs)
+    finally:
+        dispatcher.probs = probs.new_empty(0)  # only its dtype is read later
 
 
 def set_auxiliary_loss(model: torch.nn.Module, coefficient: float) -> None:

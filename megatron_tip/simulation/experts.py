@@ -22,7 +22,8 @@ def even_routing() -> Iterator[None]:
 
     def routing(self: Router, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         probs, routing_map = plain(self, *args, **kwargs)
-        return probs, _even_map(*routing_map.shape, self.topk)
+        num_tokens, num_experts = routing_map.shape
+        return probs, _even_map(num_tokens, num_experts, self.topk)
 
     with replaced(Router, "routing", routing):
         yield

@@ -115,7 +115,8 @@ def generation_of(config: Config, outline: Outline, device: Device, rollouts: Se
         share = (servers[0].memory_fraction if servers else 0) or _OWN_SERVERS_SHARE
         room = max(share * device.memory_bytes * split - weights, cached) / cached  # tokens
         kept = sum(one.num_tokens for one in rollouts) / num_servers
-        num_waves = -(-int(kept) // max(1, int(room)))
+        most = -(-len(rollouts) // num_servers)  # one after another, in a share that does not hold the model at all
+        num_waves = min(most, -(-int(kept) // max(1, int(room))))
     longest = max(len(rollout.response_ids) for rollout in rollouts)
     contexts = sum(len(one.response_ids) * (len(one.prompt_ids) + len(one.response_ids) / 2) for one in rollouts)
     bandwidth = device.memory_tb_per_s * 1e12 * device.memory_share * split

@@ -69,6 +69,7 @@ CASES = {
     ),
     "2x1x1 cp 2": Case(Layout(4, (2, 1), (1, 2), sequence_parallel=True, cp=(2, 1)), SCORES),
     "1x1x2 cp 2": Case(Layout(4, (1, 1), (1, 1), cp=(2, 2)), DISTRIBUTED),
+    "1x1x1 experts": Case(Layout(1), SCORES | {"model": {"recompute_activations": True}}, True),
     "2x1x1 experts": Case(Layout(2, (2, 1), (2, 1), sequence_parallel=True), SCORES | EXPERTS_SPREAD, True),
     "2x2x1 experts": Case(
         Layout(4, (2, 2), (2, 1), sequence_parallel=True), SCORES | {"teacher": TWO_PARTS}, True, tolerance=0.15

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_tip.simulation.parts import ACTIVATIONS
 from tests.helpers.distributed import run_workers
 from tests.helpers.simulation import CASES, configured, measured, same_traffic, simulated, simulated_cost
 
@@ -25,3 +26,13 @@ def test_a_simulated_rank_costs_what_a_real_one_does(name: str, tmp_path: Path):
         assert cost.peaks.keys() >= {"build", "teacher", "score", "select", "train", "sync"}
         for phase, num_bytes in cost.peaks.items():
             assert found.peaks[phase] == pytest.approx(num_bytes, rel=0.1), phase
+
+
+def test_recomputed_layers_with_experts_keep_little_during_the_pass_and_nothing_after_it(tmp_path: Path):
+    """Megatron's dispatchers would keep the routers' graphs, and those all that was recomputed."""
+    recomputed = configured("1x1x1 experts", tmp_path)
+    kept = recomputed.model_copy(update={"model": recomputed.model.model_copy(update={"recompute_activations": False})})
+    (less,), (more,) = (simulated(config, 1) for config in (recomputed, kept))
+    during, without = (one.ledger.peaks["train"].parts[ACTIVATIONS] for one in (less, more))
+    assert during < 0.5 * without
+    assert less.ledger.peaks["update"].parts[ACTIVATIONS] < 0.02 * during
