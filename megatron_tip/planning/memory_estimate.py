@@ -7,6 +7,7 @@ context, NCCL's buffers, SGLang's captured graphs, fragmentation.
 """
 
 from dataclasses import dataclass
+from textwrap import wrap
 
 from megatron_tip.config import Config
 from megatron_tip.planning.beside import EngineMemory
@@ -28,6 +29,9 @@ GATHERED_BYTES = 2**24
 
 _HELD_SHARE = 0.5
 """What one pass may fill of the free memory: layers that are not fused keep about twice what is counted."""
+
+_WIDTH, _CELL = 80, 6
+"""Columns of the table, and of a number in it at least."""
 
 Parts = dict[str, float]
 """Bytes by purpose."""
@@ -71,14 +75,20 @@ class MemoryEstimate:
         return found
 
     def lines(self) -> list[str]:
-        """Returns the table in GiB: a column per phase, a row per purpose, the largest first, and the sums."""
-        header = "".join(f"{phase:>10}" for phase in self.phases)
+        """Returns the table in GiB, 80 columns wide: a column per phase, a row per purpose, largest first, the sums."""
+        widths = [max(_CELL, len(phase) + 1) for phase in self.phases]
         rows = [(name, [parts.get(name, 0.0) for parts in self.phases.values()]) for name in self.parts]
         rows = [row for row in rows if max(row[1]) >= 0.05 * 2**30]
         rows.sort(key=lambda row: -max(row[1]))
         rows.append(("all", [sum(parts.values()) for parts in self.phases.values()]))
-        lines = [f"{header}  GiB by phase; the most in {self.peak_phase}"]
-        lines += ["".join(_cell(value) for value in values) + f"  {name}" for name, values in rows]
+        lines = [
+            f"GiB by phase; the most in {self.peak_phase}",
+            "".join(f"{phase:>{width}}" for phase, width in zip(self.phases, widths, strict=True)),
+        ]
+        for name, values in rows:
+            cells = "".join(_cell(value, width) for value, width in zip(values, widths, strict=True))
+            first, *others = wrap(name, _WIDTH - len(cells) - 2, break_on_hyphens=False)
+            lines += [f"{cells}  {first}", *(" " * (len(cells) + 2) + other for other in others)]
         if self.host_bytes:
             lines.append(f"host memory for training.offload: {self.host_bytes / 2**30:.1f} GiB per GPU")
         if self.held_tokens:
@@ -89,8 +99,8 @@ class MemoryEstimate:
         return lines
 
 
-def _cell(value: float) -> str:
-    return f"{value / 2**30:10.1f}" if value else f"{'-':>10}"
+def _cell(value: float, width: int) -> str:
+    return f"{value / 2**30:{width}.1f}" if value else f"{'-':>{width}}"
 
 
 @dataclass(frozen=True)

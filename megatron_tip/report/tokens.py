@@ -108,7 +108,8 @@ class RunPacker:
 
 def statistic_labels() -> dict[str, dict[str, str]]:
     """Returns the page's labels of the rule's score and of the views' statistics, except the sampled token's."""
-    labels = {"score": {"symbol": "Score", "meaning": "the value that the rule ranks by", "unit": ""}}
+    meaning = "the value that the rule ranks by, made of statistics that most rules first scale over the whole batch"
+    labels = {"score": {"symbol": "Score", "meaning": meaning, "unit": ""}}
     for name, one in STATISTICS.items():
         if one.in_views and one.over != "label":
             meaning = f"{one.meaning}, nats" if one.unit == "nats" else one.meaning

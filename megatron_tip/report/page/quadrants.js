@@ -15,7 +15,7 @@ function shareFigures(runs) {
           if (!has(run, metric)) return;
           const points = run.steps.map((step, i) => [step, run.metrics[metric][i]]).filter(([, share]) => share !== null);
           traces.push({
-            type: "scatter",
+            type: points.length === 1 ? "bar" : "scatter",  // an area needs two steps
             mode: "lines",
             x: points.map(([step]) => step),
             y: points.map(([, share]) => share),
@@ -25,6 +25,7 @@ function shareFigures(runs) {
             xaxis: side ? "x2" : "x",
             stackgroup: group || "all",
             line: { width: 1, color: colour("surface") },
+            marker: { color: colour(`quadrant-${k + 1}`) },
             fillcolor: colour(`quadrant-${k + 1}`),
             fillpattern: { shape: ["", "", "/", "."][k], fillmode: "overlay", fgcolor: colour("surface"), bgcolor: colour(`quadrant-${k + 1}`), size: 7, solidity: 0.18 },
             hovertemplate: "%{y:.1%}",
@@ -32,6 +33,8 @@ function shareFigures(runs) {
         });
       });
       const layout = {
+        barmode: "stack",
+        bargap: 0.6,
         xaxis: { domain: [0, 0.48], ...stepAxis([run]) },
         xaxis2: { domain: [0.52, 1], ...stepAxis([run]) },
         yaxis: { range: [0, 1], tickformat: ".0%" },

@@ -292,6 +292,17 @@ def test_axes_of_steps_have_whole_numbers_and_logarithmic_ones_say_so(page):
     assert all(tick.replace(",", "").isdigit() for tick in ticks), ticks
 
 
+def test_the_quadrants_of_a_single_step_are_seen(browser, tmp_path):
+    write_run(tmp_path / "run", steps=1, view_steps=[1], responses=1, tokens=8)
+    write_report_page([tmp_path / "run"], tmp_path / "report.html")
+    page = browser.new_page()
+    page.goto((tmp_path / "report.html").as_uri())
+    bars = page.locator("#share-figures .barlayer .point path")
+    expect(bars).to_have_count(8)
+    assert all(bars.nth(place).bounding_box()["width"] > 20 for place in range(8))
+    page.close()
+
+
 def test_held_out_points_are_joined_at_any_spacing(page):
     """Six steps, of which two are measured; and all three points of a run of two steps."""
     joined = page.evaluate(
