@@ -12,7 +12,7 @@ from megatron_tip.planning.plan import Outline
 from megatron_tip.simulation.account import Account
 from megatron_tip.simulation.assumptions import AssumedSelection
 from megatron_tip.simulation.parts import ShapesOnly
-from megatron_tip.simulation.rank import SimulatedRank, simulate_rank
+from megatron_tip.simulation.rank import SimulatedRank, simulate_rank, taught_by
 
 FEW = 2
 """Layers of each stage in the smaller simulated models; the larger ones have one more.
@@ -55,7 +55,7 @@ def count_rank(
         return simulate_rank(config, shrunk, rank, batch, assumed, metrics=metrics, gpu_memory_bytes=gpu_memory_bytes)
 
     student, teacher = _stage_layers(outline, rank)
-    are_alike = by_layers and not any(map(_has_other_layers, (outline.student, outline.teacher)))
+    are_alike = by_layers and not any(map(_has_other_layers, (outline.student, taught_by(outline))))
     if are_alike and student + teacher > 4 * FEW + 2:
         found = simulate(FEW, FEW)
         more = simulate(FEW + 1, FEW + 1)
@@ -70,14 +70,13 @@ def count_rank(
 
 def with_layers(config: Config, outline: Outline, student: int, teacher: int) -> Outline:
     """Returns the outline with models of that many layers in each stage; they have no weights."""
-    assert outline.teacher is not None, "checked by `make_plan`"
-    dtypes = Dtypes.of(config)
+    dtypes, other = Dtypes.of(config), taught_by(outline)
     return replace(
         outline,
         student_grid=replace(outline.student_grid, pipeline_layers=()),
         teacher_grid=replace(outline.teacher_grid, pipeline_layers=()),
         student=ShapesOnly(_shrunk(outline.student, outline.student_grid, student), dtypes.student),
-        teacher=ShapesOnly(_shrunk(outline.teacher, outline.teacher_grid, teacher), dtypes.teacher),
+        teacher=ShapesOnly(_shrunk(other, outline.teacher_grid, teacher), dtypes.teacher),
     )
 
 
@@ -85,17 +84,16 @@ def _shrunk(model: FoundModel, grid: ModelGrid, stage_layers: int) -> ModelArchi
     return replace(model.architecture, num_layers=stage_layers * grid.pp_size)
 
 
-def _has_other_layers(model: FoundModel | None) -> bool:
+def _has_other_layers(model: FoundModel) -> bool:
     """Returns whether some layers of the model have experts and others do not."""
-    experts = model.architecture.experts if model is not None else None
+    experts = model.architecture.experts
     return experts is not None and bool(experts.dense_layers)
 
 
 def _stage_layers(outline: Outline, rank: int) -> tuple[int, int]:
-    assert outline.teacher is not None, "checked by `make_plan`"
-    return _own_layers(outline.student, outline.student_grid, rank), _own_layers(
-        outline.teacher, outline.teacher_grid, rank
-    )
+    models = ((outline.student, outline.student_grid), (taught_by(outline), outline.teacher_grid))
+    student, teacher = (_own_layers(model, grid, rank) for model, grid in models)
+    return student, teacher
 
 
 def _own_layers(model: FoundModel, grid: ModelGrid, rank: int) -> int:

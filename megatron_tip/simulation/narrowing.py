@@ -22,7 +22,7 @@ from megatron_tip.simulation.assumptions import assumed_rollouts
 from megatron_tip.simulation.device import Device
 from megatron_tip.simulation.layouts import OFFLOADS, Layout, Pair, Servers, Shape, layouts, token_limits
 from megatron_tip.simulation.plan import planned_hosts
-from megatron_tip.simulation.rank import step_batch
+from megatron_tip.simulation.rank import step_batch, taught_by
 from megatron_tip.simulation.rough_time import RoughTime
 from megatron_tip.simulation.timing import generation_of
 
@@ -210,8 +210,7 @@ class Narrowing:
         except ConfigError:
             return None
         generating = generation_of(config, outline, site.device, self._rollouts).seconds
-        assert outline.teacher is not None, "checked by `check_simulated`"
-        models = (outline.student.architecture, outline.teacher.architecture)
+        models = (outline.student.architecture, taught_by(outline).architecture)
         rough = RoughTime(config, *models, site.device, hosts.workers, hosts.workers_per_node, self._rollouts)
         return generating, rough
 

@@ -134,12 +134,24 @@ class CountedRows(HiddenRows):
 
 @dataclass(frozen=True)
 class SimulatedTeacher(MegatronTeacher):
-    """A teacher of a simulated run, in the trainer's own processes. `remaining`: of the pass that scores."""
+    """A teacher of a simulated run, in the trainer's own processes.
+
+    `own`: the product's. `remaining`: statistics of the pass that scores.
+    """
 
     ledger: Ledger
     pipe: Pipe
     assumed: AssumedSelection
+    own: MegatronTeacher
     remaining: list[TokenStatistics]
+
+    def tensors(self) -> dict[str, list[Tensor]]:
+        return self.own.tensors()
+
+    def follow(self, student: Student) -> None:
+        self.ledger.enter("update")
+        self.own.follow(student)
+        self.ledger.leave()
 
     def ask(self, batch: StepBatch) -> HiddenRows | None:
         parts = [part for place in self.served(batch) for part in batch.as_the_teacher_reads_it(*place)]

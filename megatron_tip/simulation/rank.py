@@ -39,6 +39,7 @@ from megatron_tip.simulation.parts import (
 from megatron_tip.simulation.tensors import SimulatedTensors, reads_back
 from megatron_tip.simulation.world import Answers, simulated_world
 from megatron_tip.teachers.megatron import MegatronTeacher
+from megatron_tip.teachers.own import AverageTeacher
 from megatron_tip.training import weight_sync
 from megatron_tip.training.checkpoints.student_state import complete_optimizer_state
 from megatron_tip.training.run import TrainingRun
@@ -66,7 +67,8 @@ class SimulatedRank:
 
 def step_batch(config: Config, outline: Outline, rollouts: Sequence[Rollout]) -> StepBatch:
     """Returns the rollouts as every rank of the run would lay them out (`TrainingRun.batch_of`)."""
-    student, teacher, expert_teacher = outline.student_grid, outline.teacher_grid, _has_experts(outline.teacher)
+    student, teacher = outline.student_grid, outline.teacher_grid
+    splits_sequence = teacher.tp_size > 1 and taught_by(outline).architecture.experts is not None
     return StepBatch.over(
         rollouts,
         dp_size=student.dp_size,
@@ -74,16 +76,12 @@ def step_batch(config: Config, outline: Outline, rollouts: Sequence[Rollout]) ->
         pad_token_id=0,
         token_multiple=math.lcm(
             student.tp_size * student.cp_size if config.model.sequence_parallel else 1,
-            teacher.tp_size * teacher.cp_size if expert_teacher and teacher.tp_size > 1 else 1,
+            teacher.tp_size * teacher.cp_size if splits_sequence else 1,
         ),
         device=_CPU,
         sequence_multiple=math.lcm(student.sequence_multiple, teacher.sequence_multiple),
         cp_size=student.cp_size,
     )
-
-
-def _has_experts(model: FoundModel | None) -> bool:
-    return model is not None and model.architecture.experts is not None
 
 
 def simulate_rank(
@@ -137,6 +135,11 @@ def simulate_rank(
         )
 
 
+def taught_by(outline: Outline) -> FoundModel:
+    """Returns the model that teaches: the student where the run has no other."""
+    return outline.teacher or outline.student
+
+
 def _own_teacher(run: TrainingRun) -> MegatronTeacher:
     assert isinstance(run.teacher, MegatronTeacher), "checked by `plan`"
     return run.teacher
@@ -172,10 +175,9 @@ class _SimulatedPlan(RunPlan):
 
 def _build(config: Config, outline: Outline, worker: Worker, timer: PhaseTimer) -> TrainingRun:
     dtypes = Dtypes.of(config)
-    assert outline.teacher is not None, "checked by `plan`"
     models: dict[str, Any] = {
         "student": ShapesOnly(outline.student.architecture, dtypes.student),
-        "teacher": ShapesOnly(outline.teacher.architecture, dtypes.teacher),
+        "teacher": ShapesOnly(taught_by(outline).architecture, dtypes.teacher),
     }
     shapes = {one.name: getattr(outline, one.name) for one in fields(Outline)}
     values: dict[str, Any] = shapes | models | {"stop_token_ids": outline.stop_token_ids or (0,)}
@@ -200,6 +202,7 @@ def with_assumptions(run: TrainingRun, ledger: Ledger, answers: Answers, assumed
         ledger=ledger,
         pipe=Pipe(teacher.model, teacher.groups, teacher.hidden_size, answers),
         assumed=assumed,
+        own=teacher,
         remaining=[],
     )
     simulated_selector = SimulatedSelector(
@@ -264,9 +267,11 @@ def assign_purposes(ledger: Ledger, student: Student, teacher: MegatronTeacher) 
     buffers = [*wrapped.buffers, *wrapped.expert_parallel_buffers]
     ledger.assign("student: gradients", [buffer.grad_data for buffer in buffers])
     ledger.assign("student: weights", weights)
-    ledger.assign("teacher: weights", list(teacher.model.parameters()))
-    if teacher.output_head is not None:
-        ledger.assign("teacher: head", [teacher.output_head])
+    tensors = teacher.tensors()  # none if it is the student
+    ledger.assign("teacher: weights", tensors.get("teacher", []))
+    ledger.assign("teacher: head", tensors.get("head", []))
+    if isinstance(teacher, AverageTeacher):
+        ledger.assign("teacher: averages", [teacher.averages[name] for name, _ in teacher.model.named_parameters()])
 
 
 def _expect(run: TrainingRun, assumed: AssumedSelection, answers: Answers, metrics: dict[str, float] | None) -> None:

@@ -22,8 +22,6 @@ def _unsupported(config: Config) -> list[tuple[str, str, str]]:
     teacher, found = config.teacher, []
     if teacher.kind == "sglang":
         found.append(("teacher.kind", '"megatron" or "self"', f'"{teacher.kind}"'))
-    if teacher.update != "frozen":
-        found.append(("teacher.update", '"frozen"', f'"{teacher.update}"'))
     if config.optimizer.use_precision_aware_optimizer:
         found.append(("optimizer.use_precision_aware_optimizer", "false", "true"))
     if teacher.fp8 != "none":

@@ -50,7 +50,10 @@ TWO_REPLICAS = Layout(4, (2, 1), (1, 2))
 # rounds of a search for quantiles depend on the statistics, which are assumed.
 SCORES = {"rollout": {"importance_cap": 2.0}}
 DISTRIBUTED = {"optimizer": {"distributed": True}}
-OF_ITSELF = {"teacher": {"kind": "self"}, "prompts": {"teacher_system_prompt": "Think."}}
+OWN_PROMPT = {"prompts": {"teacher_system_prompt": "Think."}}
+OF_ITS_AVERAGE, OF_ITSELF = (
+    {"teacher": {"kind": "self", "update": update}} | OWN_PROMPT for update in ("average", "live")
+)
 TWO_PARTS = {"expert_model_parallel_size": 2}
 EXPERTS_IN_PARTS = dict.fromkeys(("model", "teacher"), TWO_PARTS)
 EXPERTS_SPREAD = dict.fromkeys(("model", "teacher"), TWO_PARTS | {"expert_tensor_parallel_size": 1})
@@ -64,9 +67,8 @@ CASES = {
     "2x1x2": Case(TWO_REPLICAS, {}),
     "2x1x2 distributed": Case(TWO_REPLICAS, DISTRIBUTED),
     "2x1x2 distributed offload": Case(TWO_REPLICAS, DISTRIBUTED | {"training": {"offload": "optimizer"}}),
-    "1x1x1 self": Case(
-        Layout(1), SCORES | {"teacher": {"kind": "self"}, "prompts": {"teacher_system_prompt": "Think."}}
-    ),
+    "1x1x1 average": Case(Layout(1), SCORES | OF_ITS_AVERAGE),
+    "2x1x1 live": Case(Layout(2, (2, 1), (2, 1)), SCORES | OF_ITSELF),
     "2x1x1 cp 2": Case(Layout(4, (2, 1), (1, 2), sequence_parallel=True, cp=(2, 1)), SCORES),
     "1x1x2 cp 2": Case(Layout(4, (1, 1), (1, 1), cp=(2, 2)), DISTRIBUTED),
     "1x1x1 experts": Case(Layout(1), SCORES | {"model": {"recompute_activations": True}}, True),

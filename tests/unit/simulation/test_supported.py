@@ -34,10 +34,9 @@ def outlined(path: Path, *overrides: str):
             "optimizer.use_precision_aware_optimizer: expected false",
         ),
         (["teacher.fp8=hybrid"], "teacher.fp8"),
-        ([*SELF, "teacher.update=average"], 'teacher.update: expected "frozen"'),
         (["teacher.kind=sglang", 'teacher.urls=["http://127.0.0.1:1"]'], "teacher.kind: expected"),
     ],
-    ids=["optimizer", "fp8", "average", "served"],
+    ids=["optimizer", "fp8", "served"],
 )
 def test_a_run_with_what_is_not_simulated_is_refused(overrides: list[str], setting: str):
     config, _ = outlined(DENSE, *overrides)
@@ -54,8 +53,10 @@ def test_a_run_with_what_is_not_simulated_is_refused(overrides: list[str], setti
         (DENSE, ["prompts.teacher_prompt_field=hint", "prompts.max_teacher_prompt_tokens=2048"]),
         (DENSE, ["rollout.environment=calculator"]),
         (DENSE, SELF),
+        (DENSE, [*SELF, "teacher.update=live", "prompts.teacher_system_prompt=Think."]),
+        (DENSE, [*SELF, "teacher.update=average"]),
     ],
-    ids=["parts", "experts", "prompt", "environment", "self"],
+    ids=["parts", "experts", "prompt", "environment", "self", "live", "average"],
 )
 def test_a_run_with_what_is_simulated_is_not_refused(path: Path, overrides: list[str]):
     check_simulated(outlined(path, *overrides)[0])
