@@ -116,7 +116,7 @@ def simulated_messages(selector: Selector, batch: StepBatch, outline: Outline) -
         selector.select_among(OwnReplica(groups.dp_group), statistics, batch.token_index(0), STEP)
         selecting = sum(traffic.num_bytes for traffic in ledger.traffic.values())
         answers.replicas.append(assumed.last_selected)
-        answers.replicas.extend(assumed.arrivals(0) if groups.grid.dp_size > 1 else ())
+        answers.replicas.extend(assumed.arrivals(0) if groups.dp_cp_group.size() > 1 else ())
         rows = HiddenRows(torch.zeros(len(batch.token_index(0)), 1))
         cut_to_selection(groups, Scored(batch, rows, statistics, None), assumed.selection_of(0))
     moved = sum(traffic.num_bytes for route, traffic in ledger.traffic.items() if route.operation != "all_to_all")
@@ -288,9 +288,9 @@ def measure(config: Config, batch: StepBatch, folder: Path) -> Measured:
     groups, teacher = run.student.groups, run.teacher
     assert isinstance(teacher, MegatronTeacher), "as the configuration says"
     assumed, ledger = AssumedSelection.of(plan.selector, batch, takes_one_pass=False), Ledger(rank)
-    (statistics,) = assumed.statistics_of(groups.dp_rank, [len(batch.token_index(groups.dp_rank))])
+    (statistics,) = assumed.statistics_of(groups.dp_cp_rank, [len(batch.token_index(groups.dp_cp_rank))])
     with CountedTensors(ledger):
-        plan.selector.select(statistics, batch.token_index(groups.dp_rank), step=STEP, dp_group=groups.dp_group)
+        plan.selector.select(statistics, batch.token_index(groups.dp_cp_rank), step=STEP, dp_group=groups.dp_group)
     save = ShardedSave(sharded_state(run.student, run.teacher), folder, copies=False, sharers=groups.dp_cp_group)
     save.write()
     save.finish()

@@ -20,8 +20,10 @@ def install() -> None:
     if token_dispatcher.maybe_move_tensor_to_cpu is _on_host:
         return
     token_dispatcher.maybe_move_tensor_to_cpu = _on_host
-    mappings._gather_along_first_dim = _of_any_sizes(mappings._gather_along_first_dim, _gather)
-    mappings._reduce_scatter_along_first_dim = _of_any_sizes(mappings._reduce_scatter_along_first_dim, _reduce_scatter)
+    mappings._gather_along_first_dim = _of_any_sizes(mappings._gather_along_first_dim, lambda *parts: gather(*parts))
+    mappings._reduce_scatter_along_first_dim = _of_any_sizes(
+        mappings._reduce_scatter_along_first_dim, lambda *parts: reduce_scatter(*parts)
+    )
 
 
 def _on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
@@ -42,7 +44,7 @@ def _of_any_sizes(
     return choose
 
 
-def _gather(part: Tensor, group: dist.ProcessGroup, sizes: Sequence[int]) -> Tensor:
+def gather(part: Tensor, group: dist.ProcessGroup, sizes: Sequence[int]) -> Tensor:
     """Returns all ranks' parts, one after the other; rank r's has `sizes[r]` rows. One all-to-all."""
     gathered = part.new_empty(sum(sizes), *part.shape[1:])
     copies = torch.cat([part] * group.size())
@@ -50,7 +52,7 @@ def _gather(part: Tensor, group: dist.ProcessGroup, sizes: Sequence[int]) -> Ten
     return gathered
 
 
-def _reduce_scatter(parts: Tensor, group: dist.ProcessGroup, sizes: Sequence[int]) -> Tensor:
+def reduce_scatter(parts: Tensor, group: dist.ProcessGroup, sizes: Sequence[int]) -> Tensor:
     """Returns the sum of all ranks' parts for this rank; the part for rank r has `sizes[r]` rows. One all-to-all."""
     own = sizes[group.rank()]
     received = parts.new_empty(group.size() * own, *parts.shape[1:])

@@ -148,11 +148,11 @@ def in_step(model: torch.nn.Module, groups: ModelGroups, micro_batches: Sequence
     if not groups.grid.replicas_share_experts:
         return micro_batches
     (most,) = agree_on_maxima([len(micro_batches)])
-    filler = padding_alone(model, groups).to(next(model.parameters()).device)
+    filler = _padding_alone(model, groups).to(next(model.parameters()).device)
     return [*micro_batches, *[filler] * (most - len(micro_batches))]
 
 
-def padding_alone(model: torch.nn.Module, groups: ModelGroups) -> MicroBatch:
+def _padding_alone(model: torch.nn.Module, groups: ModelGroups) -> MicroBatch:
     """Returns this rank's part of the shortest micro-batch that the model takes."""
     multiple = math.lcm(token_multiple(model), groups.grid.sequence_multiple)
     whole = build_micro_batch([], [], 0, token_multiple=multiple)

@@ -65,10 +65,10 @@ def use_router(block: TransformerBlockSubmodules) -> None:
 
 
 def forget_probabilities(model: torch.nn.Module) -> None:
-    """Makes the dispatchers of `model` forget the router's probabilities as soon as tokens are sent by them.
+    """Makes the dispatchers of `model` forget the router's probabilities as soon as tokens are permuted by them.
 
     Megatron keeps them until the next micro-batch, and with them the graph that they came from. Of a layer that is
-    recomputed, that graph holds all activations: recomputing would save nothing.
+    recomputed, that graph holds all activations: recomputing would save little.
     """
     for layer in model.modules():
         if isinstance(layer, MoELayer):
@@ -77,10 +77,10 @@ def forget_probabilities(model: torch.nn.Module) -> None:
 
 
 def _forgetting(
-    dispatcher: Any, send: Callable[..., Any], hidden_states: Tensor, routing_map: Tensor, probs: Tensor
+    dispatcher: Any, permute: Callable[..., Any], hidden_states: Tensor, routing_map: Tensor, probs: Tensor
 ) -> Any:
     try:
-        return send(hidden_states, routing_map, probs)
+        return permute(hidden_states, routing_map, probs)
     finally:
         dispatcher.probs = probs.new_empty(0)  # only its dtype is read later
 

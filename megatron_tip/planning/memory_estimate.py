@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from textwrap import wrap
 
 from megatron_tip.config import Config
+from megatron_tip.parallel.grid import ModelGrid
 from megatron_tip.planning.beside import EngineMemory
 from megatron_tip.planning.dtypes import Dtypes
 from megatron_tip.planning.model_share import ModelShare, activation_bytes, forward_bytes, kept_bytes_per_token
@@ -92,9 +93,10 @@ class MemoryEstimate:
         if self.host_bytes:
             lines.append(f"host memory for training.offload: {self.host_bytes / 2**30:.1f} GiB per GPU")
         if self.held_tokens:
-            lines.append(
+            lines += wrap(
                 f"selection.passes: one pass fits for up to {self.held_tokens:,} tokens per replica and step, "
-                f"with {self.held_total_bytes / 2**30:.1f} GiB in all"
+                f"with {self.held_total_bytes / 2**30:.1f} GiB in all",
+                _WIDTH,
             )
         return lines
 
@@ -244,8 +246,9 @@ def _teacher_parts(config: Config, teacher: ModelShare | None, head_rows: float)
     }
 
 
-def _optimizer_shards(config: Config, student: ModelShare) -> int:
-    return student.grid.dp_size * student.grid.cp_size if config.optimizer.distributed else 1
+def optimizer_shards(config: Config, grid: ModelGrid) -> int:
+    """Returns among how many ranks of the student's `grid` each part of the optimizer's state is sharded."""
+    return grid.dp_size * grid.cp_size if config.optimizer.distributed else 1
 
 
 def _working(site: _Site, held_tokens: int | None) -> dict[str, Parts]:
@@ -276,7 +279,7 @@ def _working(site: _Site, held_tokens: int | None) -> dict[str, Parts]:
         heldout_sent, heldout_received = _rows_of_teacher(config, student, teacher, config.heldout.num_prompts)
         measuring = asking | forward_bytes(config, "student", student) | loss
         phases["measure"] = measuring | heldout_sent | heldout_received
-    shards = _optimizer_shards(config, student)
+    shards = optimizer_shards(config, student.grid)
     phases["save"] = {"save: a piece of the optimizer": float(shards * GATHERED_BYTES if shards > 1 else 0)}
     return phases
 

@@ -7,6 +7,7 @@ from megatron_tip.config import Config
 from megatron_tip.conversion.architecture import ModelArchitecture
 from megatron_tip.conversion.model_size import feed_forward_parameters, layer_parameters, routing_parameters
 from megatron_tip.parallel.grid import ModelGrid
+from megatron_tip.teachers.setup import splits_sequence
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def kept_bytes_per_token(config: Config, student: ModelShare, stage: int = 0) ->
 
 
 def _is_sequence_parallel(config: Config, model: ModelShare, owner: str) -> bool:
-    return config.model.sequence_parallel if owner == "student" else model.architecture.experts is not None
+    return config.model.sequence_parallel if owner == "student" else splits_sequence(config, model.architecture)
 
 
 def _feed_forward_bytes_per_token(model: ModelShare, layer: int) -> float:

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
+from megatron_tip.batching.step_batch import StepBatch
 from megatron_tip.config import Config
+from megatron_tip.conversion.architecture import ModelArchitecture
 from megatron_tip.parallel.grid import ModelGrid
 from megatron_tip.planning.beside import EngineMemory
 from megatron_tip.planning.phases import OFFLOADED, PHASES
@@ -35,7 +37,8 @@ SERVER, ENGINE = "SGLang server", "embedded engine"
 
 @dataclass(frozen=True)
 class RankKind:
-    """Ranks that do the same: `rank` stands for `count` of them. `stages`: of student and teacher, in words.
+    """Ranks that do the same: `rank` stands for `count` of them. `stages`: of student and teacher, in words, and which
+    part of its sequences the rank has.
 
     `beside`: what shares their GPU: `SERVER`, `ENGINE` or "".
     """
@@ -50,22 +53,35 @@ class RankKind:
         return f"{self.stages}{f', {self.beside}' if self.beside else ''} ({self.count})"
 
 
-def rank_kinds(config: Config, outline: Outline) -> list[RankKind]:
+def rank_kinds(config: Config, outline: Outline, batch: StepBatch) -> list[RankKind]:
     """Returns one rank of each kind, the rank that reports the step's metrics first.
 
-    Ranks differ by their stage of either model (first, middle, last) and by what shares their GPU. Where they differ by
-    replica, replica 0 stands for all: it also sends its weights to the engine.
+    Ranks differ by their stage of either model (first, middle, last) and by what shares their GPU. Under context
+    parallelism the ranks with the first part of each sequence, which has the prompt, differ from the others; of these
+    the one with the most rows of `batch` stands for all. Where ranks differ by replica, replica 0 stands for all: it
+    also sends its weights to the engine.
     """
     student, teacher = outline.student_grid, outline.teacher_grid
+    architectures = outline.student.architecture, (outline.teacher or outline.student).architecture
     found: dict[tuple[str, str], list[int]] = {}
     beside = beside_ranks(config, outline)
     for rank in range(student.world_size):
-        stages = f"student {_stage(student, rank)}, teacher {_stage(teacher, rank)}"
+        own, other = (_stage(grid, rank, one) for grid, one in zip((student, teacher), architectures, strict=True))
+        stages = f"student {own}, teacher {other}"
+        if student.cp_size > 1:
+            stages += f", {'first' if student.coordinates(rank).cp == 0 else 'another'} part of each sequence"
         found.setdefault((stages, beside.get(rank, "")), []).append(rank)
     reporter = student.rank_at(tp=0, dp=0, pp=student.pp_size - 1)
+    rows = [sum(counts) for counts in batch.num_rows()[: student.cp_size]]  # of replica 0
+
+    def of_replica_0(rank: int) -> tuple[bool, int]:
+        place = student.coordinates(rank)
+        return place.dp == 0, rows[place.cp]
+
     kinds = []
     for (stages, neighbour), ranks in found.items():
-        kinds.append(RankKind(reporter if reporter in ranks else ranks[0], stages, len(ranks), neighbour))
+        fullest = max(ranks, key=of_replica_0)
+        kinds.append(RankKind(reporter if reporter in ranks else fullest, stages, len(ranks), neighbour))
     return sorted(kinds, key=lambda kind: (kind.rank != reporter, kind.rank))
 
 
@@ -101,9 +117,13 @@ def _memory_phase(config: Config, phase: str) -> str:
     return MEMORY_PHASES[phase]
 
 
-def _stage(grid: ModelGrid, rank: int) -> str:
+def _stage(grid: ModelGrid, rank: int, model: ModelArchitecture) -> str:
     place = grid.coordinates(rank).pp
     if grid.pp_size == 1:
         return "whole"
     name = "first" if place == 0 else "last" if place == grid.pp_size - 1 else "middle"
-    return f"{name} of {grid.pipeline_layers[place]} layers" if grid.pipeline_layers else name
+    name += f" of {grid.pipeline_layers[place]} layers" if grid.pipeline_layers else ""
+    if model.experts is None or not model.experts.dense_layers:
+        return name
+    with_experts = sum(map(model.has_experts, grid.layers_of_stages(model.num_layers)[place]))
+    return f"{name}, {with_experts} layers with experts"

@@ -118,9 +118,15 @@ def layouts(config: Config, gpus_per_node: int) -> Iterator[Layout]:
 def _sizes(own: Sizes, gpus_per_node: int) -> list[Sizes]:
     """Returns the choices for one model."""
     powers = _powers(gpus_per_node)
-    within = [(tp, cp) for tp, cp in product(powers, powers) if tp * cp <= gpus_per_node]
+    pairs = product(sorted({*powers, own.tp}), sorted({*powers, own.cp}))
+    within = [(tp, cp) for tp, cp in pairs if tp * cp <= gpus_per_node]
     stages = sorted({*_STAGES, own.pp})
     return list(dict.fromkeys([*(Sizes(tp, pp, cp) for (tp, cp), pp in product(within, stages)), own]))
+
+
+def offloads(config: Config) -> tuple[str, ...]:
+    """Returns the choices of `training.offload`: a teacher that changes stays on the device."""
+    return OFFLOADS if config.teacher.update == "frozen" else ("none", "optimizer")
 
 
 def token_limits(config: Config) -> list[int]:

@@ -20,7 +20,7 @@ from megatron_tip.planning.passes import plan_passes
 from megatron_tip.planning.plan import Outline, outline_run
 from megatron_tip.simulation.assumptions import assumed_rollouts
 from megatron_tip.simulation.device import Device
-from megatron_tip.simulation.layouts import OFFLOADS, Layout, Pair, Servers, Shape, layouts, token_limits
+from megatron_tip.simulation.layouts import Layout, Pair, Servers, Shape, layouts, offloads, token_limits
 from megatron_tip.simulation.plan import planned_hosts
 from megatron_tip.simulation.rank import step_batch, taught_by
 from megatron_tip.simulation.rough_time import RoughTime
@@ -95,7 +95,7 @@ class Narrowing:
         self._site, self._like, self._config = site, like, site.config
         self._rollouts = assumed_rollouts(self._config, longest=False)
         self._outlines: dict[tuple[Shape, Servers], Outline | None] = {}
-        self._batches: dict[tuple[Shape, int], StepBatch] = {}
+        self._batches: dict[tuple[int, ...], StepBatch] = {}
         self._roughs: dict[Servers, tuple[float, RoughTime] | None] = {}
 
     def candidates(self) -> Iterator[Candidate]:
@@ -125,7 +125,7 @@ class Narrowing:
         outline = self._outline(layout)
         if outline is None:
             return None
-        for offload in OFFLOADS:
+        for offload in offloads(self._config):
             chosen = replace(layout, offload=offload)
             try:
                 config = self._site.with_layout(chosen)
@@ -171,14 +171,15 @@ class Narrowing:
             layout,
             max_tokens=min(token_limits(self._config)),
             recomputed=("layer",),
-            offload=OFFLOADS[-1],
+            offload=offloads(self._config)[-1],
         )
 
     def _seconds_of(self, config: Config, outline: Outline, layout: Layout, memory: MemoryEstimate) -> float:
         """Returns the rough time with the number of passes and the offload that the layout takes."""
         device = self._site.device
         passes = plan_passes(config, outline, memory_gib=device.memory_gib, on_gpu=True)
-        key = (layout.shape, layout.max_tokens)
+        student, teacher = layout.student, layout.teacher
+        key = (student.tp, student.cp, student.pp, teacher.tp, teacher.cp, layout.max_tokens)  # all that it depends on
         if key not in self._batches:
             self._batches[key] = step_batch(config, outline, self._rollouts)
         seconds = self._seconds(layout, takes_one_pass=passes.suits(self._batches[key]))

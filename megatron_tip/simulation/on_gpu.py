@@ -1,15 +1,17 @@
 """What a simulated rank, whose tensors are the CPU's, does as on a GPU: chunks, Triton's kernels, fused layers."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.transformer import mlp
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_tip.cpu import expert_dispatch
 from megatron_tip.simulation.ledger import Ledger
 from megatron_tip.simulation.tensors import tensors_in
 from megatron_tip.vocab_parallel import chunks, inputs, kernels
@@ -85,7 +87,8 @@ def fuse_activations(*models: torch.nn.Module) -> None:
 
 @contextmanager
 def as_on_gpu(ledger: Ledger, memory_bytes: int) -> Iterator[None]:
-    """Makes layers fused, and the arithmetic on logits take the chunks and kernels of a GPU of `memory_bytes`.
+    """Makes layers fused, parts of unequal sizes travel as over NCCL, and the arithmetic on logits take the chunks and
+    kernels of a GPU of `memory_bytes`.
 
     Holds while the block lasts. SwiGLU is fused in the models that were given to `fuse_activations`.
     """
@@ -107,9 +110,20 @@ def as_on_gpu(ledger: Ledger, memory_bytes: int) -> Iterator[None]:
     def weighted_swiglu(x: Tensor, bias: None, weights: Tensor, *_: Any) -> Tensor:
         return _FusedOperation.apply(ledger, lambda x, weights: (_swiglu(x) * weights).to(x.dtype), x, weights)
 
+    def gather(part: Tensor, group: dist.ProcessGroup, sizes: Sequence[int]) -> Tensor:
+        gathered = part.new_empty(sum(sizes), *part.shape[1:])
+        ledger.send("all_gather", group.group_name, [gathered])
+        return gathered
+
+    def reduce_scatter(parts: Tensor, group: dist.ProcessGroup, sizes: Sequence[int]) -> Tensor:
+        ledger.send("reduce_scatter", group.group_name, [parts])
+        return parts.new_empty(sizes[group.rank()], *parts.shape[1:])
+
     block_bytes = chunks.GPU_BLOCK_BYTES // torch.get_num_threads()
     with (
         replaced(F, "rms_norm", norm),
+        replaced(expert_dispatch, "gather", gather),  # gloo's are made of an all-to-all, with copies
+        replaced(expert_dispatch, "reduce_scatter", reduce_scatter),
         replaced(mlp, "bias_swiglu_impl", swiglu),
         replaced(mlp, "weighted_bias_swiglu_impl", weighted_swiglu),
         replaced(inputs, "default_chunk_rows", rows),

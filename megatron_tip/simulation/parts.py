@@ -3,6 +3,7 @@
 Each subclass calls the product's method; it adds what other ranks would send, and the purpose of what is created.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from megatron_tip.conversion.architecture import ModelArchitecture
 from megatron_tip.conversion.safetensors_io import HfCheckpoint
 from megatron_tip.conversion.weight_map import hf_shapes
 from megatron_tip.models.hidden_states import Piece
-from megatron_tip.models.pipeline import LastStage, padding_alone
+from megatron_tip.models.pipeline import LastStage, token_multiple
 from megatron_tip.models.student import Student
 from megatron_tip.parallel.groups import ModelGroups
 from megatron_tip.records import MicroBatch, Prompt, Rollout, TokenIndex, TokenSelection
@@ -72,13 +73,17 @@ class Pipe:
     hidden_size: int
     answers: Answers
 
-    def expect(self, micro_batches: Sequence[MicroBatch], most: int, *, backward: bool) -> None:
+    def expect(self, lengths: Sequence[int], num_run: int, *, backward: bool) -> None:
         """Tells what one pass receives: the shapes that every stage learns from its neighbours, and, if replicas share
-        experts, how many micro-batches the replica with the `most` has."""
-        if self.groups.grid.replicas_share_experts:
-            self.answers.counts.append(torch.tensor([most]))
-            micro_batches = [*micro_batches, *[padding_alone(self.model, self.groups)] * (most - len(micro_batches))]
-        shapes = [(sum(batch.lengths) // self._parts, 1, self.hidden_size) for batch in micro_batches]
+        experts, how many micro-batches all of them run.
+
+        `lengths`: of this replica's micro-batches. `num_run`: how many it runs, with those of padding alone.
+        """
+        grid, lengths = self.groups.grid, list(lengths)
+        if grid.replicas_share_experts:
+            self.answers.counts.append(torch.tensor([num_run]))
+            lengths += [math.lcm(token_multiple(self.model), grid.sequence_multiple)] * (num_run - len(lengths))
+        shapes = [(length // self._parts, 1, self.hidden_size) for length in lengths]
         if not self.groups.is_first_stage:
             self.answers.forward_shapes.extend(shapes)
         if backward and not self.groups.is_last_stage:
@@ -102,16 +107,21 @@ class SimulatedStudent(Student):
     def forward(
         self, micro_batches: Sequence[MicroBatch], on_hidden_states: LastStage, *, held: list[Tensor] | None = None
     ) -> None:
-        self.pipe.expect(micro_batches, _most(self.assumed.scored), backward=False)
+        self.pipe.expect(_lengths(micro_batches), self.num_run(self.assumed.scored), backward=False)
         with self.ledger.purpose(ACTIVATIONS):
             super().forward(micro_batches, on_hidden_states, held=held)
 
     def accumulate_gradients(
         self, micro_batches: Sequence[MicroBatch], loss_of: LastStage, *, held: list[Tensor] | None = None
     ) -> None:
-        self.pipe.expect(micro_batches, _most(self.assumed.trained), backward=True)
+        self.pipe.expect(_lengths(micro_batches), self.num_run(self.assumed.trained), backward=True)
         with self.ledger.purpose(ACTIVATIONS):
             super().accumulate_gradients(micro_batches, loss_of, held=held)
+
+    def num_run(self, batch: StepBatch) -> int:
+        """Returns the number of micro-batches that this rank's replica runs in a pass over `batch`."""
+        own, groups = len(batch.plan[self.groups.dp_rank]), self.groups
+        return max(map(len, batch.plan)) if groups.grid.replicas_share_experts else own
 
     def apply_gradients(self, step: int) -> dict[str, float]:
         self.ledger.enter("update")
@@ -155,8 +165,7 @@ class SimulatedTeacher(MegatronTeacher):
 
     def ask(self, batch: StepBatch) -> HiddenRows | None:
         parts = [part for place in self.served(batch) for part in batch.as_the_teacher_reads_it(*place)]
-        most = self._most_parts(replace(batch)) if self.groups.grid.replicas_share_experts else 0
-        self.pipe.expect(parts, most, backward=False)
+        self.pipe.expect(_lengths(parts), self.num_run(batch), backward=False)
         with self.ledger.purpose("teacher: activations"):
             rows = super().ask(batch)
             self.ledger.end_moment()
@@ -167,12 +176,17 @@ class SimulatedTeacher(MegatronTeacher):
         self.remaining[:] = self.assumed.statistics_of(rank, batch.num_rows()[rank])
         return CountedRows(rows.states, self.ledger)
 
-    def _most_parts(self, batch: StepBatch) -> int:
-        """Returns the most micro-batches of any of the teacher's replicas."""
+    def num_run(self, batch: StepBatch) -> int:
+        """Returns the number of micro-batches that this rank's teacher replica runs: of all replicas the most if they
+        share experts."""
         counts: Counter[int] = Counter()
-        for place, replica in self.serving(batch).items():
-            counts[replica] += len(batch.as_the_teacher_reads_it(*place)) if batch.teacher_reads_another else 1
-        return max(counts.values())
+        copy, own, is_one = replace(batch), self.groups.dp_rank, not self.groups.grid.replicas_share_experts
+        with self.ledger.paused():
+            for place, replica in self.serving(batch).items():
+                if is_one and replica != own:
+                    continue
+                counts[replica] += len(copy.as_the_teacher_reads_it(*place)) if batch.teacher_reads_another else 1
+        return counts[own] if is_one else max(counts.values())
 
     def _forward(self, batch: StepBatch) -> dict[Piece, Tensor]:
         outgoing = super()._forward(batch)
@@ -207,8 +221,8 @@ class SimulatedTeacher(MegatronTeacher):
             return super().loss(student, hidden, rows, labels, row_weights, divergence)
 
 
-def _most(batch: StepBatch) -> int:
-    return max(map(len, batch.plan))
+def _lengths(micro_batches: Iterable[MicroBatch]) -> list[int]:
+    return [sum(one.lengths) for one in micro_batches]
 
 
 class Receiver(RolloutEngine):

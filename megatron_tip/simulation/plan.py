@@ -9,7 +9,7 @@ from megatron_tip.config import Config
 from megatron_tip.machine import Machine
 from megatron_tip.placement.hosts import Hosts
 from megatron_tip.placement.placement import num_workers_on
-from megatron_tip.planning.memory_estimate import GATHERED_BYTES
+from megatron_tip.planning.memory_estimate import GATHERED_BYTES, optimizer_shards
 from megatron_tip.planning.passes import OnePass, plan_passes
 from megatron_tip.planning.plan import Outline, outline_run
 from megatron_tip.records import Rollout
@@ -174,7 +174,8 @@ def _assumed_notes(config: Config, outline: Outline) -> list[str]:
         found.append("context parallelism: keys and values are gathered; Transformer Engine passes them in a ring")
     if any(model.architecture.experts for model in (outline.student, taught_by(outline))):
         found.append(
-            "experts: each gets as many tokens, and each runs by itself; Transformer Engine groups their products"
+            "experts: all get equally many tokens, and are computed one after another; Transformer Engine groups their "
+            "products"
         )
     if config.rollout.environment:
         found.append("rollout.environment: its own tokens count as generated ones")
@@ -189,11 +190,12 @@ def _planned_elsewhere(config: Config, hosts: Hosts, device: Device, name: str) 
 
 def _planned_batch(config: Config, outline: Outline, device: Device, name: str) -> tuple[list[PlannedRank], Generation]:
     """Returns the kinds of ranks in one batch, simulated, and the batch's generation."""
-    config, kinds = as_simulated(config), rank_kinds(config, outline)
+    config = as_simulated(config)
     one_pass = plan_passes(config, outline, memory_gib=device.memory_gib, on_gpu=True)
     rollouts = assumed_rollouts(config, longest=name == "longest")
     batch, scale, takes_one_pass = shortened(config, outline, one_pass, rollouts, longest=name == "longest")
     assumed = AssumedSelection.of(outline.selector, batch, takes_one_pass=takes_one_pass)
+    kinds = rank_kinds(config, outline, batch)
     counted = _counted(config, outline, kinds, batch, assumed, device.memory_bytes)
     ranks = [_planned(config, outline, device, kind, name, counted[kind.stages], scale) for kind in kinds]
     return ranks, generation_of(config, outline, device, rollouts)
@@ -256,9 +258,9 @@ def own_bytes(config: Config, outline: Outline, account: Account, scale: float) 
         measured /= config.rollout.samples_per_prompt
         scored = account.live("measure") or account.live("score")
         phases["measure"] = max(_asking(account, measured), _scaled(scored, measured), key=_total)
-    gathers = config.optimizer.distributed and outline.student_grid.dp_size > 1
-    piece = {"save: a piece of the optimizer": float(outline.student_grid.dp_size * GATHERED_BYTES)}
-    phases["save"] = phases["rollout"] | (piece if gathers else {})
+    shards = optimizer_shards(config, outline.student_grid)
+    piece = {"save: a piece of the optimizer": float(shards * GATHERED_BYTES)} if shards > 1 else {}
+    phases["save"] = phases["rollout"] | piece
     return phases
 
 

@@ -40,6 +40,7 @@ from megatron_tip.simulation.tensors import SimulatedTensors, reads_back
 from megatron_tip.simulation.world import Answers, simulated_world
 from megatron_tip.teachers.megatron import MegatronTeacher
 from megatron_tip.teachers.own import AverageTeacher
+from megatron_tip.teachers.setup import splits_sequence
 from megatron_tip.training import weight_sync
 from megatron_tip.training.checkpoints.student_state import complete_optimizer_state
 from megatron_tip.training.run import TrainingRun
@@ -68,7 +69,7 @@ class SimulatedRank:
 def step_batch(config: Config, outline: Outline, rollouts: Sequence[Rollout]) -> StepBatch:
     """Returns the rollouts as every rank of the run would lay them out (`TrainingRun.batch_of`)."""
     student, teacher = outline.student_grid, outline.teacher_grid
-    splits_sequence = teacher.tp_size > 1 and taught_by(outline).architecture.experts is not None
+    is_split = teacher.tp_size > 1 and splits_sequence(config, taught_by(outline).architecture)
     return StepBatch.over(
         rollouts,
         dp_size=student.dp_size,
@@ -76,7 +77,7 @@ def step_batch(config: Config, outline: Outline, rollouts: Sequence[Rollout]) ->
         pad_token_id=0,
         token_multiple=math.lcm(
             student.tp_size * student.cp_size if config.model.sequence_parallel else 1,
-            teacher.tp_size * teacher.cp_size if splits_sequence else 1,
+            teacher.tp_size * teacher.cp_size if is_split else 1,
         ),
         device=_CPU,
         sequence_multiple=math.lcm(student.sequence_multiple, teacher.sequence_multiple),
@@ -106,7 +107,7 @@ def simulate_rank(
     prepare_megatron()
     world = simulated_world(ledger, answers, rank=rank, world_size=world_size)
     place = as_on_gpu(ledger, int(gpu_memory_bytes)) if gpu_memory_bytes else nullcontext()
-    with world, place, even_routing(), SimulatedTensors(ledger), reads_back(ledger):
+    with world, place, even_routing(ledger), SimulatedTensors(ledger), reads_back(ledger):
         timer = PhaseTimer(_CPU, on_enter=ledger.enter, on_exit=ledger.leave)
         if rank != 0:
             answers.broadcasts.extend((_length(_MEMORY), _bytes(_MEMORY)))
@@ -124,13 +125,14 @@ def simulate_rank(
         if rank != 0:
             answers.broadcasts.extend((_length(_NOTHING), _bytes(_NOTHING)))  # a server can take weights
         between_steps(run, ledger, batch)
-        replica = run.student.groups.dp_rank
+        assert isinstance(run.student, SimulatedStudent)
+        assert isinstance(run.teacher, SimulatedTeacher)
         return SimulatedRank(
             rank=rank,
             ledger=ledger,
-            num_scored=len(batch.plan[replica]),
-            num_trained=len(assumed.trained.plan[replica]),
-            num_taught=len(_own_teacher(run).served(batch)),
+            num_scored=run.student.num_run(assumed.scored),
+            num_trained=run.student.num_run(assumed.trained),
+            num_taught=run.teacher.num_run(batch),
             metrics=found,
         )
 
@@ -242,7 +244,7 @@ _LABELS = {
     "tp_ep": "a stage's experts",
     "expt_dp": "expert dp",
     "expt_tp": "expert tp",
-    "mp": "a replica",
+    "mp": "a copy of the model",
     "embd": "first and last stage",
     "dp_cp": "dp x cp",
     "tp_cp": "tp x cp",
@@ -271,7 +273,9 @@ def assign_purposes(ledger: Ledger, student: Student, teacher: MegatronTeacher) 
     ledger.assign("teacher: weights", tensors.get("teacher", []))
     ledger.assign("teacher: head", tensors.get("head", []))
     if isinstance(teacher, AverageTeacher):
-        ledger.assign("teacher: averages", [teacher.averages[name] for name, _ in teacher.model.named_parameters()])
+        weights = dict(teacher.model.named_parameters())  # in float32 they are the averages themselves
+        averages = [average for name, average in teacher.averages.items() if average is not weights[name]]
+        ledger.assign("teacher: averages", averages)
 
 
 def _expect(run: TrainingRun, assumed: AssumedSelection, answers: Answers, metrics: dict[str, float] | None) -> None:

@@ -1,7 +1,7 @@
 """A step's time by formulas: good enough to say which layouts are worth a simulation, in microseconds each.
 
 Per token and layer it counts matrix products and attention, the bytes of all other operations, and the messages of
-tensor and context parallelism and to experts, as if these were on the node; beside the layers both output heads, the
+tensor and context parallelism and to experts; beside the layers both output heads, the
 reduction of gradients and the pipeline's waiting. The engines' time is the plan's own. `training.offload` is not
 counted: it adds the same to every layout that needs it.
 """
@@ -12,10 +12,11 @@ from functools import cached_property
 
 from megatron_tip.config import Config
 from megatron_tip.conversion.architecture import ModelArchitecture
-from megatron_tip.conversion.model_size import forward_flops, head_flops, num_parameters
+from megatron_tip.conversion.model_size import feed_forward_parameters, forward_flops, head_flops, num_parameters
 from megatron_tip.records import Rollout
 from megatron_tip.simulation.device import Device
 from megatron_tip.simulation.layouts import Layout, Sizes
+from megatron_tip.teachers.setup import splits_sequence
 
 _VALUE = 2
 """Bytes of a weight or an activation."""
@@ -75,9 +76,9 @@ class RoughTime:
 
     def _teacher_seconds(self, sizes: Sizes, max_tokens: int) -> float:
         """Returns the time of the teacher's forward pass."""
-        is_split = self.teacher.experts is not None  # a teacher with experts splits the sequence
+        is_split = splits_sequence(self.config, self.teacher)
         values = _layer_values(self.teacher, sizes.tp, sizes.tp if is_split else 1)
-        return self._passes(self.teacher, sizes, max_tokens, values, forward=1.0, backward=0.0)
+        return self._passes("teacher", sizes, max_tokens, values, forward=1.0, backward=0.0)
 
     def _student_seconds(self, layout: Layout, *, takes_one_pass: bool) -> float:
         """Returns the time of scoring, training and update."""
@@ -85,17 +86,19 @@ class RoughTime:
         repeated = sum(again.get(name, 0.0) for name in layout.recomputed)
         forward = (1.0 if takes_one_pass else 2.0) + repeated
         values = _layer_values(self.student, sizes.tp, sizes.tp if layout.sequence_parallel(self.config) else 1)
-        layers = self._passes(self.student, sizes, layout.max_tokens, values, forward=forward, backward=_BACKWARD)
+        layers = self._passes("model", sizes, layout.max_tokens, values, forward=forward, backward=_BACKWARD)
         return layers + self._heads(sizes) + self._gradients(sizes)
 
     def _passes(
-        self, model: ModelArchitecture, sizes: Sizes, max_tokens: int, values: float, *, forward: float, backward: float
+        self, section: str, sizes: Sizes, max_tokens: int, values: float, *, forward: float, backward: float
     ) -> float:
         """Returns the time of so many passes through a model's layers, in units of a forward pass.
 
         Args:
+            section: of the configuration, which names the model.
             values: of a layer's forward pass per token, that all but matrix products read and write.
         """
+        model = self.student if section == "model" else self.teacher
         device, of_replica = self.device, self.num_tokens / self._replicas(sizes)
         tokens, layers = of_replica / sizes.cp, model.num_layers / sizes.pp
         count = max(1.0, of_replica / max(max_tokens, self.mean_length))
@@ -111,7 +114,7 @@ class RoughTime:
         # The keys and values of all parts are gathered, and their gradients are scattered.
         keys = of_replica * 2 * model.num_query_groups * model.head_dim / sizes.tp * _VALUE
         each = self._ring(sizes.cp, sizes.tp, keys, times=1.0) + count * self._latency(sizes.cp)
-        busy += layers * (forward + backward / 2) * (each + self._experts(model, tokens / sizes.tp))
+        busy += layers * (forward + backward / 2) * (each + self._sending(section, sizes, tokens / sizes.tp))
         if sizes.pp > 1:
             link = device.network_gb_per_s if self.world_size > self.workers_per_node else device.link_gb_per_s
             busy += (forward + backward / 2) * hidden / (link * 1e9 * device.link_share)
@@ -129,7 +132,10 @@ class RoughTime:
 
     def _gradients(self, sizes: Sizes) -> float:
         """Returns the time in which replicas add up gradients and, with a distributed optimizer, gather weights."""
-        weights = num_parameters(self.student) / (sizes.tp * sizes.pp)
+        model = self.student
+        in_experts = sum(feed_forward_parameters(model, layer)[1] for layer in range(model.num_layers))
+        weights = (num_parameters(model) - in_experts) / (sizes.tp * sizes.pp)
+        weights += in_experts / (self._expert_ranks("model", sizes) * sizes.pp)
         replicas = self._replicas(sizes) * sizes.cp
         if self.config.optimizer.distributed:
             return self._ring(replicas, sizes.tp, weights * (_GRADIENT + _VALUE), times=1.0)
@@ -144,12 +150,18 @@ class RoughTime:
         bandwidth = device.link_gb_per_s if size * stride <= self.workers_per_node else device.network_gb_per_s
         return times * (size - 1) / size * num_bytes / (bandwidth * 1e9 * device.link_share)
 
-    def _experts(self, model: ModelArchitecture, tokens: float) -> float:
+    def _sending(self, section: str, sizes: Sizes, tokens: float) -> float:
         """Returns the time of sending a layer's tokens to their experts and back."""
+        model = self.student if section == "model" else self.teacher
         if model.experts is None:
             return 0.0
-        sent = 2 * tokens * model.experts.num_active * model.hidden_size * _VALUE
-        return sent / (self.device.link_gb_per_s * 1e9 * self.device.link_share)
+        num_bytes = tokens * model.experts.num_active * model.hidden_size * _VALUE
+        return self._ring(self._expert_ranks(section, sizes), 1, num_bytes, times=2.0)
+
+    def _expert_ranks(self, section: str, sizes: Sizes) -> int:
+        """Returns the number of ranks that share the experts of a stage."""
+        model = self.config.model if section == "model" else self.config.teacher
+        return model.expert_model_parallel_size * (model.expert_tensor_parallel_size or sizes.tp)
 
     def _latency(self, size: int) -> float:
         if size == 1:

@@ -19,6 +19,7 @@ from megatron_tip.models.student import Student
 from megatron_tip.parallel.groups import ModelGroups
 from megatron_tip.records import TeacherRows
 from megatron_tip.statistics import TokenStatistics
+from megatron_tip.teachers.setup import splits_sequence
 from megatron_tip.teachers.teacher import Teacher, TeacherSite, score_micro_batches
 from megatron_tip.vocab_parallel import ShardedVocabulary, divergence_loss, padded_vocab_size, token_statistics
 
@@ -242,8 +243,7 @@ def build(config: Config, site: TeacherSite) -> MegatronTeacher:
         padded_vocab_size=padded_vocab_size(architecture.vocab_size, groups.grid.tp_size),
         dtype=site.dtype,
         transformer_impl=config.teacher.transformer_impl,
-        # Otherwise every tensor-parallel rank would send all tokens to the experts.
-        sequence_parallel=architecture.experts is not None,
+        sequence_parallel=splits_sequence(config, architecture),
         fp8=config.teacher.fp8,
         trainable=False,
     )

@@ -15,6 +15,7 @@ from megatron_tip.models.gpt import build_gpt, output_head_weight
 from megatron_tip.models.student import Student
 from megatron_tip.teachers import megatron
 from megatron_tip.teachers.megatron import MegatronTeacher
+from megatron_tip.teachers.setup import splits_sequence
 from megatron_tip.teachers.teacher import TeacherSite
 
 _PREFIX = "teacher."
@@ -115,6 +116,7 @@ def _copy_of_the_student(config: Config, site: TeacherSite) -> GPTModel:
         padded_vocab_size=site.padded_vocab_size,
         dtype=site.dtype,
         transformer_impl=config.teacher.transformer_impl,
+        sequence_parallel=splits_sequence(config, site.checkpoint.architecture),
     )
     load_hf(model, site.checkpoint, site.student_groups)
     return model.requires_grad_(False).eval()

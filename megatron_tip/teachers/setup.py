@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_tip.config import Config
+from megatron_tip.conversion.architecture import ModelArchitecture
 from megatron_tip.conversion.model_folder import read_json
 from megatron_tip.conversion.not_a_model import require_model_folder
 from megatron_tip.errors import ConfigError
@@ -18,6 +19,17 @@ from megatron_tip.vocab_parallel.topk_statistics import ON_STUDENT_SUPPORT, TOPK
 
 if TYPE_CHECKING:
     from megatron_tip.teachers.teacher import Teacher, TeacherSite
+
+
+def splits_sequence(config: Config, teacher: ModelArchitecture) -> bool:
+    """Returns whether a teacher in the trainer's own processes splits sequences over its tensor-parallel ranks.
+
+    With experts it must: otherwise every tensor-parallel rank would send all tokens to them. One that follows the
+    student does as the student.
+    """
+    if config.teacher.update != "frozen":
+        return config.model.sequence_parallel
+    return teacher.experts is not None
 
 
 def known_statistics(config: Config) -> frozenset[str]:

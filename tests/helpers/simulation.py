@@ -50,6 +50,7 @@ TWO_REPLICAS = Layout(4, (2, 1), (1, 2))
 # rounds of a search for quantiles depend on the statistics, which are assumed.
 SCORES = {"rollout": {"importance_cap": 2.0}}
 DISTRIBUTED = {"optimizer": {"distributed": True}}
+IN_BF16 = {"model": {"dtype": "bfloat16"}}
 OWN_PROMPT = {"prompts": {"teacher_system_prompt": "Think."}}
 OF_ITS_AVERAGE, OF_ITSELF = (
     {"teacher": {"kind": "self", "update": update}} | OWN_PROMPT for update in ("average", "live")
@@ -68,6 +69,7 @@ CASES = {
     "2x1x2 distributed": Case(TWO_REPLICAS, DISTRIBUTED),
     "2x1x2 distributed offload": Case(TWO_REPLICAS, DISTRIBUTED | {"training": {"offload": "optimizer"}}),
     "1x1x1 average": Case(Layout(1), SCORES | OF_ITS_AVERAGE),
+    "1x1x1 average bf16": Case(Layout(1), SCORES | OF_ITS_AVERAGE | IN_BF16),
     "2x1x1 live": Case(Layout(2, (2, 1), (2, 1)), SCORES | OF_ITSELF),
     "2x1x1 cp 2": Case(Layout(4, (2, 1), (1, 2), sequence_parallel=True, cp=(2, 1)), SCORES),
     "1x1x2 cp 2": Case(Layout(4, (1, 1), (1, 1), cp=(2, 2)), DISTRIBUTED),
@@ -92,7 +94,7 @@ def configured(name: str, models: Path) -> Config:
         key: SECTIONS.get(key, {}) | CASES[name].sections.get(key, {}) for key in {*SECTIONS, *CASES[name].sections}
     }
     if sections.get("teacher", {}).get("kind") == "self":
-        sections["teacher"]["path"] = models / "student"
+        sections["teacher"] |= {"path": models / "student"} | sections.get("model", {})
     return make_config(models, CASES[name].layout, **sections)
 
 
@@ -164,7 +166,7 @@ def simulated_cost(config: Config, rank: SimulatedRank) -> Cost:
 
 def measured(config: Config) -> Cost:
     """What this worker's own step costs. Call it inside `run_workers`."""
-    with even_routing():
+    with even_routing(Ledger()):
         ledger, moved = measure_rank(config, this_worker(), assumed_rollouts(config, longest=False))
     peaks = {phase: peak.total for phase, peak in ledger.peaks.items()}
     return cost_of(ledger, by_phase(peaks), moved)

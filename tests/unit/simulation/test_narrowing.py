@@ -50,6 +50,14 @@ def test_layouts_that_train_refuses_are_no_candidates():
     assert all(one.layout.student.pp in (1, 2, 4) for one in found)
 
 
+def test_a_teacher_that_changes_stays_on_the_device():
+    student = ["teacher.kind=self", "teacher.path=models/Qwen3-4B", "teacher.tensor_parallel_size=2"]
+    site = site_of(*student, "teacher.update=average", nodes=1)
+    found = list(islice(Narrowing(site, site.outline(site.config)).candidates(), 3))
+    assert len(found) == 3
+    assert all(one.layout.offload in ("none", "optimizer") for one in found)
+
+
 def test_what_cannot_fit_is_told_with_the_bytes_that_it_lacks():
     site = site_of("rollout.engine=embedded", "rollout.prompts_per_step=16", nodes=1, memory_gib=6.0)
     narrowing = Narrowing(site, site.outline(site.config))

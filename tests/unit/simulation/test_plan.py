@@ -4,31 +4,46 @@ from pathlib import Path
 
 import pytest
 
+from megatron_tip.config import Config
 from megatron_tip.config.io import load_config
 from megatron_tip.machine import Machine
 from megatron_tip.planning.passes import OnePass
 from megatron_tip.planning.plan import outline_run
 from megatron_tip.simulation.assumptions import AssumedSelection, assumed_rollouts
 from megatron_tip.simulation.device import find_device
-from megatron_tip.simulation.kinds import rank_kinds
+from megatron_tip.simulation.kinds import RankKind, rank_kinds
 from megatron_tip.simulation.layers import count_rank
 from megatron_tip.simulation.ledger import EXCHANGE
 from megatron_tip.simulation.parts import ROWS_RECEIVED, ROWS_SELECTED, ROWS_SENT
 from megatron_tip.simulation.plan import as_simulated, make_plan, own_bytes, planned_hosts, shortened
 from megatron_tip.simulation.rank import step_batch
 from megatron_tip.simulation.timing import PER_TOKEN, STEP_PHASES, message_scale, seconds_of
-from tests.helpers.tiny import make_llama
+from tests.helpers.tiny import make_experts, make_llama
 from tests.helpers.training import Layout, make_config, make_models
 
 ONE_PASS, TWO_PASSES = OnePass(10**9, 1.0, 1.0), OnePass(0, 0.0, 1.0)
 RECIPE = Path(__file__).parents[3] / "examples" / "qwen3_14b_to_4b" / "qwen3_14b_to_4b.toml"
 
 
+def kinds_of(config: Config, nodes: int) -> list[RankKind]:
+    hosts = planned_hosts(config, nodes, 8)
+    outline = outline_run(config, 8 * nodes, Machine(is_elsewhere=True), hosts)
+    return rank_kinds(config, outline, step_batch(config, outline, assumed_rollouts(config, longest=True)))
+
+
+def test_of_the_parts_of_sequences_the_first_is_planned_and_the_one_with_most_rows():
+    config = load_config(RECIPE, ["model.context_parallel_size=4", "teacher.context_parallel_size=4"])
+    kinds = kinds_of(config, 8)
+    assert [(kind.stages, kind.count, kind.rank) for kind in kinds] == [
+        ("student whole, teacher whole, first part of each sequence", 16, 0),
+        ("student whole, teacher whole, another part of each sequence", 48, 4),
+    ], "tp 2: ranks 4 and 5 have the third parts, which have the most rows"
+
+
 def test_ranks_of_a_large_world_are_of_few_kinds():
     overrides = ["model.pipeline_parallel_size=4", "teacher.pipeline_parallel_size=4", "sglang.gpus=[0,1]"]
     config = load_config(RECIPE, overrides)
-    hosts = planned_hosts(config, 128, 8)
-    kinds = rank_kinds(config, outline_run(config, 1024, Machine(is_elsewhere=True), hosts))
+    kinds = kinds_of(config, 128)
     assert {(kind.stages, kind.beside): kind.count for kind in kinds} == {
         ("student last, teacher last", "SGLang server"): 64,
         ("student last, teacher last", ""): 192,
@@ -79,23 +94,29 @@ def test_a_few_micro_batches_scaled_to_the_step_cost_what_all_of_them_do(passes:
 
 
 @pytest.mark.parametrize(
-    "student,teacher,recomputes", [((2, 1), (1, 1), True), ((1, 2), (2, 1), False)], ids=["recomputed", "pipeline"]
+    "student,teacher,recomputes,has_experts",
+    [((2, 1), (1, 1), True, False), ((1, 2), (2, 1), False, False), ((1, 1), (1, 1), True, True)],
+    ids=["recomputed", "pipeline", "experts"],
 )
 @pytest.mark.timeout(900)
 def test_models_with_few_layers_tell_the_cost_of_whole_ones(
-    student: tuple[int, int], teacher: tuple[int, int], recomputes: bool, tmp_path: Path
+    student: tuple[int, int], teacher: tuple[int, int], recomputes: bool, has_experts: bool, tmp_path: Path
 ):
     """Of eight layers, as on a GPU: bytes by phase within 3 %, messages and arithmetic nearly exact."""
     for name, width in (("student", 48), ("teacher", 96)):
-        make_llama(tmp_path / name, seed=1, tied=name == "student", hidden_size=width, num_layers=8)
+        if has_experts:
+            make_experts(tmp_path / name, seed=1, hidden_size=width, num_hidden_layers=8)
+        else:
+            make_llama(tmp_path / name, seed=1, tied=name == "student", hidden_size=width, num_layers=8)
     layout = Layout(2, student, teacher, sequence_parallel=student[0] > 1)
-    sections = {"model": {"recompute_activations": recomputes}, "training": {"max_tokens_per_micro_batch": 260}}
+    parts = {"expert_model_parallel_size": 2} if has_experts else {}
+    sections = {"model": {"recompute_activations": recomputes} | parts, "training": {"max_tokens_per_micro_batch": 260}}
     config = as_simulated(make_config(tmp_path, layout, rollout={"prompts_per_step": 4}, **sections))
     outline = outline_run(config, 2, Machine(is_elsewhere=True))
     batch = step_batch(config, outline, assumed_rollouts(config, longest=True))
     assumed = AssumedSelection.of(outline.selector, batch, takes_one_pass=False)
     metrics = None
-    for kind in rank_kinds(config, outline):
+    for kind in rank_kinds(config, outline, batch):
         counted = [
             count_rank(
                 config, outline, kind.rank, batch, assumed, metrics=metrics, gpu_memory_bytes=2**36, by_layers=by_layers

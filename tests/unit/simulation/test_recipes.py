@@ -13,6 +13,10 @@ from tools.plan_recipes import recipes_for_gpus
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 PARTS = ["model.context_parallel_size=2", "teacher.context_parallel_size=2"]
+AVERAGE = [
+    *("teacher.kind=self", "teacher.update=average", "prompts.teacher_system_prompt=Think."),
+    *("teacher.path=models/Qwen3-4B", "teacher.tensor_parallel_size=2"),
+]
 SHARE = 0.1
 """Of the simulated bytes of a phase, without what both set aside."""
 
@@ -28,6 +32,7 @@ def test_the_table_of_recipes_has_all_that_generate_on_servers():
         ("llama3_70b_to_8b", ["selection.passes=two"]),
         ("qwen3_14b_to_4b", [*PARTS, "selection.passes=two"]),
         ("qwen3_30b_a3b_to_4b", ["selection.passes=one"]),
+        ("qwen3_14b_to_4b", [*AVERAGE, "selection.passes=two"]),
     ],
 )
 @pytest.mark.timeout(300)
@@ -37,9 +42,9 @@ def test_formulas_and_simulation_agree_in_every_phase(recipe: str, overrides: li
     small = ["rollout.prompts_per_step=1", "heldout.num_prompts=16"]
     config = load_config(EXAMPLES / recipe / f"{recipe}.toml", [*small, *overrides])
     plan = make_plan(config, planned_hosts(config, 8, 8), device, batches=("longest",))
-    (rank,) = plan.ranks
     estimated = estimate_memory(config, plan.outline, gpu_memory_gib=device.memory_gib).phases
-    for phase, parts in rank.live.items():
+    for phase in plan.ranks[0].live:
         if phase != "select":  # holds less than "score"
+            fullest = max(sum(rank.live[phase].values()) for rank in plan.ranks)
             expected = estimated[MEMORY_PHASES.get(phase, phase)]
-            assert sum(parts.values()) == pytest.approx(sum(expected.values()) - expected[UNCOUNTED], rel=SHARE), phase
+            assert fullest == pytest.approx(sum(expected.values()) - expected[UNCOUNTED], rel=SHARE), phase
