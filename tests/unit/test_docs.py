@@ -123,8 +123,10 @@ def test_the_study_is_quoted_as_it_is():
         (STUDIED[0], "fixed_context_study", 2),
         (STUDIED[1], "near_pair_study/near_arithmetic_1e-5", 4),
         (STUDIED[2], "near_pair_study/near_english_1e-5", 4),
+        (STUDIED[3], "near_pair_study/healed_arithmetic_1e-5", 4),
+        (STUDIED[4], "near_pair_study/healed_english_1e-5", 4),
     ],
-    ids=["far", "arithmetic", "english"],
+    ids=["far", "arithmetic", "english", "healed arithmetic", "healed english"],
 )
 def test_the_evidence_of_the_advice_is_that_of_the_page(pair: StudiedPair, tables: str, digits: int):
     folder = ROOT / "docs" / tables
@@ -136,7 +138,7 @@ def test_the_evidence_of_the_advice_is_that_of_the_page(pair: StudiedPair, table
     assert pair.trainings == main.loc[0.05, "seeds"]
     gained = arms[(arms["k"] == 16) & (arms["ratio"] == 0.05)].set_index("rule")["gain"]
     names = {"entropy": "entropy", "D": "divergence", "teachability": "teachability", "D^I": "incompatible"}
-    said = dict(re.findall(r"(entropy|random tokens|D\^I|D|teachability) (?:gained )?([\d.]+\d)", pair.found))
+    said = dict(re.findall(r"(entropy|random tokens|D\^I|D|teachability) (?:gained )?(-?[\d.]+\d)", pair.found))
     assert {"entropy", "random tokens", "D", "teachability"} <= said.keys()
     for word, number in said.items():
         rule = "random" if word == "random tokens" else f"ta_opd_{names[word]}"
