@@ -16,7 +16,10 @@ from torch import Tensor
 
 
 def install() -> None:
-    """Replaces three functions of Megatron for the rest of the process. Further calls do nothing."""
+    """Replaces three functions of Megatron for the rest of the process. Further calls do nothing.
+
+    `gather` and `reduce_scatter` are looked up at each call: a simulated GPU has others.
+    """
     if token_dispatcher.maybe_move_tensor_to_cpu is _on_host:
         return
     token_dispatcher.maybe_move_tensor_to_cpu = _on_host

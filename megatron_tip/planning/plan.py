@@ -55,6 +55,11 @@ class Outline:
     stop_token_ids: tuple[int, ...]
     prompts: PromptFile | None
 
+    @property
+    def teaching(self) -> FoundModel:
+        """The model that teaches in the trainer's own processes: the student where the run has no other."""
+        return self.teacher or self.student
+
     def grids_in_words(self) -> str:
         """Returns the sizes of both layouts; a teacher behind servers has the student's."""
         grids = (("student", self.student_grid), ("teacher", self.teacher_grid))

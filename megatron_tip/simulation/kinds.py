@@ -62,7 +62,7 @@ def rank_kinds(config: Config, outline: Outline, batch: StepBatch) -> list[RankK
     also sends its weights to the engine.
     """
     student, teacher = outline.student_grid, outline.teacher_grid
-    architectures = outline.student.architecture, (outline.teacher or outline.student).architecture
+    architectures = outline.student.architecture, outline.teaching.architecture
     found: dict[tuple[str, str], list[int]] = {}
     beside = beside_ranks(config, outline)
     for rank in range(student.world_size):

@@ -12,7 +12,7 @@ from megatron_tip.planning.plan import Outline
 from megatron_tip.simulation.account import Account
 from megatron_tip.simulation.assumptions import AssumedSelection
 from megatron_tip.simulation.parts import ShapesOnly
-from megatron_tip.simulation.rank import SimulatedRank, simulate_rank, taught_by
+from megatron_tip.simulation.rank import SimulatedRank, simulate_rank
 
 FEW = 2
 """Layers of each stage in the smaller simulated models; the larger ones have one more.
@@ -55,7 +55,7 @@ def count_rank(
         return simulate_rank(config, shrunk, rank, batch, assumed, metrics=metrics, gpu_memory_bytes=gpu_memory_bytes)
 
     student, teacher = _stage_layers(outline, rank)
-    are_alike = by_layers and not any(map(_has_other_layers, (outline.student, taught_by(outline))))
+    are_alike = by_layers and not any(map(_has_other_layers, (outline.student, outline.teaching)))
     if are_alike and student + teacher > 4 * FEW + 2:
         found = simulate(FEW, FEW)
         more = simulate(FEW + 1, FEW + 1)
@@ -70,7 +70,7 @@ def count_rank(
 
 def with_layers(config: Config, outline: Outline, student: int, teacher: int) -> Outline:
     """Returns the outline with models of that many layers in each stage; they have no weights."""
-    dtypes, other = Dtypes.of(config), taught_by(outline)
+    dtypes, other = Dtypes.of(config), outline.teaching
     return replace(
         outline,
         student_grid=replace(outline.student_grid, pipeline_layers=()),
@@ -91,7 +91,7 @@ def _has_other_layers(model: FoundModel) -> bool:
 
 
 def _stage_layers(outline: Outline, rank: int) -> tuple[int, int]:
-    models = ((outline.student, outline.student_grid), (taught_by(outline), outline.teacher_grid))
+    models = ((outline.student, outline.student_grid), (outline.teaching, outline.teacher_grid))
     student, teacher = (_own_layers(model, grid, rank) for model, grid in models)
     return student, teacher
 

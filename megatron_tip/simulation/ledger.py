@@ -160,6 +160,7 @@ class Ledger:
 
     def send(self, operation: str, group: str, tensors: Sequence[Tensor], *, peer: int | None = None) -> None:
         """Counts one message of `tensors` in the group of that name."""
+        assert self.phase == BUILD or group in self.labels, f"a message in the unlabelled group {group} would be lost"
         label, ranks = self.labels.get(group, (group, ()))
         if peer is not None:
             ranks = (self.rank, peer)

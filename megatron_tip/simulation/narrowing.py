@@ -22,7 +22,7 @@ from megatron_tip.simulation.assumptions import assumed_rollouts
 from megatron_tip.simulation.device import Device
 from megatron_tip.simulation.layouts import Layout, Pair, Servers, Shape, layouts, offloads, token_limits
 from megatron_tip.simulation.plan import planned_hosts
-from megatron_tip.simulation.rank import step_batch, taught_by
+from megatron_tip.simulation.rank import step_batch
 from megatron_tip.simulation.rough_time import RoughTime
 from megatron_tip.simulation.timing import generation_of
 
@@ -211,7 +211,7 @@ class Narrowing:
         except ConfigError:
             return None
         generating = generation_of(config, outline, site.device, self._rollouts).seconds
-        models = (outline.student.architecture, taught_by(outline).architecture)
+        models = (outline.student.architecture, outline.teaching.architecture)
         rough = RoughTime(config, *models, site.device, hosts.workers, hosts.workers_per_node, self._rollouts)
         return generating, rough
 

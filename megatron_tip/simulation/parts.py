@@ -173,7 +173,8 @@ class SimulatedTeacher(MegatronTeacher):
             return None
         self.ledger.assign(ROWS_RECEIVED, [rows.states])
         rank = self.student_groups.dp_cp_rank
-        self.remaining[:] = self.assumed.statistics_of(rank, batch.num_rows()[rank])
+        with self.ledger.paused():
+            self.remaining[:] = self.assumed.statistics_of(rank, batch.num_rows()[rank])
         return CountedRows(rows.states, self.ledger)
 
     def num_run(self, batch: StepBatch) -> int:

@@ -21,7 +21,7 @@ from megatron_tip.simulation.layers import CountedRank, count_rank
 from megatron_tip.simulation.ledger import EXCHANGE
 from megatron_tip.simulation.parts import ACTIVATIONS, OF_ROWS, ROWS_SENT
 from megatron_tip.simulation.processes import other_processes
-from megatron_tip.simulation.rank import step_batch, taught_by
+from megatron_tip.simulation.rank import step_batch
 from megatron_tip.simulation.supported import check_simulated
 from megatron_tip.simulation.timing import (
     PER_TOKEN,
@@ -172,7 +172,7 @@ def _assumed_notes(config: Config, outline: Outline) -> list[str]:
     found = [_LAYERS_NOTE]
     if max(outline.student_grid.cp_size, outline.teacher_grid.cp_size) > 1:
         found.append("context parallelism: keys and values are gathered; Transformer Engine passes them in a ring")
-    if any(model.architecture.experts for model in (outline.student, taught_by(outline))):
+    if any(model.architecture.experts for model in (outline.student, outline.teaching)):
         found.append(
             "experts: all get equally many tokens, and are computed one after another; Transformer Engine groups their "
             "products"

@@ -19,7 +19,6 @@ from megatron_tip.observability.timing import PhaseTimer
 from megatron_tip.parallel.distributed import Worker
 from megatron_tip.parallel.groups import ModelGroups
 from megatron_tip.planning.dtypes import Dtypes
-from megatron_tip.planning.models import FoundModel
 from megatron_tip.planning.passes import OnePass
 from megatron_tip.planning.plan import Outline, RunPlan
 from megatron_tip.records import Rollout
@@ -69,7 +68,7 @@ class SimulatedRank:
 def step_batch(config: Config, outline: Outline, rollouts: Sequence[Rollout]) -> StepBatch:
     """Returns the rollouts as every rank of the run would lay them out (`TrainingRun.batch_of`)."""
     student, teacher = outline.student_grid, outline.teacher_grid
-    is_split = teacher.tp_size > 1 and splits_sequence(config, taught_by(outline).architecture)
+    is_split = teacher.tp_size > 1 and splits_sequence(config, outline.teaching.architecture)
     return StepBatch.over(
         rollouts,
         dp_size=student.dp_size,
@@ -118,7 +117,8 @@ def simulate_rank(
         with ledger.purpose("student: optimizer"):
             complete_optimizer_state(run.student)  # as every step but the first finds it
         ledger.end_build()
-        _expect(run, assumed, answers, metrics)
+        with ledger.paused():  # what stands for the other ranks costs this one nothing
+            _expect(run, assumed, answers, metrics)
         batch = replace(batch)  # each rank builds its own micro-batches
         found = learn(run, batch, STEP)
         answers.check_used()
@@ -135,11 +135,6 @@ def simulate_rank(
             num_taught=run.teacher.num_run(batch),
             metrics=found,
         )
-
-
-def taught_by(outline: Outline) -> FoundModel:
-    """Returns the model that teaches: the student where the run has no other."""
-    return outline.teacher or outline.student
 
 
 def _own_teacher(run: TrainingRun) -> MegatronTeacher:
@@ -179,7 +174,7 @@ def _build(config: Config, outline: Outline, worker: Worker, timer: PhaseTimer) 
     dtypes = Dtypes.of(config)
     models: dict[str, Any] = {
         "student": ShapesOnly(outline.student.architecture, dtypes.student),
-        "teacher": ShapesOnly(taught_by(outline).architecture, dtypes.teacher),
+        "teacher": ShapesOnly(outline.teaching.architecture, dtypes.teacher),
     }
     shapes = {one.name: getattr(outline, one.name) for one in fields(Outline)}
     values: dict[str, Any] = shapes | models | {"stop_token_ids": outline.stop_token_ids or (0,)}
@@ -229,14 +224,14 @@ def label_groups(ledger: Ledger, student: ModelGroups, teacher: ModelGroups) -> 
     assert world is not None, "the world exists while a rank is simulated"
     ledger.labels[world.group_name] = ("world", tuple(range(student.grid.world_size)))
     for prefix, groups in (("teacher ", teacher), ("", student)):
-        for name, label in _LABELS.items():
+        for name, label in LABELS.items():
             group = getattr(groups.collection, name)
             if group is not None:
                 ranks = tuple(torch.distributed.get_process_group_ranks(group))
                 ledger.labels[group.group_name] = (prefix + label, ranks)
 
 
-_LABELS = {
+LABELS = {
     "cp": "cp",
     "ep": "ep",
     "tp_dp_cp": "a stage",
@@ -273,8 +268,8 @@ def assign_purposes(ledger: Ledger, student: Student, teacher: MegatronTeacher) 
     ledger.assign("teacher: weights", tensors.get("teacher", []))
     ledger.assign("teacher: head", tensors.get("head", []))
     if isinstance(teacher, AverageTeacher):
-        weights = dict(teacher.model.named_parameters())  # in float32 they are the averages themselves
-        averages = [average for name, average in teacher.averages.items() if average is not weights[name]]
+        held = dict(teacher.model.named_parameters())  # in float32 they are the averages themselves
+        averages = [average for name, average in teacher.averages.items() if average is not held[name]]
         ledger.assign("teacher: averages", averages)
 
 

@@ -1,9 +1,9 @@
 """A step's time by formulas: good enough to say which layouts are worth a simulation, in microseconds each.
 
 Per token and layer it counts matrix products and attention, the bytes of all other operations, and the messages of
-tensor and context parallelism and to experts; beside the layers both output heads, the
-reduction of gradients and the pipeline's waiting. The engines' time is the plan's own. `training.offload` is not
-counted: it adds the same to every layout that needs it.
+tensor and context parallelism and to experts; beside the layers both output heads, the reduction of gradients and the
+pipeline's waiting. The engines' time is the plan's own. `training.offload` is not counted: it adds the same to every
+layout that needs it.
 """
 
 from collections.abc import Hashable, Sequence

@@ -13,6 +13,7 @@ from megatron_tip.simulation.device import Device
 from megatron_tip.simulation.kinds import MEMORY_PHASES, PURPOSES
 from megatron_tip.simulation.layers import CountedRank
 from megatron_tip.simulation.ledger import Route, Traffic, Work
+from megatron_tip.simulation.rank import LABELS
 
 STEP_PHASES = ("teacher", "score", "select", "train", "update", "sync")
 """The simulated phases of a step, in order."""
@@ -20,7 +21,7 @@ PASSES = ("teacher", "score", "train")
 """The phases that go through a pipeline."""
 PER_TOKEN = ("teacher", "score", "select", "train")
 """The phases whose work grows with the tokens of a step."""
-_OF_PASSES = ("tp", "cp", "tp x cp", "pp", "ep", "expert tp", "a stage's experts")
+_OF_PASSES = frozenset(LABELS[name] for name in ("tp", "cp", "tp_cp", "pp", "ep", "expt_tp", "tp_ep"))
 """The groups among which a micro-batch's activations are sent."""
 _OWN_SERVERS_SHARE = 0.85
 """Share of its GPU's memory that a server takes if it has the GPU alone: about what SGLang chooses."""
@@ -79,7 +80,7 @@ def message_scale(route: Route, scale: float) -> float:
 
 def _carries_rows(route: Route) -> bool:
     """Returns whether the message has rows of a step, as long as the step has."""
-    return route.phase == "select" and (route.operation == "all_to_all" or route.group == "cp")
+    return route.phase == "select" and (route.operation == "all_to_all" or route.group == LABELS["cp"])
 
 
 def moved_bytes(config: Config, live: Mapping[str, float], phase: str) -> float:

@@ -5,8 +5,6 @@ import pytest
 import torch
 from torch.overrides import _get_current_function_mode_stack, _pop_mode
 
-FROM_STAND_IN = ("current_device", "synchronize", "Stream", "current_stream", "stream")
-
 
 @pytest.fixture
 def stack():
@@ -17,9 +15,9 @@ def stack():
 @pytest.fixture(scope="module", autouse=True)
 def stand_in_removed() -> Iterator[None]:
     """Megatron on a CPU leaves its stand-in for CUDA on; the tests of the next file begin without it, in any order."""
-    depth, before = len(_get_current_function_mode_stack()), [getattr(torch.cuda, name) for name in FROM_STAND_IN]
+    depth, before = len(_get_current_function_mode_stack()), dict(vars(torch.cuda))
     yield
     while len(_get_current_function_mode_stack()) > depth:
         _pop_mode()
-    for name, value in zip(FROM_STAND_IN, before, strict=True):
+    for name, value in before.items():
         setattr(torch.cuda, name, value)
